@@ -1,0 +1,29 @@
+"""The errors that a user can cause. Every message says what is wrong, where, and what to do; the command line exits with status 2."""
+
+
+class RmpruneError(Exception):
+    """Base of every error that a user's input, files or limits can cause."""
+
+
+class UnsupportedModel(RmpruneError):
+    """The network, or a part of it, cannot be handled exactly; the message names the place and the way out."""
+
+
+class NotEquivalent(RmpruneError):
+    """A rewrite changed the function beyond its tolerance. Nothing is returned; the message carries the measured error."""
+
+
+class InfeasibleBudget(RmpruneError):
+    """A budget that the limits forbid; the message says which limit and what is the nearest budget that can be met."""
+
+
+class DataError(RmpruneError):
+    """A data set or one of its files is unknown, missing or damaged."""
+
+
+class ArtifactError(RmpruneError):
+    """A file on disk (artifact, checkpoint, record, config) is missing, damaged, or belongs to something else."""
+
+
+class ConfigError(RmpruneError):
+    """A setting is outside its range or contradicts another."""
