@@ -1,0 +1,5 @@
+"""`python -m rmprune`."""
+
+from rmprune.cli import main
+
+main()

@@ -1,0 +1,80 @@
+"""Configs as TOML, there and back: what a run writes beside its results and what `--config` reads. Nothing read is executed."""
+
+import dataclasses
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import dacite
+import tomli_w
+
+from rmprune.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain values: paths as strings, tuples as lists, unset (None) values left out, nested stages as tables."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return to_dict(value)
+        if isinstance(value, Path):
+            return str(value)
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value
+
+    pairs = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return {name: plain(value) for name, value in pairs if value is not None}
+
+
+def to_toml(config: Any) -> str:
+    return tomli_w.dumps(to_dict(config))
+
+
+def from_toml(kind: type[Config], path: Path) -> Config:
+    """Read a config of dataclass `kind` from TOML. Settings left out keep their defaults.
+
+    Raises ConfigError where the file is missing, is not TOML, or holds an unknown or wrongly typed setting.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+    _refuse_unknown(kind, values, path)
+    try:
+        return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _as_float}))
+    except dacite.DaciteError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _as_float(value: Any) -> Any:
+    """TOML's 1 is a fine value for a float; its "1" and true are not."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _refuse_unknown(kind: Any, values: dict[str, Any], path: Path, table: str = "") -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
+            raise ConfigError(f"{path}: unknown setting {table + key!r}{hint}")
+        if isinstance(value, dict) and dataclasses.is_dataclass(fields[key].type):
+            _refuse_unknown(fields[key].type, value, path, f"{table}{key}.")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The settings in which two configs of one kind differ, as `data.dataset: 'digits' -> 'cifar10'`."""
+    found: list[str] = []
+    for field in dataclasses.fields(old):
+        was, now = getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(was) and type(was) is type(now):
+            found += differences(was, now, f"{prefix}{field.name}.")
+        elif was != now:
+            found.append(f"{prefix}{field.name}: {was!r} -> {now!r}")
+    return found
