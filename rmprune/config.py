@@ -1,5 +1,133 @@
-"""The settings: one frozen dataclass for each stage. Command-line flags, their help and config.toml are generated from these."""
+"""The settings of every stage, one frozen dataclass each; no behaviour beyond refusing values outside their range.
+
+The command line generates its flags from these classes: a field's docstring is its help text.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from rmprune.errors import ConfigError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless the condition holds (NaN fails every comparison, so it is refused as well)."""
+    if not condition:
+        raise ConfigError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images to train and test on, and how they are split and batched."""
+
+    dataset: str = "digits"
+    """digits, fashion-mnist, cifar10, cifar100 or imagefolder."""
+    data_dir: Path | None = None
+    """Where the files lie, or where a download goes (not needed for digits)."""
+    batch_size: int = 128
+    """Images in a training batch (over all processes together)."""
+    validation: float = 0.1
+    """Fraction of the training images held back for selection; between 0 and 1."""
+    split_seed: int = 0
+    """Seed of the split into training and validation images. The test images never depend on it."""
+    train_images: int | None = None
+    """Train on so many images only, a fixed part drawn with split_seed."""
+    workers: int = 2
+    """Loader processes (imagefolder only)."""
+    image_size: int = 224
+    """Height and width of the images (imagefolder only)."""
+    augment: bool = True
+    """Random crops, and flips where the classes allow it."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
+        require(0 < self.validation < 1, f"validation is {self.validation}; it must lie between 0 and 1")
+        require(
+            self.train_images is None or self.train_images >= 1,
+            f"train_images is {self.train_images}; it must be at least 1",
+        )
+        require(self.workers >= 0, f"workers is {self.workers}; it must not be negative")
+        require(self.image_size >= 8, f"image_size is {self.image_size}; it must be at least 8")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+Schedule = Literal["cosine", "constant"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training or fine-tuning: SGD with Nesterov momentum."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    learning_rate: float = 0.1
+    """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: cosine (down to 0) or constant."""
+    warmup_epochs: float = 1.0
+    """Epochs in which the learning rate climbs to its peak; fractions are fine."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 decay of convolution and linear weights; biases, batch norms and shortcut scales have none."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    clip_norm: float | None = 5.0
+    """Largest norm of the gradient; None leaves it alone."""
+    precision: Precision = "auto"
+    """auto takes bfloat16 autocast where the processor computes in it, else float32."""
+    channels_last: bool = True
+    """Keep activations and weights in channels-last order (faster on most processors)."""
+    checkpoint_seconds: float = 300.0
+    """Save the checkpoint this often, besides after every epoch."""
+    tensorboard: bool = False
+    """Write TensorBoard files beside log.jsonl."""
+    distillation: float = 0.0
+    """Weight of the teacher's soft targets in the loss (0 to 1); needs a teacher."""
+    temperature: float = 4.0
+    """Temperature of the soft targets."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 0, f"epochs is {self.epochs}; it must not be negative")
+        require(0 < self.learning_rate < float("inf"), f"learning_rate is {self.learning_rate}; it must be positive")
+        require(self.schedule in ("cosine", "constant"), f"schedule is {self.schedule!r}; use 'cosine' or 'constant'")
+        require(self.warmup_epochs >= 0, f"warmup_epochs is {self.warmup_epochs}; it must not be negative")
+        require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must be at least 0 and below 1")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; use 0 up to below 1")
+        require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
+        require(
+            self.precision in ("auto", "float32", "bfloat16"),
+            f"precision is {self.precision!r}; use 'auto', 'float32' or 'bfloat16'",
+        )
+        require(self.checkpoint_seconds > 0, f"checkpoint_seconds is {self.checkpoint_seconds}; it must be positive")
+        require(0 <= self.distillation <= 1, f"distillation is {self.distillation}; it must lie between 0 and 1")
+        require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive")
+
+
+# ------------------------------------------------------------------------------------------------------------ sparsity
+
+Scales = Literal["all", "inner"]
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Network slimming (Liu et al. 2017): the L1 penalty on batch-norm scales during training."""
+
+    strength: float = 0.0
+    """Total pull on a scale over the whole run: 1.0 takes a scale that the loss leaves alone from 1 to 0. 0 is off."""
+    scales: Scales = "all"
+    """all batch-norm scales, or only the inner ones of each block (those that no addition reads)."""
+    shortcut_scales: bool = False
+    """Train one penalised scale per channel of every identity shortcut; ranks what RM reserves."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.strength < float("inf"), f"strength is {self.strength}; it must not be negative")
+        require(self.scales in ("all", "inner"), f"scales is {self.scales!r}; use 'all' or 'inner'")
