@@ -1,0 +1,67 @@
+"""RMNeXt: depths, group widths, shapes and the block's equation."""
+
+import pytest
+import torch
+from torch import nn
+
+from rmprune.errors import ConfigError
+from rmprune.models import rmnext as family
+from rmprune.models.rmnext import GroupedBottleneck, rmnext
+
+
+@pytest.mark.parametrize("name", ["41x5_16", "50x5_32", "50x6_32", "101x6_16", "152x6_32"])
+def test_published_forms(name: str) -> None:
+    depth, expansion, group_width = (int(part) for part in name.replace("x", "_").split("_"))
+    with torch.device("meta"):
+        model = getattr(family, f"rmnext{name}")()
+    bottlenecks = [m for m in model.modules() if isinstance(m, GroupedBottleneck)]
+    assert len(model.stem) + 3 * len(bottlenecks) == depth
+    first, last = bottlenecks[0].conv2, bottlenecks[-1].conv2
+    assert first.in_channels == (expansion - 1) * 64
+    assert first.in_channels // first.groups == group_width
+    assert last.in_channels // last.groups == 8 * group_width
+
+
+def test_small_images_and_width() -> None:
+    model = rmnext(blocks=(1, 2, 1, 1), expansion=3, group_width=2, width=8, num_classes=5, small_images=True).eval()
+    assert model.layers(model.stem(torch.zeros(1, 3, 16, 16))).shape == (1, 64, 2, 2)
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_a_fresh_block_is_its_shortcut() -> None:
+    model = rmnext(blocks=(2, 1, 1, 1), expansion=3, group_width=2, width=8, small_images=True).eval()
+    x = torch.rand(1, 8, 6, 6)
+    assert torch.equal(model.layers[0][1](x), x)
+
+
+def test_block_is_its_equation() -> None:
+    torch.manual_seed(0)
+    block = GroupedBottleneck(6, 4, stride=2, expansion=3, group_width=2).double().eval()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
+    out = block.bn1(block.conv1(x)).relu()
+    halves = [
+        torch.nn.functional.conv2d(out[:, g : g + 2], block.conv2.weight[g : g + 2], stride=2, padding=1)
+        for g in range(0, 8, 2)
+    ]
+    out = block.bn3(block.conv3(block.bn2(torch.cat(halves, 1)).relu()))
+    torch.testing.assert_close(block(x), (out + block.downsample(x)).relu(), rtol=1e-12, atol=1e-12)
+
+
+def test_is_deterministic_given_the_seed_and_traceable() -> None:
+    settings = {"blocks": (1, 1, 1, 1), "expansion": 3, "group_width": 2, "width": 8}
+    torch.manual_seed(3)
+    first = rmnext(**settings)
+    torch.manual_seed(3)
+    second = rmnext(**settings)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    torch.fx.symbolic_trace(first)
+
+
+@pytest.mark.parametrize("bad", [{"depth": 51}, {"expansion": 1}, {"width": 6, "group_width": 5}])
+def test_refuses_impossible_settings(bad: dict) -> None:
+    with pytest.raises(ConfigError):
+        rmnext(**bad)
