@@ -162,6 +162,7 @@ def repvgg(
 
 def _folded(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a bias-free convolution followed by `bn` in eval mode."""
+    assert bn.running_mean is not None and bn.running_var is not None
     return fuse_conv_bn_weights(weight, None, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
 
 
@@ -173,11 +174,10 @@ def deployed_convolution(block: RepVGGBlock, like: Tensor) -> nn.Conv2d:
     """
     reserved, channels = block.reserved, block.channels
     computes = reserved < channels
-    in_channels, stride = (block.conv3.in_channels, block.conv3.stride) if computes else (channels, 1)
+    in_channels, stride = (block.conv3.in_channels, block.conv3.stride[0]) if computes else (channels, 1)
     conv = nn.Conv2d(in_channels, channels, 3, stride, 1).to(like)
     dirac = nn.init.dirac_(torch.empty_like(conv.weight))
-    conv.weight.copy_(dirac)
-    nn.init.zeros_(conv.bias)
+    weight, shift = dirac.clone(), like.new_zeros(channels)
     if computes:
         kernel, bias = _folded(block.conv3.weight, block.bn3)
         pointwise, pointwise_bias = _folded(block.conv1.weight, block.bn1)
@@ -185,8 +185,8 @@ def deployed_convolution(block: RepVGGBlock, like: Tensor) -> nn.Conv2d:
         if block.bn0 is not None:
             passed, passed_bias = _folded(dirac[reserved:], block.bn0)
             kernel, bias = kernel + passed, bias + passed_bias
-        conv.weight[reserved:] = kernel
-        conv.bias[reserved:] = bias
+        weight[reserved:], shift[reserved:] = kernel, bias
+    conv.load_state_dict({"weight": weight, "bias": shift})
     return conv
 
 
@@ -196,10 +196,9 @@ def deployed_gate(gate: SqueezeExcitation) -> SqueezeExcitation:
     channels = gate.down.in_channels
     full = SqueezeExcitation(channels, gate.down.out_channels).to(gate.up.weight)
     full.down.load_state_dict(gate.down.state_dict())
-    nn.init.zeros_(full.up.weight)
-    nn.init.constant_(full.up.bias, 100.0)
-    full.up.weight[gate.reserved :] = gate.up.weight
-    full.up.bias[gate.reserved :] = gate.up.bias
+    weight, bias = torch.zeros_like(full.up.weight), gate.up.weight.new_full((channels,), 100.0)
+    weight[gate.reserved :], bias[gate.reserved :] = gate.up.state_dict().values()
+    full.up.load_state_dict({"weight": weight, "bias": bias})
     return full
 
 
