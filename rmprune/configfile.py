@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import dacite
 import tomli_w
@@ -58,14 +58,14 @@ def _as_float(value: Any) -> Any:
 
 
 def _refuse_unknown(kind: Any, values: dict[str, Any], path: Path, table: str = "") -> None:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = get_type_hints(kind)
     for key, value in values.items():
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
             raise ConfigError(f"{path}: unknown setting {table + key!r}{hint}")
-        if isinstance(value, dict) and dataclasses.is_dataclass(fields[key].type):
-            _refuse_unknown(fields[key].type, value, path, f"{table}{key}.")
+        if isinstance(value, dict) and dataclasses.is_dataclass(fields[key]):
+            _refuse_unknown(fields[key], value, path, f"{table}{key}.")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
