@@ -17,9 +17,9 @@ BLOCKS = {41: (2, 3, 5, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36
 
 
 class GroupedBottleneck(nn.Module):
-    """1x1, grouped 3x3, 1x1, shortcut, ReLU: (N, C_in, H, W) to (N, C, H / stride, W / stride).
+    """1x1, grouped 3x3, 1x1, shortcut, ReLU; (N, C_in, H, W) to (N, C, H / stride, W / stride).
 
-    The hidden width is (expansion - 1) * C, so that with the C reserved channels it becomes expansion * C at deployment.
+    The hidden width is (expansion - 1) * C, with the C reserved channels expansion * C at deployment.
     """
 
     def __init__(self, in_channels: int, channels: int, *, stride: int, expansion: int, group_width: int) -> None:
