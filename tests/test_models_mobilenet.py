@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from rmprune.errors import ConfigError
-from rmprune.models.mobilenet import InvertedResidual, mobilenet_v2, mobilenet_v2_digits, mobilenet_v2_small
+from rmprune.models.mobilenet import InvertedResidual, mobilenet_v2
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -29,9 +29,9 @@ def test_is_torchvisions_mobilenet_v2_name_by_name() -> None:
 
 @pytest.mark.parametrize("free", [1, 3])
 def test_small_images_keep_a_map(free: int) -> None:
-    model = mobilenet_v2_small(num_classes=10, in_channels=1, width=0.25, free=free).eval()
+    model = mobilenet_v2("mobilenet_v2_small", num_classes=10, in_channels=1, width=0.25, free=free).eval()
     assert model.features(torch.zeros(1, 1, 28, 28)).shape[-2:] == (4, 4)
-    digits = mobilenet_v2_digits(num_classes=10, in_channels=1, width=0.5, free=free).eval()
+    digits = mobilenet_v2("mobilenet_v2_digits", num_classes=10, in_channels=1, width=0.5, free=free).eval()
     assert digits.features(torch.zeros(1, 1, 8, 8)).shape[-2:] == (2, 2)
     assert digits(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
@@ -48,7 +48,7 @@ def test_free_width_adds_the_first_channels_only(in_free: int) -> None:
 
 
 def test_selection_is_frozen_and_survives_a_training_step() -> None:
-    model = mobilenet_v2_digits(num_classes=10, in_channels=1, width=0.5, free=2)
+    model = mobilenet_v2("mobilenet_v2_digits", num_classes=10, in_channels=1, width=0.5, free=2)
     selections = [m.select for m in model.modules() if isinstance(m, InvertedResidual) and m.select is not None]
     before = [s.weight.clone() for s in selections]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -60,9 +60,9 @@ def test_selection_is_frozen_and_survives_a_training_step() -> None:
 
 def test_is_deterministic_given_the_seed_and_traceable() -> None:
     torch.manual_seed(3)
-    first = mobilenet_v2_digits(num_classes=10, free=2)
+    first = mobilenet_v2("mobilenet_v2_digits", num_classes=10, free=2)
     torch.manual_seed(3)
-    second = mobilenet_v2_digits(num_classes=10, free=2)
+    second = mobilenet_v2("mobilenet_v2_digits", num_classes=10, free=2)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     torch.fx.symbolic_trace(first)
 

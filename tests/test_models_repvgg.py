@@ -95,7 +95,7 @@ def test_deployed_names_tell_the_block() -> None:
 
 @pytest.mark.parametrize("depth", [13, 21, 37])
 def test_depth_counts_the_3x3_layers(depth: int) -> None:
-    model = repvgg(depth=depth, width=4, reserve_ratio=0.5)
+    model = repvgg(f"repvgg{depth}", width=4, reserve_ratio=0.5)
     assert sum(isinstance(m, RepVGGBlock) for m in model.modules()) == depth
     assert model.stem(torch.zeros(1, 3, 32, 32)).shape[-1] == 8
 
@@ -109,7 +109,16 @@ def test_is_deterministic_given_the_seed_and_traceable() -> None:
     torch.fx.symbolic_trace(first)
 
 
-@pytest.mark.parametrize("bad", [{"depth": 20}, {"depth": 5}, {"reserve_ratio": 1.5}, {"reserve_ratio": (0, 0.5)}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"depth": 20},
+        {"depth": 5},
+        {"name": "repvgg37", "depth": 21},
+        {"reserve_ratio": 1.5},
+        {"reserve_ratio": (0, 0.5)},
+    ],
+)
 def test_refuses_impossible_settings(bad: dict) -> None:
     with pytest.raises(ConfigError):
         repvgg(**bad)

@@ -5,15 +5,14 @@ import torch
 from torch import nn
 
 from rmprune.errors import ConfigError
-from rmprune.models import rmnext as family
-from rmprune.models.rmnext import GroupedBottleneck, rmnext
+from rmprune.models.rmnext import NAMES, GroupedBottleneck, rmnext
 
 
-@pytest.mark.parametrize("name", ["41x5_16", "50x5_32", "50x6_32", "101x6_16", "152x6_32"])
+@pytest.mark.parametrize("name", NAMES)
 def test_published_forms(name: str) -> None:
-    depth, expansion, group_width = (int(part) for part in name.replace("x", "_").split("_"))
+    depth, expansion, group_width = (int(part) for part in name.removeprefix("rmnext").replace("x", "_").split("_"))
     with torch.device("meta"):
-        model = getattr(family, f"rmnext{name}")()
+        model = rmnext(name)
     bottlenecks = [m for m in model.modules() if isinstance(m, GroupedBottleneck)]
     assert len(model.stem) + 3 * len(bottlenecks) == depth
     first, last = bottlenecks[0].conv2, bottlenecks[-1].conv2
@@ -23,13 +22,13 @@ def test_published_forms(name: str) -> None:
 
 
 def test_small_images_and_width() -> None:
-    model = rmnext(blocks=(1, 2, 1, 1), expansion=3, group_width=2, width=8, num_classes=5, small_images=True).eval()
+    model = rmnext("rmnext17x3_2", blocks=(1, 2, 1, 1), width=8, num_classes=5, small_images=True).eval()
     assert model.layers(model.stem(torch.zeros(1, 3, 16, 16))).shape == (1, 64, 2, 2)
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
 
 
 def test_a_fresh_block_is_its_shortcut() -> None:
-    model = rmnext(blocks=(2, 1, 1, 1), expansion=3, group_width=2, width=8, small_images=True).eval()
+    model = rmnext("rmnext17x3_2", blocks=(2, 1, 1, 1), width=8, small_images=True).eval()
     x = torch.rand(1, 8, 6, 6)
     assert torch.equal(model.layers[0][1](x), x)
 
@@ -52,7 +51,7 @@ def test_block_is_its_equation() -> None:
 
 
 def test_is_deterministic_given_the_seed_and_traceable() -> None:
-    settings = {"blocks": (1, 1, 1, 1), "expansion": 3, "group_width": 2, "width": 8}
+    settings = {"name": "rmnext14x3_2", "blocks": (1, 1, 1, 1), "width": 8}
     torch.manual_seed(3)
     first = rmnext(**settings)
     torch.manual_seed(3)
@@ -61,7 +60,9 @@ def test_is_deterministic_given_the_seed_and_traceable() -> None:
     torch.fx.symbolic_trace(first)
 
 
-@pytest.mark.parametrize("bad", [{"depth": 51}, {"expansion": 1}, {"width": 6, "group_width": 5}])
+@pytest.mark.parametrize(
+    "bad", [{"name": "rmnext51x5_32"}, {"name": "rmnext50x1_8"}, {"name": "rmnext50x5_7"}, {"name": "x"}]
+)
 def test_refuses_impossible_settings(bad: dict) -> None:
     with pytest.raises(ConfigError):
         rmnext(**bad)

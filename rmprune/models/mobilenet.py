@@ -4,21 +4,23 @@ Layout and names are torchvision's. Not for removal or fusing: these are the net
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from rmprune.errors import ConfigError
 
-IMAGENET_STAGES = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
+Stages = Sequence[tuple[int, int, int]]
+
+NAMES = ("mobilenet_v2", "mobilenet_v2_small", "mobilenet_v2_digits")
+IMAGENET_STAGES: Stages = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 """Expansion, channels, blocks of every stage (MobileNetV2, table 2)."""
-DIGITS_STAGES = ((1, 16, 1), (4, 24, 2), (4, 32, 3), (4, 64, 2))
-IMAGENET_STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
+DIGITS_STAGES: Stages = ((1, 16, 1), (4, 24, 2), (4, 32, 3), (4, 64, 2))
+IMAGENET_STRIDES: Sequence[int] = (2, 1, 2, 2, 2, 1, 2, 1)
 """Stride of the stem, then of every stage's first block."""
-SMALL_STRIDES = (1, 1, 1, 2, 2, 1, 2, 1)
+SMALL_STRIDES: Sequence[int] = (1, 1, 1, 2, 2, 1, 2, 1)
 """For images of 28 to 32 pixels: they leave a 4x4 map."""
-DIGITS_STRIDES = (1, 1, 1, 2, 2)
+DIGITS_STRIDES: Sequence[int] = (1, 1, 1, 2, 2)
 """For images of 8 pixels: they leave a 2x2 map."""
 
 
@@ -87,7 +89,7 @@ class MobileNetV2(nn.Module):
         *,
         width: float,
         free: int,
-        stages: Sequence[tuple[int, int, int]],
+        stages: Stages,
         strides: Sequence[int],
         last_channels: int,
         dropout: float,
@@ -129,26 +131,36 @@ def _initialise(model: nn.Module) -> None:
 
 
 def mobilenet_v2(
+    name: str = "mobilenet_v2",
     *,
     num_classes: int = 1000,
     in_channels: int = 3,
     width: float = 1.0,
     free: int = 1,
     small_images: bool = False,
-    stages: Sequence[tuple[int, int, int]] = IMAGENET_STAGES,
+    stages: Stages | None = None,
     strides: Sequence[int] | None = None,
-    last_channels: int = 1280,
+    last_channels: int | None = None,
     dropout: float = 0.2,
 ) -> MobileNetV2:
-    """MobileNetV2 (Sandler et al. 2018).
+    """MobileNetV2 (Sandler et al. 2018) by name, one of `NAMES`: for ImageNet, for 28 to 32 pixels, for 8 pixels.
 
     width: multiplier of every width, rounded to multiples of 8; free: factor of the linear bottlenecks' width (RM.md
     section 8), which costs nothing once project and expand are fused; stages: (expansion, channels, blocks) each;
     strides: of the stem and of each stage's first block (default: ImageNet's, or with small_images those that leave
     4x4 of 28 to 32 pixels). Raises ConfigError on settings that make no network.
     """
-    if strides is None:
-        strides = SMALL_STRIDES if small_images else IMAGENET_STRIDES
+    if name not in NAMES:
+        raise ConfigError(f"{name} is none of {', '.join(NAMES)}")
+    if name == "mobilenet_v2_digits":
+        default_stages, default_strides, default_last = DIGITS_STAGES, DIGITS_STRIDES, 256
+    else:
+        default_stages, default_strides, default_last = IMAGENET_STAGES, IMAGENET_STRIDES, 1280
+        if small_images or name == "mobilenet_v2_small":
+            default_strides = SMALL_STRIDES
+    stages = default_stages if stages is None else stages
+    strides = default_strides if strides is None else strides
+    last_channels = default_last if last_channels is None else last_channels
     if width <= 0 or free < 1:
         raise ConfigError(f"mobilenet_v2: width {width} must be above 0 and free {free} at least 1")
     if len(strides) != len(stages) + 1:
@@ -165,13 +177,3 @@ def mobilenet_v2(
         last_channels=last_channels,
         dropout=dropout,
     )
-
-
-def mobilenet_v2_small(**kwargs: Any) -> MobileNetV2:
-    """`mobilenet_v2` with the strides for images of 28 to 32 pixels."""
-    return mobilenet_v2(**{"small_images": True, **kwargs})
-
-
-def mobilenet_v2_digits(**kwargs: Any) -> MobileNetV2:
-    """`mobilenet_v2` for images of 8 pixels: four stages, a 2x2 map at the end, 256 last channels."""
-    return mobilenet_v2(**{"stages": DIGITS_STAGES, "strides": DIGITS_STRIDES, "last_channels": 256, **kwargs})

@@ -3,8 +3,8 @@
 Not for removal: a block is relu(bn(x)) first, and the addition has no activation behind it.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,22 +72,27 @@ class PreActResNet(nn.Module):
         return self.fc(self.flatten(self.avgpool(x)))
 
 
+PATTERN = r"preact_resnet(\d+)"
+NAMES = tuple(f"preact_resnet{depth}" for depth in (18, 34, 20, 32, 44, 56, 110))
 IMAGENET_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
 def preact_resnet(
+    name: str = "preact_resnet18",
     *,
-    depth: int = 18,
     num_classes: int = 1000,
     in_channels: int = 3,
     width: int | None = None,
     small_images: bool | None = None,
 ) -> PreActResNet:
-    """PreActResNet by depth: 10, 18 and 34 have ImageNet's four stages (64 channels on), 6n+2 CIFAR's three (16 on).
+    """PreActResNet by name, preact_resnet{depth}: 10, 18 and 34 have ImageNet's four stages (64 channels on),
+    6n+2 CIFAR's three (16 on).
 
     small_images: a 3x3 stem of stride 1 without max-pool instead of 7x7, stride 2 and max-pool (default: CIFAR's forms
     have it). width: channels of the first stage. Raises ConfigError for any other depth.
     """
+    parts = re.fullmatch(PATTERN, name)
+    depth = int(parts.group(1)) if parts else 0
     if depth in IMAGENET_BLOCKS:
         blocks: Sequence[int] = IMAGENET_BLOCKS[depth]
         default_width, default_small = 64, False
@@ -96,18 +101,8 @@ def preact_resnet(
         default_width, default_small = 16, True
     else:
         raise ConfigError(
-            f"preact_resnet: depth {depth} is none of {sorted(IMAGENET_BLOCKS)} nor 6n+2 (8, 14, 20, ...)"
+            f"{name}: preact_resnet{{depth}} has the depths {sorted(IMAGENET_BLOCKS)} and 6n+2 (8, 14, 20, ...)"
         )
     width = default_width if width is None else width
     small_images = default_small if small_images is None else small_images
     return PreActResNet(num_classes, in_channels, blocks=blocks, width=width, small_images=small_images)
-
-
-def preact_resnet18(**kwargs: Any) -> PreActResNet:
-    """`preact_resnet` of depth 18."""
-    return preact_resnet(depth=18, **kwargs)
-
-
-def preact_resnet34(**kwargs: Any) -> PreActResNet:
-    """`preact_resnet` of depth 34."""
-    return preact_resnet(depth=34, **kwargs)

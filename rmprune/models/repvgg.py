@@ -15,6 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from rmprune.errors import ConfigError, UnsupportedModel
 
+PATTERN = r"repvgg(\d*)"
+NAMES = ("repvgg", *(f"repvgg{depth}" for depth in (13, 21, 37, 69, 133)))
+
 
 class SqueezeExcitation(nn.Module):
     """Channel gate, sigmoid(up(relu(down(mean(x))))), that leaves the first `reserved` channels alone."""
@@ -125,8 +128,9 @@ class RepVGG(nn.Module):
 
 
 def repvgg(
+    name: str = "repvgg",
     *,
-    depth: int = 21,
+    depth: int | None = None,
     num_classes: int = 1000,
     in_channels: int = 3,
     reserve_ratio: float | Sequence[float] = 0.0,
@@ -134,13 +138,19 @@ def repvgg(
     small_images: bool = False,
     squeeze_excitation: bool = False,
 ) -> RepVGG:
-    """RepVGG of `depth` 3x3 layers, 8n + 5 (the paper: 21, 37, 69, 133), with a reserve ratio.
+    """RepVGG of `depth` 3x3 layers (default 21), 8n + 5 (the paper: 21, 37, 69, 133), with a reserve ratio.
+
+    name: repvgg, or repvgg{depth}.
 
     reserve_ratio: fraction 0 to 1 of the channels that every second block passes on, one for all or one for each of the
     four stages; 0 is RepVGG. width: channels of the first stage (doubled by each stage). small_images: stem of strides
     1, 1 instead of 2, 2. squeeze_excitation: a gate before every ReLU, which reserved channels bypass (the paper's
     rmrepse). Raises ConfigError.
     """
+    named = name.removeprefix("repvgg")
+    if named and depth not in (None, int(named)):
+        raise ConfigError(f"{name} with depth={depth}: say it once")
+    depth = int(named or depth or 21)
     pairs, rest = divmod(depth - 5, 8)
     if pairs < 1 or rest:
         raise ConfigError(f"repvgg: depth {depth} is not 8n + 5 (13, 21, 37, 69, 133, ...)")

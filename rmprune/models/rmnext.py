@@ -4,14 +4,17 @@ In a grouped bottleneck reserved channels join the 3x3 convolution as whole extr
 Not for removal: `rmprune.remove_residuals` makes the plain form.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
 from rmprune.models.repvgg import RepVGGBlock
 
+PATTERN = r"rmnext(\d+)x(\d+)_(\d+)"
+NAMES = ("rmnext41x5_16", "rmnext50x5_32", "rmnext50x6_32", "rmnext101x6_16", "rmnext152x6_32")
+"""ImageNet top-1 in the paper: 78.50, 79.08, 79.57, 80.07, 80.36."""
 BLOCKS = {41: (2, 3, 5, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 """Bottlenecks of every stage by depth: 3 convolutions each, plus the stem's two."""
 
@@ -100,29 +103,33 @@ class RMNeXt(nn.Module):
 
 
 def rmnext(
+    name: str = "rmnext50x5_32",
     *,
-    depth: int = 50,
-    expansion: int = 5,
-    group_width: int = 32,
     num_classes: int = 1000,
     in_channels: int = 3,
     width: int = 64,
     blocks: Sequence[int] | None = None,
     small_images: bool = False,
 ) -> RMNeXt:
-    """RMNeXt `depth`x`expansion`_`group_width`; the paper's are 41x5_16, 50x5_32, 50x6_32, 101x6_16 and 152x6_32.
+    """RMNeXt by name, rmnext{depth}x{expansion}_{group_width}; the paper's are in `NAMES`.
 
-    expansion: hidden over outer width at deployment; group_width: channels of a group in the first stage (doubled by
-    each stage); width: channels of the first stage; blocks: bottlenecks of every stage, instead of depth's. Raises
-    ConfigError.
+    Expansion: hidden over outer width at deployment; group width: channels of a group in the first stage (doubled by
+    each stage). width: channels of the first stage; blocks: bottlenecks of every stage, instead of the depth's;
+    small_images: a stem of one block of stride 1. Raises ConfigError.
     """
+    parts = re.fullmatch(PATTERN, name)
+    if parts is None:
+        raise ConfigError(
+            f"{name} is no RMNeXt; their names are rmnext{{depth}}x{{expansion}}_{{group width}}: {NAMES}"
+        )
+    depth, expansion, group_width = map(int, parts.groups())
     if blocks is None:
         if depth not in BLOCKS:
-            raise ConfigError(f"rmnext: depth {depth} is none of {sorted(BLOCKS)}; give blocks= for another")
+            raise ConfigError(f"{name}: depth {depth} is none of {sorted(BLOCKS)}; give blocks= for another")
         blocks = BLOCKS[depth]
     if expansion < 2:
         raise ConfigError(
-            f"rmnext: expansion {expansion} leaves no hidden channels beside the reserved ones; 2 or more"
+            f"{name}: expansion {expansion} leaves no hidden channels beside the reserved ones; 2 or more"
         )
     return RMNeXt(
         num_classes,
@@ -133,28 +140,3 @@ def rmnext(
         width=width,
         small_images=small_images,
     )
-
-
-def rmnext41x5_16(**kwargs: Any) -> RMNeXt:
-    """RMNeXt 41x5_16 (ImageNet top-1 78.50 in the paper)."""
-    return rmnext(depth=41, expansion=5, group_width=16, **kwargs)
-
-
-def rmnext50x5_32(**kwargs: Any) -> RMNeXt:
-    """RMNeXt 50x5_32 (79.08)."""
-    return rmnext(depth=50, expansion=5, group_width=32, **kwargs)
-
-
-def rmnext50x6_32(**kwargs: Any) -> RMNeXt:
-    """RMNeXt 50x6_32 (79.57)."""
-    return rmnext(depth=50, expansion=6, group_width=32, **kwargs)
-
-
-def rmnext101x6_16(**kwargs: Any) -> RMNeXt:
-    """RMNeXt 101x6_16 (80.07)."""
-    return rmnext(depth=101, expansion=6, group_width=16, **kwargs)
-
-
-def rmnext152x6_32(**kwargs: Any) -> RMNeXt:
-    """RMNeXt 152x6_32 (80.36)."""
-    return rmnext(depth=152, expansion=6, group_width=32, **kwargs)
