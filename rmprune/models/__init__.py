@@ -18,7 +18,7 @@ from torch import nn
 
 from rmprune.config import require
 from rmprune.errors import ConfigError
-from rmprune.models import resnet
+from rmprune.models import mobilenet, preact, repvgg, resnet, rmnext
 
 Builder = Callable[..., nn.Module]
 
@@ -33,6 +33,10 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {  # pattern of the whole name -> family
     "|".join(resnet.TORCHVISION_NAMES): Family(resnet.torchvision_resnet, resnet.TORCHVISION_NAMES),
     r"resnet\d+": Family(resnet.cifar_resnet, resnet.CIFAR_NAMES),
+    preact.PATTERN: Family(preact.preact_resnet, preact.NAMES),
+    "|".join(mobilenet.NAMES): Family(mobilenet.mobilenet_v2, mobilenet.NAMES),
+    repvgg.PATTERN: Family(repvgg.repvgg, repvgg.NAMES),
+    rmnext.PATTERN: Family(rmnext.rmnext, rmnext.NAMES),
 }
 
 # Networks that return a tuple in training mode, or initialise slowly and warn about it, unless told otherwise.
