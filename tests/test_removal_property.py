@@ -1,0 +1,114 @@
+"""Property of RM: on any residual network the result equals the original, or the call refuses. Never a wrong output.
+
+`RMPRUNE_PROPERTY_DRAWS=2000 pytest tests/test_removal_property.py` runs the full count; the default ends in seconds.
+A failing draw prints its spec: `Network(spec)` of tests/random_networks.py builds it again.
+"""
+
+import operator
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from random_networks import Act, Block, Conv, Network, Shortcut, Spec, specs
+from torch import Tensor, fx, nn
+
+import rmprune
+from rmprune.errors import UnsupportedModel
+
+DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "100"))
+TOLERANCE = 1e-9
+ADDITIONS = {operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub}
+ADDITION_METHODS = {"add", "add_", "sub", "sub_"}
+
+
+def inputs(spec: Spec) -> list[Tensor]:
+    """Ordinary, saturating, one-sided and constant inputs that the call has not seen."""
+    generator = torch.Generator().manual_seed(spec.seed + 1)
+    shape = (3, spec.channels, *spec.size)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return [noise, 40 * noise, -noise.abs(), 5 + noise, torch.zeros_like(noise), torch.full_like(noise, -7.0)]
+
+
+def additions(model: nn.Module) -> int:
+    """Additions of two tensors in the traced graph."""
+    graph = model.graph if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model).graph
+    return sum(
+        (node.target in ADDITIONS if node.op == "call_function" else node.target in ADDITION_METHODS)
+        and sum(isinstance(arg, fx.Node) for arg in node.args) > 1
+        for node in graph.nodes
+        if node.op in ("call_function", "call_method")
+    )
+
+
+def check(spec: Spec) -> str:
+    """Removes what can be removed from the spec's network and checks every promise; what happened, in a word."""
+    original, source = Network(spec), Network(spec)
+    examples = [x.clone() for x in inputs(spec)]
+    expected = [original(x.clone()) for x in examples]
+    assume(all(y.isfinite().all() for y in expected))
+    generator = torch.Generator().manual_seed(spec.seed + 2)
+    given_input = torch.randn(2, spec.channels, *spec.size, generator=generator, dtype=torch.float64)
+    kept_input = given_input.clone()
+    source.train()
+    try:
+        removal = rmprune.remove_residuals(source, given_input)
+    except UnsupportedModel:
+        return "refused"
+    assert removal.removed, "nothing was removed, and no error says so"
+    assert all(removal.kept.values()), "a block is kept without a reason"
+    assert source.training, "the source's mode changed"
+    assert torch.equal(given_input, kept_input), "the given input changed"
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, original.state_dict()[name]), f"the source's {name} changed"
+    assert not any(module.training for module in removal.model.modules())
+    left = additions(removal.model)
+    assert left <= additions(original) - len(removal.removed), f"{left} additions are left, removed: {removal.removed}"
+    for x, y in zip(examples, expected, strict=True):
+        error = (removal.model(x.clone()) - y).abs().max()
+        assert error <= TOLERANCE * y.abs().max() + 1e-12, (
+            f"wrong output: error {error:.3g} at scale {y.abs().max():.3g}; removed {removal.removed}, forms "
+            f"{[getattr(block, 'form', None) for block in removal.blocks]}"
+        )
+    return "removed" if not removal.kept else "partly"
+
+
+@settings(
+    max_examples=DRAWS,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(specs())
+def test_exact_or_refused(spec: Spec) -> None:
+    check(spec)
+
+
+def residual(*branch: Conv, **settings: object) -> Block:
+    return Block(branch=branch, **settings)  # type: ignore[arg-type]
+
+
+THREE = Conv(4, (3, 3), padding=(1, 1), act=Act("relu"))
+LINEAR = Conv(4, (3, 3), padding=(1, 1))
+STEM = Conv(4, (3, 3), padding=(1, 1), act=Act("relu"))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        residual(THREE, LINEAR, act=Act("relu")),
+        residual(THREE, LINEAR, act=Act("relu"), add="iadd"),
+        residual(Conv(6, act=Act("relu6")), Conv(6, (3, 3), padding=(1, 1), groups=6, act=Act("relu6")), Conv(4)),
+        residual(
+            Conv(6, (3, 3), (2, 2), (1, 1), act=Act("relu")),
+            Conv(4),
+            shortcut=Shortcut("conv", Conv(4, (1, 1), (2, 2))),
+        ),
+    ],
+    ids=["basic", "in-place add", "inverted", "equal width, stride 2"],
+)
+def test_common_blocks_are_removed(block: Block) -> None:
+    """The generator's vocabulary includes what must be removed: a core that refuses everything fails here."""
+    stem = STEM if block.branch[0].act.kind == "relu" else Conv(4, (3, 3), padding=(1, 1), act=Act("relu6"))
+    assert check(Spec(channels=3, size=(7, 7), parts=(stem, block), scale=4.0)) == "removed"
