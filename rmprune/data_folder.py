@@ -98,7 +98,9 @@ class _Files(TorchDataset[tuple[Tensor, int]]):
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of these on damaged files
-            raise DataError(f"{path} is missing or damaged ({error}); replace it or take it out of the folder") from None
+            raise DataError(
+                f"{path} is missing or damaged ({error}); replace it or take it out of the folder"
+            ) from None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image).as_subclass(Tensor), label

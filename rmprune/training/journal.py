@@ -1,0 +1,134 @@
+"""What a training shows and writes while it runs: progress bar, log.jsonl, TensorBoard. It computes nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rmprune.errors import ArtifactError, ConfigError
+
+_LOGGER = logging.getLogger("rmprune.training")
+_REFRESH_SECONDS = 0.2
+
+
+class Journal:
+    """Shows progress on a terminal, else logs one line an epoch; keeps `log` as JSON lines, one an epoch."""
+
+    def __init__(
+        self,
+        label: str,
+        steps: int,
+        *,
+        done_steps: int,
+        done_epochs: int,
+        log: Path | None,
+        progress: bool,
+        tensorboard: bool,
+    ) -> None:
+        self.label, self.log = label, log
+        self._writer = _tensorboard_writer(log, label) if tensorboard else None
+        if log is not None:
+            _forget_later_epochs(log, label, done_epochs)
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if progress and console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(label, total=steps, completed=done_steps, facts="")
+            self._bar.start()
+        self._shown = 0.0
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether a bar is shown and due for an update (facts cost a synchronisation on a GPU)."""
+        return self._bar is not None and time.monotonic() - self._shown > _REFRESH_SECONDS
+
+    def step(self, step: int, epoch: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Update the bar; `epoch` counts from 1, `accuracy` is that of the epoch so far."""
+        if self._bar is not None:
+            facts = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.2%}  {images_per_second:,.0f} images/s"
+            self._bar.update(self._task, completed=step, facts=facts)
+            self._shown = time.monotonic()
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Append a finished epoch to the log. Raises `ArtifactError` where the log cannot be written."""
+        record = {"label": self.label, **record}
+        if self.log is not None:
+            try:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise ArtifactError(f"{self.log} cannot be written ({error}); pass another folder") from error
+        if self._writer is not None:
+            for key, value in record.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"{self.label}/{key}", value, record["epoch"])
+        if self._bar is None:
+            _LOGGER.info(
+                "%s: epoch %d/%d, loss %.3f, accuracy %.2f %%, validation %.2f %%, %.0f images/s, %.1f s",
+                self.label,
+                record["epoch"],
+                record["epochs"],
+                record["train_loss"],
+                100 * record["train_accuracy"],
+                100 * record["validation_accuracy"],
+                record["images_per_second"],
+                record["seconds"],
+            )
+
+    def close(self) -> None:
+        """Take the bar away and close the files."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class SilentJournal(Journal):
+    """For the other processes of a distributed training: shows and writes nothing."""
+
+    def __init__(self) -> None:
+        self._bar = self._writer = None
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        pass
+
+
+def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:
+    """Drop the lines of epochs that are about to be trained again, and a line that was cut short."""
+    if not log.exists() or done_epochs == 0:
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(record, dict) or record.get("label") != label or record.get("epoch", 0) <= done_epochs:
+            kept.append(line + "\n")
+    temporary = log.with_name(log.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, log)
+
+
+def _tensorboard_writer(log: Path | None, label: str) -> Any:
+    if log is None:
+        raise ConfigError("tensorboard needs a log file to lie beside; pass log=...")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("tensorboard is not installed; install it with: pip install 'rmprune[all]'") from None
+    return SummaryWriter(str(log.parent / "tensorboard" / label))

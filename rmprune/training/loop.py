@@ -1,0 +1,369 @@
+"""The one training loop, with one hook point after every step; sparsity and gradual pruning are hooks, not loops."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.config import TrainConfig, require
+from rmprune.data import Dataset, batch_seed
+from rmprune.errors import ArtifactError, RmpruneError
+from rmprune.training import checkpoint as files
+from rmprune.training import distributed
+from rmprune.training.distillation import distillation_loss
+from rmprune.training.evaluation import evaluate
+from rmprune.training.interrupt import DeferredInterrupt
+from rmprune.training.journal import Journal, SilentJournal
+from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
+from rmprune.training.precision import autocast
+
+_FINITE_CHECK_STEPS = 50  # on a GPU, where every look at the loss waits for it
+_NOT_IN_FINGERPRINT = ("checkpoint_seconds", "tensorboard")  # these do not change what is trained
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What a hook sees, after backward and the optimizer's step; the gradients of the step are still there.
+
+    A hook may put another `model` here (a smaller one, say), and an `optimizer` for it; without one, `make_optimizer`
+    makes it. It may also change the model's parameters in place.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate_sum: float  # of all steps of the run
+    step: int = 0  # steps done, this one included
+    learning_rate: float = 0.0  # of this step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this step, from 0."""
+        return max(0, self.step - 1) // self.steps_per_epoch
+
+
+Hook = Callable[[TrainState], None]
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    hook: Hook | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    log: Path | None = None,
+    progress: bool = True,
+    label: str = "train",
+) -> nn.Module:
+    """Train a copy of `model` and return it in eval mode on `device`; the argument is left alone.
+
+    Batch size and augmentation come from `data.config`. `checkpoint` names a file that is written after every epoch,
+    every `config.checkpoint_seconds` and on Ctrl-C; where it exists, training goes on from there, on the same machine
+    exactly as if it had never stopped. A hook with state offers `state_dict()` and `load_state_dict()`, which go into
+    the checkpoint. `teacher` is followed with weight `config.distillation`. Under torchrun every process calls `fit`;
+    the batch is divided among them.
+
+    Raises `ArtifactError` for a checkpoint of another run, `RmpruneError` when the loss is no longer finite.
+    """
+    require(config.distillation == 0 or teacher is not None, "distillation is set, but there is no teacher to follow")
+    with distributed.process_group(torch.device(device)) as (device, rank, world):
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)
+            run = _Run(model, data, config, seed, device, hook, teacher, checkpoint, label, rank, world)
+            run.resume()
+            run.journal = (
+                Journal(
+                    label,
+                    run.state.total_steps,
+                    done_steps=run.state.step,
+                    done_epochs=run.finished_epochs,
+                    log=None if log is None else Path(log),
+                    progress=progress,
+                    tensorboard=config.tensorboard,
+                )
+                if rank == 0
+                else SilentJournal()
+            )
+            try:
+                run.train()
+            finally:
+                run.journal.close()
+    return run.state.model.eval()
+
+
+class _Run:
+    """The living state of one `fit`."""
+
+    journal: Journal
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Dataset,
+        config: TrainConfig,
+        seed: int,
+        device: torch.device,
+        hook: Hook | None,
+        teacher: nn.Module | None,
+        checkpoint: Path | None,
+        label: str,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.data, self.config, self.seed, self.device, self.hook = data, config, seed, device, hook
+        self.label, self.rank, self.world = label, rank, world
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.teacher = (
+            self.place(copy.deepcopy(teacher)).eval() if teacher is not None and config.distillation else None
+        )
+        model = self.place(copy.deepcopy(model))
+        self.fingerprint = _fingerprint(model, data, config, seed, label, distilled=self.teacher is not None)
+        steps = data.train.num_batches(data.config.batch_size, shuffled=True)
+        self.state = TrainState(
+            model,
+            make_optimizer(model, config),
+            config,
+            steps,
+            steps * config.epochs,
+            total_learning_rate(config, steps),
+        )
+        self.first_model = model  # another one in `state` came from the hook
+        self.parallel = distributed.wrap(model, world, device)
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
+        self.seconds = 0.0  # spent on this epoch before the current call
+        self.between_steps = True
+        self.saved_at = time.monotonic()
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device, in the memory order and the mode of training."""
+        return model.to(device=self.device, memory_format=self.memory_format).train()
+
+    @property
+    def at_epoch_end(self) -> bool:
+        return self.state.step % self.state.steps_per_epoch == 0
+
+    @property
+    def finished_epochs(self) -> int:
+        """Epochs that are in the log: the last one may have made all its steps and still wait for its validation."""
+        waiting = self.at_epoch_end and bool(self.totals[2] > 0)
+        return self.state.step // self.state.steps_per_epoch - waiting
+
+    def train(self) -> None:
+        """Run all steps that are left. On Ctrl-C save the checkpoint and re-raise."""
+        with DeferredInterrupt() as interrupt:
+            try:
+                while True:
+                    if self.at_epoch_end and self.totals[2] > 0:
+                        self.finish_epoch()
+                    if interrupt.requested:
+                        raise KeyboardInterrupt
+                    if self.state.step >= self.state.total_steps:
+                        return
+                    self.train_epoch(interrupt)
+            except KeyboardInterrupt:
+                if self.between_steps:  # within a step the last checkpoint stands
+                    self.save()
+                raise
+
+    def train_epoch(self, interrupt: DeferredInterrupt) -> None:
+        """The rest of the current epoch, or up to the first Ctrl-C."""
+        epoch, start = divmod(self.state.step, self.state.steps_per_epoch)
+        self.started = time.monotonic()
+        batches = self.data.train.batches(
+            self.data.config.batch_size,
+            device=self.device,
+            shuffle_seed=batch_seed(self.seed, epoch),
+            augment=self.data.config.augment,
+            memory_format=self.memory_format,
+            start=start,
+            shard=(self.rank, self.world),
+        )
+        for x, y in batches:
+            self.train_step(x, y)
+            if self.journal.wants_step:
+                loss, accuracy, rate = self.facts(self.totals)
+                self.journal.step(self.state.step, epoch + 1, loss, accuracy, rate * self.world)
+            if self.at_epoch_end:
+                return
+            if interrupt.requested:
+                raise KeyboardInterrupt
+            if time.monotonic() - self.saved_at > self.config.checkpoint_seconds:
+                self.save()
+
+    def train_step(self, x: Tensor, y: Tensor) -> None:
+        """Forward, backward, the optimizer's step and the hook."""
+        state, config = self.state, self.config
+        state.learning_rate = learning_rate(config, state.step, state.steps_per_epoch)
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.learning_rate
+        self.between_steps = False
+        with autocast(config.precision, self.device):
+            output = self.parallel(x)
+            loss = nn.functional.cross_entropy(output.float(), y, label_smoothing=config.label_smoothing)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    target = self.teacher(x)
+                soft = distillation_loss(output, target, config.temperature)
+                loss = (1 - config.distillation) * loss + config.distillation * soft
+        with torch.no_grad():
+            self.totals += torch.stack(
+                [loss * len(y), (output.argmax(1) == y).sum(), torch.as_tensor(len(y), device=x.device)]
+            )
+        if self.device.type == "cpu" or state.step % _FINITE_CHECK_STEPS == 0:
+            self.check_finite()
+        state.optimizer.zero_grad()
+        loss.backward()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+        state.optimizer.step()
+        state.step += 1
+        self.between_steps = True
+        if self.hook is not None:
+            self.call_hook(self.hook)
+
+    def call_hook(self, hook: Hook) -> None:
+        """Let the hook work, and take over a model that it put in place."""
+        state = self.state
+        model, optimizer = state.model, state.optimizer
+        hook(state)
+        if state.model is not model:
+            state.model = self.place(state.model)
+            if state.optimizer is optimizer:
+                state.optimizer = make_optimizer(state.model, self.config)
+            self.parallel = distributed.wrap(state.model, self.world, self.device)
+
+    def check_finite(self) -> None:
+        if not math.isfinite(float(self.totals[0])):
+            raise RmpruneError(
+                f"{self.label}: the loss is no longer finite in epoch {self.state.step // self.state.steps_per_epoch + 1}, "
+                f"step {self.state.step + 1}; lower learning_rate (now {self.config.learning_rate:g}), lengthen "
+                "warmup_epochs, or lower clip_norm"
+            )
+
+    def facts(self, totals: Tensor) -> tuple[float, float, float]:
+        """(mean loss, accuracy, images per second) of the epoch so far."""
+        loss, correct, images = totals.tolist()
+        return loss / images, correct / images, images / max(1e-9, self.seconds + time.monotonic() - self.started)
+
+    def finish_epoch(self) -> None:
+        """Validate, write the log line, begin a new epoch, save."""
+        self.started = getattr(self, "started", time.monotonic())
+        self.check_finite()
+        loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
+        state = self.state
+        distributed.share_buffers(state.model, self.world)
+        validation = evaluate(state.model, self.data.validation, device=self.device, precision=self.config.precision)
+        seconds = self.seconds + time.monotonic() - self.started
+        self.journal.epoch(
+            {
+                "epoch": state.step // state.steps_per_epoch,
+                "epochs": self.config.epochs,
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "validation_loss": validation.loss,
+                "validation_accuracy": validation.accuracy,
+                "learning_rate": state.learning_rate,
+                "images_per_second": rate,
+                "seconds": seconds,
+            }
+        )
+        self.totals = torch.zeros_like(self.totals)
+        self.seconds, self.started = 0.0, time.monotonic()
+        self.save()  # after the log: a line that is written twice is dropped when training goes on
+
+    def save(self) -> None:
+        """Write the checkpoint, unless the model is broken: then the one before is worth more."""
+        if self.checkpoint is None or self.rank != 0:
+            return
+        model = self.state.model
+        self.check_finite()
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise RmpruneError(
+                f"{self.label}: weights are no longer finite at step {self.state.step}; lower learning_rate"
+            )
+        architecture = None
+        if model is not self.first_model or _shapes(model) != self.fingerprint["network"]:
+            from rmprune import artifact  # traces the model; only needed where a hook changed it
+
+            architecture = json.dumps(artifact.describe(model))
+        state_dict = getattr(self.hook, "state_dict", None)
+        files.save_checkpoint(
+            self.checkpoint,
+            {
+                "fingerprint": self.fingerprint,
+                "step": self.state.step,
+                "architecture": architecture,
+                "model": model.state_dict(),
+                "optimizer": files.optimizer_state(self.state.optimizer, model),
+                "totals": self.totals,
+                "seconds": self.seconds + time.monotonic() - getattr(self, "started", time.monotonic()),
+                "random": torch.get_rng_state(),
+                "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                "hook": state_dict() if state_dict is not None else None,
+            },
+        )
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go back to where the checkpoint was written, if there is one."""
+        path = self.checkpoint
+        if path is None or not path.exists():
+            return
+        saved = files.load_checkpoint(path)
+        try:
+            files.check_fingerprint(path, saved["fingerprint"], self.fingerprint)
+            if saved["architecture"] is not None:
+                from rmprune import artifact
+
+                self.state.model = self.place(artifact.build(json.loads(saved["architecture"])))
+                self.state.optimizer = make_optimizer(self.state.model, self.config)
+                self.parallel = distributed.wrap(self.state.model, self.world, self.device)
+            self.state.model.load_state_dict(saved["model"])
+            files.restore_optimizer(self.state.optimizer, self.state.model, saved["optimizer"])
+            self.state.step, self.seconds = int(saved["step"]), float(saved["seconds"])
+            self.totals = saved["totals"].to(self.device)
+            if saved["hook"] is not None and self.hook is not None:
+                self.hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
+            torch.set_rng_state(saved["random"])
+            if saved["random_cuda"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["random_cuda"], self.device)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ArtifactError(f"{path} does not fit this training ({reason}); delete it to start again") from error
+
+
+def _shapes(model: nn.Module) -> str:
+    """A digest of the names and shapes of all tensors of a model."""
+    shapes = [(name, list(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def _fingerprint(
+    model: nn.Module, data: Dataset, config: TrainConfig, seed: int, label: str, *, distilled: bool
+) -> dict[str, Any]:
+    """What a checkpoint must agree on with the training that wants to go on from it."""
+    training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_FINGERPRINT}
+    images = {
+        key: getattr(data.config, key) for key in ("batch_size", "validation", "split_seed", "train_images", "augment")
+    }
+    shape = "x".join(map(str, data.input_shape))
+    identity = {"network": _shapes(model), "dataset": data.name, "input_shape": shape, "seed": seed, "stage": label}
+    return {**training, **images, **identity, "distilled": distilled}

@@ -1,0 +1,51 @@
+"""The optimizer and its learning-rate schedule; no loop."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from rmprune.config import TrainConfig
+
+SHORTCUT_SCALE = "shortcut_scale"  # the name of the depthwise layers that training.sparsity puts on shortcuts
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: weights of convolutions and linear layers decay; biases, norms, PReLU slopes and shortcut scales do not."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_scale = parameter.ndim <= 1 or name.split(".")[-2:-1] == [SHORTCUT_SCALE]
+        (free if is_scale else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum over `parameter_groups`; a hook that replaces the model may call it for the new one."""
+    return torch.optim.SGD(
+        parameter_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        fused=all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters()),
+    )
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of step 0 <= step < epochs * steps_per_epoch: linear warm-up, then cosine or constant."""
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def total_learning_rate(config: TrainConfig, steps_per_epoch: int) -> float:
+    """The sum of the learning rates of all steps: what strengths that are stated for a whole run are divided by."""
+    return math.fsum(learning_rate(config, step, steps_per_epoch) for step in range(config.epochs * steps_per_epoch))
