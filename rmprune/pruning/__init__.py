@@ -1,0 +1,10 @@
+"""Which channels go, and their physical removal: importance, budgets, surgery, cuts while training, and the coupled baseline."""
+
+from rmprune.pruning.budget import Budget, allocate
+from rmprune.pruning.dead import fold_dead_channels
+from rmprune.pruning.graph import find_structure
+from rmprune.pruning.importance import IMPORTANCES, TaylorSum
+from rmprune.pruning.one_shot import prune
+from rmprune.pruning.surgery import shrink
+
+__all__ = ["IMPORTANCES", "Budget", "TaylorSum", "allocate", "find_structure", "fold_dead_channels", "prune", "shrink"]

@@ -1,0 +1,194 @@
+"""Removal of channels that compute nothing, exactly (RM.md 6): constant ones are folded into their readers, unread ones just go."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.pruning.budget import Budget, allowed_units
+from rmprune.pruning.constants import Constants, find_constants, is_padded, response
+from rmprune.pruning.graph import find_structure
+from rmprune.pruning.importance import input_weights
+from rmprune.pruning.structure import Group, Keep, Structure, evaluating
+from rmprune.pruning.surgery import shrink
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """``model`` without its dead channels; ``keep``: which units of the original structure it still has; ``structure``: of ``model``."""
+
+    model: nn.Module
+    keep: Keep
+    structure: Structure
+
+
+def fold_dead_channels(
+    model: M, example_inputs: Tensor, *, limits: Budget | None = None, structure: Structure | None = None
+) -> M:
+    """A new network, equal in eval mode, without channels that are constant or that nobody reads, to a fixpoint.
+
+    A constant c (batch-norm scale 0, or computed from constants alone) goes into its reader's batch norm or bias: ``W[:, c].sum() * c``,
+    exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all constants of such a layer have the same
+    border, so they are merged into the weights of one of them, which stays. ``limits``: keep at least what these per-layer limits and
+    multiples ask for. Raises UnsupportedModel where torch.fx cannot follow the model, NotEquivalent if the result differs on
+    ``example_inputs``.
+    """
+    return fold(model, example_inputs, limits=limits, structure=structure).model  # type: ignore[return-value]
+
+
+def fold(
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    limits: Budget | None = None,
+    structure: Structure | None = None,
+    origin: Mapping[str, int] | None = None,
+) -> Folded:
+    """:func:`fold_dead_channels` with the masks and the new structure. ``origin``: units the limits refer to."""
+    structure = structure or find_structure(model, example_inputs)
+    origin = dict(origin or structure.units)
+    kept = {g.name: torch.arange(g.units) for g in structure.groups}
+    sizes, result = structure.units, model
+    while True:
+        constants = find_constants(result)
+        if constants is None:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: torch.fx cannot follow it, so its constant channels cannot be told"
+            )
+        keep, merged = _dead_units(result, structure, constants, limits, origin)
+        if not keep:
+            break
+        result = _without(result, structure, constants, keep, merged)
+        structure = structure.shrunk(keep)
+        for name, mask in keep.items():
+            kept[name] = kept[name][mask]
+    if result is model:
+        result = copy.deepcopy(model)
+    else:
+        _check(model, result, example_inputs)
+    masks = {n: torch.zeros(sizes[n], dtype=torch.bool).index_fill(0, index, True) for n, index in kept.items()}
+    return Folded(result, masks, structure)
+
+
+def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | None) -> None:
+    """Add ``delta`` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one, else its bias."""
+    module = model.get_submodule(layer)
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    with torch.no_grad():
+        if module.bias is None and follower is not None:
+            mean = model.get_submodule(follower).running_mean
+            assert isinstance(mean, Tensor)
+            mean -= delta.to(mean)
+        elif module.bias is None:
+            module.bias = nn.Parameter(delta.to(module.weight))
+        else:
+            module.bias += delta.to(module.bias)
+
+
+def _dead_units(
+    model: nn.Module, structure: Structure, constants: Constants, limits: Budget | None, origin: Mapping[str, int]
+) -> tuple[Keep, dict[str, int]]:
+    """{group: what stays} for the groups that lose something, and {group: the unit that takes over the constants of the others}."""
+    keep: Keep = {}
+    merged: dict[str, int] = {}
+    for group in structure.groups:
+        free, mergeable, keeper = _judge(model, group, constants)
+        if keeper is not None:
+            mergeable[keeper] = False
+        order = [*free.nonzero().flatten().tolist(), *mergeable.nonzero().flatten().tolist()]
+        most = min(len(order), group.units - 1)
+        if limits is not None:
+            smallest = group.units - most
+            allowed = [u for u in allowed_units(group, limits, origin[group.name]) if smallest <= u <= group.units]
+            most = group.units - allowed[0] if allowed else 0
+        if most <= 0:
+            continue
+        mask = torch.ones(group.units, dtype=torch.bool)
+        mask[order[:most]] = False
+        keep[group.name] = mask
+        if keeper is not None:
+            merged[group.name] = keeper
+    return keep, merged
+
+
+def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor, Tensor, int | None]:
+    """Units that go for nothing, units whose constants another could take over (with equal borders), and which one that would be."""
+    free = torch.ones(group.units, dtype=torch.bool)
+    mergeable = torch.ones(group.units, dtype=torch.bool)
+    able = torch.ones(group.units, dtype=torch.bool)  # could take over the constants of others
+    strength = torch.full((group.units,), torch.inf, dtype=torch.float64)
+    for member in group.consumers:
+        layer = model.get_submodule(member.layer)
+        unread = (input_weights(layer, layer.weight.detach().abs()) == 0).cpu()
+        value = constants.inputs.get(member.layer)
+        value = torch.full((len(unread),), torch.nan, dtype=torch.float64) if value is None else value
+        simple = unread | (value == 0) | (~value.isnan() & (not is_padded(layer)))
+        free &= simple[member.index].all(1)
+        if member.index.shape[1] > 1 or getattr(layer, "groups", 1) > 1:
+            mergeable &= simple[member.index].all(1)
+            continue
+        mergeable &= (simple | ~value.isnan())[member.index].all(1)
+        if is_padded(layer):
+            mine = value[member.index].flatten()
+            able &= ~mine.isnan() & (mine != 0)
+            strength = torch.minimum(strength, mine.abs().nan_to_num(0.0))
+    mergeable &= ~free
+    able &= mergeable
+    if not bool(able.any()):
+        return free, torch.zeros_like(free), None
+    return free, mergeable, int(torch.where(able, strength, -1.0).argmax())
+
+
+def _without(
+    model: nn.Module, structure: Structure, constants: Constants, keep: Keep, merged: Mapping[str, int]
+) -> nn.Module:
+    """Fold the constants of what goes into a copy, then cut the copy."""
+    result = copy.deepcopy(model)
+    for group in structure.groups:
+        if group.name not in keep:
+            continue
+        gone = ~keep[group.name]
+        for member in group.consumers:
+            layer = result.get_submodule(member.layer)
+            assert isinstance(layer, nn.Conv2d | nn.Linear)
+            value = torch.zeros(layer.weight.shape[1] * getattr(layer, "groups", 1), dtype=torch.float64)
+            index = member.index[gone].flatten()
+            value[index] = constants.inputs[member.layer][index].nan_to_num(0.0)  # NaN: unread here
+            if is_padded(layer):
+                if group.name in merged:
+                    _merge_columns(
+                        layer, constants.inputs[member.layer], value, int(member.index[merged[group.name], 0])
+                    )
+                continue
+            if bool(value.any()):
+                add_to_bias(result, member.layer, response(layer, value), constants.followers.get(member.layer))
+    return shrink(result, keep, structure)[0]
+
+
+def _merge_columns(layer: nn.Module, constant: Tensor, value: Tensor, into: int) -> None:
+    """W[:, into] += sum over c of W[:, c] * value_c / constant_into: the same sum at every position, borders included."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    with torch.no_grad():
+        share = (value / constant[into]).to(weight.device)
+        columns = value.nonzero().flatten().to(weight.device)
+        total = torch.einsum("oc...,c->o...", weight[:, columns].double(), share[columns])
+        weight[:, into] += total.to(weight.dtype)
+
+
+def _check(model: nn.Module, result: nn.Module, example_inputs: Tensor) -> None:
+    with evaluating(model), evaluating(result), torch.no_grad():
+        before, after = model(example_inputs), result(example_inputs)
+    if isinstance(before, Tensor):
+        error = float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
+        tolerance = 1e-9 if before.dtype == torch.float64 else 1e-2
+        if not error <= tolerance:
+            raise NotEquivalent(
+                f"folding dead channels changed the outputs by {error:.2g} of their scale (over {tolerance:g})"
+            )

@@ -1,0 +1,281 @@
+"""How much each unit of each group matters: one interface, five criteria, and the Taylor scores summed up during ordinary training.
+
+A score is non-negative and larger for what should stay. Taylor scores are in units of the loss, so they compare across layers and
+across reserved and computed channels; see each function for the others.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.pruning.structure import Group, Member, Structure, evaluating
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Scores = dict[str, Tensor]
+"""Group name -> float64 [units]."""
+Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
+
+
+def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
+    """|scale| (network slimming, Liu et al. 2017), the mean over a group's batch norms times the number of its producers: like the cost,
+    it adds up over the layers that lose a channel. A reserved copy's batch norm carries sqrt(var), the unit of a trained scale: the
+    channel's standard deviation before the activation. Needs no data."""
+
+    def score(group: Group) -> Tensor:
+        found = []
+        for member in group.members:
+            module = model.get_submodule(member.layer)
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.weight is not None:
+                found.append(_gather(module.weight.detach().abs(), member).mean(1))
+        if not found:
+            raise UnsupportedModel(
+                f"{group.name}: no batch norm to rank its channels by; use importance='taylor', or keep batch norms when removing residuals"
+            )
+        return torch.stack(found).mean(0) * len(group.producers)
+
+    return {group.name: score(group) for group in structure.groups}
+
+
+def magnitude(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
+    """L2 norm of the filters that compute a unit, summed over producers (Li et al. 2017). Needs no data."""
+
+    def score(group: Group) -> Tensor:
+        total = torch.zeros(group.units, dtype=torch.float64)
+        for member in group.members:
+            module = model.get_submodule(member.layer)
+            if member.side == "out":
+                total += _gather(module.weight.detach().flatten(1).norm(dim=1), member).square().sum(1).sqrt()
+        return total
+
+    return {group.name: score(group) for group in structure.groups}
+
+
+def random(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
+    """Uniform noise, the same for the same group name and size: the control of every comparison."""
+
+    def score(group: Group) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(group.name.encode()).digest()[:4], "big")
+        return torch.rand(group.units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    return {group.name: score(group) for group in structure.groups}
+
+
+def taylor(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
+    """First-order change of the loss when a unit is set to zero (Molchanov et al. 2017): |sum over images and positions of
+    activation * gradient| in each batch, summed over batches. Exact to first order for any activation: read at the consumers' inputs."""
+    scores = _zeros(structure)
+    for effects, _ in _effects(model, structure, batches, "taylor"):
+        for name, effect in effects.items():
+            scores[name] += effect.sum(0).abs()
+    return scores
+
+
+def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
+    """The same, image by image: sqrt(mean of the squared effect) (Molchanov et al. 2019). Effects of opposite sign do not cancel, which
+    is the better choice on a trained network, where they nearly do."""
+    scores, images = _zeros(structure), 0
+    for effects, count in _effects(model, structure, batches, "taylor_squared"):
+        images += count
+        for name, effect in effects.items():
+            scores[name] += (effect * count).square().sum(0)  # the loss is a mean: undo its 1 / count
+    return {name: (score / images).sqrt() for name, score in scores.items()}
+
+
+def activation(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
+    """What the next layer would lose: the standard deviation of a unit's activation times the norm of the weights that read it, over the
+    standard deviation of what the layer puts out (the mean is no loss: it can be folded into the bias). Summed in squares over consumers."""
+    data = _need(batches, "activation")
+    consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
+    moments: dict[str, list[Tensor]] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            now = [m for x in (inputs[0], output) for m in _moments(x)]
+            before = moments.get(name)
+            moments[name] = now if before is None else [a + b for a, b in zip(before, now, strict=True)]
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in consumers.items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            for x, _ in data:
+                model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    scores = _zeros(structure)
+    for group in structure.groups:
+        for member in group.consumers:
+            n_in, sum_in, square_in, n_out, sum_out, square_out = moments[member.layer]
+            variance = (square_in / n_in - (sum_in / n_in).square()).clamp(min=0)
+            total = (square_out / n_out - (sum_out / n_out).square()).clamp(min=0).sum().clamp(min=1e-30)
+            weights = input_weights(consumers[member.layer], consumers[member.layer].weight.detach().double().square())
+            scores[group.name] += _gather(variance * weights / total, member).sum(1)
+    return {name: score.sqrt() for name, score in scores.items()}
+
+
+IMPORTANCES: Mapping[str, Importance] = {
+    f.__name__: f for f in (batch_norm, taylor, taylor_squared, magnitude, activation, random)
+}
+
+
+def score_groups(
+    importance: str | Mapping[str, Tensor] | Importance,
+    model: nn.Module,
+    structure: Structure,
+    batches: Batches | None = None,
+) -> Scores:
+    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit."""
+    if isinstance(importance, str):
+        if importance not in IMPORTANCES:
+            raise ConfigError(f"importance {importance!r} is unknown; there are: {', '.join(IMPORTANCES)}")
+        scores: Mapping[str, Tensor] = IMPORTANCES[importance](model, structure, batches)
+    elif isinstance(importance, Mapping):
+        scores = {g.name: _look_up(importance, g) for g in structure.groups}
+    else:
+        scores = importance(model, structure, batches)
+    checked = {}
+    for group in structure.groups:
+        score = scores.get(group.name)
+        if score is None or score.shape != (group.units,) or not bool(torch.isfinite(score).all()):
+            seen = (
+                "nothing"
+                if score is None
+                else f"shape {tuple(score.shape)}, finite: {bool(torch.isfinite(score).all())}"
+            )
+            raise ConfigError(f"importance of {group.name}: expected {group.units} finite numbers, got {seen}")
+        checked[group.name] = score.detach().double().cpu()
+    return checked
+
+
+class TaylorSum:
+    """Taylor scores from the gradients that ordinary training leaves behind: call :meth:`update` after backward, no extra pass.
+
+    The effect of removing input channel c of a layer is sum(W[:, c] * dL/dW[:, c]), which equals sum(activation * gradient); behind a
+    batch norm and ReLU it is the producer's gamma * dL/dgamma + beta * dL/dbeta. |effect of the batch|, summed over batches.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self.reset(structure)
+
+    def reset(self, structure: Structure, scores: Mapping[str, Tensor] | None = None) -> None:
+        """Start over for this structure, from ``scores`` where given."""
+        self.structure = structure
+        self.scores = _zeros(structure) if scores is None else {n: scores[n].double().clone() for n in structure.units}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> bool:
+        """Add this step's gradients; False (and nothing added) where a consumer has none or they are not finite."""
+        effects: dict[str, Tensor] = {}
+        done: dict[str, Tensor] = {}
+        for group in self.structure.groups:
+            total = torch.zeros(group.units, dtype=torch.float64)
+            for member in group.consumers:
+                if member.layer not in done:
+                    module = model.get_submodule(member.layer)
+                    weight = module.weight
+                    if not isinstance(weight, Tensor) or weight.grad is None:
+                        return False
+                    done[member.layer] = input_weights(module, weight * weight.grad).double().cpu()
+                total += _gather(done[member.layer], member).sum(1)
+            effects[group.name] = total
+        if not all(bool(torch.isfinite(e).all()) for e in effects.values()):
+            return False
+        for name, effect in effects.items():
+            self.scores[name] += effect.abs()
+        return True
+
+
+def input_weights(module: nn.Module, values: Tensor) -> Tensor:
+    """[c_in]: the sum, for each input channel, of ``values`` shaped as the layer's weight (convolution groups taken apart)."""
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return values.view(module.groups, -1, *values.shape[1:]).sum(dim=(1, 3, 4)).flatten()
+    return values.flatten(2).sum(dim=(0, 2)) if values.dim() > 2 else values.sum(0)
+
+
+def _gather(values: Tensor, member: Member) -> Tensor:
+    """[units, k] of a vector over the channels of the member's layer."""
+    return values.double().cpu()[member.index]
+
+
+def _zeros(structure: Structure) -> Scores:
+    return {g.name: torch.zeros(g.units, dtype=torch.float64) for g in structure.groups}
+
+
+def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
+    if group.name in table:
+        return table[group.name]
+    found = [_gather(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
+    if not found:
+        raise ConfigError(
+            f"the importance table has no entry for {group.name} (or {', '.join(m.layer for m in group.members)})"
+        )
+    return torch.stack(found).mean(0)
+
+
+def _need(batches: Batches | None, name: str) -> Batches:
+    if batches is None:
+        raise ConfigError(f"importance {name!r} is measured on images: pass data, (images, labels) batches")
+    return batches
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of a linear layer's rows)."""
+    flat = (x.transpose(0, 1) if x.dim() == 4 else x.reshape(-1, x.shape[-1]).t()).flatten(1).double()
+    return torch.tensor(float(flat.shape[1])), flat.sum(1).cpu(), flat.square().sum(1).cpu()
+
+
+@contextmanager
+def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The inputs of these modules, each as a view of its own, so that a gradient belongs to one consumer."""
+    seen: dict[str, Tensor] = {}
+
+    def capture(name: str) -> Callable[..., tuple[Tensor]]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            x = inputs[0].view_as(inputs[0])
+            seen[name] = x if x.requires_grad else x.detach().requires_grad_(True)
+            return (seen[name],)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(capture(name)) for name, module in modules.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _effects(
+    model: nn.Module, structure: Structure, batches: Batches | None, name: str
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """For each batch: {group: [images, units], sum over positions of activation * gradient of the mean cross entropy}, and its size."""
+    data = _need(batches, name)
+    modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
+    with evaluating(model), _captured_inputs(modules) as seen:
+        for x, y in data:
+            seen.clear()
+            with torch.enable_grad():
+                loss = F.cross_entropy(model(x), y)
+                names = list(seen)
+                gradients = torch.autograd.grad(loss, [seen[n] for n in names])
+            effects = {}
+            for n, gradient in zip(names, gradients, strict=True):
+                product = (seen[n].detach() * gradient).double()
+                channels_last = product.dim() == 3  # tokens of a linear layer
+                effects[n] = (
+                    product.sum(1) if channels_last else product.flatten(2).sum(2) if product.dim() > 2 else product
+                ).cpu()
+            yield (
+                {
+                    g.name: torch.stack([effects[m.layer][:, m.index].sum(2) for m in g.consumers]).sum(0)
+                    for g in structure.groups
+                },
+                len(x),
+            )

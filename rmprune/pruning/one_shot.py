@@ -1,0 +1,137 @@
+"""Prune a network in one cut: dead channels exactly, then the least important ones to the budget. For cuts while training: `gradual.py`."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.pruning.budget import Budget, allocate, resolve
+from rmprune.pruning.constants import find_constants, response
+from rmprune.pruning.dead import add_to_bias, fold
+from rmprune.pruning.graph import find_structure
+from rmprune.pruning.importance import Batches, Importance, score_groups
+from rmprune.pruning.structure import Cost, Keep, Structure, evaluating
+from rmprune.pruning.surgery import shrink
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def prune(
+    plain: M,
+    example_inputs: Tensor,
+    *,
+    importance: str | Mapping[str, Tensor] | Importance = "batch_norm",
+    budget: Budget,
+    data: Batches | None = None,
+    cost: Cost | None = None,
+    rank: str = "per_cost",
+    compensate: bool = True,
+    lookahead: int = 1,
+) -> M:
+    """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or eval) kept.
+
+    ``importance``: a name of :data:`rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor [channels]}, or a callable.
+    ``data``: (images, labels) batches, for importances that are measured and, with ``compensate``, for folding the mean of each removed
+    live channel into its readers (the least-squares intercept); re-iterable if both. ``cost`` and ``lookahead``: for ``latency_ratio``,
+    see :func:`rmprune.pruning.budget.allocate`. Works on networks with residuals as well (their streams are then pruned coupled).
+
+    Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned.
+    """
+    structure = find_structure(plain, example_inputs)
+    origin = structure.units
+    target = resolve(structure, budget, cost)
+    model: nn.Module = plain
+    try:
+        folded = fold(plain, example_inputs, limits=budget, structure=structure)
+    except UnsupportedModel:  # torch.fx cannot follow it: dead channels are pruned as any other
+        folded = None
+    if folded is not None:
+        model, structure = folded.model, folded.structure
+        if isinstance(importance, Mapping):
+            importance = {name: _slice(name, s, folded.keep) for name, s in importance.items()}
+    if data is not None and not isinstance(data, list | tuple):
+        data = list(data)
+    scores = score_groups(importance, model, structure, data)
+    keep = allocate(structure, scores, budget, cost, target=target, origin=origin, rank=rank, lookahead=lookahead)
+    if compensate:
+        model = compensated(model, structure, keep, data)
+    model = shrink(model, keep, structure)[0]
+    structure = structure.shrunk(keep)
+    if folded is not None:
+        model = fold(model, example_inputs, limits=budget, structure=structure, origin=origin).model
+    check_outputs(plain, model, example_inputs)
+    return model  # type: ignore[return-value]
+
+
+def compensated(model: nn.Module, structure: Structure, keep: Keep, data: Batches | None) -> nn.Module:
+    """A copy in which what the removed channels contribute on average is in their readers' batch norms or biases.
+
+    Averages are measured on ``data``; without it only constant channels are known.
+    """
+    constants = find_constants(model)
+    means = {} if constants is None else {n: v.nan_to_num(0.0) for n, v in constants.inputs.items()}
+    if data is not None:
+        means = mean_inputs(model, {m.layer for g in structure.groups for m in g.consumers}, data)
+    followers = {} if constants is None else constants.followers
+    result = copy.deepcopy(model)
+    sizes = {layer.name: layer for layer in structure.layers}
+    for group in structure.groups:
+        gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
+        for member in group.consumers if bool(gone.any()) else ():
+            if member.layer not in means or (member.layer not in followers and _has_no_bias(result, member.layer)):
+                continue
+            value = torch.zeros(sizes[member.layer].cin, dtype=torch.float64)
+            index = member.index[gone].flatten()
+            value[index] = means[member.layer][index]
+            add_to_bias(
+                result, member.layer, response(result.get_submodule(member.layer), value), followers.get(member.layer)
+            )
+    return result
+
+
+def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[str, Tensor]:
+    """{layer: [c_in] float64, the mean of each input channel over images and positions}, in eval mode."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            x = x.transpose(0, 1).flatten(1) if isinstance(module, nn.Conv2d) else x.reshape(-1, x.shape[-1]).t()
+            sums[name] = sums.get(name, torch.zeros(())) + x.double().sum(1).cpu()
+            counts[name] = counts.get(name, 0) + x.shape[1]
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
+    try:
+        with evaluating(model), torch.no_grad():
+            for x, _ in data:
+                model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Tensor) -> None:
+    """The pruned network runs, and its outputs have the shape they had."""
+    with evaluating(before), evaluating(after), torch.no_grad():
+        expected, got = before(example_inputs), after(example_inputs)
+    if isinstance(expected, Tensor) and expected.shape != got.shape:
+        raise UnsupportedModel(f"pruning changed the output's shape from {tuple(expected.shape)} to {tuple(got.shape)}")
+
+
+def _has_no_bias(model: nn.Module, layer: str) -> bool:
+    return getattr(model.get_submodule(layer), "bias", None) is None
+
+
+def _slice(name: str, scores: Tensor, keep: Keep) -> Tensor:
+    if name in keep and len(scores) == len(keep[name]):
+        return scores[keep[name].to(scores.device)]
+    if name not in keep:
+        raise ConfigError(f"the importance table names {name!r}; use the group names: {', '.join(keep)}")
+    return scores

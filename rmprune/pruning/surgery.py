@@ -1,0 +1,118 @@
+"""Physical removal of channels by keep masks: a new, smaller module, with gradients and the optimiser's state cut along. Decides nothing."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.pruning.structure import Structure, is_depthwise, layer_masks
+
+Slices = tuple[tuple[int, Tensor], ...]
+"""((dimension, int64 indices that stay), ...)."""
+M = TypeVar("M", bound=nn.Module)
+O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
+
+
+def shrink(
+    model: M, keep: Mapping[str, Tensor], structure: Structure, optimizer: O | None = None
+) -> tuple[M, O | None]:
+    """A new module without the channels whose mask is False, and a new optimiser on its parameters.
+
+    ``keep``: {group of ``structure``: bool [units]}, True stays. Momentum and other state of a parameter's shape is sliced with the same
+    indices as the parameter; hyper-parameters and step counts stay. The arguments are left alone. Gradients that exist are sliced too.
+    Slicing is our own and not Torch-Pruning's: one index per tensor serves weights, gradients and optimiser state alike.
+    """
+    slices = tensor_slices(model, structure, keep)
+    memo: dict[int, Any] = {}
+    old = dict(model.named_parameters())
+    for name, parameter in old.items():
+        memo[id(parameter)] = _new_parameter(parameter, slices.get(name, ()))
+    for name, buffer in model.named_buffers():
+        memo[id(buffer)] = take(buffer, slices.get(name, ()))
+    smaller = copy.deepcopy(model, memo)
+    for name, module in smaller.named_modules():
+        _set_sizes(module)
+        del name
+    if optimizer is None:
+        return smaller, None
+    return smaller, _shrink_optimizer(optimizer, {id(p): (memo[id(p)], slices.get(n, ())) for n, p in old.items()})
+
+
+def take(tensor: Tensor, slices: Slices) -> Tensor:
+    """A copy with only these indices, in the tensor's own memory format."""
+    result = tensor.detach()
+    for dim, index in slices:
+        result = result.index_select(dim, index.to(tensor.device))
+    if not slices:
+        return result.clone(memory_format=torch.preserve_format)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        return result.contiguous(memory_format=torch.channels_last)
+    return result.contiguous()
+
+
+def tensor_slices(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> dict[str, Slices]:
+    """{parameter or buffer: what of it stays}, for every tensor that loses something."""
+    masks = layer_masks(structure, keep)
+    slices: dict[str, Slices] = {}
+    for layer in {layer for layer, _ in masks}:
+        module = model.get_submodule(layer)
+        rows, cols = masks.get((layer, "out")), masks.get((layer, "in"))
+        out = () if rows is None or bool(rows.all()) else ((0, rows.nonzero().flatten()),)
+        into: Slices = ()
+        if (
+            cols is not None
+            and not bool(cols.all())
+            and isinstance(module, nn.Conv2d | nn.Linear)
+            and not is_depthwise(module)
+        ):
+            first = cols.view(getattr(module, "groups", 1), -1)[0]  # the same positions in every convolution group
+            into = ((1, first.nonzero().flatten()),)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            mine = (*out, *into) if name == "weight" else out
+            if mine and tensor.dim() > 0:
+                slices[f"{layer}.{name}"] = mine
+    return slices
+
+
+def _new_parameter(parameter: nn.Parameter, slices: Slices) -> nn.Parameter:
+    new = nn.Parameter(take(parameter, slices), requires_grad=parameter.requires_grad)
+    if parameter.grad is not None:
+        new.grad = take(parameter.grad, slices)
+    return new
+
+
+def _set_sizes(module: nn.Module) -> None:
+    """Make a layer's own numbers agree with its tensors."""
+    if isinstance(module, nn.Conv2d):
+        if is_depthwise(module):
+            module.groups = module.in_channels = module.out_channels = module.weight.shape[0]
+        else:
+            module.out_channels = module.weight.shape[0]
+            module.in_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        sizes = [t for t in (module.weight, module.running_mean) if t is not None]
+        module.num_features = len(sizes[0]) if sizes else module.num_features
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+
+
+def _shrink_optimizer(optimizer: O, new: Mapping[int, tuple[nn.Parameter, Slices]]) -> O:
+    """The same optimiser on the new parameters; parameters it does not share with the model are kept as they are."""
+    result = copy.copy(optimizer)
+    result.param_groups = []
+    result.state = defaultdict(dict)
+    for group in optimizer.param_groups:
+        parameters = [new[id(p)][0] if id(p) in new else p for p in group["params"]]
+        result.param_groups.append({**group, "params": parameters})
+    for parameter, state in optimizer.state.items():
+        replacement, slices = new.get(id(parameter), (parameter, ()))
+        result.state[replacement] = {
+            key: take(value, slices if value.shape == parameter.shape else ()) if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
+    return result

@@ -1,0 +1,85 @@
+"""Small networks for the pruning tests, with random batch-norm statistics (fresh ones hide bugs)."""
+
+import torch
+from torch import Tensor, nn
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.5, 0.5),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2.0),
+            ):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * (high - low) + low)
+    return model
+
+
+def conv(cin: int, cout: int, kernel: int = 3, padding: int | None = None, **kwargs: int) -> nn.Conv2d:
+    return nn.Conv2d(cin, cout, kernel, padding=kernel // 2 if padding is None else padding, bias=False, **kwargs)
+
+
+def chain(
+    widths: tuple[int, ...] = (8, 12, 16), kernel: int = 3, padding: int | None = None, seed: int = 0
+) -> nn.Sequential:
+    """conv bn relu ... pool flatten linear on 3-channel images, float64, eval mode."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    cin = 3
+    for width in widths:
+        layers += [conv(cin, width, kernel, padding), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        cin = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cin, 5)]
+    return randomise(nn.Sequential(*layers), seed).double().eval()  # type: ignore[return-value]
+
+
+class Block(nn.Module):
+    def __init__(self, cin: int, cout: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(cin, cout, stride=stride), nn.BatchNorm2d(cout)
+        self.conv2, self.bn2 = conv(cout, cout), nn.BatchNorm2d(cout)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or cin != cout:
+            self.shortcut = nn.Sequential(conv(cin, cout, 1, stride=stride), nn.BatchNorm2d(cout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def residual(width: int = 8, seed: int = 0) -> nn.Sequential:
+    """A small ResNet of three stages, float64, eval mode."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Sequential(conv(3, width), nn.BatchNorm2d(width), nn.ReLU()),
+        Block(width, width),
+        Block(width, 2 * width, 2),
+        Block(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 5),
+    )
+    return randomise(model, seed).double().eval()  # type: ignore[return-value]
+
+
+def images(n: int = 2, size: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+
+
+def measured_macs(model: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of one image, counted from the layers' own shapes by hooks (not by the code under test)."""
+    total = 0
+
+    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        total += module.weight[0].numel() * output[0].numel()
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return total
