@@ -1,0 +1,236 @@
+"""Measured time of networks, fairly: all candidates in one process, in turns, under the same threads and batch. No cost
+models here.
+
+How: batch norms folded, eval mode, inference mode, channels-last in PyTorch, float32, static batch size. For each
+configuration (backend, threads, batch size) all candidates are made ready and warmed up; then come rounds. In a round
+each candidate has one turn, in an order shuffled anew. A turn is one run that is not counted (it brings back caches
+that the candidate before has taken, and outlasts threads that still spin) and then as many as fill about 5 ms, whose
+mean is the turn's time. Rounds go on until the time budget is spent, and there are at least `min_rounds`.
+
+Reported: median and quartiles over rounds, and the ratio to the reference candidate round by round. The ratio is the
+better comparison: a machine that slows down for a while slows both.
+"""
+
+import contextlib
+import gc
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import ConfigError
+from rmprune.measure.backends import BACKENDS, Candidate, Run, prepare
+
+TURN_SECONDS = 0.005
+WARMUP_SECONDS = 0.2
+WARMUP_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one network under one configuration, for a whole batch, in milliseconds; `ratio` is time over the
+    reference's.
+    """
+
+    backend: str
+    device: str
+    threads: int
+    batch_size: int
+    median_ms: float
+    q1_ms: float
+    q3_ms: float
+    runs: int
+    """Runs counted, over all rounds."""
+    rounds: int
+    reference: str | None = None
+    ratio: float | None = None
+    ratio_q1: float | None = None
+    ratio_q3: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a record holds it; what does not apply is left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class _Configuration(NamedTuple):
+    backend: str
+    device: str
+    threads: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch_size}"
+
+
+def measure_latency(
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    backend: str = "onnxruntime",
+    threads: int = 2,
+    batch_size: int | None = None,
+    device: str = "cpu",
+    seconds: float = 2.0,
+    min_rounds: int = 15,
+) -> Latency:
+    """Time of one network: `example_inputs` (N, C, H, W), `batch_size` defaults to N. To compare networks, use
+    measure_latencies.
+    """
+    results = measure_latencies(
+        {"model": model},
+        example_inputs,
+        backends=[backend],
+        threads=[threads],
+        batch_sizes=[batch_size or len(example_inputs)],
+        device=device,
+        seconds=seconds,
+        min_rounds=min_rounds,
+    )
+    return results["model"][0]
+
+
+def measure_latencies(
+    models: dict[str, nn.Module],
+    example_inputs: Tensor,
+    *,
+    backends: Sequence[str] = ("eager", "onnxruntime"),
+    threads: Sequence[int] = (2,),
+    batch_sizes: Sequence[int] = (1, 32),
+    device: str = "cpu",
+    seconds: float = 2.0,
+    min_rounds: int = 15,
+    reference: str | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, list[Latency]]:
+    """Times of all `models` under every configuration, interleaved; the module's first lines say how.
+
+    `seconds` is the time budget for each model and configuration (rounds may run over it to reach `min_rounds`).
+    `reference` names the model that ratios are taken to. `progress` is told each configuration as it starts. Models are
+    left alone; torch's number of threads and the garbage collector are put back. Raises ConfigError for an unknown or
+    missing backend, device or reference, UnsupportedModel where torch.fx cannot trace a model.
+    """
+    _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
+    candidates = [Candidate(name, model, example_inputs) for name, model in models.items()]
+    results: dict[str, list[Latency]] = {name: [] for name in models}
+    for configuration in itertools.starmap(_Configuration, itertools.product(backends, [device], threads, batch_sizes)):
+        if progress is not None:
+            progress(str(configuration))
+        with _quiet_process(configuration.threads), torch.inference_mode():
+            runs = {c.name: prepare(c, *configuration) for c in candidates}
+            turns, repeats = _rounds(runs, device, seconds, min_rounds, random.Random(seed))
+        for name, times in turns.items():
+            results[name].append(_summary(configuration, times, repeats[name], reference, turns.get(reference or "")))
+    return results
+
+
+def _check(
+    models: dict[str, nn.Module],
+    backends: Sequence[str],
+    threads: Sequence[int],
+    batch_sizes: Sequence[int],
+    device: str,
+    seconds: float,
+    min_rounds: int,
+    reference: str | None,
+) -> None:
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+    if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
+        raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")
+    if reference is not None and reference not in models:
+        raise ConfigError(f"reference {reference!r} is not among the models measured: {', '.join(models)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: there is no CUDA device here; use --device cpu")
+    if not device.startswith(("cpu", "cuda")):
+        raise ConfigError(f"device {device!r} is not supported; use cpu or cuda")
+
+
+@contextlib.contextmanager
+def _quiet_process(threads: int) -> Iterator[None]:
+    """torch's threads as asked, no garbage collection; both put back."""
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if collecting:
+            gc.enable()
+
+
+def _rounds(
+    runs: dict[str, Run], device: str, seconds: float, min_rounds: int, order: random.Random
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Mean milliseconds of every turn, by candidate and round, and the runs in a turn of each."""
+    timer = _cuda_ms if device.startswith("cuda") else _cpu_ms
+    repeats = {name: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(run, timer), 1e-3))) for name, run in runs.items()}
+    turns: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    end = time.perf_counter() + seconds * len(names)
+    while len(turns[names[0]]) < min_rounds or time.perf_counter() < end:
+        order.shuffle(names)
+        for name in names:
+            runs[name]()
+            turns[name].append(timer(runs[name], repeats[name]))
+    return turns, repeats
+
+
+def _warm_up(run: Run, timer: Callable[[Run, int], float]) -> float:
+    """Runs until caches, allocators and just-in-time compilers have settled; returns the shortest time seen, in ms."""
+    end = time.perf_counter() + WARMUP_SECONDS
+    times = [timer(run, 1) for _ in range(WARMUP_RUNS)]
+    while time.perf_counter() < end:
+        times.append(timer(run, 1))
+    return min(times)
+
+
+def _cpu_ms(run: Run, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) * 1e3 / repeats
+
+
+def _cuda_ms(run: Run, repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / repeats
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return q1, median, q3
+
+
+def _summary(
+    configuration: _Configuration,
+    times: list[float],
+    repeats: int,
+    reference: str | None,
+    reference_times: list[float] | None,
+) -> Latency:
+    q1, median, q3 = _quartiles(times)
+    latency = Latency(
+        **configuration._asdict(), median_ms=median, q1_ms=q1, q3_ms=q3, runs=repeats * len(times), rounds=len(times)
+    )
+    if reference_times is None:
+        return latency
+    r1, ratio, r3 = _quartiles([t / r for t, r in zip(times, reference_times, strict=True)])
+    return replace(latency, reference=reference, ratio=ratio, ratio_q1=r1, ratio_q3=r3)
