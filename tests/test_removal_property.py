@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from random_networks import Act, Block, Conv, Network, Shortcut, Spec, specs
 from torch import Tensor, fx, nn
 
-import rmprune
 from rmprune.errors import UnsupportedModel
+from rmprune.removal import remove_residuals
 
 DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "100"))
 TOLERANCE = 1e-9
@@ -52,7 +52,7 @@ def check(spec: Spec) -> str:
     kept_input = given_input.clone()
     source.train()
     try:
-        removal = rmprune.remove_residuals(source, given_input)
+        removal = remove_residuals(source, given_input)
     except UnsupportedModel:
         return "refused"
     assert removal.removed, "nothing was removed, and no error says so"
