@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Split(ABC):
-    """One part of a data set. Images come normalised with the training images' mean and deviation, channel by channel."""
+    """One part of a data set. Images come normalised by channel, with the training images' mean and deviation."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -48,9 +48,9 @@ class Split(ABC):
     ) -> Iterator[Batch]:
         """Yield (x float32 [B, C, H, W], y int64 [B]) on `device`.
 
-        Without `shuffle_seed` in the stored order and complete; with it in the order of that seed (see `num_batches`).
-        `start` skips so many batches without reading them; `shard` (i, n) yields every n-th image of each batch from the
-        i-th on; `limit` stops after so many images.
+        Without `shuffle_seed` in the stored order and complete; with it in that seed's order (see `num_batches`).
+        `start` skips so many batches without reading them; `shard` (i, n) yields every n-th image of each batch from
+        the i-th on; `limit` stops after so many images.
         """
 
     def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
@@ -148,13 +148,13 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
-    """Indices (validation, training) of the training images: disjoint, stratified by class, a function of split_seed."""
+    """Indices (validation, training) of the training images: disjoint, stratified by class, drawn with split_seed."""
     held_back = stratified_part(labels, config.validation, config.split_seed)
     kept = (~held_back).nonzero().squeeze(1)
     if config.train_images is not None:
         require(
             config.train_images <= len(kept),
-            f"train_images is {config.train_images}, but {config.dataset} has {len(kept)} besides the validation images",
+            f"train_images is {config.train_images}, but {config.dataset} has {len(kept)} beside the validation split",
         )
         generator = torch.Generator().manual_seed(config.split_seed)
         kept = kept[torch.randperm(len(kept), generator=generator)[: config.train_images]].sort().values

@@ -66,7 +66,7 @@ class FolderSplit(Split):
         ]
         loader = DataLoader(
             _Files(self.samples, self.size, augment),
-            batch_sampler=plan,  # type: ignore[arg-type]  # keys are (index, seed) pairs
+            batch_sampler=plan,  # the keys are (index, seed) pairs
             num_workers=self.workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one

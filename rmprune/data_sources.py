@@ -101,7 +101,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 
 def read_cifar(name: str) -> Callable[[Path | None], Source]:
-    """A reader of cifar10 or cifar100 through torchvision, which checks the MD5 sum of every file before it reads it."""
+    """A reader of cifar10 or cifar100 through torchvision, which checks every file's MD5 sum before it reads it."""
 
     def read(data_dir: Path | None) -> Source:
         from torchvision import datasets
@@ -139,7 +139,7 @@ def _cache(data_dir: Path | None) -> Path:
 
 
 def _find_idx_folder(data_dir: Path | None) -> Path | None:
-    """The folder that holds the idx files: all of them, or some, in which case reading names the one that is missing."""
+    """The folder that holds the idx files: all, or some, in which case reading names the one that is missing."""
     below = Path("FashionMNIST") / "raw"  # where torchvision puts them
     cache = _cache(data_dir) / below
     folders = [Path(data_dir), Path(data_dir) / below, cache] if data_dir else [DEBIAN_FASHION_MNIST, cache]

@@ -82,7 +82,7 @@ def accepts(name: str, setting: str) -> bool:
 
 
 def names() -> list[str]:
-    """Names that `create` knows: ours first, then torchvision's. timm's (over a thousand) come as "timm/NAME" besides."""
+    """Names that `create` knows: ours first, then torchvision's. timm's (over a thousand) come as "timm/NAME" too."""
     ours = [name for family in FAMILIES.values() for name in family.names]
     return list(dict.fromkeys(ours + _torchvision_names()))
 
@@ -96,7 +96,7 @@ def _torchvision_names() -> list[str]:
 
 
 def _is_timm(name: str) -> bool:
-    """Whether timm has the network. Names of its model hub ("hf-hub:...") are never looked up: they would be fetched."""
+    """Whether timm has the network. Names of its model hub ("hf-hub:...") are never tried: they would be fetched."""
     if importlib.util.find_spec("timm") is None:
         require(not name.startswith("timm/"), f"{name} needs timm; install it with: pip install 'rmprune[all]'")
         return False

@@ -88,7 +88,8 @@ def initialise_convolutions(model: nn.Module) -> None:
 def is_cifar_depth(name: str) -> bool:
     """Whether the name is a ResNet of ours: a depth of 6n+2 that torchvision does not have."""
     found = re.fullmatch(r"resnet([1-9]\d*)", name)
-    return bool(found) and name not in TORCHVISION_NAMES and (depth := int(found[1])) >= 8 and depth % 6 == 2
+    depth = int(found[1]) if found else 0
+    return depth >= 8 and depth % 6 == 2 and name not in TORCHVISION_NAMES
 
 
 def cifar_resnet(name: str, *, num_classes: int, in_channels: int, width: int = 16) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: written atomically, read without pickle's code, refused where they do not belong."""
+"""Checkpoints of a running training: written atomically, read without pickle's code, refused where they are foreign."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             torch.save({"format": _FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise ArtifactError(
@@ -63,8 +63,11 @@ def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[st
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
     """What the optimizer remembers of each parameter, by the parameter's name (its own numbering depends on order)."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: dict(state) for parameter, state in optimizer.state.items()}
+    return {
+        name: dict(optimizer.state[parameter])
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,7 @@ def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:
             kept.append(line + "\n")
     temporary = log.with_name(log.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, log)
+    temporary.replace(log)
 
 
 def _tensorboard_writer(log: Path | None, label: str) -> Any:

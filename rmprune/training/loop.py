@@ -154,7 +154,7 @@ class _Run:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in the memory order and the mode of training."""
-        return model.to(device=self.device, memory_format=self.memory_format).train()
+        return model.to(self.device).to(memory_format=self.memory_format).train()
 
     @property
     def at_epoch_end(self) -> bool:
@@ -253,9 +253,9 @@ class _Run:
     def check_finite(self) -> None:
         if not math.isfinite(float(self.totals[0])):
             raise RmpruneError(
-                f"{self.label}: the loss is no longer finite in epoch {self.state.step // self.state.steps_per_epoch + 1}, "
-                f"step {self.state.step + 1}; lower learning_rate (now {self.config.learning_rate:g}), lengthen "
-                "warmup_epochs, or lower clip_norm"
+                f"{self.label}: the loss is no longer finite at step {self.state.step + 1} of {self.state.total_steps} "
+                f"({self.state.steps_per_epoch} an epoch); lower learning_rate (now {self.config.learning_rate:g}), "
+                "lengthen warmup_epochs, or lower clip_norm"
             )
 
     def facts(self, totals: Tensor) -> tuple[float, float, float]:

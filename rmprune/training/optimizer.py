@@ -13,8 +13,9 @@ SHORTCUT_SCALE = "shortcut_scale"  # the name of the depthwise layers that train
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: weights of convolutions and linear layers decay; biases, norms, PReLU slopes and shortcut scales do not."""
-    decayed, free = [], []
+    """Weights of convolutions and linear layers decay; biases, norms, PReLU slopes and shortcut scales do not."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -25,7 +26,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum over `parameter_groups`; a hook that replaces the model may call it for the new one."""
+    """SGD with Nesterov momentum over `parameter_groups`; a hook that replaces the model may call it."""
     return torch.optim.SGD(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,

@@ -13,7 +13,7 @@ from rmprune.config import Precision
 
 @functools.cache
 def processor_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's BF16); False where it cannot be told."""
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, ARM's BF16); False where unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,14 +1,14 @@
 """Network slimming (Liu et al. 2017): an L1 pull on batch-norm scales while training. It ranks and removes nothing.
 
 The pull is a proximal step, a soft threshold after the optimizer's step, so idle scales become exactly 0 where a
-subgradient only hovers around it. Its strength is stated for the whole run: step t pulls by `strength * lr_t / sum(lr)`,
-so a scale that the loss leaves alone moves by `strength` in total whatever the schedule.
+subgradient only hovers around it. Its strength is stated for the whole run: step t pulls by `strength * lr_t / sum(lr)`
+(that is lr_t * lambda), so a scale that the loss leaves alone moves by `strength` in total whatever the schedule.
 
-What ranks the copies that RM reserves: by default the scale that RM gives the batch norm of a reserved channel, sqrt(var)
-of the value it carries. That is the standard deviation of the channel before the activation, the very unit of a trained
-scale, so both can be ranked in one list, and it costs no extra training. `add_shortcut_scales` is the option that follows
-the reference implementation: one trained, penalised scale per channel of every identity shortcut, which the loss itself
-may drive to 0.
+What ranks the copies that RM reserves: by default the scale that RM gives the batch norm of a reserved channel,
+sqrt(var) of the value it carries. That is the standard deviation of the channel before the activation, the very unit of
+a trained scale, so both can be ranked in one list, and it costs no extra training. `add_shortcut_scales` is the option
+that follows the reference implementation: one trained, penalised scale per channel of every identity shortcut, which
+the loss itself may drive to 0.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def batch_norm_scales(model: nn.Module, which: Scales = "all") -> dict[str, nn.P
     "all": every batch-norm scale of the network, as in network slimming. After RM any channel can go, so any scale is
         worth a pull; this is the default.
     "inner": only scales whose channels no addition reads on their way to the next convolution or linear layer: the
-        first batch norms of a block. These are the channels that can go while residuals still couple the others, so it is
-        the set for slimming without RM. Needs a model that torch.fx can trace (`UnsupportedModel` otherwise).
+        first batch norms of a block. These are the channels that can go while residuals still couple the others, so it
+        is the set for slimming without RM. Needs a model that torch.fx can trace (`UnsupportedModel` otherwise).
 
-    A scale of 0 does not silence its channel: it emits the constant act(shift), which pruning folds into the next layer.
+    A scale of 0 does not silence its channel: that emits the constant act(shift), which pruning folds onwards.
     """
     found = {
         f"{name}.weight" if name else "weight": module.weight
