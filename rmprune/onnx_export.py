@@ -124,7 +124,8 @@ def export_onnx(
     except OSError as failure:
         raise ArtifactError(f"{path}: cannot write the ONNX file ({failure.strerror})") from failure
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return error
 
 
