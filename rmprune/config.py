@@ -160,3 +160,54 @@ class MeasureConfig:
         require(min(self.batch_sizes) >= 1, f"batch_sizes is {self.batch_sizes}; each must be at least 1")
         require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
         require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")
+
+# ------------------------------------------------------------------------------------------------------------- pruning
+
+ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Which channels go, by what budget (at most one of ratio, macs_ratio and latency_ratio), at once or while training."""
+
+    ratio: float | None = None
+    """Fraction of the channels of the network being pruned that is removed."""
+    macs_ratio: float | None = None
+    """Fraction of the original model's MACs that stays."""
+    latency_ratio: float | None = None
+    """Fraction of the original model's measured time that stays."""
+    importance: ImportanceName = "taylor"
+    """What channels are ranked by. Cuts while training always use taylor, from the gradients at hand."""
+    rank: Literal["per_cost", "importance"] = "per_cost"
+    """per_cost: importance per MAC (or millisecond) saved; importance: one global threshold, as in network slimming."""
+    min_channels: int = 1
+    """Channels that every layer keeps at least."""
+    min_fraction: float = 0.1
+    """Fraction of its channels that every layer keeps at least."""
+    max_fraction: float = 1.0
+    """Fraction of its channels that every layer keeps at most."""
+    round_to: int = 1
+    """Widths are multiples of this."""
+    gradual: bool = True
+    """Cut in small steps while training, instead of once before fine-tuning."""
+    every: int = 30
+    """Training steps between two cuts."""
+    prune_epochs: float = 2.0
+    """Epochs over which the cuts are spread."""
+    score_decay: float = 0.5
+    """Share of the old scores that survives a cut; 0 ranks by the steps since the last cut alone."""
+
+    def __post_init__(self) -> None:
+        budgets = {n: v for n in ("ratio", "macs_ratio", "latency_ratio") if (v := getattr(self, n)) is not None}
+        require(len(budgets) <= 1, f"{' and '.join(budgets)} are set; give one budget")
+        for name, value in budgets.items():
+            require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1")
+        require(self.min_channels >= 1, f"min_channels is {self.min_channels}; it must be at least 1")
+        require(
+            0 <= self.min_fraction <= self.max_fraction <= 1,
+            f"min_fraction is {self.min_fraction} and max_fraction {self.max_fraction}; use 0 <= min <= max <= 1",
+        )
+        require(self.round_to >= 1, f"round_to is {self.round_to}; it must be at least 1")
+        require(self.every >= 1, f"every is {self.every}; it must be at least 1")
+        require(0 < self.prune_epochs < float("inf"), f"prune_epochs is {self.prune_epochs}; it must be positive")
+        require(0 <= self.score_decay < 1, f"score_decay is {self.score_decay}; use 0 up to below 1")

@@ -1,10 +1,23 @@
-"""Which channels go, and their physical removal: importance, budgets, surgery, cuts while training, and the coupled baseline."""
+"""Which channels go, and their removal: importance, budgets, surgery, cuts while training, the coupled baseline."""
 
 from rmprune.pruning.budget import Budget, allocate
+from rmprune.pruning.coupled import prune_coupled
 from rmprune.pruning.dead import fold_dead_channels
+from rmprune.pruning.gradual import GradualPruner
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import IMPORTANCES, TaylorSum
 from rmprune.pruning.one_shot import prune
 from rmprune.pruning.surgery import shrink
 
-__all__ = ["IMPORTANCES", "Budget", "TaylorSum", "allocate", "find_structure", "fold_dead_channels", "prune", "shrink"]
+__all__ = [
+    "IMPORTANCES",
+    "Budget",
+    "GradualPruner",
+    "TaylorSum",
+    "allocate",
+    "find_structure",
+    "fold_dead_channels",
+    "prune",
+    "prune_coupled",
+    "shrink",
+]

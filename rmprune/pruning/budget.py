@@ -1,4 +1,7 @@
-"""Which channels go: a global, greedy allocation under a hard budget with per-layer limits and channel multiples. Changes no model."""
+"""Which channels go: a global, greedy allocation under a hard budget with per-layer limits and channel multiples.
+
+Changes no model.
+"""
 
 import heapq
 import math
@@ -8,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rmprune.config import PruneConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.structure import Cost, Group, Keep, Structure, channels, macs, total_cost
 
@@ -16,10 +20,11 @@ from rmprune.pruning.structure import Cost, Group, Keep, Structure, channels, ma
 class Budget:
     """What must be met, and the limits of each layer. Exactly one of the three ratios is set.
 
-    ``ratio``: at least this fraction of the prunable channels is removed. ``macs_ratio``: at most this fraction of ``reference_macs``, the
-    MACs of the *original* network (None: of the network being pruned), stays. ``latency_ratio``: at most this fraction of ``reference_ms``
-    stays, by the cost given to :func:`allocate`. Of every layer at least ``min_channels`` and ``min_fraction`` and at most
-    ``max_fraction`` of its channels stay, in multiples of ``round_to`` (a layer with no multiple inside its limits stays whole).
+    ``ratio``: at least this fraction of the prunable channels is removed. ``macs_ratio``: at most this fraction of
+    ``reference_macs``, the MACs of the *original* network (None: of the network being pruned), stays.
+    ``latency_ratio``: at most this fraction of ``reference_ms`` stays, by the cost given to :func:`allocate`. Of
+    every layer at least ``min_channels`` and ``min_fraction`` and at most ``max_fraction`` of its channels stay, in
+    multiples of ``round_to`` (a layer with no multiple inside its limits stays whole).
     """
 
     ratio: float | None = None
@@ -48,14 +53,34 @@ class Budget:
                 f"need 0 <= min_fraction <= max_fraction <= 1; got {self.min_fraction} and {self.max_fraction}"
             )
 
+    @classmethod
+    def from_config(
+        cls, config: PruneConfig, *, reference_macs: float | None = None, reference_ms: float | None = None
+    ) -> "Budget":
+        """The budget and limits of a config, against the original network's figures."""
+        return cls(
+            ratio=config.ratio,
+            macs_ratio=config.macs_ratio,
+            latency_ratio=config.latency_ratio,
+            reference_macs=reference_macs,
+            reference_ms=reference_ms,
+            min_channels=config.min_channels,
+            min_fraction=config.min_fraction,
+            max_fraction=config.max_fraction,
+            round_to=config.round_to,
+        )
+
     @property
     def name(self) -> str:
+        """Which of the three ratios is set."""
         return next(n for n in ("ratio", "macs_ratio", "latency_ratio") if getattr(self, n) is not None)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A budget in absolute numbers: ``cost`` summed over the layers must not exceed ``limit``. ``whole``: what the ratio counts against."""
+    """A budget in absolute numbers: ``cost`` summed over the layers must not exceed ``limit``. ``whole``: what the
+    ratio counts against.
+    """
 
     cost: Cost
     limit: float
@@ -67,7 +92,9 @@ class Target:
 
 
 def resolve(structure: Structure, budget: Budget, cost: Cost | None = None) -> Target:
-    """The budget of this network in absolute numbers. ``cost`` replaces MACs for ``latency_ratio``, in the unit of ``reference_ms``."""
+    """The budget of this network in absolute numbers. ``cost`` replaces MACs for ``latency_ratio``, in the unit of
+    ``reference_ms``.
+    """
     if budget.ratio is not None:
         whole = total_cost(structure, channels)
         return Target(channels, (1 - budget.ratio) * whole + 1e-9, whole)
@@ -90,34 +117,43 @@ def allocate(
     origin: Mapping[str, int] | None = None,
     rank: str = "per_cost",
     lookahead: int = 1,
+    rounded: bool = True,
 ) -> Keep:
     """Keep masks {group: bool [units]} that meet the budget.
 
-    Greedy: the block whose importance per cost saved is least goes next (``rank="importance"``: per channel, the one global threshold of
-    network slimming); savings are recomputed as neighbours shrink; at the end blocks that still fit come back. Ties go by saving,
-    then by the order of groups and channels. ``lookahead``: how many blocks ahead to look where cost is not monotone in width (measured
-    times). ``origin``: units that the limits refer to, where the network has been cut before. ``target`` overrides the budget's own.
+    Greedy: the block whose importance per cost saved is least goes next (``rank="importance"``: per channel, the one
+    global threshold of network slimming); savings are recomputed as neighbours shrink; at the end blocks that still
+    fit come back. Ties go by saving, then by the order of groups and channels. ``lookahead``: how many blocks ahead
+    to look where cost is not monotone in width (measured times). ``origin``: units that the limits refer to, where
+    the network has been cut before; ``rounded=False`` leaves the multiples to a later cut. ``target`` overrides the
+    budget's own.
 
     Raises InfeasibleBudget naming the limit that forbids it and the nearest budget that can be met.
     """
     if rank not in ("per_cost", "importance"):
         raise ConfigError(f"rank must be 'per_cost' or 'importance', got {rank!r}")
     target = target or resolve(structure, budget, cost)
-    widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+    widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name), rounded) for g in structure.groups}
     search = _Search(structure, importance, target.cost, widths, rank, lookahead)
     if not search.shrink_to(target.limit):
-        raise InfeasibleBudget(_explain(structure, budget, target, origin))
+        raise InfeasibleBudget(explain(structure, budget, target, origin))
     search.fill(target.limit)
     return search.keep()
 
 
-def allowed_units(group: Group, budget: Budget, origin: int | None = None) -> list[int]:
-    """The numbers of units that a group may keep, ascending. Limits refer to its original size ``origin``."""
+def allowed_units(group: Group, budget: Budget, origin: int | None = None, rounded: bool = True) -> list[int]:
+    """The numbers of units that a group may keep, ascending. Limits refer to its original size ``origin``.
+
+    With ``rounded=False`` any number from the lowest allowed one on, so that a later, rounded cut can still meet the
+    limits.
+    """
     k, whole = group.multiple, (origin or group.units) * group.multiple
     low = max(budget.min_channels, math.ceil(budget.min_fraction * whole - 1e-9), 1)
     high = max(low, math.floor(budget.max_fraction * whole + 1e-9))
     step = math.lcm(k, budget.round_to) // k
     found = [u for u in range(step, group.units + 1, step) if low <= u * k <= high]
+    if not rounded and found:
+        return list(range(found[0], min(group.units, max(high // k, found[0])) + 1))
     return found or [group.units]
 
 
@@ -269,7 +305,7 @@ def least_cost(structure: Structure, budget: Budget, cost: Cost, origin: Mapping
     return meter.total
 
 
-def _explain(structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None) -> str:
+def explain(structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None = None) -> str:
     """Which limit forbids the budget, and what can be had under the limits as they are."""
     least = least_cost(structure, budget, target.cost, origin)
     asked, nearest = getattr(budget, budget.name), target.as_ratio(budget, least)
@@ -289,9 +325,8 @@ def _explain(structure: Structure, budget: Budget, target: Target, origin: Mappi
     elif least_cost(structure, bare, target.cost, origin) <= target.limit:
         why = "min_channels, min_fraction and round_to together forbid it"
     else:
-        why = "even one channel a layer costs more" + (
-            f" ({len(structure.frozen)} parts cannot be pruned)" if structure.frozen else ""
-        )
+        whole = ", ".join(name for name, reason in structure.frozen.items() if "output" not in reason)
+        why = "even one channel a layer costs more" + (f" (left whole: {whole})" if whole else "")
     return (
         f"{budget.name} {asked:g} cannot be met: {why}. The nearest that can be met under these limits is {nearest:.4g}"
     )

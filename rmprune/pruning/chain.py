@@ -1,5 +1,6 @@
 """The channel groups of a plain chain, read off its torch.fx graph. For networks that branch see `dependency.py`."""
 
+import itertools
 import operator
 from dataclasses import replace
 
@@ -21,13 +22,13 @@ from rmprune.pruning.structure import (
 
 # Modules and functions that act on each channel alone and hold nothing of its size.
 CHANNELWISE: tuple[type[nn.Module], ...] = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Mish,
-    nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU,
+    nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
 )  # fmt: skip
 CHANNELWISE_FUNCTIONS = {
-    F.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.leaky_relu, F.silu, F.gelu, F.elu, F.dropout, F.max_pool2d,
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.relu, torch.sigmoid, torch.tanh,
+    F.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.leaky_relu, F.silu, F.gelu, F.elu, F.dropout,
+    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.relu, torch.sigmoid, torch.tanh,
 }  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -45,7 +46,7 @@ def chain_nodes(graph: fx.Graph) -> list[fx.Node] | None:
     nodes = list(graph.nodes)
     if nodes[0].op != "placeholder" or any(n.op == "placeholder" for n in nodes[1:]):
         return None
-    for before, node in zip(nodes, nodes[1:], strict=False):
+    for before, node in itertools.pairwise(nodes):
         if node.all_input_nodes != [before]:
             return None
     return nodes[1:-1]
@@ -57,7 +58,8 @@ def is_flatten(node: fx.Node, model: nn.Module) -> bool:
         module = model.get_submodule(str(node.target))
         return isinstance(module, nn.Flatten) and module.start_dim == 1
     if node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten"):
-        return (node.args[1:2] or (node.kwargs.get("start_dim", 0),))[0] == 1
+        start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+        return isinstance(start, int) and start == 1
     return False
 
 
@@ -66,7 +68,7 @@ def is_global_mean(node: fx.Node) -> bool:
     if node.target is not torch.mean and not (node.op == "call_method" and node.target == "mean"):
         return False
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]  # type: ignore[operator]
+    return isinstance(dims, list | tuple) and sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3]
 
 
 def is_channelwise(node: fx.Node, model: nn.Module) -> bool:
@@ -108,7 +110,9 @@ class _Walk:
 
 
 def chain_structure(model: nn.Module, example_inputs: Tensor) -> Structure | None:
-    """The groups of a plain chain (nn.Sequential, nested or not, or any module that torch.fx sees as one); None if it is not one."""
+    """The groups of a plain chain (nn.Sequential, nested or not, or any module that torch.fx sees as one); None if it
+    is not one.
+    """
     graph = trace_graph(model)
     nodes = None if graph is None else chain_nodes(graph)
     if nodes is None:
@@ -167,7 +171,9 @@ def _width(group: Group) -> int:
 
 
 def _spread(group: Group, size: int) -> Tensor:
-    """[units, k]: where the open group's channels lie in a dimension of ``size`` (after flattening, each is a run of H*W features)."""
+    """[units, k]: where the open group's channels lie in a dimension of ``size`` (after flattening, each is a run of
+    H*W features).
+    """
     first = next(m for m in group.members if m.side == "out").index
     run = size // first.numel()
     return (first[:, :, None] * run + torch.arange(run)).reshape(group.units, -1)

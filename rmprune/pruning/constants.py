@@ -1,4 +1,7 @@
-"""Which channels are constant, whatever the input: propagated through a torch.fx graph in eval mode. Finds only; `dead.py` removes."""
+"""Which channels are constant, whatever the input: propagated through a torch.fx graph in eval mode.
+
+Finds only; `dead.py` removes.
+"""
 
 import operator
 from collections.abc import Mapping
@@ -45,7 +48,9 @@ def is_padded(conv: nn.Module) -> bool:
 
 
 def response(layer: nn.Module, values: Tensor) -> Tensor:
-    """[c_out]: what the layer adds to its outputs for constant inputs ``values`` [c_in], away from the border; no bias."""
+    """[c_out]: what the layer adds to its outputs for constant inputs ``values`` [c_in], away from the border; no
+    bias.
+    """
     if isinstance(layer, nn.Conv2d):
         taps = layer.weight.detach().double().sum(dim=(2, 3), keepdim=True)
         return F.conv2d(values.double().to(taps.device)[None, :, None, None], taps, groups=layer.groups).flatten()
@@ -60,15 +65,17 @@ def _propagate(
     if node.op in ("placeholder", "get_attr", "output") or not node.all_input_nodes:
         return None
     if node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add) and not node.kwargs:
-        known = [values[a] if isinstance(a, fx.Node) else a for a in node.args]
-        if any(k is None for k in known):
-            return None
-        a, b = known
-        return a + b if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape == b.shape else None
+        a, b = (values[x] if isinstance(x, fx.Node) else x for x in node.args)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a + b if a.shape == b.shape else None
+        pair = (a, b) if isinstance(a, Tensor) else (b, a)
+        return pair[0] + pair[1] if isinstance(pair[0], Tensor) and isinstance(pair[1], int | float) else None
     if node.op == "call_function" and node.target is torch.cat:
-        parts = [values[a] for a in node.args[0]]  # type: ignore[union-attr]
+        parts = [values[a] for a in node.all_input_nodes]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        return torch.cat(parts) if dim == 1 and all(p is not None for p in parts) else None  # type: ignore[arg-type]
+        known = [p for p in parts if p is not None]
+        inputs_once = isinstance(node.args[0], list | tuple) and len(node.args[0]) == len(parts)
+        return torch.cat(known) if dim == 1 and inputs_once and len(known) == len(parts) else None
     if len(node.all_input_nodes) != 1:
         return None
     before = values[node.all_input_nodes[0]]

@@ -1,4 +1,4 @@
-"""Removal of channels that compute nothing, exactly (RM.md 6): constant ones are folded into their readers, unread ones just go."""
+"""Exact removal of channels that compute nothing (RM.md 6): constants are folded into readers, unread ones just go."""
 
 import copy
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.constants import Constants, find_constants, is_padded, response
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import input_weights
-from rmprune.pruning.structure import Group, Keep, Structure, evaluating
+from rmprune.pruning.structure import Group, Keep, Structure, evaluating, weight_of
 from rmprune.pruning.surgery import shrink
 
 M = TypeVar("M", bound=nn.Module)
@@ -21,7 +21,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Folded:
-    """``model`` without its dead channels; ``keep``: which units of the original structure it still has; ``structure``: of ``model``."""
+    """``model`` without its dead channels; ``keep``: which units of the original structure it still has;
+    ``structure``: of ``model``.
+    """
 
     model: nn.Module
     keep: Keep
@@ -33,11 +35,11 @@ def fold_dead_channels(
 ) -> M:
     """A new network, equal in eval mode, without channels that are constant or that nobody reads, to a fixpoint.
 
-    A constant c (batch-norm scale 0, or computed from constants alone) goes into its reader's batch norm or bias: ``W[:, c].sum() * c``,
-    exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all constants of such a layer have the same
-    border, so they are merged into the weights of one of them, which stays. ``limits``: keep at least what these per-layer limits and
-    multiples ask for. Raises UnsupportedModel where torch.fx cannot follow the model, NotEquivalent if the result differs on
-    ``example_inputs``.
+    A constant c (batch-norm scale 0, or computed from constants alone) goes into its reader's batch norm or bias:
+    ``W[:, c].sum() * c``, exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all
+    constants of such a layer have the same border, so they are merged into the weights of one of them, which stays.
+    ``limits``: keep at least what these per-layer limits and multiples ask for. Raises UnsupportedModel where
+    torch.fx cannot follow the model, NotEquivalent if the result differs on ``example_inputs``.
     """
     return fold(model, example_inputs, limits=limits, structure=structure).model  # type: ignore[return-value]
 
@@ -77,7 +79,9 @@ def fold(
 
 
 def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | None) -> None:
-    """Add ``delta`` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one, else its bias."""
+    """Add ``delta`` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one,
+    else its bias.
+    """
     module = model.get_submodule(layer)
     assert isinstance(module, nn.Conv2d | nn.Linear)
     with torch.no_grad():
@@ -94,7 +98,9 @@ def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | Non
 def _dead_units(
     model: nn.Module, structure: Structure, constants: Constants, limits: Budget | None, origin: Mapping[str, int]
 ) -> tuple[Keep, dict[str, int]]:
-    """{group: what stays} for the groups that lose something, and {group: the unit that takes over the constants of the others}."""
+    """{group: what stays} for the groups that lose something, and {group: the unit that takes over the constants of
+    the others}.
+    """
     keep: Keep = {}
     merged: dict[str, int] = {}
     for group in structure.groups:
@@ -118,14 +124,16 @@ def _dead_units(
 
 
 def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor, Tensor, int | None]:
-    """Units that go for nothing, units whose constants another could take over (with equal borders), and which one that would be."""
+    """Units that go for nothing, units whose constants another could take over (with equal borders), and which one
+    that would be.
+    """
     free = torch.ones(group.units, dtype=torch.bool)
     mergeable = torch.ones(group.units, dtype=torch.bool)
     able = torch.ones(group.units, dtype=torch.bool)  # could take over the constants of others
     strength = torch.full((group.units,), torch.inf, dtype=torch.float64)
     for member in group.consumers:
         layer = model.get_submodule(member.layer)
-        unread = (input_weights(layer, layer.weight.detach().abs()) == 0).cpu()
+        unread = (input_weights(layer, weight_of(model, member.layer).detach().abs()) == 0).cpu()
         value = constants.inputs.get(member.layer)
         value = torch.full((len(unread),), torch.nan, dtype=torch.float64) if value is None else value
         simple = unread | (value == 0) | (~value.isnan() & (not is_padded(layer)))
@@ -172,7 +180,9 @@ def _without(
 
 
 def _merge_columns(layer: nn.Module, constant: Tensor, value: Tensor, into: int) -> None:
-    """W[:, into] += sum over c of W[:, c] * value_c / constant_into: the same sum at every position, borders included."""
+    """W[:, into] += sum over c of W[:, c] * value_c / constant_into: the same sum at every position, borders
+    included.
+    """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():

@@ -1,7 +1,8 @@
-"""The channel groups of a network that branches (residuals kept, mixtures), found by Torch-Pruning's dependency graph.
+"""The channel groups of a network that branches (residuals kept, mixtures), found by Torch-Pruning's dependency
+graph.
 
-Torch-Pruning says which channels are coupled; the slicing is ours (`surgery.py`), because the optimiser's state must be sliced the
-same way and Torch-Pruning's functions replace parameters in place, one index list at a time.
+Torch-Pruning says which channels are coupled; the slicing is ours (`surgery.py`), because the optimiser's state must
+be sliced the same way and Torch-Pruning's functions replace parameters in place, one index list at a time.
 """
 
 import copy
@@ -108,8 +109,7 @@ def _without_overlaps(structure: Structure) -> Structure:
                 mine = set(member.index.flatten().tolist())
                 other, taken = claimed.setdefault((member.layer, side), (group.name, set()))
                 if len(mine) != member.index.numel() or mine & taken:
-                    bad |= {
-                        name: f"{member.layer} uses its channels in more than one way" for name in (group.name, other)
-                    }
+                    why = f"{member.layer} uses its channels in more than one way"
+                    bad |= dict.fromkeys((group.name, other), why)
                 taken |= mine
     return structure.without(bad) if bad else structure

@@ -1,4 +1,4 @@
-"""Find the prunable groups of any network: by our own walk over a plain chain, by Torch-Pruning where the network branches."""
+"""The prunable groups of any network: by our own walk over a chain, by Torch-Pruning where the network branches."""
 
 from torch import Tensor, nn
 
@@ -9,7 +9,9 @@ from rmprune.pruning.structure import Structure
 
 
 def find_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
-    """The groups of channels that can go, the layers they size, and what cannot be pruned and why. Raises UnsupportedModel if nothing can."""
+    """The groups of channels that can go, the layers they size, and what cannot be pruned and why. Raises
+    UnsupportedModel if nothing can.
+    """
     structure = chain_structure(model, example_inputs) or dependency_structure(model, example_inputs)
     if not structure.groups:
         reasons = "; ".join(f"{name}: {why}" for name, why in structure.frozen.items())

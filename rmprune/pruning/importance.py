@@ -1,7 +1,7 @@
-"""How much each unit of each group matters: one interface, five criteria, and the Taylor scores summed up during ordinary training.
+"""How much each unit of each group matters: one interface, several criteria, and Taylor scores summed up in training.
 
-A score is non-negative and larger for what should stay. Taylor scores are in units of the loss, so they compare across layers and
-across reserved and computed channels; see each function for the others.
+A score is non-negative and larger for what should stay. Taylor scores are in units of the loss, so they compare
+across layers and across reserved and computed channels; see each function for the others.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.pruning.structure import Group, Member, Structure, evaluating
+from rmprune.pruning.structure import Group, Member, Structure, evaluating, weight_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]
@@ -22,9 +22,10 @@ Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
 
 
 def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
-    """|scale| (network slimming, Liu et al. 2017), the mean over a group's batch norms times the number of its producers: like the cost,
-    it adds up over the layers that lose a channel. A reserved copy's batch norm carries sqrt(var), the unit of a trained scale: the
-    channel's standard deviation before the activation. Needs no data."""
+    """|scale| (network slimming, Liu et al. 2017), the mean over a group's batch norms times the number of its
+    producers: like the cost, it adds up over the layers that lose a channel. A reserved copy's batch norm carries
+    sqrt(var), the unit of a trained scale: the channel's standard deviation before the activation. Needs no data.
+    """
 
     def score(group: Group) -> Tensor:
         found = []
@@ -34,7 +35,8 @@ def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None =
                 found.append(_gather(module.weight.detach().abs(), member).mean(1))
         if not found:
             raise UnsupportedModel(
-                f"{group.name}: no batch norm to rank its channels by; use importance='taylor', or keep batch norms when removing residuals"
+                f"{group.name}: no batch norm to rank its channels by; use importance='taylor', "
+                "or keep batch norms when removing residuals"
             )
         return torch.stack(found).mean(0) * len(group.producers)
 
@@ -47,9 +49,9 @@ def magnitude(model: nn.Module, structure: Structure, batches: Batches | None = 
     def score(group: Group) -> Tensor:
         total = torch.zeros(group.units, dtype=torch.float64)
         for member in group.members:
-            module = model.get_submodule(member.layer)
             if member.side == "out":
-                total += _gather(module.weight.detach().flatten(1).norm(dim=1), member).square().sum(1).sqrt()
+                norms = weight_of(model, member.layer).detach().flatten(1).norm(dim=1)
+                total += _gather(norms, member).square().sum(1).sqrt()
         return total
 
     return {group.name: score(group) for group in structure.groups}
@@ -66,8 +68,10 @@ def random(model: nn.Module, structure: Structure, batches: Batches | None = Non
 
 
 def taylor(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
-    """First-order change of the loss when a unit is set to zero (Molchanov et al. 2017): |sum over images and positions of
-    activation * gradient| in each batch, summed over batches. Exact to first order for any activation: read at the consumers' inputs."""
+    """First-order change of the loss when a unit is set to zero (Molchanov et al. 2017): |sum over images and
+    positions of activation * gradient| in each batch, summed over batches. Exact to first order for any
+    activation: read at the consumers' inputs.
+    """
     scores = _zeros(structure)
     for effects, _ in _effects(model, structure, batches, "taylor"):
         for name, effect in effects.items():
@@ -76,8 +80,9 @@ def taylor(model: nn.Module, structure: Structure, batches: Batches | None = Non
 
 
 def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
-    """The same, image by image: sqrt(mean of the squared effect) (Molchanov et al. 2019). Effects of opposite sign do not cancel, which
-    is the better choice on a trained network, where they nearly do."""
+    """The same, image by image: sqrt(mean of the squared effect) (Molchanov et al. 2019). Effects of opposite sign do
+    not cancel, which is the better choice on a trained network, where they nearly do.
+    """
     scores, images = _zeros(structure), 0
     for effects, count in _effects(model, structure, batches, "taylor_squared"):
         images += count
@@ -87,8 +92,10 @@ def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | No
 
 
 def activation(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
-    """What the next layer would lose: the standard deviation of a unit's activation times the norm of the weights that read it, over the
-    standard deviation of what the layer puts out (the mean is no loss: it can be folded into the bias). Summed in squares over consumers."""
+    """What the next layer would lose: the standard deviation of a unit's activation times the norm of the weights
+    that read it, over the standard deviation of what the layer puts out (the mean is no loss: it can be folded
+    into the bias). Summed in squares over consumers.
+    """
     data = _need(batches, "activation")
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     moments: dict[str, list[Tensor]] = {}
@@ -115,7 +122,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
             n_in, sum_in, square_in, n_out, sum_out, square_out = moments[member.layer]
             variance = (square_in / n_in - (sum_in / n_in).square()).clamp(min=0)
             total = (square_out / n_out - (sum_out / n_out).square()).clamp(min=0).sum().clamp(min=1e-30)
-            weights = input_weights(consumers[member.layer], consumers[member.layer].weight.detach().double().square())
+            weights = input_weights(consumers[member.layer], weight_of(model, member.layer).detach().double().square())
             scores[group.name] += _gather(variance * weights / total, member).sum(1)
     return {name: score.sqrt() for name, score in scores.items()}
 
@@ -131,7 +138,9 @@ def score_groups(
     structure: Structure,
     batches: Batches | None = None,
 ) -> Scores:
-    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit."""
+    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score
+    for each unit.
+    """
     if isinstance(importance, str):
         if importance not in IMPORTANCES:
             raise ConfigError(f"importance {importance!r} is unknown; there are: {', '.join(IMPORTANCES)}")
@@ -155,10 +164,12 @@ def score_groups(
 
 
 class TaylorSum:
-    """Taylor scores from the gradients that ordinary training leaves behind: call :meth:`update` after backward, no extra pass.
+    """Taylor scores from the gradients that ordinary training leaves behind: call :meth:`update` after backward, no
+    extra pass.
 
-    The effect of removing input channel c of a layer is sum(W[:, c] * dL/dW[:, c]), which equals sum(activation * gradient); behind a
-    batch norm and ReLU it is the producer's gamma * dL/dgamma + beta * dL/dbeta. |effect of the batch|, summed over batches.
+    The effect of removing input channel c of a layer is sum(W[:, c] * dL/dW[:, c]), which equals sum(activation *
+    gradient); behind a batch norm and ReLU it is the producer's gamma * dL/dgamma + beta * dL/dbeta. |effect of the
+    batch|, summed over batches.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -168,32 +179,43 @@ class TaylorSum:
         """Start over for this structure, from ``scores`` where given."""
         self.structure = structure
         self.scores = _zeros(structure) if scores is None else {n: scores[n].double().clone() for n in structure.units}
+        self.index = {(g.name, m.layer): m.index for g in structure.groups for m in g.consumers}
+
+    def shrink(self, keep: Mapping[str, Tensor]) -> None:
+        """Follow a cut: what stays keeps its score."""
+        scores = {n: s[keep[n].to(s.device)] if n in keep else s for n, s in self.scores.items()}
+        self.reset(self.structure.shrunk(keep), scores)
+
+    def scale(self, factor: float) -> None:
+        """Let the past count less."""
+        for score in self.scores.values():
+            score *= factor
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> bool:
-        """Add this step's gradients; False (and nothing added) where a consumer has none or they are not finite."""
+        """Add this step's gradients; False, and nothing added, where a consumer has none."""
         effects: dict[str, Tensor] = {}
-        done: dict[str, Tensor] = {}
+        for name in {m.layer for g in self.structure.groups for m in g.consumers}:
+            weight = weight_of(model, name)
+            if weight.grad is None:
+                return False
+            effects[name] = input_weights(model.get_submodule(name), weight.detach() * weight.grad).double()
         for group in self.structure.groups:
-            total = torch.zeros(group.units, dtype=torch.float64)
+            parts = []
             for member in group.consumers:
-                if member.layer not in done:
-                    module = model.get_submodule(member.layer)
-                    weight = module.weight
-                    if not isinstance(weight, Tensor) or weight.grad is None:
-                        return False
-                    done[member.layer] = input_weights(module, weight * weight.grad).double().cpu()
-                total += _gather(done[member.layer], member).sum(1)
-            effects[group.name] = total
-        if not all(bool(torch.isfinite(e).all()) for e in effects.values()):
-            return False
-        for name, effect in effects.items():
-            self.scores[name] += effect.abs()
+                effect, key = effects[member.layer], (group.name, member.layer)
+                if self.index[key].device != effect.device:
+                    self.index[key] = self.index[key].to(effect.device)
+                parts.append(effect[self.index[key]].sum(1))
+            score = self.scores[group.name].to(parts[0].device)
+            self.scores[group.name] = score + torch.stack(parts).sum(0).abs()
         return True
 
 
 def input_weights(module: nn.Module, values: Tensor) -> Tensor:
-    """[c_in]: the sum, for each input channel, of ``values`` shaped as the layer's weight (convolution groups taken apart)."""
+    """[c_in]: the sum, for each input channel, of ``values`` shaped as the layer's weight (convolution groups taken
+    apart).
+    """
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return values.view(module.groups, -1, *values.shape[1:]).sum(dim=(1, 3, 4)).flatten()
     return values.flatten(2).sum(dim=(0, 2)) if values.dim() > 2 else values.sum(0)
@@ -226,7 +248,9 @@ def _need(batches: Batches | None, name: str) -> Batches:
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of a linear layer's rows)."""
+    """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of a linear layer's
+    rows).
+    """
     flat = (x.transpose(0, 1) if x.dim() == 4 else x.reshape(-1, x.shape[-1]).t()).flatten(1).double()
     return torch.tensor(float(flat.shape[1])), flat.sum(1).cpu(), flat.square().sum(1).cpu()
 
@@ -255,7 +279,9 @@ def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
 def _effects(
     model: nn.Module, structure: Structure, batches: Batches | None, name: str
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """For each batch: {group: [images, units], sum over positions of activation * gradient of the mean cross entropy}, and its size."""
+    """For each batch: {group: [images, units], sum over positions of activation * gradient of the mean cross
+    entropy}, and its size.
+    """
     data = _need(batches, name)
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     with evaluating(model), _captured_inputs(modules) as seen:

@@ -1,13 +1,17 @@
-"""Prune a network in one cut: dead channels exactly, then the least important ones to the budget. For cuts while training: `gradual.py`."""
+"""Prune a network in one cut: dead channels exactly, then the least important ones to the budget.
+
+For cuts while training: `gradual.py`.
+"""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.pruning.baselines import allocate_uniform, inner_only
 from rmprune.pruning.budget import Budget, allocate, resolve
 from rmprune.pruning.constants import find_constants, response
 from rmprune.pruning.dead import add_to_bias, fold
@@ -28,19 +32,27 @@ def prune(
     data: Batches | None = None,
     cost: Cost | None = None,
     rank: str = "per_cost",
+    which: Literal["free", "inner", "uniform"] = "free",
     compensate: bool = True,
     lookahead: int = 1,
 ) -> M:
-    """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or eval) kept.
+    """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
+    eval) kept.
 
-    ``importance``: a name of :data:`rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor [channels]}, or a callable.
-    ``data``: (images, labels) batches, for importances that are measured and, with ``compensate``, for folding the mean of each removed
-    live channel into its readers (the least-squares intercept); re-iterable if both. ``cost`` and ``lookahead``: for ``latency_ratio``,
-    see :func:`rmprune.pruning.budget.allocate`. Works on networks with residuals as well (their streams are then pruned coupled).
+    ``importance``: a name of :data:`rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
+    [channels]}, or a callable. ``data``: (images, labels) batches, for importances that are measured and, with
+    ``compensate``, for folding the mean of each removed live channel into its readers (the least-squares intercept);
+    re-iterable if both. ``cost`` and ``lookahead``: for ``latency_ratio``, see
+    :func:`rmprune.pruning.budget.allocate`. ``which``: all groups by importance, those inside blocks only, or the
+    same fraction of each. Works on networks with residuals as well (their streams are then pruned coupled).
 
     Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned.
     """
+    if which not in ("free", "inner", "uniform"):
+        raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
     structure = find_structure(plain, example_inputs)
+    if which == "inner":
+        structure = inner_only(structure)
     origin = structure.units
     target = resolve(structure, budget, cost)
     model: nn.Module = plain
@@ -55,7 +67,10 @@ def prune(
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
-    keep = allocate(structure, scores, budget, cost, target=target, origin=origin, rank=rank, lookahead=lookahead)
+    if which == "uniform":
+        keep = allocate_uniform(structure, scores, budget, target=target, origin=origin)
+    else:
+        keep = allocate(structure, scores, budget, target=target, origin=origin, rank=rank, lookahead=lookahead)
     if compensate:
         model = compensated(model, structure, keep, data)
     model = shrink(model, keep, structure)[0]

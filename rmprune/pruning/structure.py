@@ -1,7 +1,9 @@
-"""What can be pruned in a network: groups of channels that must go together, and the layers whose size they set. Nothing here changes a model.
+"""What can be pruned in a network: groups of channels that must go together, and the layers whose size they set.
 
-One description serves plain chains (every group has one producer) and networks with residuals (a stream is one group), so that free
-and coupled pruning are compared with the same importance, limits, schedule and surgery.
+Nothing here changes a model.
+
+One description serves plain chains (every group has one producer) and networks with residuals (a stream is one
+group), so that free and coupled pruning are compared with the same importance, limits, schedule and surgery.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +22,11 @@ Keep = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Member:
-    """One tensor dimension that shrinks with a group. ``index`` [units, k]: the channels of ``layer`` that unit u owns, out of ``size``.
+    """One tensor dimension that shrinks with a group. ``index`` [units, k]: the channels of ``layer`` that unit u
+    owns, out of ``size``.
 
-    ``side``: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm, PReLU, depthwise).
+    ``side``: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
+    PReLU, depthwise).
     """
 
     layer: str
@@ -33,8 +37,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that go together. ``units``: how many can be decided on; each is ``multiple`` channels of a producer (1 but for grouped
-    convolutions, where the same position in every convolution group goes at once)."""
+    """Channels that go together. ``units``: how many can be decided on; each is ``multiple`` channels of a producer
+    (1 but for grouped convolutions, where the same position in every convolution group goes at once).
+    """
 
     name: str
     units: int
@@ -62,7 +67,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer: its shape, and which groups set its width. ``inputs`` / ``outputs``: (group, channels a unit)."""
+    """A convolution or linear layer: its shape, and which groups set its width. ``inputs`` / ``outputs``: (group,
+    channels a unit).
+    """
 
     name: str
     kind: Literal["conv", "depthwise", "linear"]
@@ -119,13 +126,17 @@ class Structure:
 
 
 def macs(layer: Layer, cin: int, cout: int) -> float:
-    """Multiply-accumulates of one image: k_h k_w c_in c_out / groups at every output position (a depthwise layer: k_h k_w c_out)."""
+    """Multiply-accumulates of one image: k_h k_w c_in c_out / groups at every output position (a depthwise layer: k_h
+    k_w c_out).
+    """
     taps = layer.kernel[0] * layer.kernel[1] * layer.output_size[0] * layer.output_size[1]
     return float(taps * cout) if layer.kind == "depthwise" else taps * cin * cout / layer.groups
 
 
 def channels(layer: Layer, cin: int, cout: int) -> float:
-    """Prunable output channels, the unit of ``Budget.ratio`` (a depthwise layer's are its producer's, and not counted twice)."""
+    """Prunable output channels, the unit of ``Budget.ratio`` (a depthwise layer's are its producer's, and not counted
+    twice).
+    """
     return float(cout) if layer.outputs and layer.kind != "depthwise" else 0.0
 
 
@@ -135,7 +146,9 @@ def total_cost(structure: Structure, cost: Cost = macs) -> float:
 
 
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """{(layer, "out" or "in"): bool mask over its channels}, for every layer that loses something or could. Checks ``keep``."""
+    """{(layer, "out" or "in"): bool mask over its channels}, for every layer that loses something or could. Checks
+    ``keep``.
+    """
     units = structure.units
     for name, mask in keep.items():
         if name not in units:
@@ -190,7 +203,9 @@ def with_ports(structure: Structure) -> Structure:
 
 
 def tie_positions(group: Group, parts: int) -> Group:
-    """Tie the channels at the same position in each of ``parts`` equal blocks (what a convolution with ``groups=parts`` needs)."""
+    """Tie the channels at the same position in each of ``parts`` equal blocks (what a convolution with
+    ``groups=parts`` needs).
+    """
     if group.units % parts:
         raise UnsupportedModel(f"{group.name}: {group.units} channels do not split into {parts} convolution groups")
     size = group.units // parts
@@ -239,6 +254,13 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
 
 
+def weight_of(model: nn.Module, layer: str) -> Tensor:
+    """The layer's weight, with its gradient."""
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:
     return (int(values[0]), int(values[1]))
 
@@ -256,7 +278,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every Conv2d and Linear, from one forward pass. A layer used twice is refused."""
+    """{layer: (input shape, output shape)} of every Conv2d and Linear, from one forward pass. A layer used twice is
+    refused.
+    """
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     handles = []
 

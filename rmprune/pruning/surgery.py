@@ -1,4 +1,4 @@
-"""Physical removal of channels by keep masks: a new, smaller module, with gradients and the optimiser's state cut along. Decides nothing."""
+"""Physical removal of channels: a new, smaller module, with the optimiser's state cut along. Decides nothing."""
 
 import copy
 from collections import defaultdict
@@ -21,9 +21,10 @@ def shrink(
 ) -> tuple[M, O | None]:
     """A new module without the channels whose mask is False, and a new optimiser on its parameters.
 
-    ``keep``: {group of ``structure``: bool [units]}, True stays. Momentum and other state of a parameter's shape is sliced with the same
-    indices as the parameter; hyper-parameters and step counts stay. The arguments are left alone. Gradients that exist are sliced too.
-    Slicing is our own and not Torch-Pruning's: one index per tensor serves weights, gradients and optimiser state alike.
+    ``keep``: {group of ``structure``: bool [units]}, True stays. Momentum and other state of a parameter's shape is
+    sliced with the same indices as the parameter; hyper-parameters and step counts stay. The arguments are left
+    alone. Gradients that exist are sliced too. Slicing is our own and not Torch-Pruning's: one index per tensor
+    serves weights, gradients and optimiser state alike.
     """
     slices = tensor_slices(model, structure, keep)
     memo: dict[int, Any] = {}

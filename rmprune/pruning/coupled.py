@@ -1,0 +1,168 @@
+"""The coupled baseline: Torch-Pruning's own pruner on a network with its residuals, held to our budgets and limits.
+
+Torch-Pruning 1.6.1 prunes a fraction of all groups' channels below one global threshold. It counts channels, not
+MACs; it removes all channels that tie with the threshold; it rounds widths down after ranking; and in one shot
+`max_pruning_ratio` is only looked at before the cut, so a layer may lose more. Hence the search for the ratio here,
+and the wrapper that puts protected channels out of reach.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.pruning.budget import Budget, allowed_units, explain, resolve
+from rmprune.pruning.graph import find_structure
+from rmprune.pruning.importance import Batches
+from rmprune.pruning.one_shot import check_outputs
+from rmprune.pruning.structure import Cost, Structure, evaluating
+
+M = TypeVar("M", bound=nn.Module)
+
+COUPLED_IMPORTANCES: dict[str, Callable[[], tp.importance.Importance]] = {
+    "batch_norm": tp.importance.BNScaleImportance,
+    "taylor": tp.importance.GroupTaylorImportance,
+    "magnitude": tp.importance.GroupMagnitudeImportance,
+}
+
+
+def prune_coupled(
+    model: M,
+    example_inputs: Tensor,
+    *,
+    importance: str = "batch_norm",
+    budget: Budget,
+    data: Batches | None = None,
+    cost: Cost | None = None,
+    attempts: int = 14,
+) -> M:
+    """A new network pruned globally by Torch-Pruning with its group-aware ``importance`` (batch_norm, taylor,
+    magnitude).
+
+    The pruning ratio is searched by bisection until the cost is within the budget and as near to it as ``attempts``
+    tell. ``taylor`` needs ``data``: (images, labels) batches whose gradients are summed. Raises InfeasibleBudget if
+    limits forbid the budget.
+    """
+    if importance not in COUPLED_IMPORTANCES:
+        raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
+    if importance == "taylor" and data is None:
+        raise ConfigError("importance 'taylor' is measured on images: pass data, (images, labels) batches")
+    structure = find_structure(model, example_inputs)
+    target = resolve(structure, budget, cost)
+    gradients = _gradients(model, data) if importance == "taylor" and data is not None else {}
+    best: tuple[float, nn.Module] | None = None
+    low, high = 0.0, 1.0
+    for _ in range(attempts):
+        ratio = (low + high) / 2
+        candidate = _attempt(model, example_inputs, structure, importance, gradients, budget, ratio)
+        value = measured_cost(candidate, structure, target.cost)
+        if not within_limits(candidate, structure, budget):
+            high = ratio
+        elif value > target.limit:
+            low = ratio
+        else:
+            high = ratio
+            if best is None or value > best[0]:
+                best = (value, candidate)
+    if best is None:
+        raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target)}")
+    check_outputs(model, best[1], example_inputs)
+    return best[1]  # type: ignore[return-value]
+
+
+def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
+    """The cost of a network whose layers carry the names of ``structure`` but have widths of their own."""
+    return sum(cost(layer, *_widths(pruned.get_submodule(layer.name))) for layer in structure.layers)
+
+
+def within_limits(pruned: nn.Module, structure: Structure, budget: Budget) -> bool:
+    """Whether every group kept what the limits ask for (a layer that Torch-Pruning did not touch may be no multiple)."""
+    for group in structure.groups:
+        width = _widths(pruned.get_submodule(group.producers[0]))[1]
+        if width // group.multiple < allowed_units(group, budget)[0]:
+            return False
+    return True
+
+
+def _attempt(
+    model: nn.Module,
+    example_inputs: Tensor,
+    structure: Structure,
+    importance: str,
+    gradients: dict[str, Tensor],
+    budget: Budget,
+    ratio: float,
+) -> nn.Module:
+    twin = copy.deepcopy(model)
+    parameters = dict(twin.named_parameters())
+    frozen = [p for p in parameters.values() if not p.requires_grad]
+    twin.requires_grad_(True)  # Torch-Pruning traces by autograd
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient.clone()
+    floors: dict[str, tuple[int, int]] = {}
+    for group in structure.groups:
+        least = allowed_units(group, budget)[0]
+        floors |= dict.fromkeys(group.producers, (least, group.multiple))
+    names = {module: name for name, module in twin.named_modules()}
+    ignored = [twin.get_submodule(name) for name in structure.frozen]
+    with evaluating(twin), torch.enable_grad():
+        pruner = tp.pruner.BasePruner(
+            twin,
+            example_inputs,
+            importance=_Protecting(COUPLED_IMPORTANCES[importance](), floors, names),
+            global_pruning=True,
+            pruning_ratio=ratio,
+            ignored_layers=ignored,
+            round_to=budget.round_to if budget.round_to > 1 else None,
+        )
+        pruner.step()
+    for parameter in twin.parameters():
+        parameter.grad = None
+    if frozen:
+        unfrozen = {name for name, p in model.named_parameters() if p.requires_grad}
+        for name, parameter in twin.named_parameters():
+            parameter.requires_grad_(name in unfrozen)
+    return twin
+
+
+class _Protecting:
+    """A Torch-Pruning importance that ranks as many channels of each group as must stay above everything else."""
+
+    def __init__(
+        self, inner: tp.importance.Importance, floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
+    ) -> None:
+        self.inner, self.floors, self.names = inner, floors, names
+
+    def __call__(self, group: tp.Group) -> Tensor | None:
+        scores = self.inner(group)
+        layers = [self.names.get(item.dep.target.module, "") for item in group.items]
+        found = [self.floors[name] for name in layers if name in self.floors]
+        if scores is None or not found:
+            return scores
+        units, parts = found[0]
+        folded = scores.view(parts, -1)  # Torch-Pruning averages the parts of a grouped convolution
+        folded[:, folded.mean(0).argsort(descending=True)[:units]] = math.inf
+        return scores
+
+
+def _gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
+    """Gradients of the mean cross entropy in eval mode, summed over batches; the model's own are left alone."""
+    twin = copy.deepcopy(model).requires_grad_(True).eval()
+    twin.zero_grad()
+    with torch.enable_grad():
+        for x, y in data:
+            F.cross_entropy(twin(x), y).backward()
+    return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+
+
+def _widths(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features

@@ -1,0 +1,145 @@
+"""Pruning while training: small cuts between ordinary steps, by Taylor scores summed up from their gradients.
+
+Decides no learning rate.
+
+The network never loses its function: after each small cut training repairs what was lost, and what is weak now shows
+in the next scores. The same hook serves plain chains and networks with residuals, so that free and coupled pruning
+get the same importance and schedule.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.pruning.budget import Budget, Target, allocate, resolve
+from rmprune.pruning.graph import find_structure
+from rmprune.pruning.importance import TaylorSum
+from rmprune.pruning.structure import Cost, Keep, Structure, total_cost
+from rmprune.pruning.surgery import shrink
+
+
+class State(Protocol):
+    """What the hook needs of `rmprune.training.TrainState`."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+
+class GradualPruner:
+    """A hook for `rmprune.training.fit`: cuts ``state.model`` and slices the momentum of ``state.optimizer``.
+
+    Every ``every`` steps the least important channels go, so that the cost falls geometrically from the present one
+    to the budget within ``prune_epochs``; then training goes on without it. The last cut applies ``round_to`` and
+    meets the budget, hard; limits refer to the network at the start. ``decay``: the share of the old scores that
+    survives a cut (0: each cut sees the steps since the last one). ``structure``: what may be pruned, by default all
+    of :func:`find_structure`. Give the model and one image batch at the start.
+
+    Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor,
+        budget: Budget,
+        *,
+        prune_epochs: float,
+        every: int = 30,
+        decay: float = 0.5,
+        cost: Cost | None = None,
+        rank: str = "per_cost",
+        lookahead: int = 1,
+        structure: Structure | None = None,
+    ) -> None:
+        if every < 1 or prune_epochs <= 0 or not 0 <= decay < 1:
+            raise ConfigError(
+                f"need every >= 1, prune_epochs > 0 and 0 <= decay < 1; got {every}, {prune_epochs} and {decay}"
+            )
+        self.first = structure or find_structure(model, example_inputs)
+        self.budget, self.prune_epochs, self.every, self.decay = budget, prune_epochs, every, decay
+        self.rank, self.lookahead = rank, lookahead
+        self.target = resolve(self.first, budget, cost)
+        self.start = total_cost(self.first, self.target.cost)
+        self.kept = {g.name: torch.arange(g.units) for g in self.first.groups}
+        self.scores = TaylorSum(self.first)
+        self.cuts, self.done = 0, False
+        flat = {name: torch.ones(units) for name, units in self.first.units.items()}
+        self._allocate(flat, final=True)  # refuse an impossible budget now
+
+    def __call__(self, state: State) -> None:
+        """After a training step: add its gradients, and cut where it is time."""
+        if self.done:
+            return
+        self.scores.update(state.model)
+        planned = self.planned_cuts(state)
+        if state.step < self.every * (self.cuts + 1) and state.step < state.total_steps:
+            return
+        self.cuts = max(self.cuts + 1, state.step // self.every)
+        final = self.cuts >= planned or state.step >= state.total_steps
+        keep = self._allocate(self.scores.scores, final=final, progress=min(1.0, self.cuts / planned))
+        if not all(bool(mask.all()) for mask in keep.values()):
+            self._cut(state, keep)
+        self.scores.scale(self.decay)
+        self.done = final
+
+    def planned_cuts(self, state: State) -> int:
+        """How many cuts there will be; the last one lies at ``prune_epochs``, or at the last step if training is
+        shorter.
+        """
+        steps = min(round(self.prune_epochs * state.steps_per_epoch), state.total_steps)
+        return max(1, steps // self.every)
+
+    @property
+    def structure(self) -> Structure:
+        """The network as it is now."""
+        return self.scores.structure
+
+    def _allocate(self, scores: Mapping[str, Tensor], *, final: bool, progress: float = 1.0) -> Keep:
+        limit = self.target.limit
+        if not final and self.start > limit:
+            limit = self.start * (limit / self.start) ** progress
+        return allocate(
+            self.structure,
+            scores,
+            self.budget,
+            target=Target(self.target.cost, limit, self.target.whole),
+            origin=self.first.units,
+            rank=self.rank,
+            lookahead=self.lookahead,
+            rounded=final,
+        )
+
+    def _cut(self, state: State, keep: Keep) -> None:
+        model, optimizer = shrink(state.model, keep, self.structure, state.optimizer)
+        assert optimizer is not None
+        state.model, state.optimizer = model, optimizer
+        self.scores.shrink(keep)
+        self.kept = {name: index[keep[name]] for name, index in self.kept.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
+        scores = {name: score.clone() for name, score in self.scores.scores.items()}
+        return {"cuts": self.cuts, "done": self.done, "kept": dict(self.kept), "scores": scores}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; the hook must have been made from the same network and budget as the saved one."""
+        kept, scores = saved["kept"], saved["scores"]
+        units = self.first.units
+        if set(kept) != set(units) or any(len(i) == 0 or int(i.max()) >= units[n] for n, i in kept.items()):
+            raise ArtifactError("the checkpoint's cuts are of another network; delete it to start again")
+        masks = {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i, True) for n, i in kept.items()}
+        self.kept = {name: index.clone() for name, index in kept.items()}
+        self.scores.reset(self.first.shrunk(masks), scores)
+        self.cuts, self.done = int(saved["cuts"]), bool(saved["done"])
+
+    def resized(self, model: nn.Module) -> nn.Module:
+        """The full-size network cut as this hook's state says (its weights for the caller to load)."""
+        units = self.first.units
+        masks = {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i, True) for n, i in self.kept.items()}
+        return shrink(model, masks, self.first)[0]
