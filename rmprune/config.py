@@ -5,11 +5,32 @@ The command line generates its flags from these classes: a field's docstring is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from rmprune.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _comma_separated(kind: type[Any]) -> Any:
+    """How the command line reads and shows a tuple: one word, values between commas."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind.__name__.upper()}[,...]",
+        instance_from_str=lambda words: tuple(kind(value) for value in words[0].split(",") if value),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda values: [",".join(map(str, values))],
+    )
+
+
+Names = Annotated[tuple[str, ...], _comma_separated(str)]
+Numbers = Annotated[tuple[int, ...], _comma_separated(int)]
+Fractions = Annotated[tuple[float, ...], _comma_separated(float)]
+Unprefixed = Annotated[T, tyro.conf.arg(prefix_name=False)]
 
 
 def require(condition: bool, message: str) -> None:
@@ -140,11 +161,11 @@ class SparsityConfig:
 class MeasureConfig:
     """How the time of networks is measured: every combination of backend, threads and batch size."""
 
-    backends: tuple[str, ...] = ("eager", "onnxruntime")
+    backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("eager", "onnxruntime")
     """Runtimes: eager, onnxruntime, openvino, torchscript, compile."""
-    threads: tuple[int, ...] = (2,)
+    threads: Numbers = (2,)
     """Threads of the runtime."""
-    batch_sizes: tuple[int, ...] = (1, 32)
+    batch_sizes: Annotated[Numbers, tyro.conf.arg(name="batch-size")] = (1, 32)
     """Images in a batch; times are for the whole batch."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
@@ -161,6 +182,7 @@ class MeasureConfig:
         require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
         require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")
 
+
 # ------------------------------------------------------------------------------------------------------------- pruning
 
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
@@ -168,14 +190,14 @@ ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Which channels go, by what budget (at most one of ratio, macs_ratio and latency_ratio), at once or while training."""
+    """Which channels go, by what budgets (one of ratio, macs_ratio and latency_ratio), at once or while training."""
 
-    ratio: float | None = None
-    """Fraction of the channels of the network being pruned that is removed."""
-    macs_ratio: float | None = None
-    """Fraction of the original model's MACs that stays."""
-    latency_ratio: float | None = None
-    """Fraction of the original model's measured time that stays."""
+    ratio: Fractions = ()
+    """Fraction of the channels of the network being pruned that is removed; several, comma-separated, make a run each."""
+    macs_ratio: Fractions = ()
+    """Fraction of the original model's MACs that stays; several, comma-separated, make a run each."""
+    latency_ratio: Fractions = ()
+    """Fraction of the original model's measured time that stays; several, comma-separated, make a run each."""
     importance: ImportanceName = "taylor"
     """What channels are ranked by. Cuts while training always use taylor, from the gradients at hand."""
     rank: Literal["per_cost", "importance"] = "per_cost"
@@ -198,10 +220,10 @@ class PruneConfig:
     """Share of the old scores that survives a cut; 0 ranks by the steps since the last cut alone."""
 
     def __post_init__(self) -> None:
-        budgets = {n: v for n in ("ratio", "macs_ratio", "latency_ratio") if (v := getattr(self, n)) is not None}
-        require(len(budgets) <= 1, f"{' and '.join(budgets)} are set; give one budget")
-        for name, value in budgets.items():
-            require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1")
+        kinds = dict.fromkeys(name for name, _ in self.budgets)
+        require(len(kinds) <= 1, f"{' and '.join(kinds)} are set; give one kind of budget")
+        for name, value in self.budgets:
+            require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
         require(self.min_channels >= 1, f"min_channels is {self.min_channels}; it must be at least 1")
         require(
             0 <= self.min_fraction <= self.max_fraction <= 1,
@@ -211,3 +233,137 @@ class PruneConfig:
         require(self.every >= 1, f"every is {self.every}; it must be at least 1")
         require(0 < self.prune_epochs < float("inf"), f"prune_epochs is {self.prune_epochs}; it must be positive")
         require(0 <= self.score_decay < 1, f"score_decay is {self.score_decay}; use 0 up to below 1")
+
+    @property
+    def budgets(self) -> list[tuple[str, float]]:
+        """(name, value) of every budget that is set, in the order given."""
+        return [(name, value) for name in ("ratio", "macs_ratio", "latency_ratio") for value in getattr(self, name)]
+
+
+# ------------------------------------------------------------------------------------------------- whole runs (pipelines)
+
+
+def transient() -> Any:
+    """Metadata of a field that says where or whether to run, not what: it is left out of config.toml."""
+    return {"transient": True}
+
+
+@dataclass(frozen=True)
+class SlimConfig:
+    """Train with sparsity, remove all residuals, prune the plain network freely, fine-tune, measure."""
+
+    model: str = "resnet20"
+    """Network by name: resnet20 ... resnet1202 (CIFAR), resnet18, resnet34, ... (torchvision), timm/NAME."""
+    width: int | None = None
+    """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
+    method: Names = ("rm",)
+    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    seed: int = 0
+    """First seed."""
+    seeds: int = 1
+    """How many seeds, each with a training of its own."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    checkpoint: Path | None = None
+    """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
+    data: Unprefixed[DataConfig] = DataConfig()
+    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
+    sparsity: SparsityConfig = SparsityConfig(strength=0.8)
+    prune: Unprefixed[PruneConfig] = PruneConfig()
+    finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0)
+    measure: MeasureConfig = MeasureConfig()
+    out: Path | None = field(default=None, metadata=transient())
+    """Run directory (default: runs/slim-MODEL-DATASET)."""
+    overwrite: bool = field(default=False, metadata=transient())
+    """Replace a finished run, or one with other settings, in that directory."""
+
+    def __post_init__(self) -> None:
+        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
+        require(len(self.method) > 0, "method is empty; give at least one, for example rm")
+        require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
+        require(
+            len(self.prune.budgets) > 0,
+            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1",
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"slim-{self.model.replace('/', '-')}-{self.data.dataset}"
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """A network to look at: a name or an artifact, and the images it takes."""
+
+    model: tyro.conf.Positional[str]
+    """A network's name (resnet50, timm/resnet26, ...) or an artifact directory."""
+    image_size: int | None = None
+    """Height and width of the images (default: what the artifact says, 32 for CIFAR networks, else 224)."""
+    in_channels: int = 3
+    """Channels of the images."""
+    num_classes: int = 1000
+    """Classes."""
+    width: int | None = None
+    """Base width, for networks that have one."""
+    checkpoint: Path | None = None
+    """Trained weights for a named network: an artifact directory, or a .safetensors, .pt or .pth file."""
+
+
+@dataclass(frozen=True)
+class RemovalConfig:
+    """How residuals are removed."""
+
+    keep: Names = ()
+    """Blocks whose residual stays, comma-separated (names as `inspect` prints them)."""
+    ranges: Literal["provable", "calibrated"] = "provable"
+    """Bounds that hold for every input, or tighter ones taken from the example images with a margin."""
+    form: Literal["auto", "shift", "pair", "slice"] = "auto"
+    """How copies pass an activation; auto takes the cheapest exact one for each block."""
+    fuse: Literal["cheaper", "always", "never"] = "cheaper"
+    """Consecutive linear convolutions become one: where that has fewer MACs, always, or never."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Each residual of a network: removable or why not, in which form, and what it costs. Nothing is written."""
+
+    network: Unprefixed[NetworkConfig]
+    removal: Unprefixed[RemovalConfig] = RemovalConfig()
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Remove residuals and write the plain network; nothing is trained or pruned."""
+
+    network: Unprefixed[NetworkConfig]
+    out: Path
+    """Directory of the new artifact (architecture.json, model.safetensors, model.onnx)."""
+    removal: Unprefixed[RemovalConfig] = RemovalConfig()
+    batch_norm: bool = False
+    """Keep batch norms, for training; without, they are folded into the convolutions."""
+    onnx: bool = True
+    """Write model.onnx as well."""
+    check: bool = False
+    """Load what was written and compare its outputs, and ONNX Runtime's, with the original's."""
+    overwrite: bool = False
+    """Replace an artifact that is there already."""
+
+
+@dataclass(frozen=True)
+class RemeasureConfig:
+    """Measure the networks of finished runs again, all in turns in one process, and update their records."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, or directories that hold them."""
+    measure: Unprefixed[MeasureConfig] = MeasureConfig()
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Tables and figures from records."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, directories that hold them, or record files."""
+    out: Path = Path("reports")
+    """Where CSV, figures and the page go."""

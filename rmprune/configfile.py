@@ -15,7 +15,10 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain values: paths as strings, tuples as lists, unset (None) values left out, nested stages as tables."""
+    """The config as plain values: paths as strings, tuples as lists, nested stages as tables.
+
+    Unset (None) values are left out, and so are fields whose metadata says `transient`: they say where and whether to run, not what.
+    """
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -26,7 +29,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             return [plain(item) for item in value]
         return value
 
-    pairs = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    kept = (field for field in dataclasses.fields(config) if not field.metadata.get("transient"))
+    pairs = ((field.name, getattr(config, field.name)) for field in kept)
     return {name: plain(value) for name, value in pairs if value is not None}
 
 
@@ -47,7 +51,9 @@ def from_toml(kind: type[Config], path: Path) -> Config:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     _refuse_unknown(kind, values, path)
     try:
-        return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _as_float}))
+        return dacite.from_dict(
+            kind, values, dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _as_float})
+        )
     except dacite.DaciteError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -73,6 +79,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     found: list[str] = []
     for field in dataclasses.fields(old):
         was, now = getattr(old, field.name), getattr(new, field.name)
+        if field.metadata.get("transient"):
+            continue
         if dataclasses.is_dataclass(was) and type(was) is type(now):
             found += differences(was, now, f"{prefix}{field.name}.")
         elif was != now:

@@ -1,0 +1,111 @@
+"""The command line: one small function for each subcommand, flags and help generated from the configs. The work is done elsewhere."""
+
+import dataclasses
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from rmprune import config as settings
+from rmprune.configfile import from_toml
+from rmprune.errors import RmpruneError
+
+Config = TypeVar("Config")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one subcommand. Exit status: 0 done, 2 for anything the user can mend (one line says what), 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0 if arguments else 2)
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        _fail(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
+    try:
+        COMMANDS[name](rest)
+    except RmpruneError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        again = shlex.join(["python", "-m", "rmprune", *(word for word in arguments if word != "--overwrite")])
+        print(f"\nrmprune: interrupted; what was done is saved. To go on: {again}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"rmprune: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _overview() -> str:
+    lines = (f"  {name:9}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items())
+    return "usage: python -m rmprune COMMAND [flags]     (COMMAND --help lists the flags)\n\n" + "\n".join(lines)
+
+
+def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
+    """Flags to a config; `--config FILE` gives the defaults that the other flags override."""
+    default: Any = tyro.MISSING_NONPROP
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            _fail("--config needs the path of a TOML file")
+        default = from_toml(kind, Path(arguments[at + 1]))
+        arguments = arguments[:at] + arguments[at + 2 :]
+    description = (COMMANDS[command].__doc__ or "") + "\n\n--config FILE reads settings from TOML first."
+    return tyro.cli(kind, args=arguments, default=default, prog=f"python -m rmprune {command}", description=description)
+
+
+def _command_line(command: str, arguments: list[str]) -> str:
+    return shlex.join(["python", "-m", "rmprune", command, *arguments])
+
+
+def slim(arguments: list[str]) -> None:
+    """train with sparsity, remove residuals, prune the plain net, fine-tune, measure, record"""
+    from rmprune.pipelines import run_slim
+    from rmprune.report import show
+
+    show(run_slim(_parse(settings.SlimConfig, arguments, "slim"), command=_command_line("slim", arguments)))
+
+
+def inspect(arguments: list[str]) -> None:
+    """each residual of a network: removable or why not, in which form, and what it costs"""
+    from rmprune.pipelines import run_inspect
+
+    run_inspect(_parse(settings.InspectConfig, arguments, "inspect"))
+
+
+def convert(arguments: list[str]) -> None:
+    """remove residuals and write the plain network as an artifact with ONNX; nothing is pruned"""
+    from rmprune.pipelines import run_convert
+
+    run_convert(_parse(settings.ConvertConfig, arguments, "convert"))
+
+
+def measure(arguments: list[str]) -> None:
+    """measure the networks of finished runs again, all interleaved in one process, and update their records"""
+    from rmprune.pipelines import run_measure
+
+    run_measure(_parse(settings.RemeasureConfig, arguments, "measure"))
+
+
+def report(arguments: list[str]) -> None:
+    """tables and figures from the records of runs"""
+    from rmprune.report import run_report
+
+    config = _parse(settings.ReportConfig, arguments, "report")
+    run_report(config, command=_command_line("report", arguments))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    function.__name__: function for function in (slim, inspect, convert, measure, report)
+}
+
+__all__ = ["COMMANDS", "main"]
+_ = dataclasses  # placeholder until the configs land
