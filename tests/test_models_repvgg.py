@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.measure.cost import count_macs
 from rmprune.models.repvgg import RepVGGBlock, SqueezeExcitation, deploy, repvgg
 
 
@@ -78,6 +79,18 @@ def test_deployed_shapes_do_not_depend_on_the_ratio() -> None:
 def test_training_cost_falls_with_the_ratio() -> None:
     params = [sum(p.numel() for p in repvgg(depth=21, width=8, reserve_ratio=r).parameters()) for r in (0, 0.5, 0.75)]
     assert params[0] > params[1] > params[2]
+
+
+@pytest.mark.parametrize(
+    ("depth", "ratio", "trained", "deployed"),
+    [(21, 0, 2.4, 2.1), (21, 0.25, 2.1, 2.1), (37, 0.25, 3.9, 4.0), (69, 0.5, 6.5, 7.7), (133, 0.75, 10.6, 15.1)],
+)
+def test_costs_are_the_papers(depth: int, ratio: float, trained: float, deployed: float) -> None:
+    with torch.device("meta"):
+        model = repvgg(depth=depth, reserve_ratio=ratio)
+    x = torch.zeros(1, 3, 224, 224)
+    assert count_macs(model, x) / 1e9 == pytest.approx(trained, abs=0.07)
+    assert count_macs(deploy(model), x) / 1e9 == pytest.approx(deployed, abs=0.07)
 
 
 def test_deploy_leaves_the_model_alone() -> None:
