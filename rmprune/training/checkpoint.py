@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -11,9 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmprune.config import TrainConfig
+from rmprune.data import Dataset
 from rmprune.errors import ArtifactError
 
 _FORMAT = 1
+_FREE_SETTINGS = ("checkpoint_seconds", "tensorboard")  # these do not change what is trained
+_DATA_SETTINGS = ("batch_size", "validation", "split_seed", "train_images", "augment")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -44,6 +51,43 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ArtifactError(f"{path} is no checkpoint of this version; delete it to start again")
     return content
+
+
+def fingerprint(
+    model: nn.Module, data: Dataset, config: TrainConfig, seed: int, label: str, *, distilled: bool
+) -> dict[str, Any]:
+    """What a checkpoint must agree on with the training that goes on from it; `model` is the one it started with."""
+    training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_SETTINGS}
+    images = {key: getattr(data.config, key) for key in _DATA_SETTINGS}
+    shape = "x".join(map(str, data.input_shape))
+    identity = {
+        "network": shapes_digest(model),
+        "dataset": data.name,
+        "input_shape": shape,
+        "seed": seed,
+        "stage": label,
+    }
+    return {**training, **images, **identity, "distilled": distilled}
+
+
+def shapes_digest(model: nn.Module) -> str:
+    """A digest of the names and shapes of all tensors of a model."""
+    shapes = [(name, list(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def describe(model: nn.Module) -> str:
+    """The architecture of a model that a hook made, for `rebuild`."""
+    from rmprune import artifact  # traces the model; only needed where a hook changed it
+
+    return json.dumps(artifact.describe(model))
+
+
+def rebuild(architecture: str) -> nn.Module:
+    """The model that `describe` described; its weights are in the checkpoint."""
+    from rmprune import artifact
+
+    return artifact.build(json.loads(architecture))
 
 
 def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
-import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,35 +21,9 @@ from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
 from rmprune.training.precision import autocast
+from rmprune.training.state import Hook, TrainState
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, where every look at the loss waits for it
-_NOT_IN_FINGERPRINT = ("checkpoint_seconds", "tensorboard")  # these do not change what is trained
-
-
-@dataclasses.dataclass
-class TrainState:
-    """What a hook sees, after backward and the optimizer's step; the gradients of the step are still there.
-
-    A hook may put another `model` here (a smaller one, say), and an `optimizer` for it; without one, `make_optimizer`
-    makes it. It may also change the model's parameters in place.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    config: TrainConfig
-    steps_per_epoch: int
-    total_steps: int
-    learning_rate_sum: float  # of all steps of the run
-    step: int = 0  # steps done, this one included
-    learning_rate: float = 0.0  # of this step
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of this step, from 0."""
-        return max(0, self.step - 1) // self.steps_per_epoch
-
-
-Hook = Callable[[TrainState], None]
 
 
 def fit(
@@ -135,7 +104,7 @@ class _Run:
             self.place(copy.deepcopy(teacher)).eval() if teacher is not None and config.distillation else None
         )
         model = self.place(copy.deepcopy(model))
-        self.fingerprint = _fingerprint(model, data, config, seed, label, distilled=self.teacher is not None)
+        self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=self.teacher is not None)
         steps = data.train.num_batches(data.config.batch_size, shuffled=True)
         self.state = TrainState(
             model,
@@ -150,7 +119,7 @@ class _Run:
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
         self.seconds = 0.0  # spent on this epoch before the current call
         self.between_steps = True
-        self.saved_at = time.monotonic()
+        self.started = self.saved_at = time.monotonic()
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in the memory order and the mode of training."""
@@ -245,10 +214,13 @@ class _Run:
         model, optimizer = state.model, state.optimizer
         hook(state)
         if state.model is not model:
-            state.model = self.place(state.model)
-            if state.optimizer is optimizer:
-                state.optimizer = make_optimizer(state.model, self.config)
-            self.parallel = distributed.wrap(state.model, self.world, self.device)
+            self.adopt(state.model, None if state.optimizer is optimizer else state.optimizer)
+
+    def adopt(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Train this model from now on, by default with a new optimizer."""
+        self.state.model = self.place(model)
+        self.state.optimizer = optimizer or make_optimizer(self.state.model, self.config)
+        self.parallel = distributed.wrap(self.state.model, self.world, self.device)
 
     def check_finite(self) -> None:
         if not math.isfinite(float(self.totals[0])):
@@ -265,7 +237,6 @@ class _Run:
 
     def finish_epoch(self) -> None:
         """Validate, write the log line, begin a new epoch, save."""
-        self.started = getattr(self, "started", time.monotonic())
         self.check_finite()
         loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
         state = self.state
@@ -299,22 +270,18 @@ class _Run:
             raise RmpruneError(
                 f"{self.label}: weights are no longer finite at step {self.state.step}; lower learning_rate"
             )
-        architecture = None
-        if model is not self.first_model or _shapes(model) != self.fingerprint["network"]:
-            from rmprune import artifact  # traces the model; only needed where a hook changed it
-
-            architecture = json.dumps(artifact.describe(model))
+        changed = model is not self.first_model or files.shapes_digest(model) != self.fingerprint["network"]
         state_dict = getattr(self.hook, "state_dict", None)
         files.save_checkpoint(
             self.checkpoint,
             {
                 "fingerprint": self.fingerprint,
                 "step": self.state.step,
-                "architecture": architecture,
+                "architecture": files.describe(model) if changed else None,
                 "model": model.state_dict(),
                 "optimizer": files.optimizer_state(self.state.optimizer, model),
                 "totals": self.totals,
-                "seconds": self.seconds + time.monotonic() - getattr(self, "started", time.monotonic()),
+                "seconds": self.seconds + time.monotonic() - self.started,
                 "random": torch.get_rng_state(),
                 "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                 "hook": state_dict() if state_dict is not None else None,
@@ -331,14 +298,11 @@ class _Run:
         try:
             files.check_fingerprint(path, saved["fingerprint"], self.fingerprint)
             if saved["architecture"] is not None:
-                from rmprune import artifact
-
-                self.state.model = self.place(artifact.build(json.loads(saved["architecture"])))
-                self.state.optimizer = make_optimizer(self.state.model, self.config)
-                self.parallel = distributed.wrap(self.state.model, self.world, self.device)
+                self.adopt(files.rebuild(saved["architecture"]))
             self.state.model.load_state_dict(saved["model"])
             files.restore_optimizer(self.state.optimizer, self.state.model, saved["optimizer"])
             self.state.step, self.seconds = int(saved["step"]), float(saved["seconds"])
+            self.state.learning_rate = learning_rate(self.config, self.state.step - 1, self.state.steps_per_epoch)
             self.totals = saved["totals"].to(self.device)
             if saved["hook"] is not None and self.hook is not None:
                 self.hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
@@ -348,22 +312,3 @@ class _Run:
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ArtifactError(f"{path} does not fit this training ({reason}); delete it to start again") from error
-
-
-def _shapes(model: nn.Module) -> str:
-    """A digest of the names and shapes of all tensors of a model."""
-    shapes = [(name, list(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-
-
-def _fingerprint(
-    model: nn.Module, data: Dataset, config: TrainConfig, seed: int, label: str, *, distilled: bool
-) -> dict[str, Any]:
-    """What a checkpoint must agree on with the training that wants to go on from it."""
-    training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_IN_FINGERPRINT}
-    images = {
-        key: getattr(data.config, key) for key in ("batch_size", "validation", "split_seed", "train_images", "augment")
-    }
-    shape = "x".join(map(str, data.input_shape))
-    identity = {"network": _shapes(model), "dataset": data.name, "input_shape": shape, "seed": seed, "stage": label}
-    return {**training, **images, **identity, "distilled": distilled}

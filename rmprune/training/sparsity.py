@@ -23,8 +23,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.config import Scales, SparsityConfig
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.training.loop import TrainState
 from rmprune.training.optimizer import SHORTCUT_SCALE
+from rmprune.training.state import TrainState
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
