@@ -1,0 +1,67 @@
+"""Tables, figures and a page from the records of runs; records are all it reads."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rmprune.errors import ArtifactError
+from rmprune.records import find_records, read_record
+from rmprune.report.figures import accuracy_against_time, save_figure
+from rmprune.report.page import page
+from rmprune.report.tables import frame, summary_tables
+
+__all__ = ["build_report", "frame", "show", "summary_tables"]
+
+
+def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = None) -> list[Path]:
+    """Writes results.csv, a figure (PNG and SVG) for each model and data set, index.html and command.txt; returns their
+    paths.
+
+    `paths`: record files, run directories, or directories that hold runs. Raises ArtifactError where a path holds no
+    record, a record is damaged, or `out_dir` cannot be written.
+    """
+    records = find_records([paths] if isinstance(paths, Path) else list(paths))
+    data = frame(records)
+    command = command or shlex.join(sys.argv)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        written = [out_dir / "results.csv"]
+        data.to_csv(written[0], index=False)
+        svgs = {}
+        if not data.empty:
+            for title, stem, part in _parts(data):
+                figure_paths = save_figure(accuracy_against_time(part, title), out_dir / stem)
+                svgs[title] = figure_paths[1]
+                written += figure_paths
+        environments = [read_record(record)["environment"] for record in records]
+        for name, text in (("index.html", page(data, svgs, environments, command)), ("command.txt", command + "\n")):
+            (out_dir / name).write_text(text)
+            written.append(out_dir / name)
+    except OSError as error:
+        raise ArtifactError(
+            f"{out_dir}: the report cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    return written
+
+
+def show(records: Any, console: Console | None = None) -> None:
+    """Prints the tables of one record or several, given as paths or as dicts."""
+    console = console or Console()
+    for item in records if isinstance(records, list | tuple) else [records]:
+        record = item if isinstance(item, dict) else read_record(item)
+        for table in summary_tables(record):
+            console.print(table)
+
+
+def _parts(data: Any) -> list[tuple[str, str, Any]]:
+    """Title, file name and rows of each figure: one for each model and data set."""
+    groups = list(data.groupby(["model", "dataset"], sort=False, dropna=False))
+    parts = []
+    for (model, dataset), part in groups:
+        name = "accuracy-time" if len(groups) == 1 else f"accuracy-time-{model}-{dataset}"
+        parts.append((f"{model} on {dataset}", re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-"), part))
+    return parts

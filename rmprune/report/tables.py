@@ -1,0 +1,202 @@
+"""Records as tables: one row for each network and measurement, and the summary on the screen. Records are read,
+nothing is measured.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from rmprune.records import networks, read_record
+
+COLUMNS = [
+    "model",
+    "dataset",
+    "method",
+    "budget",
+    "seed",
+    "accuracy",
+    "macs",
+    "params",
+    "backend",
+    "device",
+    "threads",
+    "batch_size",
+    "median_ms",
+    "q1_ms",
+    "q3_ms",
+    "ratio",
+    "run",
+]
+_BUDGETS = ("latency_ratio", "macs_ratio", "ratio")
+CONFIGURATION = ["backend", "device", "threads", "batch_size"]
+
+
+def find_setting(config: dict[str, Any], name: str) -> Any:
+    """The value of setting `name`, at the top of `config` or in the first table that has it; None where none does."""
+    if config.get(name) is not None:
+        value = config[name]
+        return value.get("name") if isinstance(value, dict) else value
+    for table in config.values():
+        if isinstance(table, dict) and (value := find_setting(table, name)) is not None:
+            return value
+    return None
+
+
+def budget_of(record: dict[str, Any]) -> str:
+    """What the pruned network was allowed, as "latency 0.5", "macs 0.25" or "channels 0.7"; empty where nothing says
+    so.
+    """
+    for name in _BUDGETS:
+        value = find_setting(record["config"], name)
+        if isinstance(value, int | float):
+            return f"{'channels' if name == 'ratio' else name.removesuffix('_ratio')} {value:g}"
+    return ""
+
+
+def method_of(record: dict[str, Any], network: str) -> str:
+    """The method that made a network: its own `method`, else dense, plain, or the fitting part of the record's
+    "rm,coupled".
+    """
+    own = networks(record)[network].get("method")
+    if isinstance(own, str):
+        return own
+    if network == "original":
+        return "dense"
+    parts = [part.strip() for part in record["method"].split(",")]
+    if network == "pruned":
+        return next((part for part in parts if not part.startswith("coupled")), "rm")
+    return next((part for part in parts if part.startswith(network)), network)
+
+
+def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
+    """One row (see COLUMNS) for each network and measurement of a record; `ratio` is the time over the original's."""
+    original = {_key(latency): latency["median_ms"] for latency in record["original"]["latency"]}
+    found = []
+    for name, network in networks(record).items():
+        shared = {
+            "model": find_setting(record["config"], "model"),
+            "dataset": find_setting(record["config"], "dataset"),
+            "method": method_of(record, name),
+            "budget": "" if name in ("original", "plain") else budget_of(record),
+            "seed": record["seed"],
+            "accuracy": network["accuracy"],
+            "macs": network["macs"],
+            "params": network["params"],
+            "run": run,
+        }
+        for latency in network["latency"]:
+            base = original.get(_key(latency))
+            ratio = latency.get("ratio", latency["median_ms"] / base if base else None)
+            times = {column: latency[column] for column in (*CONFIGURATION, "median_ms", "q1_ms", "q3_ms")}
+            found.append(shared | times | {"ratio": ratio})
+    return found
+
+
+def frame(records: list[Path]) -> pd.DataFrame:
+    """All rows of all records, in COLUMNS order; a run is named by its directory."""
+    found = [row for path in records for row in rows(read_record(path), run=str(path.parent))]
+    return pd.DataFrame(found, columns=COLUMNS)
+
+
+def relative(data: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, budget and configuration, means over seeds, everything against the dense network.
+
+    Columns: accuracy and its spread over seeds (standard deviation), accuracy_change (points), macs_ratio,
+    params_ratio, time ratio, median/q1/q3, seeds.
+    """
+    keys = ["model", "dataset", "method", "budget", *CONFIGURATION]
+    dense = data[data.method == "dense"].set_index(["run", *CONFIGURATION])
+    dense = dense[~dense.index.duplicated()]
+    base = dense.reindex(pd.MultiIndex.from_frame(data[["run", *CONFIGURATION]]))
+    full = data.assign(
+        accuracy_change=(data.accuracy.to_numpy() - base.accuracy.to_numpy()) * 100,
+        macs_ratio=data.macs.to_numpy() / base.macs.to_numpy(),
+        params_ratio=data.params.to_numpy() / base.params.to_numpy(),
+    )
+    return (
+        full.groupby(keys, sort=False, dropna=False)
+        .agg(
+            accuracy=("accuracy", "mean"),
+            accuracy_spread=("accuracy", _spread),
+            accuracy_change=("accuracy_change", "mean"),
+            macs=("macs", "mean"),
+            macs_ratio=("macs_ratio", "mean"),
+            params_ratio=("params_ratio", "mean"),
+            median_ms=("median_ms", "mean"),
+            q1_ms=("q1_ms", "mean"),
+            q3_ms=("q3_ms", "mean"),
+            ratio=("ratio", "mean"),
+            seeds=("seed", "nunique"),
+        )
+        .reset_index()
+    )
+
+
+def _spread(values: pd.Series) -> float:
+    return float(values.std()) if len(values) > 1 else 0.0
+
+
+def _key(latency: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(latency[column] for column in CONFIGURATION)
+
+
+def amount(value: float) -> str:
+    """A count with three digits and a unit: 1.81 G, 301 M, 12.3 k."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def milliseconds(value: float) -> str:
+    """A time with three digits: 0.417, 1.83, 73.7, 1240."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def configuration_label(configuration: Any, with_place: bool = True) -> str:
+    """A (backend, device, threads, batch_size) as "onnxruntime, 2 threads, batch 1"; without its place, as on the
+    screen.
+    """
+    backend, _, _, batch_size = configuration
+    return ", ".join([backend, *([_place(configuration)] if with_place else []), f"batch {batch_size}"])
+
+
+def _place(configuration: Any) -> str:
+    """Where it ran: "2 threads" of the CPU, or the GPU."""
+    _, device, threads, _ = configuration
+    return f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else device
+
+
+def summary_tables(record: dict[str, Any]) -> list[Table]:
+    """What a record says, for the screen: one table of accuracy and cost, one of time, relative to the original."""
+    found = networks(record)
+    original = found["original"]
+    cost = Table(title="Accuracy and cost, relative to the original", title_justify="left", title_style="bold")
+    for heading in ("network", "accuracy", "change", "MACs", "", "parameters", ""):
+        cost.add_column(heading, justify="left" if heading == "network" else "right")
+    for name, network in found.items():
+        change = (network["accuracy"] - original["accuracy"]) * 100
+        cells = [name, f"{network['accuracy']:.2%}", "" if name == "original" else f"{change:+.2f}"]
+        for field in ("macs", "params"):
+            cells += [amount(network[field]), f"{network[field] / original[field]:.2f}x"]
+        cost.add_row(*cells)
+    places = {_place(_key(latency)) for latency in original["latency"]}
+    where = f" on {next(iter(places))}" if len(places) == 1 else ""
+    time = Table(title=f"Measured time{where} (ms for a batch, median)", title_justify="left", title_style="bold")
+    time.add_column("measured with")
+    for name in found:
+        time.add_column(name, justify="right")
+    times = {name: {_key(latency): latency for latency in network["latency"]} for name, network in found.items()}
+    for key, base in times["original"].items():
+        cells = [configuration_label(key, with_place=len(places) > 1)]
+        for own in times.values():
+            latency = own.get(key)
+            if latency is None:
+                cells.append("")
+                continue
+            ratio = latency.get("ratio", latency["median_ms"] / base["median_ms"])
+            cells.append(f"{milliseconds(latency['median_ms'])}  {ratio:.2f}x")
+        time.add_row(*cells)
+    return [cost, time] if times["original"] else [cost]

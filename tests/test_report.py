@@ -1,0 +1,132 @@
+"""Reports: every network and measurement is a row, figures and page are made, and only records are read."""
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from test_records import example, network
+
+from rmprune.errors import ArtifactError
+from rmprune.records import write_record
+from rmprune.report import build_report, frame, show
+from rmprune.report.figures import pareto_front
+from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, relative
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for seed in (0, 1):
+        for ratio in (0.5, 0.25):
+            record = example(
+                seed=seed,
+                config={"model": {"name": "resnet20"}, "data": {"dataset": "digits"}, "prune": {"macs_ratio": ratio}},
+                pruned=network(0.96 + 0.01 * seed, int(1e6 * ratio), 2 * ratio),
+                coupled=network(0.95 + 0.01 * seed, int(1e6 * ratio), 2.5 * ratio),
+            )
+            write_record(tmp_path / "runs" / f"s{seed}-{ratio}" / "record.json", record)
+    return tmp_path / "runs"
+
+
+def test_a_row_for_each_network_and_measurement(runs: Path) -> None:
+    data = frame(sorted(runs.rglob("record.json")))
+    assert len(data) == 4 * 4 * 4
+    row = data[(data.method == "coupled") & (data.seed == 1) & (data.budget == "macs 0.25")].iloc[0]
+    assert (row.model, row.dataset, row.backend, row.threads, row.batch_size) == ("resnet20", "digits", "eager", 2, 1)
+    assert row.median_ms == pytest.approx(0.625) and row.ratio == pytest.approx(0.3125)
+    assert set(data.method) == {"dense", "plain", "rm", "coupled"}
+    assert row.run.endswith("s1-0.25")
+
+
+def test_means_over_seeds_are_relative_to_dense(runs: Path) -> None:
+    summary = relative(frame(sorted(runs.rglob("record.json"))))
+    row = summary[(summary.method == "rm") & (summary.budget == "macs 0.5") & (summary.batch_size == 1)].iloc[0]
+    assert (
+        row.seeds == 2 and row.accuracy == pytest.approx(0.965) and row.accuracy_spread == pytest.approx(0.01 / 2**0.5)
+    )
+    assert row.accuracy_change == pytest.approx(-0.5)
+    assert row.macs_ratio == 0.5 and row.ratio == 0.5
+    dense = summary[(summary.method == "dense") & (summary.batch_size == 1) & (summary.backend == "eager")]
+    assert len(dense) == 1 and dense.iloc[0].ratio == 1
+
+
+def test_the_report_is_complete(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    written = build_report([runs], out, command="python -m rmprune report runs --out report")
+    assert {p.name for p in written} == {
+        "results.csv",
+        "accuracy-time.png",
+        "accuracy-time.svg",
+        "index.html",
+        "command.txt",
+    }
+    assert len(pd.read_csv(out / "results.csv")) == 64
+    text = (out / "index.html").read_text()
+    assert text.count("<svg") == 1 and "python -m rmprune report runs" in text and "<script" not in text
+    assert "resnet20 on digits" in text and "macs 0.25" in text
+    assert (out / "accuracy-time.png").stat().st_size > 10_000
+    assert "report runs" in (out / "command.txt").read_text()
+    before = (out / "accuracy-time.svg").read_bytes()
+    build_report([runs], out, command="again")
+    assert (out / "accuracy-time.svg").read_bytes() == before
+
+
+def test_one_figure_for_each_model_and_data_set(runs: Path, tmp_path: Path) -> None:
+    write_record(tmp_path / "runs" / "other" / "record.json", example(config={"model": "res/net", "dataset": "<b>"}))
+    names = {p.name for p in build_report([runs / "s0-0.5", runs / "other"], tmp_path / "out")}
+    assert {"accuracy-time-resnet20-digits.png", "accuracy-time-res-net-b.png"} <= names
+    assert "<b>" not in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_screen_shows_everything_relative_to_the_original() -> None:
+    stream = io.StringIO()
+    show(example(), Console(file=stream, width=120))
+    text = stream.getvalue()
+    for words in (
+        "original",
+        "plain",
+        "pruned",
+        "coupled",
+        "96.80%",
+        "-0.20",
+        "0.50x",
+        "500 k",
+        "onnxruntime, batch 32",
+        "2 threads",
+    ):
+        assert words in text
+
+
+def test_names_and_numbers() -> None:
+    assert find_setting({"a": {"b": {"model": "x"}}}, "model") == "x"
+    assert find_setting({"a": {}}, "model") is None
+    assert budget_of(example(config={"ratio": 0.7})) == "channels 0.7"
+    assert budget_of(example(config={"budget": {"latency_ratio": 0.5}, "ratio": None})) == "latency 0.5"
+    record = example(method="rm-gradual,coupled-taylor", inner=network(0.9, 10, 1.0) | {"method": "inner"})
+    assert [method_of(record, n) for n in ("original", "plain", "pruned", "coupled", "inner")] == [
+        "dense",
+        "plain",
+        "rm-gradual",
+        "coupled-taylor",
+        "inner",
+    ]
+    assert [amount(v) for v in (1.814e9, 300_774_272, 12_345, 7)] == ["1.81 G", "301 M", "12.3 k", "7"]
+    assert [milliseconds(v) for v in (0.4171, 1.829, 73.66, 1240.4)] == ["0.417", "1.83", "73.7", "1240"]
+
+
+def test_pareto_front() -> None:
+    assert pareto_front([(1, 90), (2, 89), (3, 92), (2, 91), (4, 92)]) == [(1, 90), (2, 91), (3, 92)]
+
+
+def test_bad_input_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no record under it"):
+        build_report([tmp_path / "nothing"], tmp_path / "out")
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="not a valid record"):
+        build_report([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_record(tmp_path / "record.json", example())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        build_report([tmp_path], tmp_path / "file")
