@@ -42,7 +42,9 @@ def _refuse_other(directory: Path, config: Config, known: Path, records: list[Pa
             f"{directory}: holds a run with other settings ({'; '.join(changed)}); choose another --out, or --overwrite"
         )
     if all(record.is_file() for record in records):
-        raise ConfigError(f"{directory}: this run is finished; see it with `python -m rmprune report {directory}`, or --overwrite")
+        raise ConfigError(
+            f"{directory}: this run is finished; see it with `python -m rmprune report {directory}`, or --overwrite"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

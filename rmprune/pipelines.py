@@ -1,0 +1,229 @@
+"""The pipelines: the order of the stages and their files, nothing clever.
+
+A run is a directory. With one seed and one budget it is the cell itself; with more, `seed0/` holds what the cells of a seed share
+(`dense/`, `plain/`) and `seed0/macs_ratio-0.5/` is a cell. Every stage leaves an artifact; what is there is not done again.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmprune import artifact, records
+from rmprune.config import MeasureConfig, RemovalConfig, SlimConfig
+from rmprune.configfile import to_dict
+from rmprune.data import Dataset, load_dataset
+from rmprune.errors import ConfigError
+from rmprune.loading import create_network, load_checkpoint_into
+from rmprune.measure import count_macs, count_params, measure_latencies
+from rmprune.methods import Method, check_budgets, find_methods, make_budget, slim_network
+from rmprune.removal import remove_residuals
+from rmprune.rundir import CONFIG_FILE, claim
+from rmprune.training import evaluate, fit
+from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
+
+logger = logging.getLogger("rmprune")
+CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One seed with one budget: a record of its own. `shared` holds what all cells of the seed have in common."""
+
+    seed: int
+    kind: str
+    value: float
+    directory: Path
+    shared: Path
+
+    @property
+    def record(self) -> Path:
+        return self.directory / records.RECORD
+
+
+def plan_cells(config: SlimConfig) -> list[Cell]:
+    """The cells of a run, in the order they are done."""
+    root, budgets = config.directory, config.prune.budgets
+    if config.seeds == 1 and len(budgets) == 1:
+        return [Cell(config.seed, *budgets[0], directory=root, shared=root)]
+    return [
+        Cell(seed, kind, value, root / f"seed{seed}" / f"{kind}-{value:g}", root / f"seed{seed}")
+        for seed in range(config.seed, config.seed + config.seeds)
+        for kind, value in budgets
+    ]
+
+
+def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
+    """Do the main job and return the records. Goes on where an interrupted run of the same settings was."""
+    methods, cells = find_methods(config.method), plan_cells(config)
+    device = pick_device(config.device)
+    data = load_dataset(config.data)
+    _refuse_early(config, methods, data)
+    claim(config.directory, config, records=[cell.record for cell in cells], overwrite=config.overwrite)
+    for number, cell in enumerate(cells, 1):
+        if cell.record.is_file():
+            continue
+        if len(cells) > 1:
+            logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
+        _run_cell(cell, config, methods, data, device, command)
+    return [cell.record for cell in cells]
+
+
+def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset) -> None:
+    """Everything that can be refused is refused before a file is written or an epoch trained."""
+    example = data.train.example(2)
+    dense = make_dense(config, data, config.seed)
+    reference = count_macs(dense, example[:1])
+    budgets = [make_budget(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
+
+    def networks(plain: bool) -> nn.Module:
+        return remove_residuals(dense, example).model if plain else dense
+
+    check_budgets(networks, methods, budgets, config, example)
+
+
+def _run_cell(
+    cell: Cell, config: SlimConfig, methods: dict[str, Method], data: Dataset, device: torch.device, command: str
+) -> None:
+    dense = stage(cell.shared / "dense", lambda: (train_dense(config, data, cell.seed, device, cell.shared), {}))
+    found: dict[str, nn.Module] = {"original": dense}
+    removal: dict[str, Any] | None = None
+    example = data.train.example(1)
+    if any(method.plain for method in methods.values()):
+        found["plain"] = stage(cell.shared / "plain", lambda: remove(dense, data), onnx=example)
+        removal = artifact.read_extra(cell.shared / "plain")["removal"]
+    budget = make_budget(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
+    for name, method in methods.items():
+        key = "pruned" if name == "rm" else name
+
+        def slim(name: str = name, method: Method = method) -> tuple[nn.Module, dict[str, Any]]:
+            slimmed = slim_network(
+                found["plain"] if method.plain else dense,
+                method,
+                budget,
+                config,
+                data,
+                seed=cell.seed,
+                device=device,
+                teacher=dense,
+                checkpoint=cell.directory / "checkpoint" / f"{name}.pt",
+                log=cell.directory / "log.jsonl",
+                label=name,
+            )
+            return slimmed, {"method": name}
+
+        found[key] = stage(cell.directory / key, slim, onnx=example)
+    logger.info("measuring %s", ", ".join(found))
+    entries = measure_networks(found, data, config.measure, device)
+    record = {
+        "schema": records.SCHEMA,
+        "command": command,
+        "config": to_dict(config),
+        "seed": cell.seed,
+        "model": config.model,
+        "dataset": config.data.dataset,
+        "method": ",".join(methods),
+        "budget": {cell.kind: cell.value},
+        "environment": records.environment(),
+        "removal": removal,
+        **entries,
+    }
+    records.write_record(cell.record, record)
+
+
+def stage(
+    directory: Path, make: Callable[[], tuple[nn.Module, dict[str, Any]]], onnx: torch.Tensor | None = None
+) -> nn.Module:
+    """The network of a finished stage from its artifact, or made now and saved with its facts."""
+    if artifact.is_artifact(directory):
+        return artifact.load(directory)
+    model, facts = make()
+    artifact.save(model, directory, example_inputs=onnx, extra=facts)
+    return artifact.load(directory)
+
+
+def make_dense(config: SlimConfig, data: Dataset, seed: int) -> nn.Module:
+    """The network before training, from its seed; or with the weights of --checkpoint."""
+    torch.manual_seed(seed)
+    model = create_network(config.model, num_classes=data.num_classes, input_shape=data.input_shape, width=config.width)
+    if config.sparsity.shortcut_scales:
+        model = add_shortcut_scales(model, data.train.example(2))
+    if config.checkpoint is not None:
+        model = load_checkpoint_into(model, config.checkpoint, config.model)
+    return model.eval()
+
+
+def train_dense(config: SlimConfig, data: Dataset, seed: int, device: torch.device, directory: Path) -> nn.Module:
+    """Train with sparsity, unless a checkpoint of trained weights was given."""
+    model = make_dense(config, data, seed)
+    if config.checkpoint is not None:
+        return model
+    return fit(
+        model,
+        data,
+        config.train,
+        seed=seed,
+        device=device,
+        hook=ProximalL1(config.sparsity) if config.sparsity.strength else None,
+        checkpoint=directory / "checkpoint" / "dense.pt",
+        log=directory / "log.jsonl",
+        label="dense",
+    ).cpu()
+
+
+def remove(dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
+    """RM on the trained network, with batch norms measured on training images; the facts go into the record."""
+    removal = remove_residuals(dense, data.train.example(CALIBRATION_IMAGES))
+    logger.info(
+        "removed %d residuals, kept %d; largest error %.1e", len(removal.removed), len(removal.kept), removal.max_error
+    )
+    return removal.model, {
+        "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error}
+    }
+
+
+def measure_networks(
+    networks: dict[str, nn.Module], data: Dataset, config: MeasureConfig, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Test accuracy (read here only), MACs, parameters and times of each network, as record entries."""
+    example = data.test.example(1)
+    latencies = measure_latencies(
+        networks,
+        example,
+        backends=config.backends,
+        threads=config.threads,
+        batch_sizes=config.batch_sizes,
+        device=config.device,
+        seconds=config.seconds,
+        min_rounds=config.min_rounds,
+        reference="original",
+    )
+    return {
+        name: {
+            "accuracy": evaluate(model.to(device), data.test, device=device).accuracy,
+            "macs": count_macs(model.cpu(), example),
+            "params": count_params(model),
+            "latency": [latency.to_dict() for latency in latencies[name]],
+        }
+        for name, model in networks.items()
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; auto takes the GPU where there is one. Raises ConfigError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
+    return device
+
+
+_ = (asdict, RemovalConfig, CONFIG_FILE)

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from rmprune.config import DataConfig, PruneConfig, SlimConfig
+from rmprune.configfile import differences, from_toml, to_toml
+from rmprune.errors import ConfigError
+
+
+def config(**settings) -> SlimConfig:
+    return SlimConfig(prune=PruneConfig(macs_ratio=(0.5, 0.25)), **settings)
+
+
+def test_toml_there_and_back(tmp_path: Path) -> None:
+    first = config(width=32, method=("rm", "coupled"), data=DataConfig(dataset="fashion-mnist", data_dir=Path("x/y")))
+    (tmp_path / "config.toml").write_text(to_toml(first))
+    assert from_toml(SlimConfig, tmp_path / "config.toml") == first
+
+
+def test_where_to_run_is_no_setting() -> None:
+    assert "out" not in to_toml(config(out=Path("elsewhere"), overwrite=True))
+    assert differences(config(), config(out=Path("elsewhere"))) == []
+    assert differences(config(), config(data=DataConfig(batch_size=64))) == ["data.batch_size: 128 -> 64"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("widht = 32\n[prune]\nratio = [0.5]", "unknown setting 'widht'; did you mean 'width'"),
+        ("[data]\ndatset = 'digits'", "unknown setting 'data.datset'; did you mean 'dataset'"),
+        ("width = 'wide'\n[prune]\nratio = [0.5]", "width"),
+        ("width = ", "cannot be read as TOML"),
+        ("[prune]\nratio = [1.5]", "ratio is 1.5; it must lie between 0 and 1"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        from_toml(SlimConfig, file)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        from_toml(SlimConfig, Path("nowhere.toml"))
+
+
+def test_whole_numbers_are_fine_for_fractions(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\nprune_epochs = 2\n")
+    assert from_toml(SlimConfig, tmp_path / "c.toml").prune.prune_epochs == 2.0

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from rmprune.config import DataConfig, PruneConfig, SlimConfig
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.rundir import claim
+
+CONFIG = SlimConfig(prune=PruneConfig(ratio=(0.5,)))
+OTHER = SlimConfig(prune=PruneConfig(ratio=(0.5,)), data=DataConfig(batch_size=64))
+
+
+def test_a_new_run_and_the_same_run_again(tmp_path: Path) -> None:
+    run = tmp_path / "a" / "run"
+    claim(run, CONFIG, records=[run / "record.json"], overwrite=False)
+    (run / "checkpoint").mkdir()
+    claim(run, CONFIG, records=[run / "record.json"], overwrite=False)  # interrupted: goes on
+    assert (run / "checkpoint").is_dir()
+
+
+def test_a_finished_run_is_kept_unless_told(tmp_path: Path) -> None:
+    claim(tmp_path, CONFIG, records=[], overwrite=False)
+    (tmp_path / "record.json").write_text("{}")
+    with pytest.raises(ConfigError, match="finished"):
+        claim(tmp_path, CONFIG, records=[tmp_path / "record.json"], overwrite=False)
+    assert (tmp_path / "record.json").is_file()
+    claim(tmp_path, CONFIG, records=[tmp_path / "record.json"], overwrite=True)
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_other_settings_are_named(tmp_path: Path) -> None:
+    claim(tmp_path, CONFIG, records=[tmp_path / "record.json"], overwrite=False)
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 128 -> 64"):
+        claim(tmp_path, OTHER, records=[tmp_path / "record.json"], overwrite=False)
+
+
+def test_a_directory_of_something_else_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="not a run of rmprune"):
+            claim(tmp_path, CONFIG, records=[], overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        claim(tmp_path / "file" / "run", CONFIG, records=[], overwrite=False)
