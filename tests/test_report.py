@@ -8,11 +8,12 @@ import pytest
 from rich.console import Console
 from test_records import example, network
 
+from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
 from rmprune.records import write_record
-from rmprune.report import build_report, frame, show
+from rmprune.report import build_report, frame, run_report, show
 from rmprune.report.figures import pareto_front
-from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, relative
+from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, model_of, relative
 
 
 @pytest.fixture
@@ -72,6 +73,15 @@ def test_the_report_is_complete(runs: Path, tmp_path: Path) -> None:
     assert (out / "accuracy-time.svg").read_bytes() == before
 
 
+def test_the_command_names_what_it_wrote(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_report(ReportConfig(runs=(runs / "s0-0.5",), out=tmp_path / "out"), command="report")
+    assert capsys.readouterr().out.split() == [str(p) for p in sorted((tmp_path / "out").iterdir(), key=_order)]
+
+
+def _order(path: Path) -> int:
+    return ["results.csv", "accuracy-time.png", "accuracy-time.svg", "index.html", "command.txt"].index(path.name)
+
+
 def test_one_figure_for_each_model_and_data_set(runs: Path, tmp_path: Path) -> None:
     write_record(tmp_path / "runs" / "other" / "record.json", example(config={"model": "res/net", "dataset": "<b>"}))
     names = {p.name for p in build_report([runs / "s0-0.5", runs / "other"], tmp_path / "out")}
@@ -103,6 +113,9 @@ def test_names_and_numbers() -> None:
     assert find_setting({"a": {}}, "model") is None
     assert budget_of(example(config={"ratio": 0.7})) == "channels 0.7"
     assert budget_of(example(config={"budget": {"latency_ratio": 0.5}, "ratio": None})) == "latency 0.5"
+    assert budget_of(example(budget={"macs_ratio": 0.1})) == "macs 0.1"
+    assert model_of(example(width=32, config={"model": "resnet20", "width": 32})) == "resnet20 (width 32)"
+    assert method_of(example(method="inner,coupled,rm", inner=network(0.9, 10, 1.0)), "pruned") == "rm"
     record = example(method="rm-gradual,coupled-taylor", inner=network(0.9, 10, 1.0) | {"method": "inner"})
     assert [method_of(record, n) for n in ("original", "plain", "pruned", "coupled", "inner")] == [
         "dense",

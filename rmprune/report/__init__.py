@@ -8,13 +8,14 @@ from typing import Any
 
 from rich.console import Console
 
+from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
 from rmprune.records import find_records, read_record
 from rmprune.report.figures import accuracy_against_time, save_figure
 from rmprune.report.page import page
 from rmprune.report.tables import frame, summary_tables
 
-__all__ = ["build_report", "frame", "show", "summary_tables"]
+__all__ = ["build_report", "frame", "run_report", "show", "summary_tables"]
 
 
 def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = None) -> list[Path]:
@@ -46,6 +47,13 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
             f"{out_dir}: the report cannot be written ({error.strerror}); choose another --out"
         ) from error
     return written
+
+
+def run_report(config: ReportConfig, *, command: str) -> None:
+    """`python -m rmprune report`: writes the report and prints where each of its files is."""
+    console = Console(soft_wrap=True, highlight=False)
+    for path in build_report(list(config.runs), config.out, command):
+        console.print(str(path), markup=False)
 
 
 def show(records: Any, console: Console | None = None) -> None:

@@ -149,8 +149,8 @@ def _scale(ax: Axes, panel: pd.DataFrame) -> None:
     low, high = float(panel.q1_ms.min()), float(panel.q3_ms.max())
     if high > 5 * low:
         ax.set_xscale("log")
-        ax.set_xlim(low / 1.25, high * 1.25)
-        ticks = [t for t in (d * 10.0**e for e in range(-4, 6) for d in (1, 2, 5)) if low / 1.25 <= t <= high * 1.25]
+        ax.set_xlim(low / 1.4, high * 1.3)
+        ticks = [t for t in (d * 10.0**e for e in range(-4, 6) for d in (1, 2, 5)) if low / 1.4 <= t <= high * 1.3]
         ax.set_xticks(ticks)
         ax.xaxis.set_minor_formatter(NullFormatter())
     else:

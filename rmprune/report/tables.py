@@ -47,26 +47,40 @@ def find_setting(config: dict[str, Any], name: str) -> Any:
 def budget_of(record: dict[str, Any]) -> str:
     """What the pruned network was allowed, as "latency 0.5", "macs 0.25" or "channels 0.7"; empty where nothing says
     so.
+
+    Taken from the record's own `budget` ({"macs_ratio": 0.25}), else from its config.
     """
+    own = record.get("budget")
     for name in _BUDGETS:
-        value = find_setting(record["config"], name)
+        value = own.get(name) if isinstance(own, dict) else find_setting(record["config"], name)
         if isinstance(value, int | float):
             return f"{'channels' if name == 'ratio' else name.removesuffix('_ratio')} {value:g}"
     return ""
+
+
+def model_of(record: dict[str, Any]) -> str:
+    """The network's name, with its base width where one was asked for."""
+    name, width = (
+        record.get("model") or find_setting(record["config"], "model"),
+        find_setting(record["config"], "width"),
+    )
+    return f"{name} (width {width})" if width else str(name)
 
 
 def method_of(record: dict[str, Any], network: str) -> str:
     """The method that made a network: its own `method`, else dense, plain, or the fitting part of the record's
     "rm,coupled".
     """
-    own = networks(record)[network].get("method")
+    found = networks(record)
+    own = found[network].get("method")
     if isinstance(own, str):
         return own
-    if network == "original":
-        return "dense"
+    if network in ("original", "plain"):
+        return "dense" if network == "original" else "plain"
     parts = [part.strip() for part in record["method"].split(",")]
     if network == "pruned":
-        return next((part for part in parts if not part.startswith("coupled")), "rm")
+        free = [part for part in parts if part not in found and not part.startswith("coupled")]
+        return next((part for part in free if part.startswith("rm")), free[0] if free else "rm")
     return next((part for part in parts if part.startswith(network)), network)
 
 
@@ -76,8 +90,8 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
     found = []
     for name, network in networks(record).items():
         shared = {
-            "model": find_setting(record["config"], "model"),
-            "dataset": find_setting(record["config"], "dataset"),
+            "model": model_of(record),
+            "dataset": record.get("dataset") or find_setting(record["config"], "dataset"),
             "method": method_of(record, name),
             "budget": "" if name in ("original", "plain") else budget_of(record),
             "seed": record["seed"],
