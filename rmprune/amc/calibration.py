@@ -1,0 +1,244 @@
+"""What a pruned network's statistics (and, if asked, weights) should be, measured on calibration images layer by layer.
+
+Batch norms get the statistics of what now reaches them. Layers without one (their batch norm was folded) get the mean and
+deviation that the unpruned network has there, channel by channel: the same correction, for the folded form. With
+`reconstruct` each layer behind pruned channels is first fitted to the unpruned network by least squares; then only the
+mean (the intercept) is measured anew, for to restore the deviation would undo the fit.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rmprune.amc.program import Op, Program
+from rmprune.amc.reconstruct import Positions, outputs_at, patches_at, reconstruct, sample_positions
+from rmprune.pruning.structure import Keep, Layer, Structure, layer_masks
+from rmprune.pruning.surgery import Slices, take, tensor_slices
+
+_LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
+
+
+class Settings(Protocol):
+    """The part of the scoring settings that matters here."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def reconstruct(self) -> bool: ...
+    @property
+    def samples(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A policy as indices: (layer, side) -> mask of what stays, and parameter -> its slices. Empty: nothing goes."""
+
+    masks: Mapping[tuple[str, str], Tensor]
+    slices: Mapping[str, Slices]
+
+    @classmethod
+    def of(cls, model: nn.Module, structure: Structure, keep: Keep) -> "Cut":
+        return cls(layer_masks(structure, keep), tensor_slices(model, structure, keep))
+
+    def outputs(self, layer: str) -> Tensor | None:
+        """The output channels of a layer that stay; None where all do."""
+        mask = self.masks.get((layer, "out"))
+        return None if mask is None or bool(mask.all()) else mask.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A layer of a policy: its weight, the moments of what it puts out without bias, and the map y * scale + shift behind it.
+
+    All vectors [C_out]; `weight` is None for a batch norm that stands alone.
+    """
+
+    weight: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class Calibrator:
+    """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
+
+    def __init__(self, model: nn.Module, structure: Structure, settings: Settings) -> None:
+        self.model = _eval_copy(model)
+        self.layers = {layer.name: layer for layer in structure.layers}
+        self.settings = settings
+        self.tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.reference: dict[str, Fitted] = {}
+        self._positions: dict[str, Positions] = {}
+        self._wanted: dict[str, Tensor] = {}
+
+    def measure_reference(self, program: Program, x: Tensor) -> None:
+        """Run the unpruned network on the calibration images and note what the policies are compared with."""
+        self.reference = self.fit(program, {program.ops[0].name: x}, Cut({}, {}), first=True)
+
+    def fit(self, program: Program, values: dict[str, Tensor], cut: Cut, *, first: bool = False) -> dict[str, Fitted]:
+        """Push calibration values (those of the program's frontier) through, each layer fitted to what reaches it."""
+        fitted: dict[str, Fitted] = {}
+        values = dict(values)
+        for op in program.ops:
+            if op.static:
+                continue
+            if op.kind in ("layer", "norm"):
+                fitted[op.name], values[op.name] = self._fit(op, values[op.inputs[0]], cut, first)
+            else:
+                values[op.name] = self.apply_plain(program, op, values, cut)
+            for name in op.dead:
+                del values[name]
+        return fitted
+
+    def apply_plain(self, program: Program, op: Op, values: Mapping[str, Tensor], cut: Cut) -> Tensor:
+        """An operation without statistics: a PReLU with a slope per channel, or whatever stands in the graph."""
+        if op.kind == "vector":
+            x = values[op.inputs[0]]
+            return F.prelu(x, self._taken(f"{op.layer}.weight", cut).to(x.dtype))
+        return program.call(op, self.model, values)
+
+    def narrowed(self, op: Op, cut: Cut) -> Fitted:
+        """The reference of an operation whose inputs no policy changes, with the channels that stay."""
+        fit, index = self.reference[op.name], cut.outputs(op.origin)
+        if index is None:
+            return fit
+        weight = None if fit.weight is None else self._taken(f"{op.layer}.weight", cut)
+        return Fitted(weight, fit.mean[index], fit.variance[index], fit.scale[index], fit.shift[index])
+
+    def _taken(self, name: str, cut: Cut) -> Tensor:
+        return take(self.tensors[name], cut.slices[name]) if name in cut.slices else self.tensors[name]
+
+    def _fit(self, op: Op, x: Tensor, cut: Cut, first: bool) -> tuple[Fitted, Tensor]:
+        """The layer (or batch norm) on these inputs, and its outputs."""
+        weight, y = None, x
+        if op.kind == "layer":
+            layer = self.layers[op.layer]
+            weight = self._taken(f"{op.layer}.weight", cut)
+            if self.settings.reconstruct and not first:
+                weight = self._reconstructed(op, x, weight, cut)
+            y = convolve(layer, x, weight.to(_precision(layer, x, weight)), None)
+            if self.settings.reconstruct and first:
+                self._note_outputs(op, y)
+        if op.norm:
+            return self._normalised(op, weight, y, cut)
+        mean, variance = _moments(y)
+        if first:
+            bias = self.tensors.get(f"{op.layer}.bias")
+            scale, shift = torch.ones_like(mean), torch.zeros_like(mean) if bias is None else bias.to(mean)
+        else:
+            scale, shift = self._corrected(op, mean, variance, cut)
+        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift)
+
+    def _normalised(self, op: Op, weight: Tensor | None, y: Tensor, cut: Cut) -> tuple[Fitted, Tensor]:
+        norm = self.model.get_submodule(op.norm)
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        channels = y.shape[1]
+        if norm.affine:
+            gamma, beta = self._taken(f"{op.norm}.weight", cut), self._taken(f"{op.norm}.bias", cut)
+        else:
+            kind = torch.float64 if y.dtype == torch.float64 else torch.float32
+            gamma, beta = y.new_ones(channels, dtype=kind), y.new_zeros(channels, dtype=kind)
+        out, mean, inverse = torch.native_batch_norm(y, gamma, beta, None, None, True, 0.0, norm.eps)
+        variance = (inverse**-2 - norm.eps).clamp(min=0)
+        if self.settings.reconstruct and op.kind == "layer" and op.name in self.reference:
+            before, index = self.reference[op.name].variance, cut.outputs(op.layer)
+            variance = before if index is None else before[index]  # outputs are fitted to have this deviation
+            scale = gamma * (variance + norm.eps).rsqrt()
+            out = _affine(y, scale, beta - mean * scale)
+        else:
+            scale = gamma * inverse
+        return Fitted(weight, mean, variance, scale, beta - mean * scale), out
+
+    def _corrected(self, op: Op, mean: Tensor, variance: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Scale and shift that give a layer without batch norm the moments it has in the unpruned network.
+
+        A linear layer, or one that was fitted by least squares, is only shifted: its intercept.
+        """
+        before, index = self.reference[op.name], cut.outputs(op.layer)
+        wanted_mean, wanted_variance = before.mean + before.shift, before.variance
+        if index is not None:
+            wanted_mean, wanted_variance = wanted_mean[index], wanted_variance[index]
+        if self.settings.reconstruct or self.layers[op.layer].kind == "linear":
+            scale = torch.ones_like(mean)
+        else:
+            scale = (wanted_variance / variance.clamp(min=1e-30)).sqrt().clamp(max=_LARGEST_GAIN)
+        return scale, wanted_mean - mean * scale
+
+    def _note_outputs(self, op: Op, y: Tensor) -> None:
+        size = (int(y.shape[2]), int(y.shape[3])) if y.dim() == 4 else (1, 1)
+        count = -(-self.settings.samples // len(y))
+        generator = torch.Generator().manual_seed(len(self._positions))
+        at = sample_positions(len(y), size, count, generator)
+        self._positions[op.name], self._wanted[op.name] = at, outputs_at(y, at)
+
+    def _reconstructed(self, op: Op, x: Tensor, weight: Tensor, cut: Cut) -> Tensor:
+        layer, at, index = self.layers[op.layer], self._positions[op.name], cut.outputs(op.layer)
+        wanted = self._wanted[op.name] if index is None else self._wanted[op.name][:, index]
+        groups = len(weight) if layer.kind == "depthwise" else layer.groups
+        return reconstruct(weight, patches_at(x, layer, at), wanted, groups)[0]
+
+
+def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's operation with these weights; a linear layer computes in their precision."""
+    if layer.kind == "linear":
+        return F.linear(x.to(weight.dtype), weight, bias)
+    groups = len(weight) if layer.kind == "depthwise" else layer.groups
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
+
+
+def fold(fit: Fitted, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(weight with the scale in it, scale, shift): convolution weights in `dtype`, linear ones in their own precision."""
+    if fit.weight is None:
+        return None, fit.scale.to(dtype), fit.shift.to(dtype)
+    weight = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))
+    kind = fit.weight.dtype if fit.weight.dim() == 2 else dtype
+    return weight.to(kind), fit.scale, fit.shift.to(kind)
+
+
+def write_layer(model: nn.Module, op: Op, fit: Fitted) -> None:
+    """Put a fitted layer into a network of the policy's shape, in place: its batch norm's statistics, or weight and bias."""
+    module = model.get_submodule(op.layer) if op.layer else None
+    with torch.no_grad():
+        if op.norm:
+            norm = model.get_submodule(op.norm)
+            assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+            if module is not None and fit.weight is not None:
+                module.weight.copy_(fit.weight)  # type: ignore[operator, union-attr]
+            bias = getattr(module, "bias", None)
+            norm.running_mean = fit.mean.clone() if bias is None else fit.mean + bias
+            norm.running_var = fit.variance.clone()
+        elif module is not None and fit.weight is not None:
+            scaled = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))
+            module.weight.copy_(scaled)  # type: ignore[operator, union-attr]
+            if module.bias is None and bool(fit.shift.any()):
+                module.bias = nn.Parameter(torch.zeros_like(fit.shift))
+            if module.bias is not None:
+                module.bias.copy_(fit.shift)  # type: ignore[operator, union-attr]
+
+
+def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (biased) [C] over everything but the channels, at least in float32."""
+    kind = torch.float64 if y.dtype == torch.float64 else torch.float32
+    ones, zeros = y.new_ones(y.shape[1], dtype=kind), y.new_zeros(y.shape[1], dtype=kind)
+    _, mean, inverse = torch.native_batch_norm(y, ones, zeros, None, None, True, 0.0, 1e-12)
+    return mean, (inverse**-2 - 1e-12).clamp(min=0)
+
+
+def _affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    shape = (1, -1, *[1] * (y.dim() - 2))
+    return y * scale.to(y.dtype).view(shape) + shift.to(y.dtype).view(shape)
+
+
+def _precision(layer: Layer, x: Tensor, weight: Tensor) -> torch.dtype:
+    return weight.dtype if layer.kind == "linear" else x.dtype
+
+
+def _eval_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().requires_grad_(False)

@@ -1,0 +1,93 @@
+"""The least-squares maths: exact where the answer exists, with intercept, for every kernel shape."""
+
+import pytest
+import torch
+from torch import nn
+
+from rmprune.amc.reconstruct import outputs_at, patches_at, reconstruct, sample_positions
+from rmprune.pruning.structure import Layer, describe_layer, record_shapes
+
+CASES = {
+    "1x1": nn.Conv2d(6, 4, 1),
+    "3x3": nn.Conv2d(6, 4, 3, padding=1),
+    "3x3 stride 2 dilated": nn.Conv2d(6, 4, 3, stride=2, padding=2, dilation=2),
+    "grouped": nn.Conv2d(6, 4, 3, padding=1, groups=2),
+    "depthwise": nn.Conv2d(6, 6, 3, padding=1, groups=6),
+}
+
+
+def described(conv: nn.Conv2d, x: torch.Tensor) -> Layer:
+    model = nn.Sequential(conv)
+    layer = describe_layer("0", conv, record_shapes(model, x))
+    assert layer is not None
+    return layer
+
+
+def everywhere(layer: Layer, images: int):  # type: ignore[no-untyped-def]
+    return sample_positions(images, layer.output_size, 10_000, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_patches_times_weights_are_the_layers_outputs(name: str) -> None:
+    conv, x = CASES[name].double(), torch.randn(3, 6, 7, 6, dtype=torch.float64)
+    layer = described(conv, x)
+    at = everywhere(layer, 3)
+    patches = patches_at(x, layer, at).double()
+    w = conv.weight.reshape(conv.groups, conv.out_channels // conv.groups, -1)
+    y = torch.einsum("sgd,god->sgo", patches.reshape(len(patches), conv.groups, -1), w).flatten(1) + conv.bias
+    torch.testing.assert_close(y.detach(), outputs_at(conv(x), at).double().detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_finds_the_weights_that_made_the_outputs(name: str) -> None:
+    """Weights and a large bias are found again from a wrong start, by inputs whose mean is far from zero."""
+    conv, x = CASES[name].double(), torch.randn(40, 6, 7, 6, dtype=torch.float64) + 3
+    layer = described(conv, x)
+    at = everywhere(layer, 40)
+    wanted = outputs_at(conv(x) + 5, at).detach()
+    weight, bias = reconstruct(torch.zeros_like(conv.weight), patches_at(x, layer, at), wanted, conv.groups, ridge=1e-9)
+    torch.testing.assert_close(weight, conv.weight.detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bias, conv.bias.detach() + 5, rtol=1e-2, atol=1e-2)
+
+
+def test_without_an_intercept_it_would_fail() -> None:
+    """A removed channel that is constant is made up for by the intercept alone: exact with it, far off without."""
+    x = torch.randn(500, 4, 1, dtype=torch.float64)
+    x[:, 3] = 2.0  # what the pruned channel always was
+    w = torch.tensor([[1.0, -2.0, 0.5, 3.0]], dtype=torch.float64)
+    wanted = x[:, :, 0] @ w.T + 1.0
+    kept = x[:, :3]
+    found, bias = reconstruct(w[:, :3], kept, wanted, 1)
+    torch.testing.assert_close(kept[:, :, 0] @ found.T + bias, wanted, rtol=1e-6, atol=1e-6)
+    without = torch.linalg.lstsq(kept[:, :, 0], wanted).solution
+    assert (kept[:, :, 0] @ without - wanted).abs().mean() > 5
+
+
+def test_a_correlated_neighbour_takes_over() -> None:
+    x = torch.randn(800, 3, 9, dtype=torch.float64)
+    x[:, 2] = 0.5 * x[:, 0] - x[:, 1]
+    w = torch.randn(5, 3, 3, 3, dtype=torch.float64)
+    wanted = x.flatten(1) @ w.flatten(1).T
+    found, bias = reconstruct(w[:, :2].contiguous(), x[:, :2], wanted, 1, ridge=1e-9)
+    assert found.shape == (5, 2, 3, 3)
+    torch.testing.assert_close(x[:, :2].flatten(1) @ found.flatten(1).T + bias, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_too_few_samples_leave_the_weights_near_where_they_were() -> None:
+    w = torch.randn(4, 50, 1, 1, dtype=torch.float64)
+    x = torch.randn(5, 50, 1, dtype=torch.float64)
+    wanted = x[:, :, 0] @ w.flatten(1).T
+    found, _ = reconstruct(w, x, wanted, 1)
+    torch.testing.assert_close(found, w, rtol=1e-6, atol=1e-6)
+
+
+def test_positions_cover_small_maps_and_sample_large_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small = sample_positions(2, (2, 2), 9, generator)
+    assert sorted(zip(small.image.tolist(), small.row.tolist(), small.column.tolist(), strict=True)) == [
+        (n, i, j) for n in range(2) for i in range(2) for j in range(2)
+    ]
+    large = sample_positions(3, (5, 7), 4, generator)
+    assert len(large.image) == 12
+    assert int(large.row.max()) < 5
+    assert int(large.column.max()) < 7
