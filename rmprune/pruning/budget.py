@@ -55,13 +55,17 @@ class Budget:
 
     @classmethod
     def from_config(
-        cls, config: PruneConfig, *, reference_macs: float | None = None, reference_ms: float | None = None
+        cls,
+        config: PruneConfig,
+        name: str,
+        value: float,
+        *,
+        reference_macs: float | None = None,
+        reference_ms: float | None = None,
     ) -> "Budget":
-        """The budget and limits of a config, against the original network's figures."""
+        """One of ``config.budgets`` (name, value) with the config's limits, against the original network's figures."""
         return cls(
-            ratio=config.ratio,
-            macs_ratio=config.macs_ratio,
-            latency_ratio=config.latency_ratio,
+            **{name: value},  # type: ignore[arg-type]
             reference_macs=reference_macs,
             reference_ms=reference_ms,
             min_channels=config.min_channels,

@@ -23,8 +23,8 @@ from rmprune.pruning.structure import (
 # Modules and functions that act on each channel alone and hold nothing of its size.
 CHANNELWISE: tuple[type[nn.Module], ...] = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU,
-    nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
+    nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Dropout, nn.Dropout2d,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
 )  # fmt: skip
 CHANNELWISE_FUNCTIONS = {
     F.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.leaky_relu, F.silu, F.gelu, F.elu, F.dropout,

@@ -82,7 +82,7 @@ def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
 
 
 def within_limits(pruned: nn.Module, structure: Structure, budget: Budget) -> bool:
-    """Whether every group kept what the limits ask for (a layer that Torch-Pruning did not touch may be no multiple)."""
+    """Whether every group kept what the limits ask for (layers that Torch-Pruning left alone may be no multiples)."""
     for group in structure.groups:
         width = _widths(pruned.get_submodule(group.producers[0]))[1]
         if width // group.multiple < allowed_units(group, budget)[0]:

@@ -133,7 +133,7 @@ def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor
     strength = torch.full((group.units,), torch.inf, dtype=torch.float64)
     for member in group.consumers:
         layer = model.get_submodule(member.layer)
-        unread = (input_weights(layer, weight_of(model, member.layer).detach().abs()) == 0).cpu()
+        unread = (input_weights(layer, _live_weight(model, member.layer, constants)) == 0).cpu()
         value = constants.inputs.get(member.layer)
         value = torch.full((len(unread),), torch.nan, dtype=torch.float64) if value is None else value
         simple = unread | (value == 0) | (~value.isnan() & (not is_padded(layer)))
@@ -151,6 +151,16 @@ def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor
     if not bool(able.any()):
         return free, torch.zeros_like(free), None
     return free, mergeable, int(torch.where(able, strength, -1.0).argmax())
+
+
+def _live_weight(model: nn.Module, layer: str, constants: Constants) -> Tensor:
+    """|weight|, with 0 for filters whose batch norm has scale 0: what they read does not matter."""
+    weight = weight_of(model, layer).detach().abs()
+    if layer in constants.followers:
+        scale = model.get_submodule(constants.followers[layer]).weight
+        if isinstance(scale, Tensor):
+            weight = weight * (scale.detach() != 0).view(-1, *[1] * (weight.dim() - 1))
+    return weight
 
 
 def _without(

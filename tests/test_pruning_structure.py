@@ -1,0 +1,126 @@
+"""Groups of channels: chains by our own walk, branching networks by Torch-Pruning, and what is refused."""
+
+import pytest
+import torch
+from pruning_nets import Block, chain, conv, images, measured_macs, randomise, residual
+from torch import nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.pruning.chain import chain_structure
+from rmprune.pruning.dependency import dependency_structure
+from rmprune.pruning.graph import find_structure
+from rmprune.pruning.structure import total_cost
+from rmprune.pruning.surgery import shrink
+
+
+def mobile_chain() -> nn.Sequential:
+    """Depthwise in the middle, a grouped convolution after it, flattening to 4x4 features a channel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        conv(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(),
+        conv(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.PReLU(8),
+        conv(8, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU(),
+        conv(12, 18, 3, groups=3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(18 * 16, 5),
+    )  # fmt: skip
+    return randomise(model).double().eval()  # type: ignore[return-value]
+
+
+def test_chain_groups_and_costs() -> None:
+    model, x = chain(), images()
+    structure = find_structure(model, x)
+    assert structure.units == {"0": 8, "3": 12, "6": 16}
+    assert structure.frozen == {"11": "its channels are the network's output"}
+    assert [m.layer for m in structure.group("3").members] == ["3", "4", "6"]
+    assert total_cost(structure) == measured_macs(model, x)
+
+
+def test_depthwise_tied_grouped_by_position_and_flattened() -> None:
+    structure = find_structure(mobile_chain(), images())
+    assert structure.units == {"0": 8, "6": 4, "9": 6}  # 12 and 18 channels in positions of 3 groups
+    assert {m.layer for m in structure.group("0").members} == {"0", "1", "3", "4", "5", "6"}
+    assert structure.group("6").members[0].index.tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    last = next(m for m in structure.group("9").members if m.layer == "12")
+    assert last.index.shape == (6, 3 * 16)
+    assert last.index[1, :17].tolist() == [*range(16, 32), 7 * 16]
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain])
+def test_own_walk_agrees_with_torch_pruning(build: object) -> None:
+    model, x = build(), images()  # type: ignore[operator]
+    ours, theirs = chain_structure(model, x), dependency_structure(model, x)
+    assert ours is not None
+
+    def content(structure: object) -> dict:
+        return {
+            frozenset((m.layer, m.side, tuple(map(tuple, m.index.sort(1).values.tolist()))) for m in g.members): g.units
+            for g in structure.groups  # type: ignore[attr-defined]
+        }
+
+    assert content(ours) == content(theirs)
+    assert set(ours.frozen) == set(theirs.frozen)
+
+
+def test_residual_streams_are_single_groups() -> None:
+    model, x = residual(), images()
+    structure = find_structure(model, x)
+    streams = {frozenset(g.producers) for g in structure.groups if len(g.producers) > 1}
+    assert streams == {frozenset({"0.0", "1.conv2"}), frozenset({"2.conv2", "2.shortcut.0", "3.conv2"})}
+    assert total_cost(structure) == measured_macs(model, x)
+    assert model.training is False and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain, residual])
+def test_description_follows_the_cut(build: object) -> None:
+    """shrunk(keep) describes what shrink(keep) returns."""
+    model, x = build(), images()  # type: ignore[operator]
+    structure = find_structure(model, x)
+    generator = torch.Generator().manual_seed(1)
+    keep = {}
+    for group in structure.groups:
+        keep[group.name] = torch.rand(group.units, generator=generator) < 0.6
+        keep[group.name][0] = True
+    smaller, _ = shrink(model, keep, structure)
+    described, found = structure.shrunk(keep), find_structure(smaller, x)
+    assert described.units == found.units
+    assert described.layers == found.layers
+    assert total_cost(described) == measured_macs(smaller, x)
+    for group in described.groups:
+        again = found.group(group.name)
+        for member in group.members:
+            match = next(m for m in again.members if (m.layer, m.side) == (member.layer, member.side))
+            assert torch.equal(member.index.sort(1).values, match.index.sort(1).values) and member.size == match.size
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = conv(3, 8), nn.GroupNorm(2, 8), conv(8, 4)
+        self.c = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.norm(self.a(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("find", [chain_structure, dependency_structure])
+def test_channels_that_a_norm_mixes_are_frozen_with_the_reason(find: object) -> None:
+    structure = find(Normalised().double(), images())  # type: ignore[operator]
+    assert structure.units == {"b": 4}
+    assert "norm" in structure.frozen["a"]
+
+
+def test_layer_used_twice_is_refused() -> None:
+    shared = conv(3, 3)
+    with pytest.raises(UnsupportedModel, match="used twice"):
+        find_structure(nn.Sequential(shared, nn.ReLU(), shared).double(), images())
+
+
+def test_nothing_to_prune_is_an_error() -> None:
+    with pytest.raises(UnsupportedModel, match="no channel can be pruned"):
+        find_structure(nn.Sequential(conv(3, 4), nn.ReLU()).double(), images())
+
+
+def test_network_whose_output_is_a_stream_keeps_it() -> None:
+    model = nn.Sequential(conv(3, 8), Block(8, 8)).double().eval()
+    structure = find_structure(model, images())
+    assert structure.units == {"1.conv1": 8}
