@@ -1,6 +1,5 @@
 """The command line: one small function for each subcommand, flags and help generated from the configs. The work is done elsewhere."""
 
-import dataclasses
 import logging
 import shlex
 import sys
@@ -68,31 +67,45 @@ def _command_line(command: str, arguments: list[str]) -> str:
 
 def slim(arguments: list[str]) -> None:
     """train with sparsity, remove residuals, prune the plain net, fine-tune, measure, record"""
-    from rmprune.pipelines import run_slim
-    from rmprune.report import show
+    from rmprune.pipelines.slim import run_slim
 
-    show(run_slim(_parse(settings.SlimConfig, arguments, "slim"), command=_command_line("slim", arguments)))
+    config = _parse(settings.SlimConfig, arguments, "slim")
+    command = _command_line("slim", arguments)
+    _finish(config.directory, run_slim(config, command=command), command)
+
+
+def _finish(directory: Path, records: list[Path], command: str) -> None:
+    """The end of a run: its tables on the screen, its figure on disk, and what to do next."""
+    from rmprune.report import build_report, show
+
+    show(records)
+    files = build_report(records, directory / "report", command)
+    figures = ", ".join(str(file) for file in files if file.suffix == ".png")
+    print(
+        f"figure: {figures}\nnext:   python -m rmprune measure {shlex.quote(str(directory))} --backend eager,onnxruntime"
+    )
 
 
 def inspect(arguments: list[str]) -> None:
     """each residual of a network: removable or why not, in which form, and what it costs"""
-    from rmprune.pipelines import run_inspect
+    from rmprune.pipelines.convert import run_inspect
 
     run_inspect(_parse(settings.InspectConfig, arguments, "inspect"))
 
 
 def convert(arguments: list[str]) -> None:
     """remove residuals and write the plain network as an artifact with ONNX; nothing is pruned"""
-    from rmprune.pipelines import run_convert
+    from rmprune.pipelines.convert import run_convert
 
     run_convert(_parse(settings.ConvertConfig, arguments, "convert"))
 
 
 def measure(arguments: list[str]) -> None:
     """measure the networks of finished runs again, all interleaved in one process, and update their records"""
-    from rmprune.pipelines import run_measure
+    from rmprune.pipelines.remeasure import run_measure
+    from rmprune.report import show
 
-    run_measure(_parse(settings.RemeasureConfig, arguments, "measure"))
+    show(run_measure(_parse(settings.RemeasureConfig, arguments, "measure")))
 
 
 def report(arguments: list[str]) -> None:
@@ -106,6 +119,3 @@ def report(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     function.__name__: function for function in (slim, inspect, convert, measure, report)
 }
-
-__all__ = ["COMMANDS", "main"]
-_ = dataclasses  # placeholder until the configs land

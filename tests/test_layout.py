@@ -16,7 +16,7 @@ LAYERS = [
     {"removal", "training", "measure", "loading"},
     {"pruning"},
     {"amc", "methods", "report"},
-    {"pipelines", "pipelines_amc"},
+    {"pipelines"},
     {"cli"},
     {"__main__", "__init__"},
 ]

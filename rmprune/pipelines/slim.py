@@ -1,4 +1,4 @@
-"""The pipelines: the order of the stages and their files, nothing clever.
+"""`slim`: train sparse, remove residuals, prune, fine-tune, measure, record.
 
 A run is a directory. With one seed and one budget it is the cell itself; with more, `seed0/` holds what the cells of a seed share
 (`dense/`, `plain/`) and `seed0/macs_ratio-0.5/` is a cell. Every stage leaves an artifact; what is there is not done again.
@@ -6,7 +6,7 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
-from rmprune.config import MeasureConfig, RemovalConfig, SlimConfig
+from rmprune.config import MeasureConfig, SlimConfig
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
@@ -22,7 +22,7 @@ from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import count_macs, count_params, measure_latencies
 from rmprune.methods import Method, check_budgets, find_methods, make_budget, slim_network
 from rmprune.removal import remove_residuals
-from rmprune.rundir import CONFIG_FILE, claim
+from rmprune.rundir import claim
 from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
@@ -126,6 +126,7 @@ def _run_cell(
         "seed": cell.seed,
         "model": config.model,
         "dataset": config.data.dataset,
+        "input_shape": list(data.input_shape),
         "method": ",".join(methods),
         "budget": {cell.kind: cell.value},
         "environment": records.environment(),
@@ -224,6 +225,3 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
     return device
-
-
-_ = (asdict, RemovalConfig, CONFIG_FILE)

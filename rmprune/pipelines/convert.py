@@ -1,0 +1,142 @@
+"""`inspect` and `convert`: what RM would do to a network, and RM alone with its files. Nothing is trained or pruned."""
+
+import logging
+import re
+from pathlib import Path
+
+import onnxruntime
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from rmprune import artifact
+from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig
+from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
+from rmprune.loading import create_network, load_checkpoint_into
+from rmprune.measure import count_macs, count_params
+from rmprune.removal import BlockReport, plan_removal, remove_residuals
+
+logger = logging.getLogger("rmprune")
+CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
+_CIFAR = re.compile(r"resnet(20|32|44|56|110|1202)|.*_small")
+
+
+def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
+    """The network of a name or artifact in eval mode, and one example image batch [2, C, H, W] with a fixed seed."""
+    path = Path(config.model)
+    if artifact.is_artifact(path):
+        model = artifact.load(path).eval()
+        shape = tuple(artifact.read_extra(path).get("input_shape") or ()) or _shape_from(config)
+    elif path.exists() and path.is_dir():
+        raise ArtifactError(f"{path}: not an artifact of rmprune; give one, or a network's name")
+    else:
+        shape = _shape_from(config)
+        torch.manual_seed(0)
+        model = create_network(
+            config.model, num_classes=config.num_classes, input_shape=shape, width=config.width
+        ).eval()
+        if config.checkpoint is not None:
+            model = load_checkpoint_into(model, config.checkpoint, config.model).eval()
+    return model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:
+    size = config.image_size or (32 if _CIFAR.fullmatch(config.model) else 224)
+    if size < 1:
+        raise ConfigError(f"image_size is {size}; it must be at least 1")
+    return config.in_channels, size, size
+
+
+def _options(config: RemovalConfig) -> dict[str, object]:
+    return {"keep": config.keep, "ranges": config.ranges, "form": config.form, "fuse": config.fuse}
+
+
+def run_inspect(config: InspectConfig) -> list[BlockReport]:
+    """Print each residual of the network: removable or why not, the form, and what it costs."""
+    model, example = open_network(config.network)
+    blocks = plan_removal(model, example, **_options(config.removal))  # type: ignore[arg-type]
+    console = Console()
+    console.print(plan_table(config.network.model, blocks, count_macs(model, example[:1])))
+    out = f"runs/{Path(config.network.model).name}-plain"
+    console.print(f"next: python -m rmprune convert {config.network.model} --out {out}", markup=False, soft_wrap=True)
+    return blocks
+
+
+def plan_table(name: str, blocks: list[BlockReport], macs: int) -> Table:
+    """The blocks as a table; MACs and parameters are those of a block's own layers, for one image."""
+    table = Table(title=f"{name}: {macs / 1e6:,.1f} MMACs")
+    for column in ("block", "residual", "form", "shortcut", "reserved"):
+        table.add_column(column, overflow="fold")
+    for column in ("MMACs before", "after", "params before", "after"):
+        table.add_column(column, justify="right")
+    for block in blocks:
+        table.add_row(
+            block.name,
+            "removable" if block.removable else f"stays: {block.reason}",
+            block.form or "",
+            block.shortcut or "",
+            str(block.reserved) if block.removable else "",
+            f"{block.macs_before / 1e6:,.1f}",
+            f"{block.macs_after / 1e6:,.1f}" if block.removable else "",
+            f"{block.params_before:,}",
+            f"{block.params_after:,}" if block.removable else "",
+        )
+    return table
+
+
+def run_convert(config: ConvertConfig) -> Path:
+    """Remove residuals, write the artifact, and say what was done and what it costs."""
+    if config.out.exists() and not (config.overwrite and artifact.is_artifact(config.out)):
+        raise ConfigError(f"{config.out}: exists already; choose another --out, or --overwrite an artifact")
+    model, example = open_network(config.network)
+    removal = remove_residuals(model, example, batch_norm=config.batch_norm, **_options(config.removal))  # type: ignore[arg-type]
+    facts = {
+        "source": config.network.model,
+        "input_shape": list(example.shape[1:]),
+        "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error},
+    }
+    artifact.save(
+        removal.model,
+        config.out,
+        example_inputs=example[:1] if config.onnx else None,
+        extra=facts,
+        overwrite=config.overwrite,
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    before, after = count_macs(model, example[:1]), count_macs(removal.model, example[:1])
+    console.print(
+        f"{config.out}: {len(removal.removed)} residuals removed, {len(removal.kept)} kept, largest error {removal.max_error:.1e}\n"
+        f"MACs {before / 1e6:,.1f} M -> {after / 1e6:,.1f} M, "
+        f"parameters {count_params(model) / 1e6:,.2f} M -> {count_params(removal.model) / 1e6:,.2f} M (before pruning)",
+        markup=False,
+    )
+    for name, reason in removal.kept.items():
+        console.print(f"kept {name}: {reason}", markup=False)
+    if config.check:
+        for name, error in check_written(config.out, model, example).items():
+            console.print(f"check: {name} differs from the original by {error:.1e} of its scale", markup=False)
+    return config.out
+
+
+def check_written(path: Path, model: nn.Module, example: Tensor) -> dict[str, float]:
+    """Relative difference of the loaded artifact, and of its ONNX file, to the original in float32.
+
+    Raises NotEquivalent over CHECK_TOLERANCE.
+    """
+    with torch.no_grad():
+        expected = model.eval()(example)
+        outputs = {"the artifact": artifact.load(path)(example)}
+    file = path / "model.onnx"
+    if file.is_file():
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        outputs["model.onnx in ONNX Runtime"] = torch.from_numpy(
+            session.run(None, {session.get_inputs()[0].name: example.numpy()})[0]
+        )
+    errors = {name: float((output - expected).abs().max() / expected.abs().max()) for name, output in outputs.items()}
+    for name, error in errors.items():
+        if not error <= CHECK_TOLERANCE:
+            raise NotEquivalent(
+                f"{path}: {name} differs by {error:.1e}, more than {CHECK_TOLERANCE:.0e}; do not deploy it"
+            )
+    return errors

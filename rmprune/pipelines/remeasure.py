@@ -1,0 +1,67 @@
+"""`measure`: the networks of finished runs again, all in turns in one process, and their records brought up to date."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rmprune import artifact, records
+from rmprune.config import RemeasureConfig
+from rmprune.errors import ArtifactError
+from rmprune.measure import measure_latencies
+
+
+def run_measure(config: RemeasureConfig) -> list[Path]:
+    """Measure again and replace the `latency` of every network in the records; returns the records' paths.
+
+    Networks that several runs share (the original of a sweep) are measured once. Ratios are taken to the first original.
+    """
+    paths = records.find_records(list(config.runs))
+    found: dict[Path, nn.Module] = {}
+    for path in paths:
+        for name in records.networks(records.read_record(path)):
+            directory = network_directory(path.parent, name)
+            if directory not in found:
+                found[directory] = artifact.load(directory)
+    shapes = {path: example_shape(path) for path in paths}
+    if len(set(shapes.values())) > 1:
+        raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
+    first = network_directory(paths[0].parent, "original")
+    latencies = measure_latencies(
+        {str(directory): model for directory, model in found.items()},
+        torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
+        backends=config.measure.backends,
+        threads=config.measure.threads,
+        batch_sizes=config.measure.batch_sizes,
+        device=config.measure.device,
+        seconds=config.measure.seconds,
+        min_rounds=config.measure.min_rounds,
+        reference=str(first),
+    )
+    for path in paths:
+        record = records.read_record(path)
+        for name, network in records.networks(record).items():
+            times = latencies[str(network_directory(path.parent, name))]
+            network["latency"] = [
+                time.to_dict() | ({"reference": "original"} if time.reference else {}) for time in times
+            ]
+        record["environment"] = records.environment()
+        records.write_record(path, record)
+    return paths
+
+
+def network_directory(run: Path, name: str) -> Path:
+    """Where a run keeps a network: `original` is called dense/ on disk; dense/ and plain/ may lie one level up, shared by cells."""
+    folder = "dense" if name == "original" else name
+    for place in (run / folder, run.parent / folder):
+        if artifact.is_artifact(place):
+            return place
+    raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
+
+
+def example_shape(path: Path) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a run's data set."""
+    shape = records.read_record(path).get("input_shape")
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise ArtifactError(f"{path}: does not say the size of its images; run it again")
+    return shape[0], shape[1], shape[2]
