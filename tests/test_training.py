@@ -357,6 +357,20 @@ def test_biases_and_norms_do_not_decay():
     assert sum(len(group["params"]) for group in parameter_groups(model, 0.1)) == 2
 
 
+def test_momentum_may_lie_in_another_memory_order():
+    """A hook that slices momentum need not keep the order; torch's fused SGD would step wrongly without a word."""
+    results = []
+    for order in (torch.channels_last, torch.contiguous_format):
+        torch.manual_seed(0)
+        model = nn.Conv2d(6, 4, 3, bias=False).to(memory_format=torch.channels_last)
+        optimizer = make_optimizer(model, CONFIG)
+        optimizer.state[model.weight] = {"momentum_buffer": torch.randn(4, 6, 3, 3).contiguous(memory_format=order)}
+        model(torch.randn(2, 6, 8, 8)).square().sum().backward()
+        optimizer.step()
+        results.append(model.weight.detach())
+    assert torch.equal(*results)
+
+
 def test_the_schedule_warms_up_and_ends_low():
     config = TrainConfig(epochs=4, learning_rate=0.2, warmup_epochs=1)
     rates = [learning_rate(config, step, 10) for step in range(40)]

@@ -32,7 +32,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         lr=config.learning_rate,
         momentum=config.momentum,
         nesterov=config.momentum > 0,
-        fused=all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters()),
+        foreach=True,  # not fused: that takes momentum in another memory order than its weight's for the same order
     )
 
 

@@ -1,0 +1,168 @@
+"""Images per second of our training loop against a plain one: `python experiments/throughput.py`.
+
+Both train a ResNet-20 of width 32 on Fashion-MNIST with batches of 128. The plain loop is what a tutorial shows: float32,
+contiguous memory, a DataLoader over single images with random crop and flip for each. Ours is `rmprune.training.fit`.
+The two run in turns in one process; every turn gives one figure for each, after a warm-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
+
+from rmprune.config import DataConfig, TrainConfig
+from rmprune.data import Dataset, TensorSplit, load_dataset
+from rmprune.models import create
+from rmprune.records import environment
+from rmprune.training import TrainState, fit
+from rmprune.training.precision import compute_dtype
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time."""
+
+    steps: int = 30
+    """Steps of each loop in every turn."""
+    warmup: int = 5
+    """Steps of each loop before every turn, not timed."""
+    rounds: int = 3
+    """Turns."""
+    threads: int = 2
+    """Threads of PyTorch; the plain loop's DataLoader works in this process, as by default."""
+    batch_size: int = 128
+    """Images in a batch."""
+    width: int = 32
+    """Channels of the first stage."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    data_dir: Path | None = None
+    """Where Fashion-MNIST lies, if not where Debian puts it."""
+    out: Path = Path("reports/throughput.csv")
+    """The table."""
+
+
+class Enough(Exception):
+    """Raised by the hook after the last timed step."""
+
+
+class AugmentedImages(TensorDataset):
+    """Single images of a split, each cropped and flipped on its own."""
+
+    def __init__(self, split: TensorSplit) -> None:
+        super().__init__(split.images, split.labels)
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop(28, padding=3),
+                v2.RandomHorizontalFlip(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.286], [0.353]),
+            ]
+        )
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = super().__getitem__(index)
+        return self.transform(image), label
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def plain_loop(data: Dataset, model: nn.Module, settings: Settings, device: torch.device) -> float:
+    """Images per second of a plain float32 loop."""
+    assert isinstance(data.train, TensorSplit)
+    loader = iter(DataLoader(AugmentedImages(data.train), settings.batch_size, shuffle=True, drop_last=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    criterion = nn.CrossEntropyLoss()
+    model.train()
+    start = 0.0
+    for step in range(settings.warmup + settings.steps):
+        if step == settings.warmup:
+            synchronise(device)
+            start = time.perf_counter()
+        x, y = (tensor.to(device) for tensor in next(loader))
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+    synchronise(device)
+    return settings.steps * settings.batch_size / (time.perf_counter() - start)
+
+
+def our_loop(data: Dataset, model: nn.Module, settings: Settings, device: torch.device) -> float:
+    """Images per second of `fit` with its defaults."""
+    times: list[float] = []
+
+    def hook(state: TrainState) -> None:
+        if state.step in (settings.warmup, settings.warmup + settings.steps):
+            synchronise(device)
+            times.append(time.perf_counter())
+        if len(times) == 2:
+            raise Enough
+
+    with contextlib.suppress(Enough):
+        fit(model, data, TrainConfig(learning_rate=0.01), seed=0, device=device, hook=hook, progress=False)
+    return settings.steps * settings.batch_size / (times[1] - times[0])
+
+
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    data = load_dataset(DataConfig(dataset="fashion-mnist", data_dir=settings.data_dir, batch_size=settings.batch_size))
+    loops: dict[str, Callable[[Dataset, nn.Module, Settings, torch.device], float]] = {
+        "plain": plain_loop,
+        "rmprune": our_loop,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in range(settings.rounds):
+        for name, loop in loops.items():
+            model = create("resnet20", num_classes=10, in_channels=1, width=settings.width).to(device)
+            rates[name].append(loop(data, model, settings, device))
+            print(f"turn {turn + 1}: {name} {rates[name][-1]:,.0f} images/s", flush=True)
+    plain = statistics.median(rates["plain"])
+    precision = {"plain": "float32", "rmprune": str(compute_dtype("auto", device)).removeprefix("torch.")}
+    facts = environment()
+    table = pd.DataFrame(
+        {
+            "loop": name,
+            "images_per_second": round(statistics.median(values), 1),
+            "lowest": round(min(values), 1),
+            "highest": round(max(values), 1),
+            "relative": round(statistics.median(values) / plain, 3),
+            "precision": precision[name],
+            "model": f"resnet20 width {settings.width}",
+            "dataset": "fashion-mnist",
+            "batch_size": settings.batch_size,
+            "steps": settings.steps,
+            "rounds": settings.rounds,
+            "device": settings.device,
+            "threads": settings.threads,
+            "processor": facts.get("processor"),
+            "torch": torch.__version__,
+            "command": shlex.join(["python", *sys.argv]),
+        }
+        for name, values in rates.items()
+    )
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(settings.out, index=False)
+    print(table.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
