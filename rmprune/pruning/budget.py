@@ -65,7 +65,7 @@ class Budget:
     ) -> "Budget":
         """One of ``config.budgets`` (name, value) with the config's limits, against the original network's figures."""
         return cls(
-            **{name: value},  # type: ignore[arg-type]
+            **{name: value},
             reference_macs=reference_macs,
             reference_ms=reference_ms,
             min_channels=config.min_channels,

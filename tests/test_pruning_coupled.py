@@ -1,0 +1,61 @@
+"""The coupled baseline by Torch-Pruning: our budgets and limits held, streams pruned together, outputs untouched."""
+
+import pytest
+import torch
+from pruning_nets import images, measured_macs, residual
+from test_pruning_importance import batches
+from torch import nn
+
+from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.pruning import Budget, find_structure, prune_coupled
+
+
+@pytest.mark.parametrize("importance", ["batch_norm", "taylor", "magnitude"])
+@pytest.mark.parametrize("ratio", [0.6, 0.3])
+def test_macs_budget_is_hard_and_nearly_used(importance: str, ratio: float) -> None:
+    model, x = residual(), images()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    pruned = prune_coupled(model, x, importance=importance, budget=Budget(macs_ratio=ratio), data=batches(2))
+    whole = measured_macs(model, x)
+    assert 0.85 * ratio * whole <= measured_macs(pruned, x) <= ratio * whole
+    assert pruned(x).shape == (2, 5) and pruned[0][0].in_channels == 3
+    assert pruned[1].conv2.out_channels == pruned[0][0].out_channels  # the stream is one group
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in (*model.parameters(), *pruned.parameters()))
+
+
+def test_limits_and_multiples() -> None:
+    model, x = residual(16), images()
+    model[1].bn1.weight.data[:15] *= 1e-3  # Torch-Pruning would all but empty this layer
+    budget = Budget(macs_ratio=0.5, min_fraction=0.5, round_to=4)
+    pruned = prune_coupled(model, x, budget=budget)
+    units = find_structure(pruned, x).units
+    assert units["1.conv1"] == 8
+    assert all(u % 4 == 0 and u >= 0.5 * find_structure(model, x).units[n] for n, u in units.items())
+    assert measured_macs(pruned, x) <= 0.5 * measured_macs(model, x)
+
+
+def test_channel_budget_and_reference() -> None:
+    model, x = residual(), images()
+    pruned = prune_coupled(model, x, budget=Budget(ratio=0.5))
+    outputs = [sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)) for net in (model, pruned)]
+    assert outputs[1] <= 0.5 * outputs[0]
+    half = prune_coupled(model, x, budget=Budget(macs_ratio=0.9, reference_macs=measured_macs(model, x) / 2))
+    assert measured_macs(half, x) <= 0.45 * measured_macs(model, x)
+
+
+def test_mode_and_frozen_parameters_are_kept() -> None:
+    model = residual().train()
+    model[0][0].weight.requires_grad_(False)
+    pruned = prune_coupled(model, images(), budget=Budget(macs_ratio=0.5))
+    assert all(m.training for m in pruned.modules()) and all(m.training for m in model.modules())
+    assert not pruned[0][0].weight.requires_grad and pruned[1].conv1.weight.requires_grad
+
+
+def test_refusals() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"min_fraction=0\.5"):
+        prune_coupled(residual(), images(), budget=Budget(macs_ratio=0.1, min_fraction=0.5))
+    with pytest.raises(ConfigError, match="there are: batch_norm, taylor, magnitude"):
+        prune_coupled(residual(), images(), importance="random", budget=Budget(ratio=0.5))
+    with pytest.raises(ConfigError, match="pass data"):
+        prune_coupled(residual(), images(), importance="taylor", budget=Budget(ratio=0.5))

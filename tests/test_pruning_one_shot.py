@@ -1,0 +1,99 @@
+"""The public `prune`: hard budgets, dead channels first and free, compensation, and the argument left alone."""
+
+import pytest
+import torch
+from pruning_nets import chain, images, measured_macs, residual
+from test_pruning_dead import Untraceable, kill
+from test_pruning_importance import batches
+from test_pruning_structure import mobile_chain
+from torch import nn
+
+from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.measure.cost import count_macs
+from rmprune.pruning import Budget, find_structure, prune
+from rmprune.pruning.structure import total_cost
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain, residual, Untraceable])
+@pytest.mark.parametrize("which", ["free", "inner", "uniform"])
+def test_macs_budget_is_met_by_the_pruned_network(build: object, which: str) -> None:
+    model, x = build(), images()  # type: ignore[operator]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    pruned = prune(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6), which=which)  # type: ignore[arg-type]
+    assert measured_macs(pruned, x) <= 0.6 * measured_macs(model, x)
+    assert pruned(x).shape == model(x).shape
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert isinstance(pruned, type(model)) and pruned.training is model.training
+
+
+def test_ratio_counts_channels() -> None:
+    model, x = chain(), images()
+    pruned = prune(model, x, budget=Budget(ratio=0.5))
+    assert sum(find_structure(pruned, x).units.values()) == 18
+
+
+def test_the_cost_of_the_allocator_is_the_one_that_is_reported() -> None:
+    for build in (chain, mobile_chain, residual):
+        assert count_macs(build(), images(1)) == total_cost(find_structure(build(), images(1)))
+
+
+def test_dead_channels_go_first_and_for_nothing() -> None:
+    """As many channels as are dead: the pruned network computes the same."""
+    model, x = chain(kernel=1), images()
+    kill(model, "1", [0, 1, 6, 7], 0.6)
+    kill(model, "4", [1, 2, 3, 4, 9], -0.4)
+    pruned = prune(model, x, importance="random", budget=Budget(ratio=9 / 36))
+    assert find_structure(pruned, x).units == {"0": 4, "3": 7, "6": 16}
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_table_of_scores_follows_the_dead() -> None:
+    model, x = chain(kernel=1), images()
+    kill(model, "1", [0, 1], 0.6)
+    table = {"0": torch.arange(8), "3": torch.arange(12) + 100, "6": torch.arange(16) + 100}
+    pruned = prune(model, x, importance=table, budget=Budget(ratio=4 / 36))
+    assert torch.equal(pruned[0].weight, model[0].weight[4:])
+
+
+def test_limits_and_multiples_hold_with_dead_channels() -> None:
+    model, x = chain((16, 24, 32)), images()
+    kill(model, "1", list(range(13)), 0.0)
+    budget = Budget(macs_ratio=0.5, min_fraction=0.3, round_to=4)
+    pruned = prune(model, x, budget=budget)
+    units = find_structure(pruned, x).units
+    assert all(u % 4 == 0 for u in units.values()) and units["0"] >= 8 and units["3"] >= 8 and units["6"] >= 12
+    assert measured_macs(pruned, x) <= 0.5 * measured_macs(model, x)
+
+
+def test_compensation_keeps_the_mean() -> None:
+    """Folding the means of removed live channels brings the outputs nearer, and nothing else differs."""
+    model, data = chain((24, 24), kernel=1), batches(4)
+    x = torch.cat([x for x, _ in data])
+    errors = []
+    for compensate in (True, False):
+        pruned = prune(model, x, importance="random", budget=Budget(ratio=0.3), data=data, compensate=compensate)
+        with torch.no_grad():
+            errors.append(float((pruned(x) - model(x)).square().mean()))
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_kept(training: bool) -> None:
+    model = chain().train(training)
+    pruned = prune(model, images(), importance="taylor", budget=Budget(macs_ratio=0.5), data=iter(batches(2)))
+    assert model.training is training and all(m.training is training for m in pruned.modules())
+
+
+def test_errors() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"min_fraction=0\.9"):
+        prune(chain(), images(), budget=Budget(macs_ratio=0.2, min_fraction=0.9))
+    with pytest.raises(ConfigError, match="which must be"):
+        prune(chain(), images(), budget=Budget(ratio=0.5), which="all")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="group names"):
+        prune(chain(), images(), budget=Budget(ratio=0.5), importance={"nowhere": torch.ones(3)})
+
+
+def test_a_flat_result_of_stock_modules() -> None:
+    pruned = prune(chain(), images(), budget=Budget(macs_ratio=0.3))
+    assert type(pruned) is nn.Sequential
+    assert [type(m) for m in pruned] == [type(m) for m in chain()]
