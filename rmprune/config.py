@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from rmprune.errors import ConfigError
-
-T = TypeVar("T")
 
 
 def _comma_separated(kind: type[Any]) -> Any:
@@ -30,7 +28,7 @@ def _comma_separated(kind: type[Any]) -> Any:
 Names = Annotated[tuple[str, ...], _comma_separated(str)]
 Numbers = Annotated[tuple[int, ...], _comma_separated(int)]
 Fractions = Annotated[tuple[float, ...], _comma_separated(float)]
-Unprefixed = Annotated[T, tyro.conf.arg(prefix_name=False)]
+Unprefixed = tyro.conf.OmitArgPrefixes
 
 
 def require(condition: bool, message: str) -> None:
@@ -212,10 +210,10 @@ class PruneConfig:
     """Widths are multiples of this."""
     gradual: bool = True
     """Cut in small steps while training, instead of once before fine-tuning."""
-    every: int = 30
-    """Training steps between two cuts."""
-    prune_epochs: float = 2.0
-    """Epochs over which the cuts are spread."""
+    cuts: int = 30
+    """How many small cuts."""
+    cut_fraction: float = 0.5
+    """Part of the fine-tuning over which the cuts are spread; what follows is fine-tuning alone."""
     score_decay: float = 0.5
     """Share of the old scores that survives a cut; 0 ranks by the steps since the last cut alone."""
 
@@ -230,8 +228,8 @@ class PruneConfig:
             f"min_fraction is {self.min_fraction} and max_fraction {self.max_fraction}; use 0 <= min <= max <= 1",
         )
         require(self.round_to >= 1, f"round_to is {self.round_to}; it must be at least 1")
-        require(self.every >= 1, f"every is {self.every}; it must be at least 1")
-        require(0 < self.prune_epochs < float("inf"), f"prune_epochs is {self.prune_epochs}; it must be positive")
+        require(self.cuts >= 1, f"cuts is {self.cuts}; it must be at least 1")
+        require(0 < self.cut_fraction <= 1, f"cut_fraction is {self.cut_fraction}; use above 0 up to 1")
         require(0 <= self.score_decay < 1, f"score_decay is {self.score_decay}; use 0 up to below 1")
 
     @property

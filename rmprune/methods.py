@@ -64,18 +64,6 @@ def find_methods(names: tuple[str, ...]) -> dict[str, Method]:
     return {name: METHODS[name] for name in names}
 
 
-def make_budget(prune_config: PruneConfig, kind: str, value: float, *, reference_macs: int) -> Budget:
-    """The budget of one cell of a run; MACs count against the original network's."""
-    return Budget(
-        **{kind: value},
-        reference_macs=reference_macs,
-        min_channels=prune_config.min_channels,
-        min_fraction=prune_config.min_fraction,
-        max_fraction=prune_config.max_fraction,
-        round_to=prune_config.round_to,
-    )
-
-
 def slim_network(
     network: nn.Module,
     method: Method,
@@ -95,7 +83,10 @@ def slim_network(
     example = data.train.example(1)
     hook = None
     if settings.gradual:
-        hook = gradual_pruner(network, example, budget, settings, inner=method.inner)
+        steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
+        hook = gradual_pruner(
+            network, example, budget, settings, steps=steps, epochs=config.finetune.epochs, inner=method.inner
+        )
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to
         network = cut_once(network, example, budget, settings, data, torch_pruning=method.torch_pruning)
     return fit(
@@ -113,16 +104,16 @@ def slim_network(
 
 
 def gradual_pruner(
-    network: nn.Module, example: Tensor, budget: Budget, settings: PruneConfig, *, inner: bool
+    network: nn.Module, example: Tensor, budget: Budget, settings: PruneConfig, *, steps: int, epochs: int, inner: bool
 ) -> GradualPruner:
-    """The hook that cuts while training."""
+    """The hook that cuts while training; `steps` and `epochs` of fine-tuning in all."""
     structure = find_structure(network, example)
     return GradualPruner(
         network,
         example,
         budget,
-        prune_epochs=settings.prune_epochs,
-        every=settings.every,
+        every=max(1, round(settings.cut_fraction * steps / settings.cuts)),
+        prune_epochs=settings.cut_fraction * epochs,
         decay=settings.score_decay,
         rank=settings.rank,
         structure=inner_only(structure) if inner else structure,
@@ -150,4 +141,4 @@ def check_budgets(
     for method in methods.values():
         network = networks(method.plain)
         for budget in budgets:
-            gradual_pruner(network, example, budget, config.prune, inner=method.inner)
+            gradual_pruner(network, example, budget, config.prune, steps=1, epochs=1, inner=method.inner)

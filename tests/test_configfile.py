@@ -46,5 +46,5 @@ def test_a_missing_file() -> None:
 
 
 def test_whole_numbers_are_fine_for_fractions(tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\nprune_epochs = 2\n")
-    assert from_toml(SlimConfig, tmp_path / "c.toml").prune.prune_epochs == 2.0
+    (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\ncut_fraction = 1\n")
+    assert from_toml(SlimConfig, tmp_path / "c.toml").prune.cut_fraction == 1.0

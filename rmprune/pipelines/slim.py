@@ -20,7 +20,8 @@ from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import count_macs, count_params, measure_latencies
-from rmprune.methods import Method, check_budgets, find_methods, make_budget, slim_network
+from rmprune.methods import Method, check_budgets, find_methods, slim_network
+from rmprune.pruning import Budget
 from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
 from rmprune.training import evaluate, fit
@@ -78,7 +79,7 @@ def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset)
     example = data.train.example(2)
     dense = make_dense(config, data, config.seed)
     reference = count_macs(dense, example[:1])
-    budgets = [make_budget(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
+    budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 
     def networks(plain: bool) -> nn.Module:
         return remove_residuals(dense, example).model if plain else dense
@@ -96,7 +97,7 @@ def _run_cell(
     if any(method.plain for method in methods.values()):
         found["plain"] = stage(cell.shared / "plain", lambda: remove(dense, data), onnx=example)
         removal = artifact.read_extra(cell.shared / "plain")["removal"]
-    budget = make_budget(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
+    budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name
 
