@@ -1,0 +1,292 @@
+"""Finds residual additions by structure: fork, branch, shortcut, or why an addition is none that can go. Changes nothing."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rmprune.removal.activations import rule_of
+from rmprune.removal.geometry import output_size
+from rmprune.removal.kernels import Conv, Geometry, Pair, dense, depthwise, from_module, identity, with_norm
+from rmprune.removal.ranges import Range, range_of, spatial
+from rmprune.removal.trace import Network, is_batch_norm, shape_of
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+_GATES = (operator.mul, operator.imul, torch.mul)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution of the branch and the activation after it."""
+
+    conv: Conv
+    activation: nn.Module | None
+    activation_name: str
+    size: Pair  # of its input, in pixels
+    out_size: Pair
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One linear stage of the shortcut, and the range of what it emits."""
+
+    conv: Conv
+    size: Pair
+    range: Range
+
+
+@dataclass(frozen=True)
+class Block:
+    """y = f(x) + s(x): x is `fork`, f the branch, s the shortcut."""
+
+    name: str
+    add: fx.Node
+    fork: fx.Node
+    layers: tuple[Layer, ...]
+    stages: tuple[Stage, ...]
+    nodes: tuple[fx.Node, ...]  # of branch and shortcut, in order
+
+    @property
+    def shortcut(self) -> str:
+        return " + ".join(_describe(stage.conv) for stage in self.stages) or "identity"
+
+
+def _describe(conv: Conv) -> str:
+    kernel, stride = conv.geometry.kernel, conv.geometry.stride
+    kind = "scale" if conv.groups == conv.in_channels and kernel == (1, 1) and conv.groups > 1 else "conv"
+    if conv.groups == conv.in_channels and kernel != (1, 1):
+        kind = "pool" if conv.norm is None else "depthwise"
+    step = f"/{stride[0]}" if stride != (1, 1) else ""
+    return f"{kind} {kernel[0]}x{kernel[1]}{step}"
+
+
+def additions(network: Network) -> list[tuple[str, fx.Node]]:
+    """Every addition of two maps, in topological order, with the name of the module it stands in."""
+    found: list[tuple[str, fx.Node]] = []
+    for node in network.graph.nodes:
+        named = node.op == "call_function" and node.target in _ADDS
+        if (named or (node.op == "call_method" and node.target in ("add", "add_"))) and _adds_maps(node):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            found.append((stack[-1][0] if stack else "add", node))
+    names = [name for name, _ in found]
+    numbered, seen = [], dict.fromkeys(names, 0)
+    for name, node in found:
+        seen[name] += 1
+        numbered.append((f"{name}#{seen[name]}" if names.count(name) > 1 else name, node))
+    return numbered
+
+
+def _adds_maps(node: fx.Node) -> bool:
+    operands = node.args[:2]
+    return len(operands) == 2 and all(
+        isinstance(a, fx.Node) and a.op != "get_attr" and shape_of(a) is not None for a in operands
+    )  # fmt: skip
+
+
+def find_block(network: Network, name: str, add: fx.Node) -> Block | str:
+    """The residual block that ends in this addition, or the reason why it is none that can be handled."""
+    first, second = add.args[0], add.args[1]
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    if len(add.args) > 2 or add.kwargs.get("alpha", 1) != 1:
+        return "the addition scales its second operand (alpha)"
+    if first is second:
+        return "adds a value to itself: no residual"
+    if shape_of(first) != shape_of(second) or len(shape_of(first) or ()) != 4:
+        return (
+            f"adds shapes {shape_of(first)} and {shape_of(second)}, not two equal maps (batch, channels, height, width)"
+        )
+    (source, chain), (other_source, other) = _walk(network, first), _walk(network, second)
+    if source is not other_source:
+        return _why_no_fork(network, source, chain, other_source, other)
+    if len(shape_of(source) or ()) != 4:
+        return "the fork is no map (batch, channels, height, width)"
+    linear = [all(_is_linear(network, node) for node in nodes) for nodes in (chain, other)]
+    if not any(linear):
+        return "both ways hold an activation or another non-linear layer: neither is a shortcut"
+    if all(linear):
+        swap = _reach(network, chain) < _reach(network, other)
+    else:
+        swap = linear[0]
+    branch, shortcut = (other, chain) if swap else (chain, other)
+    layers = _layers(network, branch, source)
+    if isinstance(layers, str):
+        return layers
+    stages = _stages(network, shortcut)
+    if isinstance(stages, str):
+        return stages
+    return Block(name, add, source, tuple(layers), tuple(stages), (*branch, *shortcut))
+
+
+def _walk(network: Network, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """Back from an operand along layers that nothing else reads, to the first value that is read more than once."""
+    chain: list[fx.Node] = []
+    while len(node.users) == 1 and _in_chain(network, node):
+        chain.append(node)
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node, chain[::-1]
+
+
+def _in_chain(network: Network, node: fx.Node) -> bool:
+    if not node.args or not isinstance(node.args[0], fx.Node) or len(node.all_input_nodes) != 1:
+        return False
+    return _is_linear(network, node) or isinstance(_activation(network, node), nn.Module)
+
+
+def _activation(network: Network, node: fx.Node) -> nn.Module | None:
+    layer = network.layer(node)
+    return layer if isinstance(layer, nn.Module) and rule_of(layer) is not None else None
+
+
+def _is_linear(network: Network, node: fx.Node) -> bool:
+    return isinstance(linear_layer(network, node), Conv)
+
+
+def linear_layer(network: Network, node: fx.Node) -> Conv | str:
+    """The node as a linear layer, or why it is none."""
+    shape = shape_of(node)
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    before = shape_of(source) if source is not None else None
+    if source is None or shape is None or before is None or len(shape) != 4 or len(before) != 4:
+        return f"{node.target} does not read one map"
+    layer = network.layer(node)
+    if isinstance(layer, Conv):
+        return layer
+    if layer is None:
+        found: Conv | str = (
+            _crop(node, before[1]) if node.target is operator.getitem else _pad_channels(node, before[1])
+        )
+    else:
+        found = from_module(layer, before[1], str(node.target))
+    if isinstance(found, Conv) and output_size(found.geometry, spatial(source)) != spatial(node):
+        return f"{node.target}: partial windows at the border of this input size (ceil_mode)"
+    return found
+
+
+def _crop(node: fx.Node, channels: int) -> Conv | str:
+    """x[:, :, a::s, b::s], the subsampling of a parameter-free shortcut."""
+    index = node.args[1]
+    if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (slice(None), slice(None)):
+        return "an indexing other than x[:, :, ::s, ::s]"
+    if not all(
+        isinstance(i, slice) and i.stop is None and (i.start or 0) == 0 and (i.step or 1) > 0 for i in index[2:]
+    ):
+        return "an indexing other than x[:, :, ::s, ::s]"
+    stride = (index[2].step or 1, index[3].step or 1)
+    return depthwise(
+        torch.ones(channels, 1, 1, dtype=torch.float64), _zeros(channels), Geometry(stride=stride), node.name
+    )
+
+
+def _pad_channels(node: fx.Node, channels: int) -> Conv | str:
+    """F.pad(x, (0, 0, 0, 0, a, b)): channels of zeros before and after."""
+    arguments: list[Any] = list(node.args[1:]) + list(node.kwargs.values())
+    pad = arguments[0] if arguments else None
+    zeros = all(a in ("constant", 0, 0.0, None) for a in arguments[1:])
+    if node.target is not torch.nn.functional.pad or not isinstance(pad, list | tuple) or len(pad) < 6 or not zeros:
+        return f"{node.target} is no linear layer that can be written as a kernel"
+    if any(pad[:4]) or any(pad[6:]) or min(pad[4:6]) < 0:
+        return "a padding of more than channels"
+    weight = torch.cat(
+        [torch.zeros(pad[4], channels), torch.eye(channels), torch.zeros(pad[5], channels)]
+    ).double()[:, :, None, None]  # fmt: skip
+    return Conv(lambda: weight, _zeros(len(weight)), channels, name=node.name)
+
+
+def _zeros(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.float64)
+
+
+def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
+    """Of two linear ways, the branch is the one with more layers, then the larger kernel."""
+    convs = [linear_layer(network, node) for node in nodes if not is_batch_norm(network.layer(node))]
+    return len(convs), max(
+        (c.geometry.kernel[0] * c.geometry.kernel[1] for c in convs if isinstance(c, Conv)), default=0
+    )
+
+
+def _layers(network: Network, nodes: list[fx.Node], fork: fx.Node) -> list[Layer] | str:
+    """The branch as convolutions with at most one activation after each, a convolution first and last."""
+    layers: list[Layer] = []
+    open_layer = False  # the last layer may still take an activation
+    for node in nodes:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        activation = _activation(network, node)
+        size, out_size = spatial(source), spatial(node)
+        if activation is not None:
+            if not open_layer:
+                layers.append(_identity_layer(source, f"{node.target}_in"))
+            layers[-1] = replace(layers[-1], activation=activation, activation_name=str(node.target))
+            open_layer = False
+            continue
+        conv = linear_layer(network, node)
+        if isinstance(conv, str):
+            return conv
+        if is_batch_norm(network.layer(node)) and open_layer and layers[-1].conv.norm is None:
+            assert conv.norm is not None
+            layers[-1] = replace(layers[-1], conv=with_norm(layers[-1].conv, conv.norm, conv.norm_name))
+            continue
+        if is_batch_norm(network.layer(node)):
+            conv = dense(replace(conv, name=f"{conv.name}_in"))
+        layers.append(Layer(conv, None, "", size, out_size))
+        open_layer = True
+    if not layers:
+        return "the branch holds no layer"
+    if not open_layer:
+        layers.append(_identity_layer(nodes[-1], f"{nodes[-1].target}_out"))
+    return layers
+
+
+def _identity_layer(source: fx.Node, name: str) -> Layer:
+    shape = shape_of(source)
+    assert shape is not None
+    return Layer(identity(shape[1], name), None, "", spatial(source), spatial(source))
+
+
+def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage] | str:
+    stages: list[Stage] = []
+    for node in nodes:
+        conv = linear_layer(network, node)
+        if isinstance(conv, str):
+            return conv
+        if is_batch_norm(network.layer(node)) and stages and stages[-1].conv.norm is None:
+            assert conv.norm is not None
+            stages[-1] = replace(
+                stages[-1], conv=with_norm(stages[-1].conv, conv.norm, conv.norm_name), range=range_of(node)
+            )  # fmt: skip
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        stages.append(Stage(conv, spatial(source), range_of(node)))
+    return stages
+
+
+def _why_no_fork(network: Network, a: fx.Node, chain_a: list[fx.Node], b: fx.Node, chain_b: list[fx.Node]) -> str:
+    """Names what ends the walk back from the addition."""
+    order = {node: index for index, node in enumerate(network.graph.nodes)}
+    later = max((a, b), key=lambda n: order[n])
+    if later.target in _GATES or later.target == "mul":
+        return "its branch is gated (squeeze-and-excitation): the gate would multiply the reserved channels too"
+    if later.target in _ADDS:
+        return "its branch holds another residual that stays"
+    if later.target in (torch.cat, torch.concat):
+        return "its branch concatenates several ways: it is no chain of layers"
+    layer = network.layer(later)
+    if len(later.users) > 1 and _in_chain(network, later):
+        return (
+            f"the output of {later.target} inside the branch is read elsewhere, too: the branch is no chain of layers"
+        )
+    if isinstance(layer, nn.Module):
+        reason = linear_layer(network, later)
+        return (
+            reason
+            if isinstance(reason, str)
+            else f"{later.target} ({type(layer).__name__}) stops the search for the fork"
+        )
+    return f"{later.op} {later.name} stops the search for the fork: the branch is no chain of layers from one source"

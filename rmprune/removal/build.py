@@ -1,0 +1,191 @@
+"""Builds the modules of a rewritten graph one after the other, while inputs flow through them: batch norms are measured on the
+way, outputs come out in float64 for the check, and each layer is cast to its final dtype before the next one is made."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.removal.kernels import Conv
+from rmprune.removal.trace import Network
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the result lives."""
+
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+
+def target_of(model: nn.Module) -> Target:
+    """dtype, device and memory format of a model, by its floating-point parameters."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    if not tensors:
+        return Target(torch.float32, torch.device("cpu"), False)
+    maps = [t for t in tensors if t.dim() == 4 and min(t.shape[1:]) > 1]
+    last = bool(maps) and all(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in maps
+    )
+    return Target(tensors[0].dtype, tensors[0].device, last)
+
+
+def materialise(
+    network: Network, inputs: tuple[Tensor, ...], measured: int, target: Target, batch_norm: bool
+) -> tuple[nn.Module, Any]:
+    """The network as a module, and its outputs in float64 on `inputs`.
+
+    The first `measured` images set the batch norms that are still to be measured; batch_norm=False folds every batch norm into
+    its convolution instead. The result is a flat nn.Sequential where the graph is a chain, else a GraphModule.
+    """
+    return _Builder(network, measured, target, batch_norm).run(inputs)
+
+
+class _Builder:
+    def __init__(self, network: Network, measured: int, target: Target, batch_norm: bool) -> None:
+        self.network, self.measured, self.target, self.batch_norm = network, measured, target, batch_norm
+        self.graph = fx.Graph()
+        self.nodes: dict[fx.Node, fx.Node] = {}
+        self.modules: OrderedDict[str, nn.Module] = OrderedDict()
+        self.constants: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Any]:
+        values: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        outputs: Any = None
+        for node in self.network.graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            if node.op == "placeholder":
+                values[node] = next(given, node.args[0] if node.args else None)
+                self._copy(node)
+            elif node.op == "output":
+                outputs = args[0]
+                self._copy(node)
+            elif node.op == "call_module":
+                values[node] = self._layer(node, args, kwargs)
+            elif node.op == "get_attr":
+                values[node] = self._constant(node)
+            else:
+                function = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+                values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+                self._copy(node)
+            for source in node.all_input_nodes:
+                if all(user in values or user is node for user in source.users):
+                    values[source] = None
+        return self._module(), outputs
+
+    def _copy(self, node: fx.Node) -> None:
+        self.nodes[node] = self.graph.node_copy(node, lambda n: self.nodes[n])
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        value = self.network.constants[str(node.target)]
+        name = str(node.target).replace(".", "_")
+        self.constants[name] = value.detach().clone()
+        self._copy(node)
+        self.nodes[node].target = name
+        return value
+
+    def _layer(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = self.network.layers[str(node.target)]
+        if isinstance(layer, Conv):
+            return self._conv(node, layer, args[0])
+        value = layer(*args, **kwargs)
+        self._copy(node)
+        self.nodes[node].target = self._register(str(node.target), self._cast(_fresh(layer)))
+        return value
+
+    def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:
+        conv = conv if self.batch_norm else conv.folded()
+        module, norm = build_conv(conv), None
+        value = sparse_forward(module, x)
+        if conv.norm is not None:
+            norm = build_norm(conv, value[: self.measured])
+            value = norm(value)
+        source = self.nodes[node.args[0]]  # type: ignore[index]
+        new = self.graph.call_module(self._register(conv.name or str(node.target), self._cast(module)), (source,))
+        if norm is not None:
+            new = self.graph.call_module(self._register(conv.norm_name or f"{conv.name}_bn", self._cast(norm)), (new,))
+        self.nodes[node] = new
+        return value
+
+    def _register(self, name: str, module: nn.Module) -> str:
+        name = "".join(c if c.isalnum() else "_" for c in name)
+        unique, count = name, 0
+        while unique in self.modules:
+            count += 1
+            unique = f"{name}_{count}"
+        self.modules[unique] = module
+        return unique
+
+    def _cast(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.target.device, self.target.dtype)
+        if self.target.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        return module.eval().requires_grad_(True)
+
+    def _module(self) -> nn.Module:
+        nodes = list(self.graph.nodes)
+        inner = nodes[1:-1]
+        chain = all(n.op == "call_module" and n.args == (p,) for n, p in zip(inner, nodes, strict=False))
+        if chain and nodes[0].op == "placeholder" and nodes[-1].args == (nodes[-2],):
+            return nn.Sequential(OrderedDict((str(n.target), self.modules[str(n.target)]) for n in inner)).eval()
+        root = nn.Module()
+        for name, module in self.modules.items():
+            root.add_module(name, module)
+        for name, value in self.constants.items():
+            floating = value.is_floating_point()
+            value = value.to(self.target.device, self.target.dtype if floating else value.dtype)
+            root.register_parameter(name, nn.Parameter(value)) if floating else root.register_buffer(name, value)
+        self.graph.lint()
+        return fx.GraphModule(root, self.graph).eval()
+
+
+def _fresh(module: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the float64 reference, so that it can be cast."""
+    import copy
+
+    return copy.deepcopy(module)
+
+
+def build_conv(conv: Conv) -> nn.Conv2d:
+    """The float64 module of a convolution; the bias is left to the norm where there is one."""
+    g = conv.geometry
+    weight = conv.weight()
+    with torch.device("meta"):
+        module = nn.Conv2d(
+            conv.in_channels, conv.out_channels, g.kernel, g.stride, g.padding, g.dilation, conv.groups, conv.norm is None,
+            g.padding_mode,
+        )  # fmt: skip
+    module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if conv.norm is None:
+        module.bias = nn.Parameter(conv.bias.clone(), requires_grad=False)
+    return module.eval()
+
+
+def build_norm(conv: Conv, value: Tensor) -> nn.BatchNorm2d:
+    """The batch norm of a convolution without bias, whose output on the calibration images is `value` (N, C, H, W).
+
+    Measured rows: mean m and variance v of `value`, weight sqrt(v + eps), bias m + b: in eval mode y + b, whatever m and v are,
+    and in training mode the same on these images (RM.md 1). Other rows keep theirs.
+    """
+    norm = conv.norm
+    assert norm is not None
+    mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3), unbiased=False)
+    module = nn.BatchNorm2d(len(mean), eps=norm.eps, dtype=torch.float64)
+    own = ~norm.measured
+    module.running_mean = torch.where(own, norm.mean - conv.bias, mean)
+    module.running_var = torch.where(own, norm.variance, variance)
+    weight = torch.where(own, norm.weight, torch.sqrt(variance + norm.eps))
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.bias = nn.Parameter(torch.where(own, norm.bias, mean + conv.bias), requires_grad=False)
+    return module.eval()
+
+
+def sparse_forward(module: nn.Conv2d, x: Tensor) -> Tensor:
+    return module(x)

@@ -1,0 +1,87 @@
+"""Which tap of a layer's kernel reads what the shortcut reads (RM.md 3). Offsets in pixels of the fork; nothing is assumed.
+
+Output i, tap t of a shortcut kernel on a grid of step A reads the fork at `A * (s i + d t - p)`. A branch layer on a grid of step B
+expresses that tap if it has a tap t' with `B * (d' t' - p') = A * (d t - p)`, and if both read padding for the same outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rmprune.removal.kernels import Geometry, Pair
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a map lies: its pixels are `step` pixels of the fork apart, and there are `size` of them."""
+
+    step: Pair
+    size: Pair
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Where a shortcut kernel goes inside a layer's kernel: row indices (kh,), column indices (kw,)."""
+
+    rows: Tensor
+    columns: Tensor
+    reads_padding: bool
+
+
+def place(segment: Geometry, source: Grid, layer: Geometry, wire: Grid, out_size: Pair) -> Taps | str:
+    """The taps of `layer` that do what `segment` does, or the reason why there are none."""
+    indices, padded = [], False
+    for axis in (0, 1):
+        found = _axis(segment, source, layer, wire, out_size[axis], axis)
+        if isinstance(found, str):
+            return found
+        indices.append(torch.tensor(found[0]))
+        padded = padded or found[1]
+    if padded and segment.padding_mode != layer.padding_mode:
+        return f"the shortcut pads with {segment.padding_mode}, the branch with {layer.padding_mode}"
+    if padded and layer.padding_mode != "zeros" and (source.size != wire.size or source.step != wire.step):
+        return f"a shortcut kernel that reads {layer.padding_mode} padding on another grid than the branch"
+    return Taps(indices[0], indices[1], padded)
+
+
+def _axis(
+    segment: Geometry, source: Grid, layer: Geometry, wire: Grid, outputs: int, axis: int
+) -> tuple[list[int], bool] | str:
+    coarse, fine = source.step[axis], wire.step[axis]
+    step = fine * layer.stride[axis]
+    wanted = coarse * segment.stride[axis]  # outputs on other pixels are dropped later, by a stride of the branch
+    taps, padded = [], False
+    for tap in range(segment.kernel[axis]):
+        offset = coarse * (segment.dilation[axis] * tap - segment.padding[axis])
+        position, rest = divmod(offset, fine)
+        index, rest_inside = divmod(position + layer.padding[axis], layer.dilation[axis])
+        if rest or rest_inside:
+            return "the shortcut samples another grid than the branch"
+        if not 0 <= index < layer.kernel[axis]:
+            return f"the {_size(layer.kernel)} kernel of the branch has no tap where the shortcut reads"
+        for i in (i for i in range(outputs) if step * i % wanted == 0):
+            here = 0 <= layer.stride[axis] * i + position < wire.size[axis]
+            there = 0 <= step * i + offset < coarse * source.size[axis]
+            if here != there:
+                return "the shortcut reads padding where the branch does not"
+            padded = padded or not here
+        taps.append(index)
+    return taps, padded
+
+
+def _size(pair: Pair) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+def output_size(geometry: Geometry, size: Pair) -> Pair:
+    """Pixels of the output, by the usual floor formula."""
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
+        )
+    ]
+    return sizes[0], sizes[1]

@@ -1,0 +1,124 @@
+"""The public calls of removal: normalise, find bounds, rewrite, build, check. Each stage lives in its own module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import ConfigError, NotEquivalent, UnsupportedModel
+from rmprune.removal.build import materialise, target_of
+from rmprune.removal.check import check_inputs, relative_error
+from rmprune.removal.encode import FORMS
+from rmprune.removal.fuse import RULES, fuse_convolutions, join_norms
+from rmprune.removal.ranges import annotate_ranges, observe
+from rmprune.removal.rewrite import BlockReport, remove_all
+from rmprune.removal.trace import Network, example_tuple, normalise, reference_copy
+
+RANGES = ("provable", "calibrated")
+Inputs = Tensor | tuple[Tensor, ...]
+_CALIBRATION_PIXELS = 2**21  # pixels of all calibration images together; enough for any statistics
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What `remove_residuals` made.
+
+    model: eval mode, dtype, device and memory format of the original; a flat nn.Sequential where the graph is a chain.
+    removed: names of the blocks whose residual is gone; kept: {name: reason} of the others.
+    max_error: largest |difference| to the original relative to its largest |output|, in float64.
+    """
+
+    model: nn.Module
+    removed: list[str]
+    kept: dict[str, str]
+    max_error: float
+    blocks: list[BlockReport]
+
+
+def remove_residuals(
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
+    input_range: tuple[float, float] = (-math.inf, math.inf), progress: Callable[[str], None] | None = None,
+) -> Removal:  # fmt: skip
+    """Removes residual connections exactly (RMNet, arXiv 2111.00687): the same function without additions. `model` is left alone.
+
+    example_inputs: one batch, (N, C, H, W) or a tuple of inputs; sets the sizes and the statistics of new batch norms.
+    keep: names of blocks to leave in. ranges: "provable" bounds hold for every input in `input_range`; "calibrated" ones are
+    seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass an activation that
+    is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies). batch_norm: False folds every
+    batch norm. fuse: "cheaper", "always" or "never" multiply neighbouring convolutions. tolerance: on max_error.
+
+    Raises UnsupportedModel (cannot be traced, or no residual can go), NotEquivalent (over tolerance), ConfigError (a bad setting).
+    """
+    _check_settings(ranges, form, fuse, tolerance)
+    inputs = example_tuple(example_inputs)
+    reference = reference_copy(model)
+    network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, progress)
+    kept = {report.name: report.reason for report in reports if not report.removable}
+    removed = [report.name for report in reports if report.removable]
+    if not removed:
+        raise UnsupportedModel(_nothing(kept))
+    if not batch_norm:
+        join_norms(network)
+    fuse_convolutions(network, fuse)
+    given = max(1, min(len(inputs[0]), _CALIBRATION_PIXELS // max(1, math.prod(inputs[0].shape[2:]))))
+    checked, groups = check_inputs(inputs, given, 4)
+    with torch.no_grad():
+        expected = reference(*checked)
+    del reference
+    result, found = materialise(network, checked, given, target_of(model), batch_norm)
+    error = relative_error(expected, found, groups)
+    if not error <= tolerance:
+        raise NotEquivalent(
+            f"the rewritten network is off by {error:.1e} of the largest output, over the tolerance of {tolerance:.0e}; "
+            + (
+                "ranges='calibrated' is exact only on inputs like the examples: raise margin"
+                if ranges == "calibrated"
+                else "a fault"
+            )
+        )
+    return Removal(result, removed, kept, error, reports)
+
+
+def plan_removal(
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
+    batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
+) -> list[BlockReport]:  # fmt: skip
+    """What `remove_residuals` would do to each residual and what it would cost, without building anything."""
+    _check_settings(ranges, form, fuse, tolerance)
+    return _rewrite(
+        reference_copy(model), example_tuple(example_inputs), keep, ranges, form, margin, input_range, None
+    )[1]
+
+
+def _rewrite(
+    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str], ranges: str, form: str, margin: float,
+    input_range: tuple[float, float], progress: Callable[[str], None] | None,
+) -> tuple[Network, list[BlockReport]]:  # fmt: skip
+    with torch.no_grad():
+        network = normalise(reference, inputs)
+        annotate_ranges(network, input_range)
+        if ranges == "calibrated":
+            observe(
+                network, tuple(x.detach().cpu().double() if x.is_floating_point() else x.cpu() for x in inputs), margin
+            )
+        return network, remove_all(network, keep, form, progress)
+
+
+def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None:
+    for name, value, known in (("ranges", ranges, RANGES), ("form", form, FORMS), ("fuse", fuse, RULES)):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is none of {', '.join(known)}")
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance={tolerance} must be positive")
+
+
+def _nothing(kept: dict[str, str]) -> str:
+    if not kept:
+        return "there is no residual to remove: the network adds no two maps of one source"
+    return "no residual to remove that can go: " + "; ".join(f"{name}: {reason}" for name, reason in kept.items())

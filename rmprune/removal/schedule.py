@@ -1,0 +1,288 @@
+"""How one block becomes a plain chain: which layer does which stage of the shortcut, what is reserved, and what it costs.
+
+Every assignment of the shortcut's stages to the branch's layers is tried (both in order), and the cheapest exact one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.removal.activations import Rule, rule_of
+from rmprune.removal.assemble import Entries, Side, assemble, diagonal, entries_of, join, spread_norm
+from rmprune.removal.blocks import Block, Layer, Stage
+from rmprune.removal.carry import (
+    Carry,
+    after_activation,
+    constant_part,
+    new_rows,
+    passes_as_is,
+    row_entries,
+    spread_entries,
+    start,
+)
+from rmprune.removal.encode import constant, encode, free
+from rmprune.removal.geometry import Grid, Taps, output_size, place
+from rmprune.removal.kernels import Conv, Geometry, Pair, compose, to_measure
+from rmprune.removal.layout import ANYWHERE, Wire, lay_out, wires
+from rmprune.removal.ranges import Range, range_of, spatial
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plain chain of one block, not yet built: layers with their activations, forms used, channels reserved at most."""
+
+    layers: tuple[Layer, ...]
+    forms: frozenset[str]
+    reserved: int
+
+    def macs(self) -> int:
+        return sum(layer.conv.macs(layer.out_size) for layer in self.layers)
+
+    def params(self) -> int:
+        return sum(layer.conv.params() for layer in self.layers)
+
+
+@dataclass
+class _State:
+    """Where the sweep along the branch stands."""
+
+    carry: Carry
+    range: Range
+    size: Pair  # of the value carried, as the shortcut knows it
+    step: Pair = (1, 1)  # of the branch's grid
+    source_step: Pair = (1, 1)  # of the shortcut's
+    done: int = 0  # stages
+
+
+def schedule(block: Block, form: str = "auto") -> Schedule | str:
+    """The cheapest exact plain chain for this block, or the reason why there is none."""
+    layout = wires(block.layers)
+    if isinstance(layout, str):
+        return layout
+    needed = _needed(block)
+    best: Schedule | None = None
+    reasons: list[str] = []
+    for assignment in _assignments(len(block.stages), len(block.layers)):
+        found = _build(block, assignment, layout, needed, form)
+        if isinstance(found, str):
+            reasons.append(found)
+        elif best is None or found.macs() < best.macs():
+            best = found
+    return best if best is not None else reasons[0]
+
+
+def _assignments(stages: int, layers: int) -> Iterator[tuple[int, ...]]:
+    """The layer of each stage, in order; everything in the merge comes first."""
+    yield from sorted(combinations_with_replacement(range(layers), stages), reverse=True)
+
+
+def _needed(block: Block) -> list[Tensor]:
+    """needed[j]: which channels of the value after j stages the merge reads in the end (RM.md 5)."""
+    channels = block.stages[-1].conv.out_channels if block.stages else block.layers[0].conv.in_channels
+    needed = [torch.ones(channels, dtype=torch.bool)]
+    for stage in reversed(block.stages):
+        entries = entries_of(stage.conv.folded())
+        read = torch.zeros(stage.conv.in_channels, dtype=torch.bool)
+        read[entries.columns[needed[0][entries.rows]]] = True
+        needed.insert(0, read)
+    return needed
+
+
+def _build(
+    block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str
+) -> Schedule | str:
+    low, high = range_of(block.fork)
+    state = _State(start(low, high, block.layers[0].conv.groups), (low, high), spatial(block.fork))
+    built: list[Layer] = []
+    forms: set[str] = set()
+    reserved = 0
+    segments = [
+        [s for s, at in zip(block.stages, assignment, strict=True) if at == i] for i in range(len(block.layers))
+    ]
+    last = _segment(segments[-1])
+    for i, layer in enumerate(block.layers):
+        segment = _segment(segments[i])
+        if isinstance(segment, str):
+            return segment
+        taps = _taps(layer, segment, state)
+        if isinstance(taps, str):
+            return taps
+        value, bias = _value(segment, needed[state.done], needed[state.done + len(segments[i])])
+        if taps.reads_padding and bool(state.carry.constant[value.columns].any()):
+            return "a shifted copy would meet zero padding where the shortcut's kernel reads it"
+        bias = bias + constant_part(value, state.carry, len(bias))
+        _advance(state, layer, segments[i])
+        if i == len(block.layers) - 1:
+            merged = _merge(layer, state.carry, value, bias, taps)
+            if isinstance(merged, str):
+                return merged
+            built.append(merged)
+            continue
+        later = any(segments[i + 1 : -1]) or isinstance(last, str)
+        merge_pairs = None if later or not layout[i].interleaved else _merge_pairs(block, last)  # type: ignore[arg-type]
+        found = _reserve(
+            layer, state, value, bias, taps, layout[i], needed[state.done], form, merge_pairs, segment is None
+        )
+        if isinstance(found, str):
+            return found
+        new, state.carry, used = found
+        built.append(new)
+        forms |= used
+        reserved = max(reserved, len(state.carry.channel))
+    if state.step != state.source_step:
+        return f"the shortcut samples another grid (stride {state.source_step[0]}) than the branch (stride {state.step[0]})"
+    return Schedule(tuple(built), frozenset(forms), reserved)
+
+
+def _segment(stages: list[Stage]) -> Conv | None | str:
+    """Several stages as one folded layer; None for none."""
+    if not stages:
+        return None
+    product: Conv | None = stages[0].conv.folded()
+    for stage in stages[1:]:
+        product = None if product is None else compose(product, stage.conv)
+    return product or "the stages of its shortcut do not multiply into one kernel exactly"
+
+
+_place = lru_cache(maxsize=4096)(place)
+
+
+def _taps(layer: Layer, segment: Conv | None, state: _State) -> Taps | str:
+    geometry = Geometry(padding_mode=layer.conv.geometry.padding_mode) if segment is None else segment.geometry
+    source, wire = Grid(state.source_step, state.size), Grid(state.step, layer.size)
+    return _place(geometry, source, layer.conv.geometry, wire, layer.out_size)
+
+
+def _advance(state: _State, layer: Layer, stages: list[Stage]) -> None:
+    for stage in stages:
+        geometry = stage.conv.geometry
+        state.source_step = _times(state.source_step, geometry.stride)
+        state.size = output_size(geometry, stage.size)
+        state.range = stage.range
+    state.done += len(stages)
+    state.step = _times(state.step, layer.conv.geometry.stride)
+
+
+def _times(a: Pair, b: Pair) -> Pair:
+    return a[0] * b[0], a[1] * b[1]
+
+
+def _value(segment: Conv | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
+    """The kernel from the carried value to the next one, only where it is needed, and its bias."""
+    if segment is None:
+        return diagonal(needed.nonzero().flatten()), torch.zeros(len(needed), dtype=torch.float64)
+    entries = entries_of(segment)
+    used = needed_after[entries.rows]
+    return Entries(entries.rows[used], entries.columns[used], entries.kernel[used]), segment.bias
+
+
+def _merge(layer: Layer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> Layer | str:
+    conv, channels = layer.conv, layer.conv.out_channels
+    group = torch.full((channels,), ANYWHERE)
+    if conv.groups > 1:
+        group = torch.arange(channels) // (channels // conv.groups)
+    entries = spread_entries(value, group, carry)
+    if isinstance(entries, str):
+        return entries
+    extra = Entries(entries.rows, carry.position[entries.columns], entries.kernel)
+    merged = assemble(conv.folded(), carry.side, Side(torch.arange(channels), channels), conv.groups, extra, taps)
+    if isinstance(merged, str):
+        return merged
+    norm = to_measure(channels, 1e-5 if conv.norm is None else conv.norm.eps)
+    return replace(layer, conv=replace(merged, bias=merged.bias + bias, norm=norm))
+
+
+def _merge_pairs(block: Block, segment: Conv | None) -> tuple[Tensor, Tensor]:
+    """The (channel, group) pairs that the groups of the last layer read."""
+    conv = block.layers[-1].conv
+    if segment is None:
+        rows = columns = torch.arange(conv.out_channels)
+    else:
+        entries = entries_of(segment)
+        rows, columns = entries.rows, entries.columns
+    pairs = torch.unique(torch.stack([columns, rows // (conv.out_channels // conv.groups)]), dim=1)
+    return pairs[0], pairs[1]
+
+
+def _reserve(
+    layer: Layer, state: _State, value: Entries, bias: Tensor, taps: Taps, wire: Wire, needed: Tensor, form: str,
+    merge_pairs: tuple[Tensor, Tensor] | None, identity: bool,
+) -> tuple[Layer, Carry, frozenset[str]] | str:  # fmt: skip
+    """One layer but the last, with the rows that carry the value on."""
+    conv, carry, (low, high) = layer.conv, state.carry, state.range
+    rule = None if layer.activation is None else rule_of(layer.activation)
+    as_is = torch.zeros_like(needed)
+    if identity:
+        as_is = passes_as_is(carry, rule, free(rule, low, high)) & needed & ~constant(low, high)
+    code = encode(rule, low, high, needed & ~as_is, form)
+    if isinstance(code, str):
+        return code
+    carried = as_is.clone()
+    carried[code.channel] = True
+    wanted = _wanted(conv, wire, carry, value, carried, merge_pairs)
+    if isinstance(wanted, str):
+        return wanted
+    rows = new_rows(carry, code, as_is, wanted, low, high)
+    entries = row_entries(rows, carry, value)
+    if isinstance(entries, str):
+        return entries
+    in_tail = conv.groups > 1 and not wire.interleaved
+    layout = lay_out(wire, conv.out_channels, rows.group, carry.extra_groups if in_tail else None)
+    if isinstance(layout, str):
+        return layout
+    extra = Entries(layout.reserved[entries.rows], carry.position[entries.columns], entries.kernel)
+    after = Side(layout.computed, layout.total)
+    groups = conv.groups + (carry.extra_groups if in_tail else 0)
+    new = assemble(conv, carry.side, after, groups, extra, taps)
+    if isinstance(new, str):
+        return new
+    new = replace(
+        new, norm=spread_norm(conv.norm, layout.computed, layout.total, 1e-5 if conv.norm is None else conv.norm.eps)
+    )
+    new.bias[layout.reserved] = torch.where(rows.source >= 0, 0.0, rows.scale * bias[rows.channel] + rows.offset)
+    kept = torch.where(as_is, carry.constant, code.constant) if identity else code.constant
+    next_carry = Carry(
+        rows.channel, rows.decode, layout.reserved, rows.group, kept, *after_activation(layer.activation, rule, rows.low, rows.high),
+        after, layout.extra_groups,
+    )  # fmt: skip
+    activation = _with_slopes(layer.activation, rule, after)
+    return replace(layer, conv=new, activation=activation), next_carry, code.forms
+
+
+def _wanted(
+    conv: Conv, wire: Wire, carry: Carry, value: Entries, carried: Tensor, merge_pairs: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | str:
+    """Which (channel, group) pairs the map after this layer has to hold."""
+    channels = carried.nonzero().flatten()
+    if not wire.interleaved:
+        return channels, torch.full_like(channels, ANYWHERE)
+    if conv.groups == 1:
+        if merge_pairs is None or len(carried) < int(merge_pairs[0].max()) + 1:
+            return "a shortcut stage between grouped convolutions"
+        found = merge_pairs
+    else:
+        e, r = join(value.columns, carry.channel)
+        pairs = torch.unique(torch.stack([value.rows[e], carry.group[r]]), dim=1)
+        found = (pairs[0], pairs[1])
+    channel, group = found[0][carried[found[0]]], found[1][carried[found[0]]]
+    if len(torch.unique(channel)) < len(channels) or bool((group == ANYWHERE).any()):
+        return "a grouped convolution would have to read copies that lie in another group"
+    return channel, group
+
+
+def _with_slopes(activation: nn.Module | None, rule: Rule | None, side: Side) -> nn.Module | None:
+    """A PReLU with its slopes at the branch's own channels and slope 1, the identity, elsewhere."""
+    if rule is None or not rule.slopes:
+        return activation
+    assert isinstance(activation, nn.PReLU)
+    wider = nn.PReLU(side.total, dtype=torch.float64)
+    slopes = torch.ones(side.total, dtype=torch.float64)
+    slopes[side.positions] = activation.weight.detach().double().expand(len(side.positions))
+    wider.weight = nn.Parameter(slopes)
+    return wider
