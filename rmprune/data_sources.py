@@ -111,9 +111,10 @@ def read_cifar(name: str) -> Callable[[Path | None], Source]:
         try:
             train, test = (kind(str(root), train=part, download=True) for part in (True, False))
         except Exception as error:  # torchvision lets through whatever the network, disk or archive raised
+            _remove_empty(root, root.parent)
             raise DataError(
-                f"{name}: not under {root} and not to be downloaded ({_one_line(error)}); fetch {kind.url}, unpack it "
-                "and pass its folder with --data-dir"
+                f"{name}: {kind.base_folder} is not under {data_dir or root} and could not be downloaded "
+                f"({_one_line(error)}); fetch {kind.url}, unpack it and pass the folder around it with --data-dir"
             ) from None
 
         def images(part: datasets.CIFAR10) -> Images:
@@ -142,13 +143,13 @@ def _find_idx_folder(data_dir: Path | None) -> Path | None:
     """The folder that holds the idx files: all, or some, in which case reading names the one that is missing."""
     below = Path("FashionMNIST") / "raw"  # where torchvision puts them
     cache = _cache(data_dir) / below
-    folders = [Path(data_dir), Path(data_dir) / below, cache] if data_dir else [DEBIAN_FASHION_MNIST, cache]
+    given = [Path(data_dir), Path(data_dir) / below] if data_dir else [DEBIAN_FASHION_MNIST]
     names = [name for pair in _IDX_NAMES.values() for name in pair]
-    for wanted in (all, any):
-        for folder in folders:
-            if wanted((folder / name).is_file() for name in names):
-                return folder
-    return None
+    for folder in (*given, cache):
+        if all((folder / name).is_file() for name in names):
+            return folder
+    # part of a download is no reason to stop, it is fetched again; part of what the user gave is
+    return next((folder for folder in given if any((folder / name).is_file() for name in names)), None)
 
 
 def _download_fashion_mnist(root: Path) -> Path:
@@ -157,6 +158,7 @@ def _download_fashion_mnist(root: Path) -> Path:
     try:
         FashionMNIST(str(root), download=True)
     except Exception as error:  # torchvision lets through whatever the network, disk or archive raised
+        _remove_empty(root / "FashionMNIST" / "raw", root.parent)
         raise DataError(
             f"fashion-mnist: {_IDX_NAMES['train'][0]} is not under {root.parent} and could not be downloaded "
             f"({_one_line(error)}); {_GET_FASHION_MNIST}"
@@ -170,6 +172,13 @@ def _read_idx_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     if len(images) != len(labels) or int(labels.max()) > 9:
         raise DataError(f"{folder / labels_name} does not fit {images_name}; {_GET_FASHION_MNIST}")
     return images.unsqueeze(1), labels.to(torch.int64)
+
+
+def _remove_empty(folder: Path, stop: Path) -> None:
+    """Take away the empty folders that a failed download left, from `folder` up to `stop`, which stays."""
+    while folder != stop and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def _one_line(error: Exception) -> str:

@@ -191,6 +191,16 @@ def test_a_missing_file_is_named(tmp_path: Path):
         load_dataset(DataConfig(dataset="fashion-mnist", data_dir=tmp_path))
 
 
+def test_part_of_a_download_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torchvision import datasets
+
+    raw = tmp_path / "cache" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"half")
+    monkeypatch.setattr(datasets, "FashionMNIST", lambda root, download: write_fashion_mnist(raw))
+    assert len(load_dataset(DataConfig(dataset="fashion-mnist", data_dir=tmp_path)).test) == 40
+
+
 def test_huge_announced_sizes_do_not_allocate(tmp_path: Path):
     path = tmp_path / "x.gz"
     path.write_bytes(gzip.compress(struct.pack(">4I", 0x0803, 2**31, 2**31, 2**31) + bytes(10)))
@@ -206,12 +216,14 @@ def test_a_download_that_fails_is_a_data_error(tmp_path: Path, monkeypatch: pyte
         base_folder, url = "cifar-10-batches-py", "https://example.org/cifar.tar.gz"
 
         def __init__(self, *args: object, **kwargs: object) -> None:
+            Path(str(args[0]), *(("FashionMNIST", "raw") if kind == "FashionMNIST" else ())).mkdir(parents=True)
             raise OSError("no route to host")
 
     monkeypatch.setattr(datasets, kind, Offline)
     with pytest.raises(DataError, match="no route to host") as caught:
         load_dataset(DataConfig(dataset=name, data_dir=tmp_path))
-    assert "--data-dir" in str(caught.value)
+    assert "--data-dir" in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())  # nothing half-written
 
 
 def test_unknown_names_and_folders():

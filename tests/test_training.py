@@ -20,6 +20,8 @@ from rmprune.data import Dataset, TensorSplit
 from rmprune.data_sources import Images
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.models import create
+from rmprune.pruning import Budget
+from rmprune.pruning.gradual import GradualPruner
 from rmprune.training import TrainState, evaluate, fit, make_optimizer
 from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
 from rmprune.training.distillation import distillation_loss
@@ -297,6 +299,32 @@ def test_a_hook_may_replace_the_model(tmp_path: Path):
     assert same(whole, resumed)
     x = blobs().test.example(5)
     assert torch.equal(whole(x), resumed(x))
+
+
+def test_pruning_while_training_goes_on_exactly(tmp_path: Path):
+    torch.manual_seed(0)
+    model = create("resnet8", num_classes=2, in_channels=1, width=4)
+
+    class Pruner(GradualPruner):
+        stop = -1
+
+        def __call__(self, state: TrainState) -> None:
+            super().__call__(state)
+            if state.step == self.stop:
+                raise KeyboardInterrupt
+
+    def pruner(stop: int) -> Pruner:
+        hook = Pruner(model, blobs().train.example(2), Budget(ratio=0.4), prune_epochs=2, every=2)
+        hook.stop = stop
+        return hook
+
+    whole = fit(model, blobs(), CONFIG, seed=0, hook=pruner(-1))
+    path = tmp_path / "c.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, blobs(), CONFIG, seed=0, hook=pruner(7), checkpoint=path)
+    assert load_checkpoint(path)["architecture"] is not None
+    assert same(whole, fit(model, blobs(), CONFIG, seed=0, hook=pruner(-1), checkpoint=path))
+    assert sum(p.numel() for p in whole.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
 
 
 def test_a_replaced_model_gets_an_optimizer(tmp_path: Path):
