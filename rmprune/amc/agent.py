@@ -125,8 +125,8 @@ class Agent:
             self.target_actor, self.target_critic = actor_network(states, config.hidden), Critic(states, config.hidden)
         self.target_actor.load_state_dict(self.actor.state_dict())
         self.target_critic.load_state_dict(self.critic.state_dict())
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.actor_rate)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.critic_rate)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.actor_rate, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=config.critic_rate, fused=True)
         self.replay = Replay(config.replay, states)
         self.generator = torch.Generator().manual_seed(seed)
         self.mean, self.variance, self.spread = torch.zeros(states), torch.ones(states), 1.0
