@@ -11,7 +11,7 @@ from torch import nn
 from rmprune.errors import ConfigError
 from rmprune.measure import BACKENDS, measure_latencies, measure_latency
 from rmprune.measure.backends import Candidate, prepare
-from rmprune.measure.latency import _rounds
+from rmprune.measure.latency import timed_rounds
 
 
 def net(width: int, depth: int = 2) -> nn.Module:
@@ -87,7 +87,7 @@ def test_candidates_take_turns_in_a_new_order_each_round() -> None:
 
         return once
 
-    turns, repeats = _rounds({n: run(n) for n in "abc"}, "cpu", 0.0, 12, random.Random(0))
+    turns, repeats = timed_rounds({n: run(n) for n in "abc"}, "cpu", 0.0, 12, random.Random(0))
     assert all(len(times) == 12 for times in turns.values())
     rounds = calls[-sum((1 + repeats[n]) * 12 for n in "abc") :]
     orders = []

@@ -5,5 +5,6 @@
 from rmprune.measure.backends import BACKENDS
 from rmprune.measure.cost import count_macs, count_params
 from rmprune.measure.latency import Latency, measure_latencies, measure_latency
+from rmprune.measure.latency_model import LatencyModel
 
-__all__ = ["BACKENDS", "Latency", "count_macs", "count_params", "measure_latencies", "measure_latency"]
+__all__ = ["BACKENDS", "Latency", "LatencyModel", "count_macs", "count_params", "measure_latencies", "measure_latency"]

@@ -122,9 +122,9 @@ def measure_latencies(
     for configuration in itertools.starmap(_Configuration, itertools.product(backends, [device], threads, batch_sizes)):
         if progress is not None:
             progress(str(configuration))
-        with _quiet_process(configuration.threads), torch.inference_mode():
+        with quiet_process(configuration.threads), torch.inference_mode():
             runs = {c.name: prepare(c, *configuration) for c in candidates}
-            turns, repeats = _rounds(runs, device, seconds, min_rounds, random.Random(seed))
+            turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
         for name, times in turns.items():
             results[name].append(_summary(configuration, times, repeats[name], reference, turns.get(reference or "")))
     return results
@@ -154,7 +154,7 @@ def _check(
 
 
 @contextlib.contextmanager
-def _quiet_process(threads: int) -> Iterator[None]:
+def quiet_process(threads: int) -> Iterator[None]:
     """torch's threads as asked, no garbage collection; both put back."""
     before, collecting = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(threads)
@@ -168,12 +168,19 @@ def _quiet_process(threads: int) -> Iterator[None]:
             gc.enable()
 
 
-def _rounds(
-    runs: dict[str, Run], device: str, seconds: float, min_rounds: int, order: random.Random
+def timed_rounds(
+    runs: dict[str, Run],
+    device: str,
+    seconds: float,
+    min_rounds: int,
+    order: random.Random,
+    warmup: float = WARMUP_SECONDS,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Mean milliseconds of every turn, by candidate and round, and the runs in a turn of each."""
     timer = _cuda_ms if device.startswith("cuda") else _cpu_ms
-    repeats = {name: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(run, timer), 1e-3))) for name, run in runs.items()}
+    repeats = {
+        name: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(run, timer, warmup), 1e-3))) for name, run in runs.items()
+    }
     turns: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     end = time.perf_counter() + seconds * len(names)
@@ -185,9 +192,9 @@ def _rounds(
     return turns, repeats
 
 
-def _warm_up(run: Run, timer: Callable[[Run, int], float]) -> float:
+def _warm_up(run: Run, timer: Callable[[Run, int], float], seconds: float) -> float:
     """Runs until caches, allocators and just-in-time compilers have settled; returns the shortest time seen, in ms."""
-    end = time.perf_counter() + WARMUP_SECONDS
+    end = time.perf_counter() + seconds
     times = [timer(run, 1) for _ in range(WARMUP_RUNS)]
     while time.perf_counter() < end:
         times.append(timer(run, 1))

@@ -1,0 +1,224 @@
+"""Predicted time of a network: a table of measured times per layer shape, filled on demand and kept on disk. latency.py
+measures networks.
+
+The model. Every layer (convolution with the addition and activation that runtimes fuse into it, linear layer, pooling)
+is measured alone, so its time holds the runtime's own overhead once; the overhead (an almost empty network) is taken
+off each layer and added once for the whole. What alone and inside a network still differ in is fitted on whole
+networks: time = a * sum(layers) + b * number of layers + c (`calibrate`; a = 1, b = c = 0 before).
+
+Widths between measured ones are interpolated linearly in both widths, among widths with the same divisor of 8 (kernels
+treat multiples of 8, 4, 2 and odd widths differently), at most 8 apart up to 128 channels. Depthwise layers and those
+without weights have one width. Check it with `validate` before relying on it; budgets are verified on the whole network
+by measuring.
+"""
+
+import json
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.measure.backends import BACKENDS, Candidate, prepare
+from rmprune.measure.latency import measure_latencies, quiet_process, timed_rounds
+from rmprune.measure.layers import Layer, neighbours, network_layers
+from rmprune.records import environment
+
+SCHEMA = 1
+_PULL = 0.3
+_AT_ONCE = 24  # layers measured in turns with each other
+
+
+class LatencyModel:
+    """Times of layers under one configuration; grows as it is asked. Times are milliseconds for a whole batch.
+
+    `cache`: a JSON file that is read now and written after every measurement; None keeps the table in memory. A file
+    measured on another processor, or with other versions or settings, is an error (ArtifactError), not mixed in.
+    """
+
+    def __init__(
+        self,
+        backend: str = "onnxruntime",
+        *,
+        threads: int = 2,
+        batch_size: int = 1,
+        cache: str | os.PathLike[str] | None = None,
+        seconds: float = 0.05,
+        min_rounds: int = 7,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+        self.backend, self.threads, self.batch_size = backend, threads, batch_size
+        self.seconds, self.min_rounds = seconds, min_rounds
+        self.cache = None if cache is None else Path(cache)
+        self.table: dict[Layer, float] = {}
+        self.overhead: float | None = None
+        self.fit: tuple[float, float] = (1.0, 0.0)
+        self.block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+        if self.cache is not None and self.cache.exists():
+            self._read(self.cache)
+
+    def predict(self, model: nn.Module, example_inputs: Tensor) -> float:
+        """Predicted milliseconds for `batch_size` images of `example_inputs`' size; measures layers that are not
+        known yet.
+        """
+        return self.predict_layers(network_layers(model, example_inputs))
+
+    def predict_layers(self, layers: Iterable[Layer]) -> float:
+        """As `predict`, for layers from `network_layers`, whose widths a search may have changed
+        (`layer._replace(cout=24)`).
+        """
+        layers = list(layers)
+        self.require(layers)
+        a, b = self.fit
+        return max(a * sum(map(self.layer_ms, layers)) + b * len(layers) + (self.overhead or 0.0), 1e-6)
+
+    def layer_ms(self, layer: Layer) -> float:
+        """Milliseconds of one layer inside a network, interpolated where its widths were not measured themselves."""
+        self.require([layer])
+        points = [(weight, self.table[point]) for point, weight in _corners(layer, self.block) if weight > 0]
+        return max(sum(weight * ms for weight, ms in points) - (self.overhead or 0.0), 0.0)
+
+    def require(self, layers: Iterable[Layer]) -> None:
+        """Measures what `layers` need and the table lacks, in turns, and writes the cache."""
+        needed = dict.fromkeys(
+            p for layer in layers for p, weight in _corners(layer, self.block) if weight > 0 and p not in self.table
+        )
+        missing = list(needed)
+        if self.overhead is None:
+            self.overhead = self._measure([_EMPTY])[0]
+        random.Random(0).shuffle(missing)  # a machine that drifts must not favour the layers of one stage
+        for start in range(0, len(missing), _AT_ONCE):
+            part = missing[start : start + _AT_ONCE]
+            self.table.update(zip(part, self._measure(part), strict=True))
+        if missing and self.cache is not None:
+            self._write(self.cache)
+
+    def calibrate(self, models: dict[str, nn.Module], example_inputs: Tensor, *, seconds: float = 1.0) -> pd.DataFrame:
+        """Fits a and b on whole networks (three or more, of different cost); returns `validate`'s table.
+
+        Least squares of the relative error, with a mild pull to a = 1 and b = 0.
+        """
+        measured = self._measure_networks(models, example_inputs, seconds)
+        rows, targets = [], []
+        for name, model in models.items():
+            layers = network_layers(model, example_inputs)
+            self.require(layers)
+            rows.append(np.array([sum(map(self.layer_ms, layers)), len(layers)]) / measured[name])
+            targets.append(1 - (self.overhead or 0.0) / measured[name])
+        pull = _PULL * np.diag(np.abs(rows).mean(axis=0))
+        matrix, target = np.vstack([*rows, pull]), np.array([*targets, pull[0, 0], 0.0])
+        a, b = np.linalg.lstsq(matrix, target, rcond=None)[0]
+        self.fit = (float(a), float(b))
+        if self.cache is not None:
+            self._write(self.cache)
+        return self._compare(models, example_inputs, measured)
+
+    def validate(self, models: dict[str, nn.Module], example_inputs: Tensor, *, seconds: float = 1.0) -> pd.DataFrame:
+        """Predicted against measured time of whole networks: columns model, predicted_ms, measured_ms, error
+        (relative).
+        """
+        return self._compare(models, example_inputs, self._measure_networks(models, example_inputs, seconds))
+
+    def _compare(self, models: dict[str, nn.Module], x: Tensor, measured: dict[str, float]) -> pd.DataFrame:
+        rows = []
+        for name, model in models.items():
+            predicted = self.predict(model, x)
+            rows.append((name, predicted, measured[name], predicted / measured[name] - 1))
+        return pd.DataFrame(rows, columns=["model", "predicted_ms", "measured_ms", "error"])
+
+    def _measure_networks(self, models: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+        results = measure_latencies(
+            models,
+            x,
+            backends=[self.backend],
+            threads=[self.threads],
+            batch_sizes=[self.batch_size],
+            seconds=seconds,
+        )
+        return {name: found[0].median_ms for name, found in results.items()}
+
+    def _measure(self, layers: list[Layer]) -> list[float]:
+        """Median milliseconds of layers alone, measured in turns."""
+        runs = {}
+        with quiet_process(self.threads), torch.inference_mode():
+            for layer in layers:
+                module, x = layer.build(self.batch_size)
+                candidate = Candidate(str(layer), module, x)
+                runs[str(layer)] = prepare(candidate, self.backend, "cpu", self.threads, self.batch_size)
+            times, _ = timed_rounds(runs, "cpu", self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
+        return [float(np.median(times[str(layer)])) for layer in layers]
+
+    def _settings(self) -> dict[str, Any]:
+        here = environment()
+        packages = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+        package = packages.get(self.backend, "torch")
+        return {
+            "schema": SCHEMA,
+            "backend": self.backend,
+            "threads": self.threads,
+            "batch_size": self.batch_size,
+            "processor": here["processor"],
+            "instructions": here["instructions"],
+            "version": f"{package} {here['versions'].get(package)}",
+        }
+
+    def _write(self, path: Path) -> None:
+        content = self._settings() | {
+            "overhead_ms": self.overhead,
+            "fit": self.fit,
+            "layers": [[*layer, ms] for layer, ms in self.table.items()],
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(content, indent=0))
+            temporary.replace(path)
+        except OSError as error:
+            raise ArtifactError(f"{path}: the latency table cannot be written ({error.strerror})") from error
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text())
+            table = {Layer(str(kind), int(cin), int(cout)): float(ms) for kind, cin, cout, ms in content["layers"]}
+            a, b = map(float, content["fit"])
+            overhead = float(content["overhead_ms"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a latency table, or damaged; delete it to measure again") from error
+        for name, value in self._settings().items():
+            if content.get(name) != value:
+                raise ArtifactError(
+                    f"{path}: measured with {name} {content.get(name)!r}, here it is {value!r}; delete it, or name "
+                    "another file"
+                )
+        self.table, self.fit, self.overhead = table, (a, b), overhead
+
+
+_EMPTY = Layer('{"activation": null, "add": false, "args": {"inplace": false}, "size": [1, 1], "type": "ReLU"}', 1, 1)
+
+
+def _corners(layer: Layer, block: int) -> list[tuple[Layer, float]]:
+    """The measured layers around `layer` and their weights in a bilinear interpolation."""
+    kind = json.loads(layer.kind)
+    groups = kind["args"].get("groups", 1)
+    if groups not in (1, "depthwise"):
+        return [(layer, 1.0)]
+    if groups == "depthwise" or kind["type"] not in ("Conv2d", "Linear"):
+        return [(Layer(layer.kind, w, w), weight) for w, weight in _between(layer.cin, block)]
+    return [
+        (Layer(layer.kind, cin, cout), u * v)
+        for cin, u in _between(layer.cin, block)
+        for cout, v in _between(layer.cout, block)
+    ]
+
+
+def _between(width: int, block: int) -> list[tuple[int, float]]:
+    low, high = neighbours(width, block)
+    share = (width - low) / (high - low) if high > low else 0.0
+    return [(low, 1 - share), (high, share)]

@@ -1,0 +1,135 @@
+"""The latency model: layers as runtimes see them, interpolation that stays within a block, a cache that knows where
+it was measured.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from rmprune.errors import ArtifactError
+from rmprune.measure.latency_model import LatencyModel, _corners
+from rmprune.measure.layers import Layer, neighbours, network_layers
+
+X = torch.zeros(1, 3, 16, 16)
+
+
+def chain(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    before = 3
+    for width in widths:
+        layers += [nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 4)).eval()
+
+
+class Fake(LatencyModel):
+    """Measures by formula: a thousandth of a millisecond for each pair of channels, 0.5 for the runtime."""
+
+    measured: list[Layer]
+
+    def _measure(self, layers: list[Layer]) -> list[float]:
+        self.measured = [*getattr(self, "measured", []), *layers]
+        return [0.5 + (layer.cin * layer.cout / 1000 if "Conv2d" in layer.kind else 0.0) for layer in layers]
+
+    def _measure_networks(self, models: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+        """The truth of this world: 0.5 + 1.2 of the sum + 0.01 for each layer."""
+        sums = {n: network_layers(m, x) for n, m in models.items()}
+        return {
+            n: 0.5 + 1.2 * sum(la.cin * la.cout / 1000 for la in ls if "Conv2d" in la.kind) + 0.01 * len(ls)
+            for n, ls in sums.items()
+        }
+
+
+def test_layers_as_a_runtime_executes_them() -> None:
+    layers = network_layers(chain(8, 12), X)
+    assert [(la.cin, la.cout) for la in layers] == [(3, 8), (8, 12), (12, 12), (12, 4)]
+    kinds = [json.loads(la.kind) for la in layers]
+    assert [k["type"] for k in kinds] == ["Conv2d", "Conv2d", "AdaptiveAvgPool2d", "Linear"]
+    assert kinds[0]["activation"]["type"] == "ReLU" and kinds[0]["size"] == [16, 16] and kinds[0]["args"]["bias"]
+    assert network_layers(chain(8, 16), X)[1].kind == layers[1].kind
+
+
+def test_residuals_belong_to_the_last_layer_before_them() -> None:
+    torch.manual_seed(0)
+    layers = network_layers(torchvision.models.resnet18(weights=None), torch.zeros(1, 3, 64, 64))
+    kinds = [json.loads(la.kind) for la in layers]
+    assert sum(k["add"] for k in kinds) == 8 and sum(k["type"] == "Conv2d" for k in kinds) == 20
+    assert all(k["activation"] for k in kinds if k["add"])
+    assert sum(bool(k["activation"]) for k in kinds) == 17
+    for layer in dict.fromkeys(layers):
+        module, x = layer.build(2)
+        assert module(x).shape[:2] == (2, layer.cout)
+
+
+def test_depthwise_layers_have_one_width() -> None:
+    model = nn.Sequential(nn.Conv2d(24, 24, 3, groups=24), nn.ReLU6()).eval()
+    (layer,) = network_layers(model, torch.zeros(1, 24, 8, 8))
+    module, x = layer._replace(cin=40, cout=40).build(1)
+    assert module(x).shape[1] == 40
+    assert {la.cin for la, _ in _corners(layer._replace(cin=23, cout=23), 16)} == {17, 31}
+
+
+@pytest.mark.parametrize("block", [8, 16])
+def test_neighbours_stay_in_their_block_and_class(block: int) -> None:
+    for width in range(1, 300):
+        low, high = neighbours(width, block)
+        assert low <= width <= high
+        assert (low - 1) // block == (width - 1) // block == (high - 1) // block
+        if width >= 8:
+            assert {w % 2 == 0 for w in (low, width, high)} == {width % 2 == 0}
+            assert {w % 4 == 0 for w in (low, width, high)} == {width % 4 == 0}
+            assert {w % 8 == 0 for w in (low, width, high)} == {width % 8 == 0}
+
+
+def test_prediction_is_the_sum_with_the_overhead_once() -> None:
+    model = Fake()
+    expected = 0.5 + (3 * 8 + 8 * 16) / 1000
+    assert model.predict(chain(8, 16), X) == pytest.approx(expected)
+    count = len(model.measured)
+    assert model.predict(chain(8, 16), X) == pytest.approx(expected) and len(model.measured) == count
+
+
+def test_widths_between_are_interpolated() -> None:
+    model = Fake()
+    assert model.predict(chain(21, 23), X) == pytest.approx(0.5 + (3 * 21 + 21 * 23) / 1000)
+    assert not any(la.cout in (21, 23) for la in model.measured if "Conv2d" in la.kind)
+    layers = network_layers(chain(8, 16), X)
+    wider = [layers[0]._replace(cout=24), layers[1]._replace(cin=24), *layers[2:]]
+    assert model.predict_layers(wider) == pytest.approx(0.5 + (3 * 24 + 24 * 16) / 1000)
+
+
+def test_calibration_finds_what_isolation_hides() -> None:
+    model = Fake()
+    nets = {str(w): chain(*w) for w in ((8, 8), (16, 32, 32), (64, 64), (8, 16, 16, 16, 16), (40, 80))}
+    before = model.validate(nets, X).error.abs().max()
+    table = model.calibrate(nets, X)
+    assert before > 0.1 and table.error.abs().max() < 0.05
+    assert list(table.columns) == ["model", "predicted_ms", "measured_ms", "error"]
+
+
+def test_the_cache_is_read_back_and_knows_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "latency" / "table.json"
+    first = Fake(cache=path)
+    time = first.predict(chain(8, 16), X)
+    again = Fake(cache=path)
+    assert again.predict(chain(8, 16), X) == time and not hasattr(again, "measured")
+    with pytest.raises(ArtifactError, match="threads 2, here it is 1"):
+        Fake(cache=path, threads=1)
+    content = json.loads(path.read_text()) | {"processor": "another"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match="measured with processor 'another'"):
+        Fake(cache=path)
+    path.write_text("{}")
+    with pytest.raises(ArtifactError, match="not a latency table"):
+        Fake(cache=path)
+
+
+def test_real_layers_are_measured() -> None:
+    model = LatencyModel(threads=1, seconds=0.0, min_rounds=5)
+    small, large = model.predict(chain(8, 8), X), model.predict(chain(64, 64), X)
+    assert 0 < small < large
+    assert set(model.table) >= set(network_layers(chain(8, 8), X))
