@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmprune.removal.geometry import Taps
-from rmprune.removal.kernels import Conv, Norm, coordinates
+from rmprune.removal.kernels import Block, Conv, Norm, coordinates
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,14 @@ class Side:
 
 
 def join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Index pairs (i, j) of all matches left[i] == right[j], in the order of `left`."""
+    """Index pairs (i, j) of all matches left[i] == right[j], in the order of `left`. Both hold indices, 0 and up."""
+    size = max(int(left.max()) if len(left) else 0, int(right.max()) if len(right) else 0) + 1
+    if len(right) == 0 or int(torch.bincount(right, minlength=size).max()) <= 1:
+        at = torch.full((size,), -1)
+        at[right] = torch.arange(len(right))
+        found = at[left]
+        index = (found >= 0).nonzero().flatten()
+        return index, found[index]
     order = torch.argsort(right, stable=True)
     sorted_right = right[order]
     start = torch.searchsorted(sorted_right, left)
@@ -67,9 +74,10 @@ def assemble(conv: Conv, before: Side, after: Side, groups: int, extra: Entries,
         return "a grouped convolution would have to mix copies of different groups"
     bias = torch.zeros(after.total, dtype=torch.float64)
     bias[after.positions] = conv.bias
+    block = Block(after.positions, before.positions, extra.rows, extra.columns) if groups == 1 else None
     return replace(
         conv, weight=_weight(conv, before, after, groups, extra, taps), bias=bias, in_channels=before.total, groups=groups,
-        norm=None, rewritten=True,
+        norm=None, rewritten=True, block=block,
     )  # fmt: skip
 
 
@@ -79,13 +87,20 @@ def _weight(conv: Conv, before: Side, after: Side, groups: int, extra: Entries, 
     def build() -> Tensor:
         own = conv.weight()
         full = torch.zeros(after.total, width, *conv.geometry.kernel, dtype=torch.float64)
-        rows, columns = coordinates(conv)
-        full[after.positions[rows], before.positions[columns] % width] = own
+        if conv.groups == 1 and _contiguous(after.positions) and _contiguous(before.positions):
+            full[: own.shape[0], : own.shape[1]] = own
+        else:
+            rows, columns = coordinates(conv)
+            full[after.positions[rows], before.positions[columns] % width] = own
         r, c = extra.rows[:, None, None], (extra.columns % width)[:, None, None]
         full.index_put_((r, c, taps.rows[None, :, None], taps.columns[None, None, :]), extra.kernel, accumulate=True)
         return full
 
     return build
+
+
+def _contiguous(positions: Tensor) -> bool:
+    return len(positions) > 0 and int(positions[0]) == 0 and int(positions[-1]) == len(positions) - 1
 
 
 def spread_norm(norm: Norm | None, positions: Tensor, total: int, eps: float) -> Norm:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from rmprune.removal.activations import rule_of
+from rmprune.removal.assemble import Entries, entries_of
 from rmprune.removal.geometry import output_size
 from rmprune.removal.kernels import Conv, Geometry, Pair, dense, depthwise, from_module, identity, with_norm
 from rmprune.removal.ranges import Range, range_of, spatial
@@ -37,6 +39,17 @@ class Stage:
     conv: Conv
     size: Pair
     range: Range
+
+    @cached_property
+    def folded(self) -> Conv:
+        """The stage without norm, its kernel built once."""
+        conv = self.conv.folded()
+        weight = conv.weight()
+        return replace(conv, weight=lambda: weight)
+
+    @cached_property
+    def entries(self) -> Entries:
+        return entries_of(self.folded)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.removal.kernels import Conv
+from rmprune.removal.sparse import sparse_forward
 from rmprune.removal.trace import Network
 
 
@@ -103,7 +104,7 @@ class _Builder:
     def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:
         conv = conv if self.batch_norm else conv.folded()
         module, norm = build_conv(conv), None
-        value = sparse_forward(module, x)
+        value = sparse_forward(module, x, conv.block)
         if conv.norm is not None:
             norm = build_norm(conv, value[: self.measured])
             value = norm(value)
@@ -185,7 +186,3 @@ def build_norm(conv: Conv, value: Tensor) -> nn.BatchNorm2d:
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.bias = nn.Parameter(torch.where(own, norm.bias, mean + conv.bias), requires_grad=False)
     return module.eval()
-
-
-def sparse_forward(module: nn.Conv2d, x: Tensor) -> Tensor:
-    return module(x)

@@ -109,15 +109,17 @@ def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries | str:
 def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries | str:
     """Entries over channels of v as entries over the carried rows. group: (targets,) where each target lies, or ANYWHERE."""
     e, r = join(value.columns, carry.channel)
-    here, there = carry.group[r], group[value.rows[e]]
-    fits = (here == ANYWHERE) | (there == ANYWHERE) | (here == there)
-    reached = torch.zeros(len(value.columns), dtype=torch.bool)
-    reached[e[fits]] = True
-    carried = torch.zeros(len(carry.constant), dtype=torch.bool)
-    carried[carry.channel] = True
-    if bool((carried[value.columns] & ~reached).any()):
-        return "a grouped convolution would have to read copies that lie in another group"
-    e, r = e[fits], r[fits]
+    if bool((carry.group != ANYWHERE).any()) and bool((group != ANYWHERE).any()):
+        fits = carry.group[r] == group[value.rows[e]]
+        reached = torch.zeros(len(value.columns), dtype=torch.bool)
+        reached[e[fits]] = True
+        carried = torch.zeros(len(carry.constant), dtype=torch.bool)
+        carried[carry.channel] = True
+        if bool((carried[value.columns] & ~reached).any()):
+            return "a grouped convolution would have to read copies that lie in another group"
+        e, r = e[fits], r[fits]
+    if len(e) == len(value.rows) and bool((carry.decode == 1).all()) and bool((e == torch.arange(len(e))).all()):
+        return Entries(value.rows, r, value.kernel)  # one plain copy of each: nothing to multiply
     return Entries(value.rows[e], r, value.kernel[e] * carry.decode[r][:, None, None])
 
 

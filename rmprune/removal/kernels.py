@@ -56,6 +56,16 @@ def to_measure(channels: int, eps: float = 1e-5) -> Norm:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Where the weights of a dense kernel are that may not be zero: rows x columns, and single (out, in) pairs beside it."""
+
+    rows: Tensor
+    columns: Tensor
+    pair_rows: Tensor
+    pair_columns: Tensor
+
+
+@dataclass(frozen=True)
 class Conv:
     """A linear layer, and the batch norm after it, as data in float64. The weight is built when asked for, not before.
 
@@ -71,6 +81,7 @@ class Conv:
     name: str = ""
     norm_name: str = ""
     rewritten: bool = False
+    block: Block | None = None
 
     @property
     def out_channels(self) -> int:

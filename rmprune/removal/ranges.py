@@ -103,7 +103,8 @@ def conv_range(conv: Conv, low: Tensor, high: Tensor, size: Pair, out_size: Pair
         if not mask.any():
             continue
         taps = weight[:, :, mask]
-        positive, negative = taps.clamp(min=0).sum(-1), taps.clamp(max=0).sum(-1)
+        positive = taps.clamp(min=0).sum(-1)
+        negative = taps.sum(-1) - positive  # exactly 0 where no weight is negative: the same terms in the same order
         total_low += _grouped(positive, bottom, groups) + _grouped(negative, top, groups)
         total_high += _grouped(positive, top, groups) + _grouped(negative, bottom, groups)
     return total_low, total_high

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.removal.activations import Rule, rule_of
-from rmprune.removal.assemble import Entries, Side, assemble, diagonal, entries_of, join, spread_norm
+from rmprune.removal.assemble import Entries, Side, assemble, diagonal, join, spread_norm
 from rmprune.removal.blocks import Block, Layer, Stage
 from rmprune.removal.carry import (
     Carry,
@@ -69,6 +69,8 @@ def schedule(block: Block, form: str = "auto") -> Schedule | str:
     best: Schedule | None = None
     reasons: list[str] = []
     for assignment in _assignments(len(block.stages), len(block.layers)):
+        if best is not None and _least_macs(block, assignment, needed) >= best.macs():
+            continue
         found = _build(block, assignment, layout, needed, form)
         if isinstance(found, str):
             reasons.append(found)
@@ -82,12 +84,27 @@ def _assignments(stages: int, layers: int) -> Iterator[tuple[int, ...]]:
     yield from sorted(combinations_with_replacement(range(layers), stages), reverse=True)
 
 
+def _least_macs(block: Block, assignment: tuple[int, ...], needed: list[Tensor]) -> int:
+    """No schedule with this assignment is cheaper: one copy of every channel that is needed and not constant."""
+    ranges = [range_of(block.fork), *[stage.range for stage in block.stages]]
+    total, before = 0, 0
+    for i, layer in enumerate(block.layers):
+        done = sum(at <= i for at in assignment)
+        after = 0 if i == len(block.layers) - 1 else int((needed[done] & ~constant(*ranges[done])).sum())
+        conv = layer.conv
+        taps = conv.geometry.kernel[0] * conv.geometry.kernel[1] * layer.out_size[0] * layer.out_size[1]
+        grown = (conv.in_channels + before) * (conv.out_channels + after)
+        total += taps * grown if conv.groups == 1 else conv.macs(layer.out_size)
+        before = after
+    return total
+
+
 def _needed(block: Block) -> list[Tensor]:
     """needed[j]: which channels of the value after j stages the merge reads in the end (RM.md 5)."""
     channels = block.stages[-1].conv.out_channels if block.stages else block.layers[0].conv.in_channels
     needed = [torch.ones(channels, dtype=torch.bool)]
     for stage in reversed(block.stages):
-        entries = entries_of(stage.conv.folded())
+        entries = stage.entries
         read = torch.zeros(stage.conv.in_channels, dtype=torch.bool)
         read[entries.columns[needed[0][entries.rows]]] = True
         needed.insert(0, read)
@@ -140,21 +157,21 @@ def _build(
     return Schedule(tuple(built), frozenset(forms), reserved)
 
 
-def _segment(stages: list[Stage]) -> Conv | None | str:
-    """Several stages as one folded layer; None for none."""
-    if not stages:
-        return None
-    product: Conv | None = stages[0].conv.folded()
+def _segment(stages: list[Stage]) -> Stage | None | str:
+    """Several stages as one folded one; None for none."""
+    if len(stages) <= 1:
+        return stages[0] if stages else None
+    product: Conv | None = stages[0].folded
     for stage in stages[1:]:
-        product = None if product is None else compose(product, stage.conv)
-    return product or "the stages of its shortcut do not multiply into one kernel exactly"
+        product = None if product is None else compose(product, stage.folded)
+    return Stage(product, stages[0].size, stages[-1].range) if product else "its shortcut's stages do not multiply exactly"
 
 
 _place = lru_cache(maxsize=4096)(place)
 
 
-def _taps(layer: Layer, segment: Conv | None, state: _State) -> Taps | str:
-    geometry = Geometry(padding_mode=layer.conv.geometry.padding_mode) if segment is None else segment.geometry
+def _taps(layer: Layer, segment: Stage | None, state: _State) -> Taps | str:
+    geometry = Geometry(padding_mode=layer.conv.geometry.padding_mode) if segment is None else segment.conv.geometry
     source, wire = Grid(state.source_step, state.size), Grid(state.step, layer.size)
     return _place(geometry, source, layer.conv.geometry, wire, layer.out_size)
 
@@ -173,13 +190,15 @@ def _times(a: Pair, b: Pair) -> Pair:
     return a[0] * b[0], a[1] * b[1]
 
 
-def _value(segment: Conv | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
+def _value(segment: Stage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
     """The kernel from the carried value to the next one, only where it is needed, and its bias."""
     if segment is None:
         return diagonal(needed.nonzero().flatten()), torch.zeros(len(needed), dtype=torch.float64)
-    entries = entries_of(segment)
+    entries = segment.entries
     used = needed_after[entries.rows]
-    return Entries(entries.rows[used], entries.columns[used], entries.kernel[used]), segment.bias
+    if not used.all():
+        entries = Entries(entries.rows[used], entries.columns[used], entries.kernel[used])
+    return entries, segment.folded.bias
 
 
 def _merge(layer: Layer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> Layer | str:
@@ -198,13 +217,13 @@ def _merge(layer: Layer, carry: Carry, value: Entries, bias: Tensor, taps: Taps)
     return replace(layer, conv=replace(merged, bias=merged.bias + bias, norm=norm))
 
 
-def _merge_pairs(block: Block, segment: Conv | None) -> tuple[Tensor, Tensor]:
+def _merge_pairs(block: Block, segment: Stage | None) -> tuple[Tensor, Tensor]:
     """The (channel, group) pairs that the groups of the last layer read."""
     conv = block.layers[-1].conv
     if segment is None:
         rows = columns = torch.arange(conv.out_channels)
     else:
-        entries = entries_of(segment)
+        entries = segment.entries
         rows, columns = entries.rows, entries.columns
     pairs = torch.unique(torch.stack([columns, rows // (conv.out_channels // conv.groups)]), dim=1)
     return pairs[0], pairs[1]
