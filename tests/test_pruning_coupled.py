@@ -59,3 +59,16 @@ def test_refusals() -> None:
         prune_coupled(residual(), images(), importance="random", budget=Budget(ratio=0.5))
     with pytest.raises(ConfigError, match="pass data"):
         prune_coupled(residual(), images(), importance="taylor", budget=Budget(ratio=0.5))
+
+
+def test_ties_are_broken() -> None:
+    """Torch-Pruning alone removes every channel that ties with its threshold: here all but one a layer."""
+    model, x = residual(), images()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    pruned = prune_coupled(model, x, budget=Budget(macs_ratio=0.4))
+    assert measured_macs(pruned, x) >= 0.35 * measured_macs(model, x)
+    widths = find_structure(pruned, x).units
+    shares = [widths[n] / u for n, u in find_structure(model, x).units.items()]
+    assert max(shares) - min(shares) < 0.2

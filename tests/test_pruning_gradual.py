@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pruning_nets import chain, images, measured_macs, residual
 from torch import nn
 
-from rmprune.errors import ArtifactError, InfeasibleBudget
+from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget
 from rmprune.pruning import Budget, GradualPruner, find_structure
 from rmprune.pruning.structure import total_cost
 
@@ -66,6 +66,16 @@ def test_reaches_the_budget_on_schedule(build: object) -> None:
     assert {id(p) for g in state.optimizer.param_groups for p in g["params"]} == {
         id(p) for p in state.model.parameters()
     }
+
+
+@pytest.mark.parametrize("importance", ["batch_norm", "magnitude", "random"])
+def test_other_criteria_at_each_cut(importance: str) -> None:
+    state = new_state(residual())
+    hook = GradualPruner(state.model, images(), BUDGET, prune_epochs=0.5, every=5, importance=importance)
+    train(state, hook, 10)
+    assert hook.done and measured_macs(state.model, images()) <= 0.3 * measured_macs(residual(), images())
+    with pytest.raises(ConfigError, match="needs data"):
+        GradualPruner(residual(), images(), BUDGET, prune_epochs=1, importance="activation")
 
 
 def test_channel_budget_against_the_original_and_at_the_last_step() -> None:

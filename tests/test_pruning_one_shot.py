@@ -47,6 +47,17 @@ def test_dead_channels_go_first_and_for_nothing() -> None:
     torch.testing.assert_close(pruned(x), model(x), rtol=1e-11, atol=1e-11)
 
 
+def test_what_a_cut_leaves_unread_goes_too_and_the_budget_is_still_used() -> None:
+    """Half of layer 0 is read by one channel each: when that goes they go, which must not leave the budget unused."""
+    model, x = chain((24, 24, 24)), images()
+    model[3].weight.data[:, :12] = 0
+    model[3].weight.data[range(12), range(12)] = 1
+    table = {"0": torch.ones(24), "3": torch.cat([torch.zeros(12), torch.ones(12)]), "6": torch.ones(24)}
+    pruned = prune(model, x, importance=table, budget=Budget(macs_ratio=0.7), rank="importance")
+    assert 0.66 * measured_macs(model, x) <= measured_macs(pruned, x) <= 0.7 * measured_macs(model, x)
+    assert find_structure(pruned, x).units["0"] < 24 > find_structure(pruned, x).units["3"]
+
+
 def test_table_of_scores_follows_the_dead() -> None:
     model, x = chain(kernel=1), images()
     kill(model, "1", [0, 1], 0.6)

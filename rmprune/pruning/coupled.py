@@ -132,12 +132,16 @@ def _attempt(
 
 
 class _Protecting:
-    """A Torch-Pruning importance that ranks as many channels of each group as must stay above everything else."""
+    """A Torch-Pruning importance that ranks as many channels of each group as must stay above everything else.
+
+    Ties are broken, evenly over the groups: Torch-Pruning would remove all channels that tie with its threshold.
+    """
 
     def __init__(
         self, inner: tp.importance.Importance, floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
     ) -> None:
         self.inner, self.floors, self.names = inner, floors, names
+        self.calls = 0
 
     def __call__(self, group: tp.Group) -> Tensor | None:
         scores = self.inner(group)
@@ -146,9 +150,12 @@ class _Protecting:
         if scores is None or not found:
             return scores
         units, parts = found[0]
-        folded = scores.view(parts, -1)  # Torch-Pruning averages the parts of a grouped convolution
+        self.calls += 1
+        folded = scores.double().view(parts, -1)  # Torch-Pruning averages the parts of a grouped convolution
+        place = torch.arange(folded.shape[1], 0, -1).to(folded) / folded.shape[1]
+        folded = folded + 1e-9 * place + 1e-12 * self.calls
         folded[:, folded.mean(0).argsort(descending=True)[:units]] = math.inf
-        return scores
+        return folded.flatten()
 
 
 def _gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pruning.budget import Budget, Target, allocate, resolve
 from rmprune.pruning.graph import find_structure
-from rmprune.pruning.importance import TaylorSum
+from rmprune.pruning.importance import TaylorSum, score_groups
 from rmprune.pruning.structure import Cost, Keep, Structure, total_cost
 from rmprune.pruning.surgery import shrink
+
+WITHOUT_DATA = ("batch_norm", "magnitude", "random")
 
 
 class State(Protocol):
@@ -36,9 +38,10 @@ class GradualPruner:
 
     Every ``every`` steps the least important channels go, so that the cost falls geometrically from the present one
     to the budget within ``prune_epochs``; then training goes on without it. The last cut applies ``round_to`` and
-    meets the budget, hard; limits refer to the network at the start. ``decay``: the share of the old scores that
-    survives a cut (0: each cut sees the steps since the last one). ``structure``: what may be pruned, by default all
-    of :func:`find_structure`. Give the model and one image batch at the start.
+    meets the budget, hard; limits refer to the network at the start. ``importance``: taylor, or one that needs no
+    data, taken at each cut. ``decay``: the share of the old scores that survives a cut (0: each cut sees the steps
+    since the last one). ``structure``: what may be pruned, by default all of :func:`find_structure`. Give the model
+    and one image batch at the start.
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
     """
@@ -51,6 +54,7 @@ class GradualPruner:
         *,
         prune_epochs: float,
         every: int = 30,
+        importance: str = "taylor",
         decay: float = 0.5,
         cost: Cost | None = None,
         rank: str = "per_cost",
@@ -63,7 +67,11 @@ class GradualPruner:
             )
         self.first = structure or find_structure(model, example_inputs)
         self.budget, self.prune_epochs, self.every, self.decay = budget, prune_epochs, every, decay
-        self.rank, self.lookahead = rank, lookahead
+        self.importance, self.rank, self.lookahead = importance, rank, lookahead
+        if importance not in ("taylor", *WITHOUT_DATA):
+            raise ConfigError(
+                f"cuts while training rank by taylor (or {', '.join(WITHOUT_DATA)}); importance {importance!r} needs data"
+            )
         self.target = resolve(self.first, budget, cost)
         self.start = total_cost(self.first, self.target.cost)
         self.kept = {g.name: torch.arange(g.units) for g in self.first.groups}
@@ -76,13 +84,17 @@ class GradualPruner:
         """After a training step: add its gradients, and cut where it is time."""
         if self.done:
             return
-        self.scores.update(state.model)
+        if self.importance == "taylor":
+            self.scores.update(state.model)
         planned = self.planned_cuts(state)
         if state.step < self.every * (self.cuts + 1) and state.step < state.total_steps:
             return
         self.cuts = max(self.cuts + 1, state.step // self.every)
         final = self.cuts >= planned or state.step >= state.total_steps
-        keep = self._allocate(self.scores.scores, final=final, progress=min(1.0, self.cuts / planned))
+        scores = self.scores.scores
+        if self.importance != "taylor":
+            scores = score_groups(self.importance, state.model, self.structure)
+        keep = self._allocate(scores, final=final, progress=min(1.0, self.cuts / planned))
         if not all(bool(mask.all()) for mask in keep.values()):
             self._cut(state, keep)
         self.scores.scale(self.decay)

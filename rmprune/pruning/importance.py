@@ -218,7 +218,7 @@ def input_weights(module: nn.Module, values: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return values.view(module.groups, -1, *values.shape[1:]).sum(dim=(1, 3, 4)).flatten()
-    return values.flatten(2).sum(dim=(0, 2)) if values.dim() > 2 else values.sum(0)
+    return values.sum(dim=(0, 2, 3)) if values.dim() > 2 else values.sum(0)
 
 
 def _gather(values: Tensor, member: Member) -> Tensor:

@@ -5,6 +5,7 @@ For cuts while training: `gradual.py`.
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from rmprune.pruning.constants import find_constants, response
 from rmprune.pruning.dead import add_to_bias, fold
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import Batches, Importance, score_groups
-from rmprune.pruning.structure import Cost, Keep, Structure, evaluating
+from rmprune.pruning.structure import Cost, Keep, Structure, evaluating, total_cost
 from rmprune.pruning.surgery import shrink
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,43 +68,73 @@ def prune(
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
-    if which == "uniform":
-        keep = allocate_uniform(structure, scores, budget, target=target, origin=origin)
-    else:
-        keep = allocate(structure, scores, budget, target=target, origin=origin, rank=rank, lookahead=lookahead)
-    if compensate:
-        model = compensated(model, structure, keep, data)
-    model = shrink(model, keep, structure)[0]
-    structure = structure.shrunk(keep)
-    if folded is not None:
-        model = fold(model, example_inputs, limits=budget, structure=structure, origin=origin).model
-    check_outputs(plain, model, example_inputs)
-    return model  # type: ignore[return-value]
+    means = removed_means(model, structure, data) if compensate else {}
+
+    def cut(limit: float) -> tuple[float, nn.Module]:
+        aim = replace(target, limit=limit)
+        if which == "uniform":
+            keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
+        else:
+            keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
+        result = shrink(compensated(model, structure, keep, means), keep, structure)[0]
+        after = structure.shrunk(keep)
+        if folded is not None:
+            done = fold(result, example_inputs, limits=budget, structure=after, origin=origin)
+            result, after = done.model, done.structure
+        return total_cost(after, target.cost), result
+
+    pruned = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    check_outputs(plain, pruned, example_inputs)
+    return pruned  # type: ignore[return-value]
 
 
-def compensated(model: nn.Module, structure: Structure, keep: Keep, data: Batches | None) -> nn.Module:
-    """A copy in which what the removed channels contribute on average is in their readers' batch norms or biases.
+def _nearest(cut: Callable[[float], tuple[float, nn.Module]], limit: float, most: float) -> nn.Module:
+    """The cut whose cost comes nearest to ``limit`` from below.
 
-    Averages are measured on ``data``; without it only constant channels are known.
+    A cut can leave others unread (a reserved copy whose merge is gone), which then go as well: where that saves more
+    than was asked for, aim higher.
     """
-    constants = find_constants(model)
-    means = {} if constants is None else {n: v.nan_to_num(0.0) for n, v in constants.inputs.items()}
+    best_cost, best = cut(limit)
+    low, high = limit, most
+    for _ in range(6):
+        if best_cost >= 0.98 * limit or high - low < 0.01 * limit:
+            break
+        aim = (low + high) / 2
+        cost, result = cut(aim)
+        if cost > limit:
+            high = aim
+            continue
+        low = aim
+        if cost > best_cost:
+            best_cost, best = cost, result
+    return best
+
+
+def removed_means(model: nn.Module, structure: Structure, data: Batches | None) -> dict[str, Tensor]:
+    """{layer: [c_in], the mean of each input channel}: measured on ``data``; without it only constants are known."""
     if data is not None:
-        means = mean_inputs(model, {m.layer for g in structure.groups for m in g.consumers}, data)
+        return mean_inputs(model, {m.layer for g in structure.groups for m in g.consumers}, data)
+    constants = find_constants(model)
+    return {} if constants is None else {n: v.nan_to_num(0.0) for n, v in constants.inputs.items()}
+
+
+def compensated(model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor]) -> nn.Module:
+    """A copy in which the mean contribution of the removed channels is in their readers' batch norms or biases."""
+    if not any(bool(v.any()) for v in means.values()):
+        return model
+    constants = find_constants(model)
     followers = {} if constants is None else constants.followers
     result = copy.deepcopy(model)
-    sizes = {layer.name: layer for layer in structure.layers}
     for group in structure.groups:
         gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
         for member in group.consumers if bool(gone.any()) else ():
             if member.layer not in means or (member.layer not in followers and _has_no_bias(result, member.layer)):
                 continue
-            value = torch.zeros(sizes[member.layer].cin, dtype=torch.float64)
+            value = torch.zeros(member.size, dtype=torch.float64)
             index = member.index[gone].flatten()
             value[index] = means[member.layer][index]
-            add_to_bias(
-                result, member.layer, response(result.get_submodule(member.layer), value), followers.get(member.layer)
-            )
+            delta = response(result.get_submodule(member.layer), value)
+            add_to_bias(result, member.layer, delta, followers.get(member.layer))
     return result
 
 
