@@ -180,6 +180,12 @@ def _onnx_error(folded: nn.Module, data: bytes, x: Tensor) -> float:
             expected = folded(batch)
         if not isinstance(expected, Tensor):
             raise UnsupportedModel("only networks with one output tensor can be exported to ONNX")
+        if not bool(expected.isfinite().all()):
+            raise NotEquivalent(
+                "the network's outputs are not finite in float32 (an untrained deep network?), so its ONNX form cannot "
+                "be "
+                "checked; train it first, or leave ONNX out"
+            )
         actual = torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
         scale = expected.abs().max().clamp_min(1e-30)
         worst = max(worst, float((expected - actual).abs().max() / scale))

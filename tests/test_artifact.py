@@ -364,3 +364,10 @@ def test_an_export_that_differs_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(NotEquivalent, match="limit"):
         export_onnx(net(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", tolerance=0.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_are_not_finite_are_no_equality(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten())
+    model[0].weight.data.fill_(float("inf"))
+    with pytest.raises(NotEquivalent, match="not finite"):
+        export_onnx(model, torch.randn(2, 3, 2, 2), tmp_path / "m.onnx")
