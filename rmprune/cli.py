@@ -74,6 +74,15 @@ def slim(arguments: list[str]) -> None:
     _finish(config.directory, run_slim(config, command=command), command)
 
 
+def amc(arguments: list[str]) -> None:
+    """train MobileNetV2, remove residuals and fuse, let an agent choose every width, fine-tune, measure, record"""
+    from rmprune.pipelines.amc import run_amc
+
+    config = _parse(settings.AmcConfig, arguments, "amc")
+    command = _command_line("amc", arguments)
+    _finish(config.directory, run_amc(config, command=command), command)
+
+
 def _finish(directory: Path, records: list[Path], command: str) -> None:
     """The end of a run: its tables on the screen, its figure on disk, and what to do next."""
     from rmprune.report import build_report, show
@@ -117,5 +126,5 @@ def report(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (slim, inspect, convert, measure, report)
+    function.__name__: function for function in (slim, amc, inspect, convert, measure, report)
 }

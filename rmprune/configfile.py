@@ -39,7 +39,7 @@ def to_toml(config: Any) -> str:
 
 
 def from_toml(kind: type[Config], path: Path) -> Config:
-    """Read a config of dataclass `kind` from TOML. Settings left out keep their defaults.
+    """Read a config of dataclass `kind` from TOML. Settings left out keep the defaults of `kind`, stage by stage.
 
     Raises ConfigError where the file is missing, is not TOML, or holds an unknown or wrongly typed setting.
     """
@@ -50,6 +50,9 @@ def from_toml(kind: type[Config], path: Path) -> Config:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     _refuse_unknown(kind, values, path)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if isinstance(values.get(field.name), dict) and dataclasses.is_dataclass(field.default):
+            values[field.name] = to_dict(field.default) | values[field.name]
     try:
         return dacite.from_dict(
             kind, values, dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _as_float})

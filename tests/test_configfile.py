@@ -20,7 +20,7 @@ def test_toml_there_and_back(tmp_path: Path) -> None:
 def test_where_to_run_is_no_setting() -> None:
     assert "out" not in to_toml(config(out=Path("elsewhere"), overwrite=True))
     assert differences(config(), config(out=Path("elsewhere"))) == []
-    assert differences(config(), config(data=DataConfig(batch_size=64))) == ["data.batch_size: 128 -> 64"]
+    assert differences(config(), config(data=DataConfig(batch_size=32))) == ["data.batch_size: 64 -> 32"]
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,11 @@ def test_a_missing_file() -> None:
 def test_whole_numbers_are_fine_for_fractions(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\ncut_fraction = 1\n")
     assert from_toml(SlimConfig, tmp_path / "c.toml").prune.cut_fraction == 1.0
+
+
+def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\n[finetune]\nepochs = 3\n")
+    read, default = from_toml(SlimConfig, tmp_path / "c.toml"), config()
+    assert read.finetune.epochs == 3 != default.finetune.epochs
+    assert read.finetune.warmup_epochs == default.finetune.warmup_epochs == 0
+    assert read.finetune.learning_rate == default.finetune.learning_rate

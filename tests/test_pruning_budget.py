@@ -12,8 +12,9 @@ from torch import nn
 from rmprune.config import PruneConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.baselines import allocate_uniform, inner_only
-from rmprune.pruning.budget import Budget, Meter, allocate, allowed_units, least_cost, resolve
+from rmprune.pruning.budget import Budget, allocate, allowed_units, least_cost, resolve
 from rmprune.pruning.graph import find_structure
+from rmprune.pruning.greedy import Meter
 from rmprune.pruning.structure import Layer, Structure, channels, macs, total_cost
 
 
@@ -105,7 +106,7 @@ def test_least_important_go_and_true_means_stay() -> None:
 def test_ratio_is_one_global_threshold() -> None:
     structure = plain_structure((16, 16, 16))
     scores = random_scores(structure, 3)
-    keep = allocate(structure, scores, Budget(ratio=0.5))
+    keep = allocate(structure, scores, Budget(ratio=0.5), rank="importance")
     values, masks = torch.cat(list(scores.values())), torch.cat([keep[n] for n in scores])
     assert int(masks.sum()) == 24
     assert values[masks].min() > values[~masks].max()

@@ -7,7 +7,7 @@ from rmprune.errors import ArtifactError, ConfigError
 from rmprune.rundir import claim
 
 CONFIG = SlimConfig(prune=PruneConfig(ratio=(0.5,)))
-OTHER = SlimConfig(prune=PruneConfig(ratio=(0.5,)), data=DataConfig(batch_size=64))
+OTHER = SlimConfig(prune=PruneConfig(ratio=(0.5,)), data=DataConfig(batch_size=32))
 
 
 def test_a_new_run_and_the_same_run_again(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_finished_run_is_kept_unless_told(tmp_path: Path) -> None:
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
     claim(tmp_path, CONFIG, records=[tmp_path / "record.json"], overwrite=False)
-    with pytest.raises(ConfigError, match=r"data\.batch_size: 128 -> 64"):
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 64 -> 32"):
         claim(tmp_path, OTHER, records=[tmp_path / "record.json"], overwrite=False)
 
 
