@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.graph import find_structure
-from rmprune.pruning.importance import IMPORTANCES, TaylorSum, score_groups
+from rmprune.pruning.importance import IMPORTANCES, score_groups
+from rmprune.pruning.taylor import TaylorSum
 
 Batches = list[tuple[Tensor, Tensor]]
 

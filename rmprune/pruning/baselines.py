@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from rmprune.errors import InfeasibleBudget
-from rmprune.pruning.budget import Budget, Meter, Target, allowed_units, explain, keep_best
+from rmprune.pruning.budget import Budget, Target, allowed_units, explain
+from rmprune.pruning.greedy import Meter, keep_best
 from rmprune.pruning.structure import Keep, Structure
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pruning.budget import Budget, Target, allocate, resolve
 from rmprune.pruning.graph import find_structure
-from rmprune.pruning.importance import TaylorSum, score_groups
+from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import Cost, Keep, Structure, total_cost
 from rmprune.pruning.surgery import shrink
+from rmprune.pruning.taylor import TaylorSum
 
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
 

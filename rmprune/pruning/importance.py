@@ -1,4 +1,4 @@
-"""How much each unit of each group matters: one interface, several criteria, and Taylor scores summed up in training.
+"""How much each unit of each group matters: one interface, several criteria.
 
 A score is non-negative and larger for what should stay. Taylor scores are in units of the loss, so they compare
 across layers and across reserved and computed channels; see each function for the others.
@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.pruning.structure import Group, Member, Structure, evaluating, weight_of
+from rmprune.pruning.structure import Group, Structure, evaluating, weight_of
+from rmprune.pruning.taylor import Scores, gather, input_weights, zero_scores
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-Scores = dict[str, Tensor]
-"""Group name -> float64 [units]."""
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
 
 
@@ -32,7 +31,7 @@ def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None =
         for member in group.members:
             module = model.get_submodule(member.layer)
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.weight is not None:
-                found.append(_gather(module.weight.detach().abs(), member).mean(1))
+                found.append(gather(module.weight.detach().abs(), member).mean(1))
         if not found:
             raise UnsupportedModel(
                 f"{group.name}: no batch norm to rank its channels by; use importance='taylor', "
@@ -51,7 +50,7 @@ def magnitude(model: nn.Module, structure: Structure, batches: Batches | None = 
         for member in group.members:
             if member.side == "out":
                 norms = weight_of(model, member.layer).detach().flatten(1).norm(dim=1)
-                total += _gather(norms, member).square().sum(1).sqrt()
+                total += gather(norms, member).square().sum(1).sqrt()
         return total
 
     return {group.name: score(group) for group in structure.groups}
@@ -72,7 +71,7 @@ def taylor(model: nn.Module, structure: Structure, batches: Batches | None = Non
     positions of activation * gradient| in each batch, summed over batches. Exact to first order for any
     activation: read at the consumers' inputs.
     """
-    scores = _zeros(structure)
+    scores = zero_scores(structure)
     for effects, _ in _effects(model, structure, batches, "taylor"):
         for name, effect in effects.items():
             scores[name] += effect.sum(0).abs()
@@ -83,7 +82,7 @@ def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | No
     """The same, image by image: sqrt(mean of the squared effect) (Molchanov et al. 2019). Effects of opposite sign do
     not cancel, which is the better choice on a trained network, where they nearly do.
     """
-    scores, images = _zeros(structure), 0
+    scores, images = zero_scores(structure), 0
     for effects, count in _effects(model, structure, batches, "taylor_squared"):
         images += count
         for name, effect in effects.items():
@@ -116,14 +115,14 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     finally:
         for handle in handles:
             handle.remove()
-    scores = _zeros(structure)
+    scores = zero_scores(structure)
     for group in structure.groups:
         for member in group.consumers:
             n_in, sum_in, square_in, n_out, sum_out, square_out = moments[member.layer]
             variance = (square_in / n_in - (sum_in / n_in).square()).clamp(min=0)
             total = (square_out / n_out - (sum_out / n_out).square()).clamp(min=0).sum().clamp(min=1e-30)
             weights = input_weights(consumers[member.layer], weight_of(model, member.layer).detach().double().square())
-            scores[group.name] += _gather(variance * weights / total, member).sum(1)
+            scores[group.name] += gather(variance * weights / total, member).sum(1)
     return {name: score.sqrt() for name, score in scores.items()}
 
 
@@ -163,77 +162,10 @@ def score_groups(
     return checked
 
 
-class TaylorSum:
-    """Taylor scores from the gradients that ordinary training leaves behind: call :meth:`update` after backward, no
-    extra pass.
-
-    The effect of removing input channel c of a layer is sum(W[:, c] * dL/dW[:, c]), which equals sum(activation *
-    gradient); behind a batch norm and ReLU it is the producer's gamma * dL/dgamma + beta * dL/dbeta. |effect of the
-    batch|, summed over batches.
-    """
-
-    def __init__(self, structure: Structure) -> None:
-        self.reset(structure)
-
-    def reset(self, structure: Structure, scores: Mapping[str, Tensor] | None = None) -> None:
-        """Start over for this structure, from ``scores`` where given."""
-        self.structure = structure
-        self.scores = _zeros(structure) if scores is None else {n: scores[n].double().clone() for n in structure.units}
-        self.index = {(g.name, m.layer): m.index for g in structure.groups for m in g.consumers}
-
-    def shrink(self, keep: Mapping[str, Tensor]) -> None:
-        """Follow a cut: what stays keeps its score."""
-        scores = {n: s[keep[n].to(s.device)] if n in keep else s for n, s in self.scores.items()}
-        self.reset(self.structure.shrunk(keep), scores)
-
-    def scale(self, factor: float) -> None:
-        """Let the past count less."""
-        for score in self.scores.values():
-            score *= factor
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> bool:
-        """Add this step's gradients; False, and nothing added, where a consumer has none."""
-        effects: dict[str, Tensor] = {}
-        for name in {m.layer for g in self.structure.groups for m in g.consumers}:
-            weight = weight_of(model, name)
-            if weight.grad is None:
-                return False
-            effects[name] = input_weights(model.get_submodule(name), weight.detach() * weight.grad).double()
-        for group in self.structure.groups:
-            parts = []
-            for member in group.consumers:
-                effect, key = effects[member.layer], (group.name, member.layer)
-                if self.index[key].device != effect.device:
-                    self.index[key] = self.index[key].to(effect.device)
-                parts.append(effect[self.index[key]].sum(1))
-            score = self.scores[group.name].to(parts[0].device)
-            self.scores[group.name] = score + torch.stack(parts).sum(0).abs()
-        return True
-
-
-def input_weights(module: nn.Module, values: Tensor) -> Tensor:
-    """[c_in]: the sum, for each input channel, of ``values`` shaped as the layer's weight (convolution groups taken
-    apart).
-    """
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return values.view(module.groups, -1, *values.shape[1:]).sum(dim=(1, 3, 4)).flatten()
-    return values.sum(dim=(0, 2, 3)) if values.dim() > 2 else values.sum(0)
-
-
-def _gather(values: Tensor, member: Member) -> Tensor:
-    """[units, k] of a vector over the channels of the member's layer."""
-    return values.double().cpu()[member.index]
-
-
-def _zeros(structure: Structure) -> Scores:
-    return {g.name: torch.zeros(g.units, dtype=torch.float64) for g in structure.groups}
-
-
 def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     if group.name in table:
         return table[group.name]
-    found = [_gather(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
+    found = [gather(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
     if not found:
         raise ConfigError(
             f"the importance table has no entry for {group.name} (or {', '.join(m.layer for m in group.members)})"
