@@ -35,6 +35,32 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__name__ in LAYERS and type(m) is LAYERS[type(m).__name__].cls
 
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """timm's batch norm with its activation inside is traced as a stock batch norm, then what follows it."""
+        if not is_norm_with_activation(m):
+            return super().call_module(m, forward, args, kwargs)
+        x = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        for child in ("drop", "act"):
+            if child in m._modules:
+                x = m._modules[child](x)  # type: ignore[misc]
+        return x
+
+
+def is_norm_with_activation(module: nn.Module) -> bool:
+    """Whether this is timm's BatchNormAct2d, which calls batch norm as a function and so hides it from every pass."""
+    return type(module).__name__ == "BatchNormAct2d" and isinstance(module, nn.BatchNorm2d)
+
+
+def stock_norm(module: nn.Module) -> nn.BatchNorm2d:
+    """A stock BatchNorm2d that holds the tensors and children of timm's BatchNormAct2d, and does not call the
+    children.
+    """
+    with torch.device("meta"):
+        norm = nn.BatchNorm2d(**LAYERS["BatchNorm2d"].read(module))
+    norm._parameters, norm._buffers, norm._modules = module._parameters, module._buffers, module._modules
+    norm.training = module.training
+    return norm
+
 
 def trace(model: nn.Module) -> fx.Graph:
     """The torch.fx graph of `model` in terms of the listed layer types; assertions and dead code are dropped.
@@ -125,7 +151,7 @@ def _describe_layers(model: nn.Module, names: list[str]) -> list[dict[str, Any]]
     for path in names:
         module = model.get_submodule(path)
         if not MODULE_PATH.fullmatch(path):
-            raise UnsupportedModel(f"layer {path!r}: only letters, digits and underscores may name a layer; rename it")
+            raise UnsupportedModel(f"layer {path!r}: only letters, digits, - and _ may name a layer; rename it")
         if first.setdefault(id(module), path) != path:
             layers.append({"name": path, "same_as": first[id(module)]})
             continue
@@ -137,9 +163,10 @@ def _describe_layers(model: nn.Module, names: list[str]) -> list[dict[str, Any]]
 
 def _describe_layer(path: str, module: nn.Module) -> dict[str, Any]:
     """Type and arguments of one layer, after checking that they say all there is to say about it."""
-    kind = type(module).__name__
+    known = stock_norm(module) if is_norm_with_activation(module) else module
+    kind = type(known).__name__
     spec = LAYERS.get(kind)
-    if spec is None or type(module) is not spec.cls:
+    if spec is None or type(known) is not spec.cls:
         raise UnsupportedModel(
             f"layer {path} ({kind}): not a layer type an artifact can hold; known are {', '.join(LAYERS)}"
         )
@@ -151,7 +178,7 @@ def _describe_layer(path: str, module: nn.Module) -> dict[str, Any]:
             raise UnsupportedModel(f"layer {path} ({kind}): {name}={args[name]!r} is outside what an artifact can hold")
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in spec.make(args).state_dict().items()}
-    actual = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    actual = {name: tuple(t.shape) for name, t in module.state_dict().items() if "." not in name}
     if expected != actual:
         raise UnsupportedModel(
             f"layer {path} ({kind}): its tensors {actual} do not fit its arguments, which give {expected}; set them "
@@ -222,7 +249,8 @@ def _tensor_paths(model: nn.Module, description: dict[str, Any]) -> Iterator[tup
             continue
         module = model.get_submodule(layer["name"])
         for name, tensor in module.state_dict(keep_vars=True).items():
-            yield f"{layer['name']}.{name}", tensor
+            if "." not in name:
+                yield f"{layer['name']}.{name}", tensor
     for entry in description["tensors"]:
         owner, _, name = entry["name"].rpartition(".")
         yield entry["name"], getattr(model.get_submodule(owner), name)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rmprune.architecture import is_flat_sequential, trace
+from rmprune.architecture import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 from rmprune.errors import ArtifactError, NotEquivalent, UnsupportedModel
 
 OPSET = 17
@@ -36,6 +36,9 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     if is_flat_sequential(model):
         return _fold_chain(model)
     graph = trace(model)
+    for name, module in list(model.named_modules()):
+        if is_norm_with_activation(module):
+            _replace(model, name, stock_norm(module))
     graph_module = fx.GraphModule(model, graph)
     modules = dict(graph_module.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -48,13 +51,25 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         elif isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
             before = modules[source.target]
             if calls[source.target] == calls[node.target] == 1 and _foldable(before, module):
-                owner, _, name = str(source.target).rpartition(".")
                 modules[source.target] = _fold(before, module)
-                setattr(graph_module.get_submodule(owner), name, modules[source.target])
+                _replace(graph_module, str(source.target), modules[source.target])
+                _replace(graph_module, str(node.target), _container(module))
                 _bypass(graph, node, source)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return graph_module
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
+
+
+def _container(module: nn.Module) -> nn.Module:
+    """The children of `module` without it: timm keeps the activation inside the norm."""
+    container = nn.Module()
+    container._modules = module._modules
+    return container
 
 
 def _bypass(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:

@@ -20,7 +20,7 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 from rmprune.errors import ArtifactError
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MODULE_PATH = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+MODULE_PATH = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 MAX_CHANNELS = 2**24
 MAX_EXTENT = 2**16
 

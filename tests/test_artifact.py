@@ -144,6 +144,21 @@ def test_torchvision_networks(name: str, tmp_path: Path) -> None:
     assert list(loaded.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "regnetx_002"])
+def test_timm_networks_come_back_trainable(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name, num_classes=4)).train()
+    loaded = load(save(model, tmp_path / "a"))
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))  # batch statistics, and they are remembered
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    folded = fold_batch_norms(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert torch.allclose(folded(x), model.eval()(x), atol=1e-4)
+
+
 def test_describe_is_json_and_build_reads_it_back() -> None:
     for model in (flat(), net()):
         description = json.loads(json.dumps(describe(model), allow_nan=False))
