@@ -47,7 +47,8 @@ def _prelu(module: nn.Module) -> Rule:
 def _hardtanh(module: nn.Module) -> Rule:
     assert isinstance(module, nn.Hardtanh)
     low, high = float(module.min_val), float(module.max_val)
-    return Rule(low, high, 1.0 if low == 0 else (2.0 if low == -high else None), high)
+    odd = None if high <= 0 else 1.0 if low == 0 else 2.0 if low == -high else None
+    return Rule(low, high, odd, high)
 
 
 def _softplus(module: nn.Module) -> Rule:

@@ -102,7 +102,7 @@ def _shift(rule: Rule, low: Tensor, high: Tensor) -> _Choice:
     """a * v + b inside the identity interval: a a power of two, at most 1; b the offset nearest to 0. NaN where impossible."""
     nan = torch.full_like(low, math.nan)
     bottom, top = rule.low, rule.high
-    if bottom > top:
+    if bottom >= top:
         return _Choice(nan, nan)
     margin = 1e-5 * torch.maximum(low.abs(), high.abs()).clamp(min=1e-30)
     low, high = low - margin, torch.where(torch.isinf(high), high, high + margin)
@@ -112,7 +112,7 @@ def _shift(rule: Rule, low: Tensor, high: Tensor) -> _Choice:
         return _Choice(torch.where(possible, 1.0, nan), torch.where(possible, offset, nan))
     possible = torch.isfinite(low) & torch.isfinite(high)
     width = torch.where(possible, high - low, 1.0).clamp(min=1e-30)
-    scale = torch.exp2(torch.floor(torch.log2((top - bottom) / width - 0.0))).clamp(max=1.0)
+    scale = torch.exp2(torch.floor(torch.log2((top - bottom) / width))).clamp(max=1.0)
     least, most = bottom - scale * low, top - scale * high
     offset = torch.where(least > 0, _up(least, most), torch.where(most < 0, -_up(-most, -least), 0.0))
     return _Choice(torch.where(possible, scale, nan), torch.where(possible, offset, nan))

@@ -28,16 +28,15 @@ def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
         return None
     try:
         return build(given, node) if build in _WITH_NODE else build(given)
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, AssertionError):
         return None  # called in a way that no stock module covers: left as it is
 
 
-def _simple(make: Callable[..., nn.Module], **rename: str) -> Callable[[dict[str, Any]], list[nn.Module]]:
-    """`make(**values)`, with functional argument names turned into the module's; in-place becomes out of place."""
+def _simple(make: Callable[..., nn.Module]) -> Callable[[dict[str, Any]], list[nn.Module]]:
+    """`make(**values)`; in-place becomes out of place."""
 
     def build(given: dict[str, Any]) -> list[nn.Module]:
-        given = {rename.get(k, k): v for k, v in given.items() if k not in ("inplace", "training", "input")}
-        return [make(**given)]
+        return [make(**{k: v for k, v in given.items() if k not in ("inplace", "training", "input")})]
 
     return build
 
@@ -48,6 +47,13 @@ def _gone(given: dict[str, Any]) -> list[nn.Module]:
 
 def _dropout(given: dict[str, Any]) -> list[nn.Module] | None:
     return [] if not given.get("training", True) or "training" not in given else None
+
+
+def _clamp(given: dict[str, Any]) -> list[nn.Module] | None:
+    low, high = given.get("min"), given.get("max")
+    if isinstance(low, int | float) and isinstance(high, int | float) and low < high:
+        return [nn.Hardtanh(low, high)]
+    return [nn.ReLU()] if low == 0 and high is None else None
 
 
 def _prelu(given: dict[str, Any]) -> list[nn.Module]:
@@ -138,7 +144,7 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | Non
     torch.relu_: ((), _simple(nn.ReLU)),
     F.relu6: (("inplace",), _simple(nn.ReLU6)),
     F.hardtanh: (("min_val", "max_val", "inplace"), _simple(nn.Hardtanh)),
-    torch.clamp: (("min", "max"), _simple(nn.Hardtanh, min="min_val", max="max_val")),
+    torch.clamp: (("min", "max"), _clamp),
     F.leaky_relu: (("negative_slope", "inplace"), _simple(nn.LeakyReLU)),
     F.prelu: (("weight",), _prelu),
     F.hardswish: (("inplace",), _simple(nn.Hardswish)),
@@ -169,16 +175,17 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | Non
 }
 _METHODS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]] = {
     "relu": ((), _simple(nn.ReLU)),
-    "relu_": ((), _simple(nn.ReLU)),
     "sigmoid": ((), _simple(nn.Sigmoid)),
     "tanh": ((), _simple(nn.Tanh)),
-    "clamp": (("min", "max"), _simple(nn.Hardtanh, min="min_val", max="max_val")),
+    "clamp": (("min", "max"), _clamp),
     "flatten": (("start_dim", "end_dim"), _flatten),
     "mean": (("dim", "keepdim"), _mean),
     "view": ((), _view),
     "reshape": ((), _view),
     "contiguous": (("memory_format",), _gone),
     "clone": ((), _gone),
+    "relu_": ((), _simple(nn.ReLU)),
+    "clamp_": (("min", "max"), _clamp),
     "mul": (("other",), _scale),
 }
 _WITH_NODE = (_view,)

@@ -6,7 +6,8 @@ expresses that tap if it has a tap t' with `B * (d' t' - p') = A * (d t - p)`, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -85,3 +86,65 @@ def output_size(geometry: Geometry, size: Pair) -> Pair:
         )
     ]
     return sizes[0], sizes[1]
+
+
+@lru_cache(maxsize=4096)
+def chain_taps(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair) -> tuple[Taps, ...] | str:
+    """The taps of every layer of a branch for its part of the shortcut (None: the identity), on a fork of `size` pixels.
+
+    They must be the same on maps of other sizes, so all remainders of the strides are tried; sizes on which branch and shortcut
+    do not fit together are left out.
+    """
+    found = _chain(layers, parts, size)
+    if found is None or isinstance(found, str):
+        return found or "branch and shortcut end in maps of different sizes"
+    period = max(_total(layers, axis) for axis in (0, 1))
+    padded = [taps.reads_padding for taps in found]
+    for more in range(1, 2 * period + 1):
+        other = (size[0] + more, size[1] + more)
+        again = _chain(layers, parts, other)
+        if again is None:
+            continue
+        if isinstance(again, str):
+            return f"{again} on maps of {_size(other)}"
+        padded = [p or taps.reads_padding for p, taps in zip(padded, again, strict=True)]
+    return tuple(replace(taps, reads_padding=p) for taps, p in zip(found, padded, strict=True))
+
+
+def _total(layers: tuple[Geometry, ...], axis: int) -> int:
+    total = 1
+    for layer in layers:
+        total *= layer.stride[axis]
+    return total
+
+
+def _chain(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair) -> tuple[Taps, ...] | str | None:
+    step, source_step = (1, 1), (1, 1)
+    here, there = size, size
+    taps = []
+    for layer, part in zip(layers, parts, strict=True):
+        geometry = part or Geometry(padding_mode=layer.padding_mode)
+        out = output_size(layer, here)
+        if min(out) < 1:
+            return None
+        found = place(geometry, Grid(source_step, there), layer, Grid(step, here), out)
+        if isinstance(found, str):
+            return _unless_unequal(found, layers, parts, size)
+        taps.append(found)
+        here, there = out, output_size(geometry, there)
+        step, source_step = _times(step, layer.stride), _times(source_step, geometry.stride)
+    if step != source_step:
+        return f"the shortcut samples another grid (stride {source_step[0]}) than the branch (stride {step[0]})"
+    return tuple(taps)
+
+
+def _unless_unequal(reason: str, layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair) -> str | None:
+    """The reason, or None where the two ways end in maps of different sizes anyway."""
+    here, there = size, size
+    for layer, part in zip(layers, parts, strict=True):
+        here, there = output_size(layer, here), output_size(part or Geometry(), there)
+    return reason if here == there else None
+
+
+def _times(a: Pair, b: Pair) -> Pair:
+    return a[0] * b[0], a[1] * b[1]

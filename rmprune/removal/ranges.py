@@ -84,7 +84,7 @@ def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range
         conv = from_module(layer, len(low))
         if isinstance(conv, str):
             return None
-        return conv_range(conv, low, high, spatial(source), spatial(node))
+        return conv_range(conv, low, high)
     return None
 
 
@@ -93,11 +93,11 @@ def spatial(node: fx.Node) -> Pair:
     return (shape[2], shape[3]) if shape is not None and len(shape) == 4 else (1, 1)
 
 
-def conv_range(conv: Conv, low: Tensor, high: Tensor, size: Pair, out_size: Pair) -> Range:
+def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
     """b + sum over taps of max(w * low, w * high), where a tap that reads zero padding sees [low, high] and 0."""
     conv = conv.folded()
     weight, groups = conv.weight(), conv.groups
-    padded = _reads_padding(conv.geometry, size, out_size)
+    padded = _reads_padding(conv.geometry)
     total_low, total_high = conv.bias.clone(), conv.bias.clone()
     for mask, bottom, top in ((~padded, low, high), (padded, low.clamp(max=0), high.clamp(min=0))):
         if not mask.any():
@@ -135,13 +135,12 @@ def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
     return result
 
 
-def _reads_padding(geometry: Geometry, size: Pair, out_size: Pair) -> Tensor:
-    """Which taps read outside the map for some output pixel (only zero padding counts)."""
+def _reads_padding(geometry: Geometry) -> Tensor:
+    """Which taps read zero padding for some output pixel, on maps of some size: d t < p, or d t > d (k - 1) - p."""
     axes = []
-    for axis in (0, 1):
-        offset = torch.arange(geometry.kernel[axis]) * geometry.dilation[axis] - geometry.padding[axis]
-        last = geometry.stride[axis] * (out_size[axis] - 1) + offset
-        axes.append((offset < 0) | (last > size[axis] - 1))
+    for k, d, p in zip(geometry.kernel, geometry.dilation, geometry.padding, strict=True):
+        offset = torch.arange(k) * d
+        axes.append((offset < p) | (offset > d * (k - 1) - p))
     found = axes[0][:, None] | axes[1][None]
     return found if geometry.padding_mode == "zeros" else torch.zeros_like(found)
 

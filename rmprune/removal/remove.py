@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rmprune.removal.encode import FORMS
 from rmprune.removal.fuse import RULES, fuse_convolutions, join_norms
 from rmprune.removal.ranges import annotate_ranges, observe
 from rmprune.removal.rewrite import BlockReport, remove_all
-from rmprune.removal.trace import Network, example_tuple, normalise, reference_copy
+from rmprune.removal.trace import Network, example_tuple, has_hooks, normalise, reference_copy
 
 RANGES = ("provable", "calibrated")
 Inputs = Tensor | tuple[Tensor, ...]
@@ -57,6 +58,7 @@ def remove_residuals(
     _check_settings(ranges, form, fuse, tolerance)
     inputs = example_tuple(example_inputs)
     reference = reference_copy(model)
+    _refuse_changing_hooks(model, reference, inputs)
     network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, progress)
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
@@ -108,6 +110,18 @@ def _rewrite(
                 network, tuple(x.detach().cpu().double() if x.is_floating_point() else x.cpu() for x in inputs), margin
             )
         return network, remove_all(network, keep, form, progress)
+
+
+def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Hooks are no part of the result. One that changes what the network returns is refused; it is run once to see."""
+    if not has_hooks(model):
+        return
+    hooked = copy.deepcopy(model).cpu().double().eval()
+    one = tuple(x[:1].detach().cpu().double() if x.is_floating_point() else x[:1].cpu() for x in inputs)
+    with torch.no_grad():
+        error = relative_error(reference(*one), hooked(*one), [len(one[0])])
+    if error > 1e-12:
+        raise UnsupportedModel("a forward hook changes what the network returns; take the hook off, or write it into forward")
 
 
 def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import combinations_with_replacement
 
 import torch
@@ -27,8 +26,8 @@ from rmprune.removal.carry import (
     start,
 )
 from rmprune.removal.encode import constant, encode, free
-from rmprune.removal.geometry import Grid, Taps, output_size, place
-from rmprune.removal.kernels import Conv, Geometry, Pair, compose, to_measure
+from rmprune.removal.geometry import Taps, chain_taps
+from rmprune.removal.kernels import Conv, compose, to_measure
 from rmprune.removal.layout import ANYWHERE, Wire, lay_out, wires
 from rmprune.removal.ranges import Range, range_of, spatial
 
@@ -50,14 +49,11 @@ class Schedule:
 
 @dataclass
 class _State:
-    """Where the sweep along the branch stands."""
+    """Where the sweep along the branch stands: what is carried, its range, and how many stages of the shortcut it has behind it."""
 
     carry: Carry
     range: Range
-    size: Pair  # of the value carried, as the shortcut knows it
-    step: Pair = (1, 1)  # of the branch's grid
-    source_step: Pair = (1, 1)  # of the shortcut's
-    done: int = 0  # stages
+    done: int = 0
 
 
 def schedule(block: Block, form: str = "auto") -> Schedule | str:
@@ -114,47 +110,42 @@ def _needed(block: Block) -> list[Tensor]:
 def _build(
     block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str
 ) -> Schedule | str:
-    low, high = range_of(block.fork)
-    state = _State(start(low, high, block.layers[0].conv.groups), (low, high), spatial(block.fork))
-    built: list[Layer] = []
-    forms: set[str] = set()
-    reserved = 0
-    segments = [
-        [s for s, at in zip(block.stages, assignment, strict=True) if at == i] for i in range(len(block.layers))
-    ]
-    last = _segment(segments[-1])
-    for i, layer in enumerate(block.layers):
-        segment = _segment(segments[i])
+    groups = [[s for s, at in zip(block.stages, assignment, strict=True) if at == i] for i in range(len(block.layers))]
+    segments: list[Stage | None] = []
+    for group in groups:
+        segment = _segment(group)
         if isinstance(segment, str):
             return segment
-        taps = _taps(layer, segment, state)
-        if isinstance(taps, str):
-            return taps
-        value, bias = _value(segment, needed[state.done], needed[state.done + len(segments[i])])
-        if taps.reads_padding and bool(state.carry.constant[value.columns].any()):
+        segments.append(segment)
+    taps = _taps(block, segments)
+    if isinstance(taps, str):
+        return taps
+    low, high = range_of(block.fork)
+    state = _State(start(low, high, block.layers[0].conv.groups), (low, high))
+    built: list[Layer] = []
+    forms: frozenset[str] = frozenset()
+    reserved = 0
+    for i, layer in enumerate(block.layers):
+        value, bias = _value(segments[i], needed[state.done], needed[state.done + len(groups[i])])
+        if taps[i].reads_padding and bool(state.carry.constant[value.columns].any()):
             return "a shifted copy would meet zero padding where the shortcut's kernel reads it"
         bias = bias + constant_part(value, state.carry, len(bias))
-        _advance(state, layer, segments[i])
+        state.done += len(groups[i])
+        state.range = state.range if segments[i] is None else groups[i][-1].range
         if i == len(block.layers) - 1:
-            merged = _merge(layer, state.carry, value, bias, taps)
+            merged = _merge(layer, state.carry, value, bias, taps[i])
             if isinstance(merged, str):
                 return merged
-            built.append(merged)
-            continue
-        later = any(segments[i + 1 : -1]) or isinstance(last, str)
-        merge_pairs = None if later or not layout[i].interleaved else _merge_pairs(block, last)  # type: ignore[arg-type]
-        found = _reserve(
-            layer, state, value, bias, taps, layout[i], needed[state.done], form, merge_pairs, segment is None
-        )
+            return Schedule((*built, merged), forms, reserved)
+        pairs = _merge_pairs(block, segments[-1]) if layout[i].interleaved and not any(groups[i + 1 : -1]) else None
+        found = _reserve(layer, state, value, bias, taps[i], layout[i], needed[state.done], form, pairs, segments[i] is None)
         if isinstance(found, str):
             return found
         new, state.carry, used = found
         built.append(new)
         forms |= used
         reserved = max(reserved, len(state.carry.channel))
-    if state.step != state.source_step:
-        return f"the shortcut samples another grid (stride {state.source_step[0]}) than the branch (stride {state.step[0]})"
-    return Schedule(tuple(built), frozenset(forms), reserved)
+    raise AssertionError("a block has at least one layer")
 
 
 def _segment(stages: list[Stage]) -> Stage | None | str:
@@ -167,27 +158,11 @@ def _segment(stages: list[Stage]) -> Stage | None | str:
     return Stage(product, stages[0].size, stages[-1].range) if product else "its shortcut's stages do not multiply exactly"
 
 
-_place = lru_cache(maxsize=4096)(place)
-
-
-def _taps(layer: Layer, segment: Stage | None, state: _State) -> Taps | str:
-    geometry = Geometry(padding_mode=layer.conv.geometry.padding_mode) if segment is None else segment.conv.geometry
-    source, wire = Grid(state.source_step, state.size), Grid(state.step, layer.size)
-    return _place(geometry, source, layer.conv.geometry, wire, layer.out_size)
-
-
-def _advance(state: _State, layer: Layer, stages: list[Stage]) -> None:
-    for stage in stages:
-        geometry = stage.conv.geometry
-        state.source_step = _times(state.source_step, geometry.stride)
-        state.size = output_size(geometry, stage.size)
-        state.range = stage.range
-    state.done += len(stages)
-    state.step = _times(state.step, layer.conv.geometry.stride)
-
-
-def _times(a: Pair, b: Pair) -> Pair:
-    return a[0] * b[0], a[1] * b[1]
+def _taps(block: Block, segments: list[Stage | None]) -> tuple[Taps, ...] | str:
+    """Where each layer's part of the shortcut goes in its kernel; the same on maps of every size."""
+    layers = tuple(layer.conv.geometry for layer in block.layers)
+    parts = tuple(None if segment is None else segment.conv.geometry for segment in segments)
+    return chain_taps(layers, parts, spatial(block.fork))
 
 
 def _value(segment: Stage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from rmprune.errors import UnsupportedModel
 from rmprune.removal.functional import modules_for
@@ -29,7 +31,22 @@ _GONE = (
 )
 _OPAQUE = ("Conv2dSame", "AvgPool2dSame", "MaxPool2dSame", "BlurPool2d")
 _WHOLE = ("BatchNormAct2d", "FrozenBatchNorm2d", *_OPAQUE, *_GONE)
-_IN_PLACE_FUNCTIONS = (operator.iadd, operator.imul, torch.relu_)
+_WEIGHT_HOOKS = ("WeightNorm", "SpectralNorm")
+_IN_PLACE_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_)
+_SAME_METHODS = ("contiguous", "detach", "float", "double", "to", "type_as")
+_VIEW_METHODS = (
+    "view", "reshape", "flatten", "chunk", "split", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "unbind", "expand",
+    "select", "view_as", "expand_as", "unfold", "t", "swapaxes", "movedim",
+)  # fmt: skip
+_VIEW_FUNCTIONS = (
+    operator.getitem, torch.flatten, torch.chunk, torch.split, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze,
+    torch.narrow, torch.unbind, torch.reshape,
+)  # fmt: skip
+
+
+def _named(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """A class of torch, torchvision or timm with one of these names; a user's class of the same name may do anything."""
+    return type(module).__name__ in names and type(module).__module__.split(".")[0] in ("torch", "torchvision", "timm")
 
 
 @dataclass
@@ -67,22 +84,39 @@ def reference_copy(model: nn.Module) -> nn.Module:
         twin = copy.deepcopy(model).cpu().double().eval()
     except RuntimeError as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error
+    return freeze(twin).requires_grad_(False)
+
+
+def freeze(twin: nn.Module) -> nn.Module:
+    """Weights that are computed from others (weight norm, spectral norm, parametrizations) become numbers; hooks go."""
     for module in twin.modules():
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            hooks.clear()
-    return twin.requires_grad_(False)
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__name__ in _WEIGHT_HOOKS:
+                hook(module, None)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, name).clear()
+    for module in list(twin.modules()):
+        if parametrize.is_parametrized(module):
+            values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
+            # Not remove_parametrizations: the copy shares its made-up class with the original, which that would damage.
+            module.__class__ = type(module).__bases__[0]
+            del module._modules["parametrizations"]
+            for name, value in values.items():
+                setattr(module, name, nn.Parameter(value))
+    return twin
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether something listens to, or changes, what a module reads or returns."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return any(type(hook).__name__ not in _WEIGHT_HOOKS for hook in hooks)
 
 
 class _Tracer(fx.Tracer):
     """Leaves stock modules whole, and classes that merely inherit a stock forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m).__name__ in _WHOLE:
+        if _named(m, _WHOLE):
             return True
         inherited = isinstance(m, nn.Conv2d) and type(m)._conv_forward is nn.Conv2d._conv_forward
         inherited = inherited and type(m).forward is nn.Conv2d.forward
@@ -108,20 +142,53 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
 
 
 def _undo_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """After `x += y` or relu_(x), later readers of x see the new value: they are given it."""
+    """After `x += y` or relu_(x), later readers of x, or of another name for x, see the new value: they are given it.
+
+    Raises UnsupportedModel where a later reader sees the change through a view of another shape.
+    """
     order = {node: index for index, node in enumerate(graph.nodes)}
+    same: dict[fx.Node, fx.Node] = {}  # the first name of a value
+    storage: dict[fx.Node, fx.Node] = {}  # the first node that shares its memory
     for node in list(graph.nodes):
-        in_place = node.target in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace"))
-        in_place = in_place or (
-            node.op == "call_method" and str(node.target).endswith("_") and node.target != "requires_grad_"
-        )
-        if node.op == "call_module":
-            in_place = bool(getattr(modules[str(node.target)], "inplace", False))
-        if in_place and node.args and isinstance(node.args[0], fx.Node):
-            changed = node.args[0]
-            for user in list(changed.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(changed, node)
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        alias = _alias(node, modules)
+        same[node] = same[source] if source is not None and alias == "same" else node
+        storage[node] = storage[source] if source is not None and alias else node
+        if source is None or not _in_place(node, modules):
+            continue
+        storage[node] = storage[source]
+        for other in [n for n in order if order[n] < order[node] and storage.get(n) is storage[source]]:
+            later = [user for user in other.users if order[user] > order[node]]
+            if later and same[other] is not same[source]:
+                raise UnsupportedModel(f"{node.name} changes {other.name} in place through a view; write it out of place")
+            for user in later:
+                user.replace_input_with(other, node)
+
+
+def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False)) and not _named(modules[str(node.target)], _GONE)
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).startswith("_") and node.target != "requires_grad_"
+    return node.target in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace")) or _positional_in_place(node)
+
+
+def _positional_in_place(node: fx.Node) -> bool:
+    return node.target in (F.relu, F.relu6, F.silu, F.hardswish) and len(node.args) > 1 and bool(node.args[1])
+
+
+def _alias(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """ "same" where the node is another name for its first argument, "view" where it shares its memory in another shape."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if _named(module, _GONE):
+            return "same"
+        return "view" if isinstance(module, nn.Flatten | nn.Unflatten) else ""
+    if node.op == "call_method" and node.target in _SAME_METHODS or node.target in (F.dropout, F.dropout2d):
+        return "same"
+    if node.op == "call_method" and node.target in _VIEW_METHODS or node.target in _VIEW_FUNCTIONS:
+        return "view"
+    return ""
 
 
 class _Normaliser:
@@ -131,6 +198,7 @@ class _Normaliser:
         self.traced = traced
         self.network = Network(fx.Graph())
         self.env: dict[fx.Node, fx.Node] = {}
+        self.twins: dict[tuple[fx.Node, str], fx.Node] = {}
 
     def run(self) -> Network:
         for node in self.traced.nodes:
@@ -171,9 +239,13 @@ class _Normaliser:
         current = self.env[node.args[0]] if isinstance(node.args[0], fx.Node) else None
         assert current is not None, node
         for module in modules:
+            key = (current, repr(module))
+            if key in self.twins and not list(module.parameters()) and not list(module.buffers()):
+                current = self.twins[key]  # relu(x) written twice is one value
+                continue
             suffix = "" if module is modules[0] else "_" + type(module).__name__.lower()
             target = self.network.add((name or str(node.target)) + suffix, module)
-            current = self._annotated(self.network.graph.call_module(target, (current,)), node)
+            current = self.twins[key] = self._annotated(self.network.graph.call_module(target, (current,)), node)
         self.env[node] = current
 
     def _keep(self, node: fx.Node) -> None:
@@ -200,12 +272,11 @@ def _own_name(node: fx.Node) -> str:
 
 def _stock(module: nn.Module) -> list[nn.Module]:
     """What a module does in eval mode, as stock modules."""
-    name = type(module).__name__
-    if name in _GONE:
+    if _named(module, _GONE):
         return []
-    if name == "BatchNormAct2d":
+    if _named(module, ("BatchNormAct2d",)):
         return [_plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
-    if name == "FrozenBatchNorm2d":
+    if _named(module, ("FrozenBatchNorm2d",)):
         return [_plain_norm(module)]
     if getattr(module, "inplace", False):
         module = copy.copy(module)
