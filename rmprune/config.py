@@ -202,8 +202,8 @@ class PruneConfig:
     """per_cost: importance per MAC (or millisecond) saved; importance: one global threshold, as in network slimming."""
     min_channels: int = 1
     """Channels that every layer keeps at least."""
-    min_fraction: float = 0.1
-    """Fraction of its channels that every layer keeps at least."""
+    min_fraction: float | None = None
+    """Fraction of its channels that every layer keeps at least (default: half of what an even cut would leave)."""
     max_fraction: float = 1.0
     """Fraction of its channels that every layer keeps at most."""
     round_to: int = 1
@@ -224,7 +224,7 @@ class PruneConfig:
             require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
         require(self.min_channels >= 1, f"min_channels is {self.min_channels}; it must be at least 1")
         require(
-            0 <= self.min_fraction <= self.max_fraction <= 1,
+            0 <= (self.min_fraction or 0.0) <= self.max_fraction <= 1,
             f"min_fraction is {self.min_fraction} and max_fraction {self.max_fraction}; use 0 <= min <= max <= 1",
         )
         require(self.round_to >= 1, f"round_to is {self.round_to}; it must be at least 1")
@@ -388,6 +388,8 @@ class SearchConfig:
     """Exploration noise of the agent's actions (kept fractions) after the warm-up."""
     sigma_decay: float = 0.95
     """Factor of sigma from episode to episode."""
+    refine: float = 0.5
+    """Share of the agent's episodes that vary the best policy found so far instead of asking the agent (0: AMC as published)."""
     reward: Literal["accuracy", "error_log_cost"] = "accuracy"
     """accuracy on the validation subset, or -error * log(cost)."""
     importance: ImportanceName = "taylor_squared"
@@ -419,6 +421,7 @@ class SearchConfig:
         require(self.warm_up >= 0, f"warm_up is {self.warm_up}; it must not be negative")
         require(self.sigma >= 0, f"sigma is {self.sigma}; it must not be negative")
         require(0 < self.sigma_decay <= 1, f"sigma_decay is {self.sigma_decay}; use above 0 up to 1")
+        require(0 <= self.refine <= 1, f"refine is {self.refine}; it must lie between 0 and 1")
         require(
             0 <= self.lowest <= self.highest <= 1,
             f"lowest is {self.lowest} and highest {self.highest}; use 0 <= lowest <= highest <= 1",

@@ -13,8 +13,10 @@ from rmprune.data import Dataset
 from rmprune.errors import ConfigError
 from rmprune.pruning import Budget, GradualPruner, find_structure, prune, prune_coupled
 from rmprune.pruning.baselines import inner_only
+from rmprune.pruning.budget import even_fraction
 from rmprune.training import fit
 
+FLOOR = 0.5  # every layer keeps at least this part of what an even cut would leave it
 IMPORTANCE_IMAGES = 2048  # training images that a one-cut importance is measured on
 
 
@@ -81,6 +83,7 @@ def slim_network(
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode."""
     settings = dataclasses.replace(config.prune, **method.settings)  # type: ignore[arg-type]
     example = data.train.example(1)
+    budget = with_floor(budget, network, example, settings)
     hook = None
     if settings.gradual:
         steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
@@ -101,6 +104,17 @@ def slim_network(
         log=log,
         label=label,
     ).cpu()
+
+
+def with_floor(budget: Budget, network: nn.Module, example: Tensor, settings: PruneConfig) -> Budget:
+    """The budget with the default of min_fraction, where the settings leave it open.
+
+    Without a floor, importance per MAC empties early layers, and what they lost cannot be trained back.
+    """
+    if settings.min_fraction is not None:
+        return budget
+    even = even_fraction(find_structure(network, example), budget)
+    return dataclasses.replace(budget, min_fraction=min(FLOOR * even, budget.max_fraction))
 
 
 def gradual_pruner(
@@ -141,4 +155,5 @@ def check_budgets(
     for method in methods.values():
         network = networks(method.plain)
         for budget in budgets:
+            budget = with_floor(budget, network, example, config.prune)
             gradual_pruner(network, example, budget, config.prune, steps=1, epochs=1, inner=method.inner)

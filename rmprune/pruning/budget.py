@@ -69,7 +69,7 @@ class Budget:
             reference_macs=reference_macs,
             reference_ms=reference_ms,
             min_channels=config.min_channels,
-            min_fraction=config.min_fraction,
+            min_fraction=config.min_fraction or 0.0,
             max_fraction=config.max_fraction,
             round_to=config.round_to,
         )
@@ -143,6 +143,13 @@ def allocate(
         raise InfeasibleBudget(explain(structure, budget, target, origin))
     search.fill(target.limit)
     return search.keep()
+
+
+def even_fraction(structure: Structure, budget: Budget, cost: Cost | None = None) -> float:
+    """The fraction of its channels that every layer would keep if all were cut evenly: MACs go with its square."""
+    target = resolve(structure, budget, cost)
+    fraction = min(1.0, target.limit / total_cost(structure, target.cost))
+    return fraction if budget.ratio is not None else fraction**0.5
 
 
 def allowed_units(group: Group, budget: Budget, origin: int | None = None, rounded: bool = True) -> list[int]:

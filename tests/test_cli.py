@@ -1,0 +1,92 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rmprune.cli import COMMANDS, main
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return int(stopped.value.code or 0)
+
+
+def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("--help") == 0
+    overview = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in overview
+        assert status(command, "--help") == 0
+        assert "--" in capsys.readouterr().out
+
+
+SLIM = ("slim", "--ratio", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("slimm",), "unknown command 'slimm'; there are: slim"),
+        (("slim",), "there is no budget; give --ratio"),
+        (("slim", "--ratio", "1.5"), "ratio is 1.5; it must lie between 0 and 1"),
+        (("slim", "--ratio", "0"), "ratio is 0.0; it must lie between 0 and 1"),
+        (("slim", "--ratio", "0.5", "--macs-ratio", "0.5"), "give one kind of budget"),
+        ((*SLIM, "--model", "resnet21"), "resnet2"),
+        ((*SLIM, "--dataset", "digit"), "there is no data set 'digit'; there are: digits, fashion-mnist"),
+        ((*SLIM, "--dataset", "fashion-mnist", "--data-dir", "nowhere"), "the data folder nowhere does not exist"),
+        ((*SLIM, "--method", "free"), "unknown method 'free'; there are: rm, "),
+        ((*SLIM, "--checkpoint", "none.pt"), "there is no such checkpoint"),
+        ((*SLIM, "--device", "tpu"), "'tpu'"),
+        (("slim", "--macs-ratio", "0.01", "--min-fraction", "0.9", "--width", "4"), "min_fraction=0.9 forbids it"),
+        (("slim", "--config", "none.toml"), "there is no such config file"),
+        (("inspect", "resnet5o"), "resnet50"),
+        (("report", "nowhere"), "nowhere"),
+        (("measure", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert status(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_a_damaged_data_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / "data" / f"{part}-ubyte.gz").write_bytes(b"\x1f\x8b damaged")
+    assert status(*SLIM, "--dataset", "fashion-mnist", "--data-dir", "data") == 2
+    error = capsys.readouterr().err
+    assert "ubyte.gz" in error and "dataset-fashion-mnist" in error
+
+
+def test_convert_and_its_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plain"
+    main(("convert", "resnet20", "--width", "4", "--image-size", "16", "--out", str(out), "--check"))
+    assert {file.name for file in out.iterdir()} == {"architecture.json", "model.safetensors", "model.onnx"}
+    printed = capsys.readouterr().out
+    assert "9 residuals removed, 0 kept" in printed and "ONNX Runtime differs" in printed
+    assert status("convert", "resnet20", "--out", str(out)) == 2  # nothing is overwritten unasked
+
+
+def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    main(("inspect", "resnet50", "--image-size", "32"))
+    printed = capsys.readouterr().out
+    assert "layer1.0" in printed and "removable" in printed and "convert resnet50" in printed
+
+
+def test_the_module_runs() -> None:
+    done = subprocess.run([sys.executable, "-m", "rmprune", "nothing"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "unknown command" in done.stderr

@@ -1,0 +1,85 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import rmprune
+from rmprune import records
+from rmprune.config import MeasureConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.errors import ConfigError
+from rmprune.pipelines import slim
+from rmprune.pipelines.slim import plan_cells, run_slim
+
+QUICK = SlimConfig(
+    model="resnet8",
+    width=4,
+    method=("rm", "coupled"),
+    train=TrainConfig(epochs=2),
+    finetune=TrainConfig(epochs=2, learning_rate=0.02),
+    prune=PruneConfig(macs_ratio=(0.5,), cuts=4),
+    measure=MeasureConfig(threads=(1,), batch_sizes=(1,), seconds=0.02, min_rounds=3),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run_slim(replace(QUICK, out=out), command="python -m rmprune slim")
+    return out
+
+
+def test_the_record_says_what_was_promised(finished: Path) -> None:
+    record = records.read_record(finished)
+    assert record["removal"]["removed"] == ["layer1.0", "layer2.0", "layer3.0"] and record["removal"]["kept"] == {}
+    assert record["removal"]["max_error"] < 1e-10
+    assert set(records.networks(record)) == {"original", "plain", "pruned", "coupled"}
+    for name in ("pruned", "coupled"):
+        assert 0 < record[name]["macs"] <= 0.5 * record["original"]["macs"]
+    assert record["plain"]["accuracy"] == pytest.approx(record["original"]["accuracy"], abs=2 / 360)
+    assert {time["backend"] for time in record["pruned"]["latency"]} == {"eager", "onnxruntime"}
+
+
+def test_artifacts_are_what_was_measured(finished: Path) -> None:
+    pruned = rmprune.load(finished / "pruned")
+    assert isinstance(pruned, torch.nn.Sequential) and (finished / "pruned" / "model.onnx").is_file()
+    record = records.read_record(finished)
+    assert rmprune.count_macs(pruned, torch.zeros(1, 1, 8, 8)) == record["pruned"]["macs"]
+    assert rmprune.count_params(pruned) == record["pruned"]["params"]
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
+    before = (finished / "record.json").read_bytes()
+    with pytest.raises(ConfigError, match="finished"):
+        run_slim(replace(QUICK, out=finished), command="x")
+    with pytest.raises(ConfigError, match="other settings"):
+        run_slim(replace(QUICK, out=finished, seed=5), command="x")
+    assert (finished / "record.json").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out = slim.fit, tmp_path / "run"
+
+    def interrupted(*args: object, **kwargs: object) -> torch.nn.Module:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rmprune.methods.fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_slim(replace(QUICK, out=out), command="x")
+    assert (out / "dense").is_dir() and not (out / "record.json").exists()
+    monkeypatch.setattr("rmprune.methods.fit", real)
+    run_slim(replace(QUICK, out=out), command="x")
+    first, second = (json.loads((run / "record.json").read_text()) for run in (finished, out))
+    for name in ("original", "plain", "pruned", "coupled"):
+        assert first[name]["accuracy"] == second[name]["accuracy"] and first[name]["macs"] == second[name]["macs"]
+
+
+def test_cells_of_a_sweep_share_their_training() -> None:
+    cells = plan_cells(replace(QUICK, seeds=2, prune=PruneConfig(macs_ratio=(0.5, 0.25)), out=Path("r")))
+    assert [str(cell.directory) for cell in cells] == [
+        "r/seed0/macs_ratio-0.5", "r/seed0/macs_ratio-0.25", "r/seed1/macs_ratio-0.5", "r/seed1/macs_ratio-0.25",
+    ]  # fmt: skip
+    assert {str(cell.shared) for cell in cells} == {"r/seed0", "r/seed1"}
