@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes as Unprefixed
 
 from rmprune.errors import ConfigError
 
@@ -28,7 +29,6 @@ def _comma_separated(kind: type[Any]) -> Any:
 Names = Annotated[tuple[str, ...], _comma_separated(str)]
 Numbers = Annotated[tuple[int, ...], _comma_separated(int)]
 Fractions = Annotated[tuple[float, ...], _comma_separated(float)]
-Unprefixed = tyro.conf.OmitArgPrefixes
 
 
 def require(condition: bool, message: str) -> None:

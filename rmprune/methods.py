@@ -1,6 +1,7 @@
 """The ways to slim a trained network that a run can compare: which network is pruned, by which rule. Files and order are the pipelines'."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,15 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rmprune.config import PruneConfig, SlimConfig
+from rmprune.config import PruneConfig, SlimConfig, TrainConfig
 from rmprune.data import Dataset
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning import Budget, GradualPruner, find_structure, prune, prune_coupled
 from rmprune.pruning.baselines import inner_only
 from rmprune.pruning.budget import even_fraction
+from rmprune.pruning.importance import score_groups
+from rmprune.pruning.structure import Structure
+from rmprune.timed import Place, budget_in_macs
 from rmprune.training import fit
 
+logger = logging.getLogger("rmprune")
 FLOOR = 0.5  # every layer keeps at least this part of what an even cut would leave it
+TIME_ATTEMPTS = 5  # further cuts where the trained network misses its budget in measured time
 IMPORTANCE_IMAGES = 2048  # training images that a one-cut importance is measured on
 
 
@@ -81,29 +87,66 @@ def slim_network(
     label: str,
 ) -> nn.Module:
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode."""
-    settings = dataclasses.replace(config.prune, **method.settings)  # type: ignore[arg-type]
+    settings = dataclasses.replace(config.prune, **method.settings)
     example = data.train.example(1)
-    budget = with_floor(budget, network, example, settings)
-    hook = None
+    hook, asked = None, budget
+    if asked.latency_ratio is not None:
+        place = Place.first(config.measure, teacher, example)
+        structure = selected(network, example, method)
+        scores = score_groups(settings.importance, network, structure, importance_batches(data))
+        floor = FLOOR if settings.min_fraction is None else None
+        budget = budget_in_macs(network, structure, scores, budget, place, floor)
+    else:
+        budget = with_floor(budget, network, example, settings)
     if settings.gradual:
         steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
-        hook = gradual_pruner(
-            network, example, budget, settings, steps=steps, epochs=config.finetune.epochs, inner=method.inner
-        )
+        hook = gradual_pruner(network, example, budget, settings, method, steps=steps, epochs=config.finetune.epochs)
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to
         network = cut_once(network, example, budget, settings, data, torch_pruning=method.torch_pruning)
-    return fit(
-        network,
-        data,
-        config.finetune,
-        seed=seed,
-        device=device,
-        hook=hook,
-        teacher=teacher if config.finetune.distillation else None,
-        checkpoint=checkpoint,
-        log=log,
-        label=label,
-    ).cpu()
+
+    def tune(network: nn.Module, train: TrainConfig, hook: GradualPruner | None, stage: str) -> nn.Module:
+        return fit(
+            network,
+            data,
+            train,
+            seed=seed,
+            device=device,
+            hook=hook,
+            teacher=teacher if train.distillation else None,
+            checkpoint=checkpoint.with_name(f"{stage}.pt"),
+            log=log,
+            label=stage,
+        ).cpu()
+
+    network = tune(network, config.finetune, hook, label)
+    if asked.latency_ratio is None:
+        return network
+    once = dataclasses.replace(config.finetune, epochs=1, warmup_epochs=0.0)
+    for attempt in range(1, TIME_ATTEMPTS + 1):  # the promise is about the network as a whole, as it was trained
+        ratio = place.ratios({label: network})[label]
+        if ratio <= asked.latency_ratio:
+            logger.info("%s takes %.3f of the original's time on %s", label, ratio, place)
+            return network
+        assert budget.macs_ratio is not None
+        budget = dataclasses.replace(budget, macs_ratio=budget.macs_ratio * 0.97 * asked.latency_ratio / ratio)
+        logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
+        network = cut_once(network, example, budget, settings, data, torch_pruning=method.torch_pruning)
+        network = tune(network, once, None, f"{label}-again-{attempt}")
+    raise InfeasibleBudget(
+        f"latency_ratio={asked.latency_ratio:g} was not met on {place} after {TIME_ATTEMPTS} further cuts; "
+        "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"
+    )
+
+
+def selected(network: nn.Module, example: Tensor, method: Method) -> Structure:
+    """What the method may prune in this network."""
+    structure = find_structure(network, example)
+    return inner_only(structure) if method.inner else structure
+
+
+def importance_batches(data: Dataset) -> list[tuple[Tensor, Tensor]]:
+    """The training images that a one-cut importance is measured on."""
+    return list(data.train.batches(128, limit=IMPORTANCE_IMAGES))
 
 
 def with_floor(budget: Budget, network: nn.Module, example: Tensor, settings: PruneConfig) -> Budget:
@@ -118,10 +161,16 @@ def with_floor(budget: Budget, network: nn.Module, example: Tensor, settings: Pr
 
 
 def gradual_pruner(
-    network: nn.Module, example: Tensor, budget: Budget, settings: PruneConfig, *, steps: int, epochs: int, inner: bool
+    network: nn.Module,
+    example: Tensor,
+    budget: Budget,
+    settings: PruneConfig,
+    method: Method,
+    *,
+    steps: int,
+    epochs: int,
 ) -> GradualPruner:
     """The hook that cuts while training; `steps` and `epochs` of fine-tuning in all."""
-    structure = find_structure(network, example)
     return GradualPruner(
         network,
         example,
@@ -130,7 +179,7 @@ def gradual_pruner(
         prune_epochs=settings.cut_fraction * epochs,
         decay=settings.score_decay,
         rank=settings.rank,
-        structure=inner_only(structure) if inner else structure,
+        structure=selected(network, example, method),
     )
 
 
@@ -138,7 +187,7 @@ def cut_once(
     network: nn.Module, example: Tensor, budget: Budget, settings: PruneConfig, data: Dataset, *, torch_pruning: bool
 ) -> nn.Module:
     """One cut before fine-tuning, by importance measured on training images."""
-    batches = list(data.train.batches(128, limit=IMPORTANCE_IMAGES))
+    batches = importance_batches(data)
     if torch_pruning:
         return prune_coupled(network, example, importance=settings.importance, budget=budget, data=batches)
     return prune(network, example, importance=settings.importance, budget=budget, data=batches, rank=settings.rank)
@@ -155,5 +204,7 @@ def check_budgets(
     for method in methods.values():
         network = networks(method.plain)
         for budget in budgets:
-            budget = with_floor(budget, network, example, config.prune)
-            gradual_pruner(network, example, budget, config.prune, steps=1, epochs=1, inner=method.inner)
+            if budget.latency_ratio is not None:
+                continue  # what a network takes is measured once it is trained
+            floored = with_floor(budget, network, example, config.prune)
+            gradual_pruner(network, example, floored, config.prune, method, steps=1, epochs=1)

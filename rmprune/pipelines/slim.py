@@ -50,7 +50,7 @@ def plan_cells(config: SlimConfig) -> list[Cell]:
     """The cells of a run, in the order they are done."""
     root, budgets = config.directory, config.prune.budgets
     if config.seeds == 1 and len(budgets) == 1:
-        return [Cell(config.seed, *budgets[0], directory=root, shared=root)]
+        return [Cell(config.seed, *budgets[0], root, root)]
     return [
         Cell(seed, kind, value, root / f"seed{seed}" / f"{kind}-{value:g}", root / f"seed{seed}")
         for seed in range(config.seed, config.seed + config.seeds)
