@@ -164,7 +164,7 @@ def test_the_unpruned_network_is_itself(name: str) -> None:
 def test_a_folded_network_is_recalibrated_as_with_batch_norms() -> None:
     model = network("v1")
     with_norms, without = scorer(model), scorer(folded(model))
-    widths = with_norms.space.uniform()[:1] + (8, 10)
+    widths = (*with_norms.space.uniform()[:1], 8, 10)
     keep = with_norms.order
     without.order = {
         group.name: keep[other.name] for group, other in zip(without.space.groups, with_norms.space.groups, strict=True)

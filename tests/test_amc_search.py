@@ -82,6 +82,15 @@ def test_the_agent_beats_random_search_and_uniform_widths() -> None:
     assert best["agent"] > best["random"] > best["uniform"]
 
 
+def test_sources_say_where_a_policy_came_from() -> None:
+    result = search(episodes=40).run()
+    sources = [episode.source for episode in result.episodes]
+    assert sources[:6] == ["warm-up"] * 6
+    assert {"agent", "refined"} == set(sources[6:])
+    assert {episode.source for episode in search(refine=0.0).run().episodes[6:]} == {"agent"}
+    assert all((episode.sigma > 0) == (episode.source == "agent") for episode in result.episodes)
+
+
 def test_same_seed_same_search_other_seed_another() -> None:
     runs = [search(seed=seed).run() for seed in (0, 0, 1)]
     policies = [[episode.widths for episode in run.episodes] for run in runs]

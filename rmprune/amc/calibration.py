@@ -210,17 +210,17 @@ def write_layer(model: nn.Module, op: Op, fit: Fitted) -> None:
             norm = model.get_submodule(op.norm)
             assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
             if module is not None and fit.weight is not None:
-                module.weight.copy_(fit.weight)  # type: ignore[operator, union-attr]
+                module.weight.copy_(fit.weight)  # type: ignore[operator]
             bias = getattr(module, "bias", None)
             norm.running_mean = fit.mean.clone() if bias is None else fit.mean + bias
             norm.running_var = fit.variance.clone()
         elif module is not None and fit.weight is not None:
             scaled = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))
-            module.weight.copy_(scaled)  # type: ignore[operator, union-attr]
+            module.weight.copy_(scaled)  # type: ignore[operator]
             if module.bias is None and bool(fit.shift.any()):
                 module.bias = nn.Parameter(torch.zeros_like(fit.shift))
             if module.bias is not None:
-                module.bias.copy_(fit.shift)  # type: ignore[operator, union-attr]
+                module.bias.copy_(fit.shift)  # type: ignore[operator]
 
 
 def _moments(y: Tensor) -> tuple[Tensor, Tensor]:

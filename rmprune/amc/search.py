@@ -17,24 +17,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rmprune.amc.agent import Agent, AgentConfig, Step
+from rmprune.amc.agent import Agent, AgentConfig, Step, truncated_normal
 from rmprune.amc.environment import FEATURES, Environment
 from rmprune.amc.space import Widths
 from rmprune.errors import ArtifactError, ConfigError
 
 Method = Literal["agent", "random", "uniform"]
 METHODS: dict[str, str] = {
-    "agent": "DDPG, after a warm-up of random policies",
+    "agent": "DDPG, after a warm-up of random policies; a share of its episodes varies the best policy",
     "random": "random policies only, each scaled to use up the budget",
     "uniform": "the one policy with the same kept fraction everywhere",
 }
 STATE_FILE, LOG_FILE = "search.safetensors", "episodes.jsonl"
+_VARIED_SHARE = 0.3  # of the layers change when the best policy is varied, by a deviation between these:
+_LEAST_VARIATION, _MOST_VARIATION = 0.05, 0.2
 _FORMAT = "rmprune amc search 1"
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One policy that was tried. `source`: warm-up, agent, random or uniform; `cost` in the unit of the budget."""
+    """One policy that was tried; `cost` in the unit of the budget. `source`: warm-up (random), agent (its own action),
+    refined (the best so far, varied), random or uniform."""
 
     episode: int
     source: str
@@ -69,8 +72,9 @@ Watcher = Callable[[SearchResult], None]
 class Search:
     """A search in progress. `run` goes on to the end; a search of the same settings and directory goes on where it was.
 
-    directory: where its files are kept (None: nowhere, nothing is resumed); identity: what the result depends on besides
-    these settings (network, data, budget ...), any JSON; a state of another identity is refused.
+    refine: share of the agent's episodes after the warm-up that vary the best policy so far; their transitions go into
+    the replay as all others do. directory: where its files are kept (None: nowhere, nothing is resumed). identity: what
+    the result depends on besides these settings (network, data, budget ...), any JSON; a state of another is refused.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Search:
         episodes: int,
         seed: int,
         agent: AgentConfig | None = None,
+        refine: float = 0.5,
         directory: Path | None = None,
         identity: Any = None,
         save_seconds: float = 10.0,
@@ -90,9 +95,10 @@ class Search:
         if episodes < 1:
             raise ConfigError(f"episodes is {episodes}; it must be at least 1")
         self.environment, self.method, self.directory, self.save_seconds = environment, method, directory, save_seconds
+        self.refine = refine
         self.total = 1 if method == "uniform" else episodes
         agent = agent or AgentConfig()
-        self.identity = json.loads(json.dumps([method, seed, asdict(agent), environment.kind, identity]))
+        self.identity = json.loads(json.dumps([method, seed, asdict(agent), refine, environment.kind, identity]))
         self.agent = Agent(len(FEATURES), agent, seed=seed)
         self.generator = torch.Generator().manual_seed(seed)  # of random policies
         self.result = SearchResult(method)
@@ -121,21 +127,17 @@ class Search:
         """One episode: a policy through the environment, its score, and what the agent learns from it."""
         started, sigma = time.perf_counter(), self.agent.sigma
         plan = self._planned()
-        steps: list[Step] = []
-        state, done = self.environment.reset(), False
-        while not done:
-            wanted = self.agent.act(state, *self.environment.bounds()) if plan is None else plan[len(steps)]
-            outcome = self.environment.step(wanted)
-            steps.append(Step(state, outcome.action, outcome.state, outcome.done))
-            state, done = outcome.state, outcome.done
-        widths = self.environment.widths
+        self._walk(plan)
+        widths = self.environment.completed()
+        steps = self._walk(self.environment.space.fractions(widths))
+        widths = self.environment.widths  # the same again, unless a cost falls where a layer grows
         if widths not in self.scored:
             self.scored[widths] = self.environment.score(widths)
         accuracy = self.scored[widths]
         reward = self.environment.reward(accuracy, widths)
-        source = self.method
+        source: str = self.method
         if self.method == "agent":
-            source = "warm-up" if plan is not None else "agent"
+            source = "agent" if plan is None else "warm-up" if self.agent.warming_up else "refined"
             self.agent.learn(steps, reward)
         cost, seconds = self.environment.space.cost(widths), time.perf_counter() - started
         number = len(self.result.episodes)
@@ -145,6 +147,17 @@ class Search:
             with (self.directory / LOG_FILE).open("a") as log:
                 log.write(json.dumps(asdict(episode)) + "\n")
 
+    def _walk(self, plan: tuple[float, ...] | None) -> list[Step]:
+        """Through the environment once, by a plan or by the agent's actions; what was executed."""
+        steps: list[Step] = []
+        state, done = self.environment.reset(), False
+        while not done:
+            wanted = self.agent.act(state, *self.environment.bounds()) if plan is None else plan[len(steps)]
+            outcome = self.environment.step(wanted)
+            steps.append(Step(state, outcome.action, outcome.state, outcome.done))
+            state, done = outcome.state, outcome.done
+        return steps
+
     def _planned(self) -> tuple[float, ...] | None:
         """The fractions of an episode that no actor chooses; None where the agent does."""
         space = self.environment.space
@@ -153,7 +166,21 @@ class Search:
         if self.method == "random" or self.agent.warming_up:
             first = not self.result.episodes  # begin with the policy that everybody would try
             return space.fractions(space.uniform() if first else space.random(self.generator))
+        if torch.rand((), generator=self.generator).item() < self.refine:
+            return space.fractions(self._varied(self.result.best.widths))
         return None
+
+    def _varied(self, widths: Widths) -> Widths:
+        """The best policy so far with some of its layers changed, scaled to the budget."""
+        space, generator = self.environment.space, self.generator
+        sigma = min(max(self.agent.sigma, _LEAST_VARIATION), _MOST_VARIATION)
+        fractions = [
+            truncated_normal(f, sigma, 0.0, 1.0, generator)
+            if torch.rand((), generator=generator).item() < _VARIED_SHARE
+            else f
+            for f in space.fractions(widths)
+        ]
+        return space.fit(fractions)
 
     def save(self) -> None:
         """Write the state, whole or not at all."""

@@ -148,7 +148,25 @@ class Space:
                 below, best = middle, widths
             else:
                 above = middle
-        return self.execute(self.fractions(best))
+        return self.fill(self.execute(self.fractions(best)), fractions)
+
+    def fill(self, widths: Sequence[int], fractions: Sequence[float] | None = None) -> Widths:
+        """The policy with what rounding left of the budget given back: widths grow a step at a time while they fit.
+
+        The group that is farthest below `fractions` (by default its present width), relative to them, grows first.
+        """
+        found, wanted = list(widths), fractions or self.fractions(widths)
+        steps = [list(allowed).index(width) for allowed, width in zip(self.allowed, found, strict=True)]
+        open_groups = set(range(len(found)))
+        while open_groups:
+            grown = {g: self.allowed[g][steps[g] + 1] for g in open_groups if steps[g] + 1 < len(self.allowed[g])}
+            fitting = {g: w for g, w in grown.items() if self.cost((*found[:g], w, *found[g + 1 :])) <= self.budget}
+            if not fitting:
+                break
+            open_groups = set(fitting)  # costs only rise: what does not fit now never will
+            best = min(fitting, key=lambda g: (fitting[g] / self.whole[g] / max(wanted[g], 1e-6), g))
+            found[best], steps[best] = fitting[best], steps[best] + 1
+        return tuple(found)
 
     def random(self, generator: torch.Generator) -> Widths:
         """A policy drawn at random: independent uniform fractions for the groups, then all scaled to use up the budget."""

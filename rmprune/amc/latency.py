@@ -1,0 +1,96 @@
+"""Milliseconds of a layer at any widths, for the search: a coarse grid from the latency model, interpolated. It decides nothing.
+
+The latency model measures whatever width it is asked for; a search asks for thousands. So each layer is measured on a grid of
+widths (multiples of 8, a handful between the narrowest and the whole) before the search, in one go, and a policy's widths are
+interpolated. What that leaves out is caught by the verification of whole networks.
+"""
+
+import itertools
+import json
+from bisect import bisect_right
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.measure.latency_model import LatencyModel
+from rmprune.measure.layers import network_layers
+from rmprune.pruning.chain import trace_graph
+from rmprune.pruning.structure import Layer, Structure
+
+GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Fractions of a layer's width near which it is measured."""
+
+
+def grid_widths(whole: int, prunable: bool) -> list[int]:
+    """Widths at which a layer of this width is measured, ascending; the last one is `whole`."""
+    if not prunable:
+        return [whole]
+    step = 8 if whole <= 128 else 16 if whole <= 256 else 32
+    points = {max(step, round(fraction * whole / step) * step) for fraction in GRID[1:-1]}
+    return sorted({point for point in points if point < whole} | {min(8, whole), whole})
+
+
+class TimeCost:
+    """A `Cost` in milliseconds. `constant`: what the whole network takes besides its convolutions and linear layers.
+
+    Made for one network; measures its grid at once, through the latency model (and so into its cache).
+    """
+
+    def __init__(self, table: LatencyModel, model: nn.Module, structure: Structure, example_inputs: Tensor) -> None:
+        found = network_layers(model, example_inputs)
+        weighted = [layer for layer in found if json.loads(layer.kind)["type"] in ("Conv2d", "Linear")]
+        names = _execution_order(model)
+        if len(names) != len(weighted):
+            raise UnsupportedModel(f"{len(names)} layers run, {len(weighted)} can be timed; use another constraint")
+        self.table = table
+        self.timed = dict(zip(names, weighted, strict=True))
+        self.grids = {layer.name: _grid(layer) for layer in structure.layers}
+        shapes = [
+            self.timed[name]._replace(cin=cin, cout=cout)
+            for name, (into, out) in self.grids.items()
+            for cin, cout in ([(w, w) for w in out] if into is out else itertools.product(into, out))
+        ]
+        table.require([*shapes, *found])
+        others = [layer for layer in found if layer not in set(weighted)]
+        self._scale, self._each = table.fit
+        self.constant = (table.overhead or 0.0) + sum(self._scale * table.layer_ms(x) + self._each for x in others)
+
+    def __call__(self, layer: Layer, cin: int, cout: int) -> float:
+        into, out = self.grids[layer.name]
+        timed = self.timed[layer.name]
+        total = 0.0
+        for b, v in _between(out, cout):
+            for a, u in [(b, 1.0)] if into is out else _between(into, cin):
+                total += u * v * self.table.layer_ms(timed._replace(cin=a, cout=b))
+        return self._scale * total + self._each
+
+
+def calibrate(table: LatencyModel, networks: Mapping[str, nn.Module], example_inputs: Tensor) -> dict[str, float]:
+    """Fit the latency model to whole networks, measured in turns; their measured milliseconds by name."""
+    compared = table.calibrate(dict(networks), example_inputs)
+    return dict(zip(compared["model"], compared["measured_ms"].astype(float), strict=True))
+
+
+def _grid(layer: Layer) -> tuple[list[int], list[int]]:
+    """(input widths, output widths); one and the same list for a depthwise layer."""
+    out = grid_widths(layer.cout, bool(layer.outputs))
+    return (out, out) if layer.kind == "depthwise" else (grid_widths(layer.cin, bool(layer.inputs)), out)
+
+
+def _between(grid: list[int], width: int) -> list[tuple[int, float]]:
+    """Grid points around a width and their weights; beyond the ends the end."""
+    at = bisect_right(grid, width)
+    if at == 0 or at == len(grid):
+        return [(grid[0] if at == 0 else grid[-1], 1.0)]
+    low, high = grid[at - 1], grid[at]
+    share = (width - low) / (high - low)
+    return [(low, 1 - share), (high, share)] if share else [(low, 1.0)]
+
+
+def _execution_order(model: nn.Module) -> list[str]:
+    graph = trace_graph(model)
+    if graph is None:
+        raise UnsupportedModel(f"{type(model).__name__}: torch.fx cannot trace it; use another constraint")
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    return [name for name in called if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]

@@ -1,0 +1,279 @@
+"""`amc`: train MobileNetV2, remove residuals and fuse, choose widths, fine-tune, measure, record.
+
+A run is a directory, laid out as `slim`'s: with one seed and one budget it is the cell itself; with more, `seed0/` holds
+`dense/` and `plain/`, and `seed0/macs_ratio-0.5/` is a cell with its record, a directory for each method's network
+(`rm-amc/`, ...) and `search/METHOD/` (state and episodes of the search).
+"""
+
+import functools
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rmprune import artifact, models, records
+from rmprune.amc.apply import PolicyPruner
+from rmprune.amc.choose import Timing, choose, make_space
+from rmprune.amc.progress import search_bar
+from rmprune.amc.search import METHODS as SEARCHES
+from rmprune.amc.search import Method as SearchMethod
+from rmprune.amc.uniform import width_multiplier
+from rmprune.config import AmcConfig
+from rmprune.configfile import to_dict
+from rmprune.data import Dataset, load_dataset
+from rmprune.errors import ConfigError
+from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
+from rmprune.pipelines.slim import CALIBRATION_IMAGES, measure_networks, pick_device, stage
+from rmprune.removal import remove_residuals
+from rmprune.rundir import claim
+from rmprune.training import fit
+
+logger = logging.getLogger("rmprune")
+GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
+
+
+class Method(NamedTuple):
+    """How a method chooses widths. `search`: None trains the original network at a smaller width from scratch."""
+
+    about: str
+    plain: bool
+    search: SearchMethod | None
+
+
+METHODS: dict[str, Method] = {
+    "rm-amc": Method("RM and fusing, then the agent on the plain network", True, "agent"),
+    "rm-random": Method("RM and fusing, then random search with as many episodes", True, "random"),
+    "rm-uniform": Method("RM and fusing, then the same fraction of every layer", True, "uniform"),
+    "residual-amc": Method("residuals kept, coupled channels tied, then the agent", False, "agent"),
+    "residual-random": Method("residuals kept, coupled channels tied, then random search", False, "random"),
+    "uniform": Method("the original network at a smaller width multiplier, trained from scratch", False, None),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One seed with one budget: a record of its own. `shared` holds what all cells of the seed have in common."""
+
+    seed: int
+    ratio: float
+    directory: Path
+    shared: Path
+
+    @property
+    def record(self) -> Path:
+        return self.directory / records.RECORD
+
+
+def plan_cells(config: AmcConfig) -> list[Cell]:
+    """The cells of a run, in the order they are done."""
+    root, kind = config.directory, f"{config.search.constraint}_ratio"
+    if config.seeds == 1 and len(config.search.budget) == 1:
+        return [Cell(config.seed, config.search.budget[0], directory=root, shared=root)]
+    return [
+        Cell(seed, value, root / f"seed{seed}" / f"{kind}-{value:g}", root / f"seed{seed}")
+        for seed in range(config.seed, config.seed + config.seeds)
+        for value in config.search.budget
+    ]
+
+
+def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
+    """Do the whole job and return the records. Goes on where an interrupted run of the same settings was."""
+    for name in config.method:
+        if name not in METHODS:
+            raise ConfigError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
+    cells = plan_cells(config)
+    device = pick_device(config.device)
+    data = load_dataset(config.data)
+    _refuse_early(config, data, cells)
+    claim(config.directory, config, records=[cell.record for cell in cells], overwrite=config.overwrite)
+    for number, cell in enumerate(cells, 1):
+        if cell.record.is_file():
+            continue
+        if len(cells) > 1:
+            logger.info(
+                "cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, config.search.constraint, cell.ratio
+            )
+        _Run(config, cell, data, device).finish(command)
+    return [cell.record for cell in cells]
+
+
+def make_original(config: AmcConfig, data: Dataset, seed: int, width: float | None = None) -> nn.Module:
+    """The network before training, from its seed; `width` in the place of the config's."""
+    settings: dict[str, Any] = {"width": width or config.width, "free": config.free if config.free > 1 else None}
+    if settings["width"] is not None and not config.model.startswith("mobilenet"):
+        settings["width"] = int(settings["width"])  # channels, not a multiplier
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for name in settings:
+        if not models.accepts(config.model, name):
+            raise ConfigError(f"{config.model} has no setting {name}; leave --{name} out")
+    if models.accepts(config.model, "small_images") and max(data.input_shape[1:]) <= SMALL_IMAGE:
+        settings["small_images"] = True
+    torch.manual_seed(seed)
+    return models.create(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0], **settings).eval()
+
+
+def _refuse_early(config: AmcConfig, data: Dataset, cells: list[Cell]) -> None:
+    """Infeasible budgets are refused before a file is written or an epoch trained (measured time: once it is measured)."""
+    dense, example = make_original(config, data, config.seed), data.train.example(2)
+    if config.search.constraint == "latency":
+        return
+    for plain in {METHODS[name].plain for name in config.method if METHODS[name].search is not None}:
+        network = _without_residuals(config, dense, example) if plain else dense
+        for ratio in config.search.budget:
+            make_space(network, dense, example, config.search, ratio)
+
+
+def _without_residuals(config: AmcConfig, dense: nn.Module, example: Tensor) -> nn.Module:
+    settings = config.removal
+    return remove_residuals(
+        dense, example, keep=settings.keep, ranges=settings.ranges, form=settings.form, fuse=settings.fuse
+    ).model
+
+
+class _Run:
+    """The stages of one cell, in the order of their methods' names in `finish`."""
+
+    def __init__(self, config: AmcConfig, cell: Cell, data: Dataset, device: torch.device) -> None:
+        self.config, self.cell, self.data, self.device = config, cell, data, device
+        self.example = data.train.example(2)
+        self.timing: Timing | None = None
+
+    def finish(self, command: str) -> None:
+        """Every stage that is not done yet, then the record."""
+        config, cell = self.config, self.cell
+        dense = stage(cell.shared / "dense", lambda: (self.train(cell.shared, "dense"), {}))
+        found: dict[str, nn.Module] = {"original": dense}
+        removal: dict[str, Any] | None = None
+        if any(METHODS[name].plain for name in config.method):
+            found["plain"] = stage(cell.shared / "plain", lambda: self.remove(dense), onnx=self.example[:1])
+            removal = artifact.read_extra(cell.shared / "plain")["removal"]
+        if config.search.constraint == "latency":
+            self.timing = Timing(dense, self.example, config.measure, cache=cell.shared / "latency.json")
+        for name in config.method:
+            base = found["plain"] if METHODS[name].plain else dense
+            make = functools.partial(self.slim, name, base, dense)
+            found[name] = stage(cell.directory / name, make, onnx=self.example[:1])
+        logger.info("measuring %s", ", ".join(found))
+        entries = measure_networks(found, self.data, config.measure, self.device)
+        for name in config.method:
+            entries[name]["method"] = name
+            entries[name]["search"] = artifact.read_extra(cell.directory / name)["search"]
+        record = {
+            "schema": records.SCHEMA,
+            "command": command,
+            "config": to_dict(config),
+            "seed": cell.seed,
+            "model": config.model,
+            "dataset": config.data.dataset,
+            "input_shape": list(self.data.input_shape),
+            "method": ",".join(config.method),
+            "budget": {f"{config.search.constraint}_ratio": cell.ratio},
+            "environment": records.environment(),
+            "removal": removal,
+            **entries,
+        }
+        records.write_record(cell.record, record)
+
+    def train(self, directory: Path, label: str, width: float | None = None, more_epochs: int = 0) -> nn.Module:
+        """The original network, or one of another width, trained from its seed (or loaded)."""
+        model = make_original(self.config, self.data, self.cell.seed, width)
+        if self.config.checkpoint is not None and width is None:
+            return load_checkpoint_into(model, self.config.checkpoint, self.config.model)
+        return fit(
+            model,
+            self.data,
+            replace(self.config.train, epochs=self.config.train.epochs + more_epochs),
+            seed=self.cell.seed,
+            device=self.device,
+            checkpoint=directory / "checkpoint" / f"{label}.pt",
+            log=directory / "log.jsonl",
+            label=label,
+        ).cpu()
+
+    def remove(self, dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """RM and fusing, with batch norms measured on training images."""
+        settings = self.config.removal
+        removal = remove_residuals(
+            dense,
+            self.data.train.example(CALIBRATION_IMAGES),
+            keep=settings.keep,
+            ranges=settings.ranges,
+            form=settings.form,
+            fuse=settings.fuse,
+        )
+        logger.info(
+            "removed %d residuals, kept %d; largest error %.1e",
+            len(removal.removed),
+            len(removal.kept),
+            removal.max_error,
+        )
+        return removal.model, {
+            "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error}
+        }
+
+    def slim(self, name: str, base: nn.Module, dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """A method's network, trained to its end, and what its search found."""
+        config, cell, search = self.config, self.cell, METHODS[name].search
+        if search is None:
+            return self.narrow(name, dense)
+        directory = cell.directory / "search" / name
+        if self.timing is None:
+            space = make_space(base, dense, self.example, config.search, cell.ratio)
+        else:
+            space = self.timing.space(base, config.search, cell.ratio, directory / "budget.txt")
+        episodes = 1 if search == "uniform" else config.search.episodes
+        with search_bar(f"{name}: {SEARCHES[search].split(',')[0]}", episodes, space.budget) as watch:
+            chosen = choose(
+                base,
+                space,
+                search,
+                config.search,
+                self.data,
+                seed=cell.seed,
+                device=self.device,
+                ratio=cell.ratio,
+                directory=directory,
+                timing=self.timing,
+                watch=watch,
+            )
+        return self.finetune(name, base, chosen.model, chosen.widths, dense), {"search": chosen.facts}
+
+    def finetune(
+        self, name: str, base: nn.Module, pruned: nn.Module, widths: dict[str, int], teacher: nn.Module
+    ) -> nn.Module:
+        """Train what is left, after one cut or cutting on the way; with the original network as teacher."""
+        config, hook = self.config, None
+        if config.apply == "gradual":
+            steps = self.data.train.num_batches(self.data.config.batch_size, shuffled=True) * config.prune_epochs
+            pruned = base
+            hook = PolicyPruner(
+                base, self.example, widths, prune_epochs=config.prune_epochs, every=max(1, int(steps / GRADUAL_CUTS))
+            )
+        return fit(
+            pruned,
+            self.data,
+            config.finetune,
+            seed=self.cell.seed,
+            device=self.device,
+            hook=hook,
+            teacher=teacher if config.finetune.distillation else None,
+            checkpoint=self.cell.directory / "checkpoint" / f"{name}.pt",
+            log=self.cell.directory / "log.jsonl",
+            label=name,
+        ).cpu()
+
+    def narrow(self, name: str, dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """The original network at the largest width multiplier within the budget, trained as long as all others in total."""
+        found = width_multiplier(
+            lambda width: make_original(self.config, self.data, self.cell.seed, width),
+            dense,
+            self.example,
+            self.config,
+            self.cell.ratio,
+            self.timing,
+        )
+        model = self.train(self.cell.directory, name, found.width, more_epochs=self.config.finetune.epochs)
+        return model, {"search": {"method": "width multiplier", "width": found.width, "verified_ratio": found.ratio}}

@@ -1,0 +1,93 @@
+"""Layer times for the search: the grid, its interpolation, and agreement with the latency model; times are made up."""
+
+import itertools
+import json
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rmprune.amc.latency import TimeCost, grid_widths
+from rmprune.measure.latency_model import LatencyModel
+from rmprune.measure.layers import Layer, network_layers
+from rmprune.pruning.graph import find_structure
+
+
+class Table(LatencyModel):
+    """A latency model whose measurements are a formula: bilinear in the widths, so that interpolation is exact."""
+
+    def __init__(self) -> None:
+        super().__init__("eager")
+        self.asked: set[Layer] = set()
+        self.fit = (1.5, 0.25)
+        self.overhead = 2.0
+
+    def require(self, layers: Iterable[Layer]) -> None:
+        self.asked |= set(layers)
+
+    def layer_ms(self, layer: Layer) -> float:
+        kind = json.loads(layer.kind)["type"]
+        return 0.1 + layer.cin * layer.cout * 1e-3 + layer.cout * 1e-2 if kind in ("Conv2d", "Linear") else 0.5
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(40, 10)  # not in the order of execution
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+        self.depthwise = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.BatchNorm2d(32), nn.ReLU6())
+        self.last = nn.Sequential(nn.Conv2d(32, 40, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.depthwise(self.stem(x))))
+
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.fixture
+def cost() -> TimeCost:
+    model = Net().eval()
+    return TimeCost(Table(), model, find_structure(model, X), X)
+
+
+def test_the_whole_network_costs_what_the_table_predicts(cost: TimeCost) -> None:
+    model = Net().eval()
+    layers = find_structure(model, X).layers
+    found = sum(cost(layer, layer.cin, layer.cout) for layer in layers) + cost.constant
+    assert found == pytest.approx(cost.table.predict_layers(network_layers(model, X)))
+
+
+def test_widths_between_are_interpolated(cost: TimeCost) -> None:
+    layers = {layer.name: layer for layer in find_structure(Net().eval(), X).layers}
+    for cin, cout in itertools.product((8, 11, 17, 32), (8, 13, 40)):
+        expected = 1.5 * (0.1 + cin * cout * 1e-3 + cout * 1e-2) + 0.25
+        assert cost(layers["last.0"], cin, cout) == pytest.approx(expected)
+    for width in (8, 16, 24, 32):  # depthwise: one width, measured along the diagonal
+        assert cost(layers["depthwise.0"], width, width) == pytest.approx(
+            1.5 * (0.1 + width**2 * 1e-3 + width * 1e-2) + 0.25
+        )
+    assert cost(layers["head"], 20, 10) == pytest.approx(1.5 * (0.1 + 0.2 + 0.1) + 0.25)
+
+
+def test_everything_is_measured_before_the_search(cost: TimeCost) -> None:
+    table = cost.table
+    assert isinstance(table, Table)
+    before = len(table.asked)
+    assert before < 80
+    layers = find_structure(Net().eval(), X).layers
+    for layer in layers:
+        cost(layer, max(1, layer.cin // 2), layer.cout)
+    assert len(table.asked) == before
+
+
+def test_grids() -> None:
+    assert grid_widths(10, prunable=False) == [10]
+    assert grid_widths(6, prunable=True) == [6]
+    assert grid_widths(24, prunable=True) == [8, 16, 24]
+    wide = grid_widths(960, prunable=True)
+    assert wide[0] == 8
+    assert wide[-1] == 960
+    assert all(width % 32 == 0 for width in wide[1:])
+    assert len(wide) <= 7
