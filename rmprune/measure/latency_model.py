@@ -13,6 +13,7 @@ by measuring.
 """
 
 import json
+import math
 import os
 import random
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ from rmprune.records import environment
 
 SCHEMA = 1
 _PULL = 0.3
+_PASSES = 2
 _AT_ONCE = 24  # layers measured in turns with each other
 
 
@@ -93,17 +95,24 @@ class LatencyModel:
         missing = list(needed)
         if self.overhead is None:
             self.overhead = self._measure([_EMPTY])[0]
-        random.Random(0).shuffle(missing)  # a machine that drifts must not favour the layers of one stage
-        for start in range(0, len(missing), _AT_ONCE):
-            part = missing[start : start + _AT_ONCE]
-            self.table.update(zip(part, self._measure(part), strict=True))
+        order, found = random.Random(0), dict.fromkeys(missing, math.inf)
+        for _ in range(
+            _PASSES if missing else 0
+        ):  # apart in time and in other company: a burst of load hits one of them
+            order.shuffle(missing)
+            for start in range(0, len(missing), _AT_ONCE):
+                part = missing[start : start + _AT_ONCE]
+                for layer, ms in zip(part, self._measure(part), strict=True):
+                    found[layer] = min(found[layer], ms)
+        self.table |= found
         if missing and self.cache is not None:
             self._write(self.cache)
 
     def calibrate(self, models: dict[str, nn.Module], example_inputs: Tensor, *, seconds: float = 1.0) -> pd.DataFrame:
         """Fits a and b on whole networks (three or more, of different cost); returns `validate`'s table.
 
-        Least squares of the relative error, with a mild pull to a = 1 and b = 0.
+        Least absolute relative errors (one network measured badly must not bend the fit), with a mild pull to a = 1, b
+        = 0.
         """
         measured = self._measure_networks(models, example_inputs, seconds)
         rows, targets = [], []
@@ -112,10 +121,7 @@ class LatencyModel:
             self.require(layers)
             rows.append(np.array([sum(map(self.layer_ms, layers)), len(layers)]) / measured[name])
             targets.append(1 - (self.overhead or 0.0) / measured[name])
-        pull = _PULL * np.diag(np.abs(rows).mean(axis=0))
-        matrix, target = np.vstack([*rows, pull]), np.array([*targets, pull[0, 0], 0.0])
-        a, b = np.linalg.lstsq(matrix, target, rcond=None)[0]
-        self.fit = (float(a), float(b))
+        self.fit = _fit(np.array(rows), np.array(targets))
         if self.cache is not None:
             self._write(self.cache)
         return self._compare(models, example_inputs, measured)
@@ -145,7 +151,9 @@ class LatencyModel:
         return {name: found[0].median_ms for name, found in results.items()}
 
     def _measure(self, layers: list[Layer]) -> list[float]:
-        """Median milliseconds of layers alone, measured in turns."""
+        """Milliseconds of layers alone, measured in turns: the first quartile, which a burst of other load hardly
+        moves.
+        """
         runs = {}
         with quiet_process(self.threads), torch.inference_mode():
             for layer in layers:
@@ -153,7 +161,7 @@ class LatencyModel:
                 candidate = Candidate(str(layer), module, x)
                 runs[str(layer)] = prepare(candidate, self.backend, "cpu", self.threads, self.batch_size)
             times, _ = timed_rounds(runs, "cpu", self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
-        return [float(np.median(times[str(layer)])) for layer in layers]
+        return [float(np.quantile(times[str(layer)], 0.25)) for layer in layers]
 
     def _settings(self) -> dict[str, Any]:
         here = environment()
@@ -198,6 +206,18 @@ class LatencyModel:
                     "another file"
                 )
         self.table, self.fit, self.overhead = table, (a, b), overhead
+
+
+def _fit(rows: Any, targets: Any) -> tuple[float, float]:
+    """a and b with rows @ (a, b) near targets in absolute error, by least squares with weights renewed ten times."""
+    pull = _PULL * np.diag(np.abs(rows).mean(axis=0))
+    matrix, target = np.vstack([rows, pull]), np.append(targets, [pull[0, 0], 0.0])
+    solution, weights = np.array([1.0, 0.0]), np.ones(len(targets))
+    for _ in range(10):
+        scale = np.append(np.sqrt(weights), [1.0, 1.0])
+        solution = np.linalg.lstsq(matrix * scale[:, None], target * scale, rcond=None)[0]
+        weights = 0.05 / np.maximum(np.abs(rows @ solution - targets), 0.05)
+    return float(solution[0]), float(solution[1])
 
 
 _EMPTY = Layer('{"activation": null, "add": false, "args": {"inplace": false}, "size": [1, 1], "type": "ReLU"}', 1, 1)
