@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
     about: str
     plain: bool
-    settings: dict[str, object]
+    settings: dict[str, Any]
     torch_pruning: bool = False
     inner: bool = False
 
