@@ -12,8 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from rmprune.architecture import trace
 from rmprune.errors import ConfigError, RmpruneError
 from rmprune.onnx_export import fold_batch_norms, onnx_bytes
 
@@ -73,8 +74,8 @@ def torchscript(candidate: Candidate, device: str, threads: int, batch_size: int
 def compiled(candidate: Candidate, device: str, threads: int, batch_size: int) -> Run:
     """torch.compile with its defaults, channels-last; on a CPU it needs a C++ compiler."""
     model, x = _torch_module(candidate, batch_size, device)
-    torch._dynamo.reset()
-    function = torch.compile(model)
+    # A forward function of its own: candidates that share one would pay for each other's guards and recompilations.
+    function = torch.compile(fx.GraphModule(model, trace(model)))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
