@@ -83,6 +83,15 @@ def amc(arguments: list[str]) -> None:
     _finish(config.directory, run_amc(config, command=command), command)
 
 
+def train(arguments: list[str]) -> None:
+    """train a network, remove its residuals for deployment and measure both; nothing is pruned"""
+    from rmprune.pipelines.train import run_train
+
+    config = _parse(settings.TrainRunConfig, arguments, "train")
+    command = _command_line("train", arguments)
+    _finish(config.directory, run_train(config, command=command), command)
+
+
 def _finish(directory: Path, records: list[Path], command: str) -> None:
     """The end of a run: its tables on the screen, its figure on disk, and what to do next."""
     from rmprune.report import build_report, show
@@ -126,5 +135,5 @@ def report(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (slim, amc, inspect, convert, measure, report)
+    function.__name__: function for function in (slim, amc, train, inspect, convert, measure, report)
 }

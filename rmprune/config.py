@@ -291,6 +291,36 @@ class SlimConfig:
 
 
 @dataclass(frozen=True)
+class TrainRunConfig:
+    """Train a network, remove its residuals for deployment, measure both; nothing is pruned."""
+
+    model: str = "repvgg"
+    """Network by name: repvgg, rmnext50x5_32, preact_resnet18, resnet20, ..."""
+    depth: int | None = None
+    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
+    reserve_ratio: float | None = None
+    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
+    width: int | None = None
+    """Base width, for networks that have one."""
+    seed: int = 0
+    """Seed of the weights and of the order of the images."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    data: Unprefixed[DataConfig] = DataConfig()
+    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
+    measure: MeasureConfig = MeasureConfig()
+    out: Path | None = field(default=None, metadata=transient())
+    """Run directory (default: runs/train-MODEL-DATASET)."""
+    overwrite: bool = field(default=False, metadata=transient())
+    """Replace a finished run, or one with other settings, in that directory."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"train-{self.model.replace('/', '-')}-{self.data.dataset}"
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """A network to look at: a name or an artifact, and the images it takes."""
 

@@ -9,18 +9,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rmprune import artifact, models
-from rmprune.errors import ArtifactError
+from rmprune.errors import ArtifactError, ConfigError
 
 SMALL_IMAGE = 64  # up to this size networks that know a small-image stem get it
 
 
-def create_network(
-    name: str, *, num_classes: int, input_shape: tuple[int, int, int], width: int | None = None
-) -> nn.Module:
-    """A new network with random weights for images of `input_shape` (C, H, W)."""
-    settings: dict[str, Any] = {}
-    if width is not None:
-        settings["width"] = width
+def create_network(name: str, *, num_classes: int, input_shape: tuple[int, int, int], **given: Any) -> nn.Module:
+    """A new network with random weights for images of `input_shape` (C, H, W). `given`: its own settings; None leaves one out."""
+    settings = {key: value for key, value in given.items() if value is not None}
+    for key in settings:
+        if not models.accepts(name, key):
+            raise ConfigError(f"{name} has no setting {key}; leave --{key.replace('_', '-')} out")
     if models.accepts(name, "small_images") and max(input_shape[1:]) <= SMALL_IMAGE:
         settings["small_images"] = True
     return models.create(name, num_classes=num_classes, in_channels=input_shape[0], **settings)

@@ -1,0 +1,68 @@
+"""`train`: train a network, deploy it by RM, measure both, record. For networks that need no pruning to be plain (RepVGG, RMNeXt)."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rmprune import artifact, records
+from rmprune.config import TrainRunConfig
+from rmprune.configfile import to_dict
+from rmprune.data import Dataset, load_dataset
+from rmprune.loading import create_network
+from rmprune.pipelines.slim import measure_networks, pick_device, remove, stage
+from rmprune.removal import plan_removal
+from rmprune.rundir import claim
+from rmprune.training import fit
+
+
+def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
+    """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
+    root = config.directory
+    device = pick_device(config.device)
+    data = load_dataset(config.data)
+    model = make_network(config, data)
+    plan_removal(model, data.train.example(2))  # refuse a network without residuals before training it
+    claim(root, config, records=[root / records.RECORD], overwrite=config.overwrite)
+
+    def trained() -> nn.Module:
+        return fit(
+            model,
+            data,
+            config.train,
+            seed=config.seed,
+            device=device,
+            checkpoint=root / "checkpoint" / "dense.pt",
+            log=root / "log.jsonl",
+            label="dense",
+        ).cpu()
+
+    dense = stage(root / "dense", lambda: (trained(), {}))
+    plain = stage(root / "plain", lambda: remove(dense, data), onnx=data.train.example(1))
+    record = {
+        "schema": records.SCHEMA,
+        "command": command,
+        "config": to_dict(config),
+        "seed": config.seed,
+        "model": config.model,
+        "dataset": config.data.dataset,
+        "input_shape": list(data.input_shape),
+        "method": "train",
+        "environment": records.environment(),
+        "removal": artifact.read_extra(root / "plain")["removal"],
+        **measure_networks({"original": dense, "plain": plain}, data, config.measure, device),
+    }
+    return [records.write_record(root / records.RECORD, record)]
+
+
+def make_network(config: TrainRunConfig, data: Dataset) -> nn.Module:
+    """The network before training, from its seed."""
+    torch.manual_seed(config.seed)
+    return create_network(
+        config.model,
+        num_classes=data.num_classes,
+        input_shape=data.input_shape,
+        width=config.width,
+        depth=config.depth,
+        reserve_ratio=config.reserve_ratio,
+    ).eval()
