@@ -2,9 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from rmprune.config import DataConfig, PruneConfig, SlimConfig
+from rmprune.config import AmcConfig, DataConfig, PruneConfig, SlimConfig, TrainRunConfig
 from rmprune.configfile import differences, from_toml, to_toml
 from rmprune.errors import ConfigError
+
+
+KINDS = {"slim": SlimConfig, "amc": AmcConfig, "train": TrainRunConfig}
 
 
 def config(**settings) -> SlimConfig:
@@ -56,3 +59,9 @@ def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
     assert read.finetune.epochs == 3 != default.finetune.epochs
     assert read.finetune.warmup_epochs == default.finetune.warmup_epochs == 0
     assert read.finetune.learning_rate == default.finetune.learning_rate
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "experiments").glob("*.toml")), ids=lambda f: f.stem)
+def test_every_published_experiment_can_be_read(file: Path) -> None:
+    kind = next(kind for command, kind in KINDS.items() if f"rmprune {command} --config" in file.read_text())
+    assert from_toml(kind, file).data.dataset
