@@ -1,6 +1,7 @@
 """Exact removal of residual connections (RM, arXiv 2111.00687): the public names, nothing else."""
 
+from rmprune.removal.linear import fold_batch_norms, fuse_linear
 from rmprune.removal.remove import Removal, plan_removal, remove_residuals
 from rmprune.removal.rewrite import BlockReport
 
-__all__ = ["BlockReport", "Removal", "plan_removal", "remove_residuals"]
+__all__ = ["BlockReport", "Removal", "fold_batch_norms", "fuse_linear", "plan_removal", "remove_residuals"]

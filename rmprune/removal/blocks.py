@@ -14,8 +14,8 @@ from rmprune.removal.activations import rule_of
 from rmprune.removal.assemble import Entries, entries_of
 from rmprune.removal.geometry import output_size
 from rmprune.removal.kernels import Conv, Geometry, Pair, dense, depthwise, from_module, identity, with_norm
+from rmprune.removal.network import Network, is_batch_norm, shape_of
 from rmprune.removal.ranges import Range, range_of, spatial
-from rmprune.removal.trace import Network, is_batch_norm, shape_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _GATES = (operator.mul, operator.imul, torch.mul)
@@ -120,10 +120,7 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block | str:
     linear = [all(_is_linear(network, node) for node in nodes) for nodes in (chain, other)]
     if not any(linear):
         return "both ways hold an activation or another non-linear layer: neither is a shortcut"
-    if all(linear):
-        swap = _reach(network, chain) < _reach(network, other)
-    else:
-        swap = linear[0]
+    swap = _reach(network, chain) < _reach(network, other) if all(linear) else linear[0]
     branch, shortcut = (other, chain) if swap else (chain, other)
     layers = _layers(network, branch, source)
     if isinstance(layers, str):
@@ -182,14 +179,11 @@ def linear_layer(network: Network, node: fx.Node) -> Conv | str:
 
 
 def _crop(node: fx.Node, channels: int) -> Conv | str:
-    """x[:, :, a::s, b::s], the subsampling of a parameter-free shortcut."""
-    index = node.args[1]
-    if not isinstance(index, tuple) or len(index) != 4 or index[:2] != (slice(None), slice(None)):
-        return "an indexing other than x[:, :, ::s, ::s]"
-    if not all(
-        isinstance(i, slice) and i.stop is None and (i.start or 0) == 0 and (i.step or 1) > 0 for i in index[2:]
-    ):
-        return "an indexing other than x[:, :, ::s, ::s]"
+    """x[:, :, ::r, ::s], the subsampling of a parameter-free shortcut."""
+    index: Any = node.args[1]
+    plain = isinstance(index, tuple) and len(index) == 4 and all(isinstance(i, slice) for i in index)
+    if not plain or any(i.start or i.stop is not None for i in index) or index[0].step or index[1].step:
+        return "an indexing other than x[:, :, ::r, ::s]"
     stride = (index[2].step or 1, index[3].step or 1)
     return depthwise(
         torch.ones(channels, 1, 1, dtype=torch.float64), _zeros(channels), Geometry(stride=stride), node.name

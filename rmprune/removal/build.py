@@ -3,6 +3,7 @@ way, outputs come out in float64 for the check, and each layer is cast to its fi
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.removal.kernels import Conv
+from rmprune.removal.network import Network
 from rmprune.removal.sparse import sparse_forward
-from rmprune.removal.trace import Network
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class _Builder:
             return self._conv(node, layer, args[0])
         value = layer(*args, **kwargs)
         self._copy(node)
-        self.nodes[node].target = self._register(str(node.target), self._cast(_fresh(layer)))
+        self.nodes[node].target = self._register(str(node.target), self._cast(copy.deepcopy(layer)))
         return value
 
     def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:
@@ -147,13 +148,6 @@ class _Builder:
         return fx.GraphModule(root, self.graph).eval()
 
 
-def _fresh(module: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the float64 reference, so that it can be cast."""
-    import copy
-
-    return copy.deepcopy(module)
-
-
 def build_conv(conv: Conv) -> nn.Conv2d:
     """The float64 module of a convolution; the bias is left to the norm where there is one."""
     g = conv.geometry
@@ -161,9 +155,10 @@ def build_conv(conv: Conv) -> nn.Conv2d:
     with torch.device("meta"):
         module = nn.Conv2d(
             conv.in_channels, conv.out_channels, g.kernel, g.stride, g.padding, g.dilation, conv.groups, conv.norm is None,
-            g.padding_mode,
+            g.padding_mode,  # type: ignore[arg-type]
         )  # fmt: skip
-    module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    weight = weight.contiguous() if conv.rewritten else weight.clone()  # no two modules share memory
+    module.weight = nn.Parameter(weight, requires_grad=False)
     if conv.norm is None:
         module.bias = nn.Parameter(conv.bias.clone(), requires_grad=False)
     return module.eval()

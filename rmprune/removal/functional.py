@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.removal.kernels import Scale
 
+COMMUTATIVE = (operator.mul, torch.mul)
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
 
 
@@ -96,10 +97,11 @@ def _scale(given: dict[str, Any]) -> list[nn.Module] | None:
     factor = given["other"]
     if isinstance(factor, int | float):
         return [Scale(torch.tensor([float(factor)], dtype=torch.float64))]
-    if isinstance(factor, Tensor) and factor.dim() in (1, 3, 4) and (factor.dim() == 1) == (factor.numel() == 1):
-        if factor.dim() == 1 or factor.shape[-2:] == (1, 1):
-            return [Scale(factor)]
-    return None
+    if not isinstance(factor, Tensor):
+        return None
+    one = factor.numel() == 1 and factor.dim() <= 4
+    channels = factor.dim() in (3, 4) and factor.shape[-2:] == (1, 1) and factor.shape[-3] == factor.numel()
+    return [Scale(factor)] if one or channels else None
 
 
 def _conv2d(given: dict[str, Any]) -> list[nn.Module]:

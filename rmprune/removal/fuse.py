@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from rmprune.removal.blocks import linear_layer
 from rmprune.removal.kernels import Conv, compose, from_module, to_measure, with_norm
+from rmprune.removal.network import Network, shape_of
 from rmprune.removal.ranges import spatial
-from rmprune.removal.trace import Network, shape_of
 
 RULES = ("cheaper", "always", "never")
 

@@ -118,7 +118,9 @@ def _total(layers: tuple[Geometry, ...], axis: int) -> int:
     return total
 
 
-def _chain(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair) -> tuple[Taps, ...] | str | None:
+def _chain(
+    layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair
+) -> tuple[Taps, ...] | str | None:
     step, source_step = (1, 1), (1, 1)
     here, there = size, size
     taps = []
@@ -138,7 +140,9 @@ def _chain(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], siz
     return tuple(taps)
 
 
-def _unless_unequal(reason: str, layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair) -> str | None:
+def _unless_unequal(
+    reason: str, layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair
+) -> str | None:
     """The reason, or None where the two ways end in maps of different sizes anyway."""
     here, there = size, size
     for layer, part in zip(layers, parts, strict=True):

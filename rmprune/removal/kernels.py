@@ -189,7 +189,7 @@ class Scale(nn.Module):
         self.factor: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor[:, None, None]
+        return x * (self.factor if len(self.factor) == 1 else self.factor[:, None, None])
 
 
 def _from_conv(module: nn.Conv2d, name: str) -> Conv | str:

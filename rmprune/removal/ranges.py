@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rmprune.removal.activations import image
 from rmprune.removal.kernels import Conv, Geometry, Pair, from_module
-from rmprune.removal.trace import Layer, Network, shape_of
+from rmprune.removal.network import Layer, Network, shape_of
 
 Range = tuple[Tensor, Tensor]
 _ROUNDING = 1e-12  # outward, relative: the rounding of the interval sums themselves
@@ -197,7 +198,7 @@ _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
 
 def observe(network: Network, inputs: tuple[Tensor, ...], margin: float) -> None:
     """Tightens the ranges by what `inputs` show, widened on each side by `margin` times the width seen. Exact only inside."""
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
     given = iter(inputs)
     for node in network.graph.nodes:
         if node.op == "output":

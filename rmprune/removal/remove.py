@@ -15,9 +15,11 @@ from rmprune.removal.build import materialise, target_of
 from rmprune.removal.check import check_inputs, relative_error
 from rmprune.removal.encode import FORMS
 from rmprune.removal.fuse import RULES, fuse_convolutions, join_norms
+from rmprune.removal.network import Network, example_tuple
 from rmprune.removal.ranges import annotate_ranges, observe
+from rmprune.removal.reference import has_hooks, reference_copy
 from rmprune.removal.rewrite import BlockReport, remove_all
-from rmprune.removal.trace import Network, example_tuple, has_hooks, normalise, reference_copy
+from rmprune.removal.trace import normalise
 
 RANGES = ("provable", "calibrated")
 Inputs = Tensor | tuple[Tensor, ...]
@@ -121,7 +123,9 @@ def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple
     with torch.no_grad():
         error = relative_error(reference(*one), hooked(*one), [len(one[0])])
     if error > 1e-12:
-        raise UnsupportedModel("a forward hook changes what the network returns; take the hook off, or write it into forward")
+        raise UnsupportedModel(
+            "a forward hook changes what the network returns; take the hook off, or write it into forward"
+        )
 
 
 def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None:

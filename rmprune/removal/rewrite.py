@@ -9,9 +9,10 @@ from torch import fx
 
 from rmprune.errors import ConfigError
 from rmprune.removal.blocks import Block, Layer, additions, find_block
+from rmprune.removal.geometry import output_size
 from rmprune.removal.kernels import Conv
+from rmprune.removal.network import Network, shape_of
 from rmprune.removal.schedule import Schedule, schedule
-from rmprune.removal.trace import Network, shape_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _cost_before(block: Block) -> tuple[int, int]:
     own = {str(node.target) for node in block.nodes}
     pairs = [(layer.conv, layer.out_size) for layer in block.layers if layer.conv.name in own]
     pairs += [
-        (stage.conv, _out(stage.conv, stage.size))
+        (stage.conv, output_size(stage.conv.geometry, stage.size))
         for stage in block.stages
         if stage.conv.name in own and _weighs(stage.conv)
     ]
@@ -91,12 +92,6 @@ def _cost_before(block: Block) -> tuple[int, int]:
 
 def _weighs(conv: Conv) -> bool:
     return conv.groups < conv.in_channels or conv.groups == 1
-
-
-def _out(conv: Conv, size: tuple[int, int]) -> tuple[int, int]:
-    from rmprune.removal.geometry import output_size
-
-    return output_size(conv.geometry, size)
 
 
 def _replace(network: Network, block: Block, plan: Schedule) -> None:
@@ -111,7 +106,7 @@ def _replace(network: Network, block: Block, plan: Schedule) -> None:
     current.meta["range"] = block.add.meta["range"]
     block.add.replace_all_uses_with(current)
     network.graph.erase_node(block.add)
-    for node in reversed(sorted(block.nodes)):
+    for node in sorted(block.nodes, reverse=True):
         network.graph.erase_node(node)
 
 

@@ -138,7 +138,9 @@ def _build(
                 return merged
             return Schedule((*built, merged), forms, reserved)
         pairs = _merge_pairs(block, segments[-1]) if layout[i].interleaved and not any(groups[i + 1 : -1]) else None
-        found = _reserve(layer, state, value, bias, taps[i], layout[i], needed[state.done], form, pairs, segments[i] is None)
+        found = _reserve(
+            layer, state, value, bias, taps[i], layout[i], needed[state.done], form, pairs, segments[i] is None
+        )
         if isinstance(found, str):
             return found
         new, state.carry, used = found
@@ -148,14 +150,16 @@ def _build(
     raise AssertionError("a block has at least one layer")
 
 
-def _segment(stages: list[Stage]) -> Stage | None | str:
+def _segment(stages: list[Stage]) -> Stage | str | None:
     """Several stages as one folded one; None for none."""
     if len(stages) <= 1:
         return stages[0] if stages else None
     product: Conv | None = stages[0].folded
     for stage in stages[1:]:
         product = None if product is None else compose(product, stage.folded)
-    return Stage(product, stages[0].size, stages[-1].range) if product else "its shortcut's stages do not multiply exactly"
+    return (
+        Stage(product, stages[0].size, stages[-1].range) if product else "its shortcut's stages do not multiply exactly"
+    )
 
 
 def _taps(block: Block, segments: list[Stage | None]) -> tuple[Taps, ...] | str:

@@ -20,7 +20,8 @@ def sparse_forward(module: nn.Conv2d, x: Tensor, block: Block | None) -> Tensor:
     weight = module.weight
     if block is None or weight.numel() < _WORTH or module.groups != 1 or module.padding_mode != "zeros":
         return module(x)
-    if len(block.pair_rows) > 4 * (len(weight) + weight.shape[1]) or len(block.rows) * len(block.columns) * 10 > 7 * weight[:, :, 0, 0].numel():
+    rows, columns = weight.shape[:2]
+    if len(block.pair_rows) > 4 * (rows + columns) or len(block.rows) * len(block.columns) > 0.7 * rows * columns:
         return module(x)
     own = _take(weight, block)
     inside = torch.zeros(weight.shape[:2], dtype=torch.bool)
@@ -30,7 +31,7 @@ def sparse_forward(module: nn.Conv2d, x: Tensor, block: Block | None) -> Tensor:
     taps = weight[pairs[0], pairs[1]]
     if torch.count_nonzero(own) + torch.count_nonzero(taps) != torch.count_nonzero(weight):
         return module(x)
-    part = F.conv2d(x[:, block.columns], own, None, module.stride, module.padding, module.dilation)  # type: ignore[arg-type]
+    part = F.conv2d(x[:, block.columns], own, None, module.stride, module.padding, module.dilation)
     out = x.new_zeros(len(x), module.out_channels, *part.shape[2:])
     out[:, block.rows] = part
     _add_taps(module, x, pairs[0], pairs[1], taps, out)
@@ -55,5 +56,7 @@ def _add_taps(module: nn.Conv2d, x: Tensor, rows: Tensor, columns: Tensor, taps:
             used = taps[:, ky, kx] != 0
             if used.any():
                 y0, x0 = ky * step_y, kx * step_x
-                shifted = padded[:, :, y0 : y0 + down * (height - 1) + 1 : down, x0 : x0 + right * (width - 1) + 1 : right]
+                shifted = padded[
+                    :, :, y0 : y0 + down * (height - 1) + 1 : down, x0 : x0 + right * (width - 1) + 1 : right
+                ]
                 out.index_add_(1, rows[used], shifted[:, columns[used]] * taps[used, ky, kx][:, None, None])
