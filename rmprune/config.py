@@ -434,9 +434,9 @@ class SearchConfig:
     """Widths are multiples of this (or the whole layer)."""
     images: int = 2000
     """Validation images that policies are scored on; fixed, held in memory."""
-    calibration: int = 256
+    calibration: int = 128
     """Training images that batch norms are recalibrated on for each policy."""
-    precision: Precision = "auto"
+    precision: Annotated[Precision, tyro.conf.arg(name="scoring-precision")] = "auto"
     """Of scoring: auto takes bfloat16 where the processor computes in it, else float32."""
 
     def __post_init__(self) -> None:
