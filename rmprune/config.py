@@ -5,6 +5,7 @@ The command line generates its flags from these classes: a field's docstring is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +38,17 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_finite(config: Any) -> None:
+    """Raise `ConfigError` for the first setting that is infinite or not a number: no record could hold it."""
+    for name, value in vars(config).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}; give a finite number")
+
+
+def require_seed(name: str, value: int) -> None:
+    """Raise `ConfigError` unless the generators take this seed."""
+    require(0 <= value < 2**32, f"{name} is {value}; it must lie between 0 and {2**32 - 1}")
+
+
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
@@ -65,6 +77,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
+        require_seed("split_seed", self.split_seed)
         require(0 < self.validation < 1, f"validation is {self.validation}; it must lie between 0 and 1")
         require(
             self.train_images is None or self.train_images >= 1,
@@ -114,6 +127,7 @@ class TrainConfig:
     """Temperature of the soft targets."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self.epochs >= 0, f"epochs is {self.epochs}; it must not be negative")
         require(0 < self.learning_rate < float("inf"), f"learning_rate is {self.learning_rate}; it must be positive")
         require(self.schedule in ("cosine", "constant"), f"schedule is {self.schedule!r}; use 'cosine' or 'constant'")
@@ -222,6 +236,8 @@ class PruneConfig:
         require(len(kinds) <= 1, f"{' and '.join(kinds)} are set; give one kind of budget")
         for name, value in self.budgets:
             require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
+        shown = [f"{value:g}" for _, value in self.budgets]  # cells are named by these
+        require(len(set(shown)) == len(shown), f"{', '.join(kinds)} is {', '.join(shown)}; give every value once")
         require(self.min_channels >= 1, f"min_channels is {self.min_channels}; it must be at least 1")
         require(
             0 <= (self.min_fraction or 0.0) <= self.max_fraction <= 1,
@@ -277,6 +293,8 @@ class SlimConfig:
 
     def __post_init__(self) -> None:
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
+        require_seed("seed", self.seed)
+        require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
         require(
@@ -386,6 +404,9 @@ class RemeasureConfig:
     """Run directories, or directories that hold them."""
     measure: Unprefixed[MeasureConfig] = MeasureConfig()
 
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "there is nothing to measure; give run directories")
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -395,6 +416,9 @@ class ReportConfig:
     """Run directories, directories that hold them, or record files."""
     out: Path = Path("reports")
     """Where CSV, figures and the page go."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "there is nothing to report; give run directories or records")
 
 
 # ----------------------------------------------------------------------------------------------------------------- AMC
@@ -440,6 +464,7 @@ class SearchConfig:
     """Of scoring: auto takes bfloat16 where the processor computes in it, else float32."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(
             self.constraint in ("macs", "latency", "params"),
             f"constraint is {self.constraint!r}; use 'macs', 'latency' or 'params'",
@@ -502,6 +527,9 @@ class AmcConfig:
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(self.width is None or self.width > 0, f"width is {self.width}; it must be above 0")
         require(self.free >= 1, f"free is {self.free}; it must be at least 1")
+        require_finite(self)
+        require_seed("seed", self.seed)
+        require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm-amc")
         require(self.apply in ("once", "gradual"), f"apply is {self.apply!r}; use 'once' or 'gradual'")
         require(self.prune_epochs > 0, f"prune_epochs is {self.prune_epochs}; it must be positive")

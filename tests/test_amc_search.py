@@ -168,3 +168,7 @@ def test_unknown_methods_and_empty_searches_are_refused() -> None:
         search(method="evolution")
     with pytest.raises(ConfigError, match="episodes"):
         search(episodes=0)
+
+
+def test_a_search_without_warm_up_runs() -> None:
+    assert len(search(agent=AgentConfig(hidden=8, warm_up=0), refine=1.0, episodes=5).run().episodes) == 5

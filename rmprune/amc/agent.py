@@ -184,8 +184,10 @@ class Agent:
         self.critic_optimizer.zero_grad()
         F.mse_loss(self.critic(states, actions), wanted).backward()
         self.critic_optimizer.step()
-        self.actor_optimizer.zero_grad()
-        (-self.critic(states, self.actor(states)).mean()).backward()
+        gain = self.critic(states, self.actor(states)).mean()
+        weights = list(self.actor.parameters())  # the critic's own gradients are not needed here
+        for weight, gradient in zip(weights, torch.autograd.grad(-gain, weights), strict=True):
+            weight.grad = gradient
         self.actor_optimizer.step()
         with torch.no_grad():
             for target, source in ((self.target_actor, self.actor), (self.target_critic, self.critic)):

@@ -1,14 +1,21 @@
 """A network as a flat list of operations with each batch norm joined to the layer before it. Read only; `scoring` runs it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from rmprune.errors import UnsupportedModel
 from rmprune.pruning.chain import BATCH_NORMS, is_flatten, is_global_mean, trace_graph
 from rmprune.pruning.structure import Structure
+
+IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.ReLU: F.relu_,
+    nn.ReLU6: lambda x: F.hardtanh_(x, 0.0, 6.0),
+}
+"""Activations that may write over their input where nothing else reads it: a third less memory traffic."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,8 @@ class Op:
     """One operation. `layer`: its convolution or linear layer; `norm`: the batch norm joined to it, or standing alone.
 
     static: no policy changes its values beyond leaving channels out (what lies before the first layer that reads pruned
-    channels); origin: the layer whose output channels a static value has; dead: values nobody reads from here on.
+    channels); origin: the layer whose output channels a static value has; dead: values nobody reads from here on; fresh: a module
+    whose only input was made by the layer before it for it alone.
     """
 
     node: fx.Node
@@ -27,6 +35,7 @@ class Op:
     static: bool = False
     origin: str = ""
     dead: tuple[str, ...] = ()
+    fresh: bool = False
 
     @property
     def name(self) -> str:
@@ -58,6 +67,8 @@ class Program:
 
         args, kwargs = fx.map_arg(op.node.args, value), fx.map_arg(op.node.kwargs, value)
         target: Any = op.node.target
+        if op.fresh and type(model.get_submodule(target)) in IN_PLACE:
+            return IN_PLACE[type(model.get_submodule(target))](values[op.inputs[0]])
         if op.node.op == "call_module":
             return model.get_submodule(target)(*args, **kwargs)
         if op.node.op == "call_method":
@@ -145,4 +156,10 @@ def _mark_dead(ops: list[Op], result: str) -> list[Op]:
     for name, index in last_use.items():
         if name != result:
             dying.setdefault(index, []).append(name)
-    return [replace(op, dead=tuple(dying.get(index, ()))) for index, op in enumerate(ops)]
+    kinds = {op.name: op.kind for op in ops}
+    marked = []
+    for index, op in enumerate(ops):
+        dead = tuple(dying.get(index, ()))
+        own = op.kind == "call" and op.node.op == "call_module" and len(op.inputs) == 1 and op.inputs == dead
+        marked.append(replace(op, dead=dead, fresh=own and kinds[op.inputs[0]] in ("layer", "norm")))
+    return marked

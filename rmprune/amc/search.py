@@ -166,7 +166,7 @@ class Search:
         if self.method == "random" or self.agent.warming_up:
             first = not self.result.episodes  # begin with the policy that everybody would try
             return space.fractions(space.uniform() if first else space.random(self.generator))
-        if torch.rand((), generator=self.generator).item() < self.refine:
+        if self.result.episodes and torch.rand((), generator=self.generator).item() < self.refine:
             return space.fractions(self._varied(self.result.best.widths))
         return None
 
