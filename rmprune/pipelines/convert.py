@@ -27,7 +27,8 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     path = Path(config.model)
     if artifact.is_artifact(path):
         model = artifact.load(path).eval()
-        shape = tuple(artifact.read_extra(path).get("input_shape") or ()) or _shape_from(config)
+        known = artifact.read_extra(path).get("input_shape")
+        shape = _shape_from(config) if known is None or config.image_size is not None else tuple(known)
     elif path.exists() and path.is_dir():
         raise ArtifactError(f"{path}: not an artifact of rmprune; give one, or a network's name")
     else:
@@ -58,6 +59,12 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
     blocks = plan_removal(model, example, **_options(config.removal))  # type: ignore[arg-type]
     console = Console()
     console.print(plan_table(config.network.model, blocks, count_macs(model, example[:1])))
+    reasons: dict[str, list[str]] = {}
+    for block in blocks:
+        if not block.removable:
+            reasons.setdefault(block.reason, []).append(block.name)
+    for reason, names in reasons.items():
+        console.print(f"stays ({', '.join(names)}): {reason}", markup=False, highlight=False)
     out = f"runs/{Path(config.network.model).name}-plain"
     console.print(f"next: python -m rmprune convert {config.network.model} --out {out}", markup=False, soft_wrap=True)
     return blocks
@@ -66,22 +73,25 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
 def plan_table(name: str, blocks: list[BlockReport], macs: int) -> Table:
     """The blocks as a table; MACs and parameters are those of a block's own layers, for one image."""
     table = Table(title=f"{name}: {macs / 1e6:,.1f} MMACs")
-    for column in ("block", "residual", "form", "shortcut", "reserved"):
-        table.add_column(column, overflow="fold")
-    for column in ("MMACs before", "after", "params before", "after"):
-        table.add_column(column, justify="right")
+    table.add_column("block", no_wrap=True)
+    table.add_column("residual", overflow="fold")
+    table.add_column("form and shortcut", overflow="fold")
+    for column in ("copies", "MMACs", "k parameters"):
+        table.add_column(column, justify="right", no_wrap=True)
     for block in blocks:
-        table.add_row(
-            block.name,
-            "removable" if block.removable else f"stays: {block.reason}",
-            block.form or "",
-            block.shortcut or "",
-            str(block.reserved) if block.removable else "",
-            f"{block.macs_before / 1e6:,.1f}",
-            f"{block.macs_after / 1e6:,.1f}" if block.removable else "",
-            f"{block.params_before:,}",
-            f"{block.params_after:,}" if block.removable else "",
-        )
+        if block.removable:
+            macs_change = f"{block.macs_before / 1e6:,.1f} → {block.macs_after / 1e6:,.1f}"
+            params_change = f"{block.params_before / 1e3:,.1f} → {block.params_after / 1e3:,.1f}"
+            table.add_row(
+                block.name,
+                "removable",
+                f"{block.form}, {block.shortcut}",
+                str(block.reserved),
+                macs_change,
+                params_change,
+            )
+        else:
+            table.add_row(block.name, "stays", block.shortcut or "", "", "", "")
     return table
 
 
