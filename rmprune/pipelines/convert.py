@@ -19,7 +19,7 @@ from rmprune.removal import BlockReport, plan_removal, remove_residuals
 
 logger = logging.getLogger("rmprune")
 CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
-_CIFAR = re.compile(r"resnet(20|32|44|56|110|1202)|.*_small")
+_IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_small": 32, "mobilenet_v2_digits": 8}
 
 
 def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
@@ -43,7 +43,8 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
 
 
 def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:
-    size = config.image_size or (32 if _CIFAR.fullmatch(config.model) else 224)
+    usual = next((size for names, size in _IMAGE_SIZES.items() if re.fullmatch(names, config.model)), 224)
+    size = usual if config.image_size is None else config.image_size
     if size < 1:
         raise ConfigError(f"image_size is {size}; it must be at least 1")
     return config.in_channels, size, size
