@@ -14,6 +14,7 @@ from rmprune.configfile import from_toml
 from rmprune.errors import RmpruneError
 
 Config = TypeVar("Config")
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, on the CPU and on a GPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         COMMANDS[name](rest)
     except RmpruneError as error:
         _fail(str(error))
+    except OSError as error:  # a file or folder that no stage expected to be out of reach
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise
+        _fail("out of memory; take a smaller width, batch size or image size")
     except KeyboardInterrupt:
         again = shlex.join(["python", "-m", "rmprune", *(word for word in arguments if word != "--overwrite")])
         print(f"\nrmprune: interrupted; what was done is saved. To go on: {again}", file=sys.stderr)
@@ -51,6 +58,9 @@ def _overview() -> str:
 def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
     """Flags to a config; `--config FILE` gives the defaults that the other flags override."""
     default: Any = tyro.MISSING_NONPROP
+    arguments = [
+        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):

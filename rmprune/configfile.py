@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import tomli_w
@@ -12,12 +12,14 @@ import tomli_w
 from rmprune.errors import ConfigError
 
 Config = TypeVar("Config")
+UNSET = "none"  # TOML has no null
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain values: paths as strings, tuples as lists, nested stages as tables.
 
-    Unset (None) values are left out, and so are fields whose metadata says `transient`: they say where and whether to run, not what.
+    Unset (None) values are left out, or "none" where that is not the default; so are fields whose metadata says `transient`: they
+    say where and whether to run, not what.
     """
 
     def plain(value: Any) -> Any:
@@ -30,8 +32,12 @@ def to_dict(config: Any) -> dict[str, Any]:
         return value
 
     kept = (field for field in dataclasses.fields(config) if not field.metadata.get("transient"))
-    pairs = ((field.name, getattr(config, field.name)) for field in kept)
-    return {name: plain(value) for name, value in pairs if value is not None}
+    pairs = ((field, getattr(config, field.name)) for field in kept)
+    return {
+        field.name: UNSET if value is None else plain(value)
+        for field, value in pairs
+        if value is not None or field.default is not None
+    }
 
 
 def to_toml(config: Any) -> str:
@@ -55,10 +61,27 @@ def from_toml(kind: type[Config], path: Path) -> Config:
             values[field.name] = to_dict(field.default) | values[field.name]
     try:
         return dacite.from_dict(
-            kind, values, dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _as_float})
+            kind,
+            _as_python(kind, values),
+            dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _as_float}),
         )
     except dacite.DaciteError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _as_python(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """What TOML says in other words: one value is a list of one, "none" is None."""
+    fields = get_type_hints(kind)
+
+    def python(name: str, value: Any) -> Any:
+        wanted = fields[name]
+        if isinstance(value, dict) and dataclasses.is_dataclass(wanted):
+            return _as_python(wanted, value)
+        if get_origin(wanted) is tuple and not isinstance(value, list):
+            return [value]
+        return None if value == UNSET and type(None) in get_args(wanted) else value
+
+    return {name: python(name, value) for name, value in values.items()}
 
 
 def _as_float(value: Any) -> Any:

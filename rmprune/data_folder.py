@@ -29,7 +29,7 @@ def load_image_folder(config: DataConfig) -> tuple[Split, Split, Split, int, tup
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"{config.data_dir}: train/ and val/ differ in classes, such as {odd[0]!r}; {_LAYOUT}")
-    held_back, kept = split_train(torch.tensor(train.targets), config)
+    held_back, kept = map(_mixed, split_train(torch.tensor(train.targets), config))
     splits = (
         FolderSplit([train.samples[i] for i in kept.tolist()], config),
         FolderSplit([train.samples[i] for i in held_back.tolist()], config),
@@ -104,6 +104,11 @@ class _Files(TorchDataset[tuple[Tensor, int]]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image).as_subclass(Tensor), label
+
+
+def _mixed(indices: Tensor) -> Tensor:
+    """The indices in a fixed random order: folders are sorted by class, and stages look at the first so many images."""
+    return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
 
 
 def _open(folder: Path) -> ImageFolder:

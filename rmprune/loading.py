@@ -56,14 +56,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ArtifactError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from None
+        raise ArtifactError(f"{path}: cannot be read as weights ({_first_line(error)})") from None
     except Exception as error:  # torch raises pickle.UnpicklingError for anything beyond tensors
-        raise ArtifactError(
-            f"{path}: not a plain state dict ({str(error).splitlines()[0]}); save model.state_dict()"
-        ) from None
+        raise ArtifactError(f"{path}: not a plain state dict ({_first_line(error)}); save model.state_dict()") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ArtifactError(f"{path}: not a state dict (name -> tensor); save model.state_dict()")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0] or type(error).__name__

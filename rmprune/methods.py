@@ -1,6 +1,8 @@
 """The ways to slim a trained network that a run can compare: which network is pruned, by which rule. Files and order are the pipelines'."""
 
 import dataclasses
+import functools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from rmprune.pruning.baselines import inner_only
 from rmprune.pruning.budget import even_fraction
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import Structure
-from rmprune.timed import Place, budget_in_macs
+from rmprune.rundir import write_text
+from rmprune.timed import Place, find_macs_ratio, in_macs
 from rmprune.training import fit
 
 logger = logging.getLogger("rmprune")
@@ -86,19 +89,23 @@ def slim_network(
     log: Path,
     label: str,
 ) -> nn.Module:
-    """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode."""
+    """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
+
+    Only a network that misses a budget in measured time is cut again, with one epoch after each cut.
+    """
     settings = dataclasses.replace(config.prune, **method.settings)
     example = data.train.example(1)
-    hook, asked = None, budget
+    hook, asked, measured = None, budget, checkpoint.with_name(f"{label}-measured.json")
     if asked.latency_ratio is not None:
         place = Place.first(config.measure, teacher, example)
         structure = selected(network, example, method)
         scores = score_groups(settings.importance, network, structure, importance_batches(data))
         floor = FLOOR if settings.min_fraction is None else None
-        budget = budget_in_macs(network, structure, scores, budget, place, floor)
+        find = functools.partial(find_macs_ratio, network, structure, scores, budget, place, floor)
+        budget = in_macs(structure, budget, remembered(measured, 0, find), floor)
     else:
         budget = with_floor(budget, network, example, settings)
-    if settings.gradual:
+    if settings.gradual and config.finetune.epochs > 0:
         steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
         hook = gradual_pruner(network, example, budget, settings, method, steps=steps, epochs=config.finetune.epochs)
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to
@@ -122,11 +129,14 @@ def slim_network(
     if asked.latency_ratio is None:
         return network
     once = dataclasses.replace(config.finetune, epochs=1, warmup_epochs=0.0)
-    for attempt in range(1, TIME_ATTEMPTS + 1):  # the promise is about the network as a whole, as it was trained
-        ratio = place.ratios({label: network})[label]
+    for attempt in range(1, TIME_ATTEMPTS + 2):  # the promise is about the network as a whole, as it was trained
+        take_time = functools.partial(lambda network: place.ratios({label: network})[label], network)
+        ratio = remembered(measured, attempt, take_time) if attempt <= TIME_ATTEMPTS else take_time()
         if ratio <= asked.latency_ratio:
             logger.info("%s takes %.3f of the original's time on %s", label, ratio, place)
             return network
+        if attempt > TIME_ATTEMPTS:
+            break
         assert budget.macs_ratio is not None
         budget = dataclasses.replace(budget, macs_ratio=budget.macs_ratio * 0.97 * asked.latency_ratio / ratio)
         logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
@@ -136,6 +146,19 @@ def slim_network(
         f"latency_ratio={asked.latency_ratio:g} was not met on {place} after {TIME_ATTEMPTS} further cuts; "
         "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"
     )
+
+
+def remembered(file: Path, number: int, find: Callable[[], float]) -> float:
+    """Figure `number` of a JSON list of measured ones; found and written where it is not there yet.
+
+    Measured again after an interruption they would differ, and with them the networks that checkpoints belong to.
+    """
+    known = json.loads(file.read_text()) if file.is_file() else []
+    if number >= len(known):
+        known.append(find())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(known))
+    return float(known[number])
 
 
 def selected(network: nn.Module, example: Tensor, method: Method) -> Structure:

@@ -163,7 +163,7 @@ def find_records(paths: list[Path]) -> list[Path]:
         if not records:
             raise ArtifactError(f"{path}: there is no record under it; give run directories that hold a {RECORD}")
         found += records
-    return list(dict.fromkeys(found))
+    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Run directories: who may write where, what is finished, what goes on where it was. No stage logic."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TypeVar
@@ -10,12 +11,15 @@ from rmprune.errors import ArtifactError, ConfigError
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
-RECORD_FILE = "record.json"
+WRITTEN = re.compile(
+    r"config\.toml|log\.jsonl|record\.json|latency\.json|checkpoint|search|report|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
+)
 
 
 def claim(directory: Path, config: Config, *, records: list[Path], overwrite: bool) -> None:
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml and nothing else.
 
+    With `overwrite` what a run of the same command wrote there is taken away first, and nothing else.
     Raises ConfigError where the directory holds a finished run, a run with other settings or something that is no run,
     and ArtifactError where it cannot be written.
     """
@@ -25,7 +29,7 @@ def claim(directory: Path, config: Config, *, records: list[Path], overwrite: bo
             if not known.is_file():
                 raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
             if overwrite:
-                shutil.rmtree(directory)
+                _clear(directory, config, known)
             else:
                 _refuse_other(directory, config, known, records)
         directory.mkdir(parents=True, exist_ok=True)
@@ -33,6 +37,26 @@ def claim(directory: Path, config: Config, *, records: list[Path], overwrite: bo
     except OSError as error:
         reason = error.strerror or str(error)
         raise ArtifactError(f"{directory}: cannot be written ({reason}); choose another --out") from None
+
+
+def _clear(directory: Path, config: Config, known: Path) -> None:
+    """Take away what a run wrote, config.toml last; anything else in the directory stays."""
+    try:
+        from_toml(type(config), known)
+    except ConfigError as error:
+        raise ConfigError(f"not overwritten, not a run of this command: {error}; choose another --out") from None
+    weights = getattr(config, "checkpoint", None)
+    if weights is not None and weights.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"{weights}: lies in the run that --overwrite would replace; choose another --out")
+    for entry in sorted(filter(_is_ours, directory.iterdir()), key=lambda entry: entry == known):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _is_ours(entry: Path) -> bool:
+    return WRITTEN.fullmatch(entry.name) is not None or (entry / "architecture.json").is_file()
 
 
 def _refuse_other(directory: Path, config: Config, known: Path, records: list[Path]) -> None:

@@ -61,27 +61,30 @@ class Place:
         return {name: float(latencies[name][0].ratio or 1.0) for name in networks}
 
 
-def budget_in_macs(
+def in_macs(structure: Structure, budget: Budget, ratio: float, floor: float | None) -> Budget:
+    """`budget`, in measured time, as one in MACs. `floor`: where not None, min_fraction is this part of what an even cut leaves."""
+    assert budget.reference_macs
+    found = replace(budget, latency_ratio=None, macs_ratio=ratio)
+    if floor is None:
+        return found
+    even = min(1.0, ratio * budget.reference_macs / total_cost(structure, macs)) ** 0.5
+    return replace(found, min_fraction=floor * even)
+
+
+def find_macs_ratio(
     network: nn.Module,
     structure: Structure,
     scores: Mapping[str, Tensor],
     budget: Budget,
     place: Place,
     floor: float | None,
-) -> Budget:
-    """The largest budget in MACs whose widths, as `scores` choose them, were measured within `budget.latency_ratio`.
+) -> float:
+    """The largest macs_ratio whose widths, as `scores` choose them, were measured within `budget.latency_ratio`.
 
-    `floor`: where not None, min_fraction is this part of what an even cut to the budget in MACs leaves. Raises InfeasibleBudget where
-    even the narrowest network that the limits allow is too slow.
+    `floor` is that of `in_macs`. Raises InfeasibleBudget where even the narrowest network that the limits allow is too slow.
     """
     assert budget.latency_ratio is not None and budget.reference_macs
     reference, whole = budget.reference_macs, total_cost(structure, macs)
-
-    def in_macs(ratio: float) -> Budget:
-        found = replace(budget, latency_ratio=None, macs_ratio=ratio)
-        return (
-            found if floor is None else replace(found, min_fraction=floor * min(1.0, ratio * reference / whole) ** 0.5)
-        )
 
     low = least_cost(structure, budget, macs) / reference * 1.02
     high = min(whole / reference, 0.999)
@@ -89,7 +92,10 @@ def budget_in_macs(
     for _ in range(ROUNDS):
         steps = torch.linspace(0, 1, CANDIDATES).tolist()
         grid = [low * (high / low) ** step for step in steps]
-        networks = {f"{r:.4f}": shrink(network, allocate(structure, scores, in_macs(r)), structure)[0] for r in grid}
+        networks = {
+            f"{r:.4f}": shrink(network, allocate(structure, scores, in_macs(structure, budget, r, floor)), structure)[0]
+            for r in grid
+        }
         measured = place.ratios(networks)
         fitting = [r for r in grid if measured[f"{r:.4f}"] <= budget.latency_ratio]
         if not fitting and best is None:
@@ -102,4 +108,5 @@ def budget_in_macs(
         assert best is not None
         low, high = best, min((r for r in grid if r > best), default=high)
     logger.info("latency_ratio %g on %s: macs_ratio %.3f", budget.latency_ratio, place, best)
-    return in_macs(best)  # type: ignore[arg-type]
+    assert best is not None
+    return best

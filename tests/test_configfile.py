@@ -2,10 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from rmprune.config import AmcConfig, DataConfig, PruneConfig, SlimConfig, TrainRunConfig
+from rmprune.config import AmcConfig, DataConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.configfile import differences, from_toml, to_toml
 from rmprune.errors import ConfigError
-
 
 KINDS = {"slim": SlimConfig, "amc": AmcConfig, "train": TrainRunConfig}
 
@@ -43,6 +42,18 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, message: str) ->
         from_toml(SlimConfig, file)
 
 
+def test_one_value_is_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('method = "rm"\n[prune]\nratio = 0.5\n')
+    read = from_toml(SlimConfig, tmp_path / "c.toml")
+    assert read.method == ("rm",) and read.prune.ratio == (0.5,)
+
+
+def test_a_setting_switched_off_stays_off(tmp_path: Path) -> None:
+    first = config(finetune=TrainConfig(clip_norm=None))
+    (tmp_path / "config.toml").write_text(to_toml(first))
+    assert from_toml(SlimConfig, tmp_path / "config.toml") == first
+
+
 def test_a_missing_file() -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         from_toml(SlimConfig, Path("nowhere.toml"))
@@ -61,7 +72,9 @@ def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
     assert read.finetune.learning_rate == default.finetune.learning_rate
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "experiments").glob("*.toml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parent.parent / "experiments").glob("*.toml")), ids=lambda f: f.stem
+)
 def test_every_published_experiment_can_be_read(file: Path) -> None:
     kind = next(kind for command, kind in KINDS.items() if f"rmprune {command} --config" in file.read_text())
     assert from_toml(kind, file).data.dataset

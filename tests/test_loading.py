@@ -37,8 +37,10 @@ def test_a_missing_and_a_damaged_file(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such checkpoint"):
         load_checkpoint_into(net(), tmp_path / "none.pt", "resnet8")
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 nothing else")
-    with pytest.raises(ArtifactError, match="cannot be read|not a plain state dict"):
-        read_state_dict(tmp_path / "damaged.pt")
+    (tmp_path / "empty.pt").touch()
+    for name in ("damaged.pt", "empty.pt"):
+        with pytest.raises(ArtifactError, match=r"cannot be read|not a plain state dict"):
+            read_state_dict(tmp_path / name)
 
 
 class Payload:

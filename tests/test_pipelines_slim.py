@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import torch
 
 import rmprune
 from rmprune import records
-from rmprune.config import MeasureConfig, PruneConfig, SlimConfig, TrainConfig
-from rmprune.errors import ConfigError
+from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.methods import remembered
 from rmprune.pipelines import slim
+from rmprune.pipelines.convert import open_network
+from rmprune.pipelines.remeasure import run_measure
 from rmprune.pipelines.slim import plan_cells, run_slim
 
 QUICK = SlimConfig(
@@ -75,6 +79,45 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     first, second = (json.loads((run / "record.json").read_text()) for run in (finished, out))
     for name in ("original", "plain", "pruned", "coupled"):
         assert first[name]["accuracy"] == second[name]["accuracy"] and first[name]["macs"] == second[name]["macs"]
+
+
+def test_measuring_again_takes_ratios_to_each_run_s_own_original(finished: Path, tmp_path: Path) -> None:
+    wider = tmp_path / "wider"
+    settings = replace(QUICK, out=wider, width=8, method=("rm",), train=TrainConfig(epochs=0))
+    run_slim(replace(settings, finetune=TrainConfig(epochs=0)), command="x")
+    record = records.read_record(wider)
+    assert record["pruned"]["macs"] <= 0.5 * record["original"]["macs"]  # cut although there was nothing to train
+    shutil.copytree(finished, tmp_path / "narrow")
+    quick = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(2,), seconds=0.02, min_rounds=3)
+    paths = run_measure(RemeasureConfig((tmp_path / "narrow", wider), quick))
+    for again in map(records.read_record, paths):
+        assert [time["batch_size"] for time in again["pruned"]["latency"]] == [2]
+        assert again["original"]["latency"][0]["ratio"] == 1
+        assert again["pruned"]["latency"][0]["reference"] == "original"
+    assert record["pruned"]["accuracy"] == records.read_record(wider)["pruned"]["accuracy"]
+
+
+def test_networks_of_a_run_say_the_size_of_their_images(finished: Path) -> None:
+    for name in ("dense", "plain", "pruned"):
+        assert open_network(NetworkConfig(str(finished / name)))[1].shape[1:] == (1, 8, 8)
+    assert open_network(NetworkConfig(str(finished / "dense"), image_size=12, in_channels=1))[1].shape[1:] == (
+        1,
+        12,
+        12,
+    )
+
+
+def test_a_damaged_stage_is_refused_before_it_is_done_again(tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "architecture.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        slim.stage(tmp_path / "dense", lambda: pytest.fail("trained for nothing"))
+
+
+def test_what_was_measured_once_is_remembered(tmp_path: Path) -> None:
+    values = iter((0.5, 0.25, 0.125))
+    for _ in range(2):
+        assert [remembered(tmp_path / "c" / "m.json", number, lambda: next(values)) for number in (0, 1)] == [0.5, 0.25]
 
 
 def test_cells_of_a_sweep_share_their_training() -> None:

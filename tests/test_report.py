@@ -10,7 +10,7 @@ from test_records import example, network
 
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
-from rmprune.records import write_record
+from rmprune.records import find_records, read_record, write_record
 from rmprune.report import build_report, frame, run_report, show
 from rmprune.report.figures import pareto_front
 from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, model_of, relative
@@ -50,6 +50,22 @@ def test_means_over_seeds_are_relative_to_dense(runs: Path) -> None:
     assert row.macs_ratio == 0.5 and row.ratio == 0.5
     dense = summary[(summary.method == "dense") & (summary.batch_size == 1) & (summary.backend == "eager")]
     assert len(dense) == 1 and dense.iloc[0].ratio == 1
+
+
+def test_a_network_that_records_share_counts_once_a_seed(runs: Path) -> None:
+    for seed, accuracy in ((0, 0.97), (1, 0.99)):
+        for path in runs.rglob(f"s{seed}-*/record.json"):
+            record = read_record(path)
+            record["original"]["accuracy"] = accuracy
+            write_record(path, record)
+    summary = relative(frame(find_records([runs, runs / "s0-0.5"])))
+    dense = summary[(summary.method == "dense") & (summary.batch_size == 1) & (summary.backend == "eager")].iloc[0]
+    assert dense.seeds == 2 and dense.accuracy_spread == pytest.approx(0.02 / 2**0.5)
+
+
+def test_a_record_named_twice_counts_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs.parent)
+    assert len(find_records([runs, Path("runs"), runs / "s0-0.5"])) == 4
 
 
 def test_the_report_is_complete(runs: Path, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,28 @@ def test_a_finished_run_is_kept_unless_told(tmp_path: Path) -> None:
     assert (tmp_path / "record.json").is_file()
     claim(tmp_path, CONFIG, records=[tmp_path / "record.json"], overwrite=True)
     assert not (tmp_path / "record.json").exists()
+
+
+def test_overwriting_takes_away_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    claim(tmp_path, CONFIG, records=[], overwrite=False)
+    (tmp_path / "notes.md").write_text("mine")
+    for name in ("dense", "seed0", "thesis"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dense" / "architecture.json").write_text("{}")
+    claim(tmp_path, OTHER, records=[], overwrite=True)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"config.toml", "notes.md", "thesis"}
+
+
+def test_overwriting_spares_a_config_of_something_else_and_the_weights_it_starts_from(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('theme = "dark"')
+    with pytest.raises(ConfigError, match="not a run of this command"):
+        claim(tmp_path, CONFIG, records=[], overwrite=True)
+    claim(tmp_path / "run", CONFIG, records=[], overwrite=False)
+    (tmp_path / "run" / "checkpoint").mkdir()
+    again = replace(CONFIG, checkpoint=tmp_path / "run" / "checkpoint" / "dense.pt")
+    with pytest.raises(ConfigError, match="lies in the run"):
+        claim(tmp_path / "run", again, records=[], overwrite=True)
+    assert (tmp_path / "run" / "checkpoint").is_dir() and "dark" in (tmp_path / "config.toml").read_text()
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ better comparison: a machine that slows down for a while slows both.
 
 import contextlib
 import gc
+import importlib.util
 import itertools
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from rmprune.measure.backends import BACKENDS, Candidate, Run, prepare
 TURN_SECONDS = 0.005
 WARMUP_SECONDS = 0.2
 WARMUP_RUNS = 3
+PACKAGES = ("onnxruntime", "openvino")  # backends that are packages of the same name
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,18 @@ class Latency:
     ratio_q1: float | None = None
     ratio_q3: float | None = None
 
+    times_ms: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    """Mean time of each round; networks measured together share their rounds."""
+
+    def relative_to(self, other: "Latency") -> "Latency":
+        """The same with the ratio to `other`, round by round; both must come from one call of measure_latencies."""
+        pairs = zip(self.times_ms, other.times_ms, strict=True)
+        q1, ratio, q3 = _quartiles([own / base for own, base in pairs])
+        return replace(self, ratio=ratio, ratio_q1=q1, ratio_q3=q3)
+
     def to_dict(self) -> dict[str, Any]:
         """As a record holds it; what does not apply is left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "times_ms"}
 
 
 class _Configuration(NamedTuple):
@@ -126,8 +137,26 @@ def measure_latencies(
             runs = {c.name: prepare(c, *configuration) for c in candidates}
             turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
         for name, times in turns.items():
-            results[name].append(_summary(configuration, times, repeats[name], reference, turns.get(reference or "")))
+            results[name].append(_summary(configuration, times, repeats[name]))
+    if reference is not None:
+        for name, latencies in results.items():
+            pairs = zip(latencies, results[reference], strict=True)
+            results[name] = [replace(own.relative_to(base), reference=reference) for own, base in pairs]
     return results
+
+
+def check_available(backends: Sequence[str], device: str) -> None:
+    """Raise ConfigError where a backend is unknown or not installed, or the device is not there; before any training."""
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+        if backend in PACKAGES and importlib.util.find_spec(backend) is None:
+            raise ConfigError(f"backend {backend!r} is not installed; pip install {backend}")
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ConfigError(f"device {device!r} is not supported; use cpu or cuda (cuda:N)")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {device!r}: there is no CUDA device {index or 0} here; use --device cpu")
 
 
 def _check(
@@ -140,17 +169,11 @@ def _check(
     min_rounds: int,
     reference: str | None,
 ) -> None:
-    for backend in backends:
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+    check_available(backends, device)
     if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
         raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")
     if reference is not None and reference not in models:
         raise ConfigError(f"reference {reference!r} is not among the models measured: {', '.join(models)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r}: there is no CUDA device here; use --device cpu")
-    if not device.startswith(("cpu", "cuda")):
-        raise ConfigError(f"device {device!r} is not supported; use cpu or cuda")
 
 
 @contextlib.contextmanager
@@ -226,18 +249,14 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return q1, median, q3
 
 
-def _summary(
-    configuration: _Configuration,
-    times: list[float],
-    repeats: int,
-    reference: str | None,
-    reference_times: list[float] | None,
-) -> Latency:
+def _summary(configuration: _Configuration, times: list[float], repeats: int) -> Latency:
     q1, median, q3 = _quartiles(times)
-    latency = Latency(
-        **configuration._asdict(), median_ms=median, q1_ms=q1, q3_ms=q3, runs=repeats * len(times), rounds=len(times)
+    return Latency(
+        **configuration._asdict(),
+        median_ms=median,
+        q1_ms=q1,
+        q3_ms=q3,
+        runs=repeats * len(times),
+        rounds=len(times),
+        times_ms=tuple(times),
     )
-    if reference_times is None:
-        return latency
-    r1, ratio, r3 = _quartiles([t / r for t, r in zip(times, reference_times, strict=True)])
-    return replace(latency, reference=reference, ratio=ratio, ratio_q1=r1, ratio_q3=r3)

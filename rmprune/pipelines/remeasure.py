@@ -1,5 +1,6 @@
 """`measure`: the networks of finished runs again, all in turns in one process, and their records brought up to date."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from rmprune.measure import measure_latencies
 def run_measure(config: RemeasureConfig) -> list[Path]:
     """Measure again and replace the `latency` of every network in the records; returns the records' paths.
 
-    Networks that several runs share (the original of a sweep) are measured once. Ratios are taken to the first original.
+    Networks that several runs share (the original of a sweep) are measured once. Ratios are taken to each run's own original.
     """
     paths = records.find_records(list(config.runs))
     found: dict[Path, nn.Module] = {}
@@ -26,7 +27,6 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     shapes = {path: example_shape(path) for path in paths}
     if len(set(shapes.values())) > 1:
         raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
-    first = network_directory(paths[0].parent, "original")
     latencies = measure_latencies(
         {str(directory): model for directory, model in found.items()},
         torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
@@ -36,14 +36,15 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         device=config.measure.device,
         seconds=config.measure.seconds,
         min_rounds=config.measure.min_rounds,
-        reference=str(first),
     )
     for path in paths:
         record = records.read_record(path)
         for name, network in records.networks(record).items():
-            times = latencies[str(network_directory(path.parent, name))]
+            own = latencies[str(network_directory(path.parent, name))]
+            original = latencies[str(network_directory(path.parent, "original"))]
             network["latency"] = [
-                time.to_dict() | ({"reference": "original"} if time.reference else {}) for time in times
+                replace(time.relative_to(base), reference="original").to_dict()
+                for time, base in zip(own, original, strict=True)
             ]
         record["environment"] = records.environment()
         records.write_record(path, record)

@@ -4,6 +4,7 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 (`dense/`, `plain/`) and `seed0/macs_ratio-0.5/` is a cell. Every stage leaves an artifact; what is there is not done again.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.loading import create_network, load_checkpoint_into
-from rmprune.measure import count_macs, count_params, measure_latencies
+from rmprune.measure import check_available, count_macs, count_params, measure_latencies
 from rmprune.methods import Method, check_budgets, find_methods, slim_network
 from rmprune.pruning import Budget
 from rmprune.removal import remove_residuals
@@ -76,11 +77,13 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
 
 def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset) -> None:
     """Everything that can be refused is refused before a file is written or an epoch trained."""
+    check_available(config.measure.backends, config.measure.device)
     example = data.train.example(2)
     dense = make_dense(config, data, config.seed)
     reference = count_macs(dense, example[:1])
     budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 
+    @functools.cache
     def networks(plain: bool) -> nn.Module:
         return remove_residuals(dense, example).model if plain else dense
 
@@ -90,7 +93,8 @@ def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset)
 def _run_cell(
     cell: Cell, config: SlimConfig, methods: dict[str, Method], data: Dataset, device: torch.device, command: str
 ) -> None:
-    dense = stage(cell.shared / "dense", lambda: (train_dense(config, data, cell.seed, device, cell.shared), {}))
+    facts = {"input_shape": list(data.input_shape)}
+    dense = stage(cell.shared / "dense", lambda: (train_dense(config, data, cell.seed, device, cell.shared), facts))
     found: dict[str, nn.Module] = {"original": dense}
     removal: dict[str, Any] | None = None
     example = data.train.example(1)
@@ -140,10 +144,12 @@ def _run_cell(
 def stage(
     directory: Path, make: Callable[[], tuple[nn.Module, dict[str, Any]]], onnx: torch.Tensor | None = None
 ) -> nn.Module:
-    """The network of a finished stage from its artifact, or made now and saved with its facts."""
-    if artifact.is_artifact(directory):
+    """The network of a finished stage from its artifact, or made now and saved with its facts. A damaged one is refused first."""
+    if directory.exists():
         return artifact.load(directory)
     model, facts = make()
+    if onnx is not None:
+        facts = {"input_shape": list(onnx.shape[1:])} | facts
     artifact.save(model, directory, example_inputs=onnx, extra=facts)
     return artifact.load(directory)
 
@@ -223,6 +229,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
     return device

@@ -10,6 +10,7 @@ from rmprune.config import TrainRunConfig
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.loading import create_network
+from rmprune.measure import check_available
 from rmprune.pipelines.slim import measure_networks, pick_device, remove, stage
 from rmprune.removal import plan_removal
 from rmprune.rundir import claim
@@ -20,6 +21,7 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
     """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
     root = config.directory
     device = pick_device(config.device)
+    check_available(config.measure.backends, config.measure.device)
     data = load_dataset(config.data)
     model = make_network(config, data)
     plan_removal(model, data.train.example(2))  # refuse a network without residuals before training it
@@ -37,7 +39,7 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
             label="dense",
         ).cpu()
 
-    dense = stage(root / "dense", lambda: (trained(), {}))
+    dense = stage(root / "dense", lambda: (trained(), {"input_shape": list(data.input_shape)}))
     plain = stage(root / "plain", lambda: remove(dense, data), onnx=data.train.example(1))
     record = {
         "schema": records.SCHEMA,

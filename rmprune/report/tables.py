@@ -129,8 +129,21 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         macs_ratio=data.macs.to_numpy() / base.macs.to_numpy(),
         params_ratio=data.params.to_numpy() / base.params.to_numpy(),
     )
+    numbers = [
+        "accuracy",
+        "accuracy_change",
+        "macs",
+        "macs_ratio",
+        "params_ratio",
+        "median_ms",
+        "q1_ms",
+        "q3_ms",
+        "ratio",
+    ]
+    # the networks that cells of a seed share stand in each of their records: one value a seed
+    by_seed = full.groupby([*keys, "seed"], sort=False, dropna=False)[numbers].mean().reset_index()
     return (
-        full.groupby(keys, sort=False, dropna=False)
+        by_seed.groupby(keys, sort=False, dropna=False)
         .agg(
             accuracy=("accuracy", "mean"),
             accuracy_spread=("accuracy", _spread),
