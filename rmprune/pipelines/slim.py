@@ -99,7 +99,11 @@ def _run_cell(
     removal: dict[str, Any] | None = None
     example = data.train.example(1)
     if any(method.plain for method in methods.values()):
-        found["plain"] = stage(cell.shared / "plain", lambda: remove(dense, data), onnx=example)
+        found["plain"] = stage(
+            cell.shared / "plain",
+            lambda: remove(with_weights(make_dense(config, data, cell.seed), dense), data),
+            onnx=example,
+        )
         removal = artifact.read_extra(cell.shared / "plain")["removal"]
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
@@ -181,6 +185,12 @@ def train_dense(config: SlimConfig, data: Dataset, seed: int, device: torch.devi
         log=directory / "log.jsonl",
         label="dense",
     ).cpu()
+
+
+def with_weights(network: nn.Module, trained: nn.Module) -> nn.Module:
+    """`network`, whose modules name its blocks, with the weights of its trained artifact, which is one flat graph."""
+    network.load_state_dict(trained.state_dict())
+    return network.eval()
 
 
 def remove(dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:

@@ -11,7 +11,7 @@ from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.loading import create_network
 from rmprune.measure import check_available
-from rmprune.pipelines.slim import measure_networks, pick_device, remove, stage
+from rmprune.pipelines.slim import measure_networks, pick_device, remove, stage, with_weights
 from rmprune.removal import plan_removal
 from rmprune.rundir import claim
 from rmprune.training import fit
@@ -40,7 +40,7 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
         ).cpu()
 
     dense = stage(root / "dense", lambda: (trained(), {"input_shape": list(data.input_shape)}))
-    plain = stage(root / "plain", lambda: remove(dense, data), onnx=data.train.example(1))
+    plain = stage(root / "plain", lambda: remove(with_weights(model, dense), data), onnx=data.train.example(1))
     record = {
         "schema": records.SCHEMA,
         "command": command,
