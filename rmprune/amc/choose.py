@@ -1,5 +1,7 @@
 """One search from end to end: what to prune, what it costs, how policies are scored, the search, the verified policy. No training."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,16 @@ from rmprune.amc.search import Method, Search, SearchResult, Watcher
 from rmprune.amc.space import COSTS, Limits, Space, Widths
 from rmprune.config import MeasureConfig, SearchConfig
 from rmprune.data import Dataset, Split
-from rmprune.measure.latency import measure_latencies
+from rmprune.errors import ConfigError
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import Cost, Structure, describe_layer, record_shapes
 from rmprune.pruning.surgery import shrink
+from rmprune.timed import Place
 from rmprune.training.precision import compute_dtype
 
+_SECONDS = 1.0  # of measuring a whole network, at most
 IMPORTANCE_IMAGES = 2048  # training images that importance is measured on
 
 
@@ -60,9 +64,16 @@ class Timing:
     """Measured time as a constraint: the first backend, thread count and batch size of the measuring config."""
 
     def __init__(self, original: nn.Module, example: Tensor, config: MeasureConfig, cache: Path | None) -> None:
-        self.original, self.example, self.config = original, example, config
-        backend, threads, batch = config.backends[0], config.threads[0], config.batch_sizes[0]
-        self.table = LatencyModel(backend, threads=threads, batch_size=batch, cache=cache)
+        if config.device != "cpu":
+            raise ConfigError(
+                f"the latency table is measured on the CPU; use another constraint, or device cpu, not {config.device}"
+            )
+        self.original, self.example = original, example
+        quick = dataclasses.replace(config, seconds=min(config.seconds, _SECONDS))
+        self.place = Place.first(quick, original, example[:1])
+        self.table = LatencyModel(
+            self.place.backend, threads=self.place.threads, batch_size=self.place.batch_size, cache=cache
+        )
 
     def ratio(self, model: nn.Module) -> float:
         """Time of a whole network over the original's, measured in turns."""
@@ -70,17 +81,7 @@ class Timing:
 
     def ratios(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
         """The same for several networks at once."""
-        found = measure_latencies(
-            {"original": self.original, **models},
-            self.example[:1],
-            backends=self.config.backends[:1],
-            threads=self.config.threads[:1],
-            batch_sizes=self.config.batch_sizes[:1],
-            seconds=min(self.config.seconds, 1.0),
-            min_rounds=self.config.min_rounds,
-            reference="original",
-        )
-        return {name: float(found[name][0].ratio or 0.0) for name in models}
+        return self.place.ratios(models)
 
     def space(self, network: nn.Module, config: SearchConfig, ratio: float, note: Path) -> Space:
         """The policies of `network` under `ratio` times the original's time, by a table fitted to whole networks.
@@ -152,7 +153,7 @@ def choose(
 
 def make_scorer(network: nn.Module, space: Space, config: SearchConfig, data: Dataset, device: torch.device) -> Scorer:
     """The scorer of a network's policies, with everything it holds in memory."""
-    network = network.to(device)
+    network = copy.deepcopy(network).to(device)
     batches = list(data.train.batches(128, device=device, limit=IMPORTANCE_IMAGES))
     scores = score_groups(config.importance, network, space.structure, batches)
     images, labels = first_images(data.validation, config.images, device)

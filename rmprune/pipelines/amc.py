@@ -26,6 +26,7 @@ from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
+from rmprune.measure import check_available
 from rmprune.pipelines.slim import CALIBRATION_IMAGES, measure_networks, pick_device, stage
 from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
@@ -117,9 +118,16 @@ def make_original(config: AmcConfig, data: Dataset, seed: int, width: float | No
 
 def _refuse_early(config: AmcConfig, data: Dataset, cells: list[Cell]) -> None:
     """Infeasible budgets are refused before a file is written or an epoch trained (measured time: once it is measured)."""
+    check_available(config.measure.backends, config.measure.device)
     dense, example = make_original(config, data, config.seed), data.train.example(2)
-    if config.search.constraint == "latency":
+    if config.search.constraint == "latency" or (cells[0].shared / "plain").exists():
         return
+    for name in config.method:
+        for ratio in config.search.budget:
+            if METHODS[name].search is None:
+                width_multiplier(
+                    lambda width: make_original(config, data, config.seed, width), dense, example, config, ratio, None
+                )
     for plain in {METHODS[name].plain for name in config.method if METHODS[name].search is not None}:
         network = _without_residuals(config, dense, example) if plain else dense
         for ratio in config.search.budget:
@@ -144,7 +152,8 @@ class _Run:
     def finish(self, command: str) -> None:
         """Every stage that is not done yet, then the record."""
         config, cell = self.config, self.cell
-        dense = stage(cell.shared / "dense", lambda: (self.train(cell.shared, "dense"), {}))
+        facts = {"input_shape": list(self.data.input_shape)}
+        dense = stage(cell.shared / "dense", lambda: (self.train(cell.shared, "dense"), facts))
         found: dict[str, nn.Module] = {"original": dense}
         removal: dict[str, Any] | None = None
         if any(METHODS[name].plain for name in config.method):

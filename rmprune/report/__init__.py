@@ -13,6 +13,7 @@ from rmprune.errors import ArtifactError
 from rmprune.records import find_records, read_record
 from rmprune.report.figures import accuracy_against_time, save_figure
 from rmprune.report.page import page
+from rmprune.report.search import search_figure
 from rmprune.report.tables import frame, summary_tables
 
 __all__ = ["build_report", "frame", "run_report", "show", "summary_tables"]
@@ -38,6 +39,10 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
                 figure_paths = save_figure(accuracy_against_time(part, title), out_dir / stem)
                 svgs[title] = figure_paths[1]
                 written += figure_paths
+        for number, record in enumerate(records):
+            if (figure := search_figure(read_record(record))) is not None:
+                stem = "search" if len(records) == 1 else f"search-{number + 1}"
+                written += save_figure(figure, out_dir / stem)
         environments = [read_record(record)["environment"] for record in records]
         for name, text in (("index.html", page(data, svgs, environments, command)), ("command.txt", command + "\n")):
             (out_dir / name).write_text(text)
