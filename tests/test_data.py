@@ -271,6 +271,12 @@ def test_image_folder(folder: Path):
     assert not torch.equal(whole[0][0], next(data.train.batches(4, shuffle_seed=2, augment=True))[0])
 
 
+def test_the_first_images_of_a_folder_are_of_many_classes(folder: Path):
+    data = load_dataset(DataConfig(dataset="imagefolder", data_dir=folder, image_size=16, validation=0.25, workers=0))
+    for split, count in ((data.train, 6), (data.validation, 3)):
+        assert len(next(split.batches(count))[1].unique()) == 2
+
+
 def test_image_folder_workers_yield_the_same(folder: Path):
     alone, helped = (
         load_dataset(DataConfig(dataset="imagefolder", data_dir=folder, image_size=16, workers=workers))

@@ -73,9 +73,9 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
 
 def plan_table(name: str, blocks: list[BlockReport], macs: int) -> Table:
     """The blocks as a table; MACs and parameters are those of a block's own layers, for one image."""
-    table = Table(title=f"{name}: {macs / 1e6:,.1f} MMACs")
+    table = Table(title=f"{name}: {macs / 1e6:,.1f} MMACs", pad_edge=False)
     table.add_column("block", no_wrap=True)
-    table.add_column("residual", overflow="fold")
+    table.add_column("residual", overflow="fold", min_width=len("removable"))
     table.add_column("form and shortcut", overflow="fold")
     for column in ("copies", "MMACs", "k parameters"):
         table.add_column(column, justify="right", no_wrap=True)
