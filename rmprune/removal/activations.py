@@ -83,7 +83,7 @@ _RULES: dict[type[nn.Module], Callable[[nn.Module], Rule]] = {
 _VALLEYS: dict[type[nn.Module], tuple[float, float]] = {
     nn.SiLU: (-1.278464542761074, -0.2784645427610739),
     nn.Hardswish: (-1.5, -0.375),
-    nn.Mish: (-1.1924312145485868, -0.30884086245),
+    nn.Mish: (-1.1924312145485868, -0.3088434130172504),
 }
 _GELU_VALLEY = {
     "none": (-0.7517915246935645, -0.16997120747990369),

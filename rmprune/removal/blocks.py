@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from rmprune.removal.assemble import Entries, entries_of
 from rmprune.removal.geometry import output_size
 from rmprune.removal.kernels import Conv, Geometry, Pair, dense, depthwise, from_module, identity, with_norm
 from rmprune.removal.network import Network, is_batch_norm, shape_of
+from rmprune.removal.observe import size_seen
 from rmprune.removal.ranges import Range, range_of, spatial
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -34,11 +36,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One linear stage of the shortcut, and the range of what it emits."""
+    """One linear stage of the shortcut, the range of what it emits, and how large the examples showed it."""
 
     conv: Conv
     size: Pair
     range: Range
+    seen: float = math.inf
 
     @cached_property
     def folded(self) -> Conv:
@@ -265,12 +268,12 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage] | str:
         if is_batch_norm(network.layer(node)) and stages and stages[-1].conv.norm is None:
             assert conv.norm is not None
             stages[-1] = replace(
-                stages[-1], conv=with_norm(stages[-1].conv, conv.norm, conv.norm_name), range=range_of(node)
+                stages[-1], conv=with_norm(stages[-1].conv, conv.norm, conv.norm_name), range=range_of(node), seen=size_seen(node)
             )  # fmt: skip
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        stages.append(Stage(conv, spatial(source), range_of(node)))
+        stages.append(Stage(conv, spatial(source), range_of(node), size_seen(node)))
     return stages
 
 

@@ -13,12 +13,16 @@ SCALES = (1.0, 10.0, 100.0)
 
 
 def check_inputs(
-    example_inputs: tuple[Tensor, ...], given: int, random: int, seed: int = 0
+    example_inputs: tuple[Tensor, ...],
+    given: int,
+    random: int,
+    seed: int = 0,
+    limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Float64 inputs to compare on, and the sizes of their groups: `given` first images, then `random` ones.
+    """Float64 inputs to compare on, and the sizes of their groups: `given` first images, then `random` ones inside `limits`.
 
-    Random images are normal with scales 1, 10 and 100 in turn, with the given images' own mean size; the last mixes all scales
-    in patches. Only inputs of floating point are replaced by random ones.
+    Random images are normal with scales 1, 10 and 100 in turn; the last mixes all scales, pixel by pixel.
+    Only inputs of floating point are replaced by random ones.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = []
@@ -36,7 +40,7 @@ def check_inputs(
                 scale = torch.tensor(SCALES, dtype=torch.float64)[
                     torch.randint(0, 3, (1, 1, *value.shape[2:]), generator=generator)
                 ]
-            parts.append(noise * scale)
+            parts.append((noise * scale).clamp(*limits))
         inputs.append(torch.cat(parts))
     return tuple(inputs), [len(example_inputs[0][:given])] + [1] * random
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rmprune.removal.activations import Rule
 
 FORMS = ("auto", "shift", "pair", "slice")
+LOOSE = 256.0  # a shift this many times the values themselves rounds them to 256 * 2^-24 = 1.5e-5 in float32
 _SLACK = 2e-11  # the outward rounding of the ranges is no overshoot
 _GRID = 2.0**-12  # offsets are multiples of it, so that float32 adds and takes them off exactly
 
@@ -52,10 +53,13 @@ def constant(low: Tensor, high: Tensor) -> Tensor:
     return torch.isfinite(width) & (width <= 8e-12 * torch.maximum(low.abs(), high.abs()))
 
 
-def encode(rule: Rule | None, low: Tensor, high: Tensor, needed: Tensor, form: str) -> Code | str:
+def encode(
+    rule: Rule | None, low: Tensor, high: Tensor, needed: Tensor, form: str, size: float = math.inf
+) -> Code | str:  # fmt: skip
     """The cheapest code for the channels in `needed`, or the reason why there is none.
 
-    low, high: (K,) ranges; needed: (K,) bool; form: auto, shift or pair (what a channel that is not free may use).
+    low, high: (K,) ranges; needed: (K,) bool; form: auto, shift or pair (what a channel that is not free may use). size: how
+    large values are in fact; "auto" takes a pair where the bounds are so loose that a shift would cost float32 its precision.
     """
     fixed = constant(low, high)
     carried = needed & ~fixed
@@ -69,6 +73,8 @@ def encode(rule: Rule | None, low: Tensor, high: Tensor, needed: Tensor, form: s
     shifted, pairs = _shift(rule, low, high), _pair_scale(rule, low, high)
     shiftable, pairable = torch.isfinite(shifted.scale), torch.isfinite(pairs)
     use_shift = carried & ~passes & shiftable & (form in ("auto", "shift"))
+    if form == "auto":
+        use_shift &= ~(pairable & (shifted.offset.abs() / shifted.scale > LOOSE * size))
     use_pair = carried & ~passes & pairable & (form in ("auto", "pair")) & ~use_shift
     missing = carried & ~passes & ~use_shift & ~use_pair
     if missing.any():

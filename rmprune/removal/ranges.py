@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -194,34 +193,3 @@ _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
     torch.mul: _multiply,
     operator.getitem: _crop,
 }
-
-
-def observe(network: Network, inputs: tuple[Tensor, ...], margin: float) -> None:
-    """Tightens the ranges by what `inputs` show, widened on each side by `margin` times the width seen. Exact only inside."""
-    values: dict[fx.Node, Any] = {}
-    given = iter(inputs)
-    for node in network.graph.nodes:
-        if node.op == "output":
-            break
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        if node.op == "placeholder":
-            values[node] = next(given, node.args[0] if node.args else None)
-        elif node.op == "get_attr":
-            values[node] = network.constants[str(node.target)]
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            function = network.layer(node) if node.op == "call_module" else node.target
-            assert callable(function)
-            values[node] = function(*args, **kwargs)
-        value = values[node]
-        if isinstance(value, Tensor) and value.dim() == 4 and "range" in node.meta:
-            low, high = value.amin((0, 2, 3)), value.amax((0, 2, 3))
-            slack = (high - low) * margin
-            node.meta["range"] = (
-                torch.maximum(range_of(node)[0], low - slack),
-                torch.minimum(range_of(node)[1], high + slack),
-            )
-        for source in node.all_input_nodes:
-            if list(source.users)[-1] is node:
-                values.pop(source, None)

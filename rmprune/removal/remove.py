@@ -16,7 +16,8 @@ from rmprune.removal.check import check_inputs, relative_error
 from rmprune.removal.encode import FORMS
 from rmprune.removal.fuse import RULES, fuse_convolutions, join_norms
 from rmprune.removal.network import Network, example_tuple
-from rmprune.removal.ranges import annotate_ranges, observe
+from rmprune.removal.observe import may_shift, observe, tighten
+from rmprune.removal.ranges import annotate_ranges
 from rmprune.removal.reference import has_hooks, reference_copy
 from rmprune.removal.rewrite import BlockReport, remove_all
 from rmprune.removal.trace import normalise
@@ -70,7 +71,8 @@ def remove_residuals(
         join_norms(network)
     fuse_convolutions(network, fuse)
     given = max(1, min(len(inputs[0]), _CALIBRATION_PIXELS // max(1, math.prod(inputs[0].shape[2:]))))
-    checked, groups = check_inputs(inputs, given, 4)
+    inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
+    checked, groups = check_inputs(inputs, given, 4 if inside else 0, limits=input_range)
     with torch.no_grad():
         expected = reference(*checked)
     del reference
@@ -107,10 +109,12 @@ def _rewrite(
     with torch.no_grad():
         network = normalise(reference, inputs)
         annotate_ranges(network, input_range)
+        doubles = tuple(x.detach().cpu().double() if x.is_floating_point() else x.cpu() for x in inputs)
         if ranges == "calibrated":
-            observe(
-                network, tuple(x.detach().cpu().double() if x.is_floating_point() else x.cpu() for x in inputs), margin
-            )
+            observe(network, doubles)
+            tighten(network, margin)
+        elif may_shift(network):
+            observe(network, tuple(x[:2] for x in doubles))
         return network, remove_all(network, keep, form, progress)
 
 

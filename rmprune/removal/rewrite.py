@@ -103,7 +103,7 @@ def _replace(network: Network, block: Block, plan: Schedule) -> None:
     with network.graph.inserting_before(block.add):
         for layer in plan.layers:
             current = _insert(network, current, layer, batch, block)
-    current.meta["range"] = block.add.meta["range"]
+    current.meta.update({key: block.add.meta[key] for key in ("range", "seen") if key in block.add.meta})
     block.add.replace_all_uses_with(current)
     network.graph.erase_node(block.add)
     for node in sorted(block.nodes, reverse=True):

@@ -29,6 +29,7 @@ from rmprune.removal.encode import constant, encode, free
 from rmprune.removal.geometry import Taps, chain_taps
 from rmprune.removal.kernels import Conv, compose, to_measure
 from rmprune.removal.layout import ANYWHERE, Wire, lay_out, wires
+from rmprune.removal.observe import size_seen
 from rmprune.removal.ranges import Range, range_of, spatial
 
 
@@ -53,6 +54,7 @@ class _State:
 
     carry: Carry
     range: Range
+    seen: float
     done: int = 0
 
 
@@ -62,6 +64,13 @@ def schedule(block: Block, form: str = "auto") -> Schedule | str:
     if isinstance(layout, str):
         return layout
     needed = _needed(block)
+    best, reasons = _cheapest(block, layout, needed, form)
+    if best is None and form == "auto":  # a shift may be what a padded shortcut kernel does not allow
+        best, _ = _cheapest(block, layout, needed, "pair")
+    return best if best is not None else reasons[0]
+
+
+def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str) -> tuple[Schedule | None, list[str]]:
     best: Schedule | None = None
     reasons: list[str] = []
     for assignment in _assignments(len(block.stages), len(block.layers)):
@@ -72,7 +81,7 @@ def schedule(block: Block, form: str = "auto") -> Schedule | str:
             reasons.append(found)
         elif best is None or found.macs() < best.macs():
             best = found
-    return best if best is not None else reasons[0]
+    return best, reasons
 
 
 def _assignments(stages: int, layers: int) -> Iterator[tuple[int, ...]]:
@@ -121,7 +130,7 @@ def _build(
     if isinstance(taps, str):
         return taps
     low, high = range_of(block.fork)
-    state = _State(start(low, high, block.layers[0].conv.groups), (low, high))
+    state = _State(start(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
     built: list[Layer] = []
     forms: frozenset[str] = frozenset()
     reserved = 0
@@ -131,7 +140,8 @@ def _build(
             return "a shifted copy would meet zero padding where the shortcut's kernel reads it"
         bias = bias + constant_part(value, state.carry, len(bias))
         state.done += len(groups[i])
-        state.range = state.range if segments[i] is None else groups[i][-1].range
+        if groups[i]:
+            state.range, state.seen = groups[i][-1].range, groups[i][-1].seen
         if i == len(block.layers) - 1:
             merged = _merge(layer, state.carry, value, bias, taps[i])
             if isinstance(merged, str):
@@ -218,7 +228,7 @@ def _reserve(
     as_is = torch.zeros_like(needed)
     if identity:
         as_is = passes_as_is(carry, rule, free(rule, low, high)) & needed & ~constant(low, high)
-    code = encode(rule, low, high, needed & ~as_is, form)
+    code = encode(rule, low, high, needed & ~as_is, form, state.seen)
     if isinstance(code, str):
         return code
     carried = as_is.clone()
@@ -250,7 +260,12 @@ def _reserve(
         after, layout.extra_groups,
     )  # fmt: skip
     activation = _with_slopes(layer.activation, rule, after)
-    return replace(layer, conv=new, activation=activation), next_carry, code.forms
+    forms = code.forms
+    if as_is.any() and carry.side.total == len(carry.channel) == len(
+        carry.side.positions
+    ):  # x itself, in the first layer
+        forms |= {"slope" if rule is not None and rule.slopes else "free"}
+    return replace(layer, conv=new, activation=activation), next_carry, forms
 
 
 def _wanted(

@@ -1,0 +1,80 @@
+"""Small networks for the tests of removal: blocks of any branch and shortcut, with batch norms and inputs that show mistakes."""
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.removal import Removal
+
+
+class Residual(nn.Module):
+    """after(branch(x) + shortcut(x))."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut or nn.Identity()
+        self.after = after or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.branch(x) + self.shortcut(x))
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, **rest: object) -> nn.Conv2d:
+    rest.setdefault("padding", kernel // 2)
+    return nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, **rest)  # type: ignore[arg-type]
+
+
+def conv_bn(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, **rest: object
+) -> nn.Sequential:
+    return nn.Sequential(conv(inputs, outputs, kernel, stride, groups, bias=False, **rest), nn.BatchNorm2d(outputs))
+
+
+def basic(width: int = 6, act: Callable[[], nn.Module] = nn.ReLU, outer: bool = True) -> Residual:
+    """conv, act, conv, add, act: the block of ResNet-18, or without the last activation."""
+    return Residual(
+        nn.Sequential(*conv_bn(width, width), act(), *conv_bn(width, width)), None, act() if outer else None
+    )
+
+
+def prepared(*layers: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Sequential:
+    """A float64 network in eval mode whose weights and batch-norm statistics are random, weights times `gain`."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*layers).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0, gain * (2 / module.weight[0].numel()) ** 0.5)
+            if module.bias is not None:
+                nn.init.normal_(module.bias)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.2, 3)
+    return model.requires_grad_(False)
+
+
+def images(channels: int = 3, size: int = 8, count: int = 2, seed: int = 5) -> Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def worst_error(removal: Removal, model: nn.Module, channels: int = 3, size: int = 8) -> float:
+    """Largest relative error on ordinary, saturating, negative and constant inputs that removal has not seen."""
+    x = images(channels, size, 3, seed=9)
+    worst = 0.0
+    for each in (x, 50 * x, -x.abs(), torch.zeros_like(x), torch.full_like(x, 9.0)):
+        expected = model(each)
+        worst = max(worst, ((removal.model(each) - expected).abs().max() / expected.abs().max()).item())
+    return worst
+
+
+def has_addition(model: nn.Module) -> bool:
+    graph = model.graph if isinstance(model, fx.GraphModule) else fx.symbolic_trace(model).graph
+    return any(node.target in (operator.add, operator.iadd, torch.add) for node in graph.nodes)
+
+
+def reservations(removal: Removal) -> dict[str, int]:
+    return {block.name: block.reserved for block in removal.blocks}

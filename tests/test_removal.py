@@ -1,0 +1,281 @@
+"""The public calls of removal: what comes out, what is left alone, what is refused."""
+
+import collections
+import itertools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, prepared, worst_error
+from torch import Tensor, fx, nn
+
+from rmprune.errors import ConfigError, NotEquivalent, UnsupportedModel
+from rmprune.onnx_export import onnx_bytes
+from rmprune.removal import build, fold_batch_norms, fuse_linear, plan_removal, remove, remove_residuals
+
+
+def small_resnet(**settings: object) -> nn.Module:
+    """Two stages of basic blocks, the second with a strided convolution as shortcut."""
+    down = Residual(nn.Sequential(*conv_bn(6, 8, stride=2), nn.ReLU(), *conv_bn(8, 8)), conv_bn(6, 8, 1, 2), nn.ReLU())
+    return prepared(
+        *conv_bn(3, 6), nn.ReLU(), basic(), down, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), **settings
+    )
+
+
+def test_basic_blocks_become_a_flat_sequential_of_stock_modules() -> None:
+    model = small_resnet()
+    removal = remove_residuals(model, images())
+    assert type(removal.model) is nn.Sequential
+    assert removal.removed == ["3", "4"] and removal.kept == {}
+    assert not has_addition(removal.model) and has_addition(model)
+    kinds = {type(module) for module in removal.model}
+    assert kinds == {nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear}
+    assert removal.max_error < 1e-13 and worst_error(removal, model) < 1e-12
+
+
+def test_widths_are_those_of_the_paper() -> None:
+    """W1' has C + H rows and the merge reads C + H channels; the strided block reserves its C_in inputs, not its C_out outputs."""
+    widths = [
+        (m.in_channels, m.out_channels)
+        for m in remove_residuals(small_resnet(), images()).model
+        if isinstance(m, nn.Conv2d)
+    ]
+    assert widths == [(3, 6), (6, 12), (12, 6), (6, 14), (14, 8)]
+
+
+def test_names_tell_the_block() -> None:
+    model = torchvision.models.resnet18(num_classes=3)
+    removal = remove_residuals(model.eval(), torch.randn(2, 3, 32, 32))
+    names = [name for name, _ in removal.model.named_children()]
+    assert removal.removed == [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert names[:10] == [
+        "conv1", "bn1", "relu", "maxpool", "layer1_0_conv1", "layer1_0_bn1", "layer1_0_relu", "layer1_0_conv2", "layer1_0_bn2",
+        "layer1_0_relu_1",
+    ]  # fmt: skip
+    x = torch.randn(2, 3, 32, 32)
+    assert (removal.model(x) - model(x)).abs().max() <= 1e-5 * model(x).abs().max()
+
+
+def test_the_source_is_left_alone() -> None:
+    model = small_resnet().float().train()
+    model[0].weight.requires_grad_(True)
+    calls: list[object] = []
+    model[3].register_forward_hook(lambda module, args, output: calls.append(args[0].dtype))
+    before = collections.OrderedDict((k, v.clone()) for k, v in model.state_dict().items())
+    x = images().float()
+    given = x.clone()
+    remove_residuals(model, x)
+    assert torch.equal(x, given)
+    assert (
+        model.training
+        and model[3].training
+        and model[0].weight.requires_grad
+        and not model[3].branch[0].weight.requires_grad
+    )
+    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+    assert len(model[3]._forward_hooks) == 1 and not any(len(m._forward_hooks) for m in model[3].branch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dtype_and_memory_format_are_kept(dtype: torch.dtype) -> None:
+    model = small_resnet().to(dtype).to(memory_format=torch.channels_last)
+    result = remove_residuals(model, images().to(dtype)).model
+    assert {p.dtype for p in result.parameters()} == {dtype} and all(p.requires_grad for p in result.parameters())
+    wide = [p for p in result.parameters() if p.dim() == 4 and min(p.shape) > 1]
+    assert wide and all(p.is_contiguous(memory_format=torch.channels_last) for p in wide)
+    assert not any(module.training for module in result.modules())
+
+
+def test_no_two_tensors_share_memory() -> None:
+    shared = conv(6, 6)
+    model = prepared(*conv_bn(3, 6), nn.ReLU(), Residual(nn.Sequential(shared, nn.ReLU(), shared)), nn.ReLU(), shared)
+    removal = remove_residuals(model, images(), batch_norm=False)
+    pointers = [p.data_ptr() for p in removal.model.parameters()]
+    assert len(set(pointers)) == len(pointers) and worst_error(removal, model) < 1e-12
+
+
+def test_keep_leaves_blocks_in() -> None:
+    model = small_resnet()
+    removal = remove_residuals(model, images(), keep=["3"])
+    assert removal.removed == ["4"] and list(removal.kept) == ["3"] and has_addition(removal.model)
+    assert isinstance(removal.model, fx.GraphModule) and worst_error(removal, model) < 1e-12
+    with pytest.raises(ConfigError, match=r"names no residual: layer9; there are 3, 4"):
+        remove_residuals(model, images(), keep=["layer9"])
+
+
+@pytest.mark.parametrize("setting", [{"ranges": "guessed"}, {"form": "clamp"}, {"fuse": "maybe"}, {"tolerance": 0.0}])
+def test_unknown_settings(setting: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        remove_residuals(small_resnet(), images(), **setting)  # type: ignore[arg-type]
+
+
+def test_nothing_to_remove_is_an_error() -> None:
+    with pytest.raises(UnsupportedModel, match="no residual to remove"):
+        remove_residuals(prepared(*conv_bn(3, 6), nn.ReLU(), *conv_bn(6, 6)), images())
+    gate = nn.Sequential(*conv_bn(3, 3), nn.Tanh(), *conv_bn(3, 3))
+    with pytest.raises(
+        UnsupportedModel, match=r"no residual to remove that can go: 0: its activation is nowhere the identity"
+    ):
+        remove_residuals(prepared(Residual(gate)), images())
+
+
+def test_untraceable_networks_are_refused_with_the_way_out() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(UnsupportedModel, match=r"torch.fx cannot trace Sequential"):
+        remove_residuals(prepared(Branching()), images())
+    with pytest.raises(UnsupportedModel, match=r"fails on inputs of shape"):
+        remove_residuals(small_resnet(), images(channels=5))
+
+
+def test_a_fault_in_the_rewrite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = build.build_conv
+
+    def faulty(conv_data: object) -> nn.Conv2d:
+        module = original(conv_data)  # type: ignore[arg-type]
+        module.weight += 1e-7
+        return module
+
+    monkeypatch.setattr(build, "build_conv", faulty)
+    with pytest.raises(NotEquivalent, match="over the tolerance"):
+        remove_residuals(small_resnet(), images())
+
+
+def test_plan_builds_nothing_and_agrees_with_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_resnet()
+    reports = remove_residuals(model, images()).blocks
+    monkeypatch.setattr(remove, "materialise", lambda *args: pytest.fail("the plan built weights"))
+    plan = plan_removal(model, images())
+    assert plan == reports
+    first, second = plan
+    assert (first.form, first.shortcut, first.reserved) == ("free", "identity", 6)
+    assert first.macs_before == 2 * 6 * 6 * 9 * 64 and first.macs_after == 2 * 12 * 6 * 9 * 64
+    assert second.shortcut == "conv 1x1/2" and second.reserved == 6
+    assert (
+        second.macs_before == (6 * 8 * 9 + 8 * 8 * 9 + 6 * 8) * 16
+        and second.macs_after == (6 * 14 * 9 + 14 * 8 * 9) * 16
+    )
+    assert second.params_after == 6 * 14 * 9 + 14 * 8 * 9 + 2 * (14 + 8)
+
+
+def test_the_plan_shows_a_bottleneck_its_price() -> None:
+    """RM.md 5: 256-64-64-256 gets 320 channels through its 3x3, 25 times the MACs of that layer."""
+    branch = nn.Sequential(*conv_bn(256, 64, 1), nn.ReLU(), *conv_bn(64, 64), nn.ReLU(), *conv_bn(64, 256, 1))
+    (report,) = plan_removal(prepared(nn.ReLU(), Residual(branch)), images(256, 4, 1))
+    assert report.reserved == 256
+    assert report.macs_after - 2 * 256 * 320 * 16 == 25 * (64 * 64 * 9 * 16)
+
+
+def test_batch_norms_can_be_folded_away() -> None:
+    model = small_resnet()
+    removal = remove_residuals(model, images(), batch_norm=False)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in removal.model.modules())
+    assert worst_error(removal, model) < 1e-12
+
+
+def test_training_mode_starts_where_the_network_stands() -> None:
+    """RM.md 4, row 3: with mean 0 and variance 1 the first training step computed another function (0.5 on 1.3)."""
+    model = small_resnet().float().train()
+    x = images(count=64).float()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the average over all of x, layer after layer
+            module.reset_running_stats()
+    model(x)
+    expected = model.eval()(x)
+    result = remove_residuals(model, x).model
+    assert (result.eval()(x) - expected).abs().max() < 1e-5
+    assert (result.train()(x) - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+def test_measured_batch_norms_are_the_identity_in_both_modes() -> None:
+    """Without a batch norm of its own, every row is measured: training mode equals eval mode on the same images."""
+    model = prepared(conv(3, 6), nn.ReLU(), Residual(nn.Sequential(conv(6, 6), nn.ReLU(), conv(6, 6))), nn.ReLU())
+    x = images(count=16)
+    result = remove_residuals(model, x).model
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in result) == 2
+    assert (result.train()(x) - model(x)).abs().max() < 1e-10
+
+
+def test_own_batch_norm_rows_are_kept_for_pruning() -> None:
+    model = small_resnet()
+    scale = model[3].branch[1].weight
+    scale[2] = 0.0
+    result = dict(remove_residuals(model, images()).model.named_children())
+    assert torch.equal(result["3_branch_1"].weight[:6], scale) and torch.equal(
+        result["3_branch_0"].weight[:6], model[3].branch[0].weight
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning", "ignore:.*is deprecated:DeprecationWarning")
+def test_exports_agree() -> None:
+    model = small_resnet().float()
+    x = images().float()
+    result = remove_residuals(model, x).model
+    expected = model(x)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    assert torch.allclose(torch.export.export(result, (x,)).module()(x), expected, **close)
+    assert torch.allclose(torch.jit.trace(result, x)(x), expected, **close)
+
+
+def test_onnx_of_an_inverted_residual_has_only_stock_operators() -> None:
+    """Issue 3: no PRelu, Min, Max, Where or Slice; ONNX Runtime agrees."""
+    block = nn.Sequential(*conv_bn(4, 8, 1), nn.ReLU6(), *conv_bn(8, 8, groups=8), nn.ReLU6(), *conv_bn(8, 4, 1))
+    model = prepared(*conv_bn(3, 4), nn.ReLU6(), *conv_bn(4, 4, 1), Residual(block), Residual(block), gain=3.0).float()
+    x = images().float()
+    result = remove_residuals(model, x, batch_norm=False).model
+    assert {type(module) for module in result} == {nn.Conv2d, nn.ReLU6}
+    data = onnx_bytes(result, x)
+    kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
+    assert kinds <= {"Conv", "Clip", "Constant", "Identity"}
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.abs(found - model(x).numpy()).max() <= 1e-4 * model(x).abs().max().item()
+
+
+def test_fuse_linear_multiplies_neighbours_where_cheaper() -> None:
+    model = prepared(*conv_bn(3, 4, 1), conv(4, 8), *conv_bn(8, 2, 1), nn.ReLU(), conv(2, 16, 1), conv(16, 3, 1))
+    fused = fuse_linear(model, images())
+    convs = [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size) for c in convs] == [
+        (3, 4, (1, 1)),
+        (4, 2, (3, 3)),
+        (2, 3, (1, 1)),
+    ]
+    assert (fused(images()) - model(images())).abs().max() < 1e-12
+    kept = fuse_linear(model, images(), "never")
+    assert sum(isinstance(module, nn.Conv2d) for module in kept.modules()) == 5
+
+
+def test_a_padded_kernel_after_a_bias_is_not_fused() -> None:
+    """The border would see the bias where the original sees zero padding."""
+    model = prepared(conv(3, 2, 1), conv(2, 2))
+    assert sum(isinstance(m, nn.Conv2d) for m in fuse_linear(model, images(), "always").modules()) == 2
+    model[0].bias.zero_()
+    fused = fuse_linear(model, images(), "always")
+    assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
+    assert (fused(images()) - model(images())).abs().max() < 1e-12
+
+
+def test_mobilenet_becomes_version_one() -> None:
+    model = torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    removal = remove_residuals(model, x, fuse="always", batch_norm=False)
+    kinds = [type(module) for module in removal.model]
+    assert (
+        set(kinds) == {nn.Conv2d, nn.ReLU6, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear} and len(removal.removed) == 11
+    )
+    assert all(a is not b or a is not nn.Conv2d for a, b in itertools.pairwise(kinds)), "two convolutions in a row"
+    assert (removal.model(x) - model(x)).abs().max() <= 1e-4 * model(x).abs().max()
+
+
+def test_fold_batch_norms() -> None:
+    model = small_resnet()
+    folded = fold_batch_norms(model, images())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) and has_addition(folded)
+    assert (folded(images()) - model(images())).abs().max() < 1e-12
