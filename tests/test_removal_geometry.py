@@ -95,8 +95,6 @@ def test_a_shortcut_on_another_grid_is_refused() -> None:
     layers = [nn.Conv2d(6, 6, 1, 2), conv(6, 6, 1)]
     refused(prepared(*stem(), Residual(branch(*layers), nn.Conv2d(6, 6, 2, 2))), "grid|has no tap")
     refused(prepared(*stem(), Residual(branch(*layers), nn.Conv2d(6, 6, 3, 2, padding=1))), "grid|has no tap")
-    layers = [nn.Conv2d(6, 6, 3, 2, padding=1, dilation=2), conv(6, 6, 1)]
-    refused(prepared(*stem(), Residual(branch(*layers), nn.Conv2d(6, 6, 1, 3))), "grid", size=9)
 
 
 def test_a_shortcut_kernel_that_fits() -> None:

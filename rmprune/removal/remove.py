@@ -24,7 +24,8 @@ from rmprune.removal.trace import normalise
 
 RANGES = ("provable", "calibrated")
 Inputs = Tensor | tuple[Tensor, ...]
-_CALIBRATION_PIXELS = 2**21  # pixels of all calibration images together; enough for any statistics
+_PIXELS = 2**21  # of all images of the check and of the batch norms' statistics together
+_IMAGE_MACS = 5 * 10**10  # of the original network on them
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def remove_residuals(
 ) -> Removal:  # fmt: skip
     """Removes residual connections exactly (RMNet, arXiv 2111.00687): the same function without additions. `model` is left alone.
 
-    example_inputs: one batch, (N, C, H, W) or a tuple of inputs; sets the sizes and the statistics of new batch norms.
+    example_inputs: one batch, (N, C, H, W) or a tuple of inputs; sets the sizes and the statistics of new batch norms (from its
+    first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes, unless a shortcut pools with ceil_mode.
     keep: names of blocks to leave in. ranges: "provable" bounds hold for every input in `input_range`; "calibrated" ones are
     seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass an activation that
     is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies). batch_norm: False folds every
@@ -70,9 +72,9 @@ def remove_residuals(
     if not batch_norm:
         join_norms(network)
     fuse_convolutions(network, fuse)
-    given = max(1, min(len(inputs[0]), _CALIBRATION_PIXELS // max(1, math.prod(inputs[0].shape[2:]))))
+    given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
-    checked, groups = check_inputs(inputs, given, 4 if inside else 0, limits=input_range)
+    checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
     with torch.no_grad():
         expected = reference(*checked)
     del reference
@@ -116,6 +118,13 @@ def _rewrite(
         elif may_shift(network):
             observe(network, tuple(x[:2] for x in doubles))
         return network, remove_all(network, keep, form, progress)
+
+
+def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
+    """How many given and random images are run in float64, so that a check of a large network takes seconds, not minutes."""
+    budget = max(3, min(_IMAGE_MACS // max(1, macs), _PIXELS // max(1, math.prod(images.shape[2:]))))
+    random = 4 if budget >= 8 else 2
+    return max(1, min(len(images), budget - random)), random
 
 
 def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> None:
