@@ -45,53 +45,70 @@ class PolicyPruner(GradualPruner):
 
 @dataclass(frozen=True)
 class Verified:
-    """A policy and the cost of its whole network, as a fraction of the original's; `attempts` networks were measured."""
+    """A policy and the cost of its whole network, as a fraction of the original's; so many `networks` were measured."""
 
     widths: Widths
     ratio: float
-    attempts: int
+    networks: int
+
+
+Measure = Callable[[Sequence[Widths]], Sequence[float]]
+"""Costs of several policies' whole networks, as fractions of the original's, measured in turns with each other."""
+_FIRST_STEPS = (1.0, 1.08, 0.92, 0.85)  # times the predicted cost of the policy
+_POINTS = 4  # policies measured at once from then on
 
 
 def meet_budget(
     space: Space,
     widths: Widths,
-    measure: Callable[[Widths], float],
+    measure: Measure,
     target: float,
     *,
     slack: float = 0.05,
-    attempts: int = 8,
+    margin: float = 0.01,
+    rounds: int = 5,
 ) -> Verified:
     """The policy of this shape whose network, measured as a whole, costs between (1 - slack) * target and target.
 
-    measure: cost of a policy's network as a fraction of the original's (a measured time, say); target: the largest fraction
-    allowed. `widths` is kept if it fits; otherwise the budget inside the space is corrected by what was measured and the
-    policy scaled to it, always from below. Of several that meet the target the costliest is taken. Raises
-    InfeasibleBudget where `attempts` networks or the limits did not suffice.
+    The policy is scaled up and down and several sizes are measured at once, ever closer to the largest that costs at most
+    (1 - margin) * target; that one is measured once more and must be below the target again. `target` is a fraction of the
+    original's cost. Where widths are too coarse for the slack, the costliest policy below the target is taken. Raises
+    InfeasibleBudget where none was below.
     """
-    fractions, predicted = space.fractions(widths), space.cost(widths)
-    best: Verified | None = None
+    fractions, size = space.fractions(widths), space.cost(widths)
     tried: dict[Widths, float] = {}
-    while len(tried) < attempts:
-        ratio = tried[widths] = measure(widths)
-        if ratio <= target and (best is None or ratio > best.ratio):
-            best = Verified(widths, ratio, len(tried))
-        if best is not None and (best.ratio >= (1 - slack) * target or widths == space.whole):
+    plan = [widths, *(_scaled(space, fractions, step * size) for step in _FIRST_STEPS[1:])]
+    for _ in range(rounds):
+        new = [policy for policy in dict.fromkeys(plan) if policy not in tried]
+        if not new:
             break
-        predicted *= (1 - slack / 2) * target / ratio
-        widths = _scaled(space, fractions, predicted)
-        while best is None and widths in tried and widths != space.lowest:
-            predicted *= 1 - slack / 2
-            widths = _scaled(space, fractions, predicted)
-        if widths in tried:
-            break
-        predicted = space.cost(widths)
+        tried |= dict(zip(new, measure(new), strict=True))
+        best = _largest_below(tried, (1 - margin) * target)
+        while best is not None and tried[best] >= (1 - slack) * target:
+            again = measure([best])[0]
+            if again <= target:
+                return Verified(best, again, len(tried))
+            tried[best] = again
+            best = _largest_below(tried, (1 - margin) * target)
+        low = space.least_cost if best is None else space.cost(best)
+        high = min(
+            (space.cost(w) for w, r in tried.items() if r > target and space.cost(w) > low), default=space.full_cost
+        )
+        plan = [
+            _scaled(space, fractions, low * (high / low) ** (i / _POINTS)) for i in range(_POINTS + (best is not None))
+        ]
+    best = _largest_below(tried, target)
     if best is None:
-        least = min(tried.values())
         raise InfeasibleBudget(
             f"no policy of {len(tried)} measured as whole networks met the budget of {target:.3g} times the original; the "
-            f"nearest took {least:.3g}: raise the budget or lower the limits (lowest={space.limits.lowest})"
+            f"nearest took {min(tried.values()):.3g}: raise the budget or lower the limits (lowest={space.limits.lowest})"
         )
-    return Verified(best.widths, best.ratio, len(tried))
+    return Verified(best, tried[best], len(tried))
+
+
+def _largest_below(tried: Mapping[Widths, float], limit: float) -> Widths | None:
+    """The costliest of the measured policies that cost at most `limit`."""
+    return max((w for w, ratio in tried.items() if ratio <= limit), key=lambda w: tried[w], default=None)
 
 
 def _scaled(space: Space, fractions: Sequence[float], budget: float) -> Widths:

@@ -1,8 +1,7 @@
 """One search from end to end: what to prune, what it costs, how policies are scored, the search, the verified policy. No training."""
 
 import copy
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.amc.agent import AgentConfig
-from rmprune.amc.apply import Verified, meet_budget
+from rmprune.amc.apply import Measure, Verified, meet_budget
 from rmprune.amc.environment import Environment
 from rmprune.amc.latency import TimeCost, calibrate
 from rmprune.amc.scoring import Scorer, Settings, importance_order
@@ -28,7 +27,6 @@ from rmprune.pruning.surgery import shrink
 from rmprune.timed import Place
 from rmprune.training.precision import compute_dtype
 
-_SECONDS = 1.0  # of measuring a whole network, at most
 IMPORTANCE_IMAGES = 2048  # training images that importance is measured on
 
 
@@ -69,25 +67,26 @@ class Timing:
                 f"the latency table is measured on the CPU; use another constraint, or device cpu, not {config.device}"
             )
         self.original, self.example = original, example
-        quick = dataclasses.replace(config, seconds=min(config.seconds, _SECONDS))
-        self.place = Place.first(quick, original, example[:1])
+        self.place = Place.first(config, original, example[:1])
         self.table = LatencyModel(
             self.place.backend, threads=self.place.threads, batch_size=self.place.batch_size, cache=cache
         )
 
-    def ratio(self, model: nn.Module) -> float:
-        """Time of a whole network over the original's, measured in turns."""
-        return self.ratios({"policy": model})["policy"]
+    def measure(self, network: nn.Module, space: Space) -> Measure:
+        """Measures policies of `network` as whole networks, in turns with the original."""
 
-    def ratios(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
-        """The same for several networks at once."""
-        return self.place.ratios(models)
+        def ratios(policies: Sequence[Widths]) -> list[float]:
+            networks = {str(widths): _cut(network, space, widths) for widths in policies}
+            found = self.place.ratios(networks)
+            return [found[str(widths)] for widths in policies]
+
+        return ratios
 
     def space(self, network: nn.Module, config: SearchConfig, ratio: float, note: Path) -> Space:
         """The policies of `network` under `ratio` times the original's time, by a table fitted to whole networks.
 
-        Where the table is still off, the uniform policy says by how much: the budget is what the table predicts for the
-        uniform policy that meets the measured one. It is noted in the file `note`, so that a search that goes on has the
+        Where the table is still off, uniform policies say by how much: the budget is what the table predicts for the
+        largest of them that meets the measured one. It is noted in the file `note`, so that a search that goes on has the
         budget it began with.
         """
         structure = find_structure(network, self.example[:2])
@@ -100,9 +99,7 @@ class Timing:
             return Space(structure, cost, float(note.read_text()), limits_of(config))
         aim = ratio * self.table.predict(self.original, self.example[:1]) - cost.constant
         space = Space(structure, cost, max(aim, 1e-9), limits_of(config))
-        uniform = meet_budget(
-            space, space.uniform(), lambda widths: self.ratio(_cut(network, space, widths)), ratio, attempts=4
-        )
+        uniform = meet_budget(space, space.uniform(), self.measure(network, space), ratio)
         found = space.with_budget(space.cost(uniform.widths))
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(repr(found.budget))
@@ -145,7 +142,7 @@ def choose(
     if timing is None:
         verified = Verified(best, ratio * space.cost(best) / space.budget, 0)
     else:
-        verified = meet_budget(space, best, lambda widths: timing.ratio(_cut(network, space, widths)), ratio)
+        verified = meet_budget(space, best, timing.measure(network, space), ratio)
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
     return Chosen(scorer.build(verified.widths).cpu(), widths, _facts(result, space, verified, accuracy, ratio))
@@ -209,7 +206,7 @@ def _facts(result: SearchResult, space: Space, verified: Verified, accuracy: flo
         "allowed_ratio": ratio,
         "predicted_ratio": ratio * space.cost(verified.widths) / space.budget,
         "verified_ratio": verified.ratio,
-        "verified_networks": verified.attempts,
+        "verified_networks": verified.networks,
         "widths": [
             {"group": name, "kept": width, "whole": whole[name]}
             for name, width in zip(whole, verified.widths, strict=True)

@@ -31,6 +31,7 @@ METHODS: dict[str, str] = {
 STATE_FILE, LOG_FILE = "search.safetensors", "episodes.jsonl"
 _VARIED_SHARE = 0.3  # of the layers change when the best policy is varied, by a deviation between these:
 _LEAST_VARIATION, _MOST_VARIATION = 0.05, 0.2
+_TRIES = 5  # to find a variation that was not scored before
 _FORMAT = "rmprune amc search 1"
 
 
@@ -171,16 +172,21 @@ class Search:
         return None
 
     def _varied(self, widths: Widths) -> Widths:
-        """The best policy so far with some of its layers changed, scaled to the budget."""
+        """The best policy so far with some of its layers changed, scaled to the budget; if it can be, one not tried yet."""
         space, generator = self.environment.space, self.generator
         sigma = min(max(self.agent.sigma, _LEAST_VARIATION), _MOST_VARIATION)
-        fractions = [
-            truncated_normal(f, sigma, 0.0, 1.0, generator)
-            if torch.rand((), generator=generator).item() < _VARIED_SHARE
-            else f
-            for f in space.fractions(widths)
-        ]
-        return space.fit(fractions)
+        found = widths
+        for _ in range(_TRIES):
+            fractions = [
+                truncated_normal(f, sigma, 0.0, 1.0, generator)
+                if torch.rand((), generator=generator).item() < _VARIED_SHARE
+                else f
+                for f in space.fractions(widths)
+            ]
+            found = space.fit(fractions)
+            if found not in self.scored:
+                break
+        return found
 
     def save(self) -> None:
         """Write the state, whole or not at all."""

@@ -44,7 +44,7 @@ def width_multiplier(
         candidates.setdefault(tuple(p.numel() for p in model.parameters()), (width, model))
     networks = {f"{width:g}": (width, model) for width, model in candidates.values()}
     if timing is not None:
-        ratios = timing.ratios({name: model for name, (_, model) in networks.items()})
+        ratios = timing.place.ratios({name: model for name, (_, model) in networks.items()})
     else:
         cost = COSTS[config.search.constraint]
         base = network_cost(original, example, cost)
