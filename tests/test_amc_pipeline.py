@@ -45,14 +45,25 @@ def test_every_method_is_within_the_budget_of_the_original(run: Path) -> None:
         assert count_macs(artifact.load(run / name), torch.zeros(1, 1, 8, 8)) == record[name]["macs"]
         assert (run / name / "model.onnx").is_file()
     kinds = {type(module).__name__ for module in artifact.load(run / "rm-amc").modules()}
-    assert kinds <= {"Sequential", "Conv2d", "BatchNorm2d", "ReLU6", "AdaptiveAvgPool2d", "Flatten", "Linear", "Dropout"}
+    assert kinds <= {
+        "Sequential",
+        "Conv2d",
+        "BatchNorm2d",
+        "ReLU6",
+        "AdaptiveAvgPool2d",
+        "Flatten",
+        "Linear",
+        "Dropout",
+    }
 
 
 def test_the_searches_are_in_the_record_and_logged(run: Path) -> None:
     record = records.read_record(run)
     for name in ("rm-amc", "rm-random", "residual-amc"):
         lines = (run / "search" / name / "episodes.jsonl").read_text().splitlines()
-        assert [json.loads(line)["reward"] for line in lines] == [e["reward"] for e in record[name]["search"]["episodes"]]
+        assert [json.loads(line)["reward"] for line in lines] == [
+            e["reward"] for e in record[name]["search"]["episodes"]
+        ]
         assert len(lines) == 5
     assert record["uniform"]["search"]["width"] < 0.5
 

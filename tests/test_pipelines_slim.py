@@ -12,9 +12,10 @@ from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureC
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.methods import remembered
 from rmprune.pipelines import slim
+from rmprune.pipelines.cells import plan_cells
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.remeasure import run_measure
-from rmprune.pipelines.slim import plan_cells, run_slim
+from rmprune.pipelines.slim import run_slim
 
 QUICK = SlimConfig(
     model="resnet8",
@@ -121,7 +122,7 @@ def test_what_was_measured_once_is_remembered(tmp_path: Path) -> None:
 
 
 def test_cells_of_a_sweep_share_their_training() -> None:
-    cells = plan_cells(replace(QUICK, seeds=2, prune=PruneConfig(macs_ratio=(0.5, 0.25)), out=Path("r")))
+    cells = plan_cells(Path("r"), 0, 2, [("macs_ratio", 0.5), ("macs_ratio", 0.25)])
     assert [str(cell.directory) for cell in cells] == [
         "r/seed0/macs_ratio-0.5", "r/seed0/macs_ratio-0.25", "r/seed1/macs_ratio-0.5", "r/seed1/macs_ratio-0.25",
     ]  # fmt: skip

@@ -7,7 +7,7 @@ A run is a directory, laid out as `slim`'s: with one seed and one budget it is t
 
 import functools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
 from rmprune.measure import check_available
+from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pipelines.slim import CALIBRATION_IMAGES, measure_networks, pick_device, stage
 from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
@@ -54,38 +55,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One seed with one budget: a record of its own. `shared` holds what all cells of the seed have in common."""
-
-    seed: int
-    ratio: float
-    directory: Path
-    shared: Path
-
-    @property
-    def record(self) -> Path:
-        return self.directory / records.RECORD
-
-
-def plan_cells(config: AmcConfig) -> list[Cell]:
-    """The cells of a run, in the order they are done."""
-    root, kind = config.directory, f"{config.search.constraint}_ratio"
-    if config.seeds == 1 and len(config.search.budget) == 1:
-        return [Cell(config.seed, config.search.budget[0], directory=root, shared=root)]
-    return [
-        Cell(seed, value, root / f"seed{seed}" / f"{kind}-{value:g}", root / f"seed{seed}")
-        for seed in range(config.seed, config.seed + config.seeds)
-        for value in config.search.budget
-    ]
-
-
 def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
     """Do the whole job and return the records. Goes on where an interrupted run of the same settings was."""
     for name in config.method:
         if name not in METHODS:
             raise ConfigError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
-    cells = plan_cells(config)
+    budgets = [(f"{config.search.constraint}_ratio", value) for value in config.search.budget]
+    cells = plan_cells(config.directory, config.seed, config.seeds, budgets)
     device = pick_device(config.device)
     data = load_dataset(config.data)
     _refuse_early(config, data, cells)
@@ -94,9 +70,7 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
         if cell.record.is_file():
             continue
         if len(cells) > 1:
-            logger.info(
-                "cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, config.search.constraint, cell.ratio
-            )
+            logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
         _Run(config, cell, data, device).finish(command)
     return [cell.record for cell in cells]
 
@@ -179,7 +153,7 @@ class _Run:
             "dataset": config.data.dataset,
             "input_shape": list(self.data.input_shape),
             "method": ",".join(config.method),
-            "budget": {f"{config.search.constraint}_ratio": cell.ratio},
+            "budget": {cell.kind: cell.value},
             "environment": records.environment(),
             "removal": removal,
             **entries,
@@ -230,9 +204,9 @@ class _Run:
             return self.narrow(name, dense)
         directory = cell.directory / "search" / name
         if self.timing is None:
-            space = make_space(base, dense, self.example, config.search, cell.ratio)
+            space = make_space(base, dense, self.example, config.search, cell.value)
         else:
-            space = self.timing.space(base, config.search, cell.ratio, directory / "budget.txt")
+            space = self.timing.space(base, config.search, cell.value, directory / "budget.txt")
         episodes = 1 if search == "uniform" else config.search.episodes
         with search_bar(f"{name}: {SEARCHES[search].split(',')[0]}", episodes, space.budget) as watch:
             chosen = choose(
@@ -243,7 +217,7 @@ class _Run:
                 self.data,
                 seed=cell.seed,
                 device=self.device,
-                ratio=cell.ratio,
+                ratio=cell.value,
                 directory=directory,
                 timing=self.timing,
                 watch=watch,
@@ -281,7 +255,7 @@ class _Run:
             dense,
             self.example,
             self.config,
-            self.cell.ratio,
+            self.cell.value,
             self.timing,
         )
         model = self.train(self.cell.directory, name, found.width, more_epochs=self.config.finetune.epochs)

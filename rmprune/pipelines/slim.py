@@ -7,7 +7,6 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rmprune.errors import ConfigError
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import check_available, count_macs, count_params, measure_latencies
 from rmprune.methods import Method, check_budgets, find_methods, slim_network
+from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pruning import Budget
 from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
@@ -32,36 +32,10 @@ logger = logging.getLogger("rmprune")
 CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One seed with one budget: a record of its own. `shared` holds what all cells of the seed have in common."""
-
-    seed: int
-    kind: str
-    value: float
-    directory: Path
-    shared: Path
-
-    @property
-    def record(self) -> Path:
-        return self.directory / records.RECORD
-
-
-def plan_cells(config: SlimConfig) -> list[Cell]:
-    """The cells of a run, in the order they are done."""
-    root, budgets = config.directory, config.prune.budgets
-    if config.seeds == 1 and len(budgets) == 1:
-        return [Cell(config.seed, *budgets[0], root, root)]
-    return [
-        Cell(seed, kind, value, root / f"seed{seed}" / f"{kind}-{value:g}", root / f"seed{seed}")
-        for seed in range(config.seed, config.seed + config.seeds)
-        for kind, value in budgets
-    ]
-
-
 def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     """Do the main job and return the records. Goes on where an interrupted run of the same settings was."""
-    methods, cells = find_methods(config.method), plan_cells(config)
+    methods = find_methods(config.method)
+    cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets)
     device = pick_device(config.device)
     data = load_dataset(config.data)
     _refuse_early(config, methods, data)
