@@ -50,8 +50,9 @@ def prepared(*layers: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Sequent
             if module.bias is not None:
                 nn.init.normal_(module.bias)
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight, 1, 0.5)
-            nn.init.normal_(module.bias)
+            if module.affine:
+                nn.init.normal_(module.weight, 1, 0.5)
+                nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.2, 3)
     return model.requires_grad_(False)

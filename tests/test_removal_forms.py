@@ -251,3 +251,13 @@ def test_scales_are_powers_of_two() -> None:
         k = code.channel
         ends = torch.stack([code.scale * low[k] + code.offset, code.scale * high[k] + code.offset])
         assert form == "pair" or (ends.min() >= 0 and ends.max() <= 6)
+
+
+@pytest.mark.parametrize("act", [nn.Sigmoid, nn.SiLU, nn.ReLU6], ids=act_name)
+def test_a_slice_passes_any_activation_when_asked_for(act: type[nn.Module]) -> None:
+    """One copy beside the original activation; the result is no chain, so nothing takes this form by itself."""
+    branch = nn.Sequential(*conv_bn(3, 6, 1), act(), *conv_bn(6, 6, groups=6), act(), *conv_bn(6, 3, 1))
+    model = prepared(*conv_bn(3, 3), Residual(branch))
+    removal = remove_residuals(model, images(), form="slice")
+    assert removal.blocks[0].form == "free+slice" and removal.blocks[0].reserved == 3
+    assert isinstance(removal.model, torch.fx.GraphModule) and worst_error(removal, model) < 1e-12

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmprune.removal.geometry import Taps
-from rmprune.removal.kernels import Block, Conv, Norm, coordinates
+from rmprune.removal.kernels import Block, Conv, Norm, coordinates, to_measure
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,12 @@ def _contiguous(positions: Tensor) -> bool:
     return len(positions) > 0 and int(positions[0]) == 0 and int(positions[-1]) == len(positions) - 1
 
 
-def spread_norm(norm: Norm | None, positions: Tensor, total: int, eps: float) -> Norm:
+def spread_norm(norm: Norm | None, positions: Tensor, total: int) -> Norm:
     """The norm's rows at `positions` of a larger map; the others, or all where there is no norm, are still to be measured."""
-    one, zero = torch.ones(total, dtype=torch.float64), torch.zeros(total, dtype=torch.float64)
-    spread = Norm(one, zero, zero.clone(), one.clone(), eps, torch.ones(total, dtype=torch.bool))
-    if norm is not None:
-        for name in ("weight", "bias", "mean", "variance", "measured"):
-            getattr(spread, name)[positions] = getattr(norm, name)
-    return spread
+    spread = to_measure(total, norm)
+    if norm is None:
+        return spread
+    rows = {name: getattr(spread, name).clone() for name in ("weight", "bias", "mean", "variance", "measured")}
+    for name, values in rows.items():
+        values[positions] = getattr(norm, name)
+    return replace(spread, **rows)

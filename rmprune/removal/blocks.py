@@ -32,6 +32,7 @@ class Layer:
     activation_name: str
     size: Pair  # of its input, in pixels
     out_size: Pair
+    split: int = 0  # the activation is applied to so many channels from the first on; 0: to all
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def build_norm(conv: Conv, value: Tensor) -> nn.BatchNorm2d:
     norm = conv.norm
     assert norm is not None
     mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3), unbiased=False)
-    module = nn.BatchNorm2d(len(mean), eps=norm.eps, dtype=torch.float64)
+    module = nn.BatchNorm2d(len(mean), eps=norm.eps, momentum=norm.momentum, dtype=torch.float64)
     own = ~norm.measured
     module.running_mean = torch.where(own, norm.mean - conv.bias, mean)
     module.running_var = torch.where(own, norm.variance, variance)

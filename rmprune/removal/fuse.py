@@ -76,7 +76,7 @@ def _product(first: Conv, second: Conv, source: fx.Node, node: fx.Node, rule: st
     if rule == "cheaper" and product.macs(out_size) > first.macs(size) + second.macs(out_size):
         return None
     norms = [conv.norm for conv in (second, first) if conv.norm is not None]
-    norm = to_measure(product.out_channels, norms[0].eps) if norms else None
+    norm = to_measure(product.out_channels, norms[0]) if norms else None
     return replace(product, norm=norm, norm_name=second.norm_name, rewritten=first.rewritten or second.rewritten)
 
 

@@ -41,6 +41,7 @@ class Norm:
     variance: Tensor
     eps: float
     measured: Tensor  # bool
+    momentum: float | None = 0.1
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """y -> y * scale + shift, with scale = weight / sqrt(variance + eps) and shift = bias - mean * scale."""
@@ -49,10 +50,11 @@ class Norm:
         return torch.where(self.measured, 1.0, scale), torch.where(self.measured, 0.0, shift)
 
 
-def to_measure(channels: int, eps: float = 1e-5) -> Norm:
-    """A norm all of whose rows are still to be measured."""
+def to_measure(channels: int, like: Norm | None = None) -> Norm:
+    """A norm all of whose rows are still to be measured, with the eps and momentum of another."""
     one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    return Norm(one, zero, zero, one, eps, torch.ones(channels, dtype=torch.bool))
+    eps, momentum = (1e-5, 0.1) if like is None else (like.eps, like.momentum)
+    return Norm(one, zero, zero, one, eps, torch.ones(channels, dtype=torch.bool), momentum)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def norm_of(bn: _BatchNorm) -> Norm:
     mean, variance = bn.running_mean.detach().double().cpu(), bn.running_var.detach().double().cpu()
     weight = torch.ones_like(mean) if bn.weight is None else bn.weight.detach().double().cpu()
     bias = torch.zeros_like(mean) if bn.bias is None else bn.bias.detach().double().cpu()
-    return Norm(weight, bias, mean, variance, bn.eps, torch.zeros(len(mean), dtype=torch.bool))
+    return Norm(weight, bias, mean, variance, bn.eps, torch.zeros(len(mean), dtype=torch.bool), bn.momentum)
 
 
 def with_norm(conv: Conv, norm: Norm, norm_name: str) -> Conv:

@@ -55,7 +55,8 @@ def remove_residuals(
     first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes, unless a shortcut pools with ceil_mode.
     keep: names of blocks to leave in. ranges: "provable" bounds hold for every input in `input_range`; "calibrated" ones are
     seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass an activation that
-    is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies). batch_norm: False folds every
+    is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice" (one copy beside it; the
+    result is no chain then). batch_norm: False folds every
     batch norm. fuse: "cheaper", "always" or "never" multiply neighbouring convolutions. tolerance: on max_error.
 
     Raises UnsupportedModel (cannot be traced, or no residual can go), NotEquivalent (over tolerance), ConfigError (a bad setting).

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from rmprune.errors import ConfigError
 from rmprune.removal.blocks import Block, Layer, additions, find_block
@@ -20,7 +22,8 @@ class BlockReport:
     """One residual addition: whether it can go, how, and what its layers cost before and after.
 
     macs are multiply-accumulates for one image of the given size; form is how copies pass the activations: `free` (already where
-    the activation is the identity), `shift`, `pair`, `slope`, `linear` (no activation in between), or several joined by `+`.
+    the activation is the identity), `shift`, `pair`, `slope`, `slice` (beside it), `linear` (no activation in between), or
+    several joined by `+`.
     """
 
     name: str
@@ -117,6 +120,26 @@ def _insert(network: Network, source: fx.Node, layer: Layer, batch: int, block: 
     node.meta = {"shape": shape, "nn_module_stack": block.add.meta.get("nn_module_stack", {})}
     if layer.activation is None:
         return node
+    if layer.split:
+        return _insert_beside(network, node, layer, shape)
     node = network.graph.call_module(network.add(layer.activation_name, layer.activation), (node,))
     node.meta = {"shape": shape, "nn_module_stack": block.add.meta.get("nn_module_stack", {})}
     return node
+
+
+def _insert_beside(network: Network, source: fx.Node, layer: Layer, shape: tuple[int, ...]) -> fx.Node:
+    """cat(act(x[:, :split]), x[:, split:])"""
+    assert isinstance(layer.activation, nn.Module)
+    graph, every = network.graph, slice(None)
+    own = graph.call_function(operator.getitem, (source, (every, slice(None, layer.split))))
+    active = graph.call_module(network.add(layer.activation_name, layer.activation), (own,))
+    beside = graph.call_function(operator.getitem, (source, (every, slice(layer.split, None))))
+    joined = graph.call_function(torch.cat, ([active, beside], 1))
+    for node, channels in (
+        (own, layer.split),
+        (active, layer.split),
+        (beside, shape[1] - layer.split),
+        (joined, shape[1]),
+    ):
+        node.meta = {"shape": (shape[0], channels, *shape[2:]), "nn_module_stack": source.meta["nn_module_stack"]}
+    return joined
