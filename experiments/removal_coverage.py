@@ -184,8 +184,9 @@ def convert(net: Net, size: int, seed: int, onnx: bool) -> dict[str, Any]:
     """All facts of one row."""
     import torch
 
+    from rmprune.errors import UnsupportedModel
     from rmprune.measure.cost import count_macs, count_params
-    from rmprune.removal import remove_residuals
+    from rmprune.removal import plan_removal, remove_residuals
 
     torch.manual_seed(seed)
     model = build(net)
@@ -195,7 +196,14 @@ def convert(net: Net, size: int, seed: int, onnx: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {"saturated": saturated_fraction(model, x)}
     facts |= {"macs_before": count_macs(model, x), "params_before": count_params(model)}
     start = time.perf_counter()
-    removal = remove_residuals(model, x)
+    try:
+        removal = remove_residuals(model, x)
+    except UnsupportedModel as error:
+        kept = {block.name: block.reason for block in plan_removal(model, x)}
+        if not kept:
+            raise UnsupportedModel("no residual to remove") from error
+        facts |= {"seconds": time.perf_counter() - start, "residuals": len(kept), "removed": 0, "kept": len(kept)}
+        return facts | {"why_kept": reasons(kept)}
     facts["seconds"] = time.perf_counter() - start
     facts["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     plain = removal.model
@@ -248,7 +256,7 @@ def worker(row: str, size: int, seed: int, onnx: bool, out: Path) -> None:
     try:
         facts |= convert(net, size, seed, onnx)
     except RmpruneError as error:
-        facts["message"] = f"{type(error).__name__}: {first_line(error)}"
+        facts["message"] = first_line(error)
     partial = out.with_suffix(".tmp")
     partial.write_text(json.dumps(facts, indent=1))
     partial.replace(out)
@@ -304,9 +312,13 @@ def write_report(command: str) -> None:
     (REPORT / "coverage.md").write_text(markdown(table, command))
 
 
-def markdown(table: Any, command: str) -> str:
+def number(value: Any, style: str) -> str:
     import pandas as pd
 
+    return "" if pd.isna(value) else format(value, style)
+
+
+def markdown(table: Any, command: str) -> str:
     lines = [
         "# Residuals removed, network by network",
         "",
@@ -322,14 +334,13 @@ def markdown(table: Any, command: str) -> str:
             lines.append(f"| {row.net} | {row.input} | | | {row.message.replace('|', '/')} | | | | | | | |")
             continue
         kept = f"{row.kept:.0f}: {row.why_kept}".replace("|", "/") if row.kept else ""
-        saturated = "" if pd.isna(row.saturated) else f"{row.saturated:.0%}"
-        onnx = "" if pd.isna(row.onnx_error) else f"{row.onnx_error:.0e}"
-        lines.append(
-            f"| {row.net} | {row.input} | {row.residuals:.0f} | {row.removed:.0f} | {kept} | {row.error_float64:.0e} "
-            f"| {row.error_float32:.0e} ({row.original_float32:.0e}) | {saturated} "
-            f"| {row.macs_before / 1e6:.0f} → {row.macs_after / 1e6:.0f} | {row.seconds:.1f} | {row.peak_gib:.1f} "
-            f"| {onnx} |"
-        )
+        cells = [row.net, row.input, f"{row.residuals:.0f}", f"{row.removed:.0f}", kept]
+        cells += [number(row.error_float64, ".0e")]
+        cells += [f"{row.error_float32:.0e} ({row.original_float32:.0e})" if row.removed else ""]
+        cells += [number(row.saturated, ".0%")]
+        cells += [f"{row.macs_before / 1e6:.0f}" + (f" → {row.macs_after / 1e6:.0f}" if row.removed else "")]
+        cells += [number(row.seconds, ".1f"), number(row.peak_gib, ".1f"), number(row.onnx_error, ".0e")]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -351,14 +362,14 @@ def main() -> None:
     if not wanted:
         parser.error(f"no row is called {args.only}; there are {', '.join(net.row for net in NETS)}")
     RUNS.mkdir(parents=True, exist_ok=True)
-    for number, net in enumerate(wanted, 1):
+    for position, net in enumerate(wanted, 1):
         if args.overwrite or not finished(net):
             run(net, args.size or net.size or 96, args)
         facts = json.loads(result_path(net).read_text())
-        done = (
-            facts.get("message") or f"{facts['removed']} of {facts['residuals']} removed, {facts['error_float64']:.1e}"
+        counted = (
+            f"{facts.get('removed')} of {facts.get('residuals')} removed, error {facts.get('error_float64', 0.0):.1e}"
         )
-        print(f"[{number}/{len(wanted)}] {net.row}: {done}", flush=True)
+        print(f"[{position}/{len(wanted)}] {net.row}: {facts.get('message') or counted}", flush=True)
         write_report("python experiments/removal_coverage.py")
 
 
