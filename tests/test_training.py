@@ -182,8 +182,10 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path):
     assert same(first, again) and len(records(log)) == 3
 
 
-def test_ctrl_c_waits_for_the_step(tmp_path: Path):
+def test_ctrl_c_waits_for_the_step(tmp_path: Path, request: pytest.FixtureRequest):
     """A real signal in the middle of a step: the checkpoint is of a whole step, and goes on exactly."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
 
     class Signal(nn.Module):
         armed = False
