@@ -303,3 +303,29 @@ def test_place_by_hand() -> None:
     assert not isinstance(pool, str) and pool.rows.tolist() == [1, 2]
     dilated = place(Geometry(), fork, Geometry((3, 3), (1, 1), (1, 1), (2, 2)), fork, (6, 6))
     assert isinstance(dilated, str) and "grid" in dilated
+
+
+@pytest.mark.parametrize("passed", [2, 4])
+def test_a_reserve_ratio_ends_as_one_kernel(passed: int) -> None:
+    """RM.md 7: cat(x[:rC], bn3(conv3(x)) + bn1(conv1(x)) + bn0(x[rC:])) is one 3x3 whose first rows are Dirac."""
+
+    class Reserving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.point, self.norm = (
+                conv_bn(6, 6 - passed),
+                conv_bn(6, 6 - passed, 1),
+                nn.BatchNorm2d(6 - passed),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            rest = self.wide(x) + self.point(x) + self.norm(x[:, passed:])
+            return torch.relu(torch.cat([x[:, :passed], rest], 1))
+
+    removal = removed(prepared(*stem(), Reserving(), Reserving()))
+    assert type(removal.model) is nn.Sequential
+    assert [(m.in_channels, m.out_channels) for m in removal.model if isinstance(m, nn.Conv2d)] == [
+        (3, 6),
+        (6, 6),
+        (6, 6),
+    ]

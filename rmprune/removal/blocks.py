@@ -14,7 +14,7 @@ from torch import fx, nn
 from rmprune.removal.activations import rule_of
 from rmprune.removal.assemble import Entries, entries_of
 from rmprune.removal.geometry import output_size
-from rmprune.removal.kernels import Conv, Geometry, Pair, dense, depthwise, from_module, identity, with_norm
+from rmprune.removal.kernels import Conv, Geometry, Pair, dense, from_module, identity, with_norm
 from rmprune.removal.network import Network, is_batch_norm, shape_of
 from rmprune.removal.observe import size_seen
 from rmprune.removal.ranges import Range, range_of, spatial
@@ -183,15 +183,17 @@ def linear_layer(network: Network, node: fx.Node) -> Conv | str:
 
 
 def _crop(node: fx.Node, channels: int) -> Conv | str:
-    """x[:, :, ::r, ::s], the subsampling of a parameter-free shortcut."""
+    """x[:, a:b, ::r, ::s]: some channels, subsampled."""
     index: Any = node.args[1]
-    plain = isinstance(index, tuple) and len(index) == 4 and all(isinstance(i, slice) for i in index)
-    if not plain or any(i.start or i.stop is not None for i in index) or index[0].step or index[1].step:
-        return "an indexing other than x[:, :, ::r, ::s]"
-    stride = (index[2].step or 1, index[3].step or 1)
-    return depthwise(
-        torch.ones(channels, 1, 1, dtype=torch.float64), _zeros(channels), Geometry(stride=stride), node.name
-    )
+    plain = isinstance(index, tuple) and 2 <= len(index) <= 4 and all(isinstance(i, slice) for i in index)
+    if not plain or index[0] != slice(None) or any(i.start or i.stop is not None for i in index[2:]):
+        return "an indexing other than x[:, a:b, ::r, ::s]"
+    if not all(isinstance(end, int | None) for i in index for end in (i.start, i.stop, i.step)):
+        return "an indexing that depends on the input"
+    taken = torch.arange(channels)[index[1]]
+    steps = [i.step or 1 for i in index[2:]] + [1] * (4 - len(index))
+    weight = torch.eye(channels, dtype=torch.float64)[taken][:, :, None, None]
+    return Conv(lambda: weight, _zeros(len(taken)), channels, Geometry(stride=(steps[0], steps[1])), name=node.name)
 
 
 def _pad_channels(node: fx.Node, channels: int) -> Conv | str:

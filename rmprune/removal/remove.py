@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, NotEquivalent, UnsupportedModel
 from rmprune.removal.build import materialise, target_of
 from rmprune.removal.check import check_inputs, relative_error
+from rmprune.removal.concat import join_copies
 from rmprune.removal.encode import FORMS
 from rmprune.removal.fuse import RULES, fuse_convolutions, join_norms
 from rmprune.removal.network import Network, example_tuple
@@ -72,6 +73,8 @@ def remove_residuals(
         raise UnsupportedModel(_nothing(kept))
     if not batch_norm:
         join_norms(network)
+    if fuse != "never":
+        join_copies(network)
     fuse_convolutions(network, fuse)
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
