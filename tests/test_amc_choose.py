@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rmprune import models
 from rmprune.amc import choose as module
 from rmprune.amc.choose import Timing, choose, first_images, make_scorer, make_space, network_cost
 from rmprune.amc.space import COSTS, params
@@ -159,3 +160,19 @@ def test_measured_time_as_the_budget_is_met_from_below(
     assert chosen.facts["verified_ratio"] == pytest.approx(ratio)
     again = timing.space(plain, config, 0.7, tmp_path / "note")
     assert again.budget == space.budget
+
+
+def test_residual_networks_of_other_kinds_work_as_well(data: Dataset) -> None:
+    """An RM'd ResNet (3x3 chain) and a MobileNetV2 of free width with its residuals."""
+    example = data.train.example(2)
+    torch.manual_seed(0)
+    resnet = models.create("resnet8", num_classes=10, in_channels=1, width=4).eval()
+    plain = remove_residuals(resnet, data.train.example(32)).model
+    wide = models.create("mobilenet_v2_digits", num_classes=10, in_channels=1, width=0.25, free=2).eval()
+    for network, original, ratio in ((plain, resnet, 0.8), (wide, wide, 0.7)):
+        config = dataclasses.replace(CONFIG, multiple=2, episodes=3, warm_up=2, reconstruct=network is plain)
+        space = make_space(network, original, example, config, ratio)
+        chosen = choose(network, space, "agent", config, data, seed=0, device=CPU, ratio=ratio)
+        assert count_macs(chosen.model, example[:1]) <= ratio * count_macs(original, example[:1])
+        x, y = next(iter(data.validation.batches(60)))
+        assert chosen.facts["validation_accuracy"] == float((chosen.model(x).argmax(1) == y).double().mean())

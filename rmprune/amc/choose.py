@@ -98,7 +98,8 @@ class Timing:
         if note.is_file():
             return Space(structure, cost, float(note.read_text()), limits_of(config))
         aim = ratio * self.table.predict(self.original, self.example[:1]) - cost.constant
-        space = Space(structure, cost, max(aim, 1e-9), limits_of(config))
+        free = Space(structure, cost, float("inf"), limits_of(config))
+        space = free.with_budget(max(aim, free.least_cost))  # a guess: what is measured decides
         uniform = meet_budget(space, space.uniform(), self.measure(network, space), ratio)
         found = space.with_budget(space.cost(uniform.widths))
         note.parent.mkdir(parents=True, exist_ok=True)
