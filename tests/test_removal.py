@@ -279,3 +279,28 @@ def test_fold_batch_norms() -> None:
     folded = fold_batch_norms(model, images())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) and has_addition(folded)
     assert (folded(images()) - model(images())).abs().max() < 1e-12
+
+
+def test_several_inputs_and_named_outputs() -> None:
+    class Twofold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.block = conv(3, 6), conv(1, 6), basic()
+
+        def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            y = torch.relu(self.first(x) + self.second(mask))
+            return {"features": self.block(y), "mask": mask}
+
+    model = prepared(Twofold())[0]
+    x, mask = images(), images(1)
+    removal = remove_residuals(model, (x, mask))
+    assert removal.removed == ["block"] and list(removal.kept) == ["add"]
+    expected, found = model(x, mask), removal.model(x, mask)
+    assert found.keys() == expected.keys() and (found["features"] - expected["features"]).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_device_is_kept() -> None:
+    model = small_resnet().cuda()
+    removal = remove_residuals(model, images().cuda())
+    assert {p.device.type for p in removal.model.parameters()} == {"cuda"}

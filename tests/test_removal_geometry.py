@@ -329,3 +329,21 @@ def test_a_reserve_ratio_ends_as_one_kernel(passed: int) -> None:
         (6, 6),
         (6, 6),
     ]
+
+
+def test_separable_convolutions_keep_their_pairs() -> None:
+    """Xception: activation, depthwise, pointwise, three times; nothing bounds x, and a depthwise layer cannot mix a pair."""
+    layers: list[nn.Module] = []
+    for inputs in (6, 8, 8):
+        layers += [nn.ReLU(), *conv_bn(inputs, inputs, groups=inputs), *conv_bn(inputs, 8, 1)]
+    removal = removed(prepared(*conv_bn(3, 6), Residual(nn.Sequential(*layers), conv_bn(6, 8, 1))))
+    assert removal.blocks[0].form == "pair"
+
+
+def test_layers_with_dynamic_padding_are_no_plain_convolutions() -> None:
+    """timm's Conv2dSame is an nn.Conv2d of padding 0 that pads by itself."""
+    timm_layers = pytest.importorskip("timm.layers")
+    inner = nn.Sequential(timm_layers.Conv2dSame(6, 6, 3), nn.ReLU(), *conv_bn(6, 6))
+    model = prepared(*stem(), Residual(inner, None, nn.ReLU()), basic())
+    removal = remove_residuals(model, images())
+    assert removal.removed == ["4"] and list(removal.kept) == ["3"] and worst_error(removal, model) < 1e-12

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from rmprune.removal.assemble import Entries, Side, assemble, entries_of, spread_norm
-from rmprune.removal.blocks import linear_layer
 from rmprune.removal.geometry import chain_taps
 from rmprune.removal.kernels import Conv, Geometry
+from rmprune.removal.linear_nodes import linear_layer
 from rmprune.removal.network import Network, shape_of
 from rmprune.removal.ranges import spatial
 

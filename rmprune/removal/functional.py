@@ -184,7 +184,6 @@ _METHODS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]
     "mean": (("dim", "keepdim"), _mean),
     "view": ((), _view),
     "reshape": ((), _view),
-    "contiguous": (("memory_format",), _gone),
     "clone": ((), _gone),
     "relu_": ((), _simple(nn.ReLU)),
     "clamp_": (("min", "max"), _clamp),

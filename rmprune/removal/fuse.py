@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from rmprune.removal.blocks import linear_layer
 from rmprune.removal.kernels import Conv, compose, from_module, to_measure, with_norm
+from rmprune.removal.linear_nodes import linear_layer
 from rmprune.removal.network import Network, shape_of
 from rmprune.removal.ranges import spatial
 

@@ -166,9 +166,9 @@ def coordinates(conv: Conv) -> tuple[Tensor, Tensor]:
 
 def from_module(module: nn.Module, channels: int, name: str = "") -> Conv | str:
     """A module as a linear layer, or the reason why it is none that can be written as one kernel."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and plain(module, nn.Conv2d):
         return _from_conv(module, name)
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, nn.BatchNorm2d) and plain(module, nn.BatchNorm2d):
         if module.running_mean is None:
             return "a batch norm without running statistics"
         one = torch.ones(channels, 1, 1, dtype=torch.float64)
@@ -177,9 +177,15 @@ def from_module(module: nn.Module, channels: int, name: str = "") -> Conv | str:
     if isinstance(module, Scale):
         factor = module.factor.detach().double().cpu().expand(channels)
         return depthwise(factor[:, None, None], torch.zeros(channels, dtype=torch.float64), Geometry(), name)
-    if isinstance(module, nn.AvgPool2d):
+    if isinstance(module, nn.AvgPool2d) and plain(module, nn.AvgPool2d):
         return _from_average_pool(module, channels, name)
     return f"{type(module).__name__} is no linear layer of the kinds that can be written as a kernel"
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module of this kind does what the kind does: a subclass may have a forward of its own (timm's Conv2dSame)."""
+    same = getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+    return same and type(module).forward is kind.forward
 
 
 class Scale(nn.Module):

@@ -68,7 +68,7 @@ def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range
         return affine_range(layer.weight.double(), bias.double(), low, high)
     if isinstance(layer, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AdaptiveMaxPool2d | nn.ChannelShuffle | nn.Upsample):
         return low, high
-    if isinstance(layer, nn.AvgPool2d) and layer.divisor_override is None:
+    if type(layer) is nn.AvgPool2d and layer.divisor_override is None:
         padded = layer.padding not in (0, (0, 0), [0, 0]) and layer.count_include_pad
         return (low.clamp(max=0), high.clamp(min=0)) if padded else (low, high)
     if isinstance(layer, nn.Flatten):

@@ -42,7 +42,9 @@ def reserve(
         rule = None  # copies pass beside it
     as_is = torch.zeros_like(needed)
     if identity:
-        as_is = passes_as_is(carry, rule, free(rule, low, high)) & needed & ~constant(low, high)
+        # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
+        one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(needed)
+        as_is = passes_as_is(carry, rule, one_will_do) & needed & ~constant(low, high)
     code = encode(rule, low, high, needed & ~as_is, form, state.seen)
     if isinstance(code, str):
         return code

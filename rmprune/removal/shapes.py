@@ -78,7 +78,7 @@ def _known_shape(module: nn.Module, args: tuple[Any, ...]) -> tuple[int, ...] | 
         return None
     if rule_of(module) is not None and not isinstance(module, nn.PReLU):
         return shape
-    if isinstance(module, nn.BatchNorm2d) and module.num_features == shape[1]:
+    if type(module) is nn.BatchNorm2d and module.num_features == shape[1]:
         return shape
     if isinstance(module, nn.Conv2d) and module.in_channels == shape[1]:
         conv = from_module(module, shape[1])
