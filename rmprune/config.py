@@ -220,8 +220,8 @@ class PruneConfig:
     """Fraction of its channels that every layer keeps at least (default: half of what an even cut would leave)."""
     max_fraction: float = 1.0
     """Fraction of its channels that every layer keeps at most."""
-    round_to: int = 1
-    """Widths are multiples of this."""
+    round_to: int = 8
+    """Widths are multiples of this: the kernels of CPU runtimes work in blocks of 8 and 16 channels."""
     gradual: bool = True
     """Cut in small steps while training, instead of once before fine-tuning."""
     cuts: int = 30

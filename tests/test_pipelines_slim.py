@@ -23,7 +23,7 @@ QUICK = SlimConfig(
     method=("rm", "coupled"),
     train=TrainConfig(epochs=2),
     finetune=TrainConfig(epochs=2, learning_rate=0.02),
-    prune=PruneConfig(macs_ratio=(0.5,), cuts=4),
+    prune=PruneConfig(macs_ratio=(0.5,), cuts=4, round_to=1),
     measure=MeasureConfig(threads=(1,), batch_sizes=(1,), seconds=0.02, min_rounds=3),
 )
 
