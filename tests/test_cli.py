@@ -39,7 +39,10 @@ SLIM = ("slim", "--ratio", "0.5")
         ((*SLIM, "--method", "free"), "unknown method 'free'; there are: rm, "),
         ((*SLIM, "--checkpoint", "none.pt"), "there is no such checkpoint"),
         ((*SLIM, "--device", "tpu"), "'tpu'"),
-        (("slim", "--macs-ratio", "0.5", "--min-fraction", "0.9", "--width", "4"), "min_fraction=0.9 forbids it"),
+        (
+            ("slim", "--macs-ratio", "0.5", "--round-to", "1", "--min-fraction", "0.9", "--width", "4"),
+            "min_fraction=0.9 forbids it",
+        ),
         (("slim", "--config", "none.toml"), "there is no such config file"),
         (("slim", "--config=none.toml"), "there is no such config file"),
         (("slim", "--config", "."), "cannot be read as TOML"),

@@ -47,10 +47,8 @@ def test_becomes_a_plain_chain(name: str, settings: dict[str, Any], size: int) -
         assert (removal.model(x.double()) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    "ratio", [0, pytest.param(0.5, marks=pytest.mark.xfail(reason="slices of channels are refused yet"))]
-)
-def test_removal_deploys_repvgg_as_deploy_does(ratio: float) -> None:
+@pytest.mark.parametrize("ratio", [0, 0.25, (0, 0.25, 0.5, 0.75)])
+def test_removal_deploys_repvgg_as_deploy_does(ratio: float | tuple[float, ...]) -> None:
     torch.manual_seed(0)
     model = random_statistics(create("repvgg13", num_classes=5, width=4, small_images=True, reserve_ratio=ratio))
     assert isinstance(model, RepVGG)
