@@ -304,3 +304,22 @@ def test_the_device_is_kept() -> None:
     model = small_resnet().cuda()
     removal = remove_residuals(model, images().cuda())
     assert {p.device.type for p in removal.model.parameters()} == {"cuda"}
+
+
+def test_pools_that_differ_in_a_hidden_setting_stay_two() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+            self.body = nn.Conv2d(4, 4, 3, padding=1)
+            self.inner = nn.AvgPool2d(3, 1, 1)
+            self.outer = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return torch.cat([self.body(x) + x, self.inner(x), self.outer(x)], 1)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 5)
+    removal = remove_residuals(Net().eval(), x)
+    assert removal.max_error < 1e-12

@@ -88,7 +88,8 @@ class _Builder:
     def _constant(self, node: fx.Node) -> Tensor:
         value = self.network.constants[str(node.target)]
         name = str(node.target).replace(".", "_")
-        self.constants[name] = value.detach().clone()
+        copied = value.detach().clone()
+        self.constants[name] = nn.Parameter(copied) if isinstance(value, nn.Parameter) else copied
         self._copy(node)
         self.nodes[node].target = name
         return value
@@ -141,9 +142,13 @@ class _Builder:
         for name, module in self.modules.items():
             root.add_module(name, module)
         for name, value in self.constants.items():
-            floating = value.is_floating_point()
-            value = value.to(self.target.device, self.target.dtype if floating else value.dtype)
-            root.register_parameter(name, nn.Parameter(value)) if floating else root.register_buffer(name, value)
+            cast = value.detach().to(
+                self.target.device, self.target.dtype if value.is_floating_point() else value.dtype
+            )
+            if isinstance(value, nn.Parameter):
+                root.register_parameter(name, nn.Parameter(cast))
+            else:
+                root.register_buffer(name, cast)
         self.graph.lint()
         return fx.GraphModule(root, self.graph).eval()
 

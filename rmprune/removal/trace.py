@@ -72,10 +72,10 @@ class _Normaliser:
 
     def _module(self, node: fx.Node) -> None:
         module = self.modules[str(node.target)]
-        if len(node.args) != 1 or node.kwargs:
-            self._put(node, [module]) if len(node.args) == 1 else self._keep(node)
-            return
-        self._put(node, _stock(module))
+        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            self._keep(node)
+        else:
+            self._put(node, _stock(module))
 
     def _call(self, node: fx.Node) -> None:
         first = node.args[0] if node.args else None
@@ -100,7 +100,8 @@ class _Normaliser:
         current = self.env[node.args[0]] if isinstance(node.args[0], fx.Node) else None
         assert current is not None, node
         for module in modules:
-            key = (current, repr(module))
+            settings = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+            key = (current, f"{module} {settings}")  # a repr may leave settings out (AvgPool2d's ceil_mode)
             if key in self.twins and not list(module.parameters()) and not list(module.buffers()):
                 current = self.twins[key]  # relu(x) written twice is one value
                 continue
@@ -117,7 +118,7 @@ class _Normaliser:
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self.model)
             if isinstance(value, Tensor):
-                self.network.constants[str(node.target)] = value.detach()
+                self.network.constants[str(node.target)] = value
 
     def _annotated(self, new: fx.Node, old: fx.Node) -> fx.Node:
         new.meta = dict(old.meta)
@@ -137,7 +138,7 @@ def _stock(module: nn.Module) -> list[nn.Module]:
         return []
     if named(module, ("BatchNormAct2d",)):
         return [_plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
-    if named(module, ("FrozenBatchNorm2d",)):
+    if named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")):
         return [_plain_norm(module)]
     if getattr(module, "inplace", False):
         module = copy.copy(module)
