@@ -77,10 +77,13 @@ class RepVGGBlock(nn.Module):
         if self.reserved == self.channels:  # nothing is computed here; the next block does
             return self.relu(x)
         out = self.bn3(self.conv3(x)) + self.bn1(self.conv1(x))
-        if self.bn0 is not None:
-            out = out + self.bn0(x[:, self.reserved :] if self.reserved else x)
-        if self.reserved:
-            out = torch.cat([x[:, : self.reserved], out], 1)
+        if self.reserved:  # one split, not two slices: their gradients would be two maps of zeros and a sum
+            passed, rest = x.split([self.reserved, self.channels - self.reserved], 1)
+            if self.bn0 is not None:
+                out = out + self.bn0(rest.contiguous(memory_format=torch.channels_last))
+            out = torch.cat([passed, out], 1)
+        elif self.bn0 is not None:
+            out = out + self.bn0(x)
         return self.relu(out if self.se is None else self.se(out))
 
 

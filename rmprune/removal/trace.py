@@ -13,6 +13,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.removal.functional import COMMUTATIVE, modules_for
 from rmprune.removal.inplace import undo_in_place
 from rmprune.removal.network import GONE, WHOLE, Network, named
+from rmprune.removal.pieces import slice_pieces
 from rmprune.removal.shapes import propagate_shapes
 
 
@@ -42,6 +43,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
     undo_in_place(traced, dict(model.named_modules()))
     network = _Normaliser(model, traced).run()
     propagate_shapes(network, example_inputs)
+    slice_pieces(network)
     return network
 
 
