@@ -66,6 +66,9 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
             reasons.setdefault(block.reason, []).append(block.name)
     for reason, names in reasons.items():
         console.print(f"stays ({', '.join(names)}): {reason}", markup=False, highlight=False)
+    for note in dict.fromkeys(block.note for block in blocks if block.note):
+        noted = ", ".join(block.name for block in blocks if block.note == note)
+        console.print(f"note ({noted}): {note}", markup=False, highlight=False)
     out = f"runs/{Path(config.network.model).name}-plain"
     console.print(f"next: python -m rmprune convert {config.network.model} --out {out}", markup=False, soft_wrap=True)
     return blocks

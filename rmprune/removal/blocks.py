@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 from torch import fx, nn
@@ -17,9 +19,9 @@ from rmprune.removal.linear_nodes import linear_layer
 from rmprune.removal.network import Network, is_batch_norm, shape_of
 from rmprune.removal.observe import size_seen
 from rmprune.removal.ranges import Range, range_of, spatial
+from rmprune.removal.reasons import why_no_fork
 
 _ADDS = (operator.add, operator.iadd, torch.add)
-_GATES = (operator.mul, operator.imul, torch.mul)
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,31 @@ def _describe(conv: Conv) -> str:
 
 
 def additions(network: Network) -> list[tuple[str, fx.Node]]:
-    """Every addition of two maps, in topological order, with the name of the module it stands in."""
+    """Every addition of two maps, in topological order, with the name of the module it stands in.
+
+    In a flat graph, such as a loaded artifact's, that is what the names of the layers before it have in common.
+    """
     found: list[tuple[str, fx.Node]] = []
     for node in network.graph.nodes:
         named = node.op == "call_function" and node.target in _ADDS
         if (named or (node.op == "call_method" and node.target in ("add", "add_"))) and _adds_maps(node):
             stack = list(node.meta.get("nn_module_stack", {}).values())
-            found.append((stack[-1][0] if stack else "add", node))
+            found.append((stack[-1][0] if stack else _common_name(network, node), node))
     names = [name for name, _ in found]
     numbered, seen = [], dict.fromkeys(names, 0)
     for name, node in found:
         seen[name] += 1
         numbered.append((f"{name}#{seen[name]}" if names.count(name) > 1 else name, node))
     return numbered
+
+
+def _common_name(network: Network, add: fx.Node) -> str:
+    """layer1_0_conv1, layer1_0_bn1, layer1_0_conv2 -> layer1_0; "add" where the names share nothing."""
+    ways = [_walk(network, operand)[1] for operand in add.args[:2] if isinstance(operand, fx.Node)]
+    targets = [str(node.target) for way in ways for node in way if node.op == "call_module"]
+    words = zip(*(re.split(r"[._]", target) for target in targets), strict=False)
+    shared = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, words)]
+    return targets[0][: len("_".join(shared))] if shared else "add"
 
 
 def _adds_maps(node: fx.Node) -> bool:
@@ -117,7 +131,10 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block | str:
         )
     (source, chain), (other_source, other) = _walk(network, first), _walk(network, second)
     if source is not other_source:
-        return _why_no_fork(network, source, chain, other_source, other)
+        order = {node: index for index, node in enumerate(network.graph.nodes)}
+        later = max((source, other_source), key=lambda n: order[n])
+        reason = linear_layer(network, later) if isinstance(network.layer(later), nn.Module) else ""
+        return why_no_fork(network, later, _in_chain(network, later), reason if isinstance(reason, str) else "")
     if len(shape_of(source) or ()) != 4:
         return "the fork is no map (batch, channels, height, width)"
     linear = [all(_is_linear(network, node) for node in nodes) for nodes in (chain, other)]
@@ -223,28 +240,3 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage] | str:
         assert isinstance(source, fx.Node)
         stages.append(Stage(conv, spatial(source), range_of(node), size_seen(node)))
     return stages
-
-
-def _why_no_fork(network: Network, a: fx.Node, chain_a: list[fx.Node], b: fx.Node, chain_b: list[fx.Node]) -> str:
-    """Names what ends the walk back from the addition."""
-    order = {node: index for index, node in enumerate(network.graph.nodes)}
-    later = max((a, b), key=lambda n: order[n])
-    if later.target in _GATES or later.target == "mul":
-        return "its branch is gated (squeeze-and-excitation): the gate would multiply the reserved channels too"
-    if later.target in _ADDS:
-        return "its branch holds another residual that stays"
-    if later.target in (torch.cat, torch.concat):
-        return "its branch concatenates several ways: it is no chain of layers"
-    layer = network.layer(later)
-    if len(later.users) > 1 and _in_chain(network, later):
-        return (
-            f"the output of {later.target} inside the branch is read elsewhere, too: the branch is no chain of layers"
-        )
-    if isinstance(layer, nn.Module):
-        reason = linear_layer(network, later)
-        return (
-            reason
-            if isinstance(reason, str)
-            else f"{later.target} ({type(layer).__name__}) stops the search for the fork"
-        )
-    return f"{later.op} {later.name} stops the search for the fork: the branch is no chain of layers from one source"

@@ -46,6 +46,11 @@ def _gone(given: dict[str, Any]) -> list[nn.Module]:
     return []
 
 
+def _contiguous(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
+    """Another memory format changes no value; a reader such as `view` may depend on it, layers do not."""
+    return [] if all(user.op == "call_module" for user in node.users) else None
+
+
 def _dropout(given: dict[str, Any]) -> list[nn.Module] | None:
     return [] if not given.get("training", True) or "training" not in given else None
 
@@ -185,9 +190,9 @@ _METHODS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]
     "view": ((), _view),
     "reshape": ((), _view),
     "clone": (("memory_format",), _gone),
-    "contiguous": (("memory_format",), _gone),
+    "contiguous": (("memory_format",), _contiguous),
     "relu_": ((), _simple(nn.ReLU)),
     "clamp_": (("min", "max"), _clamp),
     "mul": (("other",), _scale),
 }
-_WITH_NODE = (_view,)
+_WITH_NODE = (_view, _contiguous)

@@ -179,7 +179,7 @@ def from_module(module: nn.Module, channels: int, name: str = "") -> Conv | str:
         return depthwise(factor[:, None, None], torch.zeros(channels, dtype=torch.float64), Geometry(), name)
     if isinstance(module, nn.AvgPool2d) and plain(module, nn.AvgPool2d):
         return _from_average_pool(module, channels, name)
-    return f"{type(module).__name__} is no linear layer of the kinds that can be written as a kernel"
+    return f"{type(module).__name__} is no convolution, batch norm, average pool or scaling"
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

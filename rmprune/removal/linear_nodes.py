@@ -12,6 +12,7 @@ from rmprune.removal.geometry import output_size
 from rmprune.removal.kernels import Conv, Geometry, from_module
 from rmprune.removal.network import Network, shape_of
 from rmprune.removal.ranges import spatial
+from rmprune.removal.reasons import describe
 
 
 def linear_layer(network: Network, node: fx.Node) -> Conv | str:
@@ -20,13 +21,13 @@ def linear_layer(network: Network, node: fx.Node) -> Conv | str:
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     before = shape_of(source) if source is not None else None
     if source is None or shape is None or before is None or len(shape) != 4 or len(before) != 4:
-        return f"{node.target} does not read one map"
+        return f"{describe(network, node)} does not read one map (batch, channels, height, width)"
     layer = network.layer(node)
     if isinstance(layer, Conv):
         return layer
     if layer is None:
         found: Conv | str = (
-            _crop(node, before[1]) if node.target is operator.getitem else _pad_channels(node, before[1])
+            _crop(node, before[1]) if node.target is operator.getitem else _pad_channels(network, node, before[1])
         )
     else:
         found = from_module(layer, before[1], str(node.target))
@@ -49,13 +50,13 @@ def _crop(node: fx.Node, channels: int) -> Conv | str:
     return Conv(lambda: weight, _zeros(len(taken)), channels, Geometry(stride=(steps[0], steps[1])), name=node.name)
 
 
-def _pad_channels(node: fx.Node, channels: int) -> Conv | str:
+def _pad_channels(network: Network, node: fx.Node, channels: int) -> Conv | str:
     """F.pad(x, (0, 0, 0, 0, a, b)): channels of zeros before and after."""
     arguments: list[Any] = list(node.args[1:]) + list(node.kwargs.values())
     pad = arguments[0] if arguments else None
     zeros = all(a in ("constant", 0, 0.0, None) for a in arguments[1:])
     if node.target is not torch.nn.functional.pad or not isinstance(pad, list | tuple) or len(pad) < 6 or not zeros:
-        return f"{node.target} is no linear layer that can be written as a kernel"
+        return f"{describe(network, node)} is no linear layer that a kernel stands for"
     if any(pad[:4]) or any(pad[6:]) or min(pad[4:6]) < 0:
         return "a padding of more than channels"
     weight = torch.cat(

@@ -23,7 +23,7 @@ class BlockReport:
 
     macs are multiply-accumulates for one image of the given size; form is how copies pass the activations: `free` (already where
     the activation is the identity), `shift`, `pair`, `slope`, `slice` (beside it), `linear` (no activation in between), or
-    several joined by `+`.
+    several joined by `+`. note: a limit of the exactness that a user has to know.
     """
 
     name: str
@@ -36,6 +36,7 @@ class BlockReport:
     macs_after: int = 0
     params_before: int = 0
     params_after: int = 0
+    note: str = ""
 
 
 def remove_all(
@@ -59,7 +60,7 @@ def remove_all(
         if isinstance(block, str) or isinstance(plan, str):
             reports.append(_kept(name, block, plan))
             continue
-        reports.append(_report(block, plan))
+        reports.append(_report(block, plan, _note(network, block)))
         _replace(network, block, plan)
         if progress is not None:
             progress(name)
@@ -73,11 +74,23 @@ def _kept(name: str, block: Block | str, plan: Schedule | str) -> BlockReport:
     return BlockReport(name, False, plan, "", block.shortcut, 0, *_cost_before(block))
 
 
-def _report(block: Block, plan: Schedule) -> BlockReport:
+def _report(block: Block, plan: Schedule, note: str) -> BlockReport:
     macs, params = _cost_before(block)
     forms = "+".join(sorted(plan.forms)) or ("free" if plan.reserved else "linear")
     return BlockReport(
-        block.name, True, "", forms, block.shortcut, plan.reserved, macs, plan.macs(), params, plan.params()
+        block.name, True, "", forms, block.shortcut, plan.reserved, macs, plan.macs(), params, plan.params(), note
+    )
+
+
+def _note(network: Network, block: Block) -> str:
+    """What to know of a pool with ceil_mode: where its last window is partial, no kernel does what it does."""
+    pools = [network.layer(node) for node in block.nodes]
+    ceiling = [p for p in pools if isinstance(p, nn.AvgPool2d) and p.ceil_mode and p.stride not in (1, (1, 1), [1, 1])]
+    if not ceiling:
+        return ""
+    return (
+        "exact on maps that the windows of its pool (ceil_mode=True) divide, as at the size shown; at other sizes the last, "
+        "partial window of the original is not reproduced"
     )
 
 

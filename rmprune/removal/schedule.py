@@ -28,6 +28,11 @@ from rmprune.removal.observe import size_seen
 from rmprune.removal.ranges import range_of, spatial
 from rmprune.removal.reserve import State, reserve
 
+_BOUNDS_HELP = (
+    " (a copy takes two channels to pass its activation; with bounds, from ranges='calibrated' or input_range, form='shift' "
+    "needs one)"
+)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -138,7 +143,7 @@ def _build(
             layer, state, value, bias, taps[i], layout[i], needed[state.done], form, pairs, segments[i] is None
         )
         if isinstance(found, str):
-            return found
+            return found + (_BOUNDS_HELP if "pair" in forms and layer.conv.groups > 1 else "")
         new, state.carry, used = found
         built.append(new)
         forms |= used
