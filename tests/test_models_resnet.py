@@ -60,3 +60,25 @@ def test_half_width_and_small_images(name: str):
 def test_large_stem_with_other_input_channels():
     model = create("resnet18", num_classes=3, in_channels=5, width=4)
     assert model.conv1.kernel_size == (7, 7) and model(torch.randn(2, 5, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet10", 1), ("resnet66", 8)])
+def test_depths_between_torchvisions_have_even_stages(name: str, blocks: int):
+    with torch.device("meta"):
+        model = create(name, num_classes=10, width=8)
+    assert [len(model.get_submodule(f"layer{stage}")) for stage in (1, 2, 3, 4)] == [blocks] * 4
+    layers = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
+    assert len(layers) == int(name.removeprefix("resnet"))
+    assert isinstance(model.layer1[0], TorchvisionBasicBlock)
+    assert model.fc.in_features == 64
+
+
+@pytest.mark.parametrize(("stride", "sizes"), [(1, [28, 28, 14, 7, 4]), (2, [14, 14, 7, 4, 2])])
+def test_stem_stride(stride: int, sizes: list[int]):
+    model = create("resnet10", num_classes=10, in_channels=1, width=4, small_images=True, stem_stride=stride)
+    x = model.maxpool(model.relu(model.bn1(model.conv1(torch.randn(2, 1, 28, 28)))))
+    found = [x.shape[-1]]
+    for stage in (1, 2, 3, 4):
+        x = model.get_submodule(f"layer{stage}")(x)
+        found.append(x.shape[-1])
+    assert found == sizes and model(torch.randn(2, 1, 28, 28)).shape == (2, 10)

@@ -21,6 +21,24 @@ def test_published_forms(name: str) -> None:
     assert last.in_channels // last.groups == 8 * group_width
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_of_the_published_definition(name: str) -> None:
+    """Counted from the definition (Meng et al. 2021, section 4.4; they publish no figures), biases and 1000 classes included."""
+    depth, expansion, group_width = (int(part) for part in name.removeprefix("rmnext").replace("x", "_").split("_"))
+    with torch.device("meta"):
+        model = rmnext(name)
+    before, count = 64, 2 * 2 * 64 * 2 + (3 + 64) * 64 * 10  # two RepVGG blocks: 3x3 and 1x1 with batch norms
+    for stage, blocks in enumerate({41: (2, 3, 5, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]):
+        after, group = 64 * 2**stage, group_width * 2**stage
+        hidden = (expansion - 1) * after
+        if stage:
+            count += before * after + 2 * after  # the shortcut that changes the shape
+        for _ in range(blocks):
+            count += before * hidden + 9 * hidden * group + hidden * after + 2 * (2 * hidden + after)
+            before = after
+    assert sum(p.numel() for p in model.parameters()) == count + 513 * 1000
+
+
 def test_small_images_and_width() -> None:
     model = rmnext("rmnext17x3_2", blocks=(1, 2, 1, 1), width=8, num_classes=5, small_images=True).eval()
     assert model.layers(model.stem(torch.zeros(1, 3, 16, 16))).shape == (1, 64, 2, 2)
