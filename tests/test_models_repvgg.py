@@ -160,6 +160,12 @@ def test_stems(settings: dict, sizes: tuple[int, int, int]) -> None:
     assert tuple(x.shape[-1] for x in (first, second, model.stages[0](second))) == sizes
 
 
+def test_a_repvgg_block_follows_every_block_that_reserves() -> None:
+    model = repvgg(depth=21, width=8, reserve_ratio=(0, 0.25, 0.5, 1))
+    reserved = [m.reserved for m in model.modules() if isinstance(m, RepVGGBlock)]
+    assert reserved == [0, 0, 0, 0, 0, 0, 0, 4, 0, 4, 0, 0, 16, 0, 16, 0, 0, 64, 0, 64, 0]
+
+
 def test_training_cost_falls_with_the_ratio() -> None:
     params = [sum(p.numel() for p in repvgg(depth=21, width=8, reserve_ratio=r).parameters()) for r in (0, 0.5, 0.75)]
     assert params[0] > params[1] > params[2]
