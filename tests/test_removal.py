@@ -122,6 +122,25 @@ def test_nothing_to_remove_is_an_error() -> None:
         remove_residuals(prepared(Residual(gate)), images())
 
 
+def test_networks_without_residuals_say_so() -> None:
+    """VGG and DenseNet: nothing to remove, and nothing kept either."""
+    vgg = nn.Sequential(*torchvision.models.vgg.make_layers([8, "M", 16, "M"], batch_norm=True)).eval()
+    densenet = torchvision.models.DenseNet(4, (2, 2), 8, 2, num_classes=3).eval()
+    for model in (vgg, densenet):
+        assert plan_removal(model, torch.randn(1, 3, 32, 32)) == []
+        with pytest.raises(UnsupportedModel, match="there is no residual to remove"):
+            remove_residuals(model, torch.randn(1, 3, 32, 32))
+
+
+def test_blocks_of_a_flat_graph_are_named_after_their_layers() -> None:
+    """A loaded artifact has no modules around its layers."""
+    model = torchvision.models.resnet18(num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    flat = remove_residuals(model, x, keep=["layer1.0", "layer2.0"]).model
+    assert [block.name for block in plan_removal(flat, x)] == ["layer1_0", "layer2_0"]
+    assert remove_residuals(flat, x, keep=["layer2_0"]).removed == ["layer1_0"]
+
+
 def test_untraceable_networks_are_refused_with_the_way_out() -> None:
     class Branching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -144,6 +163,32 @@ def test_a_fault_in_the_rewrite_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(build, "build_conv", faulty)
     with pytest.raises(NotEquivalent, match="over the tolerance"):
         remove_residuals(small_resnet(), images())
+
+
+def test_a_network_that_is_itself_uncertain_is_told_from_a_fault() -> None:
+    """A batch norm takes 1e9 off what a bias has put on: float64 itself keeps 7 digits of the rest."""
+    model = prepared(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), basic())
+    model[0].bias += 1e9
+    model[1].running_mean += 1e9
+    with pytest.raises(NotEquivalent, match=r"the original itself is no more certain: .* Pass a tolerance"):
+        remove_residuals(model, images(), batch_norm=False)
+    assert remove_residuals(model, images(), batch_norm=False, tolerance=1e-4).removed == ["3"]
+
+
+def test_what_torch_fx_does_not_see_is_refused() -> None:
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = conv(3, 6), basic()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            y = x
+            y += 1  # and so does x
+            return self.block(torch.relu(y)) + x
+
+    with pytest.raises(UnsupportedModel, match=r"torch\.fx does not see, such as an in-place operation"):
+        remove_residuals(prepared(Alias()), images())
 
 
 def test_plan_builds_nothing_and_agrees_with_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,14 +258,19 @@ def test_own_batch_norm_rows_are_kept_for_pruning() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning", "ignore:.*is deprecated:DeprecationWarning")
-def test_exports_agree() -> None:
+@pytest.mark.parametrize("keep", [[], ["3"]], ids=["chain", "graph"])
+def test_exports_agree(keep: list[str]) -> None:
+    """torch.export, TorchScript and ONNX Runtime run what came out, with and without a block that stays."""
     model = small_resnet().float()
     x = images().float()
-    result = remove_residuals(model, x).model
+    result = remove_residuals(model, x, keep=keep).model
     expected = model(x)
     close = {"rtol": 1e-4, "atol": 1e-4}
     assert torch.allclose(torch.export.export(result, (x,)).module()(x), expected, **close)
     assert torch.allclose(torch.jit.trace(result, x)(x), expected, **close)
+    session = onnxruntime.InferenceSession(onnx_bytes(result, x), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(found), expected, **close)
 
 
 def test_onnx_of_an_inverted_residual_has_only_stock_operators() -> None:
@@ -263,6 +313,7 @@ def test_a_padded_kernel_after_a_bias_is_not_fused() -> None:
 
 
 def test_mobilenet_becomes_version_one() -> None:
+    """Issue 3: convolutions and stock ReLU6 only, and no PRelu, Min, Max, Where or Slice in its ONNX graph."""
     model = torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5).eval()
     x = torch.randn(2, 3, 64, 64)
     removal = remove_residuals(model, x, fuse="always", batch_norm=False)
@@ -271,6 +322,8 @@ def test_mobilenet_becomes_version_one() -> None:
         set(kinds) == {nn.Conv2d, nn.ReLU6, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear} and len(removal.removed) == 11
     )
     assert all(a is not b or a is not nn.Conv2d for a, b in itertools.pairwise(kinds)), "two convolutions in a row"
+    operators = {node.op_type for node in onnx.load_from_string(onnx_bytes(removal.model, x)).graph.node}
+    assert operators - {"Identity"} == {"Conv", "Clip", "Constant", "GlobalAveragePool", "Flatten", "Gemm"}
     assert (removal.model(x) - model(x)).abs().max() <= 1e-4 * model(x).abs().max()
 
 

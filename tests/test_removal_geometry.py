@@ -1,5 +1,7 @@
 """Which geometry can go (RM.md 3): strides, padding, dilation, groups, pools, pre-activation, kernels of any shape."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,6 +141,7 @@ def test_resnet_d_average_pools(pool: nn.AvgPool2d) -> None:
         and removal.blocks[0].reserved <= 8
     )
     assert worst_error(removal, model, size=8) < 1e-12
+    assert ("ceil_mode" in removal.blocks[0].note) == pool.ceil_mode
 
 
 def test_pools_that_are_no_one_kernel_are_refused() -> None:
@@ -263,6 +266,31 @@ def test_gates_are_refused_by_name() -> None:
             return torch.relu(y * self.gate(y) + x)
 
     refused(prepared(*stem(), Gated()), "squeeze-and-excitation")
+
+
+REASONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "slice": (lambda y: torch.relu(y)[:, :, 1:, 1:-1], r"a slice, x\[:, :, 1:, 1:-1\]"),
+    "method": (lambda y: y.permute(0, 1, 3, 2), r"a call of x\.permute\(\.\.\.\)"),
+    "function": (lambda y: torch.flip(y, [2]), r"a call of flip\(\.\.\.\)"),
+    "module": (lambda y: F.max_pool2d(y, 3, 1, 1), r"MaxPool2d is no convolution, batch norm, average pool or scaling"),
+    "read twice": (lambda y: torch.relu(y) * torch.relu(y).mean(), "multiplied by a value"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_name_code(name: str) -> None:
+    """Not the nodes of a graph, which a user has never seen."""
+    code, why = REASONS[name]
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = branch(conv_bn(6, 6), conv_bn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, 1:, 1:-1] + code(self.body(x)) if name == "slice" else x + code(self.body(x))
+
+    refused(prepared(*stem(), Odd()), why)
 
 
 def test_two_nonlinear_ways_are_refused() -> None:

@@ -16,7 +16,7 @@ from random_networks import Act, Block, Conv, Network, Shortcut, Spec, specs
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.errors import UnsupportedModel
 from rmprune.removal import Removal, remove_residuals
 
 DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "100"))
@@ -52,11 +52,6 @@ def additions(model: nn.Module) -> int:
         for node in graph.nodes
         if node.op in ("call_function", "call_method")
     )
-
-
-def traced_faithfully(model: nn.Module, x: Tensor) -> bool:
-    """Whether torch.fx sees what the model does: it takes `x += y` for `x = x + y`, so that aliases of x keep the old value."""
-    return torch.allclose(fx.symbolic_trace(model)(x.clone()), model(x.clone()), rtol=1e-12)
 
 
 def runs_on(model: nn.Module, x: Tensor) -> bool:
@@ -111,10 +106,7 @@ def check(spec: Spec, **options: Any) -> str:
     source.train()
     try:
         removal = remove_residuals(source, given_input, **options)
-    except UnsupportedModel:
-        return "refused"
-    except NotEquivalent:
-        assert not traced_faithfully(original, given_input), "a wrong rewrite, caught by the call's own check"
+    except UnsupportedModel:  # NotEquivalent is a failure: a wrong rewrite that only the call's own check caught
         return "refused"
     assert removal.removed, "nothing was removed, and no error says so"
     assert all(removal.kept.values()), "a block is kept without a reason"

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.errors import UnsupportedModel
 from rmprune.removal import remove_residuals
 
 
@@ -119,10 +119,7 @@ def test_exact_or_refused(name: str) -> None:
 def check(model: nn.Module, x: Tensor) -> None:
     try:
         removal = remove_residuals(model, x)
-    except UnsupportedModel:
-        return
-    except NotEquivalent:  # torch.fx takes `x += y` for `x = x + y`: only the check can see what an alias of x reads
-        assert not torch.allclose(fx.symbolic_trace(model)(x.clone()), model(x.clone()), rtol=1e-12)
+    except UnsupportedModel:  # NotEquivalent would be a wrong rewrite that only the call's own check caught
         return
     for scale in (1, 30):
         fresh = scale * torch.randn(3, *x.shape[1:], dtype=torch.float64)
