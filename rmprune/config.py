@@ -214,6 +214,8 @@ class PruneConfig:
     """What channels are ranked by. Cuts while training always use taylor, from the gradients at hand."""
     rank: Literal["per_cost", "importance"] = "per_cost"
     """per_cost: importance per MAC (or millisecond) saved; importance: one global threshold, as in network slimming."""
+    cost: Literal["macs", "time"] = "macs"
+    """What channels cost under a latency_ratio: MACs, or milliseconds from a table of layers measured one by one."""
     min_channels: int = 1
     """Channels that every layer keeps at least."""
     min_fraction: float | None = None

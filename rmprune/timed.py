@@ -1,12 +1,15 @@
-"""Budgets in measured time: which budget in MACs meets them, and whether the finished network does. Prunes for widths only.
+"""Budgets in measured time: which cut meets them. Prunes for widths only.
 
-Time is a staircase in the widths, so nothing is predicted here: networks of the widths that a budget in MACs would give are built and
-measured, in turns with the original, where the time shall count (the first backend, thread number and batch size of the settings).
+Time is a staircase in the widths, so nothing is believed here that was not measured: the networks that cuts of several sizes would give
+are built and measured, in turns with the original, where the time shall count (the first backend, thread number and batch size of the
+settings).
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +17,13 @@ from torch import Tensor, nn
 from rmprune.config import MeasureConfig
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure import measure_latencies
-from rmprune.pruning import Budget, allocate, shrink
-from rmprune.pruning.budget import least_cost
-from rmprune.pruning.structure import Structure, macs, total_cost
 
 logger = logging.getLogger("rmprune")
-CANDIDATES = 6  # networks measured in a round
+CANDIDATES = 5  # networks measured in a round
 ROUNDS = 2  # of measuring ever nearer to the budget
+MARGIN = (
+    0.985  # cuts aim this much below the budget, so that noise does not break it when the trained network is measured
+)
 
 
 @dataclass(frozen=True)
@@ -60,53 +63,34 @@ class Place:
         )
         return {name: float(latencies[name][0].ratio or 1.0) for name in networks}
 
-
-def in_macs(structure: Structure, budget: Budget, ratio: float, floor: float | None) -> Budget:
-    """`budget`, in measured time, as one in MACs. `floor`: where not None, min_fraction is this part of what an even cut leaves."""
-    assert budget.reference_macs
-    found = replace(budget, latency_ratio=None, macs_ratio=ratio)
-    if floor is None:
-        return found
-    even = min(1.0, ratio * budget.reference_macs / total_cost(structure, macs)) ** 0.5
-    return replace(found, min_fraction=floor * even)
+    def ratio(self, network: nn.Module) -> float:
+        """Time of one network relative to the original's."""
+        return self.ratios({"network": network})["network"]
 
 
-def find_macs_ratio(
-    network: nn.Module,
-    structure: Structure,
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    place: Place,
-    floor: float | None,
-) -> float:
-    """The largest macs_ratio whose widths, as `scores` choose them, were measured within `budget.latency_ratio`.
+def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allowed: float, place: Place) -> float:
+    """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
-    `floor` is that of `in_macs`. Raises InfeasibleBudget where even the narrowest network that the limits allow is too slow.
+    Raises InfeasibleBudget where even `cut(low)` is too slow.
     """
-    assert budget.latency_ratio is not None and budget.reference_macs
-    reference, whole = budget.reference_macs, total_cost(structure, macs)
-
-    low = least_cost(structure, budget, macs) / reference * 1.02
-    high = min(whole / reference, 0.999)
     best: float | None = None
     for _ in range(ROUNDS):
-        steps = torch.linspace(0, 1, CANDIDATES).tolist()
-        grid = [low * (high / low) ** step for step in steps]
-        networks = {
-            f"{r:.4f}": shrink(network, allocate(structure, scores, in_macs(structure, budget, r, floor)), structure)[0]
-            for r in grid
-        }
+        grid = [low * (high / low) ** step for step in torch.linspace(0, 1, CANDIDATES).tolist()]
+        networks: dict[str, nn.Module] = {}
+        for r in grid:
+            with contextlib.suppress(InfeasibleBudget):  # a pruner that cannot go as far as the limits would let it
+                networks[f"{r:.4f}"] = cut(r)
         measured = place.ratios(networks)
-        fitting = [r for r in grid if measured[f"{r:.4f}"] <= budget.latency_ratio]
+        fitting = [r for r in grid if measured.get(f"{r:.4f}", math.inf) <= MARGIN * allowed]
         if not fitting and best is None:
-            least = min(measured.values())
+            least = min(measured.values(), default=1.0)
             raise InfeasibleBudget(
-                f"latency_ratio={budget.latency_ratio:g} cannot be met on {place}: the narrowest network that the limits allow "
-                f"takes {least:.2f} of the original's time; lower min_channels or min_fraction, or ask for more than {least:.2f}"
+                f"latency_ratio={allowed:g} cannot be met on {place}: the narrowest network that the limits allow takes {least:.2f} "
+                f"of the original's time; lower min_channels or min_fraction, or ask for more than {least:.2f}"
             )
         best = max(fitting, default=best)
         assert best is not None
         low, high = best, min((r for r in grid if r > best), default=high)
-    logger.info("latency_ratio %g on %s: macs_ratio %.3f", budget.latency_ratio, place, best)
     assert best is not None
+    logger.info("latency_ratio %g on %s: a cut to %.3f of the network's own cost", allowed, place, best)
     return best

@@ -10,12 +10,14 @@ import rmprune
 from rmprune import records
 from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.methods import remembered
+from rmprune.measure.latency_model import LatencyModel
 from rmprune.pipelines import slim
 from rmprune.pipelines.cells import plan_cells
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.remeasure import run_measure
 from rmprune.pipelines.slim import run_slim
+from rmprune.slimming import remembered
+from rmprune.timed import Place
 
 QUICK = SlimConfig(
     model="resnet8",
@@ -71,11 +73,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     def interrupted(*args: object, **kwargs: object) -> torch.nn.Module:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmprune.methods.fit", interrupted)
+    monkeypatch.setattr("rmprune.slimming.fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_slim(replace(QUICK, out=out), command="x")
     assert (out / "dense").is_dir() and not (out / "record.json").exists()
-    monkeypatch.setattr("rmprune.methods.fit", real)
+    monkeypatch.setattr("rmprune.slimming.fit", real)
     run_slim(replace(QUICK, out=out), command="x")
     first, second = (json.loads((run / "record.json").read_text()) for run in (finished, out))
     for name in ("original", "plain", "pruned", "coupled"):
@@ -127,3 +129,35 @@ def test_cells_of_a_sweep_share_their_training() -> None:
         "r/seed0/macs_ratio-0.5", "r/seed0/macs_ratio-0.25", "r/seed1/macs_ratio-0.5", "r/seed1/macs_ratio-0.25",
     ]  # fmt: skip
     assert {str(cell.shared) for cell in cells} == {"r/seed0", "r/seed1"}
+
+
+def by_parameters(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:
+    whole = rmprune.measure.count_params(place.original)
+    return {name: rmprune.measure.count_params(network) / whole for name, network in networks.items()}
+
+
+@pytest.mark.parametrize("method", ["rm", "mixed", "coupled", "uniform", "inner"])
+def test_a_budget_in_measured_time_is_met(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is made up (parameters of the network), so that the test does not depend on the machine."""
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    config = replace(
+        QUICK, method=(method,), prune=PruneConfig(latency_ratio=(0.6,), cuts=4, round_to=1), out=tmp_path / "run"
+    )
+    run_slim(config, command="x")
+    record = records.read_record(tmp_path / "run")
+    found = record["pruned" if method == "rm" else method]
+    assert 0.3 < found["params"] / record["original"]["params"] <= 0.6
+    logs = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert not any("again" in str(line) for line in logs)  # met without an epoch that others do not get
+
+
+def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are made up: a layer takes as long as it has weights, a network as long as it has parameters."""
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    monkeypatch.setattr(
+        LatencyModel, "_measure", lambda self, layers: [layer.cin * layer.cout * 1e-3 for layer in layers]
+    )
+    prune = PruneConfig(latency_ratio=(0.6,), cost="time", cuts=4, round_to=1)
+    run_slim(replace(QUICK, method=("coupled-gradual",), prune=prune, out=tmp_path / "run"), command="x")
+    table = json.loads((tmp_path / "run" / "layer-times-eager-1-1.json").read_text())
+    assert table["threads"] == 1 and len(table["layers"]) > 10

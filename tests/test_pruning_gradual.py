@@ -112,7 +112,7 @@ def test_goes_on_after_an_interruption_exactly(stop: int) -> None:
     first = GradualPruner(broken.model, images(), BUDGET, prune_epochs=2, every=5)
     train(broken, first, stop)
     saved = first.state_dict()
-    assert all(isinstance(v, int | bool | dict) for v in saved.values())
+    assert all(isinstance(v, int | float | dict) for v in saved.values())
 
     second = GradualPruner(residual(), images(), BUDGET, prune_epochs=2, every=5)
     second.load_state_dict(saved)
@@ -148,3 +148,19 @@ def test_channels_without_effect_go_first() -> None:
     hook = GradualPruner(model, images(), Budget(ratio=4 / 36), prune_epochs=0.5, every=10)
     train(state, hook, 10)
     assert hook.done and hook.kept["3"].tolist() == [i for i in range(12) if i not in dead]
+
+
+def test_cuts_again_where_the_measured_network_does_not_meet_the_budget() -> None:
+    """The measure says once that the network takes 1.25 of what it may: the next cut aims at 0.8 of the budget."""
+    whole, found = measured_macs(chain(), images()), []
+
+    def meets(model: nn.Module) -> float:
+        found.append(measured_macs(model, images()))
+        return 1.25 if len(found) == 1 else 1.0
+
+    state = new_state(chain())
+    hook = GradualPruner(state.model, images(), Budget(macs_ratio=0.6), prune_epochs=1, every=5, meets=meets)
+    train(state, hook, 60)
+    assert len(found) == 2 and hook.done
+    assert found[1] <= 0.8 * 0.6 * whole < found[0] <= 0.6 * whole
+    assert hook.state_dict()["limit"] < 0.8 * 0.6 * whole

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rmprune.amc.agent import AgentConfig
 from rmprune.amc.apply import Measure, Verified, meet_budget
 from rmprune.amc.environment import Environment
-from rmprune.amc.latency import TimeCost, calibrate
 from rmprune.amc.scoring import Scorer, Settings, importance_order
 from rmprune.amc.search import Method, Search, SearchResult, Watcher
 from rmprune.amc.space import COSTS, Limits, Space, Widths
@@ -24,6 +23,7 @@ from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import Cost, Structure, describe_layer, record_shapes
 from rmprune.pruning.surgery import shrink
+from rmprune.pruning.time_cost import TimeCost, calibrate
 from rmprune.timed import Place
 from rmprune.training.precision import compute_dtype
 

@@ -139,6 +139,7 @@ def repvgg(
     reserve_ratio: float | Sequence[float] = 0.0,
     width: int = 64,
     small_images: bool = False,
+    stem_strides: tuple[int, int] | None = None,
     squeeze_excitation: bool = False,
 ) -> RepVGG:
     """RepVGG of `depth` 3x3 layers (default 21), 8n + 5 (the paper: 21, 37, 69, 133), with a reserve ratio.
@@ -147,8 +148,8 @@ def repvgg(
 
     reserve_ratio: fraction 0 to 1 of the channels that every second block passes on, one for all or one for each of the
     four stages; 0 is RepVGG. width: channels of the first stage (doubled by each stage). small_images: stem of strides
-    1, 1 instead of 2, 2. squeeze_excitation: a gate before every ReLU, which reserved channels bypass (the paper's
-    rmrepse). Raises ConfigError.
+    1, 1 instead of 2, 2; stem_strides: any others. squeeze_excitation: a gate before every ReLU, which reserved channels
+    bypass (the paper's rmrepse). Raises ConfigError.
     """
     named = name.removeprefix("repvgg")
     if named and depth not in (None, int(named)):
@@ -168,7 +169,7 @@ def repvgg(
         pairs=pairs,
         ratios=ratios,
         width=width,
-        stem_strides=(1, 1) if small_images else (2, 2),
+        stem_strides=stem_strides or ((1, 1) if small_images else (2, 2)),
         squeeze_excitation=squeeze_excitation,
     )
 

@@ -17,8 +17,10 @@ from rmprune.errors import ConfigError
 CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet1202")
 
 _TORCHVISION_LAYERS: dict[str, tuple[type[TorchvisionBasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet10": (TorchvisionBasicBlock, (1, 1, 1, 1)),
     "resnet18": (TorchvisionBasicBlock, (2, 2, 2, 2)),
     "resnet34": (TorchvisionBasicBlock, (3, 4, 6, 3)),
+    "resnet66": (TorchvisionBasicBlock, (8, 8, 8, 8)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
@@ -125,12 +127,18 @@ class SizedResNet(ResNet):
 
 
 def torchvision_resnet(
-    name: str, *, num_classes: int, in_channels: int, width: int = 64, small_images: bool = False
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    width: int = 64,
+    small_images: bool = False,
+    stem_stride: int = 1,
 ) -> nn.Module:
     """torchvision's `resnet18` ... `resnet152`, with `width` channels in the first stage.
 
-    `small_images` puts a 3x3 convolution of stride 1 for the 7x7 of stride 2 and leaves out the max-pool, as is
-    customary for inputs of up to 64 pixels.
+    `resnet10` and `resnet66` are the same with 1 and 8 basic blocks in each stage. `small_images` puts a 3x3 convolution of
+    stride `stem_stride` for the 7x7 of stride 2 and leaves out the max-pool, as is customary for inputs of up to 64 pixels.
     """
     require(width >= 1, f"{name}: width is {width}; it must be at least 1")
     block, layers = _TORCHVISION_LAYERS[name]
@@ -139,7 +147,7 @@ def torchvision_resnet(
     else:
         model = SizedResNet(block, layers, width=width, num_classes=num_classes)
     if small_images:
-        model.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        model.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, 1, bias=False)
         model.maxpool = nn.Identity()
     elif in_channels != 3:
         model.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)

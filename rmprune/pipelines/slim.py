@@ -20,11 +20,12 @@ from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import check_available, count_macs, count_params, measure_latencies
-from rmprune.methods import Method, check_budgets, find_methods, slim_network
+from rmprune.methods import Method, find_methods
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pruning import Budget
 from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
+from rmprune.slimming import check_budgets, slim_network
 from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
@@ -61,7 +62,7 @@ def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset)
     def networks(plain: bool) -> nn.Module:
         return remove_residuals(dense, example).model if plain else dense
 
-    check_budgets(networks, methods, budgets, config, example)
+    check_budgets(networks, methods, budgets, config, data)
 
 
 def _run_cell(

@@ -7,7 +7,9 @@ in the next scores. The same hook serves plain chains and networks with residual
 get the same importance and schedule.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -41,8 +43,9 @@ class GradualPruner:
     to the budget within ``prune_epochs``; then training goes on without it. The last cut applies ``round_to`` and
     meets the budget, hard; limits refer to the network at the start. ``importance``: taylor, or one that needs no
     data, taken at each cut. ``decay``: the share of the old scores that survives a cut (0: each cut sees the steps
-    since the last one). ``structure``: what may be pruned, by default all of :func:`find_structure`. Give the model
-    and one image batch at the start.
+    since the last one). ``structure``: what may be pruned, by default all of :func:`find_structure`. ``meets``: measures
+    a network against what the budget stands for; where it says r above 1 after the last cut, the budget is divided
+    by r, and ``every`` steps later there is one more. Give the model and one image batch at the start.
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
     """
@@ -61,6 +64,7 @@ class GradualPruner:
         rank: str = "per_cost",
         lookahead: int = 1,
         structure: Structure | None = None,
+        meets: Callable[[nn.Module], float] | None = None,
     ) -> None:
         if every < 1 or prune_epochs <= 0 or not 0 <= decay < 1:
             raise ConfigError(
@@ -77,7 +81,7 @@ class GradualPruner:
         self.start = total_cost(self.first, self.target.cost)
         self.kept = {g.name: torch.arange(g.units) for g in self.first.groups}
         self.scores = TaylorSum(self.first)
-        self.cuts, self.done = 0, False
+        self.cuts, self.done, self.meets = 0, False, meets
         flat = {name: torch.ones(units) for name, units in self.first.units.items()}
         self._allocate(flat, final=True)  # refuse an impossible budget now
 
@@ -100,6 +104,10 @@ class GradualPruner:
             self._cut(state, keep)
         self.scores.scale(self.decay)
         self.done = final
+        if final and self.meets is not None and state.step < state.total_steps:
+            excess = self.meets(copy.deepcopy(state.model))
+            if excess > 1:
+                self.target, self.done = replace(self.target, limit=self.target.limit / (1.01 * excess)), False
 
     def planned_cuts(self, state: State) -> int:
         """How many cuts there will be; the last one lies at ``prune_epochs``, or at the last step if training is
@@ -138,7 +146,8 @@ class GradualPruner:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
         scores = {name: score.clone() for name, score in self.scores.scores.items()}
-        return {"cuts": self.cuts, "done": self.done, "kept": dict(self.kept), "scores": scores}
+        limit = self.target.limit
+        return {"cuts": self.cuts, "done": self.done, "kept": dict(self.kept), "scores": scores, "limit": limit}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; the hook must have been made from the same network and budget as the saved one."""
@@ -150,6 +159,7 @@ class GradualPruner:
         self.kept = {name: index.clone() for name, index in kept.items()}
         self.scores.reset(self.first.shrunk(masks), scores)
         self.cuts, self.done = int(saved["cuts"]), bool(saved["done"])
+        self.target = replace(self.target, limit=float(saved["limit"]))
 
     def resized(self, model: nn.Module) -> nn.Module:
         """The full-size network cut as this hook's state says (its weights for the caller to load)."""

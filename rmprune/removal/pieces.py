@@ -42,7 +42,7 @@ def _ends(node: fx.Node) -> list[int] | None:
     if isinstance(sizes, list | tuple):
         if not all(isinstance(size, int) for size in sizes):
             return None
-        return [sum(sizes[: i + 1]) for i in range(len(sizes))]  # type: ignore[arg-type]
+        return [sum(sizes[: i + 1]) for i in range(len(sizes))]
     if not isinstance(sizes, int) or sizes < 1:
         return None
     size = -(-channels // sizes) if node.target in ("chunk", torch.chunk) else sizes

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmprune.amc.latency import TimeCost, grid_widths
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import Layer, network_layers
 from rmprune.pruning.graph import find_structure
+from rmprune.pruning.time_cost import TimeCost, grid_widths
 
 
 class Table(LatencyModel):
