@@ -2,7 +2,9 @@
 
     python experiments/removal_depth.py            # writes reports/removal-depth/{depth.csv,depth.png,command.txt}
 
-The time is that of `remove_residuals` as a user calls it, its check in float64 included, in a process that did nothing else.
+The time is that of `remove_residuals` as a user calls it, its check in float64 included, in a process that did nothing else. All
+errors are to the original in float64, relative to its largest output: of removal itself (error_float64), and of what float32 does to
+the original, to the plain network, and to the plain network in ONNX Runtime (batch norms folded).
 """
 
 import multiprocessing
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import onnxruntime
 import pandas as pd
 import torch
 import tyro
@@ -23,6 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import rmprune
+from rmprune.onnx_export import fold_batch_norms, onnx_bytes
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ def measure(depth: int, threads: int) -> dict[str, float]:
     with torch.no_grad():
         single = {"original": model(images), "plain": removal.model(images)}
         exact = model.double()(images.double())
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    started = time.perf_counter()
+    single["onnx"] = in_onnx_runtime(removal.model, images, threads)
+    onnx_seconds = time.perf_counter() - started
     errors = {name: float((output - exact).abs().max() / exact.abs().max()) for name, output in single.items()}
     return {
         "depth": depth,
@@ -66,11 +74,24 @@ def measure(depth: int, threads: int) -> dict[str, float]:
         "error_float64": removal.max_error,
         "error_float32": errors["plain"],
         "error_float32_original": errors["original"],  # what float32 does to the network as it was
+        "error_onnxruntime": errors["onnx"],
         "macs_before": rmprune.count_macs(model, images[:1].double()),
         "macs_after": rmprune.count_macs(removal.model, images[:1]),
-        "peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_gib": round(peak_gib, 2),
+        "onnx_seconds": round(onnx_seconds, 2),  # export, session and one run
+        "onnx_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "threads": threads,
     }
+
+
+def in_onnx_runtime(plain: torch.nn.Module, images: torch.Tensor, threads: int) -> torch.Tensor:
+    """Outputs of the plain network, exported and run in ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        onnx_bytes(fold_batch_norms(plain), images), options, providers=["CPUExecutionProvider"]
+    )
+    return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
 
 
 def main(config: Config) -> None:

@@ -287,7 +287,7 @@ def main(settings: Settings) -> None:
     table.round(4).to_csv(settings.out / "cost.csv", index=False)
     (settings.out / "cost.md").write_text(report(table, command, settings))
     (settings.out / "command.txt").write_text(command + "\n")
-    console.print("\n".join(verdict(table)), markup=False, highlight=False)
+    console.print("\n".join(verdict(table)), markup=False, highlight=False, soft_wrap=True)
     console.print(f"{settings.out}/cost.md and cost.csv written")
 
 
