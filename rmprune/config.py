@@ -474,6 +474,8 @@ class SearchConfig:
         require(len(self.budget) > 0, "budget is empty; give at least one fraction, for example 0.5")
         for value in self.budget:
             require(0 < value <= 1, f"budget is {value}; it must be above 0 and at most 1")
+        shown = [f"{value:g}" for value in self.budget]  # cells are named by these
+        require(len(set(shown)) == len(shown), f"budget is {', '.join(shown)}; give every value once")
         require(self.episodes >= 1, f"episodes is {self.episodes}; it must be at least 1")
         require(self.warm_up >= 0, f"warm_up is {self.warm_up}; it must not be negative")
         require(self.sigma >= 0, f"sigma is {self.sigma}; it must not be negative")

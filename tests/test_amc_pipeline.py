@@ -38,7 +38,9 @@ def test_every_method_is_within_the_budget_of_the_original(run: Path) -> None:
     limit = 0.5 * record["original"]["macs"]
     assert record["plain"]["macs"] > record["original"]["macs"]
     assert record["budget"] == {"macs_ratio": 0.5}
-    assert len(record["removal"]["removed"]) == 4
+    assert len(record["removal"]["removed"]) == 4 and all(
+        name.startswith("features.") for name in record["removal"]["removed"]
+    )
     for name in QUICK.method:
         assert record[name]["macs"] <= limit
         assert record[name]["method"] == name
@@ -98,6 +100,11 @@ def test_gradual_cuts_end_at_the_policy(run: Path, tmp_path: Path) -> None:
     model = artifact.load(tmp_path / "run" / "rm-uniform")
     assert {name: model.get_submodule(name).out_channels for name in widths} == widths
     assert found["rm-uniform"]["macs"] <= 0.5 * found["original"]["macs"]
+
+
+def test_a_budget_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="every value once"):
+        dataclasses.replace(QUICK.search, budget=(0.5, 0.6, 0.50))
 
 
 def test_refusals_come_before_training(tmp_path: Path) -> None:

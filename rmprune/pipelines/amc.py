@@ -28,7 +28,7 @@ from rmprune.errors import ConfigError
 from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
 from rmprune.measure import check_available
 from rmprune.pipelines.cells import Cell, plan_cells
-from rmprune.pipelines.slim import CALIBRATION_IMAGES, measure_networks, pick_device, stage
+from rmprune.pipelines.slim import CALIBRATION_IMAGES, measure_networks, pick_device, stage, with_weights
 from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
 from rmprune.training import fit
@@ -180,7 +180,7 @@ class _Run:
         """RM and fusing, with batch norms measured on training images."""
         settings = self.config.removal
         removal = remove_residuals(
-            dense,
+            with_weights(make_original(self.config, self.data, self.cell.seed), dense),  # its modules name its blocks
             self.data.train.example(CALIBRATION_IMAGES),
             keep=settings.keep,
             ranges=settings.ranges,

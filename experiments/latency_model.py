@@ -1,0 +1,129 @@
+"""How well the latency model predicts whole networks: fitted on a few, judged on others that it has not seen.
+
+    python experiments/latency_model.py        # writes reports/latency-model/{validation.csv,validation.md,command.txt}
+
+Fitted on uniform widths of a ResNet-20. Judged on networks with random widths in eights, with residuals and without, on MobileNetV2
+as it is and turned V1, and on a RepVGG: predicted time against the measured one, in turns in one process.
+"""
+
+import random
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor, nn
+
+import rmprune
+from rmprune.measure.latency_model import LatencyModel
+from rmprune.pruning import find_structure, shrink
+from rmprune.pruning.greedy import keep_best
+from rmprune.records import environment
+
+GOAL = 0.10
+console = Console()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where time is predicted."""
+
+    backends: tuple[str, ...] = ("onnxruntime",)
+    """Runtimes."""
+    threads: int = 2
+    """Threads."""
+    batch_sizes: tuple[int, ...] = (1, 32)
+    """Images in a batch."""
+    seconds: float = 1.0
+    """Time spent on each whole network."""
+    out: Path = Path("reports/latency-model")
+    """Where the tables go."""
+
+
+def cut(model: nn.Module, x: Tensor, fraction: Tensor | float, seed: int = 0) -> nn.Module:
+    """The network at this fraction of every width, or at random fractions between two bounds; in multiples of 8."""
+    structure, chance = find_structure(model, x), random.Random(seed)
+    keep = {}
+    for group in structure.groups:
+        part = fraction if isinstance(fraction, float) else chance.uniform(*fraction.tolist())
+        units = max(1, round(part * group.units * group.multiple / 8) * 8 // group.multiple)
+        keep[group.name] = keep_best(torch.rand(group.units), min(units, group.units))
+    return shrink(model, keep, structure)[0].eval()
+
+
+def networks() -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """(to fit on, to judge by), for images of 1x28x28."""
+    torch.manual_seed(0)
+    x, some = torch.randn(2, 1, 28, 28), torch.tensor([0.2, 0.8])
+    resnet = rmprune.models.create("resnet20", num_classes=10, in_channels=1, width=32).eval()
+    plain = rmprune.remove_residuals(resnet, x).model
+    mobile = rmprune.models.create("mobilenet_v2_small", num_classes=10, in_channels=1, width=0.5).eval()
+    repvgg = rmprune.models.create("repvgg21", num_classes=10, in_channels=1, width=24, small_images=True).eval()
+    fit = {
+        "resnet20": resnet,
+        **{f"resnet20 x {part:g}": cut(resnet, x, part) for part in (0.75, 0.5, 0.25)},
+        "resnet20 plain": plain,
+        "resnet20 plain x 0.5": cut(plain, x, 0.5),
+    }
+    judge = {
+        "resnet20, random widths": cut(resnet, x, some, 1),
+        "resnet20, other random widths": cut(resnet, x, some, 2),
+        "resnet20 plain, random widths": cut(plain, x, some, 3),
+        "resnet20 plain, other random widths": cut(plain, x, torch.tensor([0.1, 0.5]), 4),
+        "mobilenet_v2 x 0.5": mobile,
+        "mobilenet_v2 x 0.5 turned V1, random widths": cut(rmprune.remove_residuals(mobile, x).model, x, some, 5),
+        "repvgg21, deployed": rmprune.remove_residuals(repvgg, x, batch_norm=False).model,
+    }
+    return fit, judge
+
+
+def main(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    fit, judge = networks()
+    x, tables = torch.randn(1, 1, 28, 28), []
+    for backend in settings.backends:
+        for batch_size in settings.batch_sizes:
+            start = time.perf_counter()
+            model = LatencyModel(backend, threads=settings.threads, batch_size=batch_size)
+            fitted = model.calibrate(fit, x, seconds=settings.seconds).assign(part="fitted")
+            judged = model.validate(judge, x, seconds=settings.seconds).assign(part="judged")
+            table = pd.concat([fitted, judged]).assign(
+                backend=backend, threads=settings.threads, batch_size=batch_size, layers=len(model.table)
+            )
+            tables.append(table)
+            console.print(table.round(3).to_string(index=False))
+            console.print(f"{len(model.table)} layers measured in {time.perf_counter() - start:.0f} s")
+    result = pd.concat(tables)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    result.to_csv(settings.out / "validation.csv", index=False)
+    judged = result[result.part == "judged"]
+    command, here = "python " + shlex.join(sys.argv), environment()
+    lines = [
+        "# Predicted against measured time of whole networks",
+        "",
+        f"Made by `{command}` on {here['processor']}. Fitted on uniform widths of ResNet-20; these networks were not seen.",
+        f"Goal: an error below {GOAL:.0%}.",
+        "",
+        "| runtime | batch | network | predicted ms | measured ms | error |",
+        "| --- | ---: | --- | ---: | ---: | ---: |",
+        *[
+            f"| {row['backend']} | {row['batch_size']} | {row['model']} | {row['predicted_ms']:.3f} "
+            f"| {row['measured_ms']:.3f} | {row['error']:+.1%}{'' if abs(row['error']) < GOAL else ' (misses)'} |"
+            for row in judged.to_dict("records")
+        ],
+        "",
+        f"{(judged.error.abs() < GOAL).sum()} of {len(judged)} within the goal; mean absolute error "
+        f"{judged.error.abs().mean():.1%}, largest {judged.error.abs().max():.1%}.",
+    ]
+    (settings.out / "validation.md").write_text("\n".join(lines) + "\n")
+    (settings.out / "command.txt").write_text(command + "\n")
+    console.print("\n".join(lines[-1:]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
