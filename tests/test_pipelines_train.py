@@ -113,6 +113,14 @@ def test_slim_takes_them_by_name(model: str, tmp_path: Path) -> None:
     assert isinstance(rmprune.load(tmp_path / "run" / "pruned"), nn.Sequential)
 
 
+def test_amc_takes_them_by_name(tmp_path: Path) -> None:
+    flags = "--model repvgg13 --width 4 --epochs 1 --finetune.epochs 1 --budget 0.6 --multiple 1"
+    search = "--episodes 2 --warm-up 1 --images 64 --calibration 16"
+    main(("amc", *flags.split(), *search.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
+    record = records.read_record(tmp_path / "run")
+    assert record["rm-amc"]["macs"] <= 0.6 * record["original"]["macs"] and record["removal"]["kept"] == {}
+
+
 @pytest.mark.parametrize(
     ("network", "removed"),
     [
