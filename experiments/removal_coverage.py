@@ -342,11 +342,12 @@ def markdown(table: Any, command: str) -> str:
     lines = [
         "# Residuals removed, network by network",
         "",
-        f"Made by `{command}`. Random weights and random batch-norm statistics; errors are relative to the largest",
+        f"Made by `{command}`. Random weights, random batch-norm statistics (no variance below 1 % of its",
+        "layer's mean); errors are relative to the largest",
         "output, over inputs that the call has not seen (noise, 10 times noise, noise - 3). `float32 (before)`: the plain",
         "network in float32 against the original in float64, and in brackets the original's own float32 rounding on the same",
         "inputs. `above 6`: part of the places before a ReLU6 that it clips. MMACs: before and after removal, one image, before",
-        "pruning. Seconds and GiB of memory (the whole process): one thread. ONNX Runtime against PyTorch, float32.",
+        "pruning. Seconds and GiB of memory (the whole process): one thread, other work beside it. ONNX Runtime against PyTorch, float32.",
         "",
         "| network | input | residuals | removed | kept, why | float64 | float32 (before) | above 6 | MMACs | s | GiB "
         "| ONNX Runtime |",
