@@ -173,7 +173,7 @@ class SparsityConfig:
 class MeasureConfig:
     """How the time of networks is measured: every combination of backend, threads and batch size."""
 
-    backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("eager", "onnxruntime")
+    backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("onnxruntime", "eager")
     """Runtimes: eager, onnxruntime, openvino, torchscript, compile."""
     threads: Numbers = (2,)
     """Threads of the runtime."""

@@ -24,12 +24,13 @@ from rmprune.pruning.structure import Cost, Structure, macs, total_cost
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.removal import remove_where_faster
 from rmprune.rundir import write_text
-from rmprune.timed import MARGIN, Place, find_ratio
+from rmprune.timed import MARGIN, Place, find_ratio, infeasible
 from rmprune.training import fit
 
 logger = logging.getLogger("rmprune")
 FLOOR = 0.5  # every layer keeps at least this part of what an even cut would leave it
 TIME_ATTEMPTS = 5  # further cuts where the trained network misses its budget in measured time
+NOISE = 1.1  # before training a budget is refused only where it is missed by more than this
 IMPORTANCE_IMAGES = 2048  # training images that a one-cut importance is measured on
 
 
@@ -114,6 +115,13 @@ class Cutter:
             return shrink(self.network, keep, self.structure)[0]
 
         return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, place)
+
+    def narrowest(self, budget: Budget) -> nn.Module:
+        """The network of the least MACs that the limits of `budget` allow, whatever its weights."""
+        own = dataclasses.replace(self, cost=None)
+        flat = {name: torch.ones(units) for name, units in self.structure.units.items()}
+        keep = allocate(self.structure, flat, own.budget_at(budget, own.least_ratio(budget)))
+        return shrink(self.network, keep, self.structure)[0]
 
     def least_ratio(self, budget: Budget) -> float:
         """The least ratio (in steps of a twentieth) for `budget_at` that the limits allow. Raises InfeasibleBudget where all forbid it."""
@@ -259,8 +267,11 @@ def check_budgets(
     data: Dataset,
 ) -> None:
     """Raise InfeasibleBudget before any training where limits forbid a budget. `networks(plain)` gives one with random weights."""
+    place = Place.first(config.measure, networks(False), data.train.example(1))
     for method in methods.values():
         cutter = make_cutter(networks(method.plain), method, config, data)
         for budget in budgets:
-            if budget.latency_ratio is None:  # what a network takes is measured once it is trained
+            if budget.latency_ratio is None:
                 cutter.hook(cutter.floored(budget), steps=1, epochs=1)
+            elif (least := place.ratio(cutter.narrowest(budget))) > NOISE * budget.latency_ratio:
+                raise infeasible(budget.latency_ratio, least, place)

@@ -83,14 +83,19 @@ def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allow
         measured = place.ratios(networks)
         fitting = [r for r in grid if measured.get(f"{r:.4f}", math.inf) <= MARGIN * allowed]
         if not fitting and best is None:
-            least = min(measured.values(), default=1.0)
-            raise InfeasibleBudget(
-                f"latency_ratio={allowed:g} cannot be met on {place}: the narrowest network that the limits allow takes {least:.2f} "
-                f"of the original's time; lower min_channels or min_fraction, or ask for more than {least:.2f}"
-            )
+            raise infeasible(allowed, min(measured.values(), default=1.0), place)
         best = max(fitting, default=best)
         assert best is not None
         low, high = best, min((r for r in grid if r > best), default=high)
     assert best is not None
     logger.info("latency_ratio %g on %s: a cut to %.3f of the network's own cost", allowed, place, best)
     return best
+
+
+def infeasible(allowed: float, least: float, place: Place) -> InfeasibleBudget:
+    """The error of a budget below what the narrowest network takes, `least` of the original's time."""
+    return InfeasibleBudget(
+        f"latency_ratio={allowed:g} cannot be met on {place}: the narrowest network that the limits allow takes {least:.2f} "
+        f"of the original's time; lower min_channels, min_fraction or round_to, ask for more than {least:.2f}, or count time elsewhere "
+        "(the first --measure.backend, --measure.batch-size and --measure.threads)"
+    )

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from rmprune import onnx_export
 from rmprune.artifact import build, describe, export_onnx, is_artifact, load, read_extra, save
 from rmprune.errors import ArtifactError, NotEquivalent, UnsupportedModel
-from rmprune.onnx_export import fold_batch_norms
+from rmprune.onnx_export import fold_batch_norms, rounding
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -386,3 +387,24 @@ def test_outputs_that_are_not_finite_are_no_equality(tmp_path: Path) -> None:
     model[0].weight.data.fill_(float("inf"))
     with pytest.raises(NotEquivalent, match="not finite"):
         export_onnx(model, torch.randn(2, 3, 2, 2), tmp_path / "m.onnx")
+
+
+def test_onnx_may_differ_by_what_float32_does_to_the_network_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that takes a small difference of large numbers: its own float32 rounding is beyond the fixed limit."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 1, 1)).eval()
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        model[0].bias.fill_(1e5)
+        model[3].weight[:, ::2], model[3].weight[:, 1::2] = 1.0, -1.0
+        model[2].weight[1::2], model[2].bias[1::2] = model[2].weight[::2] * (1 + 1e-6), model[2].bias[::2]
+    own = rounding(model, x)
+    assert own > 1e-4
+    monkeypatch.setattr(onnx_export, "_onnx_error", lambda *_: 3 * own)
+    export_onnx(model, x, tmp_path / "model.onnx")
+    monkeypatch.setattr(onnx_export, "_onnx_error", lambda *_: 5 * own)
+    with pytest.raises(NotEquivalent, match="differs"):
+        export_onnx(model, x, tmp_path / "other.onnx")
+    assert not (tmp_path / "other.onnx").exists()

@@ -9,7 +9,7 @@ import torch
 import rmprune
 from rmprune import records
 from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig
-from rmprune.errors import ArtifactError, ConfigError
+from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.pipelines import slim
 from rmprune.pipelines.cells import plan_cells
@@ -159,5 +159,15 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     prune = PruneConfig(latency_ratio=(0.6,), cost="time", cuts=4, round_to=1)
     run_slim(replace(QUICK, method=("coupled-gradual",), prune=prune, out=tmp_path / "run"), command="x")
-    table = json.loads((tmp_path / "run" / "layer-times-eager-1-1.json").read_text())
+    table = json.loads((tmp_path / "run" / "layer-times-onnxruntime-1-1.json").read_text())
     assert table["threads"] == 1 and len(table["layers"]) > 10
+
+
+def test_a_budget_that_no_width_meets_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    prune = PruneConfig(latency_ratio=(0.3,), min_fraction=0.7, round_to=1)
+    with pytest.raises(InfeasibleBudget, match=r"the narrowest network .* takes 0\.[3-9]"):
+        run_slim(replace(QUICK, method=("coupled-gradual",), prune=prune, out=tmp_path / "run"), command="x")
+    assert not (tmp_path / "run").exists()
