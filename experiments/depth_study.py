@@ -32,6 +32,14 @@ from rmprune.report.figures import save_figure
 from rmprune.training import evaluate, fit
 
 RESNETS = {13: "resnet10", 21: "resnet18", 37: "resnet34", 69: "resnet66"}
+COLOURS = {
+    "RepVGG": "tab:red",
+    "reserve ratio 0.25": "tab:orange",
+    "reserve ratio 0.5": "tab:green",
+    "reserve ratio 0.75": "tab:blue",
+    "ResNet": "black",
+    "ResNet, residuals removed": "grey",
+}
 console = Console()
 
 
@@ -217,7 +225,15 @@ def figure(table: pd.DataFrame) -> Figure:
             if model != "repvgg":
                 name = "ResNet" + (", residuals removed" if model == "resnet-rm" else "")
             spread = [by_depth["mean"] - by_depth["min"], by_depth["max"] - by_depth["mean"]]
-            ax.errorbar(by_depth.index, by_depth["mean"], yerr=spread, label=name, marker="o", capsize=2)
+            ax.errorbar(
+                by_depth.index,
+                by_depth["mean"],
+                yerr=spread,
+                label=name,
+                color=COLOURS.get(name),
+                marker="o",
+                capsize=2,
+            )
         ax.set(xlabel="depth (3x3 layers of RepVGG)", ylabel=label, xscale="log")
         ax.set_xticks(sorted(set(shown.depth)), [str(depth) for depth in sorted(set(shown.depth))], minor=False)
         ax.minorticks_off()
