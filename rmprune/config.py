@@ -259,6 +259,11 @@ class PruneConfig:
 # ------------------------------------------------------------------------------------------------- whole runs (pipelines)
 
 
+def architecture(config: Any) -> dict[str, Any]:
+    """The settings of a config that belong to the network itself, for `create_network`; None is left to its default."""
+    return {name: getattr(config, name) for name in ("width", "depth", "reserve_ratio")}
+
+
 def transient() -> Any:
     """Metadata of a field that says where or whether to run, not what: it is left out of config.toml."""
     return {"transient": True}
@@ -272,6 +277,10 @@ class SlimConfig:
     """Network by name: resnet20 ... resnet1202 (CIFAR), resnet18, resnet34, ... (torchvision), timm/NAME."""
     width: int | None = None
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
+    depth: int | None = None
+    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
+    reserve_ratio: float | None = None
+    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
     method: Names = ("rm",)
     """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
     seed: int = 0
@@ -354,6 +363,10 @@ class NetworkConfig:
     """Classes."""
     width: int | None = None
     """Base width, for networks that have one."""
+    depth: int | None = None
+    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
+    reserve_ratio: float | None = None
+    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
     checkpoint: Path | None = None
     """Trained weights for a named network: an artifact directory, or a .safetensors, .pt or .pth file."""
 
@@ -500,6 +513,10 @@ class AmcConfig:
     """Width multiplier of a MobileNet (base width of a ResNet)."""
     free: int = 1
     """Factor of the linear bottlenecks' width while training; costs nothing after fusing."""
+    depth: int | None = None
+    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
+    reserve_ratio: float | None = None
+    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
     method: Names = ("rm-amc",)
     """Ways to choose the widths, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
     apply: Literal["once", "gradual"] = "once"

@@ -125,6 +125,7 @@ def test_amc_takes_them_by_name(tmp_path: Path) -> None:
     ("network", "removed"),
     [
         (("repvgg13", "--width", "4", "--image-size", "16"), 22),
+        (("repvgg", "--depth", "13", "--reserve-ratio", "0.5", "--width", "4", "--image-size", "16"), 22),
         (("rmnext41x5_16", "--width", "16", "--image-size", "16"), 14),
         (("preact_resnet20", "--width", "4"), 9),
     ],
@@ -135,6 +136,7 @@ def test_inspect_and_convert_take_them_by_name(
     main(("inspect", *network))
     printed = capsys.readouterr().out
     assert printed.count("removable") == removed and "stays" not in printed
+    assert all(word in printed.split("next: ")[1].split() for word in network)
     main(("convert", *network, "--num-classes", "10", "--out", str(tmp_path / "plain"), "--check"))
     printed = capsys.readouterr().out
     assert f"{removed} residuals removed, 0 kept" in printed and "ONNX Runtime differs" in printed
@@ -144,6 +146,5 @@ def test_inspect_and_convert_take_them_by_name(
 def test_what_was_trained_goes_through_inspect_and_convert(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The way to a reserve ratio there: these subcommands know a name's default form only."""
     main(("convert", str(finished / "dense"), "--out", str(tmp_path / "plain"), "--check"))
     assert "22 residuals removed, 0 kept" in capsys.readouterr().out

@@ -131,6 +131,8 @@ def test_names_and_numbers() -> None:
     assert budget_of(example(config={"budget": {"latency_ratio": 0.5}, "ratio": None})) == "latency 0.5"
     assert budget_of(example(budget={"macs_ratio": 0.1})) == "macs 0.1"
     assert model_of(example(width=32, config={"model": "resnet20", "width": 32})) == "resnet20 (width 32)"
+    asked = {"model": "repvgg", "depth": 13, "reserve_ratio": 0.5, "width": 8}
+    assert model_of(example(model="repvgg", config=asked)) == "repvgg (depth 13, reserve ratio 0.5, width 8)"
     assert method_of(example(method="inner,coupled,rm", inner=network(0.9, 10, 1.0)), "pruned") == "rm"
     record = example(method="rm-gradual,coupled-taylor", inner=network(0.9, 10, 1.0) | {"method": "inner"})
     assert [method_of(record, n) for n in ("original", "plain", "pruned", "coupled", "inner")] == [

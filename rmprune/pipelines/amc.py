@@ -21,7 +21,7 @@ from rmprune.amc.progress import search_bar
 from rmprune.amc.search import METHODS as SEARCHES
 from rmprune.amc.search import Method as SearchMethod
 from rmprune.amc.uniform import width_multiplier
-from rmprune.config import AmcConfig
+from rmprune.config import AmcConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
@@ -77,13 +77,14 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
 
 def make_original(config: AmcConfig, data: Dataset, seed: int, width: float | None = None) -> nn.Module:
     """The network before training, from its seed; `width` in the place of the config's."""
-    settings: dict[str, Any] = {"width": width or config.width, "free": config.free if config.free > 1 else None}
+    settings = architecture(config) | {"free": config.free if config.free > 1 else None}
+    settings["width"] = width or config.width
     if settings["width"] is not None and not config.model.startswith("mobilenet"):
         settings["width"] = int(settings["width"])  # channels, not a multiplier
     settings = {name: value for name, value in settings.items() if value is not None}
     for name in settings:
         if not models.accepts(config.model, name):
-            raise ConfigError(f"{config.model} has no setting {name}; leave --{name} out")
+            raise ConfigError(f"{config.model} has no setting {name}; leave --{name.replace('_', '-')} out")
     if models.accepts(config.model, "small_images") and max(data.input_shape[1:]) <= SMALL_IMAGE:
         settings["small_images"] = True
     torch.manual_seed(seed)

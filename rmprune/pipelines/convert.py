@@ -1,7 +1,9 @@
 """`inspect` and `convert`: what RM would do to a network, and RM alone with its files. Nothing is trained or pruned."""
 
+import dataclasses
 import logging
 import re
+import shlex
 from pathlib import Path
 
 import onnxruntime
@@ -11,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig
+from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import count_macs, count_params
@@ -36,7 +38,7 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
         shape = _shape_from(config)
         torch.manual_seed(0)
         model = create_network(
-            config.model, num_classes=config.num_classes, input_shape=shape, width=config.width
+            config.model, num_classes=config.num_classes, input_shape=shape, **architecture(config)
         ).eval()
         if config.checkpoint is not None:
             model = load_checkpoint_into(model, config.checkpoint, config.model).eval()
@@ -71,8 +73,19 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
         noted = ", ".join(block.name for block in blocks if block.note == note)
         console.print(f"note ({noted}): {note}", markup=False, highlight=False)
     out = f"runs/{Path(config.network.model).name}-plain"
-    console.print(f"next: python -m rmprune convert {config.network.model} --out {out}", markup=False, soft_wrap=True)
+    again = shlex.join(["python", "-m", "rmprune", "convert", *network_arguments(config.network), "--out", out])
+    console.print(f"next: {again}", markup=False, soft_wrap=True)
     return blocks
+
+
+def network_arguments(config: NetworkConfig) -> list[str]:
+    """The command line's arguments that name this network; what is at its default is left out."""
+    found = [config.model]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name != "model" and value != field.default:
+            found += [f"--{field.name.replace('_', '-')}", str(value)]
+    return found
 
 
 def plan_table(name: str, blocks: list[BlockReport], macs: int) -> Table:

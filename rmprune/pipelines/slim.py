@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
-from rmprune.config import MeasureConfig, SlimConfig
+from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
@@ -136,7 +136,9 @@ def stage(
 def make_dense(config: SlimConfig, data: Dataset, seed: int) -> nn.Module:
     """The network before training, from its seed; or with the weights of --checkpoint."""
     torch.manual_seed(seed)
-    model = create_network(config.model, num_classes=data.num_classes, input_shape=data.input_shape, width=config.width)
+    model = create_network(
+        config.model, num_classes=data.num_classes, input_shape=data.input_shape, **architecture(config)
+    )
     if config.sparsity.shortcut_scales:
         model = add_shortcut_scales(model, data.train.example(2))
     if config.checkpoint is not None:

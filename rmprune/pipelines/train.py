@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
-from rmprune.config import TrainRunConfig
+from rmprune.config import TrainRunConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.loading import create_network
@@ -64,7 +64,5 @@ def make_network(config: TrainRunConfig, data: Dataset) -> nn.Module:
         config.model,
         num_classes=data.num_classes,
         input_shape=data.input_shape,
-        width=config.width,
-        depth=config.depth,
-        reserve_ratio=config.reserve_ratio,
+        **architecture(config),
     ).eval()

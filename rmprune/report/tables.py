@@ -59,12 +59,12 @@ def budget_of(record: dict[str, Any]) -> str:
 
 
 def model_of(record: dict[str, Any]) -> str:
-    """The network's name, with its base width where one was asked for."""
-    name, width = (
-        record.get("model") or find_setting(record["config"], "model"),
-        find_setting(record["config"], "width"),
-    )
-    return f"{name} (width {width})" if width else str(name)
+    """The network's name, with the settings of its own that were asked for: "repvgg (depth 37, width 8)"."""
+    config = record["config"]
+    name = record.get("model") or find_setting(config, "model")
+    own = [(key, find_setting(config, key)) for key in ("depth", "reserve_ratio", "width")]
+    said = [f"{key.replace('_', ' ')} {value:g}" for key, value in own if value is not None]
+    return f"{name} ({', '.join(said)})" if said else str(name)
 
 
 def method_of(record: dict[str, Any], network: str) -> str:
