@@ -209,8 +209,8 @@ def convert(net: Net, size: int, seed: int, onnx: bool) -> dict[str, Any]:
         if not kept:
             raise UnsupportedModel("no residual to remove") from error
         facts |= {"seconds": time.perf_counter() - start, "residuals": len(kept), "removed": 0, "kept": len(kept)}
-        return facts | {"why_kept": reasons(kept)}
-    facts["seconds"] = time.perf_counter() - start
+        return facts | {"why_kept": reasons(kept), "threads": torch.get_num_threads()}
+    facts |= {"seconds": time.perf_counter() - start, "threads": torch.get_num_threads()}
     facts["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     plain = removal.model
     facts |= {
@@ -324,7 +324,8 @@ def write_report(command: str) -> None:
     rows = [json.loads(result_path(net).read_text()) for net in NETS if result_path(net).exists()]
     columns = (
         "net input residuals removed kept why_kept error_float64 error_float32 original_float32 saturated macs_before "
-        "macs_after params_before params_after original_float64 seconds peak_gib onnx_error result forms layers onnx_operators message"
+        "macs_after params_before params_after original_float64 seconds threads peak_gib onnx_error result forms layers "
+        "onnx_operators message"
     )
     table = pd.DataFrame(rows).reindex(columns=columns.split())
     REPORT.mkdir(parents=True, exist_ok=True)
@@ -347,7 +348,8 @@ def markdown(table: Any, command: str) -> str:
         "output, over inputs that the call has not seen (noise, 10 times noise, noise - 3). `float32 (before)`: the plain",
         "network in float32 against the original in float64, and in brackets the original's own float32 rounding on the same",
         "inputs. `above 6`: part of the places before a ReLU6 that it clips. MMACs: before and after removal, one image, before",
-        "pruning. Seconds and GiB of memory (the whole process): one thread, other work beside it. ONNX Runtime against PyTorch, float32.",
+        "pruning. s: seconds of the call with so many threads of torch (those with one thread had other work beside them). GiB: the whole",
+        "process. ONNX Runtime against PyTorch, float32.",
         "",
         "| network | input | residuals | removed | kept, why | float64 | float32 (before) | above 6 | MMACs | s | GiB "
         "| ONNX Runtime |",
@@ -364,7 +366,7 @@ def markdown(table: Any, command: str) -> str:
         cells += [number(row.saturated, ".0%")]
         cells += [f"{row.macs_before / 1e6:.0f}" + (f" → {row.macs_after / 1e6:.0f}" if row.removed else "")]
         cells += [
-            number(row.seconds, ".1f"),
+            f"{row.seconds:.1f} ({row.threads:.0f})",
             number(row.peak_gib, ".1f"),
             number(row.onnx_error, ".0e") or no_onnx(row),
         ]
