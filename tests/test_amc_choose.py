@@ -139,7 +139,7 @@ class FakeTimes:
         return 1e-3 + 1.5e-6 * count_macs(model, torch.zeros(1, 1, 8, 8))
 
     def ratios(self, place: module.Place, networks: dict[str, nn.Module]) -> dict[str, float]:
-        assert (place.backend, place.threads, place.batch_size) == ("eager", 1, 1)
+        assert (place.backend, place.threads, place.batch_size) == ("onnxruntime", 1, 1)
         self.measured += 1
         return {name: self.time(model) / self.time(place.original) for name, model in networks.items()}
 
