@@ -9,7 +9,6 @@ quarter of the work of the full size. ResNets have as many residual blocks as Re
 """
 
 import multiprocessing
-import resource
 import shlex
 import statistics
 import sys
@@ -28,6 +27,7 @@ import rmprune
 from rmprune import artifact
 from rmprune.config import DataConfig, TrainConfig
 from rmprune.data import load_dataset
+from rmprune.measure.memory import PeakMemory
 from rmprune.report.figures import save_figure
 from rmprune.training import evaluate, fit
 
@@ -67,6 +67,8 @@ class Settings:
     """Threads of training and measuring."""
     measure: bool = True
     """Measure when everything is trained; needs a quiet machine."""
+    memory_only: bool = False
+    """Measure the memory of training again and leave the rest of the table as it is; needs no quiet machine."""
     runs: Path = Path("runs/depth-fashion")
     """Where the trained networks go."""
     out: Path = Path("reports/depth-fashion")
@@ -145,18 +147,15 @@ def _step_seconds(cell: Cell, settings: Settings, steps: int) -> tuple[float, fl
     x = torch.randn(128, 1, 28, 28).contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (128,))
     nn.functional.conv2d(x, torch.randn(1, 1, 3, 3))  # the libraries' own memory is there before the count starts
-    before, times = _peak_mib(), []
-    for _ in range(steps):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:]), _peak_mib() - before
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    times = []
+    with PeakMemory() as peak:
+        for _ in range(steps):
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]), peak.mib
 
 
 def measure(cells: list[Cell], settings: Settings) -> pd.DataFrame:
@@ -205,6 +204,16 @@ def measure(cells: list[Cell], settings: Settings) -> pd.DataFrame:
                 rows.append(shared | times | {"q1_ms": latency.q1_ms, "q3_ms": latency.q3_ms})
         console.print(f"deployed networks of depth {depth}: measured")
     return pd.DataFrame(rows)
+
+
+def with_memory(cells: list[Cell], settings: Settings) -> pd.DataFrame:
+    """The table as it lies there with `train_peak_mib` measured again."""
+    table = pd.read_csv(settings.out / "results.csv")
+    for cell in cells:
+        if cell.seed == 0:
+            same = table.reserve_ratio.isna() if cell.ratio is None else table.reserve_ratio == cell.ratio
+            table.loc[same & (table.depth == cell.depth), "train_peak_mib"] = round(step_seconds(cell, settings, 3)[1])
+    return table
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -257,11 +266,12 @@ def main(settings: Settings) -> None:
         train(cell, settings)
     if not settings.measure:
         return
-    table = measure(cells, settings)
+    table = with_memory(cells, settings) if settings.memory_only else measure(cells, settings)
     settings.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(settings.out / "results.csv", index=False)
     save_figure(figure(table), settings.out / "depth")
-    (settings.out / "command.txt").write_text("python " + shlex.join(sys.argv) + "\n")
+    with (settings.out / "command.txt").open("a" if settings.memory_only else "w") as file:
+        file.write("python " + shlex.join(sys.argv) + "\n")
     console.print(f"{settings.out}/results.csv and depth.png written")
 
 
