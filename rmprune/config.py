@@ -219,7 +219,7 @@ class PruneConfig:
     min_channels: int = 1
     """Channels that every layer keeps at least."""
     min_fraction: float | None = None
-    """Fraction of its channels that every layer keeps at least (default: half of what an even cut would leave)."""
+    """Fraction of its channels that every layer keeps at least (default: half of what an even cut would leave, or less where needed)."""
     max_fraction: float = 1.0
     """Fraction of its channels that every layer keeps at most."""
     round_to: int = 8
@@ -308,6 +308,10 @@ class SlimConfig:
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
+        require(
+            self.prune.cost == "macs" or self.measure.device == "cpu",
+            f"cost='time' is a table measured on the CPU; use cost='macs', or measure.device cpu, not {self.measure.device}",
+        )
         require(
             len(self.prune.budgets) > 0,
             "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1",

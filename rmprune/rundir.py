@@ -12,7 +12,7 @@ from rmprune.errors import ArtifactError, ConfigError
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
 WRITTEN = re.compile(
-    r"config\.toml|log\.jsonl|record\.json|latency\.json|checkpoint|search|report|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
+    r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
 
 

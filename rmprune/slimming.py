@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 from rmprune.config import PruneConfig, SlimConfig, TrainConfig
 from rmprune.data import Dataset
 from rmprune.errors import InfeasibleBudget
+from rmprune.measure import count_macs
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.methods import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.baselines import inner_only
-from rmprune.pruning.budget import even_fraction, least_cost
+from rmprune.pruning.budget import even_fraction, least_cost, resolve
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import Cost, Structure, macs, total_cost
 from rmprune.pruning.time_cost import TimeCost
@@ -63,8 +66,14 @@ class Cutter:
         """
         if self.settings.min_fraction is not None:
             return budget
-        even = even_fraction(self.structure, budget, self.cost)
-        return dataclasses.replace(budget, min_fraction=min(FLOOR * even, budget.max_fraction))
+        target = resolve(self.structure, budget, self.cost)
+        floor = min(FLOOR * even_fraction(self.structure, budget, self.cost), budget.max_fraction)
+        while floor > 0.01:
+            own = dataclasses.replace(budget, min_fraction=floor)
+            if least_cost(self.structure, own, target.cost) <= target.limit:
+                return own
+            floor /= 2  # streams left whole cost so much that the rest must go lower
+        return budget
 
     def once(self, network: nn.Module, budget: Budget) -> nn.Module:
         """One cut of `network` (this one, or what is left of it), by importance measured on training images."""
@@ -81,6 +90,7 @@ class Cutter:
             rank=settings.rank,
             which=self.method.which,
             lookahead=self.lookahead,
+            origin=None if self.settings.min_fraction is None else self.structure.units,  # a limit that was asked for
         )
 
     def hook(
@@ -172,9 +182,10 @@ def slim_network(
     checkpoint: Path,
     log: Path,
     label: str,
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
 
+    With it the facts for its artifact and record: the residuals that `mixed` removed.
     Only a network that misses a budget in measured time at the end is cut again, with one epoch after each cut.
     """
     asked = budget
@@ -228,17 +239,35 @@ def slim_network(
                 "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"
             )
         budget = scaled(budget, 0.97 * asked.latency_ratio / ratio)
+        try:
+            smaller = cutter.once(network, budget)
+        except InfeasibleBudget:  # nothing left to cut: only a measurement that was off can help
+            if (ratio := take_time()) <= asked.latency_ratio:
+                break
+            raise infeasible(asked.latency_ratio, ratio, place) from None
         logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
-        network = tune(cutter.once(network, budget), once, None, f"{label}-again-{attempt}")
-    if method.mixed:
-        assert place is not None
-        network = remove_where_faster(network, data.train.example(2), place.ratios)
-    return network
+        network = tune(smaller, once, None, f"{label}-again-{attempt}")
+    if not method.mixed:
+        return network, {}
+    assert place is not None
+    ratios = functools.partial(affordable, place, asked, example)
+    network, removed = remove_where_faster(network, data.train.example(2), ratios)
+    logger.info("%s: removed %s", label, ", ".join(removed) or "no residual, none made it faster")
+    return network, {"removed": removed}
+
+
+def affordable(place: Place, budget: Budget, example: Tensor, networks: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Time of each network relative to the original's; infinite where it has more MACs than the budget allows."""
+    limit = math.inf if budget.macs_ratio is None else budget.macs_ratio * (budget.reference_macs or math.inf)
+    return {
+        name: ratio if count_macs(networks[name], example) <= limit else math.inf
+        for name, ratio in place.ratios(networks).items()
+    }
 
 
 def scaled(budget: Budget, factor: float) -> Budget:
-    """The budget times a factor."""
-    return dataclasses.replace(budget, **{budget.name: getattr(budget, budget.name) * factor})
+    """The budget times a factor, for a network that meets it: `max_fraction` must not cut what is left a second time."""
+    return dataclasses.replace(budget, max_fraction=1.0, **{budget.name: getattr(budget, budget.name) * factor})
 
 
 def remembered(file: Path, number: int, find: Callable[[], float]) -> float:

@@ -16,7 +16,8 @@ from rmprune.pipelines.cells import plan_cells
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.remeasure import run_measure
 from rmprune.pipelines.slim import run_slim
-from rmprune.slimming import remembered
+from rmprune.pruning import Budget
+from rmprune.slimming import remembered, scaled
 from rmprune.timed import Place
 
 QUICK = SlimConfig(
@@ -161,6 +162,58 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run_slim(replace(QUICK, method=("coupled-gradual",), prune=prune, out=tmp_path / "run"), command="x")
     table = json.loads((tmp_path / "run" / "layer-times-onnxruntime-1-1.json").read_text())
     assert table["threads"] == 1 and len(table["layers"]) > 10
+
+
+@pytest.mark.parametrize("gradual", [True, False])
+def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
+    gradual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to cut when one measurement says 'too slow': training goes on, and the same command measures again."""
+    wrong = [1.2]
+
+    def once_wrong(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:
+        by_size = by_parameters(place, networks)
+        rounds.append(len(by_size))
+        return {name: ratio * (wrong[0] if rounds.count(1) > 1 else 1.0) for name, ratio in by_size.items()}
+
+    rounds: list[int] = []  # the first single network measured is the narrowest one, before training
+    monkeypatch.setattr(Place, "ratios", once_wrong)
+    prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
+    config = replace(QUICK, width=16, method=("coupled-gradual",), prune=prune, out=tmp_path / "run")
+    with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
+        run_slim(config, command="x")
+    wrong[0] = 1.0
+    run_slim(config, command="x")
+    record = records.read_record(tmp_path / "run")
+    assert record["coupled-gradual"]["params"] <= 0.55 * record["original"]["params"]
+
+
+def test_residuals_are_removed_only_within_a_budget_of_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "ratios", lambda place, networks: {n: 0.5 if n == "removed" else 1.0 for n in networks})
+    config = replace(QUICK, method=("mixed",), finetune=TrainConfig(epochs=0))
+    run_slim(replace(config, out=tmp_path / "macs"), command="x")
+    record = records.read_record(tmp_path / "macs")
+    assert record["mixed"]["macs"] <= 0.5 * record["original"]["macs"] and record["mixed"]["removed"] == []
+    run_slim(replace(config, prune=PruneConfig(ratio=(0.3,), round_to=1), out=tmp_path / "ratio"), command="x")
+    assert records.read_record(tmp_path / "ratio")["mixed"]["removed"] == ["layer1.0", "layer2.0", "layer3.0"]
+
+
+def test_the_default_floor_forbids_no_budget(tmp_path: Path) -> None:
+    prune = PruneConfig(macs_ratio=(0.35,), round_to=1)
+    run_slim(
+        replace(QUICK, method=("inner",), finetune=TrainConfig(epochs=0), prune=prune, out=tmp_path / "r"), command="x"
+    )
+    record = records.read_record(tmp_path / "r")
+    assert 0.3 < record["inner"]["macs"] / record["original"]["macs"] <= 0.35
+
+
+def test_a_table_of_the_processor_is_no_cost_of_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="measured on the CPU"):
+        replace(QUICK, prune=PruneConfig(latency_ratio=(0.5,), cost="time"), measure=MeasureConfig(device="cuda"))
+
+
+def test_further_cuts_do_not_apply_the_upper_limit_again() -> None:
+    assert scaled(Budget(macs_ratio=0.5, max_fraction=0.8), 0.9) == Budget(macs_ratio=0.45)
 
 
 def test_a_budget_that_no_width_meets_is_refused_before_training(

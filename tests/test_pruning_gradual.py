@@ -164,3 +164,32 @@ def test_cuts_again_where_the_measured_network_does_not_meet_the_budget() -> Non
     assert len(found) == 2 and hook.done
     assert found[1] <= 0.8 * 0.6 * whole < found[0] <= 0.6 * whole
     assert hook.state_dict()["limit"] < 0.8 * 0.6 * whole
+
+
+def test_after_ctrl_c_within_the_measuring_it_measures_again() -> None:
+    """What a checkpoint then holds is the cut network, not yet measured: the limit becomes what it would have been."""
+
+    def interrupted(model: nn.Module) -> float:
+        raise KeyboardInterrupt
+
+    def hook_of(model: nn.Module, meets: object) -> GradualPruner:
+        return GradualPruner(model, images(), Budget(macs_ratio=0.6), prune_epochs=1, every=5, meets=meets)  # type: ignore[arg-type]
+
+    state = new_state(chain())
+    hook = hook_of(state.model, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(state, hook, 60)
+    again = hook_of(chain(), lambda model: 1.25 if measured_macs(model, images()) > 0.5 * whole else 1.0)
+    whole = measured_macs(chain(), images())
+    again.load_state_dict(hook.state_dict())
+    macs = train(state, again, 10)
+    assert again.done and macs[4] <= 0.8 * 0.6 * whole < macs[3]  # five steps after the cut, as without the Ctrl-C
+
+
+def test_a_network_as_narrow_as_allowed_is_not_cut_further() -> None:
+    state = new_state(chain())
+    budget = Budget(macs_ratio=0.35, min_fraction=0.5)
+    hook = GradualPruner(state.model, images(), budget, prune_epochs=1, every=5, meets=lambda model: 2.0)
+    train(state, hook, 60)
+    assert hook.done
+    assert all(len(hook.kept[group.name]) * 2 == group.units for group in hook.first.groups)

@@ -32,6 +32,7 @@ def test_a_finished_run_is_kept_unless_told(tmp_path: Path) -> None:
 def test_overwriting_takes_away_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     claim(tmp_path, CONFIG, records=[], overwrite=False)
     (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "layer-times-onnxruntime-1-1.json").write_text("{}")
     for name in ("dense", "seed0", "thesis"):
         (tmp_path / name).mkdir()
     (tmp_path / "dense" / "architecture.json").write_text("{}")

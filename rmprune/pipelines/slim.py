@@ -72,6 +72,7 @@ def _run_cell(
     dense = stage(cell.shared / "dense", lambda: (train_dense(config, data, cell.seed, device, cell.shared), facts))
     found: dict[str, nn.Module] = {"original": dense}
     removal: dict[str, Any] | None = None
+    gone: dict[str, dict[str, Any]] = {}  # what `mixed` removed, for its entry in the record
     example = data.train.example(1)
     if any(method.plain for method in methods.values()):
         found["plain"] = stage(
@@ -85,7 +86,7 @@ def _run_cell(
         key = "pruned" if name == "rm" else name
 
         def slim(name: str = name, method: Method = method) -> tuple[nn.Module, dict[str, Any]]:
-            slimmed = slim_network(
+            slimmed, facts = slim_network(
                 found["plain"] if method.plain else dense,
                 method,
                 budget,
@@ -98,9 +99,11 @@ def _run_cell(
                 log=cell.directory / "log.jsonl",
                 label=name,
             )
-            return slimmed, {"method": name}
+            return slimmed, {"method": name} | facts
 
         found[key] = stage(cell.directory / key, slim, onnx=example)
+        facts = artifact.read_extra(cell.directory / key)
+        gone |= {key: {"removed": facts["removed"]}} if "removed" in facts else {}
     logger.info("measuring %s", ", ".join(found))
     entries = measure_networks(found, data, config.measure, device)
     record = {
@@ -115,7 +118,7 @@ def _run_cell(
         "budget": {cell.kind: cell.value},
         "environment": records.environment(),
         "removal": removal,
-        **entries,
+        **{name: entry | gone.get(name, {}) for name, entry in entries.items()},
     }
     records.write_record(cell.record, record)
 

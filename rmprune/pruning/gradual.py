@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.pruning.budget import Budget, Target, allocate, resolve
+from rmprune.pruning.budget import Budget, Target, allocate, least_cost, resolve
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import Cost, Keep, Structure, total_cost
@@ -45,7 +45,8 @@ class GradualPruner:
     data, taken at each cut. ``decay``: the share of the old scores that survives a cut (0: each cut sees the steps
     since the last one). ``structure``: what may be pruned, by default all of :func:`find_structure`. ``meets``: measures
     a network against what the budget stands for; where it says r above 1 after the last cut, the budget is divided
-    by r, and ``every`` steps later there is one more. Give the model and one image batch at the start.
+    by r, as far as the limits allow, and ``every`` steps later there is one more. Give the model and one image batch
+    at the start.
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
     """
@@ -81,12 +82,14 @@ class GradualPruner:
         self.start = total_cost(self.first, self.target.cost)
         self.kept = {g.name: torch.arange(g.units) for g in self.first.groups}
         self.scores = TaylorSum(self.first)
-        self.cuts, self.done, self.meets = 0, False, meets
+        self.cuts, self.done, self.unmeasured, self.meets = 0, False, False, meets
         flat = {name: torch.ones(units) for name, units in self.first.units.items()}
         self._allocate(flat, final=True)  # refuse an impossible budget now
 
     def __call__(self, state: State) -> None:
         """After a training step: add its gradients, and cut where it is time."""
+        if self.unmeasured:  # Ctrl-C fell into the measuring
+            self._measure(state)
         if self.done:
             return
         if self.importance == "taylor":
@@ -104,10 +107,9 @@ class GradualPruner:
             self._cut(state, keep)
         self.scores.scale(self.decay)
         self.done = final
-        if final and self.meets is not None and state.step < state.total_steps:
-            excess = self.meets(copy.deepcopy(state.model))
-            if excess > 1:
-                self.target, self.done = replace(self.target, limit=self.target.limit / (1.01 * excess)), False
+        self.unmeasured = final and self.meets is not None and state.step < state.total_steps
+        if self.unmeasured:
+            self._measure(state)
 
     def planned_cuts(self, state: State) -> int:
         """How many cuts there will be; the last one lies at ``prune_epochs``, or at the last step if training is
@@ -136,6 +138,16 @@ class GradualPruner:
             rounded=final,
         )
 
+    def _measure(self, state: State) -> None:
+        """After the last cut: plan another where the network takes too much and the limits leave something to cut."""
+        assert self.meets is not None
+        excess = self.meets(copy.deepcopy(state.model))
+        least = least_cost(self.structure, self.budget, self.target.cost, self.first.units) * (1 + 1e-9)
+        if excess > 1 and least < total_cost(self.structure, self.target.cost):
+            limit = max(least, self.target.limit / (1.01 * excess))
+            self.target, self.done = replace(self.target, limit=limit), False
+        self.unmeasured = False
+
     def _cut(self, state: State, keep: Keep) -> None:
         model, optimizer = shrink(state.model, keep, self.structure, state.optimizer)
         assert optimizer is not None
@@ -146,8 +158,8 @@ class GradualPruner:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
         scores = {name: score.clone() for name, score in self.scores.scores.items()}
-        limit = self.target.limit
-        return {"cuts": self.cuts, "done": self.done, "kept": dict(self.kept), "scores": scores, "limit": limit}
+        state = {"cuts": self.cuts, "done": self.done, "unmeasured": self.unmeasured, "limit": self.target.limit}
+        return state | {"kept": dict(self.kept), "scores": scores}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; the hook must have been made from the same network and budget as the saved one."""
@@ -158,7 +170,7 @@ class GradualPruner:
         masks = {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i, True) for n, i in kept.items()}
         self.kept = {name: index.clone() for name, index in kept.items()}
         self.scores.reset(self.first.shrunk(masks), scores)
-        self.cuts, self.done = int(saved["cuts"]), bool(saved["done"])
+        self.cuts, self.done, self.unmeasured = int(saved["cuts"]), bool(saved["done"]), bool(saved["unmeasured"])
         self.target = replace(self.target, limit=float(saved["limit"]))
 
     def resized(self, model: nn.Module) -> nn.Module:

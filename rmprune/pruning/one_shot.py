@@ -36,6 +36,7 @@ def prune(
     which: Literal["free", "inner", "uniform"] = "free",
     compensate: bool = True,
     lookahead: int = 1,
+    origin: Mapping[str, int] | None = None,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
@@ -45,7 +46,8 @@ def prune(
     ``compensate``, for folding the mean of each removed live channel into its readers (the least-squares intercept);
     re-iterable if both. ``cost`` and ``lookahead``: for ``latency_ratio``, see
     :func:`rmprune.pruning.budget.allocate`. ``which``: all groups by importance, those inside blocks only, or the
-    same fraction of each. Works on networks with residuals as well (their streams are then pruned coupled).
+    same fraction of each. ``origin``: units that limits refer to, where the network was cut before. Works
+    on networks with residuals as well (their streams are then pruned coupled).
 
     Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned.
     """
@@ -54,11 +56,11 @@ def prune(
     structure = find_structure(plain, example_inputs)
     if which == "inner":
         structure = inner_only(structure)
-    origin = structure.units
+    origin = {**structure.units, **(origin or {})}
     target = resolve(structure, budget, cost)
     model: nn.Module = plain
     try:
-        folded = fold(plain, example_inputs, limits=budget, structure=structure)
+        folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin)
     except UnsupportedModel:  # torch.fx cannot follow it: dead channels are pruned as any other
         folded = None
     if folded is not None:

@@ -13,8 +13,8 @@ GAIN = 0.99  # a residual goes if the network then takes at most this part of it
 
 def remove_where_faster(
     model: nn.Module, example_inputs: Tensor, ratios: Callable[[Mapping[str, nn.Module]], Mapping[str, float]]
-) -> nn.Module:
-    """`model` without those residuals whose removal, one at a time, makes it faster; `model` itself where none does.
+) -> tuple[nn.Module, list[str]]:
+    """`model` without those residuals whose removal, one at a time, makes it faster, and their names; `model`, [] where none does.
 
     Removal is exact, so time is all that decides: a residual stays where its addition is cheaper than the reserved rows.
     `ratios` measures networks by name, in turns, in one unit. Those that pay one by one are removed together and measured
@@ -29,6 +29,6 @@ def remove_where_faster(
 
     paying = [name for name in names if without([name])[1]]
     if not paying:
-        return model
+        return model, []
     together, pays = without(paying)
-    return together if pays else model
+    return (together, paying) if pays else (model, [])
