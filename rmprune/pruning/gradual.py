@@ -170,7 +170,7 @@ class GradualPruner:
         masks = {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i, True) for n, i in kept.items()}
         self.kept = {name: index.clone() for name, index in kept.items()}
         self.scores.reset(self.first.shrunk(masks), scores)
-        self.cuts, self.done, self.unmeasured = int(saved["cuts"]), bool(saved["done"]), bool(saved["unmeasured"])
+        self.cuts, self.done, self.unmeasured = int(saved["cuts"]), bool(saved["done"]), bool(saved.get("unmeasured"))
         self.target = replace(self.target, limit=float(saved["limit"]))
 
     def resized(self, model: nn.Module) -> nn.Module:
