@@ -264,23 +264,29 @@ def architecture(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("width", "depth", "reserve_ratio")}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What some networks can be asked for besides their width."""
+
+    depth: int | None = None
+    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
+    reserve_ratio: float | None = None
+    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
+
+
 def transient() -> Any:
     """Metadata of a field that says where or whether to run, not what: it is left out of config.toml."""
     return {"transient": True}
 
 
 @dataclass(frozen=True)
-class SlimConfig:
+class SlimConfig(Architecture):
     """Train with sparsity, remove all residuals, prune the plain network freely, fine-tune, measure."""
 
     model: str = "resnet20"
     """Network by name: resnet20 ... resnet1202 (CIFAR), resnet18, resnet34, ... (torchvision), timm/NAME."""
     width: int | None = None
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
-    depth: int | None = None
-    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
-    reserve_ratio: float | None = None
-    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
     method: Names = ("rm",)
     """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
     seed: int = 0
@@ -324,15 +330,11 @@ class SlimConfig:
 
 
 @dataclass(frozen=True)
-class TrainRunConfig:
+class TrainRunConfig(Architecture):
     """Train a network, remove its residuals for deployment, measure both; nothing is pruned."""
 
     model: str = "repvgg"
     """Network by name: repvgg, rmnext50x5_32, preact_resnet18, resnet20, ..."""
-    depth: int | None = None
-    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
-    reserve_ratio: float | None = None
-    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
     width: int | None = None
     """Base width, for networks that have one."""
     seed: int = 0
@@ -354,7 +356,7 @@ class TrainRunConfig:
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(Architecture):
     """A network to look at: a name or an artifact, and the images it takes."""
 
     model: tyro.conf.Positional[str]
@@ -367,10 +369,6 @@ class NetworkConfig:
     """Classes."""
     width: int | None = None
     """Base width, for networks that have one."""
-    depth: int | None = None
-    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
-    reserve_ratio: float | None = None
-    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
     checkpoint: Path | None = None
     """Trained weights for a named network: an artifact directory, or a .safetensors, .pt or .pth file."""
 
@@ -508,7 +506,7 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class AmcConfig:
+class AmcConfig(Architecture):
     """Train MobileNetV2, remove its residuals and fuse, let an agent choose every layer's width, fine-tune, measure."""
 
     model: str = "mobilenet_v2_digits"
@@ -517,10 +515,6 @@ class AmcConfig:
     """Width multiplier of a MobileNet (base width of a ResNet)."""
     free: int = 1
     """Factor of the linear bottlenecks' width while training; costs nothing after fusing."""
-    depth: int | None = None
-    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
-    reserve_ratio: float | None = None
-    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
     method: Names = ("rm-amc",)
     """Ways to choose the widths, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
     apply: Literal["once", "gradual"] = "once"

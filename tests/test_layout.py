@@ -16,6 +16,7 @@ LAYERS = [
     {"removal", "training", "measure", "loading"},
     {"pruning"},
     {"amc", "timed", "report", "methods"},
+    {"cutter"},
     {"slimming"},
     {"pipelines"},
     {"cli"},
