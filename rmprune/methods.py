@@ -1,5 +1,7 @@
 """The ways to slim a trained network that a run can compare: which network is pruned, and by which rule. Prunes nothing."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from rmprune.errors import ConfigError
@@ -8,13 +10,15 @@ from rmprune.errors import ConfigError
 class Method(NamedTuple):
     """`plain`: prunes what RM makes of the network, else the network with its residuals. `settings`: what it fixes of PruneConfig.
 
+    `collapsed`: first the branch of each residual block becomes one convolution (`rmprune.collapse`).
     `which`: all channels, those inside blocks, or the same fraction of every layer. `mixed`: once the network is pruned, residuals are
     removed wherever that makes it faster, measured.
     """
 
     about: str
     plain: bool
-    settings: dict[str, Any]
+    settings: Mapping[str, Any] = MappingProxyType({})
+    collapsed: bool = False
     torch_pruning: bool = False
     which: Literal["free", "inner", "uniform"] = "free"
     mixed: bool = False
@@ -22,7 +26,18 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "rm": Method(
-        "RM, then any channel of the plain network by the settings given (by default cut while training)", True, {}
+        "RM, then any channel of the plain network by the settings given (by default cut while training)", True
+    ),
+    "rm-collapse": Method(
+        "each block's branch fitted by one convolution, which RM merges with the shortcut without reserving a channel: "
+        "a plain chain of half the depth; then as rm",
+        True,
+        collapsed=True,
+    ),
+    "coupled-collapse": Method(
+        "the same blocks of one convolution with their residuals kept: the share of rm-collapse that RM is responsible for",
+        False,
+        collapsed=True,
     ),
     "rm-slimming": Method(
         "the paper's path: RM, one cut by batch-norm scale under one global threshold",
@@ -32,7 +47,6 @@ METHODS: dict[str, Method] = {
     "mixed": Method(
         "as coupled-gradual, then RM, exactly, for those residuals whose removal makes the pruned network faster",
         False,
-        {},
         mixed=True,
     ),
     "coupled": Method(
@@ -54,9 +68,9 @@ METHODS: dict[str, Method] = {
         torch_pruning=True,
     ),
     "coupled-gradual": Method(
-        "residuals kept, otherwise exactly as rm: the share of the result that RM is responsible for", False, {}
+        "residuals kept, otherwise exactly as rm: the share of the result that RM is responsible for", False
     ),
-    "inner": Method("residuals kept and streams untouched (as in ThiNet), otherwise as rm", False, {}, which="inner"),
+    "inner": Method("residuals kept and streams untouched (as in ThiNet), otherwise as rm", False, which="inner"),
     "uniform": Method(
         "residuals kept, the same fraction of every layer, its best channels by the importance given, one cut",
         False,

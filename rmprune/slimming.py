@@ -144,16 +144,17 @@ def remembered(file: Path, number: int, find: Callable[[], float]) -> float:
 
 
 def check_budgets(
-    networks: Callable[[bool], nn.Module],
+    networks: Callable[[Method], nn.Module],
+    original: nn.Module,
     methods: dict[str, Method],
     budgets: list[Budget],
     config: SlimConfig,
     data: Dataset,
 ) -> None:
-    """Raise InfeasibleBudget before any training where limits forbid a budget. `networks(plain)` gives one with random weights."""
-    place = Place.first(config.measure, networks(False), data.train.example(1))
+    """Raise InfeasibleBudget before any training where limits forbid a budget. `networks(method)`: what it prunes, with any weights."""
+    place = Place.first(config.measure, original, data.train.example(1))
     for method in methods.values():
-        cutter = make_cutter(networks(method.plain), method, config, data)
+        cutter = make_cutter(networks(method), method, config, data)
         for budget in budgets:
             if budget.latency_ratio is None:
                 cutter.hook(cutter.floored(budget), steps=1, epochs=1)

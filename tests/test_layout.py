@@ -14,7 +14,7 @@ LAYERS = [
     {"artifact", "rundir"},
     {"data", "data_sources", "data_folder", "models"},
     {"removal", "training", "measure", "loading"},
-    {"pruning"},
+    {"pruning", "collapse"},
     {"amc", "timed", "report", "methods"},
     {"cutter"},
     {"slimming"},

@@ -12,7 +12,7 @@ from torch import nn
 from rmprune.config import PruneConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.baselines import allocate_uniform, inner_only
-from rmprune.pruning.budget import Budget, allocate, allowed_units, least_cost, resolve
+from rmprune.pruning.budget import Budget, allocate, least_cost, resolve
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.greedy import Meter
 from rmprune.pruning.structure import Layer, Structure, channels, macs, total_cost
@@ -198,13 +198,6 @@ def test_meter_agrees_with_the_whole_network(build: object) -> None:
         assert meter.total == expected
     keep = {n: torch.arange(u) < meter.units[n] for n, u in structure.units.items()}
     assert meter.total == total_cost(structure.shrunk(keep))
-
-
-def test_unrounded_cuts_leave_room_for_the_last_one() -> None:
-    group = plain_structure((20, 8)).group("0")
-    budget = Budget(ratio=0.5, min_fraction=0.3, round_to=4)
-    assert allowed_units(group, budget) == [8, 12, 16, 20]
-    assert allowed_units(group, budget, rounded=False) == list(range(8, 21))
 
 
 def test_uniform_and_inner() -> None:

@@ -6,6 +6,7 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
+from rmprune.collapse import collapse_blocks
 from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
@@ -30,6 +32,10 @@ from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
+DENSE, PLAIN = (False, False), (False, True)  # what a method prunes, as (collapsed, plain)
+NAMES = {PLAIN: "plain", (True, False): "collapsed", (True, True): "collapsed-plain"}
+COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most,
+COLLAPSE_PIXELS = 2**23  # and of so many pixels, since all their maps are held in memory
 CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
 
 
@@ -59,10 +65,11 @@ def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset)
     budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 
     @functools.cache
-    def networks(plain: bool) -> nn.Module:
-        return remove_residuals(dense, example).model if plain else dense
+    def networks(collapsed: bool, plain: bool) -> nn.Module:
+        network = collapse_blocks(dense, example).model if collapsed else dense
+        return remove_residuals(network, example).model if plain else network
 
-    check_budgets(networks, methods, budgets, config, data)
+    check_budgets(lambda m: networks(m.collapsed, m.plain), dense, methods, budgets, config, data)
 
 
 def _run_cell(
@@ -71,23 +78,21 @@ def _run_cell(
     facts = {"input_shape": list(data.input_shape)}
     dense = stage(cell.shared / "dense", lambda: (train_dense(config, data, cell.seed, device, cell.shared), facts))
     found: dict[str, nn.Module] = {"original": dense}
-    removal: dict[str, Any] | None = None
-    gone: dict[str, dict[str, Any]] = {}  # what `mixed` removed, for its entry in the record
     example = data.train.example(1)
-    if any(method.plain for method in methods.values()):
-        found["plain"] = stage(
-            cell.shared / "plain",
-            lambda: remove(with_weights(make_dense(config, data, cell.seed), dense), data),
-            onnx=example,
-        )
-        removal = artifact.read_extra(cell.shared / "plain")["removal"]
+    starts = starting_networks(methods, dense, cell.shared, config, data, cell.seed)
+    removal: dict[str, Any] | None = None
+    if PLAIN in starts:
+        found["plain"], removal = starts[PLAIN], artifact.read_extra(cell.shared / NAMES[PLAIN])["removal"]
+    notes: dict[
+        str, dict[str, Any]
+    ] = {}  # what else the record says of a network: what was collapsed, what `mixed` removed
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name
 
         def slim(name: str = name, method: Method = method) -> tuple[nn.Module, dict[str, Any]]:
             slimmed, facts = slim_network(
-                found["plain"] if method.plain else dense,
+                starts[method.collapsed, method.plain],
                 method,
                 budget,
                 config,
@@ -99,11 +104,11 @@ def _run_cell(
                 log=cell.directory / "log.jsonl",
                 label=name,
             )
-            return slimmed, {"method": name} | facts
+            return slimmed, {"method": name} | collapsed_in(cell.shared, method) | facts
 
         found[key] = stage(cell.directory / key, slim, onnx=example)
         facts = artifact.read_extra(cell.directory / key)
-        gone |= {key: {"removed": facts["removed"]}} if "removed" in facts else {}
+        notes[key] = {field: facts[field] for field in ("collapsed", "removed") if field in facts}
     logger.info("measuring %s", ", ".join(found))
     entries = measure_networks(found, data, config.measure, device)
     record = {
@@ -118,9 +123,28 @@ def _run_cell(
         "budget": {cell.kind: cell.value},
         "environment": records.environment(),
         "removal": removal,
-        **{name: entry | gone.get(name, {}) for name, entry in entries.items()},
+        **{name: entry | notes.get(name, {}) for name, entry in entries.items()},
     }
     records.write_record(cell.record, record)
+
+
+def starting_networks(
+    methods: dict[str, Method], dense: nn.Module, directory: Path, config: SlimConfig, data: Dataset, seed: int
+) -> dict[tuple[bool, bool], nn.Module]:
+    """What the methods prune, by (collapsed, plain); each but the trained network itself is an artifact in `directory`."""
+    named = with_weights(make_dense(config, data, seed), dense)
+    networks = {DENSE: dense}
+    for key in sorted({(method.collapsed, method.plain) for method in methods.values()} - {DENSE}):
+        make = remove if key == PLAIN else functools.partial(collapse, plain=key[1])
+        networks[key] = stage(directory / NAMES[key], functools.partial(make, named, data), onnx=data.train.example(1))
+    return networks
+
+
+def collapsed_in(directory: Path, method: Method) -> dict[str, Any]:
+    """{"collapsed": {block: R2}} of the collapsed network that a method started from; empty for other methods."""
+    if not method.collapsed:
+        return {}
+    return {"collapsed": artifact.read_extra(directory / NAMES[True, method.plain])["collapsed"]}
 
 
 def stage(
@@ -182,6 +206,23 @@ def remove(dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
     return removal.model, {
         "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error}
     }
+
+
+def collapse(dense: nn.Module, data: Dataset, *, plain: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Blocks of one convolution instead of the trained ones, fitted on training images; `plain`: merged with their shortcuts by RM."""
+    pixels = math.prod(data.input_shape[1:])
+    found = collapse_blocks(dense, data.train.example(max(64, min(COLLAPSE_IMAGES, COLLAPSE_PIXELS // pixels))))
+    logger.info(
+        "collapsed %d blocks, kept %d; variance of a block's sum that one convolution gives: %.2f to %.2f",
+        len(found.collapsed),
+        len(found.kept),
+        min(found.collapsed.values()),
+        max(found.collapsed.values()),
+    )
+    network = found.model
+    if plain:
+        network = remove_residuals(network, data.train.example(CALIBRATION_IMAGES)).model
+    return network, {"collapsed": found.collapsed}
 
 
 def measure_networks(

@@ -121,7 +121,6 @@ def allocate(
     origin: Mapping[str, int] | None = None,
     rank: str = "per_cost",
     lookahead: int = 1,
-    rounded: bool = True,
 ) -> Keep:
     """Keep masks {group: bool [units]} that meet the budget.
 
@@ -129,15 +128,15 @@ def allocate(
     counts channels). ``rank="importance"``: importance per channel, the one global threshold of network slimming;
     savings are recomputed as neighbours shrink; at the end blocks that still fit come back. Ties go by saving, then
     by the order of groups and channels. ``lookahead``: how many blocks ahead to look where cost is not monotone in
-    width (measured times). ``origin``: units that the limits refer to, where the network has been cut before;
-    ``rounded=False`` leaves the multiples to a later cut. ``target`` overrides the budget's own.
+    width (measured times). ``origin``: units that the limits refer to, where the network has been cut before.
+    ``target`` overrides the budget's own.
 
     Raises InfeasibleBudget naming the limit that forbids it and the nearest budget that can be met.
     """
     if rank not in ("per_cost", "importance"):
         raise ConfigError(f"rank must be 'per_cost' or 'importance', got {rank!r}")
     target = target or resolve(structure, budget, cost)
-    widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name), rounded) for g in structure.groups}
+    widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
     search = Search(structure, importance, target.cost, widths, rank, lookahead)
     if not search.shrink_to(target.limit):
         raise InfeasibleBudget(explain(structure, budget, target, origin))
@@ -152,19 +151,13 @@ def even_fraction(structure: Structure, budget: Budget, cost: Cost | None = None
     return fraction if budget.ratio is not None else fraction**0.5
 
 
-def allowed_units(group: Group, budget: Budget, origin: int | None = None, rounded: bool = True) -> list[int]:
-    """The numbers of units that a group may keep, ascending. Limits refer to its original size ``origin``.
-
-    With ``rounded=False`` any number from the lowest allowed one on, so that a later, rounded cut can still meet the
-    limits.
-    """
+def allowed_units(group: Group, budget: Budget, origin: int | None = None) -> list[int]:
+    """The numbers of units that a group may keep, ascending. Limits refer to its original size ``origin``."""
     k, whole = group.multiple, (origin or group.units) * group.multiple
     low = max(budget.min_channels, math.ceil(budget.min_fraction * whole - 1e-9), 1)
     high = max(low, math.floor(budget.max_fraction * whole + 1e-9))
     step = math.lcm(k, budget.round_to) // k
     found = [u for u in range(step, group.units + 1, step) if low <= u * k <= high]
-    if not rounded and found:
-        return list(range(found[0], min(group.units, max(high // k, found[0])) + 1))
     return found or [group.units]
 
 

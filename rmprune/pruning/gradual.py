@@ -40,8 +40,9 @@ class GradualPruner:
     """A hook for `rmprune.training.fit`: cuts ``state.model`` and slices the momentum of ``state.optimizer``.
 
     Every ``every`` steps the least important channels go, so that the cost falls geometrically from the present one
-    to the budget within ``prune_epochs``; then training goes on without it. The last cut applies ``round_to`` and
-    meets the budget, hard; limits refer to the network at the start. ``importance``: taylor, or one that needs no
+    to the budget within ``prune_epochs``; then training goes on without it. The last cut meets the budget, hard. Every
+    cut leaves multiples of ``round_to``, so that none is rounded at the end;
+    limits refer to the network at the start. ``importance``: taylor, or one that needs no
     data, taken at each cut. ``decay``: the share of the old scores that survives a cut (0: each cut sees the steps
     since the last one). ``structure``: what may be pruned, by default all of :func:`find_structure`. ``meets``: measures
     a network against what the budget stands for; where it says r above 1 after the last cut, the budget is divided
@@ -135,7 +136,6 @@ class GradualPruner:
             origin=self.first.units,
             rank=self.rank,
             lookahead=self.lookahead,
-            rounded=final,
         )
 
     def _measure(self, state: State) -> None:

@@ -66,7 +66,12 @@ class Block:
     fork: fx.Node
     layers: tuple[Layer, ...]
     stages: tuple[Stage, ...]
-    nodes: tuple[fx.Node, ...]  # of branch and shortcut, in order
+    branch: tuple[fx.Node, ...]  # the nodes that `layers` were made of, in order
+    way: tuple[fx.Node, ...]  # the same of `stages`
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (*self.branch, *self.way)
 
     @property
     def shortcut(self) -> str:
@@ -148,7 +153,7 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block | str:
     stages = _stages(network, shortcut)
     if isinstance(stages, str):
         return stages
-    return Block(name, add, source, tuple(layers), tuple(stages), (*branch, *shortcut))
+    return Block(name, add, source, tuple(layers), tuple(stages), tuple(branch), tuple(shortcut))
 
 
 def _walk(network: Network, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
