@@ -1,0 +1,141 @@
+"""Blocks of one convolution: what is fitted, what stays, and that RM then reserves nothing."""
+
+import pytest
+import torch
+from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, prepared, reservations
+from torch import Tensor, nn
+
+import rmprune
+from rmprune.collapse import collapse_blocks, least_squares
+from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.removal import plan_removal, remove_residuals
+
+
+def many(seed: int = 0) -> Tensor:
+    return images(count=64, seed=seed)
+
+
+def network(*blocks: nn.Module) -> nn.Sequential:
+    return prepared(*conv_bn(3, 6), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+
+def bottleneck(stride: int = 1) -> Residual:
+    branch = nn.Sequential(*conv_bn(6, 4, 1), nn.ReLU(), *conv_bn(4, 4, 3, stride), nn.ReLU(), *conv_bn(4, 6, 1))
+    return Residual(branch, conv_bn(6, 6, 1, stride) if stride > 1 else None, nn.ReLU())
+
+
+@pytest.mark.parametrize("block", [basic(), bottleneck(), bottleneck(stride=2)], ids=["basic", "bottleneck", "strided"])
+def test_a_block_becomes_one_layer_that_rm_merges_without_reserving(block: Residual) -> None:
+    model = network(block, basic())
+    found = collapse_blocks(model, many())
+    assert len(found.collapsed) == 2 and found.kept == {}
+    removal = remove_residuals(found.model, images())
+    assert removal.kept == {} and removal.max_error < 1e-12 and not has_addition(removal.model)
+    assert set(reservations(removal).values()) <= {0}
+    convolutions = [m for m in removal.model.modules() if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels, m.kernel_size) for m in convolutions] == [
+        (3, 6, (3, 3)),
+        (6, 6, (3, 3)),
+        (6, 6, (3, 3)),
+    ]
+    assert torch.allclose(removal.model(many()), found.model(many()), atol=1e-10)
+
+
+def test_the_fit_loses_far_less_than_leaving_the_branch_out() -> None:
+    model = network(basic(), basic())
+    without = network(basic(), basic())
+    for block in (without[3], without[4]):
+        nn.init.zeros_(block.branch[-1].weight)
+        block.branch[-1].bias.copy_(model[3].branch[-1].bias)
+    unseen = many(seed=9)
+    error = (collapse_blocks(model, many()).model(unseen) - model(unseen)).square().mean()
+    assert error < 0.2 * (without(unseen) - model(unseen)).square().mean()
+
+
+def test_a_branch_that_one_convolution_can_be_is_found() -> None:
+    """Its activation never bends anything: the branch is conv(1x1) with a large bias, ReLU, conv(3x3)."""
+    inner = conv(6, 6, 1)
+    model = network(Residual(nn.Sequential(inner, nn.ReLU(), conv(6, 6, padding=1)), None, nn.ReLU()))
+    model[3].branch[0].bias.fill_(50.0)
+    model[3].branch[2].bias.fill_(0.0)
+    model[3].branch[2].weight[:, :, 1:] = 0
+    model[3].branch[2].weight[:, :, :1] = 0
+    model[3].branch[2].weight[:, :, 1, 1] = torch.eye(6)  # no border effect of the bias
+    found = collapse_blocks(model, many())
+    assert next(iter(found.collapsed.values())) > 0.999
+    expected, result = model(many(seed=3)), found.model(many(seed=3))
+    assert (result - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_later_blocks_make_up_for_earlier_ones() -> None:
+    """Fitted on what the collapsed network gives, the second block ends nearer to the original than fitted alone."""
+    model = network(basic(), basic())
+    together = collapse_blocks(model, many()).model(many(1))
+    first, second = (block.name for block in plan_removal(model, images()))
+    alone = collapse_blocks(model, many(), keep=[second]).model
+    fitted_alone = collapse_blocks(model, many(), keep=[first]).model
+    pieced = alone(many(1)) + fitted_alone(many(1)) - model(many(1))  # both errors as they come
+    assert (together - model(many(1))).norm() < (pieced - model(many(1))).norm()
+
+
+def test_the_model_is_left_alone_and_two_calls_agree() -> None:
+    model = network(basic()).float()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    one, two = collapse_blocks(model, many().float()), collapse_blocks(model, many().float())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert one.collapsed == two.collapsed and not one.model.training
+    assert {p.dtype for p in one.model.parameters()} == {torch.float32}
+    assert torch.equal(one.model(many().float()), two.model(many().float()))
+
+
+def test_what_follows_the_blocks_is_unchanged() -> None:
+    model = network(basic())
+    found = collapse_blocks(model, many()).model
+    assert torch.equal(found.get_submodule("6" if hasattr(found, "6") else "_6").weight, model[6].weight)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (basic(outer=False), "no activation follows the addition"),
+        (Residual(nn.Sequential(*conv_bn(6, 6)), None, nn.ReLU()), "one layer already"),
+        (Residual(nn.Sequential(conv(6, 6), nn.Softmax2d(), conv(6, 6)), None, nn.ReLU()), "Softmax2d"),
+        (Residual(nn.Sequential(conv(6, 6, 5, padding=1), nn.ReLU(), conv(6, 6, 1, padding=1)), None, nn.ReLU()), ""),
+    ],
+)
+def test_blocks_that_stay_say_why(block: Residual, reason: str) -> None:
+    found = collapse_blocks(network(block, basic()), many())
+    if reason:
+        assert len(found.collapsed) == 1
+        assert reason in next(iter(found.kept.values()))
+    else:
+        assert len(found.collapsed) == 2
+
+
+def test_a_network_without_such_a_block_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"no block to collapse: .*no activation follows"):
+        collapse_blocks(network(basic(outer=False)), many())
+    with pytest.raises(UnsupportedModel, match="no residual"):
+        collapse_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), many())
+
+
+def test_a_name_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no block layer9\.9; there are: "):
+        collapse_blocks(network(basic()), many(), keep=["layer9.9"])
+
+
+def test_blocks_asked_to_stay_stay() -> None:
+    model = rmprune.models.create("resnet8", num_classes=10, in_channels=1).eval()
+    found = collapse_blocks(model, torch.randn(32, 1, 8, 8), keep=["layer2.0"])
+    assert set(found.collapsed) == {"layer1.0", "layer3.0"} and found.kept == {"layer2.0": "asked to stay"}
+    assert len([m for m in found.model.modules() if isinstance(m, nn.Conv2d)]) == 1 + 1 + 3 + 2  # stem, layer1, layer2, layer3
+
+
+def test_least_squares_finds_the_convolution_that_made_the_maps() -> None:
+    torch.manual_seed(0)
+    made, read = nn.Conv2d(5, 7, 3, 2, 1), torch.randn(128, 5, 11, 9)
+    with torch.no_grad():
+        wanted = made(read)
+        weight, bias, error = least_squares(made, read, wanted, torch.Generator().manual_seed(0))
+    assert (weight - made.weight).abs().max() < 2e-3 and (bias - made.bias).abs().max() < 2e-3
+    assert error < 1e-4 * float(wanted.var((0, 2, 3)).sum())
