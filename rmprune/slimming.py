@@ -158,5 +158,7 @@ def check_budgets(
         for budget in budgets:
             if budget.latency_ratio is None:
                 cutter.hook(cutter.floored(budget), steps=1, epochs=1)
-            elif (least := place.ratio(cutter.narrowest(budget))) > NOISE * budget.latency_ratio:
+                continue
+            limit = NOISE * budget.latency_ratio
+            if (least := place.least_ratio(cutter.narrowest(budget), limit)) > limit:
                 raise infeasible(budget.latency_ratio, least, place)

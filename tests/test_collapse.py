@@ -128,7 +128,9 @@ def test_blocks_asked_to_stay_stay() -> None:
     model = rmprune.models.create("resnet8", num_classes=10, in_channels=1).eval()
     found = collapse_blocks(model, torch.randn(32, 1, 8, 8), keep=["layer2.0"])
     assert set(found.collapsed) == {"layer1.0", "layer3.0"} and found.kept == {"layer2.0": "asked to stay"}
-    assert len([m for m in found.model.modules() if isinstance(m, nn.Conv2d)]) == 1 + 1 + 3 + 2  # stem, layer1, layer2, layer3
+    assert (
+        len([m for m in found.model.modules() if isinstance(m, nn.Conv2d)]) == 1 + 1 + 3 + 2
+    )  # stem, layer1, layer2, layer3
 
 
 def test_least_squares_finds_the_convolution_that_made_the_maps() -> None:

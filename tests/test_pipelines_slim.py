@@ -224,3 +224,14 @@ def test_a_budget_that_no_width_meets_is_refused_before_training(
     with pytest.raises(InfeasibleBudget, match=r"the narrowest network .* takes 0\.[3-9]"):
         run_slim(replace(QUICK, method=("coupled-gradual",), prune=prune, out=tmp_path / "run"), command="x")
     assert not (tmp_path / "run").exists()
+
+
+def test_one_disturbed_measurement_refuses_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.4, 0.3])
+    monkeypatch.setattr(Place, "ratios", lambda place, networks: {name: next(times) for name in networks})
+    network = torch.nn.Linear(1, 1)
+    place = Place.first(QUICK.measure, network, torch.zeros(1, 1))
+    assert place.least_ratio(network, 0.5) == 0.3
+
+    times = iter([1.4, 1.2, 1.3, 0.3])
+    assert place.least_ratio(network, 0.5) == 1.2  # three, then it is believed
