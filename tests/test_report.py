@@ -161,3 +161,25 @@ def test_bad_input_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written"):
         build_report([tmp_path], tmp_path / "file")
+
+
+def test_records_that_differ_in_more_than_their_seed_are_not_averaged(runs: Path, tmp_path: Path) -> None:
+    path = runs / "s1-0.5" / "record.json"
+    record = read_record(path)
+    record["config"]["finetune"] = {"epochs": 3}
+    write_record(path, record)
+    with pytest.raises(
+        ArtifactError, match=r"would be averaged as seeds of rm, but differ in finetune\.epochs \(None and 3\)"
+    ):
+        build_report(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    build_report(path, tmp_path / "out")  # one by one they can be reported
+
+
+def test_settings_that_change_no_network_may_differ(runs: Path, tmp_path: Path) -> None:
+    path = runs / "s1-0.5" / "record.json"
+    record = read_record(path)
+    record["config"] |= {"measure": {"seconds": 9.0}, "seed": 1, "method": ["rm"]}
+    record["config"]["prune"] = {"macs_ratio": 0.5, "cuts": None}
+    write_record(path, record)
+    build_report(runs, tmp_path / "out")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
 from rmprune.records import find_records, read_record
+from rmprune.report.comparable import refuse_mixtures
 from rmprune.report.figures import accuracy_against_time, save_figure
 from rmprune.report.page import page
 from rmprune.report.search import search_figure
@@ -24,9 +25,11 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
     paths.
 
     `paths`: record files, run directories, or directories that hold runs. Raises ArtifactError where a path holds no
-    record, a record is damaged, or `out_dir` cannot be written.
+    record, a record is damaged, records would be averaged that differ in more than their seed, or `out_dir` cannot be
+    written.
     """
     records = find_records([paths] if isinstance(paths, Path) else list(paths))
+    refuse_mixtures(records)
     data = frame(records)
     command = command or shlex.join(sys.argv)
     try:

@@ -1,0 +1,51 @@
+"""Rows of one method and budget are averaged over seeds; records that differ in more than their seed are refused here."""
+
+from pathlib import Path
+from typing import Any
+
+from rmprune.errors import ArtifactError
+from rmprune.records import networks, read_record
+from rmprune.report.tables import budget_of, find_setting, method_of, model_of
+
+_OWN = {"seed", "seeds", "method", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "budget", "device"}
+"""Settings that rows are told apart by, or that do not change a network."""
+_BEFORE = ("data", "train", "sparsity", "checkpoint")
+"""Settings that the network before pruning depends on."""
+
+
+def refuse_mixtures(records: list[Path]) -> None:
+    """Raise ArtifactError for two records whose networks of the same model, data, method and budget had other settings."""
+    first: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+    for path in records:
+        record = read_record(path)
+        for name in networks(record):
+            dense = name in ("original", "plain")
+            config = {key: record["config"].get(key) for key in _BEFORE} if dense else record["config"]
+            key = (
+                model_of(record),
+                record.get("dataset") or find_setting(record["config"], "dataset"),
+                method_of(record, name),
+                "" if dense else budget_of(record),
+            )
+            other, settings = first.setdefault(key, (path, flat(config)))
+            mine = flat(config)
+            for setting in sorted(settings.keys() | mine.keys()):
+                before, now = settings.get(setting), mine.get(setting)
+                if before != now:
+                    raise ArtifactError(
+                        f"{other} and {path} would be averaged as seeds of {key[2]}, but differ in {setting} ({before} and {now}); "
+                        "report them one by one"
+                    )
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"finetune.epochs": 3, ...}, without what rows are told apart by."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _OWN:
+            continue
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[prefix + key] = value
+    return found
