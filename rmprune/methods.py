@@ -8,17 +8,15 @@ from rmprune.errors import ConfigError
 
 
 class Method(NamedTuple):
-    """`plain`: prunes what RM makes of the network, else the network with its residuals. `settings`: what it fixes of PruneConfig.
+    """`start`: which network it prunes (`rmprune.starting`). `settings`: what it fixes of PruneConfig.
 
-    `collapsed`: first the branch of each residual block becomes one convolution (`rmprune.collapse`).
     `which`: all channels, those inside blocks, or the same fraction of every layer. `mixed`: once the network is pruned, residuals are
     removed wherever that makes it faster, measured.
     """
 
     about: str
-    plain: bool
+    start: str
     settings: Mapping[str, Any] = MappingProxyType({})
-    collapsed: bool = False
     torch_pruning: bool = False
     which: Literal["free", "inner", "uniform"] = "free"
     mixed: bool = False
@@ -26,54 +24,56 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "rm": Method(
-        "RM, then any channel of the plain network by the settings given (by default cut while training)", True
+        "RM, then any channel of the plain network by the settings given (by default cut while training)", "plain"
     ),
     "rm-collapse": Method(
         "each block's branch fitted by one convolution, which RM merges with the shortcut without reserving a channel: "
         "a plain chain of half the depth; then as rm",
-        True,
-        collapsed=True,
+        "collapsed",
+    ),
+    "mixed-collapse": Method(
+        "the same for that half of the blocks that one convolution fits best; the others keep their residuals",
+        "half-collapsed",
     ),
     "coupled-collapse": Method(
         "the same blocks of one convolution with their residuals kept: the share of rm-collapse that RM is responsible for",
-        False,
-        collapsed=True,
+        "collapsed-residual",
     ),
     "rm-slimming": Method(
         "the paper's path: RM, one cut by batch-norm scale under one global threshold",
-        True,
+        "plain",
         {"gradual": False, "importance": "batch_norm", "rank": "importance"},
     ),
     "mixed": Method(
         "as coupled-gradual, then RM, exactly, for those residuals whose removal makes the pruned network faster",
-        False,
+        "dense",
         mixed=True,
     ),
     "coupled": Method(
         "residuals kept, one cut by Torch-Pruning's group-aware batch-norm scale",
-        False,
+        "dense",
         {"gradual": False, "importance": "batch_norm"},
         torch_pruning=True,
     ),
     "coupled-taylor": Method(
         "residuals kept, one cut by Torch-Pruning's group-aware Taylor importance",
-        False,
+        "dense",
         {"gradual": False, "importance": "taylor"},
         torch_pruning=True,
     ),
     "coupled-norm": Method(
         "residuals kept, one cut by Torch-Pruning's group norm (L2 of all weights of a group)",
-        False,
+        "dense",
         {"gradual": False, "importance": "magnitude"},
         torch_pruning=True,
     ),
     "coupled-gradual": Method(
-        "residuals kept, otherwise exactly as rm: the share of the result that RM is responsible for", False
+        "residuals kept, otherwise exactly as rm: the share of the result that RM is responsible for", "dense"
     ),
-    "inner": Method("residuals kept and streams untouched (as in ThiNet), otherwise as rm", False, which="inner"),
+    "inner": Method("residuals kept and streams untouched (as in ThiNet), otherwise as rm", "dense", which="inner"),
     "uniform": Method(
         "residuals kept, the same fraction of every layer, its best channels by the importance given, one cut",
-        False,
+        "dense",
         {"gradual": False},
         which="uniform",
     ),

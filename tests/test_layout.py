@@ -15,7 +15,7 @@ LAYERS = [
     {"data", "data_sources", "data_folder", "models"},
     {"removal", "training", "measure", "loading"},
     {"pruning", "collapse"},
-    {"amc", "timed", "report", "methods"},
+    {"amc", "timed", "report", "methods", "starting"},
     {"cutter"},
     {"slimming"},
     {"pipelines"},

@@ -9,7 +9,7 @@ import torch
 import rmprune
 from rmprune import records
 from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig
-from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget
+from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.pipelines import slim
 from rmprune.pipelines.cells import plan_cells
@@ -235,3 +235,27 @@ def test_one_disturbed_measurement_refuses_no_budget(monkeypatch: pytest.MonkeyP
 
     times = iter([1.4, 1.2, 1.3, 0.3])
     assert place.least_ratio(network, 0.5) == 1.2  # three, then it is believed
+
+
+def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -> None:
+    methods = ("rm-collapse", "mixed-collapse", "coupled-collapse")
+    (path,) = run_slim(replace(QUICK, method=methods, out=tmp_path / "run"), command="x")
+    record = records.read_record(path)
+    assert set(records.networks(record)) == {"original", *methods} and record["removal"] is None
+    blocks = {"layer1.0", "layer2.0", "layer3.0"}
+    assert set(record["rm-collapse"]["collapsed"]) == set(record["coupled-collapse"]["collapsed"]) == blocks
+    kept = blocks - set(record["mixed-collapse"]["collapsed"])
+    explained = record["rm-collapse"]["collapsed"]
+    assert kept == {min(explained, key=lambda name: explained[name])}
+    sizes = {name: convolutions(rmprune.load(tmp_path / "run" / name)) for name in methods}
+    assert sizes["rm-collapse"] == 4 and sizes["coupled-collapse"] == 6  # two shortcuts are convolutions
+    assert sizes["mixed-collapse"] == 4 + 1 + (kept != {"layer1.0"})
+    for name in methods:
+        assert record[name]["macs"] <= 0.5 * record["original"]["macs"]
+    with pytest.raises(UnsupportedModel, match="no block to collapse"):
+        run_slim(replace(QUICK, model="preact_resnet20", method=("rm-collapse",), out=tmp_path / "no"), command="x")
+    assert not (tmp_path / "no").exists()
+
+
+def convolutions(model: torch.nn.Module) -> int:
+    return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())

@@ -28,9 +28,10 @@ from rmprune.errors import ConfigError
 from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
 from rmprune.measure import check_available
 from rmprune.pipelines.cells import Cell, plan_cells
-from rmprune.pipelines.slim import CALIBRATION_IMAGES, measure_networks, pick_device, stage, with_weights
+from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
 from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
+from rmprune.starting import CALIBRATION_IMAGES
 from rmprune.training import fit
 
 logger = logging.getLogger("rmprune")

@@ -6,7 +6,6 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
-from rmprune.collapse import collapse_blocks
 from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
@@ -25,18 +23,13 @@ from rmprune.measure import check_available, count_macs, count_params, measure_l
 from rmprune.methods import Method, find_methods
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pruning import Budget
-from rmprune.removal import remove_residuals
 from rmprune.rundir import claim
 from rmprune.slimming import check_budgets, slim_network
+from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
-DENSE, PLAIN = (False, False), (False, True)  # what a method prunes, as (collapsed, plain)
-NAMES = {PLAIN: "plain", (True, False): "collapsed", (True, True): "collapsed-plain"}
-COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most,
-COLLAPSE_PIXELS = 2**23  # and of so many pixels, since all their maps are held in memory
-CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
 
 
 def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
@@ -65,11 +58,10 @@ def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset)
     budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 
     @functools.cache
-    def networks(collapsed: bool, plain: bool) -> nn.Module:
-        network = collapse_blocks(dense, example).model if collapsed else dense
-        return remove_residuals(network, example).model if plain else network
+    def network(start: str) -> nn.Module:
+        return STARTING[start](dense, lambda images: example[:images])[0]
 
-    check_budgets(lambda m: networks(m.collapsed, m.plain), dense, methods, budgets, config, data)
+    check_budgets(lambda method: network(method.start), dense, methods, budgets, config, data)
 
 
 def _run_cell(
@@ -81,8 +73,8 @@ def _run_cell(
     example = data.train.example(1)
     starts = starting_networks(methods, dense, cell.shared, config, data, cell.seed)
     removal: dict[str, Any] | None = None
-    if PLAIN in starts:
-        found["plain"], removal = starts[PLAIN], artifact.read_extra(cell.shared / NAMES[PLAIN])["removal"]
+    if "plain" in starts:
+        found["plain"], removal = starts["plain"], artifact.read_extra(cell.shared / "plain")["removal"]
     notes: dict[
         str, dict[str, Any]
     ] = {}  # what else the record says of a network: what was collapsed, what `mixed` removed
@@ -92,7 +84,7 @@ def _run_cell(
 
         def slim(name: str = name, method: Method = method) -> tuple[nn.Module, dict[str, Any]]:
             slimmed, facts = slim_network(
-                starts[method.collapsed, method.plain],
+                starts[method.start],
                 method,
                 budget,
                 config,
@@ -104,7 +96,9 @@ def _run_cell(
                 log=cell.directory / "log.jsonl",
                 label=name,
             )
-            return slimmed, {"method": name} | collapsed_in(cell.shared, method) | facts
+            if "collapsed" in method.start:
+                facts |= {"collapsed": artifact.read_extra(cell.shared / method.start)["collapsed"]}
+            return slimmed, {"method": name} | facts
 
         found[key] = stage(cell.directory / key, slim, onnx=example)
         facts = artifact.read_extra(cell.directory / key)
@@ -130,21 +124,14 @@ def _run_cell(
 
 def starting_networks(
     methods: dict[str, Method], dense: nn.Module, directory: Path, config: SlimConfig, data: Dataset, seed: int
-) -> dict[tuple[bool, bool], nn.Module]:
-    """What the methods prune, by (collapsed, plain); each but the trained network itself is an artifact in `directory`."""
+) -> dict[str, nn.Module]:
+    """What the methods prune, by name; each but the trained network itself is an artifact of that name in `directory`."""
     named = with_weights(make_dense(config, data, seed), dense)
-    networks = {DENSE: dense}
-    for key in sorted({(method.collapsed, method.plain) for method in methods.values()} - {DENSE}):
-        make = remove if key == PLAIN else functools.partial(collapse, plain=key[1])
-        networks[key] = stage(directory / NAMES[key], functools.partial(make, named, data), onnx=data.train.example(1))
+    networks = {"dense": dense}
+    for name in sorted({method.start for method in methods.values()} - {"dense"}):
+        make = functools.partial(STARTING[name], named, data.train.example)
+        networks[name] = stage(directory / name, make, onnx=data.train.example(1))
     return networks
-
-
-def collapsed_in(directory: Path, method: Method) -> dict[str, Any]:
-    """{"collapsed": {block: R2}} of the collapsed network that a method started from; empty for other methods."""
-    if not method.collapsed:
-        return {}
-    return {"collapsed": artifact.read_extra(directory / NAMES[True, method.plain])["collapsed"]}
 
 
 def stage(
@@ -195,34 +182,6 @@ def with_weights(network: nn.Module, trained: nn.Module) -> nn.Module:
     """`network`, whose modules name its blocks, with the weights of its trained artifact, which is one flat graph."""
     network.load_state_dict(trained.state_dict())
     return network.eval()
-
-
-def remove(dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
-    """RM on the trained network, with batch norms measured on training images; the facts go into the record."""
-    removal = remove_residuals(dense, data.train.example(CALIBRATION_IMAGES))
-    logger.info(
-        "removed %d residuals, kept %d; largest error %.1e", len(removal.removed), len(removal.kept), removal.max_error
-    )
-    return removal.model, {
-        "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error}
-    }
-
-
-def collapse(dense: nn.Module, data: Dataset, *, plain: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """Blocks of one convolution instead of the trained ones, fitted on training images; `plain`: merged with their shortcuts by RM."""
-    pixels = math.prod(data.input_shape[1:])
-    found = collapse_blocks(dense, data.train.example(max(64, min(COLLAPSE_IMAGES, COLLAPSE_PIXELS // pixels))))
-    logger.info(
-        "collapsed %d blocks, kept %d; variance of a block's sum that one convolution gives: %.2f to %.2f",
-        len(found.collapsed),
-        len(found.kept),
-        min(found.collapsed.values()),
-        max(found.collapsed.values()),
-    )
-    network = found.model
-    if plain:
-        network = remove_residuals(network, data.train.example(CALIBRATION_IMAGES)).model
-    return network, {"collapsed": found.collapsed}
 
 
 def measure_networks(
