@@ -2,6 +2,7 @@
 
 from rmprune import models
 from rmprune.artifact import load, save
+from rmprune.collapse import Collapse, collapse_blocks
 from rmprune.errors import RmpruneError
 from rmprune.measure import count_macs, count_params, measure_latencies, measure_latency
 from rmprune.pruning import Budget, prune
@@ -9,8 +10,10 @@ from rmprune.removal import Removal, plan_removal, remove_residuals
 
 __all__ = [
     "Budget",
+    "Collapse",
     "Removal",
     "RmpruneError",
+    "collapse_blocks",
     "count_macs",
     "count_params",
     "load",

@@ -9,6 +9,7 @@ like it: the time of a small network goes with its number of layers more than wi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +49,8 @@ class Collapse:
 def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = ()) -> Collapse:
     """Each residual block's branch of several layers as one convolution, with a batch norm after it. `model` is left alone.
 
-    The kernel is the branch's largest, the stride its own. Blocks are fitted in order, each to the sum (branch and shortcut) of the
-    original while it reads what the collapsed network gives it, so that later blocks make up for earlier ones.
+    The kernel is the branch's largest, the stride its own; blocks that this would make dearer (bottlenecks) are kept.
+    Blocks are fitted in order, each to the sum (branch and shortcut) of the original while it reads what the collapsed network gives it, so that later blocks make up for earlier ones.
     images: (N, C, H, W), some hundred training images, all held in memory at once; `keep`: names of blocks to leave.
 
     Raises UnsupportedModel where torch.fx cannot follow the model or no block can be collapsed, ConfigError for an unknown block.
@@ -88,6 +89,10 @@ def _judge(network: Network, name: str, add: fx.Node) -> Block | str:
         return "no activation follows the addition: with one convolution the block would be linear"
     if shape[1] * kernel[0] * kernel[1] > INPUTS:
         return f"its fit would have {shape[1] * kernel[0] * kernel[1]} unknowns a channel (at most {INPUTS})"
+    own = shape[1] * block.layers[-1].conv.out_channels * math.prod(kernel) * math.prod(block.layers[-1].out_size)
+    branch = sum(layer.conv.macs(layer.out_size) for layer in block.layers)
+    if own >= branch:
+        return f"one {kernel[0]}x{kernel[1]} convolution would cost {own / branch:.1f} times its branch's MACs"
     sizes = [(n + 2 * (k // 2) - k) // s + 1 for n, k, s in zip(shape[2:], kernel, stride, strict=True)]
     if sizes != list((shape_of(add) or ())[2:]):
         return f"a {kernel[0]}x{kernel[1]} convolution of stride {stride} gives another size than its branch"
