@@ -50,7 +50,8 @@ def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = (
     """Each residual block's branch of several layers as one convolution, with a batch norm after it. `model` is left alone.
 
     The kernel is the branch's largest, the stride its own; blocks that this would make dearer (bottlenecks) are kept.
-    Blocks are fitted in order, each to the sum (branch and shortcut) of the original while it reads what the collapsed network gives it, so that later blocks make up for earlier ones.
+    Blocks are fitted in order, each to the sum (branch and shortcut) of the original while it reads what the collapsed network
+    gives it, so that later blocks make up for earlier ones.
     images: (N, C, H, W), some hundred training images, all held in memory at once; `keep`: names of blocks to leave.
 
     Raises UnsupportedModel where torch.fx cannot follow the model or no block can be collapsed, ConfigError for an unknown block.
