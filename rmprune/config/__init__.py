@@ -1,0 +1,44 @@
+"""The settings of every stage, one frozen dataclass each; no behaviour beyond refusing values outside their range.
+
+The command line generates its flags from these classes: a field's docstring is its help text.
+"""
+
+from rmprune.config.amc import AmcConfig, SearchConfig
+from rmprune.config.data import DataConfig
+from rmprune.config.fields import require
+from rmprune.config.measuring import MeasureConfig
+from rmprune.config.pruning import PruneConfig
+from rmprune.config.runs import (
+    ConvertConfig,
+    InspectConfig,
+    NetworkConfig,
+    RemeasureConfig,
+    RemovalConfig,
+    ReportConfig,
+    SlimConfig,
+    TrainRunConfig,
+    architecture,
+)
+from rmprune.config.training import Precision, Scales, SparsityConfig, TrainConfig
+
+__all__ = [
+    "AmcConfig",
+    "ConvertConfig",
+    "DataConfig",
+    "InspectConfig",
+    "MeasureConfig",
+    "NetworkConfig",
+    "Precision",
+    "PruneConfig",
+    "RemeasureConfig",
+    "RemovalConfig",
+    "ReportConfig",
+    "Scales",
+    "SearchConfig",
+    "SlimConfig",
+    "SparsityConfig",
+    "TrainConfig",
+    "TrainRunConfig",
+    "architecture",
+    "require",
+]

@@ -1,0 +1,135 @@
+"""The amc command: the search and the run around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes as Unprefixed
+
+from rmprune.config.data import DataConfig
+from rmprune.config.fields import Fractions, Names, require, require_finite, require_seed, transient
+from rmprune.config.measuring import MeasureConfig
+from rmprune.config.pruning import ImportanceName
+from rmprune.config.runs import Architecture, RemovalConfig
+from rmprune.config.training import Precision, TrainConfig
+
+Constraint = Literal["macs", "latency", "params"]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The search for the width of every layer, by an agent (AMC, He et al. 2018) or a control, under a hard budget."""
+
+    constraint: Constraint = "macs"
+    """What the budget counts: macs, measured latency (first backend, thread count and batch size), or params."""
+    budget: Fractions = (0.5,)
+    """Fraction of the original network's cost that may stay; several, comma-separated, make a run each."""
+    episodes: int = 100
+    """Policies tried, the warm-up included."""
+    warm_up: int = 25
+    """Episodes of random policies before the agent learns and decides."""
+    sigma: float = 0.5
+    """Exploration noise of the agent's actions (kept fractions) after the warm-up."""
+    sigma_decay: float = 0.95
+    """Factor of sigma from episode to episode."""
+    refine: float = 0.5
+    """Share of the agent's episodes that vary the best policy found so far instead of asking the agent (0: AMC as published)."""
+    reward: Literal["accuracy", "error_log_cost"] = "accuracy"
+    """accuracy on the validation subset, or -error * log(cost)."""
+    importance: ImportanceName = "taylor_squared"
+    """Which channels of a layer stay."""
+    reconstruct: bool = False
+    """Fit each layer behind pruned channels to the unpruned network by least squares before scoring."""
+    lowest: float = 0.1
+    """Fraction of its channels that every layer keeps at least."""
+    highest: float = 1.0
+    """Fraction of its channels that every layer keeps at most."""
+    multiple: int = 8
+    """Widths are multiples of this (or the whole layer)."""
+    images: int = 2000
+    """Validation images that policies are scored on; fixed, held in memory."""
+    calibration: int = 128
+    """Training images that batch norms are recalibrated on for each policy."""
+    precision: Annotated[Precision, tyro.conf.arg(name="scoring-precision")] = "auto"
+    """Of scoring: auto takes bfloat16 where the processor computes in it, else float32."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(
+            self.constraint in ("macs", "latency", "params"),
+            f"constraint is {self.constraint!r}; use 'macs', 'latency' or 'params'",
+        )
+        require(len(self.budget) > 0, "budget is empty; give at least one fraction, for example 0.5")
+        for value in self.budget:
+            require(0 < value <= 1, f"budget is {value}; it must be above 0 and at most 1")
+        shown = [f"{value:g}" for value in self.budget]  # cells are named by these
+        require(len(set(shown)) == len(shown), f"budget is {', '.join(shown)}; give every value once")
+        require(self.episodes >= 1, f"episodes is {self.episodes}; it must be at least 1")
+        require(self.warm_up >= 0, f"warm_up is {self.warm_up}; it must not be negative")
+        require(self.sigma >= 0, f"sigma is {self.sigma}; it must not be negative")
+        require(0 < self.sigma_decay <= 1, f"sigma_decay is {self.sigma_decay}; use above 0 up to 1")
+        require(0 <= self.refine <= 1, f"refine is {self.refine}; it must lie between 0 and 1")
+        require(
+            0 <= self.lowest <= self.highest <= 1,
+            f"lowest is {self.lowest} and highest {self.highest}; use 0 <= lowest <= highest <= 1",
+        )
+        require(self.multiple >= 1, f"multiple is {self.multiple}; it must be at least 1")
+        require(self.images >= 1, f"images is {self.images}; it must be at least 1")
+        require(self.calibration >= 2, f"calibration is {self.calibration}; it must be at least 2")
+
+
+@dataclass(frozen=True)
+class AmcConfig(Architecture):
+    """Train MobileNetV2, remove its residuals and fuse, let an agent choose every layer's width, fine-tune, measure."""
+
+    model: str = "mobilenet_v2_digits"
+    """Network by name: mobilenet_v2_digits (8 pixels), mobilenet_v2_small (28 to 32), mobilenet_v2, or any other."""
+    width: float | None = None
+    """Width multiplier of a MobileNet (base width of a ResNet)."""
+    free: int = 1
+    """Factor of the linear bottlenecks' width while training; costs nothing after fusing."""
+    method: Names = ("rm-amc",)
+    """Ways to choose the widths, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    apply: Literal["once", "gradual"] = "once"
+    """Reach the best policy in one cut before fine-tuning, or in small cuts while fine-tuning."""
+    seed: int = 0
+    """First seed."""
+    seeds: int = 1
+    """How many seeds, each with a training of its own."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    checkpoint: Path | None = None
+    """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
+    data: Unprefixed[DataConfig] = DataConfig()
+    train: Unprefixed[TrainConfig] = TrainConfig(epochs=30, weight_decay=1e-4)
+    removal: RemovalConfig = RemovalConfig(fuse="always")
+    search: Unprefixed[SearchConfig] = SearchConfig()
+    finetune: TrainConfig = TrainConfig(
+        epochs=20, learning_rate=0.05, warmup_epochs=1.0, weight_decay=1e-4, distillation=0.5
+    )
+    prune_epochs: float = 5.0
+    """Epochs of the fine-tuning over which gradual cuts are spread."""
+    measure: MeasureConfig = MeasureConfig()
+    out: Path | None = field(default=None, metadata=transient())
+    """Run directory (default: runs/amc-MODEL-DATASET)."""
+    overwrite: bool = field(default=False, metadata=transient())
+    """Replace a finished run, or one with other settings, in that directory."""
+
+    def __post_init__(self) -> None:
+        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
+        require(self.width is None or self.width > 0, f"width is {self.width}; it must be above 0")
+        require(self.free >= 1, f"free is {self.free}; it must be at least 1")
+        require_finite(self)
+        require_seed("seed", self.seed)
+        require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
+        require(len(self.method) > 0, "method is empty; give at least one, for example rm-amc")
+        require(self.apply in ("once", "gradual"), f"apply is {self.apply!r}; use 'once' or 'gradual'")
+        require(self.prune_epochs > 0, f"prune_epochs is {self.prune_epochs}; it must be positive")
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"amc-{self.model.replace('/', '-')}-{self.data.dataset}"

@@ -1,0 +1,48 @@
+"""What the classes of settings share: tuples on the command line, and checks that refuse a value."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import tyro
+
+from rmprune.errors import ConfigError
+
+
+def _comma_separated(kind: type[Any]) -> Any:
+    """How the command line reads and shows a tuple: one word, values between commas."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind.__name__.upper()}[,...]",
+        instance_from_str=lambda words: tuple(kind(value) for value in words[0].split(",") if value),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda values: [",".join(map(str, values))],
+    )
+
+
+Names = Annotated[tuple[str, ...], _comma_separated(str)]
+Numbers = Annotated[tuple[int, ...], _comma_separated(int)]
+Fractions = Annotated[tuple[float, ...], _comma_separated(float)]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless the condition holds (NaN fails every comparison, so it is refused too)."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_finite(config: Any) -> None:
+    """Raise `ConfigError` for the first setting that is infinite or not a number: no record could hold it."""
+    for name, value in vars(config).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}; give a finite number")
+
+
+def require_seed(name: str, value: int) -> None:
+    """Raise `ConfigError` unless the generators take this seed."""
+    require(0 <= value < 2**32, f"{name} is {value}; it must lie between 0 and {2**32 - 1}")
+
+
+def transient() -> Any:
+    """Metadata of a field that says where or whether to run, not what: it is left out of config.toml."""
+    return {"transient": True}

@@ -1,0 +1,36 @@
+"""How time is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from rmprune.config.fields import Names, Numbers, require
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How the time of networks is measured: every combination of backend, threads and batch size."""
+
+    backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("onnxruntime", "eager")
+    """Runtimes: eager, onnxruntime, openvino, torchscript, compile."""
+    threads: Numbers = (2,)
+    """Threads of the runtime."""
+    batch_sizes: Annotated[Numbers, tyro.conf.arg(name="batch-size")] = (1, 32)
+    """Images in a batch; times are for the whole batch."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    seconds: float = 2.0
+    """Time spent on each network and combination."""
+    min_rounds: int = 15
+    """Rounds at least, whatever the time budget."""
+
+    def __post_init__(self) -> None:
+        for name in ("backends", "threads", "batch_sizes"):
+            require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
+        require(min(self.threads) >= 1, f"threads is {self.threads}; each must be at least 1")
+        require(min(self.batch_sizes) >= 1, f"batch_sizes is {self.batch_sizes}; each must be at least 1")
+        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
+        require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")

@@ -1,0 +1,66 @@
+"""Which channels go, and by what budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rmprune.config.fields import Fractions, require
+
+ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Which channels go, by what budgets (one of ratio, macs_ratio and latency_ratio), at once or while training."""
+
+    ratio: Fractions = ()
+    """Fraction of the channels of the network being pruned that is removed; several, comma-separated, make a run each."""
+    macs_ratio: Fractions = ()
+    """Fraction of the original model's MACs that stays; several, comma-separated, make a run each."""
+    latency_ratio: Fractions = ()
+    """Fraction of the original model's measured time that stays; several, comma-separated, make a run each."""
+    importance: ImportanceName = "taylor"
+    """What channels are ranked by. Cuts while training always use taylor, from the gradients at hand."""
+    rank: Literal["per_cost", "importance"] = "per_cost"
+    """per_cost: importance per MAC (or millisecond) saved; importance: one global threshold, as in network slimming."""
+    cost: Literal["macs", "time"] = "macs"
+    """What channels cost under a latency_ratio: MACs, or milliseconds from a table of layers measured one by one."""
+    min_channels: int = 1
+    """Channels that every layer keeps at least."""
+    min_fraction: float | None = None
+    """Fraction of its channels that every layer keeps at least (default: half of what an even cut would leave, or less where needed)."""
+    max_fraction: float = 1.0
+    """Fraction of its channels that every layer keeps at most."""
+    round_to: int = 8
+    """Widths are multiples of this: the kernels of CPU runtimes work in blocks of 8 and 16 channels."""
+    gradual: bool = True
+    """Cut in small steps while training, instead of once before fine-tuning."""
+    cuts: int = 30
+    """How many small cuts."""
+    cut_fraction: float = 0.5
+    """Part of the fine-tuning over which the cuts are spread; what follows is fine-tuning alone."""
+    score_decay: float = 0.5
+    """Share of the old scores that survives a cut; 0 ranks by the steps since the last cut alone."""
+
+    def __post_init__(self) -> None:
+        kinds = dict.fromkeys(name for name, _ in self.budgets)
+        require(len(kinds) <= 1, f"{' and '.join(kinds)} are set; give one kind of budget")
+        for name, value in self.budgets:
+            require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
+        shown = [f"{value:g}" for _, value in self.budgets]  # cells are named by these
+        require(len(set(shown)) == len(shown), f"{', '.join(kinds)} is {', '.join(shown)}; give every value once")
+        require(self.min_channels >= 1, f"min_channels is {self.min_channels}; it must be at least 1")
+        require(
+            0 <= (self.min_fraction or 0.0) <= self.max_fraction <= 1,
+            f"min_fraction is {self.min_fraction} and max_fraction {self.max_fraction}; use 0 <= min <= max <= 1",
+        )
+        require(self.round_to >= 1, f"round_to is {self.round_to}; it must be at least 1")
+        require(self.cuts >= 1, f"cuts is {self.cuts}; it must be at least 1")
+        require(0 < self.cut_fraction <= 1, f"cut_fraction is {self.cut_fraction}; use above 0 up to 1")
+        require(0 <= self.score_decay < 1, f"score_decay is {self.score_decay}; use 0 up to below 1")
+
+    @property
+    def budgets(self) -> list[tuple[str, float]]:
+        """(name, value) of every budget that is set, in the order given."""
+        return [(name, value) for name in ("ratio", "macs_ratio", "latency_ratio") for value in getattr(self, name)]

@@ -1,0 +1,190 @@
+"""Whole commands: slim, train, inspect, convert, measure, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes as Unprefixed
+
+from rmprune.config.data import DataConfig
+from rmprune.config.fields import Names, require, require_seed, transient
+from rmprune.config.measuring import MeasureConfig
+from rmprune.config.pruning import PruneConfig
+from rmprune.config.training import SparsityConfig, TrainConfig
+
+
+def architecture(config: Any) -> dict[str, Any]:
+    """The settings of a config that belong to the network itself, for `create_network`; None is left to its default."""
+    return {name: getattr(config, name) for name in ("width", "depth", "reserve_ratio")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What some networks can be asked for besides their width."""
+
+    depth: int | None = None
+    """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
+    reserve_ratio: float | None = None
+    """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
+
+
+@dataclass(frozen=True)
+class SlimConfig(Architecture):
+    """Train with sparsity, remove all residuals, prune the plain network freely, fine-tune, measure."""
+
+    model: str = "resnet20"
+    """Network by name: resnet20 ... resnet1202 (CIFAR), resnet18, resnet34, ... (torchvision), timm/NAME."""
+    width: int | None = None
+    """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
+    method: Names = ("rm",)
+    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    seed: int = 0
+    """First seed."""
+    seeds: int = 1
+    """How many seeds, each with a training of its own."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    checkpoint: Path | None = None
+    """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
+    data: Unprefixed[DataConfig] = DataConfig()
+    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
+    sparsity: SparsityConfig = SparsityConfig(strength=0.8)
+    prune: Unprefixed[PruneConfig] = PruneConfig()
+    finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0)
+    measure: MeasureConfig = MeasureConfig()
+    out: Path | None = field(default=None, metadata=transient())
+    """Run directory (default: runs/slim-MODEL-DATASET)."""
+    overwrite: bool = field(default=False, metadata=transient())
+    """Replace a finished run, or one with other settings, in that directory."""
+
+    def __post_init__(self) -> None:
+        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
+        require_seed("seed", self.seed)
+        require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
+        require(len(self.method) > 0, "method is empty; give at least one, for example rm")
+        require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
+        require(
+            self.prune.cost == "macs" or self.measure.device == "cpu",
+            f"cost='time' is a table measured on the CPU; use cost='macs', or measure.device cpu, not {self.measure.device}",
+        )
+        require(
+            len(self.prune.budgets) > 0,
+            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1",
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"slim-{self.model.replace('/', '-')}-{self.data.dataset}"
+
+
+@dataclass(frozen=True)
+class TrainRunConfig(Architecture):
+    """Train a network, remove its residuals for deployment, measure both; nothing is pruned."""
+
+    model: str = "repvgg"
+    """Network by name: repvgg, rmnext50x5_32, preact_resnet18, resnet20, ..."""
+    width: int | None = None
+    """Base width, for networks that have one."""
+    seed: int = 0
+    """Seed of the weights and of the order of the images."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    data: Unprefixed[DataConfig] = DataConfig()
+    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
+    measure: MeasureConfig = MeasureConfig()
+    out: Path | None = field(default=None, metadata=transient())
+    """Run directory (default: runs/train-MODEL-DATASET)."""
+    overwrite: bool = field(default=False, metadata=transient())
+    """Replace a finished run, or one with other settings, in that directory."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"train-{self.model.replace('/', '-')}-{self.data.dataset}"
+
+
+@dataclass(frozen=True)
+class NetworkConfig(Architecture):
+    """A network to look at: a name or an artifact, and the images it takes."""
+
+    model: tyro.conf.Positional[str]
+    """A network's name (resnet50, timm/resnet26, ...) or an artifact directory."""
+    image_size: int | None = None
+    """Height and width of the images (default: what the artifact says, 32 for CIFAR networks, else 224)."""
+    in_channels: int = 3
+    """Channels of the images."""
+    num_classes: int = 1000
+    """Classes."""
+    width: int | None = None
+    """Base width, for networks that have one."""
+    checkpoint: Path | None = None
+    """Trained weights for a named network: an artifact directory, or a .safetensors, .pt or .pth file."""
+
+
+@dataclass(frozen=True)
+class RemovalConfig:
+    """How residuals are removed."""
+
+    keep: Names = ()
+    """Blocks whose residual stays, comma-separated (names as `inspect` prints them)."""
+    ranges: Literal["provable", "calibrated"] = "provable"
+    """Bounds that hold for every input, or tighter ones taken from the example images with a margin."""
+    form: Literal["auto", "shift", "pair", "slice"] = "auto"
+    """How copies pass an activation; auto takes the cheapest exact one for each block."""
+    fuse: Literal["cheaper", "always", "never"] = "cheaper"
+    """Consecutive linear convolutions become one: where that has fewer MACs, always, or never."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Each residual of a network: removable or why not, in which form, and what it costs. Nothing is written."""
+
+    network: Unprefixed[NetworkConfig]
+    removal: Unprefixed[RemovalConfig] = RemovalConfig()
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Remove residuals and write the plain network; nothing is trained or pruned."""
+
+    network: Unprefixed[NetworkConfig]
+    out: Path
+    """Directory of the new artifact (architecture.json, model.safetensors, model.onnx)."""
+    removal: Unprefixed[RemovalConfig] = RemovalConfig()
+    batch_norm: bool = False
+    """Keep batch norms, for training; without, they are folded into the convolutions."""
+    onnx: bool = True
+    """Write model.onnx as well."""
+    check: bool = False
+    """Load what was written and compare its outputs, and ONNX Runtime's, with the original's."""
+    overwrite: bool = False
+    """Replace an artifact that is there already."""
+
+
+@dataclass(frozen=True)
+class RemeasureConfig:
+    """Measure the networks of finished runs again, all in turns in one process, and update their records."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, or directories that hold them."""
+    measure: Unprefixed[MeasureConfig] = MeasureConfig()
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "there is nothing to measure; give run directories")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Tables and figures from records."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, directories that hold them, or record files."""
+    out: Path = Path("reports")
+    """Where CSV, figures and the page go."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "there is nothing to report; give run directories or records")

@@ -1,0 +1,82 @@
+"""One training, and the sparsity in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rmprune.config.fields import require, require_finite
+
+Schedule = Literal["cosine", "constant"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training or fine-tuning: SGD with Nesterov momentum."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    learning_rate: float = 0.1
+    """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: cosine (down to 0) or constant."""
+    warmup_epochs: float = 1.0
+    """Epochs in which the learning rate climbs to its peak; fractions are fine."""
+    momentum: float = 0.9
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 decay of convolution and linear weights; biases, batch norms and shortcut scales have none."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+    clip_norm: float | None = 5.0
+    """Largest norm of the gradient; None leaves it alone."""
+    precision: Precision = "auto"
+    """auto takes bfloat16 autocast where the processor computes in it, else float32."""
+    channels_last: bool = True
+    """Keep activations and weights in channels-last order (faster on most processors)."""
+    checkpoint_seconds: float = 300.0
+    """Save the checkpoint this often, besides after every epoch."""
+    tensorboard: bool = False
+    """Write TensorBoard files beside log.jsonl."""
+    distillation: float = 0.0
+    """Weight of the teacher's soft targets in the loss (0 to 1); needs a teacher."""
+    temperature: float = 4.0
+    """Temperature of the soft targets."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require(self.epochs >= 0, f"epochs is {self.epochs}; it must not be negative")
+        require(0 < self.learning_rate < float("inf"), f"learning_rate is {self.learning_rate}; it must be positive")
+        require(self.schedule in ("cosine", "constant"), f"schedule is {self.schedule!r}; use 'cosine' or 'constant'")
+        require(self.warmup_epochs >= 0, f"warmup_epochs is {self.warmup_epochs}; it must not be negative")
+        require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must be at least 0 and below 1")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; use 0 up to below 1")
+        require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
+        require(
+            self.precision in ("auto", "float32", "bfloat16"),
+            f"precision is {self.precision!r}; use 'auto', 'float32' or 'bfloat16'",
+        )
+        require(self.checkpoint_seconds > 0, f"checkpoint_seconds is {self.checkpoint_seconds}; it must be positive")
+        require(0 <= self.distillation <= 1, f"distillation is {self.distillation}; it must lie between 0 and 1")
+        require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive")
+
+
+Scales = Literal["all", "inner"]
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Network slimming (Liu et al. 2017): the L1 penalty on batch-norm scales during training."""
+
+    strength: float = 0.0
+    """Total pull on a scale over the whole run: 1.0 takes a scale that the loss leaves alone from 1 to 0. 0 is off."""
+    scales: Scales = "all"
+    """all batch-norm scales, or only the inner ones of each block (those that no addition reads)."""
+    shortcut_scales: bool = False
+    """Train one penalised scale per channel of every identity shortcut; ranks what RM reserves."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.strength < float("inf"), f"strength is {self.strength}; it must not be negative")
+        require(self.scales in ("all", "inner"), f"scales is {self.scales!r}; use 'all' or 'inner'")
