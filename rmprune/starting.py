@@ -1,6 +1,5 @@
 """The networks that methods start to prune, made of the trained one: by RM, by collapsing blocks, or both. Trains nothing."""
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,6 @@ from rmprune.collapse import collapse_blocks
 from rmprune.errors import UnsupportedModel
 from rmprune.removal import Removal, plan_removal, remove_residuals
 
-logger = logging.getLogger("rmprune")
 CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
 COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most,
 COLLAPSE_PIXELS = 2**23  # and of so many pixels, since all their maps are held in memory
@@ -23,9 +21,6 @@ Examples = Callable[[int], Tensor]
 def plain(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
     """RM on the trained network, with batch norms measured on training images."""
     removal = remove_residuals(dense, examples(CALIBRATION_IMAGES))
-    logger.info(
-        "removed %d residuals, kept %d; largest error %.1e", len(removal.removed), len(removal.kept), removal.max_error
-    )
     return removal.model, {
         "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error}
     }
@@ -40,7 +35,7 @@ def collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str
 def collapsed_residual(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
     """Every block as one convolution, residuals kept."""
     found = collapse_blocks(dense, collapse_images(examples))
-    return found.model, _facts(found.collapsed)
+    return found.model, {"collapsed": found.collapsed}
 
 
 def half_collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
@@ -49,7 +44,7 @@ def half_collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dic
     explained = collapse_blocks(dense, images).collapsed
     best = sorted(explained, key=lambda name: -explained[name])[: math.ceil(len(explained) / 2)]
     found = collapse_blocks(dense, images, keep=[name for name in explained if name not in best])
-    return merge_free(found.model, examples(CALIBRATION_IMAGES)).model, _facts(found.collapsed)
+    return merge_free(found.model, examples(CALIBRATION_IMAGES)).model, {"collapsed": found.collapsed}
 
 
 STARTING: dict[str, Callable[[nn.Module, Examples], tuple[nn.Module, dict[str, Any]]]] = {
@@ -74,13 +69,3 @@ def collapse_images(examples: Examples) -> Tensor:
     """The training images that convolutions are fitted on: fewer where they are large."""
     pixels = math.prod(examples(1).shape[2:])
     return examples(max(64, min(COLLAPSE_IMAGES, COLLAPSE_PIXELS // pixels)))
-
-
-def _facts(explained: dict[str, float]) -> dict[str, Any]:
-    logger.info(
-        "collapsed %d blocks; one convolution gives %.2f to %.2f of the variance of a block's sum",
-        len(explained),
-        min(explained.values()),
-        max(explained.values()),
-    )
-    return {"collapsed": explained}

@@ -58,8 +58,8 @@ def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset)
     budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 
     @functools.cache
-    def network(start: str) -> nn.Module:
-        return STARTING[start](dense, lambda images: example[:images])[0]
+    def network(name: str) -> nn.Module:
+        return STARTING[name](dense, lambda images: example[:images])[0]
 
     check_budgets(lambda method: network(method.start), dense, methods, budgets, config, data)
 
@@ -129,9 +129,21 @@ def starting_networks(
     named = with_weights(make_dense(config, data, seed), dense)
     networks = {"dense": dense}
     for name in sorted({method.start for method in methods.values()} - {"dense"}):
-        make = functools.partial(STARTING[name], named, data.train.example)
+        make = functools.partial(start, name, named, data)
         networks[name] = stage(directory / name, make, onnx=data.train.example(1))
     return networks
+
+
+def start(name: str, dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of `rmprune.starting`, made of the trained one, and the facts for its artifact; says what was done."""
+    network, facts = STARTING[name](dense, data.train.example)
+    if removal := facts.get("removal"):
+        gone, stay, error = len(removal["removed"]), len(removal["kept"]), removal["max_error"]
+        logger.info("removed %d residuals, kept %d; largest error %.1e", gone, stay, error)
+    if explained := facts.get("collapsed"):
+        least, most = min(explained.values()), max(explained.values())
+        logger.info("one convolution for %d blocks; it gives %.2f to %.2f of the variance", len(explained), least, most)
+    return network, facts
 
 
 def stage(

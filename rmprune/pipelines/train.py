@@ -11,10 +11,9 @@ from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
 from rmprune.loading import create_network
 from rmprune.measure import check_available
-from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
+from rmprune.pipelines.slim import measure_networks, pick_device, stage, start, with_weights
 from rmprune.removal import plan_removal
 from rmprune.rundir import claim
-from rmprune.starting import plain as plain_network
 from rmprune.training import fit
 
 
@@ -43,7 +42,7 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
     dense = stage(root / "dense", lambda: (trained(), {"input_shape": list(data.input_shape)}))
     plain = stage(
         root / "plain",
-        lambda: plain_network(with_weights(model, dense), data.train.example),
+        lambda: start("plain", with_weights(model, dense), data),
         onnx=data.train.example(1),
     )
     record = {
