@@ -1,0 +1,97 @@
+"""How much faster a method is than the best coupled pruning *at equal accuracy*, from the results of `slim` runs.
+
+    python experiments/equal_accuracy.py reports/slim-fashion/results.csv
+
+For each backend and batch size the coupled methods and the dense network give a front: the best accuracy (mean over seeds) that
+coupled pruning reaches within a time. Between its points accuracy is linear in log time. A network of another method with accuracy a
+and time t is (time at which the front reaches a) / t times as fast. Fronts of few points and one or two seeds are no proof: the table
+shows the points too. Writes equal-accuracy.md beside the CSV.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import tyro
+
+COUPLED = ("coupled", "coupled-taylor", "coupled-norm", "coupled-gradual")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Speed at equal accuracy over the front of coupled pruning."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """A results.csv of `python -m rmprune report`."""
+
+
+def front(points: pd.DataFrame) -> list[tuple[float, float]]:
+    """[(log time ratio, accuracy)] of the points that no faster one matches, by rising time."""
+    found: list[tuple[float, float]] = []
+    for ratio, accuracy in sorted(zip(points.ratio, points.accuracy, strict=True)):
+        if not found or accuracy > found[-1][1]:
+            found.append((math.log(ratio), accuracy))
+    return found
+
+
+def time_at(accuracy: float, points: list[tuple[float, float]]) -> float | None:
+    """The time ratio at which the front reaches this accuracy; None beyond its ends."""
+    for (t0, a0), (t1, a1) in itertools.pairwise(points):
+        if a0 <= accuracy <= a1:
+            return math.exp(t0 + (t1 - t0) * (accuracy - a0) / (a1 - a0))
+    return None
+
+
+def compare(data: pd.DataFrame) -> pd.DataFrame:
+    """One row for each method, budget and place, accuracy and time ratio averaged over seeds."""
+    keys = ["model", "backend", "threads", "batch_size", "method", "budget"]
+    per_seed = data.fillna({"budget": ""}).groupby([*keys, "seed"])[["accuracy", "ratio", "macs"]].mean().reset_index()
+    means = (
+        per_seed.groupby(keys)
+        .agg(accuracy=("accuracy", "mean"), ratio=("ratio", "mean"), seeds=("seed", "nunique"))
+        .reset_index()
+    )
+    rows = []
+    for place, part in means.groupby(["model", "backend", "threads", "batch_size"]):
+        best = front(part[part.method.isin([*COUPLED, "dense"])])
+        for row in part.itertuples():
+            if row.method == "plain" or row.method == "dense":
+                continue
+            own = None if row.method in COUPLED else time_at(row.accuracy, best)
+            speed = "" if row.method in COUPLED else "outside the front" if own is None else f"{own / row.ratio:.2f}x"
+            rows.append((*place, row.method, row.budget, row.seeds, f"{row.accuracy:.2%}", f"{row.ratio:.3f}", speed))
+    columns = [
+        "model",
+        "backend",
+        "threads",
+        "batch",
+        "method",
+        "budget",
+        "seeds",
+        "accuracy",
+        "time",
+        "speed at equal accuracy",
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def main(config: Config) -> None:
+    table = compare(pd.read_csv(config.results))
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
+    command = f"`python experiments/equal_accuracy.py {config.results}`"
+    out = config.results.with_name("equal-accuracy.md")
+    out.write_text(
+        f"Time is relative to the dense network; speed over the front of coupled pruning. {command}\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+    print(table.to_string(index=False))
+    print(out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
