@@ -17,8 +17,10 @@ from rmprune.cutter import make_cutter
 from rmprune.data import Dataset
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure import count_macs
+from rmprune.measure.layers import network_layers
 from rmprune.methods import Method
 from rmprune.pruning import Budget, GradualPruner
+from rmprune.pruning.time_cost import timed_layers
 from rmprune.removal import remove_where_faster
 from rmprune.rundir import write_text
 from rmprune.timed import MARGIN, Place, infeasible
@@ -155,6 +157,8 @@ def check_budgets(
     place = Place.first(config.measure, original, data.train.example(1))
     for method in methods.values():
         cutter = make_cutter(networks(method), method, config, data)
+        if cutter.settings.cost == "time" and not method.torch_pruning:
+            timed_layers(cutter.network, network_layers(cutter.network, cutter.example))
         for budget in budgets:
             if budget.latency_ratio is None:
                 cutter.hook(cutter.floored(budget), steps=1, epochs=1)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rmprune.errors import UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import Layer, network_layers
 from rmprune.pruning.graph import find_structure
-from rmprune.pruning.time_cost import TimeCost, grid_widths
+from rmprune.pruning.time_cost import TimeCost, grid_widths, timed_layers
 
 
 class Table(LatencyModel):
@@ -91,3 +92,17 @@ def test_grids() -> None:
     assert wide[-1] == 960
     assert all(width % 32 == 0 for width in wide[1:])
     assert len(wide) <= 7
+
+
+def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_measured() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if x.mean() > 0 else x
+
+    model, x = Branching().eval(), torch.ones(1, 3, 8, 8)
+    with pytest.raises(UnsupportedModel, match="cannot trace"):
+        timed_layers(model, network_layers(model, x))

@@ -8,12 +8,13 @@ interpolated. What that leaves out is caught by the verification of whole networ
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
+from rmprune.measure.layers import Layer as Timed
 from rmprune.measure.layers import network_layers
 from rmprune.pruning.chain import trace_graph
 from rmprune.pruning.structure import Layer, Structure
@@ -39,12 +40,8 @@ class TimeCost:
 
     def __init__(self, table: LatencyModel, model: nn.Module, structure: Structure, example_inputs: Tensor) -> None:
         found = network_layers(model, example_inputs)
-        weighted = [layer for layer in found if json.loads(layer.kind)["type"] in ("Conv2d", "Linear")]
-        names = _execution_order(model)
-        if len(names) != len(weighted):
-            raise UnsupportedModel(f"{len(names)} layers run, {len(weighted)} can be timed; use another constraint")
         self.table = table
-        self.timed = dict(zip(names, weighted, strict=True))
+        self.timed = timed_layers(model, found)
         self.grids = {layer.name: _grid(layer) for layer in structure.layers}
         shapes = [
             self.timed[name]._replace(cin=cin, cout=cout)
@@ -52,7 +49,7 @@ class TimeCost:
             for cin, cout in ([(w, w) for w in out] if into is out else itertools.product(into, out))
         ]
         table.require([*shapes, *found])
-        others = [layer for layer in found if layer not in set(weighted)]
+        others = [layer for layer in found if layer not in set(self.timed.values())]
         self._scale, self._each = table.fit
         self.constant = (table.overhead or 0.0) + sum(self._scale * table.layer_ms(x) + self._each for x in others)
 
@@ -64,6 +61,18 @@ class TimeCost:
             for a, u in [(b, 1.0)] if into is out else _between(into, cin):
                 total += u * v * self.table.layer_ms(timed._replace(cin=a, cout=b))
         return self._scale * total + self._each
+
+
+def timed_layers(model: nn.Module, found: Sequence[Timed]) -> dict[str, Timed]:
+    """{name: its layer in `found`, the network_layers of this network} of convolutions and linear layers.
+
+    Raises UnsupportedModel for a network whose layers cannot be told apart.
+    """
+    weighted = [layer for layer in found if json.loads(layer.kind)["type"] in ("Conv2d", "Linear")]
+    names = _execution_order(model)
+    if len(names) != len(weighted):
+        raise UnsupportedModel(f"{len(names)} layers run, {len(weighted)} can be timed; use another constraint")
+    return dict(zip(names, weighted, strict=True))
 
 
 def calibrate(table: LatencyModel, networks: Mapping[str, nn.Module], example_inputs: Tensor) -> dict[str, float]:
