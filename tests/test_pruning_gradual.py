@@ -151,36 +151,54 @@ def test_channels_without_effect_go_first() -> None:
 
 
 def test_cuts_again_where_the_measured_network_does_not_meet_the_budget() -> None:
-    """The measure says once that the network takes 1.25 of what it may: the next cut aims at 0.8 of the budget."""
+    """Measured, the network at its budget takes 1.25 of what it may: the next cut aims at 0.8 of the budget."""
     whole, found = measured_macs(chain(), images()), []
 
     def meets(model: nn.Module) -> float:
         found.append(measured_macs(model, images()))
-        return 1.25 if len(found) == 1 else 1.0
+        return found[-1] / (0.48 * whole)
 
     state = new_state(chain())
     hook = GradualPruner(state.model, images(), Budget(macs_ratio=0.6), prune_epochs=1, every=5, meets=meets)
     train(state, hook, 60)
-    assert len(found) == 2 and hook.done
-    assert found[1] <= 0.8 * 0.6 * whole < found[0] <= 0.6 * whole
-    assert hook.state_dict()["limit"] < 0.8 * 0.6 * whole
+    assert hook.done and found[-1] <= 0.48 * whole
+    assert any(0.48 * whole < macs <= 0.6 * whole for macs in found)
+    assert hook.state_dict()["limit"] < 0.6 * whole
+
+
+def test_stops_cutting_once_the_measured_network_meets_the_budget() -> None:
+    whole = measured_macs(chain(), images())
+    state = new_state(chain())
+    hook = GradualPruner(
+        state.model,
+        images(),
+        Budget(macs_ratio=0.6),
+        prune_epochs=1,
+        every=3,
+        meets=lambda model: measured_macs(model, images()) / (0.72 * whole),
+    )
+    train(state, hook, 60)
+    assert hook.done
+    assert 0.65 * whole < measured_macs(state.model, images()) <= 0.72 * whole
 
 
 def test_after_ctrl_c_within_the_measuring_it_measures_again() -> None:
     """What a checkpoint then holds is the cut network, not yet measured: the limit becomes what it would have been."""
 
     def interrupted(model: nn.Module) -> float:
+        if measured_macs(model, images()) > 0.6 * whole:
+            return 2.0
         raise KeyboardInterrupt
 
     def hook_of(model: nn.Module, meets: object) -> GradualPruner:
         return GradualPruner(model, images(), Budget(macs_ratio=0.6), prune_epochs=1, every=5, meets=meets)  # type: ignore[arg-type]
 
+    whole = measured_macs(chain(), images())
     state = new_state(chain())
     hook = hook_of(state.model, interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(state, hook, 60)
     again = hook_of(chain(), lambda model: 1.25 if measured_macs(model, images()) > 0.5 * whole else 1.0)
-    whole = measured_macs(chain(), images())
     again.load_state_dict(hook.state_dict())
     macs = train(state, again, 10)
     assert again.done and macs[4] <= 0.8 * 0.6 * whole < macs[3]  # five steps after the cut, as without the Ctrl-C

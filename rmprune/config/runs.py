@@ -53,7 +53,7 @@ class SlimConfig(Architecture):
     train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
     sparsity: SparsityConfig = SparsityConfig(strength=0.8)
     prune: Unprefixed[PruneConfig] = PruneConfig()
-    finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0)
+    finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0, distillation=0.5)
     measure: MeasureConfig = MeasureConfig()
     out: Path | None = field(default=None, metadata=transient())
     """Run directory (default: runs/slim-MODEL-DATASET)."""

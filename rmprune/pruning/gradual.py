@@ -23,6 +23,7 @@ from rmprune.pruning.structure import Cost, Keep, Structure, total_cost
 from rmprune.pruning.surgery import shrink
 from rmprune.pruning.taylor import TaylorSum
 
+NEAR = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
 
 
@@ -45,8 +46,9 @@ class GradualPruner:
     limits refer to the network at the start. ``importance``: taylor, or one that needs no
     data, taken at each cut. ``decay``: the share of the old scores that survives a cut (0: each cut sees the steps
     since the last one). ``structure``: what may be pruned, by default all of :func:`find_structure`. ``meets``: measures
-    a network against what the budget stands for; where it says r above 1 after the last cut, the budget is divided
-    by r, as far as the limits allow, and ``every`` steps later there is one more. Give the model and one image batch
+    a network against what the budget stands for. Near the budget no cut is made that it does not ask for; where it
+    says r above 1 after the last one, the budget is divided by r, as far as the limits allow, and ``every`` steps
+    later there is one more. Give the model and one image batch
     at the start.
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
@@ -100,6 +102,9 @@ class GradualPruner:
             return
         self.cuts = max(self.cuts + 1, state.step // self.every)
         final = self.cuts >= planned or state.step >= state.total_steps
+        if self._suffices(state):
+            self.done = True
+            return
         scores = self.scores.scores
         if self.importance != "taylor":
             scores = score_groups(self.importance, state.model, self.structure)
@@ -137,6 +142,11 @@ class GradualPruner:
             rank=self.rank,
             lookahead=self.lookahead,
         )
+
+    def _suffices(self, state: State) -> bool:
+        """Whether the network, near the end of its cuts, already meets what the budget stands for."""
+        near = total_cost(self.structure, self.target.cost) <= NEAR * self.target.limit
+        return self.meets is not None and near and self.meets(copy.deepcopy(state.model)) <= 1
 
     def _measure(self, state: State) -> None:
         """After the last cut: plan another where the network takes too much and the limits leave something to cut."""
