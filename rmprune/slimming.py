@@ -157,7 +157,8 @@ def check_budgets(
     place = Place.first(config.measure, original, data.train.example(1))
     for method in methods.values():
         cutter = make_cutter(networks(method), method, config, data)
-        if cutter.settings.cost == "time" and not method.torch_pruning:
+        timed = any(budget.latency_ratio is not None for budget in budgets)
+        if timed and cutter.settings.cost == "time" and not method.torch_pruning:
             timed_layers(cutter.network, network_layers(cutter.network, cutter.example))
         for budget in budgets:
             if budget.latency_ratio is None:

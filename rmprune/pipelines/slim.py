@@ -75,9 +75,7 @@ def _run_cell(
     removal: dict[str, Any] | None = None
     if "plain" in starts:
         found["plain"], removal = starts["plain"], artifact.read_extra(cell.shared / "plain")["removal"]
-    notes: dict[
-        str, dict[str, Any]
-    ] = {}  # what else the record says of a network: what was collapsed, what `mixed` removed
+    notes: dict[str, dict[str, Any]] = {}  # what the record says besides: what was collapsed, what `mixed` removed
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name

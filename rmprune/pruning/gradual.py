@@ -42,14 +42,13 @@ class GradualPruner:
 
     Every ``every`` steps the least important channels go, so that the cost falls geometrically from the present one
     to the budget within ``prune_epochs``; then training goes on without it. The last cut meets the budget, hard. Every
-    cut leaves multiples of ``round_to``, so that none is rounded at the end;
-    limits refer to the network at the start. ``importance``: taylor, or one that needs no
-    data, taken at each cut. ``decay``: the share of the old scores that survives a cut (0: each cut sees the steps
-    since the last one). ``structure``: what may be pruned, by default all of :func:`find_structure`. ``meets``: measures
-    a network against what the budget stands for. Near the budget no cut is made that it does not ask for; where it
-    says r above 1 after the last one, the budget is divided by r, as far as the limits allow, and ``every`` steps
-    later there is one more. Give the model and one image batch
-    at the start.
+    cut leaves multiples of ``round_to``, so that none is rounded at the end; limits refer to the network at the start.
+    ``importance``: taylor, or one that needs no data, taken at each cut. ``decay``: the share of the old scores that
+    survives a cut (0: each cut sees the steps since the last one). ``structure``: what may be pruned, by default all
+    of :func:`find_structure`. ``meets``: measures a network against what the budget stands for. Near the budget no
+    cut is made that it does not ask for; where it says r above 1 after the last one, the budget is divided by r, as
+    far as the limits allow, and ``every`` steps later there is one more. Give the model and one image batch at the
+    start.
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
     """
