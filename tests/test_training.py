@@ -26,7 +26,7 @@ from rmprune.training import TrainState, evaluate, fit, make_optimizer
 from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
 from rmprune.training.distillation import distillation_loss
 from rmprune.training.optimizer import learning_rate, parameter_groups, total_learning_rate
-from rmprune.training.precision import compute_dtype, processor_has_bfloat16
+from rmprune.training.precision import autocast, compute_dtype, processor_has_bfloat16
 from rmprune.training.sparsity import ProximalL1, batch_norm_scales, fraction_zero
 
 CONFIG = TrainConfig(epochs=3, warmup_epochs=0.5, precision="float32")
@@ -562,3 +562,18 @@ def test_two_processes_train_like_one(tmp_path: Path):
     facts = ("epoch", "train_accuracy", "validation_accuracy")
     both = zip(records(alone / "log.jsonl"), records(tmp_path / "log.jsonl"), strict=True)
     assert all([a[key] for key in facts] == [b[key] for key in facts] for a, b in both)
+
+
+def test_on_a_cpu_autocast_trains_strided_depthwise_layers_in_float32():
+    """oneDNN's bfloat16 gradient of these is several times slower; every other layer computes in bfloat16."""
+    x = torch.randn(2, 8, 9, 9)
+    for stride, groups, wide in ((2, 8, True), (1, 8, False), (2, 1, False)):
+        layer = nn.Conv2d(8, 8, 3, stride, 1, groups=groups, bias=False)
+        with autocast("bfloat16", torch.device("cpu")):
+            output = layer(x)
+            with torch.no_grad():
+                assert layer(x).dtype == torch.bfloat16
+        exact = torch.equal(output, layer(x).to(torch.bfloat16))
+        assert output.dtype == torch.bfloat16 and exact == wide
+        output.float().sum().backward()
+        assert layer.weight.grad.dtype == torch.float32
