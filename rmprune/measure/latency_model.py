@@ -13,16 +13,19 @@ by measuring.
 """
 
 import json
+import logging
 import math
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError
@@ -31,6 +34,7 @@ from rmprune.measure.latency import measure_latencies, quiet_process, timed_roun
 from rmprune.measure.layers import Layer, neighbours, network_layers
 from rmprune.records import environment
 
+logger = logging.getLogger("rmprune.measure")
 SCHEMA = 1
 _PULL = 0.3
 _PASSES = 2
@@ -96,17 +100,30 @@ class LatencyModel:
         if self.overhead is None:
             self.overhead = self._measure([_EMPTY])[0]
         order, found = random.Random(0), dict.fromkeys(missing, math.inf)
-        for _ in range(
-            _PASSES if missing else 0
-        ):  # apart in time and in other company: a burst of load hits one of them
+        parts: list[list[Layer]] = []
+        for _ in range(_PASSES):  # apart in time and in other company: a burst of load hits one of them
             order.shuffle(missing)
-            for start in range(0, len(missing), _AT_ONCE):
-                part = missing[start : start + _AT_ONCE]
-                for layer, ms in zip(part, self._measure(part), strict=True):
-                    found[layer] = min(found[layer], ms)
+            parts += (missing[start : start + _AT_ONCE] for start in range(0, len(missing), _AT_ONCE))
+        for part in self._shown(parts, len(missing)):
+            for layer, ms in zip(part, self._measure(part), strict=True):
+                found[layer] = min(found[layer], ms)
         self.table |= found
         if missing and self.cache is not None:
             self._write(self.cache)
+
+    def _shown(self, parts: list[list[Layer]], layers: int) -> Iterator[list[Layer]]:
+        """The parts, with a bar and the time left where they are many; one log line where there is no terminal."""
+        console, title = Console(stderr=True), f"timing {layers} layer shapes one by one on {self.backend}"
+        many = len(parts) > _PASSES
+        if many and not console.is_terminal:
+            logger.info(title)
+        hidden = not (many and console.is_terminal)
+        # no refreshing by a thread of its own: it would run beside what is timed
+        with Progress(console=console, transient=True, disable=hidden, auto_refresh=False) as progress:
+            task = progress.add_task(title, total=len(parts))
+            for done, part in enumerate(parts):
+                progress.update(task, completed=done, refresh=True)
+                yield part
 
     def calibrate(self, models: dict[str, nn.Module], example_inputs: Tensor, *, seconds: float = 1.0) -> pd.DataFrame:
         """Fits a and b on whole networks (three or more, of different cost); returns `validate`'s table.

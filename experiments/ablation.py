@@ -1,0 +1,208 @@
+"""What each part of pruning and recovery is worth, one changed at a time: two tables from one trained network.
+
+    python experiments/ablation.py runs/slim-fashion/seed0/dense      # writes reports/ablation-fashion
+
+importance: `rm` (a plain net whose reserved copies and computed channels compete) in one cut, by every importance there is.
+recovery: `rm-collapse` as `slim` does it, and with one setting changed. All get the same budget in MACs, images and epochs. Judged on
+the validation images, which nothing is trained on; the test images are never read. A row that is done is not done again.
+"""
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import tyro
+from rich.console import Console
+from torch import nn
+
+from rmprune import artifact
+from rmprune.amc.scoring import Scorer, importance_order
+from rmprune.amc.scoring import Settings as Scoring
+from rmprune.amc.space import Limits, Space
+from rmprune.config import DataConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.cutter import Cutter, importance_batches, make_cutter
+from rmprune.data import Dataset, load_dataset
+from rmprune.errors import ArtifactError
+from rmprune.measure import count_macs
+from rmprune.methods import METHODS
+from rmprune.pruning import Budget, allocate
+from rmprune.pruning.importance import score_groups
+from rmprune.pruning.structure import macs
+from rmprune.starting import STARTING
+from rmprune.training import evaluate, fit
+from rmprune.training.precision import compute_dtype
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The ablation study."""
+
+    dense: tyro.conf.Positional[Path]
+    """Artifact of the trained network with its residuals (`slim` writes it: RUN/seed0/dense)."""
+    dataset: str = "fashion-mnist"
+    """What it was trained on."""
+    train_images: int = 12_000
+    """A fixed part of the training images."""
+    macs_ratio: float = 0.15
+    """Budget of every row."""
+    epochs: int = 3
+    """Epochs of fine-tuning of every row."""
+    seed: int = 0
+    """Of the order of the images."""
+    out: Path = Path("reports/ablation-fashion")
+    """Where the tables go."""
+
+
+Fit = Literal["as cut", "recalibrated", "reconstructed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training. `prune`, `finetune`: what differs from `slim`'s settings; `fitted`: done to a network after its one cut."""
+
+    table: str
+    name: str
+    method: str
+    prune: dict[str, Any] = dataclasses.field(default_factory=dict)
+    finetune: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fitted: Fit = "as cut"
+
+
+ONCE = {"gradual": False}
+ROWS = [
+    *(
+        Row("importance", name, "rm", ONCE | {"importance": name})
+        for name in ("batch_norm", "magnitude", "activation", "taylor", "taylor_squared", "random")
+    ),
+    Row(
+        "importance",
+        "batch_norm, one global threshold",
+        "rm",
+        ONCE | {"importance": "batch_norm", "rank": "importance"},
+    ),
+    Row("importance", "taylor, one global threshold", "rm", ONCE | {"importance": "taylor", "rank": "importance"}),
+    Row("importance", "taylor, cut while training", "rm"),
+    Row("recovery", "as slim does it", "rm-collapse"),
+    Row("recovery", "one cut", "rm-collapse", ONCE),
+    Row("recovery", "one cut, batch norms recalibrated", "rm-collapse", ONCE, fitted="recalibrated"),
+    Row("recovery", "one cut, layers reconstructed", "rm-collapse", ONCE, fitted="reconstructed"),
+    Row("recovery", "no distillation", "rm-collapse", finetune={"distillation": 0.0}),
+    Row("recovery", "distillation alone", "rm-collapse", finetune={"distillation": 1.0}),
+    Row("recovery", "learning rate / 3", "rm-collapse", finetune={"learning_rate": 0.02}),
+    Row("recovery", "learning rate * 2", "rm-collapse", finetune={"learning_rate": 0.12}),
+    Row("recovery", "cuts over a quarter", "rm-collapse", {"cut_fraction": 0.25}),
+    Row("recovery", "cuts over three quarters", "rm-collapse", {"cut_fraction": 0.75}),
+    Row("recovery", "two cuts", "rm-collapse", {"cuts": 2}),
+    Row("recovery", "no memory of scores", "rm-collapse", {"score_decay": 0.0}),
+]
+
+
+def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[str, Any]:
+    """Prune, fine-tune, and validate."""
+    usual = {"learning_rate": 0.06, "warmup_epochs": 1.0, "distillation": 0.5}
+    tuning = TrainConfig(epochs=settings.epochs, **(usual | row.finetune))
+    method = METHODS[row.method]
+    network = STARTING[method.start](dense, data.train.example)[0]
+    config = SlimConfig(
+        method=(row.method,),
+        data=data.config,
+        prune=PruneConfig(macs_ratio=(settings.macs_ratio,), **row.prune),
+        finetune=tuning,
+    )
+    cutter = make_cutter(network, method, config, data)
+    example = data.train.example(1)
+    budget = cutter.floored(
+        Budget(
+            macs_ratio=settings.macs_ratio, reference_macs=count_macs(dense, example), round_to=config.prune.round_to
+        )
+    )
+    hook, start = None, network
+    if cutter.settings.gradual:
+        steps = data.train.num_batches(data.config.batch_size, shuffled=True) * settings.epochs
+        hook = cutter.hook(budget, steps=steps, epochs=settings.epochs)
+    else:
+        start = cut_once(cutter, budget, row.fitted)
+    cut = None if hook else evaluate(start, data.validation).accuracy
+    model = fit(
+        start,
+        data,
+        tuning,
+        seed=settings.seed,
+        hook=hook,
+        teacher=dense if tuning.distillation else None,
+        label=row.name,
+    )
+    return {
+        "table": row.table,
+        "row": row.name,
+        "method": row.method,
+        "validation_before": cut,
+        "validation": evaluate(model, data.validation).accuracy,
+        "macs_ratio": count_macs(model, example) / count_macs(dense, example),
+    }
+
+
+def cut_once(cutter: Cutter, budget: Budget, fitted: Fit) -> nn.Module:
+    """The network after one cut; its batch norms measured anew, its layers fitted to the whole network, or neither."""
+    if fitted == "as cut":
+        return cutter.once(cutter.network, budget)
+    settings, data = cutter.settings, cutter.data
+    scores = score_groups(settings.importance, cutter.network, cutter.structure, importance_batches(data))
+    keep = allocate(cutter.structure, scores, budget, rank=settings.rank)
+    space = Space(cutter.structure, macs, float("inf"), Limits(lowest=0.0, multiple=1))
+    images, labels = next(iter(data.train.batches(512)))
+    scoring = Scoring(dtype=compute_dtype("auto", images.device), reconstruct=fitted == "reconstructed")
+    scorer = Scorer(cutter.network, space, importance_order(scores), images, images, labels, scoring)
+    return scorer.build(
+        tuple(int(keep[group.name].sum()) if group.name in keep else group.units for group in space.groups)
+    )
+
+
+def markdown(table: pd.DataFrame, settings: Settings) -> str:
+    """Both tables for a reader."""
+    text = [
+        f"# Ablations: {settings.macs_ratio:g} of the MACs, {settings.epochs} epochs of {settings.train_images:,} images",
+        "Validation accuracy (6,000 images; one seed, so differences under about 0.3 points are noise).",
+    ]
+    for name, rows in table.groupby("table", sort=False):
+        text += [
+            f"## {name.capitalize()} (`{rows.method.iloc[0]}`)",
+            "| | after the cut | fine-tuned | MACs |\n| --- | ---: | ---: | ---: |",
+        ]
+        best = rows.sort_values("validation", ascending=False)
+        text[-1] += "".join(
+            f"\n| {r.row} | {'' if pd.isna(r.validation_before) else f'{100 * r.validation_before:.1f} %'} "
+            f"| {100 * r.validation:.2f} % | {r.macs_ratio:.3f}x |"
+            for r in best.itertuples()
+        )
+    return "\n\n".join(text) + "\n"
+
+
+def main(settings: Settings) -> None:
+    if not artifact.is_artifact(settings.dense):
+        raise ArtifactError(f"{settings.dense} is not an artifact directory")
+    dense = artifact.load(settings.dense)
+    data = load_dataset(DataConfig(settings.dataset, batch_size=128, train_images=settings.train_images))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "results.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    for number, row in enumerate(ROWS, 1):
+        if any(done["table"] == row.table and done["row"] == row.name for done in rows):
+            continue
+        console.print(f"[{number}/{len(ROWS)}] {row.table}: {row.name}")
+        rows.append(run(row, dense, data, settings))
+        console.print(f"  {rows[-1]['validation']:.2%} at {rows[-1]['macs_ratio']:.3f} of the MACs")
+        pd.DataFrame(rows).to_csv(path, index=False)
+    (settings.out / "ablation.md").write_text(markdown(pd.DataFrame(rows), settings))
+    (settings.out / "command.txt").write_text("python " + shlex.join(sys.argv) + "\n")
+    console.print(f"{settings.out}/ablation.md written")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
