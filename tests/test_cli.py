@@ -95,6 +95,9 @@ def test_convert_and_its_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     assert "9 residuals removed, 0 kept" in printed and "ONNX Runtime differs" in printed
     assert status("convert", "resnet20", "--out", str(out)) == 2  # nothing is overwritten unasked
+    before = (out / "model.safetensors").read_bytes()
+    assert status("convert", str(out), "--out", f"{out}/../plain", "--overwrite") == 2  # nor the network itself
+    assert (out / "model.safetensors").read_bytes() == before and "would be lost" in capsys.readouterr().err
 
 
 def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str]) -> None:

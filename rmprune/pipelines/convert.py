@@ -117,6 +117,8 @@ def run_convert(config: ConvertConfig) -> Path:
     """Remove residuals, write the artifact, and say what was done and what it costs."""
     if config.out.exists() and not (config.overwrite and artifact.is_artifact(config.out)):
         raise ConfigError(f"{config.out}: exists already; choose another --out, or --overwrite an artifact")
+    if config.out.exists() and Path(config.network.model).exists() and config.out.samefile(config.network.model):
+        raise ConfigError(f"{config.out}: is what is being converted, and would be lost; choose another --out")
     model, example = open_network(config.network)
     removal = remove_residuals(model, example, batch_norm=config.batch_norm, **_options(config.removal))  # type: ignore[arg-type]
     facts = {
