@@ -1,6 +1,7 @@
 """The command line: one small function for each subcommand, flags and help generated from the configs. The work is done elsewhere."""
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         _fail(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _fail(
+            "under torchrun every process would write the same run; start the command by itself, "
+            "or call rmprune.training.fit, which divides its batches among the processes, from a script"
+        )
     try:
         COMMANDS[name](rest)
     except RmpruneError as error:
