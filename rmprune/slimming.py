@@ -5,12 +5,12 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rmprune.config import SlimConfig, TrainConfig
 from rmprune.cutter import make_cutter
@@ -112,19 +112,11 @@ def slim_network(
     if not method.mixed:
         return network, {}
     assert place is not None
-    ratios = functools.partial(affordable, place, asked, example)
+    limit = math.inf if asked.macs_ratio is None else asked.macs_ratio * (asked.reference_macs or math.inf)
+    ratios = functools.partial(place.affordable, lambda network: count_macs(network, example) <= limit)
     network, removed = remove_where_faster(network, data.train.example(2), ratios)
     logger.info("%s: removed %s", label, ", ".join(removed) or "no residual, none made it faster")
     return network, {"removed": removed}
-
-
-def affordable(place: Place, budget: Budget, example: Tensor, networks: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Time of each network relative to the original's; infinite where it has more MACs than the budget allows."""
-    limit = math.inf if budget.macs_ratio is None else budget.macs_ratio * (budget.reference_macs or math.inf)
-    return {
-        name: ratio if count_macs(networks[name], example) <= limit else math.inf
-        for name, ratio in place.ratios(networks).items()
-    }
 
 
 def scaled(budget: Budget, factor: float) -> Budget:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from rmprune import artifact, records
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, SearchConfig, TrainConfig
@@ -14,6 +15,7 @@ from rmprune.measure import count_macs
 from rmprune.pipelines import amc as pipeline
 from rmprune.pipelines.amc import METHODS, run_amc
 from rmprune.report import build_report
+from rmprune.timed import Place
 
 QUICK = AmcConfig(
     width=0.5,
@@ -100,6 +102,28 @@ def test_gradual_cuts_end_at_the_policy(run: Path, tmp_path: Path) -> None:
     model = artifact.load(tmp_path / "run" / "rm-uniform")
     assert {name: model.get_submodule(name).out_channels for name in widths} == widths
     assert found["rm-uniform"]["macs"] <= 0.5 * found["original"]["macs"]
+
+
+def test_mixed_removes_what_is_faster_and_affordable_without_changing_the_function(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removal_is_faster(place: Place, networks: dict[str, nn.Module]) -> dict[str, float]:
+        return {name: 0.5 if name == "removed" else 1.0 for name in networks}
+
+    monkeypatch.setattr(Place, "ratios", removal_is_faster)
+    narrow = dataclasses.replace(QUICK.search, budget=(0.9,), highest=0.5)  # leaves MACs for the copies
+    for search, count in ((QUICK.search, 0), (narrow, 4)):
+        out = tmp_path / str(count)
+        config = dataclasses.replace(
+            QUICK, method=("residual-amc", "mixed-amc"), search=search, checkpoint=run / "dense", out=out
+        )
+        record = records.read_record(run_amc(config, command="x")[0])
+        assert len(record["mixed-amc"]["removed"]) == count and "removed" not in record["residual-amc"]
+        assert record["mixed-amc"]["macs"] <= search.budget[0] * record["original"]["macs"]
+        kept, removed = (artifact.load(out / name).double() for name in config.method)
+        x = 3 * torch.randn(16, 1, 8, 8, dtype=torch.float64)
+        assert (record["mixed-amc"]["macs"] > record["residual-amc"]["macs"]) == (count > 0)
+        torch.testing.assert_close(removed(x), kept(x), rtol=1e-4, atol=1e-4)  # both were saved in float32
 
 
 def test_a_budget_given_twice_is_refused() -> None:

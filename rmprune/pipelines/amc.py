@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from rmprune import artifact, models, records
 from rmprune.amc.apply import PolicyPruner
-from rmprune.amc.choose import Timing, choose, make_space
+from rmprune.amc.choose import Timing, choose, make_space, network_cost
 from rmprune.amc.progress import search_bar
 from rmprune.amc.search import METHODS as SEARCHES
 from rmprune.amc.search import Method as SearchMethod
+from rmprune.amc.space import COSTS
 from rmprune.amc.uniform import width_multiplier
 from rmprune.config import AmcConfig, architecture
 from rmprune.configfile import to_dict
@@ -29,9 +30,10 @@ from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
 from rmprune.measure import check_available
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
-from rmprune.removal import remove_residuals
+from rmprune.removal import remove_residuals, remove_where_faster
 from rmprune.rundir import claim
 from rmprune.starting import CALIBRATION_IMAGES
+from rmprune.timed import Place
 from rmprune.training import fit
 
 logger = logging.getLogger("rmprune")
@@ -39,11 +41,15 @@ GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
 
 
 class Method(NamedTuple):
-    """How a method chooses widths. `search`: None trains the original network at a smaller width from scratch."""
+    """How a method chooses widths. `search`: None trains the original network at a smaller width from scratch.
+
+    `mixed`: once the network is pruned, residuals are removed wherever that makes it faster, measured.
+    """
 
     about: str
     plain: bool
     search: SearchMethod | None
+    mixed: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -51,6 +57,12 @@ METHODS: dict[str, Method] = {
     "rm-random": Method("RM and fusing, then random search with as many episodes", True, "random"),
     "rm-uniform": Method("RM and fusing, then the same fraction of every layer", True, "uniform"),
     "residual-amc": Method("residuals kept, coupled channels tied, then the agent", False, "agent"),
+    "mixed-amc": Method(
+        "as residual-amc, then RM, exactly, for those residuals whose removal makes the pruned network faster",
+        False,
+        "agent",
+        mixed=True,
+    ),
     "residual-random": Method("residuals kept, coupled channels tied, then random search", False, "random"),
     "uniform": Method("the original network at a smaller width multiplier, trained from scratch", False, None),
 }
@@ -145,7 +157,8 @@ class _Run:
         entries = measure_networks(found, self.data, config.measure, self.device)
         for name in config.method:
             entries[name]["method"] = name
-            entries[name]["search"] = artifact.read_extra(cell.directory / name)["search"]
+            facts = artifact.read_extra(cell.directory / name)
+            entries[name] |= {key: facts[key] for key in ("search", "removed") if key in facts}
         record = {
             "schema": records.SCHEMA,
             "command": command,
@@ -224,7 +237,25 @@ class _Run:
                 timing=self.timing,
                 watch=watch,
             )
-        return self.finetune(name, base, chosen.model, chosen.widths, dense), {"search": chosen.facts}
+        model = self.finetune(name, base, chosen.model, chosen.widths, dense)
+        if not METHODS[name].mixed:
+            return model, {"search": chosen.facts}
+        model, removed = self.remove_faster(model, dense)
+        logger.info("%s: removed %s", name, ", ".join(removed) or "no residual, none made it faster")
+        return model, {"search": chosen.facts, "removed": removed}
+
+    def remove_faster(self, model: nn.Module, dense: nn.Module) -> tuple[nn.Module, list[str]]:
+        """RM for those residuals whose removal makes the network faster and leaves it within a budget in MACs or parameters."""
+        config, example = self.config, self.data.train.example(1)
+        place = self.timing.place if self.timing else Place.first(config.measure, dense, example)
+
+        def fits(network: nn.Module) -> bool:
+            if config.search.constraint == "latency":
+                return True
+            cost = COSTS[config.search.constraint]
+            return network_cost(network, example, cost) <= self.cell.value * network_cost(dense, example, cost)
+
+        return remove_where_faster(model, self.example, functools.partial(place.affordable, fits))
 
     def finetune(
         self, name: str, base: nn.Module, pruned: nn.Module, widths: dict[str, int], teacher: nn.Module
