@@ -4,7 +4,8 @@
 
 importance: `rm` (a plain net whose reserved copies and computed channels compete) in one cut, by every importance there is.
 recovery: `rm-collapse` as `slim` does it, and with one setting changed. All get the same budget in MACs, images and epochs. Judged on
-the validation images, which nothing is trained on; the test images are never read. A row that is done is not done again.
+the validation images, which nothing is trained on; the test images are never read. Goes on where it was
+interrupted.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import torch
 import tyro
 from rich.console import Console
 from torch import nn
@@ -26,12 +28,13 @@ from rmprune.amc.space import Limits, Space
 from rmprune.config import DataConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.cutter import Cutter, importance_batches, make_cutter
 from rmprune.data import Dataset, load_dataset
-from rmprune.errors import ArtifactError
+from rmprune.errors import ConfigError
 from rmprune.measure import count_macs
 from rmprune.methods import METHODS
 from rmprune.pruning import Budget, allocate
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import macs
+from rmprune.slimming import slim_network
 from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit
 from rmprune.training.precision import compute_dtype
@@ -55,8 +58,17 @@ class Settings:
     """Epochs of fine-tuning of every row."""
     seed: int = 0
     """Of the order of the images."""
+    runs: Path = Path("runs/ablation-fashion")
+    """Where checkpoints and the log go."""
     out: Path = Path("reports/ablation-fashion")
     """Where the tables go."""
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What all rows of a table share."""
+        names = ("dataset", "train_images", "budget", "epochs", "seed")
+        values = (self.dataset, self.train_images, self.macs_ratio, self.epochs, self.seed)
+        return dict(zip(names, values, strict=True))
 
 
 Fit = Literal["as cut", "recalibrated", "reconstructed"]
@@ -115,36 +127,28 @@ def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[s
         prune=PruneConfig(macs_ratio=(settings.macs_ratio,), **row.prune),
         finetune=tuning,
     )
-    cutter = make_cutter(network, method, config, data)
     example = data.train.example(1)
-    budget = cutter.floored(
-        Budget(
-            macs_ratio=settings.macs_ratio, reference_macs=count_macs(dense, example), round_to=config.prune.round_to
-        )
-    )
-    hook, start = None, network
-    if cutter.settings.gradual:
-        steps = data.train.num_batches(data.config.batch_size, shuffled=True) * settings.epochs
-        hook = cutter.hook(budget, steps=steps, epochs=settings.epochs)
+    whole = count_macs(dense, example)
+    budget = Budget.from_config(config.prune, "macs_ratio", settings.macs_ratio, reference_macs=whole)
+    place = {"seed": settings.seed, "checkpoint": settings.runs / f"{row.table}-{row.name}.pt", "label": row.name}
+    log = settings.runs / "log.jsonl"
+    cut = None
+    if dataclasses.replace(config.prune, **method.settings).gradual:
+        device = torch.device("cpu")
+        model = slim_network(network, method, budget, config, data, device=device, teacher=dense, log=log, **place)[0]
     else:
-        start = cut_once(cutter, budget, row.fitted)
-    cut = None if hook else evaluate(start, data.validation).accuracy
-    model = fit(
-        start,
-        data,
-        tuning,
-        seed=settings.seed,
-        hook=hook,
-        teacher=dense if tuning.distillation else None,
-        label=row.name,
-    )
+        cutter = make_cutter(network, method, config, data)
+        start = cut_once(cutter, cutter.floored(budget), row.fitted)
+        cut = evaluate(start, data.validation).accuracy
+        model = fit(start, data, tuning, teacher=dense if tuning.distillation else None, log=log, **place)
     return {
         "table": row.table,
         "row": row.name,
         "method": row.method,
         "validation_before": cut,
         "validation": evaluate(model, data.validation).accuracy,
-        "macs_ratio": count_macs(model, example) / count_macs(dense, example),
+        "macs_ratio": count_macs(model, example) / whole,
+        **settings.shown,
     }
 
 
@@ -164,11 +168,19 @@ def cut_once(cutter: Cutter, budget: Budget, fitted: Fit) -> nn.Module:
     )
 
 
-def markdown(table: pd.DataFrame, settings: Settings) -> str:
+def done_rows(path: Path, settings: Settings) -> list[dict[str, Any]]:
+    """The rows of the table as it lies there. Refuses one that was made with other settings."""
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    if any(row[name] != value for row in rows for name, value in settings.shown.items()):
+        raise ConfigError(f"{path} was made with other settings; give another --out and --runs")
+    return rows
+
+
+def markdown(table: pd.DataFrame, settings: Settings, images: int) -> str:
     """Both tables for a reader."""
     text = [
         f"# Ablations: {settings.macs_ratio:g} of the MACs, {settings.epochs} epochs of {settings.train_images:,} images",
-        "Validation accuracy (6,000 images; one seed, so differences under about 0.3 points are noise).",
+        f"Accuracy on {images:,} validation images; one seed, so small differences are noise.",
     ]
     for name, rows in table.groupby("table", sort=False):
         text += [
@@ -185,13 +197,11 @@ def markdown(table: pd.DataFrame, settings: Settings) -> str:
 
 
 def main(settings: Settings) -> None:
-    if not artifact.is_artifact(settings.dense):
-        raise ArtifactError(f"{settings.dense} is not an artifact directory")
     dense = artifact.load(settings.dense)
     data = load_dataset(DataConfig(settings.dataset, batch_size=128, train_images=settings.train_images))
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "results.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    rows = done_rows(path, settings)
     for number, row in enumerate(ROWS, 1):
         if any(done["table"] == row.table and done["row"] == row.name for done in rows):
             continue
@@ -199,7 +209,7 @@ def main(settings: Settings) -> None:
         rows.append(run(row, dense, data, settings))
         console.print(f"  {rows[-1]['validation']:.2%} at {rows[-1]['macs_ratio']:.3f} of the MACs")
         pd.DataFrame(rows).to_csv(path, index=False)
-    (settings.out / "ablation.md").write_text(markdown(pd.DataFrame(rows), settings))
+    (settings.out / "ablation.md").write_text(markdown(pd.DataFrame(rows), settings, len(data.validation)))
     (settings.out / "command.txt").write_text("python " + shlex.join(sys.argv) + "\n")
     console.print(f"{settings.out}/ablation.md written")
 

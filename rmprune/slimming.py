@@ -113,8 +113,9 @@ def slim_network(
         return network, {}
     assert place is not None
     limit = math.inf if asked.macs_ratio is None else asked.macs_ratio * (asked.reference_macs or math.inf)
-    ratios = functools.partial(place.affordable, lambda network: count_macs(network, example) <= limit)
-    network, removed = remove_where_faster(network, data.train.example(2), ratios)
+    network, removed = remove_where_faster(
+        network, data.train.example(2), place.ratios, lambda network: count_macs(network, example) <= limit
+    )
     logger.info("%s: removed %s", label, ", ".join(removed) or "no residual, none made it faster")
     return network, {"removed": removed}
 

@@ -64,10 +64,6 @@ class Place:
         )
         return {name: float(latencies[name][0].ratio or 1.0) for name in networks}
 
-    def affordable(self, fits: Callable[[nn.Module], bool], networks: Mapping[str, nn.Module]) -> dict[str, float]:
-        """The same; infinite for a network that does not fit another budget."""
-        return {name: ratio if fits(networks[name]) else math.inf for name, ratio in self.ratios(networks).items()}
-
     def ratio(self, network: nn.Module) -> float:
         """Time of one network relative to the original's."""
         return self.ratios({"network": network})["network"]

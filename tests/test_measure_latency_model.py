@@ -93,6 +93,15 @@ def test_prediction_is_the_sum_with_the_overhead_once() -> None:
     assert model.predict(chain(8, 16), X) == pytest.approx(expected) and len(model.measured) == count
 
 
+def test_timing_many_layers_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="rmprune.measure")
+    model, net = Fake(), chain(*range(8, 8 * 40, 8))
+    time = model.predict(net, X)
+    assert len(caplog.records) == 1 and "layer shapes" in caplog.text
+    assert model.predict(net, X) == time and len(caplog.records) == 1
+    assert len(set(model.measured)) == len(model.table) + 1  # the overhead's empty network
+
+
 def test_widths_between_are_interpolated() -> None:
     model = Fake()
     assert model.predict(chain(21, 23), X) == pytest.approx(0.5 + (3 * 21 + 21 * 23) / 1000)

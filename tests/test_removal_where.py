@@ -42,6 +42,12 @@ def test_those_that_pay_alone_but_not_together_stay() -> None:
     assert remove_where_faster(model, images(), ratios(0.9, 0.9, 1.1)) == (model, [])
 
 
+def test_what_does_not_fit_stays_and_is_not_measured() -> None:
+    model = network()
+    nothing = remove_where_faster(model, images(), lambda networks: pytest.fail("measured"), lambda network: False)
+    assert nothing == (model, [])
+
+
 def test_a_plain_network_is_left_as_it_is() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     assert remove_where_faster(plain, torch.randn(1, 3, 8, 8), lambda networks: pytest.fail("measured")) == (plain, [])

@@ -99,6 +99,8 @@ class LatencyModel:
         missing = list(needed)
         if self.overhead is None:
             self.overhead = self._measure([_EMPTY])[0]
+        if not missing:
+            return
         order, found = random.Random(0), dict.fromkeys(missing, math.inf)
         parts: list[list[Layer]] = []
         for _ in range(_PASSES):  # apart in time and in other company: a burst of load hits one of them
@@ -108,7 +110,7 @@ class LatencyModel:
             for layer, ms in zip(part, self._measure(part), strict=True):
                 found[layer] = min(found[layer], ms)
         self.table |= found
-        if missing and self.cache is not None:
+        if self.cache is not None:
             self._write(self.cache)
 
     def _shown(self, parts: list[list[Layer]], layers: int) -> Iterator[list[Layer]]:

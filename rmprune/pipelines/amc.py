@@ -255,7 +255,7 @@ class _Run:
             cost = COSTS[config.search.constraint]
             return network_cost(network, example, cost) <= self.cell.value * network_cost(dense, example, cost)
 
-        return remove_where_faster(model, self.example, functools.partial(place.affordable, fits))
+        return remove_where_faster(model, self.example, place.ratios, fits)
 
     def finetune(
         self, name: str, base: nn.Module, pruned: nn.Module, widths: dict[str, int], teacher: nn.Module

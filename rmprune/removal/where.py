@@ -12,18 +12,24 @@ GAIN = 0.99  # a residual goes if the network then takes at most this part of it
 
 
 def remove_where_faster(
-    model: nn.Module, example_inputs: Tensor, ratios: Callable[[Mapping[str, nn.Module]], Mapping[str, float]]
+    model: nn.Module,
+    example_inputs: Tensor,
+    ratios: Callable[[Mapping[str, nn.Module]], Mapping[str, float]],
+    fits: Callable[[nn.Module], bool] = lambda network: True,
 ) -> tuple[nn.Module, list[str]]:
     """`model` without those residuals whose removal, one at a time, makes it faster, and their names; `model`, [] where none does.
 
     Removal is exact, so time is all that decides: a residual stays where its addition is cheaper than the reserved rows.
-    `ratios` measures networks by name, in turns, in one unit. Those that pay one by one are removed together and measured
-    again. Raises what `remove_residuals` raises, but no error where nothing can be removed.
+    `ratios` measures networks by name, in turns, in one unit; `fits` says whether a network is within another budget, and what
+    does not fit is not measured. Those that pay one by one are removed together and measured again. Raises what
+    `remove_residuals` raises, but no error where nothing can be removed.
     """
     names = [block.name for block in plan_removal(model, example_inputs) if block.removable]
 
     def without(gone: list[str]) -> tuple[nn.Module, bool]:
         removal = remove_residuals(model, example_inputs, keep=[name for name in names if name not in gone])
+        if not fits(removal.model):
+            return removal.model, False
         times = ratios({"kept": model, "removed": removal.model})
         return removal.model, times["removed"] <= GAIN * times["kept"]
 

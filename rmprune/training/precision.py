@@ -47,8 +47,7 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
 class _StridedDepthwiseInFloat32(TorchFunctionMode):
     """Under autocast on a CPU: depthwise convolutions with a stride are trained in float32.
 
-    oneDNN has no fast bfloat16 gradient for them: 148 ms against 26 (96 channels of 28x28, batch 128, one core), two fifths
-    of a MobileNetV2's training step.
+    oneDNN has no fast bfloat16 gradient for them: it takes several times what float32's takes, and much of a MobileNetV2's step.
     """
 
     def __torch_function__(
