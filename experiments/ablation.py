@@ -171,7 +171,7 @@ def cut_once(cutter: Cutter, budget: Budget, fitted: Fit) -> nn.Module:
 def done_rows(path: Path, settings: Settings) -> list[dict[str, Any]]:
     """The rows of the table as it lies there. Refuses one that was made with other settings."""
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    if any(row[name] != value for row in rows for name, value in settings.shown.items()):
+    if any(row.get(name) != value for row in rows for name, value in settings.shown.items()):
         raise ConfigError(f"{path} was made with other settings; give another --out and --runs")
     return rows
 
