@@ -2,10 +2,12 @@
 
     python experiments/ablation.py runs/slim-fashion/seed0/dense      # writes reports/ablation-fashion
 
-importance: `rm` (a plain net whose reserved copies and computed channels compete) in one cut, by every importance there is.
-recovery: `rm-collapse` as `slim` does it, and with one setting changed. All get the same budget in MACs, images and epochs. Judged on
-the validation images, which nothing is trained on; the test images are never read. Goes on where it was
-interrupted.
+importance: `rm` (a plain net whose reserved copies and computed channels compete) in one cut, by every importance there is, and with
+its reserved copies held while it is fine-tuned (their batch norms are trained).
+recovery: `rm-collapse` as `slim` does it, and with one setting changed.
+
+All get the same budget in MACs, images and epochs. Judged on the validation images, which nothing is trained on; the test images are
+never read. Goes on where it was interrupted.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import pandas as pd
 import torch
 import tyro
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from rmprune import artifact
 from rmprune.amc.scoring import Scorer, importance_order
@@ -38,6 +40,7 @@ from rmprune.slimming import slim_network
 from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit
 from rmprune.training.precision import compute_dtype
+from rmprune.training.state import TrainState
 
 console = Console()
 
@@ -76,7 +79,9 @@ Fit = Literal["as cut", "recalibrated", "reconstructed"]
 
 @dataclass(frozen=True)
 class Row:
-    """One training. `prune`, `finetune`: what differs from `slim`'s settings; `fitted`: done to a network after its one cut."""
+    """One training. `prune`, `finetune`: what differs from `slim`'s settings; `fitted`: done to a network after its one cut;
+    `held`: the part of the steps for which reserved copies stay identities.
+    """
 
     table: str
     name: str
@@ -84,6 +89,7 @@ class Row:
     prune: dict[str, Any] = dataclasses.field(default_factory=dict)
     finetune: dict[str, Any] = dataclasses.field(default_factory=dict)
     fitted: Fit = "as cut"
+    held: float = 0.0
 
 
 ONCE = {"gradual": False}
@@ -100,6 +106,8 @@ ROWS = [
     ),
     Row("importance", "taylor, one global threshold", "rm", ONCE | {"importance": "taylor", "rank": "importance"}),
     Row("importance", "taylor, cut while training", "rm"),
+    Row("importance", "taylor, identity rows fixed", "rm", ONCE, held=1.0),
+    Row("importance", "taylor, identity rows fixed for half of the steps", "rm", ONCE, held=0.5),
     Row("recovery", "as slim does it", "rm-collapse"),
     Row("recovery", "one cut", "rm-collapse", ONCE),
     Row("recovery", "one cut, batch norms recalibrated", "rm-collapse", ONCE, fitted="recalibrated"),
@@ -140,7 +148,8 @@ def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[s
         cutter = make_cutter(network, method, config, data)
         start = cut_once(cutter, cutter.floored(budget), row.fitted)
         cut = evaluate(start, data.validation).accuracy
-        model = fit(start, data, tuning, teacher=dense if tuning.distillation else None, log=log, **place)
+        hook = IdentityRows(start, row.held) if row.held else None
+        model = fit(start, data, tuning, hook=hook, teacher=dense if tuning.distillation else None, log=log, **place)
     return {
         "table": row.table,
         "row": row.name,
@@ -166,6 +175,25 @@ def cut_once(cutter: Cutter, budget: Budget, fitted: Fit) -> nn.Module:
     return scorer.build(
         tuple(int(keep[group.name].sum()) if group.name in keep else group.units for group in space.groups)
     )
+
+
+class IdentityRows:
+    """Holds the rows of convolutions that only copy a channel, for this part of the steps (a training hook)."""
+
+    def __init__(self, model: nn.Module, part: float) -> None:
+        self.part = part
+        self.rows: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                weight = module.weight.detach()
+                copies = (weight != 0).flatten(1).sum(dim=1) == 1
+                self.rows[name] = copies, weight[copies].clone()
+
+    def __call__(self, state: TrainState) -> None:
+        if state.step <= self.part * state.total_steps:
+            with torch.no_grad():
+                for name, (copies, weight) in self.rows.items():
+                    state.model.get_submodule(name).weight[copies] = weight
 
 
 def done_rows(path: Path, settings: Settings) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ As a search uses it: for each network the model is fitted on four uniform widths
 with its residuals and without, MobileNetV2 as it is and turned V1. Predicted time against the measured one, in turns in one process.
 """
 
+import itertools
 import random
 import shlex
 import sys
@@ -35,8 +36,8 @@ class Settings:
 
     backends: tuple[str, ...] = ("onnxruntime",)
     """Runtimes."""
-    threads: int = 2
-    """Threads."""
+    threads: tuple[int, ...] = (1, 2)
+    """Threads of the runtime, one after the other."""
     batch_sizes: tuple[int, ...] = (1, 32)
     """Images in a batch."""
     seconds: float = 1.0
@@ -79,26 +80,30 @@ def networks() -> dict[str, tuple[dict[str, nn.Module], dict[str, nn.Module]]]:
 
 
 def main(settings: Settings) -> None:
-    torch.set_num_threads(settings.threads)
     families = networks()
     x, tables = torch.randn(1, 1, 28, 28), []
-    for backend in settings.backends:
-        for batch_size in settings.batch_sizes:
-            start = time.perf_counter()
-            model = LatencyModel(backend, threads=settings.threads, batch_size=batch_size)
-            for fit, judge in families.values():
-                fitted = model.calibrate(fit, x, seconds=settings.seconds).assign(part="fitted")
-                judged = model.validate(judge, x, seconds=settings.seconds).assign(part="judged")
-                table = pd.concat([fitted, judged]).assign(
-                    backend=backend, threads=settings.threads, batch_size=batch_size
-                )
-                tables.append(table)
-                console.print(table[["model", "part", "predicted_ms", "measured_ms", "error"]].round(3).to_string())
-            console.print(f"{len(model.table)} layers measured in {time.perf_counter() - start:.0f} s")
+    for backend, threads, batch_size in itertools.product(settings.backends, settings.threads, settings.batch_sizes):
+        start = time.perf_counter()
+        model = LatencyModel(backend, threads=threads, batch_size=batch_size)
+        for fit, judge in families.values():
+            fitted = model.calibrate(fit, x, seconds=settings.seconds).assign(part="fitted")
+            judged = model.validate(judge, x, seconds=settings.seconds).assign(part="judged")
+            table = pd.concat([fitted, judged]).assign(backend=backend, threads=threads, batch_size=batch_size)
+            tables.append(table)
+            console.print(table[["model", "part", "predicted_ms", "measured_ms", "error"]].round(3).to_string())
+        console.print(
+            f"{backend}, {threads} threads, batch {batch_size}: {len(model.table)} layers measured in "
+            f"{time.perf_counter() - start:.0f} s"
+        )
     result = pd.concat(tables)
     settings.out.mkdir(parents=True, exist_ok=True)
     result.to_csv(settings.out / "validation.csv", index=False)
     judged = result[result.part == "judged"]
+    summary = [
+        f"{backend}, threads {threads}, batch {batch_size}: {(part.error.abs() < GOAL).sum()} of {len(part)} within the "
+        f"goal; mean absolute error {part.error.abs().mean():.1%}, largest {part.error.abs().max():.1%}."
+        for (backend, threads, batch_size), part in judged.groupby(["backend", "threads", "batch_size"])
+    ]
     command, here = "python " + shlex.join(sys.argv), environment()
     lines = [
         "# Predicted against measured time of whole networks",
@@ -106,20 +111,19 @@ def main(settings: Settings) -> None:
         f"Made by `{command}` on {here['processor']}. Fitted on uniform widths of each network; these (random widths) were not seen.",
         f"Goal: an error below {GOAL:.0%}.",
         "",
-        "| runtime | batch | network | predicted ms | measured ms | error |",
-        "| --- | ---: | --- | ---: | ---: | ---: |",
+        "| runtime | threads | batch | network | predicted ms | measured ms | error |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
         *[
-            f"| {row['backend']} | {row['batch_size']} | {row['model']} | {row['predicted_ms']:.3f} "
+            f"| {row['backend']} | {row['threads']} | {row['batch_size']} | {row['model']} | {row['predicted_ms']:.3f} "
             f"| {row['measured_ms']:.3f} | {row['error']:+.1%}{'' if abs(row['error']) < GOAL else ' (misses)'} |"
             for row in judged.to_dict("records")
         ],
         "",
-        f"{(judged.error.abs() < GOAL).sum()} of {len(judged)} within the goal; mean absolute error "
-        f"{judged.error.abs().mean():.1%}, largest {judged.error.abs().max():.1%}.",
+        "\n\n".join(summary),
     ]
     (settings.out / "validation.md").write_text("\n".join(lines) + "\n")
     (settings.out / "command.txt").write_text(command + "\n")
-    console.print("\n".join(lines[-1:]))
+    console.print("\n".join(summary))
 
 
 if __name__ == "__main__":
