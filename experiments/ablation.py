@@ -15,7 +15,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,9 +24,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.amc.scoring import Scorer, importance_order
-from rmprune.amc.scoring import Settings as Scoring
-from rmprune.amc.space import Limits, Space
 from rmprune.config import DataConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.cutter import Cutter, importance_batches, make_cutter
 from rmprune.data import Dataset, load_dataset
@@ -34,12 +31,12 @@ from rmprune.errors import ConfigError
 from rmprune.measure import count_macs
 from rmprune.methods import METHODS
 from rmprune.pruning import Budget, allocate
+from rmprune.pruning.calibration import refit
 from rmprune.pruning.importance import score_groups
-from rmprune.pruning.structure import macs
+from rmprune.pruning.one_shot import fitting_images
 from rmprune.slimming import slim_network
 from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit
-from rmprune.training.precision import compute_dtype
 from rmprune.training.state import TrainState
 
 console = Console()
@@ -74,12 +71,9 @@ class Settings:
         return dict(zip(names, values, strict=True))
 
 
-Fit = Literal["as cut", "recalibrated", "reconstructed"]
-
-
 @dataclass(frozen=True)
 class Row:
-    """One training. `prune`, `finetune`: what differs from `slim`'s settings; `fitted`: done to a network after its one cut;
+    """One training. `prune`, `finetune`: what differs from `slim`'s settings; `recalibrated`: batch norms are measured after one cut;
     `held`: the part of the steps for which reserved copies stay identities.
     """
 
@@ -88,11 +82,11 @@ class Row:
     method: str
     prune: dict[str, Any] = dataclasses.field(default_factory=dict)
     finetune: dict[str, Any] = dataclasses.field(default_factory=dict)
-    fitted: Fit = "as cut"
+    recalibrated: bool = False
     held: float = 0.0
 
 
-ONCE = {"gradual": False}
+ONCE = {"gradual": False, "reconstruct": False}
 ROWS = [
     *(
         Row("importance", name, "rm", ONCE | {"importance": name})
@@ -110,8 +104,8 @@ ROWS = [
     Row("importance", "taylor, identity rows fixed for half of the steps", "rm", ONCE, held=0.5),
     Row("recovery", "as slim does it", "rm-collapse"),
     Row("recovery", "one cut", "rm-collapse", ONCE),
-    Row("recovery", "one cut, batch norms recalibrated", "rm-collapse", ONCE, fitted="recalibrated"),
-    Row("recovery", "one cut, layers reconstructed", "rm-collapse", ONCE, fitted="reconstructed"),
+    Row("recovery", "one cut, batch norms recalibrated", "rm-collapse", ONCE, recalibrated=True),
+    Row("recovery", "one cut, layers reconstructed", "rm-collapse", ONCE | {"reconstruct": True}),
     Row("recovery", "no distillation", "rm-collapse", finetune={"distillation": 0.0}),
     Row("recovery", "distillation alone", "rm-collapse", finetune={"distillation": 1.0}),
     Row("recovery", "a third of the learning rate", "rm-collapse", finetune={"learning_rate": 0.02}),
@@ -146,7 +140,7 @@ def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[s
         model = slim_network(network, method, budget, config, data, device=device, teacher=dense, log=log, **place)[0]
     else:
         cutter = make_cutter(network, method, config, data)
-        start = cut_once(cutter, cutter.floored(budget), row.fitted)
+        start = cut_once(cutter, cutter.floored(budget), row.recalibrated)
         cut = evaluate(start, data.validation).accuracy
         hook = IdentityRows(start, row.held) if row.held else None
         model = fit(start, data, tuning, hook=hook, teacher=dense if tuning.distillation else None, log=log, **place)
@@ -161,20 +155,14 @@ def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[s
     }
 
 
-def cut_once(cutter: Cutter, budget: Budget, fitted: Fit) -> nn.Module:
-    """The network after one cut; its batch norms measured anew, its layers fitted to the whole network, or neither."""
-    if fitted == "as cut":
+def cut_once(cutter: Cutter, budget: Budget, recalibrated: bool) -> nn.Module:
+    """The network after one cut, as `slim` leaves it or with its batch norms measured anew."""
+    if not recalibrated:
         return cutter.once(cutter.network, budget)
-    settings, data = cutter.settings, cutter.data
-    scores = score_groups(settings.importance, cutter.network, cutter.structure, importance_batches(data))
+    settings, batches = cutter.settings, importance_batches(cutter.data)
+    scores = score_groups(settings.importance, cutter.network, cutter.structure, batches)
     keep = allocate(cutter.structure, scores, budget, rank=settings.rank)
-    space = Space(cutter.structure, macs, float("inf"), Limits(lowest=0.0, multiple=1))
-    images, labels = next(iter(data.train.batches(512)))
-    scoring = Scoring(dtype=compute_dtype("auto", images.device), reconstruct=fitted == "reconstructed")
-    scorer = Scorer(cutter.network, space, importance_order(scores), images, images, labels, scoring)
-    return scorer.build(
-        tuple(int(keep[group.name].sum()) if group.name in keep else group.units for group in space.groups)
-    )
+    return refit(cutter.network, cutter.structure, keep, fitting_images(batches), reconstruct=False)
 
 
 class IdentityRows:

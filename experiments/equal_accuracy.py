@@ -19,7 +19,7 @@ import tyro
 
 from rmprune.report.tables import relative
 
-COUPLED = ("coupled", "coupled-taylor", "coupled-norm", "coupled-gradual")
+COUPLED = ("coupled", "coupled-taylor", "coupled-norm")
 
 
 @dataclass(frozen=True)

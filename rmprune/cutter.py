@@ -15,7 +15,7 @@ from rmprune.methods import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.baselines import inner_only
 from rmprune.pruning.budget import even_fraction, least_cost, resolve
-from rmprune.pruning.importance import score_groups
+from rmprune.pruning.importance import Scores, score_groups
 from rmprune.pruning.structure import Cost, Structure, macs, total_cost
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.timed import Place, find_ratio
@@ -62,20 +62,24 @@ class Cutter:
             floor /= 2  # streams left whole cost so much that the rest must go lower
         return budget
 
-    def once(self, network: nn.Module, budget: Budget) -> nn.Module:
-        """One cut of `network` (this one, or what is left of it), by importance measured on training images."""
+    def once(self, network: nn.Module, budget: Budget, *, scores: Scores | None = None) -> nn.Module:
+        """One cut of `network` (this one, or what is left of it), by importance measured on training images.
+
+        `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted.
+        """
         settings, batches = self.settings, importance_batches(self.data)
         if self.method.torch_pruning:
             return prune_coupled(network, self.example, importance=settings.importance, budget=budget, data=batches)
         return prune(
             network,
             self.example,
-            importance=settings.importance,
+            importance=settings.importance if scores is None else scores,
             budget=budget,
-            data=batches,
+            data=batches if scores is None else None,
             cost=self.cost,
             rank=settings.rank,
             which=self.method.which,
+            reconstruct=settings.reconstruct and scores is None,
             lookahead=self.lookahead,
             origin=None if self.settings.min_fraction is None else self.structure.units,  # a limit that was asked for
         )
@@ -107,7 +111,7 @@ class Cutter:
         def cut(ratio: float) -> nn.Module:
             own = self.budget_at(budget, ratio)
             if not gradual:
-                return self.once(self.network, own)
+                return self.once(self.network, own, scores=scores)
             keep = allocate(self.structure, scores, own, self.cost, rank=self.settings.rank, lookahead=self.lookahead)
             return shrink(self.network, keep, self.structure)[0]
 

@@ -24,7 +24,8 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "rm": Method(
-        "RM, then any channel of the plain network by the settings given (by default cut while training)", "plain"
+        "RM, then any channel of the plain network by the settings given (by default one cut, its layers fitted anew)",
+        "plain",
     ),
     "rm-collapse": Method(
         "each block's branch fitted by one convolution, which RM merges with the shortcut without reserving a channel: "
@@ -42,10 +43,10 @@ METHODS: dict[str, Method] = {
     "rm-slimming": Method(
         "the paper's path: RM, one cut by batch-norm scale under one global threshold",
         "plain",
-        {"gradual": False, "importance": "batch_norm", "rank": "importance"},
+        {"gradual": False, "reconstruct": False, "importance": "batch_norm", "rank": "importance"},
     ),
     "mixed": Method(
-        "as coupled-gradual, then RM, exactly, for those residuals whose removal makes the pruned network faster",
+        "as residual, then RM, exactly, for those residuals whose removal makes the pruned network faster",
         "dense",
         mixed=True,
     ),
@@ -67,14 +68,14 @@ METHODS: dict[str, Method] = {
         {"gradual": False, "importance": "magnitude"},
         torch_pruning=True,
     ),
-    "coupled-gradual": Method(
+    "residual": Method(
         "residuals kept, otherwise exactly as rm: the share of the result that RM is responsible for", "dense"
     ),
     "inner": Method("residuals kept and streams untouched (as in ThiNet), otherwise as rm", "dense", which="inner"),
     "uniform": Method(
         "residuals kept, the same fraction of every layer, its best channels by the importance given, one cut",
         "dense",
-        {"gradual": False},
+        {"gradual": False, "reconstruct": False},
         which="uniform",
     ),
 }

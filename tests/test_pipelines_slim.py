@@ -159,7 +159,7 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         LatencyModel, "_measure", lambda self, layers: [layer.cin * layer.cout * 1e-3 for layer in layers]
     )
     prune = PruneConfig(latency_ratio=(0.6,), cost="time", cuts=4, round_to=1)
-    run_slim(replace(QUICK, method=("coupled-gradual",), prune=prune, out=tmp_path / "run"), command="x")
+    run_slim(replace(QUICK, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
     table = json.loads((tmp_path / "run" / "layer-times-onnxruntime-1-1.json").read_text())
     assert table["threads"] == 1 and len(table["layers"]) > 10
 
@@ -179,13 +179,13 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     rounds: list[int] = []  # the first single network measured is the narrowest one, before training
     monkeypatch.setattr(Place, "ratios", once_wrong)
     prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
-    config = replace(QUICK, width=16, method=("coupled-gradual",), prune=prune, out=tmp_path / "run")
+    config = replace(QUICK, width=16, method=("residual",), prune=prune, out=tmp_path / "run")
     with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
         run_slim(config, command="x")
     wrong[0] = 1.0
     run_slim(config, command="x")
     record = records.read_record(tmp_path / "run")
-    assert record["coupled-gradual"]["params"] <= 0.55 * record["original"]["params"]
+    assert record["residual"]["params"] <= 0.55 * record["original"]["params"]
 
 
 def test_residuals_are_removed_only_within_a_budget_of_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_a_budget_that_no_width_meets_is_refused_before_training(
     monkeypatch.setattr(Place, "ratios", by_parameters)
     prune = PruneConfig(latency_ratio=(0.3,), min_fraction=0.7, round_to=1)
     with pytest.raises(InfeasibleBudget, match=r"the narrowest network .* takes 0\.[3-9]"):
-        run_slim(replace(QUICK, method=("coupled-gradual",), prune=prune, out=tmp_path / "run"), command="x")
+        run_slim(replace(QUICK, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
     assert not (tmp_path / "run").exists()
 
 

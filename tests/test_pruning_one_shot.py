@@ -1,5 +1,7 @@
 """The public `prune`: hard budgets, dead channels first and free, compensation, and the argument left alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pruning_nets import chain, images, measured_macs, residual
@@ -88,10 +90,72 @@ def test_compensation_keeps_the_mean() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
+@pytest.mark.parametrize(("build", "part"), [(chain, 0.5), (mobile_chain, 0.9), (residual, 0.7)])
+def test_reconstruction_brings_unseen_outputs_nearer_under_the_same_budget(
+    build: Callable[[], nn.Module], part: float
+) -> None:
+    model, x = build(), torch.cat([images(64, seed=100), images(64, seed=101)])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    errors = []
+    for reconstruct in (True, False):
+        budget = Budget(macs_ratio=0.6)
+        pruned = prune(model, x[:2], importance="random", budget=budget, data=batches(40), reconstruct=reconstruct)
+        assert measured_macs(pruned, x[:2]) <= 0.6 * measured_macs(model, x[:2])
+        assert all(p.requires_grad for p in pruned.parameters())
+        with torch.no_grad():
+            errors.append(float((pruned(x) - model(x)).square().mean()))
+    assert errors[0] < part * errors[1]
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_reconstruction_makes_up_exactly_for_channels_that_others_hold() -> None:
+    """Every second channel doubles its neighbour, whose readers' weights can be doubled in turn: nothing is lost."""
+    model, data = chain((8, 12)), batches(20)
+    with torch.no_grad():
+        model[0].weight[1::2] = model[0].weight[::2]
+        for tensor in (model[1].weight, model[1].bias, model[1].running_mean, model[1].running_var):
+            tensor[1::2] = tensor[::2]
+    table = {"0": torch.tensor([1.0, 0.0]).repeat(4), "3": torch.full((12,), 2.0)}
+    budget = Budget(ratio=4 / 20)
+    pruned = prune(model, data[0][0], importance=table, rank="importance", budget=budget, data=data, reconstruct=True)
+    assert find_structure(pruned, data[0][0]).units == {"0": 4, "3": 12}
+    with torch.no_grad():
+        assert float((pruned(images(3, seed=9)) - model(images(3, seed=9))).abs().max()) < 1e-2
+        assert (
+            float(
+                (
+                    prune(model, data[0][0], importance=table, rank="importance", budget=budget)(images(3, seed=9))
+                    - model(images(3, seed=9))
+                )
+                .abs()
+                .max()
+            )
+            > 0.1
+        )
+
+
+def test_reconstruction_where_a_cut_leaves_channels_unread() -> None:
+    """What goes with the cut is not fitted, so that it cannot come back and break the budget."""
+    model, data = chain((24, 24, 24)), batches(20)
+    model[3].weight.data[:, :12] = 0
+    model[3].weight.data[range(12), range(12)] = 1
+    kill(model, "4", [20, 21])
+    table = {"0": torch.ones(24), "3": torch.cat([torch.zeros(12), torch.ones(12)]), "6": torch.ones(24)}
+    x = data[0][0]
+    widths = []
+    for reconstruct in (True, False):
+        budget = Budget(macs_ratio=0.7)
+        pruned = prune(model, x, importance=table, budget=budget, rank="importance", data=data, reconstruct=reconstruct)
+        assert measured_macs(pruned, x) <= 0.7 * measured_macs(model, x)
+        widths.append(find_structure(pruned, x).units)
+    assert widths[0] == widths[1] and widths[0]["0"] < 24
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_is_kept(training: bool) -> None:
-    model = chain().train(training)
-    pruned = prune(model, images(), importance="taylor", budget=Budget(macs_ratio=0.5), data=iter(batches(2)))
+def test_mode_is_kept(training: bool, reconstruct: bool) -> None:
+    model, budget = chain().train(training), Budget(macs_ratio=0.5)
+    pruned = prune(model, images(), importance="taylor", budget=budget, data=iter(batches(2)), reconstruct=reconstruct)
     assert model.training is training and all(m.training is training for m in pruned.modules())
 
 
@@ -100,6 +164,8 @@ def test_errors() -> None:
         prune(chain(), images(), budget=Budget(macs_ratio=0.2, min_fraction=0.9))
     with pytest.raises(ConfigError, match="which must be"):
         prune(chain(), images(), budget=Budget(ratio=0.5), which="all")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="give some as data"):
+        prune(chain(), images(), budget=Budget(ratio=0.5), reconstruct=True)
     with pytest.raises(ConfigError, match="group names"):
         prune(chain(), images(), budget=Budget(ratio=0.5), importance={"nowhere": torch.ones(3)})
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rmprune.amc.calibration import Calibrator, Cut, convolve, fold, write_layer
-from rmprune.amc.program import Op, Program, read_program
 from rmprune.amc.space import Space, Widths
+from rmprune.pruning.calibration import Calibrator, Cut, convolve, fold, written
 from rmprune.pruning.importance import Scores
+from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.surgery import shrink
 
 Values = dict[str, Tensor]
@@ -31,12 +31,13 @@ Folded = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
 @dataclass(frozen=True)
 class Settings:
     """How to score. dtype: of all convolutions; chunk: images at a time; reconstruct: fit layers by least squares, each on
-    about `samples` output positions; cache_bytes: most memory for what no policy changes."""
+    about `samples` output positions; own_statistics: keep batch norms' own; cache_bytes: most memory for what no policy changes."""
 
     dtype: torch.dtype = torch.float32
     chunk: int = 128
     reconstruct: bool = False
     samples: int = 4096
+    own_statistics: bool = False
     cache_bytes: int = 1 << 30
 
 
@@ -97,11 +98,7 @@ class Scorer:
             cut = Cut.of(self.model, self.space.structure, keep)
             fitted = self.calibrator.fit(self.program, self._taken(self.calibration, cut), cut)
         smaller = shrink(self.model, keep, self.space.structure)[0]
-        for op in self.program.ops:
-            if op.kind in ("layer", "norm"):
-                fit = fitted[op.name] if op.name in fitted else self.calibrator.narrowed(op, cut)
-                write_layer(smaller, op, fit)
-        return smaller.requires_grad_(True)
+        return written(smaller, self.program, fitted, self.calibrator, cut).requires_grad_(True)
 
     def _prepare(self, x: Tensor) -> Tensor:
         return x.to(self.settings.dtype, memory_format=torch.channels_last)

@@ -34,10 +34,12 @@ class PruneConfig:
     """Fraction of its channels that every layer keeps at most."""
     round_to: int = 8
     """Widths are multiples of this: the kernels of CPU runtimes work in blocks of 8 and 16 channels."""
-    gradual: bool = True
+    gradual: bool = False
     """Cut in small steps while training, instead of once before fine-tuning."""
+    reconstruct: bool = True
+    """After one cut, fit every layer to what it put out before, by least squares on training images."""
     cuts: int = 30
-    """How many small cuts."""
+    """How many small cuts (--gradual)."""
     cut_fraction: float = 0.5
     """Part of the fine-tuning over which the cuts are spread; what follows is fine-tuning alone."""
     score_decay: float = 0.5

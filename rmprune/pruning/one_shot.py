@@ -4,6 +4,7 @@ For cuts while training: `gradual.py`.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Literal, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.baselines import allocate_uniform, inner_only
 from rmprune.pruning.budget import Budget, allocate, resolve
+from rmprune.pruning.calibration import refit
 from rmprune.pruning.constants import find_constants, response
 from rmprune.pruning.dead import add_to_bias, fold
 from rmprune.pruning.graph import find_structure
@@ -22,6 +24,10 @@ from rmprune.pruning.structure import Cost, Keep, Structure, evaluating, total_c
 from rmprune.pruning.surgery import shrink
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+
+FITTING_IMAGES = 1024  # training images that layers are fitted on, at most,
+FITTING_PIXELS = 2**23  # and of so many pixels
 
 
 def prune(
@@ -35,6 +41,7 @@ def prune(
     rank: str = "per_cost",
     which: Literal["free", "inner", "uniform"] = "free",
     compensate: bool = True,
+    reconstruct: bool = False,
     lookahead: int = 1,
     origin: Mapping[str, int] | None = None,
 ) -> M:
@@ -44,13 +51,17 @@ def prune(
     ``importance``: a name of :data:`rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
     [channels]}, or a callable. ``data``: (images, labels) batches, for importances that are measured and, with
     ``compensate``, for folding the mean of each removed live channel into its readers (the least-squares intercept);
-    re-iterable if both. ``cost`` and ``lookahead``: for ``latency_ratio``, see
+    re-iterable if both. ``reconstruct``: instead, fit every layer of the result to the uncut network's by least squares on
+    (part of) ``data``. ``cost`` and ``lookahead``: for ``latency_ratio``, see
     :func:`rmprune.pruning.budget.allocate`. ``which``: all groups by importance, those inside blocks only, or the
     same fraction of each. ``origin``: units that limits refer to, where the network was cut before. Works
     on networks with residuals as well (their streams are then pruned coupled).
 
-    Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned.
+    Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned, or where layers
+    cannot be fitted.
     """
+    if reconstruct and data is None:
+        raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
     structure = find_structure(plain, example_inputs)
@@ -72,7 +83,7 @@ def prune(
     scores = score_groups(importance, model, structure, data)
     means = removed_means(model, structure, data) if compensate else {}
 
-    def cut(limit: float) -> tuple[float, nn.Module]:
+    def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
         aim = replace(target, limit=limit)
         if which == "uniform":
             keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
@@ -82,15 +93,36 @@ def prune(
         after = structure.shrunk(keep)
         if folded is not None:
             done = fold(result, example_inputs, limits=budget, structure=after, origin=origin)
-            result, after = done.model, done.structure
-        return total_cost(after, target.cost), result
+            result, after, keep = done.model, done.structure, _both(keep, done.keep)
+        return total_cost(after, target.cost), (result, keep)
 
-    pruned = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    if reconstruct:
+        pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
     check_outputs(plain, pruned, example_inputs)
     return pruned  # type: ignore[return-value]
 
 
-def _nearest(cut: Callable[[float], tuple[float, nn.Module]], limit: float, most: float) -> nn.Module:
+def _both(keep: Keep, further: Keep) -> Keep:
+    """The units that stay after `keep` and then, counted among those, `further`."""
+    found = dict(keep)
+    for name, mask in further.items():
+        if name in keep:
+            found[name] = keep[name].clone()
+            found[name][keep[name]] = mask.to(keep[name].device)
+        else:
+            found[name] = mask
+    return found
+
+
+def fitting_images(data: Batches) -> Tensor:
+    """The first images of the batches that layers are fitted on: fewer where they are large, since all their maps are held."""
+    images = torch.cat([x for x, _ in data])
+    pixels = math.prod(images.shape[2:])
+    return images[: max(64, min(FITTING_IMAGES, FITTING_PIXELS // pixels))]
+
+
+def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float) -> T:
     """The cut whose cost comes nearest to ``limit`` from below.
 
     A cut can leave others unread (a reserved copy whose merge is gone), which then go as well: where that saves more

@@ -1,4 +1,5 @@
-"""A network as a flat list of operations with each batch norm joined to the layer before it. Read only; `scoring` runs it."""
+"""A network as a flat list of operations with each batch norm joined to the layer before it. Read only; `calibration` and
+`rmprune.amc.scoring` run it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -80,10 +81,10 @@ def read_program(model: nn.Module, structure: Structure) -> Program:
     """The program of a network with one input and one output. Raises UnsupportedModel where it is not such a network."""
     graph = trace_graph(model)
     if graph is None:
-        raise UnsupportedModel(f"{type(model).__name__}: torch.fx cannot trace it; AMC needs the graph of the network")
+        raise UnsupportedModel(f"{type(model).__name__}: torch.fx cannot trace it; its layers cannot be fitted")
     nodes = list(graph.nodes)
     if sum(node.op == "placeholder" for node in nodes) != 1 or not isinstance(nodes[-1].args[0], fx.Node):
-        raise UnsupportedModel(f"{type(model).__name__}: AMC needs a network with one input and one output")
+        raise UnsupportedModel(f"{type(model).__name__}: fitting layers needs a network with one input and one output")
     joined = _joined_norms(nodes, model)
     norms = {layer: norm.target for norm, layer in joined.items()}
     alias: dict[str, str] = {}
@@ -119,19 +120,19 @@ def _read_op(node: fx.Node, model: nn.Module, norms: Mapping[fx.Node, Any], alia
     if node.op == "placeholder":
         return Op(node, "input", ())
     if node.op == "get_attr":
-        raise UnsupportedModel(f"{node.target}: AMC cannot follow a tensor that belongs to no layer")
+        raise UnsupportedModel(f"{node.target}: a tensor that belongs to no layer; fitting layers cannot follow it")
     if node.op == "call_module":
         name, module = str(node.target), model.get_submodule(str(node.target))
         if isinstance(module, nn.Conv2d | nn.Linear):
             if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
-                raise UnsupportedModel(f"{name}: AMC needs zero padding given as numbers")
+                raise UnsupportedModel(f"{name}: fitting layers needs zero padding given as numbers")
             return Op(node, "layer", inputs, layer=name, norm=str(norms.get(node, "")))
         if isinstance(module, BATCH_NORMS):
             return Op(node, "norm", inputs, norm=name)
         if isinstance(module, nn.PReLU) and module.num_parameters > 1:
             return Op(node, "vector", inputs, layer=name)
         if any(True for _ in module.parameters()):
-            raise UnsupportedModel(f"{name}: AMC cannot score a network with {type(module).__name__} layers")
+            raise UnsupportedModel(f"{name}: fitting layers cannot follow {type(module).__name__} layers")
     return Op(node, "call", inputs)
 
 

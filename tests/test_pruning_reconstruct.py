@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rmprune.amc.reconstruct import outputs_at, patches_at, reconstruct, sample_positions
+from rmprune.pruning.reconstruct import outputs_at, patches_at, reconstruct, sample_positions
 from rmprune.pruning.structure import Layer, describe_layer, record_shapes
 
 CASES = {

@@ -15,16 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.amc.program import Op, Program
-from rmprune.amc.reconstruct import Positions, outputs_at, patches_at, reconstruct, sample_positions
+from rmprune.pruning.program import Op, Program, read_program
+from rmprune.pruning.reconstruct import (
+    Positions,
+    outputs_at,
+    patches_at,
+    reconstruct,
+    reconstruct_checked,
+    sample_positions,
+)
 from rmprune.pruning.structure import Keep, Layer, Structure, layer_masks
-from rmprune.pruning.surgery import Slices, take, tensor_slices
+from rmprune.pruning.surgery import Slices, shrink, take, tensor_slices
 
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
 
 
 class Settings(Protocol):
-    """The part of the scoring settings that matters here."""
+    """dtype: of all convolutions; reconstruct: fit layers by least squares, each on about `samples` output positions;
+    own_statistics: batch norms keep the network's, moved only as far as the means before them move.
+    """
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -32,6 +41,18 @@ class Settings(Protocol):
     def reconstruct(self) -> bool: ...
     @property
     def samples(self) -> int: ...
+    @property
+    def own_statistics(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """`Settings` of a network that is fitted once."""
+
+    dtype: torch.dtype = torch.float32
+    reconstruct: bool = True
+    samples: int = 1 << 14
+    own_statistics: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,7 @@ class Calibrator:
         self.reference: dict[str, Fitted] = {}
         self._positions: dict[str, Positions] = {}
         self._wanted: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
 
     def measure_reference(self, program: Program, x: Tensor) -> None:
         """Run the unpruned network on the calibration images and note what the policies are compared with."""
@@ -144,6 +166,8 @@ class Calibrator:
         else:
             kind = torch.float64 if y.dtype == torch.float64 else torch.float32
             gamma, beta = y.new_ones(channels, dtype=kind), y.new_zeros(channels, dtype=kind)
+        if self.settings.own_statistics and norm.running_mean is not None:
+            return self._own_statistics(op, weight, y, gamma, beta, cut)
         out, mean, inverse = torch.native_batch_norm(y, gamma, beta, None, None, True, 0.0, norm.eps)
         variance = (inverse**-2 - norm.eps).clamp(min=0)
         if self.settings.reconstruct and op.kind == "layer" and op.name in self.reference:
@@ -154,6 +178,22 @@ class Calibrator:
         else:
             scale = gamma * inverse
         return Fitted(weight, mean, variance, scale, beta - mean * scale), out
+
+    def _own_statistics(
+        self, op: Op, weight: Tensor | None, y: Tensor, gamma: Tensor, beta: Tensor, cut: Cut
+    ) -> tuple[Fitted, Tensor]:
+        """The network's own mean and variance; the mean moves with what reaches the batch norm from a fitted layer."""
+        mean, variance = (self._taken(f"{op.norm}.running_{kind}", cut) for kind in ("mean", "var"))
+        if op.kind == "layer":
+            if f"{op.layer}.bias" in self.tensors:
+                mean = mean - self._taken(f"{op.layer}.bias", cut)
+            index, now = cut.outputs(op.layer), _moments(y)[0]
+            before = self._means.setdefault(op.name, now)
+            mean = mean + (now - (before if index is None else before[index]))
+        norm = self.model.get_submodule(op.norm)
+        scale = gamma * (variance + norm.eps).rsqrt()  # type: ignore[operator]
+        shift = beta - mean * scale
+        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift)
 
     def _corrected(self, op: Op, mean: Tensor, variance: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
         """Scale and shift that give a layer without batch norm the moments it has in the unpruned network.
@@ -181,7 +221,35 @@ class Calibrator:
         layer, at, index = self.layers[op.layer], self._positions[op.name], cut.outputs(op.layer)
         wanted = self._wanted[op.name] if index is None else self._wanted[op.name][:, index]
         groups = len(weight) if layer.kind == "depthwise" else layer.groups
-        return reconstruct(weight, patches_at(x, layer, at), wanted, groups)[0]
+        fit = reconstruct_checked if self.settings.own_statistics else reconstruct
+        return fit(weight, patches_at(x, layer, at), wanted, groups)[0]
+
+
+def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *, reconstruct: bool = True) -> nn.Module:
+    """The network with the units of `keep` alone, each layer fitted to what `model` puts out there on these training images.
+
+    With `reconstruct` weights and intercepts by least squares; without it batch norms get the statistics of what reaches them. All
+    maps of `images` are held at a time. Raises UnsupportedModel where the graph of `model` cannot be followed.
+    """
+    dtype = images.dtype if images.is_floating_point() else torch.float32
+    calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
+    program = read_program(calibrator.model, structure).unshared()
+    with torch.inference_mode():
+        x = images.to(memory_format=torch.channels_last)
+        calibrator.measure_reference(program, x)
+        cut = Cut.of(calibrator.model, structure, keep)
+        fitted = calibrator.fit(program, {program.ops[0].name: x}, cut)
+    return written(shrink(model, keep, structure)[0], program, fitted, calibrator, cut)
+
+
+def written(
+    smaller: nn.Module, program: Program, fitted: Mapping[str, "Fitted"], calibrator: Calibrator, cut: Cut
+) -> nn.Module:
+    """`smaller`, a network of the policy's shape, with the fitted layers written into it."""
+    for op in program.ops:
+        if op.kind in ("layer", "norm"):
+            write_layer(smaller, op, fitted[op.name] if op.name in fitted else calibrator.narrowed(op, cut))
+    return smaller
 
 
 def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
