@@ -86,7 +86,8 @@ class Row:
     held: float = 0.0
 
 
-ONCE = {"gradual": False, "reconstruct": False}
+ONCE: dict[str, Any] = {"reconstruct": False}
+GRADUAL: dict[str, Any] = {"gradual": True}
 ROWS = [
     *(
         Row("importance", name, "rm", ONCE | {"importance": name})
@@ -99,21 +100,28 @@ ROWS = [
         ONCE | {"importance": "batch_norm", "rank": "importance"},
     ),
     Row("importance", "taylor, one global threshold", "rm", ONCE | {"importance": "taylor", "rank": "importance"}),
-    Row("importance", "taylor, cut while training", "rm"),
+    Row("importance", "taylor, layers reconstructed", "rm"),
+    Row("importance", "taylor, cut while training", "rm", GRADUAL),
     Row("importance", "taylor, identity rows fixed", "rm", ONCE, held=1.0),
     Row("importance", "taylor, identity rows fixed for half of the steps", "rm", ONCE, held=0.5),
-    Row("recovery", "as slim does it", "rm-collapse"),
+    Row("recovery", "as slim does it: one cut, layers reconstructed", "rm-collapse"),
+    Row("recovery", "the same, distillation alone", "rm-collapse", finetune={"distillation": 1.0}),
     Row("recovery", "one cut", "rm-collapse", ONCE),
     Row("recovery", "one cut, batch norms recalibrated", "rm-collapse", ONCE, recalibrated=True),
-    Row("recovery", "one cut, layers reconstructed", "rm-collapse", ONCE | {"reconstruct": True}),
-    Row("recovery", "no distillation", "rm-collapse", finetune={"distillation": 0.0}),
-    Row("recovery", "distillation alone", "rm-collapse", finetune={"distillation": 1.0}),
-    Row("recovery", "a third of the learning rate", "rm-collapse", finetune={"learning_rate": 0.02}),
-    Row("recovery", "twice the learning rate", "rm-collapse", finetune={"learning_rate": 0.12}),
-    Row("recovery", "cuts over a quarter", "rm-collapse", {"cut_fraction": 0.25}),
-    Row("recovery", "cuts over three quarters", "rm-collapse", {"cut_fraction": 0.75}),
-    Row("recovery", "two cuts", "rm-collapse", {"cuts": 2}),
-    Row("recovery", "no memory of scores", "rm-collapse", {"score_decay": 0.0}),
+    *(
+        Row("recovery", f"cut while training{name}", "rm-collapse", GRADUAL | prune, finetune)
+        for name, prune, finetune in (
+            ("", {}, {}),
+            (", no distillation", {}, {"distillation": 0.0}),
+            (", distillation alone", {}, {"distillation": 1.0}),
+            (", a third of the learning rate", {}, {"learning_rate": 0.02}),
+            (", twice the learning rate", {}, {"learning_rate": 0.12}),
+            (", over a quarter of it", {"cut_fraction": 0.25}, {}),
+            (", over three quarters of it", {"cut_fraction": 0.75}, {}),
+            (", two cuts", {"cuts": 2}, {}),
+            (", no memory of scores", {"score_decay": 0.0}, {}),
+        )
+    ),
 ]
 
 

