@@ -10,7 +10,7 @@ from test_pruning_importance import batches
 from test_pruning_structure import mobile_chain
 from torch import nn
 
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.cost import count_macs
 from rmprune.pruning import Budget, find_structure, prune
 from rmprune.pruning.structure import total_cost
@@ -166,6 +166,8 @@ def test_errors() -> None:
         prune(chain(), images(), budget=Budget(ratio=0.5), which="all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="give some as data"):
         prune(chain(), images(), budget=Budget(ratio=0.5), reconstruct=True)
+    with pytest.raises(UnsupportedModel, match="--no-reconstruct"):
+        prune(Untraceable(), images(), budget=Budget(ratio=0.5), data=batches(2), reconstruct=True)
     with pytest.raises(ConfigError, match="group names"):
         prune(chain(), images(), budget=Budget(ratio=0.5), importance={"nowhere": torch.ones(3)})
 

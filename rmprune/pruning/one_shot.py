@@ -98,7 +98,10 @@ def prune(
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
     if reconstruct:
-        pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
+        try:
+            pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{error}; --no-reconstruct leaves layers as they were cut") from None
     check_outputs(plain, pruned, example_inputs)
     return pruned  # type: ignore[return-value]
 
