@@ -31,9 +31,9 @@ from rmprune.errors import ConfigError
 from rmprune.measure import count_macs
 from rmprune.methods import METHODS
 from rmprune.pruning import Budget, allocate
-from rmprune.pruning.calibration import refit
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.one_shot import fitting_images
+from rmprune.pruning.refit import refit
 from rmprune.slimming import slim_network
 from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit

@@ -1,15 +1,19 @@
 """How much faster a method is than the best coupled pruning *at equal accuracy*, from the results of `slim` runs.
 
     python experiments/equal_accuracy.py reports/slim-fashion/results.csv
+    python experiments/equal_accuracy.py reports/slim-fashion/results.csv --seed 0
+    python experiments/equal_accuracy.py reports/slim-fashion/results.csv reports/slim-fashion-round-16/results.csv --seed 0
 
 For each backend and batch size the coupled methods and the dense network give a front: the best accuracy (mean over seeds) that
 coupled pruning reaches within a time. Between its points accuracy is linear in log time. A network of another method with accuracy a
 and time t is (time at which the front reaches a) / t times as fast. Fronts of few points and one or two seeds are no proof: the table
-shows the points too. Writes equal-accuracy.md beside the CSV.
+shows the points too. Writes a table beside the first CSV.
 """
 
 import itertools
 import math
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +30,10 @@ COUPLED = ("coupled", "coupled-taylor", "coupled-norm")
 class Config:
     """Speed at equal accuracy over the front of coupled pruning."""
 
-    results: Annotated[Path, tyro.conf.Positional]
-    """A results.csv of `python -m rmprune report`."""
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """results.csv of `python -m rmprune report`; networks of a second one and further are points of their own, not seeds of the first's."""
+    seed: int | None = None
+    """This seed alone, instead of means over seeds."""
 
 
 def front(points: pd.DataFrame) -> list[tuple[float, float]]:
@@ -62,15 +68,28 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "backend", "threads", "batch", *facts])
 
 
+def read(config: Config) -> pd.DataFrame:
+    """The rows of all files; budgets of further files are named by their directory."""
+    first, *others = [pd.read_csv(path) for path in config.results]
+    named = [
+        data.assign(budget=data.budget + f" ({path.parent.name})")
+        for path, data in zip(config.results[1:], others, strict=True)
+    ]
+    data = pd.concat([first, *named])
+    return data if config.seed is None else data[data.seed == config.seed]
+
+
 def main(config: Config) -> None:
-    table = compare(pd.read_csv(config.results))
+    table = compare(read(config))
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
-    command = f"`python experiments/equal_accuracy.py {config.results}`"
-    out = config.results.with_name("equal-accuracy.md")
+    parts = ["equal-accuracy", *(path.parent.name for path in config.results[1:])]
+    out = config.results[0].with_name(
+        "-".join(parts + ([] if config.seed is None else [f"seed-{config.seed}"])) + ".md"
+    )
     out.write_text(
-        f"MACs and time are relative to the dense network (realised: their quotient), ± is the standard deviation over seeds, "
-        f"speed is over the front of coupled pruning. {command}\n\n" + "\n".join(lines) + "\n"
+        "MACs and time are relative to the dense network (realised: their quotient), ± is the standard deviation over seeds, "
+        f"speed is over the front of coupled pruning. `python {shlex.join(sys.argv)}`\n\n" + "\n".join(lines) + "\n"
     )
     print(table.to_string(index=False))
     print(out)

@@ -67,7 +67,8 @@ class Cutter:
 
         `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted.
         """
-        settings, batches = self.settings, importance_batches(self.data)
+        settings = self.settings
+        batches = None if scores is not None and not self.method.torch_pruning else importance_batches(self.data)
         if self.method.torch_pruning:
             return prune_coupled(network, self.example, importance=settings.importance, budget=budget, data=batches)
         return prune(
@@ -75,7 +76,7 @@ class Cutter:
             self.example,
             importance=settings.importance if scores is None else scores,
             budget=budget,
-            data=batches if scores is None else None,
+            data=batches,
             cost=self.cost,
             rank=settings.rank,
             which=self.method.which,

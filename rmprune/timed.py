@@ -20,7 +20,7 @@ from rmprune.measure import measure_latencies
 
 logger = logging.getLogger("rmprune")
 CANDIDATES = 5  # networks measured in a round
-ATTEMPTS = 3  # measurements before a budget is refused
+ATTEMPTS = 3  # measurements before a network counts as too slow
 ROUNDS = 3  # of measuring ever nearer to the budget: steps of up to 2.1 times, then 1.2, then 1.05
 MARGIN = (
     0.985  # cuts aim this much below the budget, so that noise does not break it when the trained network is measured

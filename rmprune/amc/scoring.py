@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.amc.space import Space, Widths
-from rmprune.pruning.calibration import Calibrator, Cut, convolve, fold, written
+from rmprune.pruning.calibration import Calibrator, Cut, convolve, fold
 from rmprune.pruning.importance import Scores
 from rmprune.pruning.program import Op, Program, read_program
+from rmprune.pruning.refit import written
 from rmprune.pruning.surgery import shrink
 
 Values = dict[str, Tensor]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.pruning.program import Op, Program, read_program
+from rmprune.pruning.program import Op, Program
 from rmprune.pruning.reconstruct import (
     Positions,
     outputs_at,
@@ -25,7 +25,7 @@ from rmprune.pruning.reconstruct import (
     sample_positions,
 )
 from rmprune.pruning.structure import Keep, Layer, Structure, layer_masks
-from rmprune.pruning.surgery import Slices, shrink, take, tensor_slices
+from rmprune.pruning.surgery import Slices, take, tensor_slices
 
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
 
@@ -43,16 +43,6 @@ class Settings(Protocol):
     def samples(self) -> int: ...
     @property
     def own_statistics(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """`Settings` of a network that is fitted once."""
-
-    dtype: torch.dtype = torch.float32
-    reconstruct: bool = True
-    samples: int = 1 << 14
-    own_statistics: bool = True
 
 
 @dataclass(frozen=True)
@@ -225,33 +215,6 @@ class Calibrator:
         return fit(weight, patches_at(x, layer, at), wanted, groups)[0]
 
 
-def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *, reconstruct: bool = True) -> nn.Module:
-    """The network with the units of `keep` alone, each layer fitted to what `model` puts out there on these training images.
-
-    With `reconstruct` weights and intercepts by least squares; without it batch norms get the statistics of what reaches them. All
-    maps of `images` are held at a time. Raises UnsupportedModel where the graph of `model` cannot be followed.
-    """
-    dtype = images.dtype if images.is_floating_point() else torch.float32
-    calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
-    program = read_program(calibrator.model, structure).unshared()
-    with torch.inference_mode():
-        x = images.to(memory_format=torch.channels_last)
-        calibrator.measure_reference(program, x)
-        cut = Cut.of(calibrator.model, structure, keep)
-        fitted = calibrator.fit(program, {program.ops[0].name: x}, cut)
-    return written(shrink(model, keep, structure)[0], program, fitted, calibrator, cut)
-
-
-def written(
-    smaller: nn.Module, program: Program, fitted: Mapping[str, "Fitted"], calibrator: Calibrator, cut: Cut
-) -> nn.Module:
-    """`smaller`, a network of the policy's shape, with the fitted layers written into it."""
-    for op in program.ops:
-        if op.kind in ("layer", "norm"):
-            write_layer(smaller, op, fitted[op.name] if op.name in fitted else calibrator.narrowed(op, cut))
-    return smaller
-
-
 def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's operation with these weights; a linear layer computes in their precision."""
     if layer.kind == "linear":
@@ -268,27 +231,6 @@ def fold(fit: Fitted, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor
     weight = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))
     kind = fit.weight.dtype if fit.weight.dim() == 2 else dtype
     return weight.to(kind), fit.scale, fit.shift.to(kind)
-
-
-def write_layer(model: nn.Module, op: Op, fit: Fitted) -> None:
-    """Put a fitted layer into a network of the policy's shape, in place: its batch norm's statistics, or weight and bias."""
-    module = model.get_submodule(op.layer) if op.layer else None
-    with torch.no_grad():
-        if op.norm:
-            norm = model.get_submodule(op.norm)
-            assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-            if module is not None and fit.weight is not None:
-                module.weight.copy_(fit.weight)  # type: ignore[operator]
-            bias = getattr(module, "bias", None)
-            norm.running_mean = fit.mean.clone() if bias is None else fit.mean + bias
-            norm.running_var = fit.variance.clone()
-        elif module is not None and fit.weight is not None:
-            scaled = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))
-            module.weight.copy_(scaled)  # type: ignore[operator]
-            if module.bias is None and bool(fit.shift.any()):
-                module.bias = nn.Parameter(torch.zeros_like(fit.shift))
-            if module.bias is not None:
-                module.bias.copy_(fit.shift)  # type: ignore[operator]
 
 
 def _moments(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.baselines import allocate_uniform, inner_only
 from rmprune.pruning.budget import Budget, allocate, resolve
-from rmprune.pruning.calibration import refit
 from rmprune.pruning.constants import find_constants, response
 from rmprune.pruning.dead import add_to_bias, fold
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import Batches, Importance, score_groups
+from rmprune.pruning.refit import refit
 from rmprune.pruning.structure import Cost, Keep, Structure, evaluating, total_cost
 from rmprune.pruning.surgery import shrink
 
@@ -81,7 +81,7 @@ def prune(
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
-    means = removed_means(model, structure, data) if compensate else {}
+    means = removed_means(model, structure, data) if compensate and not reconstruct else {}
 
     def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
         aim = replace(target, limit=limit)
