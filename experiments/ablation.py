@@ -106,6 +106,9 @@ ROWS = [
     Row("importance", "taylor, identity rows fixed for half of the steps", "rm", ONCE, held=0.5),
     Row("recovery", "as slim does it: one cut, layers reconstructed", "rm-collapse"),
     Row("recovery", "the same, distillation alone", "rm-collapse", finetune={"distillation": 1.0}),
+    Row("recovery", "the same, half of the learning rate", "rm-collapse", finetune={"learning_rate": 0.03}),
+    Row("recovery", "the same, a sixth of the learning rate", "rm-collapse", finetune={"learning_rate": 0.01}),
+    Row("recovery", "the same, twice the learning rate", "rm-collapse", finetune={"learning_rate": 0.12}),
     Row("recovery", "one cut", "rm-collapse", ONCE),
     Row("recovery", "one cut, batch norms recalibrated", "rm-collapse", ONCE, recalibrated=True),
     *(

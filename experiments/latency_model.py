@@ -3,7 +3,7 @@
     python experiments/latency_model.py        # writes reports/latency-model/{validation.csv,validation.md,command.txt}
 
 As a search uses it: for each network the model is fitted on four uniform widths of it, and judged on random widths in eights: ResNet-20
-with its residuals and without, MobileNetV2 as it is and turned V1. Predicted time against the measured one, in turns in one process.
+with its residuals and without, MobileNetV2 as it is and turned V1. Fitted and judged networks are measured in turns in one process.
 """
 
 import itertools
@@ -86,9 +86,9 @@ def main(settings: Settings) -> None:
         start = time.perf_counter()
         model = LatencyModel(backend, threads=threads, batch_size=batch_size)
         for fit, judge in families.values():
-            fitted = model.calibrate(fit, x, seconds=settings.seconds).assign(part="fitted")
-            judged = model.validate(judge, x, seconds=settings.seconds).assign(part="judged")
-            table = pd.concat([fitted, judged]).assign(backend=backend, threads=threads, batch_size=batch_size)
+            table = model.calibrate(fit, x, unseen=judge, seconds=settings.seconds)
+            table = table.assign(backend=backend, threads=threads, batch_size=batch_size)
+            table["part"] = table.model.map(lambda name, judge=judge: "judged" if name in judge else "fitted")
             tables.append(table)
             console.print(table[["model", "part", "predicted_ms", "measured_ms", "error"]].round(3).to_string())
         console.print(

@@ -11,7 +11,8 @@ class Method(NamedTuple):
     """`start`: which network it prunes (`rmprune.starting`). `settings`: what it fixes of PruneConfig.
 
     `which`: all channels, those inside blocks, or the same fraction of every layer. `mixed`: once the network is pruned, residuals are
-    removed wherever that makes it faster, measured.
+    removed wherever that makes it faster, measured. `candidates`: methods of which the one goes on whose network, cut to the budget,
+    has the least loss on validation images before any fine-tuning (`rmprune.candidates`).
     """
 
     about: str
@@ -20,6 +21,7 @@ class Method(NamedTuple):
     torch_pruning: bool = False
     which: Literal["free", "inner", "uniform"] = "free"
     mixed: bool = False
+    candidates: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Method] = {
@@ -39,6 +41,12 @@ METHODS: dict[str, Method] = {
     "coupled-collapse": Method(
         "the same blocks of one convolution with their residuals kept: the share of rm-collapse that RM is responsible for",
         "collapsed-residual",
+    ),
+    "mixed-auto": Method(
+        "residual, mixed-collapse, rm-collapse or rm: each is cut to the budget, and the one with the least loss on validation images "
+        "before fine-tuning goes on",
+        "dense",
+        candidates=("residual", "mixed-collapse", "rm-collapse", "rm"),
     ),
     "rm-slimming": Method(
         "the paper's path: RM, one cut by batch-norm scale under one global threshold",
@@ -87,3 +95,8 @@ def find_methods(names: tuple[str, ...]) -> dict[str, Method]:
         if name not in METHODS:
             raise ConfigError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
     return {name: METHODS[name] for name in names}
+
+
+def alternatives(method: Method) -> dict[str, Method]:
+    """What may be done in this method's name: its candidates by name; none for a method that is itself what is done."""
+    return {name: METHODS[name] for name in method.candidates}

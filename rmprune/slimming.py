@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from rmprune.config import SlimConfig, TrainConfig
-from rmprune.cutter import make_cutter
+from rmprune.cutter import Cutter, make_cutter
 from rmprune.data import Dataset
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.measure.layers import network_layers
-from rmprune.methods import Method
+from rmprune.methods import Method, alternatives
 from rmprune.pruning import Budget, GradualPruner
 from rmprune.pruning.time_cost import timed_layers
 from rmprune.removal import remove_where_faster
@@ -60,11 +60,8 @@ def slim_network(
     if timed:
         assert place is not None and asked.latency_ratio is not None
         allowed = MARGIN * asked.latency_ratio
-        found = remembered(measured, 0, functools.partial(cutter.meeting, budget, place, gradual))
-        budget = cutter.budget_at(budget, found)
         meets = lambda network: place.ratio(network.cpu()) / allowed  # noqa: E731
-    else:
-        budget = cutter.floored(budget)
+    budget = met(budget, cutter, place, measured, gradual=gradual)
     hook = None
     if gradual:
         steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
@@ -120,6 +117,14 @@ def slim_network(
     return network, {"removed": removed}
 
 
+def met(budget: Budget, cutter: Cutter, place: Place | None, measured: Path, *, gradual: bool = False) -> Budget:
+    """What the cutter must be told so that the budget is met; one in measured time is looked for by measuring (`measured`: its memory)."""
+    if budget.latency_ratio is None:
+        return cutter.floored(budget)
+    assert place is not None
+    return cutter.budget_at(budget, remembered(measured, 0, functools.partial(cutter.meeting, budget, place, gradual)))
+
+
 def scaled(budget: Budget, factor: float) -> Budget:
     """The budget times a factor, for a network that meets it: `max_fraction` must not cut what is left a second time."""
     return dataclasses.replace(budget, max_fraction=1.0, **{budget.name: getattr(budget, budget.name) * factor})
@@ -146,17 +151,34 @@ def check_budgets(
     config: SlimConfig,
     data: Dataset,
 ) -> None:
-    """Raise InfeasibleBudget before any training where limits forbid a budget. `networks(method)`: what it prunes, with any weights."""
+    """Raise InfeasibleBudget before any training where limits forbid a budget. `networks(method)`: what it prunes, with any weights.
+
+    Of a method's candidates one that can do it is enough.
+    """
     place = Place.first(config.measure, original, data.train.example(1))
     for method in methods.values():
-        cutter = make_cutter(networks(method), method, config, data)
-        timed = any(budget.latency_ratio is not None for budget in budgets)
-        if timed and cutter.settings.cost == "time" and not method.torch_pruning:
-            timed_layers(cutter.network, network_layers(cutter.network, cutter.example))
-        for budget in budgets:
-            if budget.latency_ratio is None:
-                cutter.hook(cutter.floored(budget), steps=1, epochs=1)
-                continue
-            limit = NOISE * budget.latency_ratio
-            if (least := place.least_ratio(cutter.narrowest(budget), limit)) > limit:
-                raise infeasible(budget.latency_ratio, least, place)
+        refusals: list[InfeasibleBudget | UnsupportedModel] = []
+        possible = list(alternatives(method).values()) or [method]
+        for one in possible:
+            try:
+                _check(networks(one), one, budgets, config, data, place)
+            except (InfeasibleBudget, UnsupportedModel) as refusal:
+                refusals.append(refusal)
+        if len(refusals) == len(possible):
+            raise refusals[0]
+
+
+def _check(
+    network: nn.Module, method: Method, budgets: list[Budget], config: SlimConfig, data: Dataset, place: Place
+) -> None:
+    cutter = make_cutter(network, method, config, data)
+    timed = any(budget.latency_ratio is not None for budget in budgets)
+    if timed and cutter.settings.cost == "time" and not method.torch_pruning:
+        timed_layers(cutter.network, network_layers(cutter.network, cutter.example))
+    for budget in budgets:
+        if budget.latency_ratio is None:
+            cutter.hook(cutter.floored(budget), steps=1, epochs=1)
+            continue
+        limit = NOISE * budget.latency_ratio
+        if (least := place.least_ratio(cutter.narrowest(budget), limit)) > limit:
+            raise infeasible(budget.latency_ratio, least, place)

@@ -18,6 +18,7 @@ LAYERS = [
     {"amc", "timed", "report", "methods", "starting"},
     {"cutter"},
     {"slimming"},
+    {"candidates"},
     {"pipelines"},
     {"cli"},
     {"__main__", "__init__"},

@@ -259,3 +259,40 @@ def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -
 
 def convolutions(model: torch.nn.Module) -> int:
     return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
+
+
+def test_the_candidate_that_predicts_best_before_training_goes_on(tmp_path: Path) -> None:
+    (path,) = run_slim(replace(QUICK, method=("mixed-auto",), out=tmp_path / "run"), command="x")
+    record = records.read_record(path)
+    assert set(records.networks(record)) == {"original", "mixed-auto"} and record["removal"] is None
+    found = record["mixed-auto"]
+    assert set(found["candidates"]) == {"residual", "mixed-collapse", "rm-collapse", "rm"}
+    assert found["candidates"][found["chosen"]] == min(found["candidates"].values())
+    (path,) = run_slim(replace(QUICK, method=(found["chosen"],), out=tmp_path / "alone"), command="x")
+    alone = records.read_record(path)["pruned" if found["chosen"] == "rm" else found["chosen"]]
+    assert (found["accuracy"], found["macs"]) == (alone["accuracy"], alone["macs"])  # the same cut, the same epochs
+
+
+def test_the_judge_takes_the_least_loss_whichever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for best in ("rm", "rm-collapse"):
+        losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.3, "rm": 0.2} | {best: 0.1}
+        monkeypatch.setattr(slim, "judge", lambda *args, losses=losses, **kwargs: losses)
+        config = replace(QUICK, method=("mixed-auto",), finetune=TrainConfig(epochs=0), out=tmp_path / best)
+        run_slim(config, command="x")
+        assert records.read_record(tmp_path / best)["mixed-auto"]["chosen"] == best
+        pruned = rmprune.load(tmp_path / best / "mixed-auto")
+        assert convolutions(pruned) == (7 if best == "rm" else 4)
+
+
+def test_candidates_that_the_network_has_no_place_for_are_left_out(tmp_path: Path) -> None:
+    config = replace(QUICK, model="preact_resnet20", train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
+    run_slim(replace(config, method=("mixed-auto",), out=tmp_path / "run"), command="x")
+    assert set(records.read_record(tmp_path / "run")["mixed-auto"]["candidates"]) == {"residual", "rm"}
+
+
+def test_a_budget_that_no_candidate_meets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    prune = PruneConfig(latency_ratio=(0.3,), min_fraction=0.9, round_to=1)
+    with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0\.3 cannot be met"):
+        run_slim(replace(QUICK, method=("mixed-auto",), prune=prune, out=tmp_path / "run"), command="x")
+    assert not (tmp_path / "run").exists()

@@ -127,13 +127,22 @@ class LatencyModel:
                 progress.update(task, completed=done, refresh=True)
                 yield part
 
-    def calibrate(self, models: dict[str, nn.Module], example_inputs: Tensor, *, seconds: float = 1.0) -> pd.DataFrame:
+    def calibrate(
+        self,
+        models: dict[str, nn.Module],
+        example_inputs: Tensor,
+        *,
+        unseen: dict[str, nn.Module] | None = None,
+        seconds: float = 1.0,
+    ) -> pd.DataFrame:
         """Fits a and b on whole networks (three or more, of different cost); returns `validate`'s table.
 
         Least absolute relative errors (one network measured badly must not bend the fit), with a mild pull to a = 1, b
-        = 0.
+        = 0. `unseen`: networks that are not fitted to but measured in turns with the others, so that a machine that
+        drifts drifts for all; they follow in the table.
         """
-        measured = self._measure_networks(models, example_inputs, seconds)
+        everything = {**models, **(unseen or {})}
+        measured = self._measure_networks(everything, example_inputs, seconds)
         rows, targets = [], []
         for name, model in models.items():
             layers = network_layers(model, example_inputs)
@@ -143,7 +152,7 @@ class LatencyModel:
         self.fit = _fit(np.array(rows), np.array(targets))
         if self.cache is not None:
             self._write(self.cache)
-        return self._compare(models, example_inputs, measured)
+        return self._compare(everything, example_inputs, measured)
 
     def validate(self, models: dict[str, nn.Module], example_inputs: Tensor, *, seconds: float = 1.0) -> pd.DataFrame:
         """Predicted against measured time of whole networks: columns model, predicted_ms, measured_ms, error

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
+from rmprune.candidates import judge
 from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import check_available, count_macs, count_params, measure_latencies
-from rmprune.methods import Method, find_methods
+from rmprune.methods import METHODS, Method, alternatives, find_methods
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pruning import Budget
 from rmprune.rundir import claim
@@ -73,15 +74,26 @@ def _run_cell(
     example = data.train.example(1)
     starts = starting_networks(methods, dense, cell.shared, config, data, cell.seed)
     removal: dict[str, Any] | None = None
-    if "plain" in starts:
+    if any(method.start == "plain" for method in methods.values()):
         found["plain"], removal = starts["plain"], artifact.read_extra(cell.shared / "plain")["removal"]
-    notes: dict[str, dict[str, Any]] = {}  # what the record says besides: what was collapsed, what `mixed` removed
+    notes: dict[
+        str, dict[str, Any]
+    ] = {}  # what the record says besides: what was chosen or collapsed, what `mixed` removed
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name
 
         def slim(name: str = name, method: Method = method) -> tuple[nn.Module, dict[str, Any]]:
-            slimmed, facts = slim_network(
+            label = name
+            facts: dict[str, Any] = {"method": name}
+            checkpoint = cell.directory / "checkpoint" / f"{name}.pt"
+            if method.candidates:
+                able = {n: (m, starts[m.start]) for n, m in alternatives(method).items() if m.start in starts}
+                losses = judge(able, budget, config, data, original=dense, checkpoint=checkpoint)
+                chosen = min(losses, key=lambda candidate: losses[candidate])
+                method, label = METHODS[chosen], f"{name}-{chosen}"
+                facts |= {"chosen": chosen, "candidates": losses}
+            slimmed, more = slim_network(
                 starts[method.start],
                 method,
                 budget,
@@ -90,17 +102,19 @@ def _run_cell(
                 seed=cell.seed,
                 device=device,
                 teacher=dense,
-                checkpoint=cell.directory / "checkpoint" / f"{name}.pt",
+                checkpoint=checkpoint.with_name(f"{label}.pt"),
                 log=cell.directory / "log.jsonl",
-                label=name,
+                label=label,
             )
             if "collapsed" in method.start:
-                facts |= {"collapsed": artifact.read_extra(cell.shared / method.start)["collapsed"]}
-            return slimmed, {"method": name} | facts
+                more |= {"collapsed": artifact.read_extra(cell.shared / method.start)["collapsed"]}
+            return slimmed, facts | more
 
         found[key] = stage(cell.directory / key, slim, onnx=example)
         facts = artifact.read_extra(cell.directory / key)
-        notes[key] = {field: facts[field] for field in ("collapsed", "removed") if field in facts}
+        notes[key] = {
+            field: facts[field] for field in ("chosen", "candidates", "collapsed", "removed") if field in facts
+        }
     logger.info("measuring %s", ", ".join(found))
     entries = measure_networks(found, data, config.measure, device)
     record = {
@@ -123,12 +137,22 @@ def _run_cell(
 def starting_networks(
     methods: dict[str, Method], dense: nn.Module, directory: Path, config: SlimConfig, data: Dataset, seed: int
 ) -> dict[str, nn.Module]:
-    """What the methods prune, by name; each but the trained network itself is an artifact of that name in `directory`."""
+    """What the methods prune, by name; each but the trained network itself is an artifact of that name in `directory`.
+
+    One that only candidates start from is left out where it cannot be made.
+    """
     named = with_weights(make_dense(config, data, seed), dense)
     networks = {"dense": dense}
-    for name in sorted({method.start for method in methods.values()} - {"dense"}):
+    needed = {method.start for method in methods.values()}
+    optional = {other.start for method in methods.values() for other in alternatives(method).values()} - needed
+    for name in sorted((needed | optional) - {"dense"}):
         make = functools.partial(start, name, named, data)
-        networks[name] = stage(directory / name, make, onnx=data.train.example(1))
+        try:
+            networks[name] = stage(directory / name, make, onnx=data.train.example(1))
+        except UnsupportedModel as error:
+            if name in needed:
+                raise
+            logger.info("no candidate starts from %s: %s", name, error)
     return networks
 
 
