@@ -76,7 +76,13 @@ def read(config: Config) -> pd.DataFrame:
         for path, data in zip(config.results[1:], others, strict=True)
     ]
     data = pd.concat([first, *named])
-    return data if config.seed is None else data[data.seed == config.seed]
+    if config.seed is not None:
+        data = data[data.seed == config.seed]
+    if data.empty:
+        raise SystemExit(
+            f"{', '.join(map(str, config.results))}: no row{'' if config.seed is None else f' of seed {config.seed}'}"
+        )
+    return data
 
 
 def main(config: Config) -> None:

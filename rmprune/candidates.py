@@ -2,62 +2,83 @@
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from rmprune.config import SlimConfig
 from rmprune.cutter import make_cutter
 from rmprune.data import Dataset
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
-from rmprune.methods import Method
+from rmprune.methods import Method, alternatives
 from rmprune.pruning import Budget
 from rmprune.rundir import write_text
-from rmprune.slimming import met
+from rmprune.slimming import met, refusal
 from rmprune.timed import Place
 from rmprune.training import evaluate
 
 logger = logging.getLogger("rmprune")
+Verdicts = Mapping[str, Mapping[str, Any]]
+"""{method: {"loss": cross-entropy on the validation images} or {"refused": why it cannot be had}}."""
 
 
 def judge(
-    candidates: Mapping[str, tuple[Method, nn.Module]],
+    label: str,
+    method: Method,
+    start: Callable[[str], nn.Module],
     budget: Budget,
     config: SlimConfig,
     data: Dataset,
-    *,
     original: nn.Module,
+    *,
     checkpoint: Path,
-) -> dict[str, float]:
-    """{name: cross-entropy on the validation images} of each method's network, one cut to the budget and not fine-tuned.
+    device: torch.device,
+) -> Verdicts:
+    """How well each candidate of `method` predicts validation images: cut once to the budget, not fine-tuned.
 
-    `candidates`: (method, the network it starts from). Budgets in measured time are met as measured against `original`. What is known
-    is kept beside `checkpoint`. Methods that cannot meet the budget are left out; raises InfeasibleBudget or UnsupportedModel where
-    none can.
+    `start(name)`: the network that methods start from. Budgets in measured time are met as measured against `original`. What is found
+    is kept beside `checkpoint` and not looked for again. Raises InfeasibleBudget or UnsupportedModel where no candidate can.
     """
-    file = checkpoint.with_name(f"{checkpoint.stem}-candidates.json")
-    losses: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-    refusal: Exception | None = None
+    file = checkpoint.with_name(f"{label}-candidates.json")
+    verdicts: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     timed = budget.latency_ratio is not None
     place = Place.first(config.measure, original, data.train.example(1)) if timed else None
-    for name, (method, network) in candidates.items():
-        if name in losses:
+    refusals: dict[str, InfeasibleBudget | UnsupportedModel] = {}
+    for name, one in alternatives(method).items():
+        if name in verdicts:
             continue
         logger.info("candidate %s", name)
         try:
-            cutter = make_cutter(network, method, config, data, place)
-            own = met(budget, cutter, place, checkpoint.with_name(f"{checkpoint.stem}-{name}-measured.json"))
-            losses[name] = evaluate(cutter.once(network, own), data.validation).loss
+            cutter = make_cutter(start(one.start), one, config, data, place)
+            gradual = cutter.settings.gradual and config.finetune.epochs > 0
+            memory = checkpoint.with_name(f"{label}-{name}-measured.json")
+            network = cutter.once(cutter.network, met(budget, cutter, place, memory, gradual=gradual)).to(device)
+            loss = evaluate(network, data.validation, device=device).loss
+            if not math.isfinite(loss):
+                raise UnsupportedModel(f"after the cut its loss is {loss}")
+            verdicts[name] = {"loss": loss}
         except (InfeasibleBudget, UnsupportedModel) as error:
-            refusal = error
-            logger.info("%s is no candidate: %s", name, error)
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(losses))
-    if not losses:
-        assert refusal is not None
-        raise refusal
-    shown = ", ".join(f"{name} {loss:.3f}" for name, loss in sorted(losses.items(), key=lambda item: item[1]))
-    logger.info("loss on validation images before fine-tuning: %s", shown)
-    return losses
+            refusals[name], verdicts[name] = error, {"refused": str(error)}
+        if any("loss" in verdict for verdict in verdicts.values()):  # where none can, the same command tries all again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(verdicts))
+    if not any("loss" in verdict for verdict in verdicts.values()):
+        raise refusal(label, refusals)
+    logger.info(
+        "on validation images, before fine-tuning: %s", ", ".join(f"{n} {_shown(v)}" for n, v in verdicts.items())
+    )
+    return verdicts
+
+
+def best(verdicts: Verdicts) -> str:
+    """The method of the least loss; of equal ones the first."""
+    losses = {name: verdict["loss"] for name, verdict in verdicts.items() if "loss" in verdict}
+    return min(losses, key=lambda name: losses[name])
+
+
+def _shown(verdict: Mapping[str, Any]) -> str:
+    return f"loss {verdict['loss']:.3f}" if "loss" in verdict else f"refused ({verdict['refused']})"

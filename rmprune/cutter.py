@@ -68,15 +68,15 @@ class Cutter:
         `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted.
         """
         settings = self.settings
-        batches = None if scores is not None and not self.method.torch_pruning else importance_batches(self.data)
         if self.method.torch_pruning:
+            batches = importance_batches(self.data)
             return prune_coupled(network, self.example, importance=settings.importance, budget=budget, data=batches)
         return prune(
             network,
             self.example,
             importance=settings.importance if scores is None else scores,
             budget=budget,
-            data=batches,
+            data=importance_batches(self.data) if scores is None else None,
             cost=self.cost,
             rank=settings.rank,
             which=self.method.which,

@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,21 +151,31 @@ def check_budgets(
     config: SlimConfig,
     data: Dataset,
 ) -> None:
-    """Raise InfeasibleBudget before any training where limits forbid a budget. `networks(method)`: what it prunes, with any weights.
+    """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
-    Of a method's candidates one that can do it is enough.
+    `networks(method)`: what it prunes, with any weights. Of a method's candidates one that can do it is enough.
     """
     place = Place.first(config.measure, original, data.train.example(1))
-    for method in methods.values():
-        refusals: list[InfeasibleBudget | UnsupportedModel] = []
-        possible = list(alternatives(method).values()) or [method]
-        for one in possible:
+    for name, method in methods.items():
+        if not method.candidates:
+            _check(networks(method), method, budgets, config, data, place)
+            continue
+        refusals: dict[str, InfeasibleBudget | UnsupportedModel] = {}
+        for candidate, one in alternatives(method).items():
             try:
                 _check(networks(one), one, budgets, config, data, place)
-            except (InfeasibleBudget, UnsupportedModel) as refusal:
-                refusals.append(refusal)
-        if len(refusals) == len(possible):
-            raise refusals[0]
+            except (InfeasibleBudget, UnsupportedModel) as error:
+                refusals[candidate] = error
+        if len(refusals) == len(method.candidates):
+            raise refusal(name, refusals)
+
+
+def refusal(
+    label: str, refusals: Mapping[str, InfeasibleBudget | UnsupportedModel]
+) -> InfeasibleBudget | UnsupportedModel:
+    """One error for a method none of whose candidates can be had."""
+    kind = InfeasibleBudget if any(isinstance(e, InfeasibleBudget) for e in refusals.values()) else UnsupportedModel
+    return kind(f"no candidate of {label} can be had: " + "; ".join(f"{name}: {e}" for name, e in refusals.items()))
 
 
 def _check(

@@ -38,10 +38,18 @@ class Fake(LatencyModel):
     def _measure_networks(self, models: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
         """The truth of this world: 0.5 + 1.2 of the sum + 0.01 for each layer."""
         sums = {n: network_layers(m, x) for n, m in models.items()}
-        return {
+        times = {
             n: 0.5 + 1.2 * sum(la.cin * la.cout / 1000 for la in ls if "Conv2d" in la.kind) + 0.01 * len(ls)
             for n, ls in sums.items()
         }
+        return {n: ms * (5 if isinstance(models[n], Odd) else 1) for n, ms in times.items()}
+
+
+class Odd(nn.Conv2d):
+    """A network that takes five times as long as its layers say."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 64, 3)
 
 
 def test_layers_as_a_runtime_executes_them() -> None:
@@ -118,6 +126,10 @@ def test_calibration_finds_what_isolation_hides() -> None:
     table = model.calibrate(nets, X)
     assert before > 0.1 and table.error.abs().max() < 0.05
     assert list(table.columns) == ["model", "predicted_ms", "measured_ms", "error"]
+    once = model.fit
+    table = model.calibrate(nets, X, unseen={"odd": Odd()})
+    assert model.fit == once and list(table.model) == [*nets, "odd"]  # measured with the others, not fitted to
+    assert abs(table.error.iloc[-1]) > 0.5
 
 
 def test_the_cache_is_read_back_and_knows_its_place(tmp_path: Path) -> None:

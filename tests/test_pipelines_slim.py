@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,13 @@ import torch
 
 import rmprune
 from rmprune import records
+from rmprune.candidates import Verdicts, best, judge
 from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig
+from rmprune.cutter import make_cutter
+from rmprune.data import load_dataset
 from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
+from rmprune.methods import METHODS
 from rmprune.pipelines import slim
 from rmprune.pipelines.cells import plan_cells
 from rmprune.pipelines.convert import open_network
@@ -18,7 +23,9 @@ from rmprune.pipelines.remeasure import run_measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.slimming import remembered, scaled
+from rmprune.starting import STARTING
 from rmprune.timed import Place
+from rmprune.training import evaluate
 
 QUICK = SlimConfig(
     model="resnet8",
@@ -261,38 +268,85 @@ def convolutions(model: torch.nn.Module) -> int:
     return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
 
 
-def test_the_candidate_that_predicts_best_before_training_goes_on(tmp_path: Path) -> None:
+def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(tmp_path: Path) -> None:
     (path,) = run_slim(replace(QUICK, method=("mixed-auto",), out=tmp_path / "run"), command="x")
     record = records.read_record(path)
     assert set(records.networks(record)) == {"original", "mixed-auto"} and record["removal"] is None
     found = record["mixed-auto"]
     assert set(found["candidates"]) == {"residual", "mixed-collapse", "rm-collapse", "rm"}
-    assert found["candidates"][found["chosen"]] == min(found["candidates"].values())
     (path,) = run_slim(replace(QUICK, method=(found["chosen"],), out=tmp_path / "alone"), command="x")
     alone = records.read_record(path)["pruned" if found["chosen"] == "rm" else found["chosen"]]
     assert (found["accuracy"], found["macs"]) == (alone["accuracy"], alone["macs"])  # the same cut, the same epochs
 
 
-def test_the_judge_takes_the_least_loss_whichever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for best in ("rm", "rm-collapse"):
-        losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.3, "rm": 0.2} | {best: 0.1}
-        monkeypatch.setattr(slim, "judge", lambda *args, losses=losses, **kwargs: losses)
-        config = replace(QUICK, method=("mixed-auto",), finetune=TrainConfig(epochs=0), out=tmp_path / best)
+def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for least in ("rm", "rm-collapse"):
+        losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.3, "rm": 0.2} | {least: 0.1}
+        verdicts = {name: {"loss": loss} for name, loss in losses.items()}
+        monkeypatch.setattr(slim, "judge", lambda *args, verdicts=verdicts, **kwargs: verdicts)
+        config = replace(QUICK, method=("mixed-auto",), finetune=TrainConfig(epochs=0), out=tmp_path / least)
         run_slim(config, command="x")
-        assert records.read_record(tmp_path / best)["mixed-auto"]["chosen"] == best
-        pruned = rmprune.load(tmp_path / best / "mixed-auto")
-        assert convolutions(pruned) == (7 if best == "rm" else 4)
+        found = records.read_record(tmp_path / least)["mixed-auto"]
+        assert found["chosen"] == least and ("removal" in found) == (least == "rm")
+        assert convolutions(rmprune.load(tmp_path / least / "mixed-auto")) == (7 if least == "rm" else 4)
+
+
+def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Path) -> None:
+    config = replace(QUICK, method=("mixed-auto",), out=tmp_path)
+    data = load_dataset(config.data)
+    dense = slim.make_dense(config, data, 0)
+    blind = replace(data, test=None)  # type: ignore[arg-type]
+    budget = Budget(macs_ratio=0.5, reference_macs=rmprune.count_macs(dense, data.train.example(1)))
+
+    def start(name: str) -> torch.nn.Module:
+        if name == "plain":
+            raise UnsupportedModel("not this one")
+        return STARTING[name](dense, data.train.example)[0]
+
+    def verdicts(start: Callable[[str], torch.nn.Module]) -> Verdicts:
+        place = {"checkpoint": tmp_path / "c" / "x.pt", "device": torch.device("cpu")}
+        return judge("mixed-auto", METHODS["mixed-auto"], start, budget, config, blind, dense, **place)  # type: ignore[arg-type]
+
+    found = verdicts(start)
+    assert found["rm"] == {"refused": "not this one"} and best(found) != "rm"
+    cutter = make_cutter(dense, METHODS["residual"], config, data)
+    residual = cutter.once(dense, cutter.floored(budget))
+    assert found["residual"]["loss"] == pytest.approx(evaluate(residual, data.validation).loss)
+    assert verdicts(lambda name: pytest.fail("judged again")) == found
+    with pytest.raises(UnsupportedModel, match="no candidate of none can be had: residual: never;"):
+
+        def never(name: str) -> torch.nn.Module:
+            raise UnsupportedModel("never")
+
+        place = {"checkpoint": tmp_path / "c" / "x.pt", "device": torch.device("cpu")}
+        judge("none", METHODS["mixed-auto"], never, budget, config, blind, dense, **place)  # type: ignore[arg-type]
+    assert not (tmp_path / "c" / "none-candidates.json").exists()
 
 
 def test_candidates_that_the_network_has_no_place_for_are_left_out(tmp_path: Path) -> None:
     config = replace(QUICK, model="preact_resnet20", train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     run_slim(replace(config, method=("mixed-auto",), out=tmp_path / "run"), command="x")
-    assert set(records.read_record(tmp_path / "run")["mixed-auto"]["candidates"]) == {"residual", "rm"}
+    candidates = records.read_record(tmp_path / "run")["mixed-auto"]["candidates"]
+    assert [name for name, verdict in candidates.items() if "loss" in verdict] == ["residual", "rm"]
+    assert "no block to collapse" in candidates["rm-collapse"]["refused"]
 
 
-def test_a_budget_that_no_candidate_meets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_candidate_that_meets_the_budget_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "ratios", by_parameters)
-    prune = PruneConfig(latency_ratio=(0.3,), min_fraction=0.9, round_to=1)
-    with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0\.3 cannot be met"):
-        run_slim(replace(QUICK, method=("mixed-auto",), prune=prune, out=tmp_path / "run"), command="x")
-    assert not (tmp_path / "run").exists()
+    prune = PruneConfig(latency_ratio=(0.6,), min_fraction=0.9, round_to=1)
+    config = replace(QUICK, width=16, method=("mixed-auto",), prune=prune, out=tmp_path / "run")
+    run_slim(config, command="x")
+    record = records.read_record(tmp_path / "run")
+    assert "cannot be met" in record["mixed-auto"]["candidates"]["residual"]["refused"]
+    assert record["mixed-auto"]["params"] <= 0.6 * record["original"]["params"]
+    prune = replace(prune, latency_ratio=(0.2,))
+    with pytest.raises(InfeasibleBudget, match=r"no candidate of mixed-auto can be had: residual: .*; rm: "):
+        run_slim(replace(config, prune=prune, out=tmp_path / "no"), command="x")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_share_of_each_network_s_own_channels_is_no_equal_cost(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="use --macs-ratio or --latency-ratio"):
+        run_slim(
+            replace(QUICK, method=("mixed-auto",), prune=PruneConfig(ratio=(0.5,)), out=tmp_path / "run"), command="x"
+        )

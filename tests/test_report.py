@@ -134,6 +134,7 @@ def test_names_and_numbers() -> None:
     asked = {"model": "repvgg", "depth": 13, "reserve_ratio": 0.5, "width": 8}
     assert model_of(example(model="repvgg", config=asked)) == "repvgg (depth 13, reserve ratio 0.5, width 8)"
     assert method_of(example(method="inner,coupled,rm", inner=network(0.9, 10, 1.0)), "pruned") == "rm"
+    assert method_of(example(method="mixed-auto,mixed", mixed=network(0.9, 10, 1.0)), "mixed") == "mixed"
     record = example(method="rm-gradual,coupled-taylor", inner=network(0.9, 10, 1.0) | {"method": "inner"})
     assert [method_of(record, n) for n in ("original", "plain", "pruned", "coupled", "inner")] == [
         "dense",

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
-from rmprune.candidates import judge
+from rmprune.candidates import best, judge
 from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import check_available, count_macs, count_params, measure_latencies
-from rmprune.methods import METHODS, Method, alternatives, find_methods
+from rmprune.methods import METHODS, Method, find_methods
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pruning import Budget
 from rmprune.rundir import claim
@@ -31,6 +31,14 @@ from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
+NOTES = (
+    "method",
+    "chosen",
+    "candidates",
+    "removal",
+    "collapsed",
+    "removed",
+)  # facts of an artifact that its record repeats
 
 
 def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
@@ -53,6 +61,11 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
 def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset) -> None:
     """Everything that can be refused is refused before a file is written or an epoch trained."""
     check_available(config.measure.backends, config.measure.device)
+    for name, method in methods.items():
+        if method.candidates and config.prune.ratio:
+            raise ConfigError(
+                f"{name} compares networks of equal cost, which --ratio does not give; use --macs-ratio or --latency-ratio"
+            )
     example = data.train.example(2)
     dense = make_dense(config, data, config.seed)
     reference = count_macs(dense, example[:1])
@@ -72,29 +85,32 @@ def _run_cell(
     dense = stage(cell.shared / "dense", lambda: (train_dense(config, data, cell.seed, device, cell.shared), facts))
     found: dict[str, nn.Module] = {"original": dense}
     example = data.train.example(1)
-    starts = starting_networks(methods, dense, cell.shared, config, data, cell.seed)
+    names = sorted({method.start for method in methods.values()})
+    starts = {name: starting_network(dense, cell.shared, config, data, cell.seed, name) for name in names}
     removal: dict[str, Any] | None = None
-    if any(method.start == "plain" for method in methods.values()):
+    if "plain" in starts:
         found["plain"], removal = starts["plain"], artifact.read_extra(cell.shared / "plain")["removal"]
-    notes: dict[
-        str, dict[str, Any]
-    ] = {}  # what the record says besides: what was chosen or collapsed, what `mixed` removed
+    notes: dict[str, dict[str, Any]] = {}  # what the record says of a network besides its figures
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name
 
         def slim(name: str = name, method: Method = method) -> tuple[nn.Module, dict[str, Any]]:
-            label = name
-            facts: dict[str, Any] = {"method": name}
+            label, begin = name, starts[method.start]
+            made: dict[str, Any] = {"method": name}
             checkpoint = cell.directory / "checkpoint" / f"{name}.pt"
             if method.candidates:
-                able = {n: (m, starts[m.start]) for n, m in alternatives(method).items() if m.start in starts}
-                losses = judge(able, budget, config, data, original=dense, checkpoint=checkpoint)
-                chosen = min(losses, key=lambda candidate: losses[candidate])
-                method, label = METHODS[chosen], f"{name}-{chosen}"
-                facts |= {"chosen": chosen, "candidates": losses}
+                start_of = functools.partial(starting_network, dense, cell.shared, config, data, cell.seed)
+                verdicts = judge(
+                    name, method, start_of, budget, config, data, dense, checkpoint=checkpoint, device=device
+                )
+                chosen = best(verdicts)
+                method, label, begin = METHODS[chosen], f"{name}-{chosen}", start_of(METHODS[chosen].start)
+                made |= {"chosen": chosen, "candidates": verdicts}
+                if method.start == "plain":
+                    made |= {"removal": artifact.read_extra(cell.shared / "plain")["removal"]}
             slimmed, more = slim_network(
-                starts[method.start],
+                begin,
                 method,
                 budget,
                 config,
@@ -108,13 +124,11 @@ def _run_cell(
             )
             if "collapsed" in method.start:
                 more |= {"collapsed": artifact.read_extra(cell.shared / method.start)["collapsed"]}
-            return slimmed, facts | more
+            return slimmed, made | more
 
         found[key] = stage(cell.directory / key, slim, onnx=example)
         facts = artifact.read_extra(cell.directory / key)
-        notes[key] = {
-            field: facts[field] for field in ("chosen", "candidates", "collapsed", "removed") if field in facts
-        }
+        notes[key] = {field: facts[field] for field in NOTES if field in facts}
     logger.info("measuring %s", ", ".join(found))
     entries = measure_networks(found, data, config.measure, device)
     record = {
@@ -134,26 +148,14 @@ def _run_cell(
     records.write_record(cell.record, record)
 
 
-def starting_networks(
-    methods: dict[str, Method], dense: nn.Module, directory: Path, config: SlimConfig, data: Dataset, seed: int
-) -> dict[str, nn.Module]:
-    """What the methods prune, by name; each but the trained network itself is an artifact of that name in `directory`.
-
-    One that only candidates start from is left out where it cannot be made.
-    """
+def starting_network(
+    dense: nn.Module, directory: Path, config: SlimConfig, data: Dataset, seed: int, name: str
+) -> nn.Module:
+    """What methods prune: the trained network itself ("dense"), or one made of it, an artifact of that name in `directory`."""
+    if name == "dense":
+        return dense
     named = with_weights(make_dense(config, data, seed), dense)
-    networks = {"dense": dense}
-    needed = {method.start for method in methods.values()}
-    optional = {other.start for method in methods.values() for other in alternatives(method).values()} - needed
-    for name in sorted((needed | optional) - {"dense"}):
-        make = functools.partial(start, name, named, data)
-        try:
-            networks[name] = stage(directory / name, make, onnx=data.train.example(1))
-        except UnsupportedModel as error:
-            if name in needed:
-                raise
-            logger.info("no candidate starts from %s: %s", name, error)
-    return networks
+    return stage(directory / name, functools.partial(start, name, named, data), onnx=data.train.example(1))
 
 
 def start(name: str, dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:

@@ -81,7 +81,7 @@ def method_of(record: dict[str, Any], network: str) -> str:
     if network == "pruned":
         free = [part for part in parts if part not in found and not part.startswith("coupled")]
         return next((part for part in free if part.startswith("rm")), free[0] if free else "rm")
-    return next((part for part in parts if part.startswith(network)), network)
+    return network if network in parts else next((part for part in parts if part.startswith(network)), network)
 
 
 def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
