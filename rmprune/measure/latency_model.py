@@ -8,8 +8,8 @@ networks: time = a * sum(layers) + b * number of layers + c (`calibrate`; a = 1,
 
 Widths between measured ones are interpolated linearly in both widths, among widths with the same divisor of 8 (kernels
 treat multiples of 8, 4, 2 and odd widths differently), at most 8 apart up to 128 channels. Depthwise layers and those
-without weights have one width. Check it with `validate` before relying on it; budgets are verified on the whole network
-by measuring.
+without weights have one width. Check it with `calibrate(..., unseen=...)` before relying on it; budgets are verified on
+the whole network by measuring.
 """
 
 import json
@@ -135,7 +135,8 @@ class LatencyModel:
         unseen: dict[str, nn.Module] | None = None,
         seconds: float = 1.0,
     ) -> pd.DataFrame:
-        """Fits a and b on whole networks (three or more, of different cost); returns `validate`'s table.
+        """Fits a and b on whole networks (three or more, of different cost); returns predicted against measured time of
+        each: columns model, predicted_ms, measured_ms, error (relative).
 
         Least absolute relative errors (one network measured badly must not bend the fit), with a mild pull to a = 1, b
         = 0. `unseen`: networks that are not fitted to but measured in turns with the others, so that a machine that
@@ -153,12 +154,6 @@ class LatencyModel:
         if self.cache is not None:
             self._write(self.cache)
         return self._compare(everything, example_inputs, measured)
-
-    def validate(self, models: dict[str, nn.Module], example_inputs: Tensor, *, seconds: float = 1.0) -> pd.DataFrame:
-        """Predicted against measured time of whole networks: columns model, predicted_ms, measured_ms, error
-        (relative).
-        """
-        return self._compare(models, example_inputs, self._measure_networks(models, example_inputs, seconds))
 
     def _compare(self, models: dict[str, nn.Module], x: Tensor, measured: dict[str, float]) -> pd.DataFrame:
         rows = []
