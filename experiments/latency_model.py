@@ -3,7 +3,8 @@
     python experiments/latency_model.py        # writes reports/latency-model/{validation.csv,validation.md,command.txt}
 
 As a search uses it: for each network the model is fitted on four uniform widths of it, and judged on random widths in eights: ResNet-20
-with its residuals and without, MobileNetV2 as it is and turned V1. Fitted and judged networks are measured in turns in one process.
+with its residuals and without, MobileNetV2 as it is and turned V1. All layers are measured in turns, and so are a network's fitted and
+judged widths: over minutes the times of a shared machine drift by more than the goal.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import rmprune
 from rmprune.measure.latency_model import LatencyModel
+from rmprune.measure.layers import Layer, network_layers
 from rmprune.pruning import find_structure, shrink
 from rmprune.pruning.greedy import keep_best
 from rmprune.records import environment
@@ -79,12 +81,18 @@ def networks() -> dict[str, tuple[dict[str, nn.Module], dict[str, nn.Module]]]:
     }
 
 
+def layers_of(parts: tuple[dict[str, nn.Module], ...], x: Tensor) -> list[Layer]:
+    """The layers of all these networks."""
+    return [layer for part in parts for network in part.values() for layer in network_layers(network, x)]
+
+
 def main(settings: Settings) -> None:
     families = networks()
     x, tables = torch.randn(1, 1, 28, 28), []
     for backend, threads, batch_size in itertools.product(settings.backends, settings.threads, settings.batch_sizes):
         start = time.perf_counter()
         model = LatencyModel(backend, threads=threads, batch_size=batch_size)
+        model.require(layer for parts in families.values() for layer in layers_of(parts, x))
         for fit, judge in families.values():
             table = model.calibrate(fit, x, unseen=judge, seconds=settings.seconds)
             table = table.assign(backend=backend, threads=threads, batch_size=batch_size)

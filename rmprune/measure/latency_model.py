@@ -12,6 +12,7 @@ without weights have one width. Check it with `calibrate(..., unseen=...)` befor
 the whole network by measuring.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -139,28 +140,23 @@ class LatencyModel:
         each: columns model, predicted_ms, measured_ms, error (relative).
 
         Least absolute relative errors (one network measured badly must not bend the fit), with a mild pull to a = 1, b
-        = 0. `unseen`: networks that are not fitted to but measured in turns with the others, so that a machine that
-        drifts drifts for all; they follow in the table.
+        = 0. `unseen`: networks that are not fitted to; they and their layers are measured in turns with the others,
+        so that a machine that drifts drifts for all. They follow in the table.
         """
         everything = {**models, **(unseen or {})}
+        layers = {name: network_layers(model, example_inputs) for name, model in everything.items()}
+        self.require(itertools.chain.from_iterable(layers.values()))
         measured = self._measure_networks(everything, example_inputs, seconds)
         rows, targets = [], []
-        for name, model in models.items():
-            layers = network_layers(model, example_inputs)
-            self.require(layers)
-            rows.append(np.array([sum(map(self.layer_ms, layers)), len(layers)]) / measured[name])
+        for name in models:
+            rows.append(np.array([sum(map(self.layer_ms, layers[name])), len(layers[name])]) / measured[name])
             targets.append(1 - (self.overhead or 0.0) / measured[name])
         self.fit = _fit(np.array(rows), np.array(targets))
         if self.cache is not None:
             self._write(self.cache)
-        return self._compare(everything, example_inputs, measured)
-
-    def _compare(self, models: dict[str, nn.Module], x: Tensor, measured: dict[str, float]) -> pd.DataFrame:
-        rows = []
-        for name, model in models.items():
-            predicted = self.predict(model, x)
-            rows.append((name, predicted, measured[name], predicted / measured[name] - 1))
-        return pd.DataFrame(rows, columns=["model", "predicted_ms", "measured_ms", "error"])
+        found = [(name, self.predict_layers(layers[name]), measured[name]) for name in everything]
+        table = pd.DataFrame(found, columns=["model", "predicted_ms", "measured_ms"])
+        return table.assign(error=table.predicted_ms / table.measured_ms - 1)
 
     def _measure_networks(self, models: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
         results = measure_latencies(
