@@ -184,3 +184,18 @@ def test_settings_that_change_no_network_may_differ(runs: Path, tmp_path: Path) 
     record["config"]["prune"] = {"macs_ratio": 0.5, "cuts": None}
     write_record(path, record)
     build_report(runs, tmp_path / "out")
+
+
+def test_settings_that_torch_pruning_does_not_read_may_differ(runs: Path, tmp_path: Path) -> None:
+    for path in runs.rglob("record.json"):
+        record = read_record(path)
+        record["config"]["prune"]["gradual"] = record["seed"] == 1
+        del record["plain"]
+        write_record(path, record)
+    with pytest.raises(ArtifactError, match=r"averaged as seeds of rm, but differ in prune\.gradual"):
+        build_report(runs, tmp_path / "out")
+    for path in runs.rglob("record.json"):
+        record = read_record(path)
+        del record["pruned"]
+        write_record(path, record)
+    build_report(runs, tmp_path / "out")

@@ -9,6 +9,11 @@ from rmprune.report.tables import budget_of, find_setting, method_of, model_of
 
 _OWN = {"seed", "seeds", "method", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "budget", "device"}
 """Settings that rows are told apart by, or that do not change a network."""
+_UNREAD = frozenset(
+    f"prune.{name}" for name in ("gradual", "reconstruct", "cuts", "cut_fraction", "score_decay", "cost", "rank")
+)
+_TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-norm")
+"""Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _BEFORE = ("data", "train", "sparsity", "checkpoint")
 """Settings that the network before pruning depends on."""
 
@@ -29,7 +34,8 @@ def refuse_mixtures(records: list[Path]) -> None:
             )
             other, settings = first.setdefault(key, (path, flat(config)))
             mine = flat(config)
-            for setting in sorted(settings.keys() | mine.keys()):
+            unread = _UNREAD if key[2] in _TORCH_PRUNING else frozenset()
+            for setting in sorted((settings.keys() | mine.keys()) - unread):
                 before, now = settings.get(setting), mine.get(setting)
                 if before != now:
                     raise ArtifactError(
