@@ -31,7 +31,7 @@ class Config:
     """Speed at equal accuracy over the front of coupled pruning."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """results.csv of `python -m rmprune report`; networks of a second one and further are points of their own, not seeds of the first's."""
+    """results.csv of `python -m rmprune report`; of a second and further ones, pruned networks are points of their own, not seeds."""
     seed: int | None = None
     """This seed alone, instead of means over seeds."""
 

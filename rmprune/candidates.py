@@ -63,10 +63,10 @@ def judge(
             verdicts[name] = {"loss": loss}
         except (InfeasibleBudget, UnsupportedModel) as error:
             refusals[name], verdicts[name] = error, {"refused": str(error)}
-        if any("loss" in verdict for verdict in verdicts.values()):  # where none can, the same command tries all again
+        if losses(verdicts):  # where none can, the same command tries all again
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(verdicts))
-    if not any("loss" in verdict for verdict in verdicts.values()):
+    if not losses(verdicts):
         raise refusal(label, refusals)
     logger.info(
         "on validation images, before fine-tuning: %s", ", ".join(f"{n} {_shown(v)}" for n, v in verdicts.items())
@@ -74,10 +74,15 @@ def judge(
     return verdicts
 
 
+def losses(verdicts: Verdicts) -> dict[str, float]:
+    """Of the methods that can be had."""
+    return {name: verdict["loss"] for name, verdict in verdicts.items() if "loss" in verdict}
+
+
 def best(verdicts: Verdicts) -> str:
     """The method of the least loss; of equal ones the first."""
-    losses = {name: verdict["loss"] for name, verdict in verdicts.items() if "loss" in verdict}
-    return min(losses, key=lambda name: losses[name])
+    found = losses(verdicts)
+    return min(found, key=lambda name: found[name])
 
 
 def _shown(verdict: Mapping[str, Any]) -> str:

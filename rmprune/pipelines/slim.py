@@ -31,14 +31,8 @@ from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
-NOTES = (
-    "method",
-    "chosen",
-    "candidates",
-    "removal",
-    "collapsed",
-    "removed",
-)  # facts of an artifact that its record repeats
+NOTES = ("method", "chosen", "candidates", "removal", "collapsed", "removed")
+"""Facts of a network's artifact that the record repeats."""
 
 
 def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
