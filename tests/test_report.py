@@ -11,7 +11,7 @@ from test_records import example, network
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
 from rmprune.records import find_records, read_record, write_record
-from rmprune.report import build_report, frame, run_report, show
+from rmprune.report import build_report, frame, renew_reports, run_report, show
 from rmprune.report.figures import pareto_front
 from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, model_of, relative
 
@@ -28,6 +28,25 @@ def runs(tmp_path: Path) -> Path:
             )
             write_record(tmp_path / "runs" / f"s{seed}-{ratio}" / "record.json", record)
     return tmp_path / "runs"
+
+
+def test_measuring_again_renews_the_report_of_the_run(runs: Path) -> None:
+    build_report(runs, runs / "report", "python -m rmprune slim")
+    path = runs / "s0-0.5" / "record.json"
+    for ms in (3.0, 7.0):
+        record = read_record(path)
+        record["pruned"]["latency"][0]["median_ms"] = ms
+        write_record(path, record)
+        figures = renew_reports([path, runs / "s1-0.5" / "record.json"], f"python -m rmprune measure {ms}")
+        assert figures == [runs / "report" / "accuracy-time.png"]
+        assert ms in set(pd.read_csv(runs / "report" / "results.csv").median_ms)
+        made_by = (runs / "report" / "command.txt").read_text().splitlines()
+        assert made_by == ["python -m rmprune slim", f"python -m rmprune measure {ms}"]
+
+
+def test_records_without_a_report_get_none(runs: Path) -> None:
+    assert renew_reports(find_records([runs]), "python -m rmprune measure") == []
+    assert not list(runs.rglob("results.csv"))
 
 
 def test_a_row_for_each_network_and_measurement(runs: Path) -> None:

@@ -17,7 +17,8 @@ from rmprune.report.page import page
 from rmprune.report.search import search_figure
 from rmprune.report.tables import frame, summary_tables
 
-__all__ = ["build_report", "frame", "run_report", "show", "summary_tables"]
+__all__ = ["build_report", "frame", "renew_reports", "run_report", "show", "summary_tables"]
+COMMAND = "command.txt"
 
 
 def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = None) -> list[Path]:
@@ -47,7 +48,7 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
                 stem = "search" if len(records) == 1 else f"search-{number + 1}"
                 written += save_figure(figure, out_dir / stem)
         environments = [read_record(record)["environment"] for record in records]
-        for name, text in (("index.html", page(data, svgs, environments, command)), ("command.txt", command + "\n")):
+        for name, text in (("index.html", page(data, svgs, environments, command)), (COMMAND, command + "\n")):
             (out_dir / name).write_text(text)
             written.append(out_dir / name)
     except OSError as error:
@@ -55,6 +56,21 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
             f"{out_dir}: the report cannot be written ({error.strerror}); choose another --out"
         ) from error
     return written
+
+
+def renew_reports(records: list[Path], command: str) -> list[Path]:
+    """Writes again the `report/` of the runs that these records belong to, whose times `command` has measured again.
+
+    A run keeps its report in its own directory, at most two above its records. Returns the paths of the figures.
+    """
+    runs = dict.fromkeys(
+        folder for record in records for folder in record.parents[:3] if (folder / "report" / COMMAND).is_file()
+    )
+    written: list[Path] = []
+    for run in runs:
+        made_by = (run / "report" / COMMAND).read_text().partition("\n")[0]
+        written += build_report(run, run / "report", f"{made_by}\n{command}")
+    return [file for file in written if file.suffix == ".png"]
 
 
 def run_report(config: ReportConfig, *, command: str) -> None:

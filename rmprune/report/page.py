@@ -20,6 +20,7 @@ th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e4e
 th { color: #555; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 th:nth-child(2), td:nth-child(2) { text-align: left; }
 code { background: #f4f4f4; padding: .15rem .35rem; border-radius: 3px; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; }
 .note { color: #555; }
 """
 
@@ -39,7 +40,7 @@ def page(data: pd.DataFrame, figures: dict[str, Path], environments: list[dict[s
         parts += _section(f"{model} on {dataset}", part)
     parts.append("<h2>Measured on</h2>")
     parts += [f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(map(_place, environments))]
-    parts.append(f"<h2>Made by</h2><p><code>{html.escape(command)}</code></p>")
+    parts.append(f"<h2>Made by</h2><pre><code>{html.escape(command)}</code></pre>")
     body = "\n".join(parts)
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
