@@ -6,9 +6,9 @@
 
 For each backend and batch size the coupled methods and the dense network give a front: the best accuracy (mean over seeds) that
 coupled pruning reaches within a time. Between its points accuracy is linear in log time. A network of another method with accuracy a
-and time t is (time at which the front reaches a) / t times as fast. Like is compared with like: the front is that of the seeds which
-the other method has at that budget, of coupled networks that have them all. Fronts of few points and one or two seeds are no proof:
-the table shows the points too. Writes a table beside the first CSV.
+and time t is (time at which the front reaches a) / t times as fast. Like is compared with like: a row and its front are means over
+the same seeds, those that the method has at that budget and coupled pruning at all budgets. Fronts of few points and one or two seeds
+are no proof: the table shows the points too. Writes a table beside the first CSV.
 """
 
 import itertools
@@ -55,24 +55,38 @@ def time_at(accuracy: float, points: list[tuple[float, float]]) -> float | None:
 
 
 def compare(data: pd.DataFrame) -> pd.DataFrame:
-    """One row for each method, budget and place, means over its seeds. `realised`: the speed-up over the reduction in MACs."""
+    """One row for each method, budget and place, means over the seeds that coupled pruning has at all its budgets too.
+
+    `realised`: the speed-up over the reduction in MACs.
+    """
     pruned = data[~data.method.isin(["plain", "dense"])]
-    seeds_of = pruned.groupby(["model", "method", "budget"]).seed.agg(lambda seeds: tuple(sorted(set(seeds))))
-    means = {seeds: relative(data[data.seed.isin(seeds)]) for seeds in set(seeds_of)}
+    seeds_of = pruned.groupby(["model", "method", "budget"]).seed.agg(lambda seeds: frozenset(seeds))
     rows = []
-    for (model, method, budget), seeds in seeds_of.items():
-        same = means[seeds][(means[seeds].model == model) & (means[seeds].seeds == len(seeds))]
+    for (model, method, budget), own in seeds_of.items():
+        seeds = sorted(own & front_seeds(seeds_of, model))
+        same = relative(data[(data.model == model) & data.seed.isin(seeds)])
+        same = same[same.seeds == len(seeds)]
         for (backend, _, threads, batch), part in same.groupby(CONFIGURATION):
             best = front(part[part.method.isin([*COUPLED, "dense"])])
-            (row,) = part[(part.method == method) & (part.budget == budget)].itertuples()
-            own = None if method in COUPLED else time_at(row.accuracy, best)
-            speed = "" if method in COUPLED else "outside the front" if own is None else f"{own / row.ratio:.2f}x"
-            accuracy = f"{row.accuracy:.2%}" + (f" ± {row.accuracy_spread * 100:.2f}" if row.seeds > 1 else "")
-            facts = (method, budget, " ".join(map(str, seeds)), accuracy, f"{row.macs_ratio:.3f}", f"{row.ratio:.3f}")
-            rows.append((model, backend, threads, batch, *facts, f"{row.macs_ratio / row.ratio:.2f}", speed))
+            for row in part[(part.method == method) & (part.budget == budget)].itertuples():
+                reached = None if method in COUPLED else time_at(row.accuracy, best)
+                faster = "outside the front" if reached is None else f"{reached / row.ratio:.2f}x"
+                accuracy = f"{row.accuracy:.2%}" + (f" ± {row.accuracy_spread * 100:.2f}" if row.seeds > 1 else "")
+                facts = (method, budget, " ".join(map(str, seeds)), accuracy)
+                figures = (f"{row.macs_ratio:.3f}", f"{row.ratio:.3f}", f"{row.macs_ratio / row.ratio:.2f}")
+                rows.append((model, backend, threads, batch, *facts, *figures, "" if method in COUPLED else faster))
     facts = ["method", "budget", "seeds", "accuracy", "MACs", "time", "realised", "speed at equal accuracy"]
     table = pd.DataFrame(rows, columns=["model", "backend", "threads", "batch", *facts])
     return table.sort_values(["model", "backend", "threads", "batch"], kind="stable")
+
+
+def front_seeds(seeds_of: "pd.Series[frozenset[int]]", model: str) -> frozenset[int]:
+    """The seeds with which the front has all its budgets: at each, those of the coupled method that has most."""
+    found: dict[str, frozenset[int]] = {}
+    for (name, method, budget), seeds in seeds_of.items():
+        if name == model and method in COUPLED:
+            found[budget] = max(found.get(budget, frozenset()), seeds, key=len)
+    return frozenset.intersection(*found.values()) if found else frozenset()
 
 
 def read(config: Config) -> pd.DataFrame:
@@ -85,6 +99,8 @@ def read(config: Config) -> pd.DataFrame:
     data = pd.concat([first, *named])
     if config.seed is not None:
         data = data[data.seed == config.seed]
+    if data.dataset.nunique() > 1:
+        raise SystemExit(f"rows of several data sets ({', '.join(sorted(set(data.dataset)))}); report one at a time")
     if data.empty:
         raise SystemExit(
             f"{', '.join(map(str, config.results))}: no row{'' if config.seed is None else f' of seed {config.seed}'}"

@@ -15,7 +15,10 @@ from rmprune.methods import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.baselines import inner_only
 from rmprune.pruning.budget import even_fraction, least_cost, resolve
-from rmprune.pruning.importance import Scores, score_groups
+from rmprune.pruning.coupled import check_importance
+from rmprune.pruning.importance import IMPORTANCES, Scores, score_groups
+from rmprune.pruning.one_shot import fitting
+from rmprune.pruning.program import read_program
 from rmprune.pruning.structure import Cost, Structure, macs, total_cost
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.timed import Place, find_ratio
@@ -68,9 +71,16 @@ class Cutter:
         `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted.
         """
         settings = self.settings
+        origin = None if settings.min_fraction is None else self.structure.units  # a limit that was asked for
         if self.method.torch_pruning:
-            batches = importance_batches(self.data)
-            return prune_coupled(network, self.example, importance=settings.importance, budget=budget, data=batches)
+            return prune_coupled(
+                network,
+                self.example,
+                importance=settings.importance,
+                budget=budget,
+                data=importance_batches(self.data),
+                origin=origin,
+            )
         return prune(
             network,
             self.example,
@@ -82,8 +92,19 @@ class Cutter:
             which=self.method.which,
             reconstruct=settings.reconstruct and scores is None,
             lookahead=self.lookahead,
-            origin=None if self.settings.min_fraction is None else self.structure.units,  # a limit that was asked for
+            origin=origin,
         )
+
+    def check(self) -> None:
+        """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images."""
+        settings = self.settings
+        if self.method.torch_pruning:
+            check_importance(self.network, self.structure, settings.importance)
+            return
+        IMPORTANCES[settings.importance](self.network, self.structure, list(self.data.train.batches(2, limit=2)))
+        if settings.reconstruct and not settings.gradual:
+            with fitting():
+                read_program(self.network, self.structure)
 
     def hook(
         self, budget: Budget, *, steps: int, epochs: int, meets: Callable[[nn.Module], float] | None = None

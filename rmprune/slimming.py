@@ -41,13 +41,14 @@ def slim_network(
     seed: int,
     device: torch.device,
     teacher: nn.Module,
+    teacher_memory: Path,
     checkpoint: Path,
     log: Path,
     label: str,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
 
-    With it the facts for its artifact and record: the residuals that `mixed` removed.
+    With it the facts for its artifact and record: which residuals `mixed` removed.
     Only a network that misses a budget in measured time at the end is cut again, with one epoch after each cut.
     """
     asked = budget
@@ -77,7 +78,8 @@ def slim_network(
             seed=seed,
             device=device,
             hook=hook,
-            teacher=teacher if train.distillation else None,
+            teacher=teacher,
+            teacher_memory=teacher_memory,
             checkpoint=checkpoint.with_name(f"{stage}.pt"),
             log=log,
             label=stage,
@@ -110,11 +112,11 @@ def slim_network(
         return network, {}
     assert place is not None
     limit = math.inf if asked.macs_ratio is None else asked.macs_ratio * (asked.reference_macs or math.inf)
-    network, removed = remove_where_faster(
+    removal = remove_where_faster(
         network, data.train.example(2), place.ratios, lambda network: count_macs(network, example) <= limit
     )
-    logger.info("%s: removed %s", label, ", ".join(removed) or "no residual, none made it faster")
-    return network, {"removed": removed}
+    logger.info("%s: removed %s", label, ", ".join(removal.removed) or "no residual, none made it faster")
+    return removal.model, {"removal": removal.facts}
 
 
 def met(budget: Budget, cutter: Cutter, place: Place | None, measured: Path, *, gradual: bool = False) -> Budget:
@@ -182,6 +184,7 @@ def _check(
     network: nn.Module, method: Method, budgets: list[Budget], config: SlimConfig, data: Dataset, place: Place
 ) -> None:
     cutter = make_cutter(network, method, config, data)
+    cutter.check()
     timed = any(budget.latency_ratio is not None for budget in budgets)
     if timed and cutter.settings.cost == "time" and not method.torch_pruning:
         timed_layers(cutter.network, network_layers(cutter.network, cutter.example))

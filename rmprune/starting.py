@@ -21,15 +21,14 @@ Examples = Callable[[int], Tensor]
 def plain(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
     """RM on the trained network, with batch norms measured on training images."""
     removal = remove_residuals(dense, examples(CALIBRATION_IMAGES))
-    return removal.model, {
-        "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error}
-    }
+    return removal.model, {"removal": removal.facts}
 
 
 def collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
     """Every block as one convolution, merged with its shortcut by RM: a plain chain."""
     network, facts = collapsed_residual(dense, examples)
-    return remove_residuals(network, examples(CALIBRATION_IMAGES)).model, facts
+    removal = remove_residuals(network, examples(CALIBRATION_IMAGES))
+    return removal.model, facts | {"removal": removal.facts}
 
 
 def collapsed_residual(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
@@ -44,7 +43,8 @@ def half_collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dic
     explained = collapse_blocks(dense, images).collapsed
     best = sorted(explained, key=lambda name: -explained[name])[: math.ceil(len(explained) / 2)]
     found = collapse_blocks(dense, images, keep=[name for name in explained if name not in best])
-    return merge_free(found.model, examples(CALIBRATION_IMAGES)).model, {"collapsed": found.collapsed}
+    removal = merge_free(found.model, examples(CALIBRATION_IMAGES))
+    return removal.model, {"collapsed": found.collapsed, "removal": removal.facts}
 
 
 STARTING: dict[str, Callable[[nn.Module, Examples], tuple[nn.Module, dict[str, Any]]]] = {

@@ -96,7 +96,7 @@ def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allow
             least = min((r for r in grid if f"{r:.4f}" in networks), default=high)
             narrowest = networks.get(f"{least:.4f}")
             took = 1.0 if narrowest is None else place.least_ratio(narrowest, MARGIN * allowed)
-            if took > MARGIN * allowed:
+            if took > allowed:  # within it there is nothing narrower to be had, with or without something in hand
                 raise infeasible(allowed, took, place)
             fitting = [least]
         best = max(fitting, default=best)

@@ -118,7 +118,7 @@ def test_mixed_removes_what_is_faster_and_affordable_without_changing_the_functi
             QUICK, method=("residual-amc", "mixed-amc"), search=search, checkpoint=run / "dense", out=out
         )
         record = records.read_record(run_amc(config, command="x")[0])
-        assert len(record["mixed-amc"]["removed"]) == count and "removed" not in record["residual-amc"]
+        assert len(record["mixed-amc"]["removal"]["removed"]) == count and "removal" not in record["residual-amc"]
         assert record["mixed-amc"]["macs"] <= search.budget[0] * record["original"]["macs"]
         kept, removed = (artifact.load(out / name).double() for name in config.method)
         x = 3 * torch.randn(16, 1, 8, 8, dtype=torch.float64)

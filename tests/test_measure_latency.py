@@ -1,15 +1,14 @@
 """Latency: every backend runs, candidates take turns, settings are put back, and a larger network takes longer."""
 
 import gc
-import importlib
-import sys
+import importlib.util
 
 import pytest
 import torch
 from torch import nn
 
 from rmprune.errors import ConfigError
-from rmprune.measure import BACKENDS, measure_latencies, measure_latency
+from rmprune.measure import BACKENDS, check_available, measure_latencies, measure_latency
 from rmprune.measure.backends import Candidate, prepare
 from rmprune.measure.latency import timed_rounds
 
@@ -123,17 +122,22 @@ def test_bad_settings_are_refused(arguments: dict, words: str) -> None:
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.import_module
-
-    def missing(name: str, *args: object) -> object:
-        if name == "openvino":
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "openvino" else real(name, *more)
+    )
     with pytest.raises(ConfigError, match="pip install openvino"):
         measure_latencies({"m": net(4)}, X, backends=["openvino"])
+
+
+def test_what_does_not_run_on_a_device_is_refused_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="'openvino' measures on the CPU only"):
+        check_available(("eager", "openvino"), "cuda")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ConfigError, match="pip install onnxruntime-gpu"):
+        check_available(("onnxruntime",), "cuda:0")
+    check_available(("eager", "torchscript"), "cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -6,7 +6,7 @@ from pruning_nets import images, measured_macs, residual
 from test_pruning_importance import batches
 from torch import nn
 
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.pruning import Budget, find_structure, prune_coupled
 
 
@@ -72,3 +72,39 @@ def test_ties_are_broken() -> None:
     widths = find_structure(pruned, x).units
     shares = [widths[n] / u for n, u in find_structure(model, x).units.items()]
     assert max(shares) - min(shares) < 0.2
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_no_budget_that_the_limits_allow_is_refused(round_to: int) -> None:
+    """Once Torch-Pruning is told to remove more than may go it removes nothing; the search must not take that for too little."""
+    model, x = residual(32), images()
+    whole = measured_macs(model, x)
+    for ratio in (0.9, 0.7, 0.5, 0.35, 0.3):
+        budget = Budget(macs_ratio=ratio, min_fraction=0.5, round_to=round_to)
+        assert 0.65 * ratio * whole < measured_macs(prune_coupled(model, x, budget=budget), x) <= ratio * whole
+
+
+def test_the_largest_part_that_may_stay_is_held() -> None:
+    model, x = residual(16), images()
+    pruned = prune_coupled(model, x, budget=Budget(macs_ratio=0.9, max_fraction=0.75))
+    units = find_structure(pruned, x).units
+    assert all(units[name] <= 0.75 * whole for name, whole in find_structure(model, x).units.items())
+
+
+def test_limits_refer_to_the_first_network() -> None:
+    model, x = residual(16), images()
+    origin = find_structure(model, x).units
+    once = prune_coupled(model, x, budget=Budget(macs_ratio=0.5, min_fraction=0.5), origin=origin)
+    twice = prune_coupled(once, x, budget=Budget(macs_ratio=0.75, min_fraction=0.5), origin=origin)
+    units = find_structure(twice, x).units
+    assert all(units[name] >= 0.5 * whole for name, whole in origin.items())
+
+
+def test_without_a_batch_norm_there_is_no_scale_to_rank_by() -> None:
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
+    head = nn.Sequential(*plain, nn.Linear(8, 5).double()).eval()
+    with pytest.raises(UnsupportedModel, match="no batch norm to rank channels by"):
+        prune_coupled(head, images(), budget=Budget(macs_ratio=0.5))
+    assert measured_macs(prune_coupled(head, images(), importance="magnitude", budget=Budget(ratio=0.5)), images()) > 0

@@ -164,3 +164,34 @@ def test_tables_callables_and_refusals() -> None:
         score_groups({**table, "0": torch.full((8,), torch.nan)}, model, structure)
     with pytest.raises(ConfigError, match="measured on images"):
         score_groups("taylor", model, structure)
+
+
+class ChannelsLast(nn.Module):
+    """A linear layer at every position, as in ConvNeXt; or the 1x1 convolution that it is."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.middle, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+        if linear:
+            self.middle = nn.Linear(8, 6)
+            torch.manual_seed(0)
+            like = ChannelsLast(False)
+            self.middle.load_state_dict({"weight": like.middle.weight[:, :, 0, 0], "bias": like.middle.bias})
+            self.stem, self.head = like.stem, like.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = (
+            self.middle(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            if isinstance(self.middle, nn.Linear)
+            else self.middle(x)
+        )
+        return self.head(torch.relu(x).mean((2, 3)))
+
+
+def test_taylor_of_what_a_linear_layer_reads_at_every_position() -> None:
+    linear, convolution = (ChannelsLast(kind).double().eval() for kind in (True, False))
+    assert torch.allclose(linear(images()), convolution(images()))
+    scores = [IMPORTANCES["taylor"](m, find_structure(m, images()), batches(2)) for m in (linear, convolution)]
+    assert torch.allclose(scores[0]["stem"], scores[1]["stem"]) and scores[0]["stem"].shape == (8,)

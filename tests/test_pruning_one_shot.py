@@ -13,6 +13,7 @@ from torch import nn
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.cost import count_macs
 from rmprune.pruning import Budget, find_structure, prune
+from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import total_cost
 
 
@@ -168,7 +169,7 @@ def test_errors() -> None:
         prune(chain(), images(), budget=Budget(ratio=0.5), reconstruct=True)
     with pytest.raises(UnsupportedModel, match="--no-reconstruct"):
         prune(Untraceable(), images(), budget=Budget(ratio=0.5), data=batches(2), reconstruct=True)
-    with pytest.raises(ConfigError, match="group names"):
+    with pytest.raises(ConfigError, match="no entry for 0"):
         prune(chain(), images(), budget=Budget(ratio=0.5), importance={"nowhere": torch.ones(3)})
 
 
@@ -176,3 +177,12 @@ def test_a_flat_result_of_stock_modules() -> None:
     pruned = prune(chain(), images(), budget=Budget(macs_ratio=0.3))
     assert type(pruned) is nn.Sequential
     assert [type(m) for m in pruned] == [type(m) for m in chain()]
+
+
+def test_a_table_may_name_layers() -> None:
+    model, x = residual(), images()
+    norms = {n: torch.rand(m.num_features) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    groups = score_groups(norms, model, find_structure(model, x))
+    by_layer, by_group = (prune(model, x, importance=table, budget=Budget(macs_ratio=0.5)) for table in (norms, groups))
+    assert find_structure(by_layer, x).units == find_structure(by_group, x).units
+    assert torch.equal(by_layer(x), by_group(x))

@@ -32,6 +32,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_measuring_again_renews_the_report_of_the_run(runs: Path) -> None:
     build_report(runs, runs / "report", "python -m rmprune slim")
+    (runs / "config.toml").write_text("")
     path = runs / "s0-0.5" / "record.json"
     for ms in (3.0, 7.0):
         record = read_record(path)
@@ -44,9 +45,12 @@ def test_measuring_again_renews_the_report_of_the_run(runs: Path) -> None:
         assert made_by == ["python -m rmprune slim", f"python -m rmprune measure {ms}"]
 
 
-def test_records_without_a_report_get_none(runs: Path) -> None:
+def test_reports_of_others_and_records_without_one_are_left_alone(runs: Path) -> None:
+    build_report(runs, runs / "report", "python -m rmprune report runs")  # of no run: there are no settings beside it
+    before = (runs / "report" / "results.csv").read_bytes()
+    write_record(runs / "s0-0.5" / "record.json", read_record(runs / "s0-0.5" / "record.json") | {"seed": 7})
     assert renew_reports(find_records([runs]), "python -m rmprune measure") == []
-    assert not list(runs.rglob("results.csv"))
+    assert (runs / "report" / "results.csv").read_bytes() == before
 
 
 def test_a_row_for_each_network_and_measurement(runs: Path) -> None:
@@ -218,3 +222,17 @@ def test_settings_that_torch_pruning_does_not_read_may_differ(runs: Path, tmp_pa
         del record["pruned"]
         write_record(path, record)
     build_report(runs, tmp_path / "out")
+
+
+def test_budgets_in_time_that_were_counted_elsewhere_are_not_averaged(runs: Path, tmp_path: Path) -> None:
+    for seed, backends in ((0, ["onnxruntime", "eager"]), (1, ["eager", "onnxruntime"])):
+        path = runs / f"s{seed}-0.5" / "record.json"
+        record = read_record(path)
+        record["config"]["measure"] = {"backends": backends, "threads": [2], "batch_sizes": [1]}
+        write_record(path, record)
+    build_report(runs, tmp_path / "macs")  # in MACs it does not matter where time is measured
+    for seed in (0, 1):
+        path = runs / f"s{seed}-0.5" / "record.json"
+        write_record(path, read_record(path) | {"budget": {"latency_ratio": 0.5}})
+    with pytest.raises(ArtifactError, match=r"differ in the first of measure\.backends \(onnxruntime and eager\)"):
+        build_report(runs, tmp_path / "time")

@@ -1,15 +1,15 @@
 """How each runtime executes a network: one function for each, from a folded network and an input to a callable. No
 timing here.
 
-Packages are imported when their backend is asked for; ConfigError names the pip command where one is missing.
+Packages are imported when their backend is asked for; `check_backend` names the pip command where one is missing.
 """
 
 import copy
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from rmprune.errors import ConfigError, RmpruneError
 from rmprune.onnx_export import fold_batch_norms, onnx_bytes
 
 Run = Callable[[], object]
+PACKAGES = ("onnxruntime", "openvino")  # backends that are packages of the same name
 
 
 class Candidate:
@@ -94,10 +95,8 @@ def onnx_runtime(candidate: Candidate, device: str, threads: int, batch_size: in
     Its threads spin while a run lasts, as they do by default, and stop when it ends (force_spinning_stop): left to spin
     on, they would take the cores from the candidate measured next.
     """
-    onnxruntime = _require("onnxruntime", "backend 'onnxruntime'", "onnxruntime")
+    onnxruntime = importlib.import_module("onnxruntime")
     provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise ConfigError(f"backend 'onnxruntime' cannot use {device} here; pip install onnxruntime-gpu, or use eager")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -111,9 +110,7 @@ def onnx_runtime(candidate: Candidate, device: str, threads: int, batch_size: in
 
 def openvino(candidate: Candidate, device: str, threads: int, batch_size: int) -> Run:
     """OpenVINO on the CPU, latency hint, one stream, static batch size, float32 (it would take bfloat16 by itself)."""
-    ov = _require("openvino", "backend 'openvino'", "openvino")
-    if device != "cpu":
-        raise ConfigError(f"backend 'openvino' measures on the CPU only, not on {device}; leave it out")
+    ov = importlib.import_module("openvino")
     core = ov.Core()
     network = core.read_model(candidate.onnx)
     x = candidate.inputs(batch_size).numpy()
@@ -134,12 +131,29 @@ BACKENDS: dict[str, Callable[[Candidate, str, int, int], Run]] = {
 }
 
 
+def check_backend(backend: str, device: str) -> None:
+    """ConfigError where a backend is unknown, not installed, or cannot run on this device."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+    if backend in PACKAGES and importlib.util.find_spec(backend) is None:
+        raise ConfigError(f"backend {backend!r} is not installed; pip install {backend}")
+    if device == "cpu":
+        return
+    if backend == "openvino":
+        raise ConfigError(f"backend 'openvino' measures on the CPU only, not on {device}; leave it out")
+    if backend == "onnxruntime":
+        onnxruntime = importlib.import_module(backend)
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise ConfigError(
+                f"backend 'onnxruntime' cannot use {device} here; pip install onnxruntime-gpu, or use eager"
+            )
+
+
 def prepare(candidate: Candidate, backend: str, device: str, threads: int, batch_size: int) -> Run:
     """A callable that runs `candidate` once; ConfigError where the backend does not exist here or cannot take the
     network.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+    check_backend(backend, device)
     try:
         return BACKENDS[backend](candidate, device, threads, batch_size)
     except RmpruneError:
@@ -149,10 +163,3 @@ def prepare(candidate: Candidate, backend: str, device: str, threads: int, batch
             f"backend {backend!r} cannot run {candidate.name!r} ({type(error).__name__}: {str(error)[:200]}); "
             "measure with another backend"
         ) from error
-
-
-def _require(module: str, what: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{what} needs {module}, which is not installed; pip install {package}") from error

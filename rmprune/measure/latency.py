@@ -13,7 +13,6 @@ better comparison: a machine that slows down for a while slows both.
 
 import contextlib
 import gc
-import importlib.util
 import itertools
 import random
 import statistics
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
-from rmprune.measure.backends import BACKENDS, Candidate, Run, prepare
+from rmprune.measure.backends import Candidate, Run, check_backend, prepare
 
 TURN_SECONDS = 0.005
 WARMUP_SECONDS = 0.2
 WARMUP_RUNS = 3
-PACKAGES = ("onnxruntime", "openvino")  # backends that are packages of the same name
 
 
 @dataclass(frozen=True)
@@ -147,16 +145,13 @@ def measure_latencies(
 
 def check_available(backends: Sequence[str], device: str) -> None:
     """Raise ConfigError where a backend is unknown or not installed, or the device is not there; before any training."""
-    for backend in backends:
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
-        if backend in PACKAGES and importlib.util.find_spec(backend) is None:
-            raise ConfigError(f"backend {backend!r} is not installed; pip install {backend}")
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
         raise ConfigError(f"device {device!r} is not supported; use cpu or cuda (cuda:N)")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {device!r}: there is no CUDA device {index or 0} here; use --device cpu")
+    for backend in backends:
+        check_backend(backend, device)
 
 
 def _check(

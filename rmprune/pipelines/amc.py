@@ -30,7 +30,7 @@ from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
 from rmprune.measure import check_available
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
-from rmprune.removal import remove_residuals, remove_where_faster
+from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.rundir import claim
 from rmprune.starting import CALIBRATION_IMAGES
 from rmprune.timed import Place
@@ -158,7 +158,7 @@ class _Run:
         for name in config.method:
             entries[name]["method"] = name
             facts = artifact.read_extra(cell.directory / name)
-            entries[name] |= {key: facts[key] for key in ("search", "removed") if key in facts}
+            entries[name] |= {key: facts[key] for key in ("search", "removal") if key in facts}
         record = {
             "schema": records.SCHEMA,
             "command": command,
@@ -208,9 +208,7 @@ class _Run:
             len(removal.kept),
             removal.max_error,
         )
-        return removal.model, {
-            "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error}
-        }
+        return removal.model, {"removal": removal.facts}
 
     def slim(self, name: str, base: nn.Module, dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """A method's network, trained to its end, and what its search found."""
@@ -240,11 +238,11 @@ class _Run:
         model = self.finetune(name, base, chosen.model, chosen.widths, dense)
         if not METHODS[name].mixed:
             return model, {"search": chosen.facts}
-        model, removed = self.remove_faster(model, dense)
-        logger.info("%s: removed %s", name, ", ".join(removed) or "no residual, none made it faster")
-        return model, {"search": chosen.facts, "removed": removed}
+        removal = self.remove_faster(model, dense)
+        logger.info("%s: removed %s", name, ", ".join(removal.removed) or "no residual, none made it faster")
+        return removal.model, {"search": chosen.facts, "removal": removal.facts}
 
-    def remove_faster(self, model: nn.Module, dense: nn.Module) -> tuple[nn.Module, list[str]]:
+    def remove_faster(self, model: nn.Module, dense: nn.Module) -> Removal:
         """RM for those residuals whose removal makes the network faster and leaves it within a budget in MACs or parameters."""
         config, example = self.config, self.data.train.example(1)
         place = self.timing.place if self.timing else Place.first(config.measure, dense, example)
@@ -275,7 +273,8 @@ class _Run:
             seed=self.cell.seed,
             device=self.device,
             hook=hook,
-            teacher=teacher if config.finetune.distillation else None,
+            teacher=teacher,
+            teacher_memory=self.cell.shared / "checkpoint" / "teacher",
             checkpoint=self.cell.directory / "checkpoint" / f"{name}.pt",
             log=self.cell.directory / "log.jsonl",
             label=name,

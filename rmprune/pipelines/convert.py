@@ -124,7 +124,7 @@ def run_convert(config: ConvertConfig) -> Path:
     facts = {
         "source": config.network.model,
         "input_shape": list(example.shape[1:]),
-        "removal": {"removed": removal.removed, "kept": removal.kept, "max_error": removal.max_error},
+        "removal": removal.facts,
     }
     artifact.save(
         removal.model,

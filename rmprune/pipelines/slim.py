@@ -31,7 +31,7 @@ from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
-NOTES = ("method", "chosen", "candidates", "removal", "collapsed", "removed")
+NOTES = ("method", "chosen", "candidates", "removal", "collapsed")
 """Facts of a network's artifact that the record repeats."""
 
 
@@ -101,8 +101,6 @@ def _run_cell(
                 chosen = best(verdicts)
                 method, label, begin = METHODS[chosen], f"{name}-{chosen}", start_of(METHODS[chosen].start)
                 made |= {"chosen": chosen, "candidates": verdicts}
-                if method.start == "plain":
-                    made |= {"removal": artifact.read_extra(cell.shared / "plain")["removal"]}
             slimmed, more = slim_network(
                 begin,
                 method,
@@ -112,12 +110,14 @@ def _run_cell(
                 seed=cell.seed,
                 device=device,
                 teacher=dense,
+                teacher_memory=cell.shared / "checkpoint" / "teacher",
                 checkpoint=checkpoint.with_name(f"{label}.pt"),
                 log=cell.directory / "log.jsonl",
                 label=label,
             )
-            if "collapsed" in method.start:
-                more |= {"collapsed": artifact.read_extra(cell.shared / method.start)["collapsed"]}
+            if method.start != "dense":
+                begun = artifact.read_extra(cell.shared / method.start)
+                made |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
             return slimmed, made | more
 
         found[key] = stage(cell.directory / key, slim, onnx=example)

@@ -7,8 +7,7 @@ and the wrapper that puts protected channels out of reach.
 """
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.pruning.budget import Budget, allowed_units, explain, resolve
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import Batches
@@ -24,6 +23,8 @@ from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.structure import Cost, Structure, evaluating
 
 M = TypeVar("M", bound=nn.Module)
+
+OUT_OF_REACH = 1e12  # above any score of a channel that may go
 
 COUPLED_IMPORTANCES: dict[str, Callable[[], tp.importance.Importance]] = {
     "batch_norm": tp.importance.BNScaleImportance,
@@ -40,14 +41,16 @@ def prune_coupled(
     budget: Budget,
     data: Batches | None = None,
     cost: Cost | None = None,
+    origin: Mapping[str, int] | None = None,
     attempts: int = 14,
 ) -> M:
     """A new network pruned globally by Torch-Pruning with its group-aware ``importance`` (batch_norm, taylor,
     magnitude).
 
     The pruning ratio is searched by bisection until the cost is within the budget and as near to it as ``attempts``
-    tell. ``taylor`` needs ``data``: (images, labels) batches whose gradients are summed. Raises InfeasibleBudget if
-    limits forbid the budget.
+    tell. ``taylor`` needs ``data``: (images, labels) batches whose gradients are summed. ``origin``: units that limits
+    refer to, where the network was cut before. Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel
+    where the importance has nothing to go by.
     """
     if importance not in COUPLED_IMPORTANCES:
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
@@ -55,23 +58,28 @@ def prune_coupled(
         raise ConfigError("importance 'taylor' is measured on images: pass data, (images, labels) batches")
     structure = find_structure(model, example_inputs)
     target = resolve(structure, budget, cost)
+    check_importance(model, structure, importance)
     gradients = _gradients(model, data) if importance == "taylor" and data is not None else {}
+    allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+    least = {name: found[0] for name, found in allowed.items()}
+    most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
     best: tuple[float, nn.Module] | None = None
     low, high = 0.0, 1.0
     for _ in range(attempts):
         ratio = (low + high) / 2
-        candidate = _attempt(model, example_inputs, structure, importance, gradients, budget, ratio)
+        candidate = _attempt(model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio)
         value = measured_cost(candidate, structure, target.cost)
-        if not within_limits(candidate, structure, budget):
+        units = {g.name: _widths(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
+        if any(units[name] < least[name] for name in units):
             high = ratio
-        elif value > target.limit:
+        elif value > target.limit or any(units[name] > most[name] for name in units):
             low = ratio
         else:
             high = ratio
             if best is None or value > best[0]:
                 best = (value, candidate)
     if best is None:
-        raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target)}")
+        raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
     check_outputs(model, best[1], example_inputs)
     return best[1]  # type: ignore[return-value]
 
@@ -81,13 +89,14 @@ def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
     return sum(cost(layer, *_widths(pruned.get_submodule(layer.name))) for layer in structure.layers)
 
 
-def within_limits(pruned: nn.Module, structure: Structure, budget: Budget) -> bool:
-    """Whether every group kept what the limits ask for (layers that Torch-Pruning left alone may be no multiples)."""
-    for group in structure.groups:
-        width = _widths(pruned.get_submodule(group.producers[0]))[1]
-        if width // group.multiple < allowed_units(group, budget)[0]:
-            return False
-    return True
+def check_importance(model: nn.Module, structure: Structure, importance: str) -> None:
+    """UnsupportedModel where no channel can be ranked: Torch-Pruning would cut nothing and not say why."""
+    tied = {member.layer for group in structure.groups for member in group.members if member.side == "tied"}
+    norms = any(isinstance(model.get_submodule(name), nn.BatchNorm1d | nn.BatchNorm2d) for name in tied)
+    if importance == "batch_norm" and structure.groups and not norms:
+        raise UnsupportedModel(
+            "coupled pruning by batch-norm scale: there is no batch norm to rank channels by; use coupled-taylor or coupled-norm"
+        )
 
 
 def _attempt(
@@ -96,7 +105,8 @@ def _attempt(
     structure: Structure,
     importance: str,
     gradients: dict[str, Tensor],
-    budget: Budget,
+    least: Mapping[str, int],
+    round_to: int,
     ratio: float,
 ) -> nn.Module:
     twin = copy.deepcopy(model)
@@ -107,8 +117,7 @@ def _attempt(
         parameters[name].grad = gradient.clone()
     floors: dict[str, tuple[int, int]] = {}
     for group in structure.groups:
-        least = allowed_units(group, budget)[0]
-        floors |= dict.fromkeys(group.producers, (least, group.multiple))
+        floors |= dict.fromkeys(group.producers, (least[group.name], group.multiple))
     names = {module: name for name, module in twin.named_modules()}
     ignored = [twin.get_submodule(name) for name in structure.frozen]
     with evaluating(twin), torch.enable_grad():
@@ -119,7 +128,7 @@ def _attempt(
             global_pruning=True,
             pruning_ratio=ratio,
             ignored_layers=ignored,
-            round_to=budget.round_to if budget.round_to > 1 else None,
+            round_to=round_to if round_to > 1 else None,
         )
         pruner.step()
     for parameter in twin.parameters():
@@ -154,7 +163,10 @@ class _Protecting:
         folded = scores.double().view(parts, -1)  # Torch-Pruning averages the parts of a grouped convolution
         place = torch.arange(folded.shape[1], 0, -1).to(folded) / folded.shape[1]
         folded = folded + 1e-9 * place + 1e-12 * self.calls
-        folded[:, folded.mean(0).argsort(descending=True)[:units]] = math.inf
+        best = folded.mean(0).argsort(descending=True)[:units]
+        folded[:, best] = OUT_OF_REACH * torch.arange(units, 0, -1).to(
+            folded
+        )  # no ties: those would all be removed or none
         return folded.flatten()
 
 

@@ -30,12 +30,18 @@ def dependency_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
     """The groups of any network Torch-Pruning can follow. What cannot be sliced exactly is frozen, with the reason."""
     shapes = record_shapes(model, example_inputs)
     twin = copy.deepcopy(model).requires_grad_(True).eval()
-    with torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(twin, example_inputs, verbose=False)
+    try:
+        with torch.enable_grad():
+            graph = tp.DependencyGraph().build_dependency(twin, example_inputs, verbose=False)
+        all_groups = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear, nn.ConvTranspose2d]))
+    except Exception as error:  # whatever it meets in a network that it does not know
+        raise UnsupportedModel(
+            f"{type(model).__name__}: Torch-Pruning cannot follow this network ({type(error).__name__}: {error})"
+        ) from error
     names = {module: name for name, module in twin.named_modules()}
     groups: list[Group] = []
     frozen: dict[str, str] = {}
-    for found in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear, nn.ConvTranspose2d]):
+    for found in all_groups:
         root = names[found[0].dep.target.module]
         try:
             groups.append(_read_group(root, found, graph, names))

@@ -226,10 +226,10 @@ def _effects(
             effects = {}
             for n, gradient in zip(names, gradients, strict=True):
                 product = (seen[n].detach() * gradient).double()
-                channels_last = product.dim() == 3  # tokens of a linear layer
-                effects[n] = (
-                    product.sum(1) if channels_last else product.flatten(2).sum(2) if product.dim() > 2 else product
-                ).cpu()
+                if product.dim() > 2:  # positions: before the channels in what a linear layer reads, else behind them
+                    linear = isinstance(modules[n], nn.Linear)
+                    product = product.flatten(1, -2).sum(1) if linear else product.flatten(2).sum(2)
+                effects[n] = product.cpu()
             yield (
                 {
                     g.name: torch.stack([effects[m.layer][:, m.index].sum(2) for m in g.consumers]).sum(0)

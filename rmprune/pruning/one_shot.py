@@ -3,9 +3,10 @@
 For cuts while training: `gradual.py`.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -69,6 +70,8 @@ def prune(
         structure = inner_only(structure)
     origin = {**structure.units, **(origin or {})}
     target = resolve(structure, budget, cost)
+    if isinstance(importance, Mapping):
+        importance = score_groups(importance, plain, structure)
     model: nn.Module = plain
     try:
         folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin)
@@ -77,7 +80,7 @@ def prune(
     if folded is not None:
         model, structure = folded.model, folded.structure
         if isinstance(importance, Mapping):
-            importance = {name: _slice(name, s, folded.keep) for name, s in importance.items()}
+            importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
@@ -98,12 +101,19 @@ def prune(
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
     if reconstruct:
-        try:
+        with fitting():
             pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
-        except UnsupportedModel as error:
-            raise UnsupportedModel(f"{error}; --no-reconstruct leaves layers as they were cut") from None
     check_outputs(plain, pruned, example_inputs)
     return pruned  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Says in the error of layers that cannot be fitted how to do without."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}; --no-reconstruct leaves layers as they were cut") from None
 
 
 def _both(keep: Keep, further: Keep) -> Keep:
@@ -210,11 +220,3 @@ def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Tensor) -
 
 def _has_no_bias(model: nn.Module, layer: str) -> bool:
     return getattr(model.get_submodule(layer), "bias", None) is None
-
-
-def _slice(name: str, scores: Tensor, keep: Keep) -> Tensor:
-    if name in keep and len(scores) == len(keep[name]):
-        return scores[keep[name].to(scores.device)]
-    if name not in keep:
-        raise ConfigError(f"the importance table names {name!r}; use the group names: {', '.join(keep)}")
-    return scores

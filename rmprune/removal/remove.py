@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,11 @@ class Removal:
     kept: dict[str, str]
     max_error: float
     blocks: list[BlockReport]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What an artifact and a record say of it."""
+        return {"removed": self.removed, "kept": self.kept, "max_error": self.max_error}
 
 
 def remove_residuals(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from rmprune.removal.remove import plan_removal, remove_residuals
+from rmprune.removal.remove import Removal, plan_removal, remove_residuals
 
 GAIN = 0.99  # a residual goes if the network then takes at most this part of its time: less is noise
 
@@ -16,25 +16,30 @@ def remove_where_faster(
     example_inputs: Tensor,
     ratios: Callable[[Mapping[str, nn.Module]], Mapping[str, float]],
     fits: Callable[[nn.Module], bool] = lambda network: True,
-) -> tuple[nn.Module, list[str]]:
-    """`model` without those residuals whose removal, one at a time, makes it faster, and their names; `model`, [] where none does.
+) -> Removal:
+    """`model` without those residuals whose removal, one at a time, makes it faster; `model` itself where none does.
 
     Removal is exact, so time is all that decides: a residual stays where its addition is cheaper than the reserved rows.
     `ratios` measures networks by name, in turns, in one unit; `fits` says whether a network is within another budget, and what
     does not fit is not measured. Those that pay one by one are removed together and measured again. Raises what
     `remove_residuals` raises, but no error where nothing can be removed.
     """
-    names = [block.name for block in plan_removal(model, example_inputs) if block.removable]
+    blocks = plan_removal(model, example_inputs)
+    names = [block.name for block in blocks if block.removable]
 
-    def without(gone: list[str]) -> tuple[nn.Module, bool]:
+    def without(gone: list[str]) -> tuple[Removal, bool]:
         removal = remove_residuals(model, example_inputs, keep=[name for name in names if name not in gone])
         if not fits(removal.model):
-            return removal.model, False
+            return removal, False
         times = ratios({"kept": model, "removed": removal.model})
-        return removal.model, times["removed"] <= GAIN * times["kept"]
+        return removal, times["removed"] <= GAIN * times["kept"]
 
     paying = [name for name in names if without([name])[1]]
-    if not paying:
-        return model, []
-    together, pays = without(paying)
-    return (together, paying) if pays else (model, [])
+    if paying:
+        together, pays = without(paying)
+        if pays:
+            return together
+    reasons = {
+        block.name: "without it the network is no faster" if block.removable else block.reason for block in blocks
+    }
+    return Removal(model, [], reasons, 0.0, blocks)

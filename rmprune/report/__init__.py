@@ -16,6 +16,7 @@ from rmprune.report.figures import accuracy_against_time, save_figure
 from rmprune.report.page import page
 from rmprune.report.search import search_figure
 from rmprune.report.tables import frame, summary_tables
+from rmprune.rundir import CONFIG_FILE
 
 __all__ = ["build_report", "frame", "renew_reports", "run_report", "show", "summary_tables"]
 COMMAND = "command.txt"
@@ -61,10 +62,13 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
 def renew_reports(records: list[Path], command: str) -> list[Path]:
     """Writes again the `report/` of the runs that these records belong to, whose times `command` has measured again.
 
-    A run keeps its report in its own directory, at most two above its records. Returns the paths of the figures.
+    A run's directory, at most two above its records, holds its settings and its report. Returns the paths of the figures.
     """
     runs = dict.fromkeys(
-        folder for record in records for folder in record.parents[:3] if (folder / "report" / COMMAND).is_file()
+        folder
+        for record in records
+        for folder in record.parents[:3]
+        if (folder / CONFIG_FILE).is_file() and (folder / "report" / COMMAND).is_file()
     )
     written: list[Path] = []
     for run in runs:

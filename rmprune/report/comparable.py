@@ -14,6 +14,8 @@ _UNREAD = frozenset(
 )
 _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
+_BY_TIME = ("mixed", "mixed-amc")
+"""Methods that measure what they do, whatever the budget counts."""
 _BEFORE = ("data", "train", "sparsity", "checkpoint")
 """Settings that the network before pruning depends on."""
 
@@ -32,8 +34,10 @@ def refuse_mixtures(records: list[Path]) -> None:
                 method_of(record, name),
                 "" if dense else budget_of(record),
             )
-            other, settings = first.setdefault(key, (path, flat(config)))
             mine = flat(config)
+            if key[2] in _BY_TIME or key[3].startswith("latency"):
+                mine |= counted_at(record["config"])
+            other, settings = first.setdefault(key, (path, mine))
             unread = _UNREAD if key[2] in _TORCH_PRUNING else frozenset()
             for setting in sorted((settings.keys() | mine.keys()) - unread):
                 before, now = settings.get(setting), mine.get(setting)
@@ -42,6 +46,15 @@ def refuse_mixtures(records: list[Path]) -> None:
                         f"{other} and {path} would be averaged as seeds of {key[2]}, but differ in {setting} ({before} and {now}); "
                         "report them one by one"
                     )
+
+
+def counted_at(config: dict[str, Any]) -> dict[str, Any]:
+    """Where a budget in time is counted, which decides the network: device, and first backend, thread number and batch size."""
+    measure = config.get("measure") or {}
+    firsts = {name: next(iter(measure.get(name) or [None])) for name in ("backends", "threads", "batch_sizes")}
+    return {f"the first of measure.{name}": value for name, value in firsts.items()} | {
+        "measure.device": measure.get("device", "cpu")
+    }
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,8 +20,9 @@ from rmprune.training.evaluation import evaluate
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
-from rmprune.training.precision import autocast
+from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.state import Hook, TrainState
+from rmprune.training.teacher import Teacher
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, where every look at the loss waits for it
 
@@ -35,6 +36,7 @@ def fit(
     device: torch.device | str = "cpu",
     hook: Hook | None = None,
     teacher: nn.Module | None = None,
+    teacher_memory: Path | None = None,
     checkpoint: Path | None = None,
     log: Path | None = None,
     progress: bool = True,
@@ -45,7 +47,8 @@ def fit(
     Batch size and augmentation come from `data.config`. `checkpoint` names a file that is written after every epoch,
     every `config.checkpoint_seconds` and on Ctrl-C; where it exists, training goes on from there, on the same machine
     exactly as if it had never stopped. A hook with state offers `state_dict()` and `load_state_dict()`, which go into
-    the checkpoint. `teacher` is followed with weight `config.distillation`. Under torchrun every process calls `fit`;
+    the checkpoint. `teacher` is followed with weight `config.distillation`; `teacher_memory` names a folder that keeps its
+    outputs for other trainings with the same seed (`rmprune.training.teacher`). Under torchrun every process calls `fit`;
     the batch is divided among them.
 
     Raises `ArtifactError` for a checkpoint of another run, `RmpruneError` when the loss is no longer finite.
@@ -55,7 +58,9 @@ def fit(
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
-            run = _Run(model, data, config, seed, device, hook, teacher, checkpoint, label, rank, world)
+            run = _Run(model, data, config, seed, device, hook, checkpoint, label, rank, world)
+            if teacher is not None and config.distillation:
+                run.follow(teacher, teacher_memory)
             run.resume()
             run.journal = (
                 Journal(
@@ -90,7 +95,6 @@ class _Run:
         seed: int,
         device: torch.device,
         hook: Hook | None,
-        teacher: nn.Module | None,
         checkpoint: Path | None,
         label: str,
         rank: int,
@@ -100,11 +104,9 @@ class _Run:
         self.label, self.rank, self.world = label, rank, world
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.teacher = (
-            self.place(copy.deepcopy(teacher)).eval() if teacher is not None and config.distillation else None
-        )
+        self.teacher: Teacher | None = None
         model = self.place(copy.deepcopy(model))
-        self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=self.teacher is not None)
+        self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
         steps = data.train.num_batches(data.config.batch_size, shuffled=True)
         self.state = TrainState(
             model,
@@ -120,6 +122,16 @@ class _Run:
         self.seconds = 0.0  # spent on this epoch before the current call
         self.between_steps = True
         self.started = self.saved_at = time.monotonic()
+
+    def follow(self, network: nn.Module, memory: Path | None) -> None:
+        """Learn from this network as well."""
+        self.teacher = Teacher(
+            self.place(copy.deepcopy(network)).eval(),
+            self.data,
+            seed=self.seed,
+            dtype=compute_dtype(self.config.precision, self.device),
+            memory=memory if self.world == 1 else None,
+        )
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device, in the memory order and the mode of training."""
@@ -188,8 +200,7 @@ class _Run:
             output = self.parallel(x)
             loss = nn.functional.cross_entropy(output.float(), y, label_smoothing=config.label_smoothing)
             if self.teacher is not None:
-                with torch.no_grad():
-                    target = self.teacher(x)
+                target = self.teacher.outputs(x, *divmod(state.step, state.steps_per_epoch))
                 soft = distillation_loss(output, target, config.temperature)
                 loss = (1 - config.distillation) * loss + config.distillation * soft
         with torch.no_grad():

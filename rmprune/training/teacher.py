@@ -1,0 +1,87 @@
+"""The network that distillation follows, whose outputs are computed once for all trainings that ask it about the same batches."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rmprune.data import Dataset
+
+LARGEST = 256 * 2**20  # bytes of an epoch's outputs that are still worth keeping
+
+
+class Teacher:
+    """A frozen network in eval mode, asked about every batch of a training with this seed and data.
+
+    Batches follow from seed, epoch and number alone (`rmprune.data`), augmentation included, so all methods and budgets that are
+    fine-tuned with one seed ask the same. `memory`: a folder that keeps the outputs of whole epochs, a file each, named by a digest of
+    the weights and of all that decides what the network sees and how it computes; None keeps nothing.
+    """
+
+    def __init__(
+        self, network: nn.Module, data: Dataset, *, seed: int, dtype: torch.dtype, memory: Path | None = None
+    ) -> None:
+        self.network, self.memory = network, memory
+        self.batches = data.train.num_batches(data.config.batch_size, shuffled=True)
+        images = {key: value for key, value in dataclasses.asdict(data.config).items() if key != "workers"}
+        asked = {**images, "images": len(data.train), "seed": seed, "dtype": str(dtype)}
+        self.name = _digest(network, asked) if memory is not None else ""
+        self.epoch = -1
+        self.known: Tensor | None = None  # outputs [batches, B, classes] of this epoch
+        self.heard: list[Tensor] = []  # those of its first batches, on the CPU
+
+    def outputs(self, x: Tensor, epoch: int, batch: int) -> Tensor:
+        """The logits [B, classes] for images x [B, C, H, W], batch `batch` of epoch `epoch`, both counted from 0."""
+        if epoch != self.epoch:
+            self.epoch, self.known, self.heard = epoch, self._read(epoch), []
+        if self.known is not None:
+            return self.known[batch].to(x.device)
+        with torch.no_grad():
+            found: Tensor = self.network(x)
+        if self.memory is not None and batch == len(self.heard) and found.nbytes * self.batches <= LARGEST:
+            self.heard.append(found.cpu())
+            if len(self.heard) == self.batches:
+                self._write(epoch)
+        return found
+
+    def _file(self, epoch: int) -> Path:
+        assert self.memory is not None
+        return self.memory / f"{self.name}-{epoch + 1}.safetensors"
+
+    def _read(self, epoch: int) -> Tensor | None:
+        """What is kept of this epoch; a damaged file counts as none and is written anew."""
+        if self.memory is None or not self._file(epoch).is_file():
+            return None
+        with contextlib.suppress(SafetensorError, OSError, KeyError):
+            known = load_file(self._file(epoch))["outputs"]
+            return known if len(known) == self.batches else None
+        return None
+
+    def _write(self, epoch: int) -> None:
+        """Keep the epoch; a full disk costs only the time that this would have saved."""
+        path = self._file(epoch)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError, SafetensorError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"outputs": torch.stack(self.heard)}, temporary)
+            temporary.replace(path)
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(network: nn.Module, asked: dict[str, Any]) -> str:
+    """16 hex digits for the weights of a network and what it is asked."""
+    found = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
