@@ -138,11 +138,12 @@ def measure(arguments: list[str]) -> None:
     """measure the networks of finished runs again, all interleaved in one process, and update their records"""
     from rmprune.pipelines.remeasure import run_measure
     from rmprune.report import renew_reports, show
+    from rmprune.rundir import runs_of
 
     config = _parse(settings.RemeasureConfig, arguments, "measure")
     records = run_measure(config)
     show(records)
-    if figures := renew_reports(records, _command_line("measure", arguments)):
+    if figures := renew_reports(runs_of(records), _command_line("measure", arguments)):
         print(f"figure: {', '.join(map(str, figures))}")
     runs = shlex.join(map(str, config.runs))
     print(f"next:   python -m rmprune report {runs} --out reports")

@@ -71,6 +71,12 @@ def _refuse_other(directory: Path, config: Config, known: Path, records: list[Pa
         )
 
 
+def runs_of(records: list[Path]) -> list[Path]:
+    """The run directories that records belong to: the record's own, or one of the two above it, where the run has several cells."""
+    folders = (folder for record in records for folder in record.parents[:3])
+    return list(dict.fromkeys(folder for folder in folders if (folder / CONFIG_FILE).is_file()))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -5,7 +5,7 @@ import pytest
 
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.rundir import claim
+from rmprune.rundir import claim, runs_of
 
 CONFIG = SlimConfig(prune=PruneConfig(ratio=(0.5,)))
 OTHER = SlimConfig(prune=PruneConfig(ratio=(0.5,)), data=DataConfig(batch_size=32))
@@ -70,3 +70,12 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written"):
         claim(tmp_path / "file" / "run", CONFIG, records=[], overwrite=False)
+
+
+def test_the_runs_that_records_belong_to(tmp_path: Path) -> None:
+    cells = [tmp_path / "sweep" / "seed0" / name / "record.json" for name in ("a", "b")]
+    alone, foreign = tmp_path / "alone" / "record.json", tmp_path / "elsewhere" / "record.json"
+    for config in (tmp_path / "sweep" / "config.toml", tmp_path / "alone" / "config.toml"):
+        config.parent.mkdir()
+        config.write_text("")
+    assert runs_of([*cells, alone, foreign]) == [tmp_path / "sweep", tmp_path / "alone"]

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from rmprune.report.figures import accuracy_against_time, save_figure
 from rmprune.report.page import page
 from rmprune.report.search import search_figure
 from rmprune.report.tables import frame, summary_tables
-from rmprune.rundir import CONFIG_FILE
 
 __all__ = ["build_report", "frame", "renew_reports", "run_report", "show", "summary_tables"]
 COMMAND = "command.txt"
@@ -59,21 +59,17 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
     return written
 
 
-def renew_reports(records: list[Path], command: str) -> list[Path]:
-    """Writes again the `report/` of the runs that these records belong to, whose times `command` has measured again.
+def renew_reports(runs: Iterable[Path], command: str) -> list[Path]:
+    """Writes the `report/` of these run directories again, where there is one: `command` has measured their networks again.
 
-    A run's directory, at most two above its records, holds its settings and its report. Returns the paths of the figures.
+    Returns the paths of the figures.
     """
-    runs = dict.fromkeys(
-        folder
-        for record in records
-        for folder in record.parents[:3]
-        if (folder / CONFIG_FILE).is_file() and (folder / "report" / COMMAND).is_file()
-    )
     written: list[Path] = []
     for run in runs:
-        made_by = (run / "report" / COMMAND).read_text().partition("\n")[0]
-        written += build_report(run, run / "report", f"{made_by}\n{command}")
+        made = run / "report" / COMMAND
+        if made.is_file():
+            first = made.read_text().partition("\n")[0]
+            written += build_report(run, made.parent, f"{first}\n{command}")
     return [file for file in written if file.suffix == ".png"]
 
 
