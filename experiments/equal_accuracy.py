@@ -60,7 +60,7 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     `realised`: the speed-up over the reduction in MACs.
     """
     pruned = data[~data.method.isin(["plain", "dense"])]
-    seeds_of = pruned.groupby(["model", "method", "budget"]).seed.agg(lambda seeds: frozenset(seeds))
+    seeds_of = pruned.groupby(["model", "method", "budget"]).seed.agg(frozenset)
     rows = []
     for (model, method, budget), own in seeds_of.items():
         seeds = sorted(own & front_seeds(seeds_of, model))
@@ -76,6 +76,10 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
                 figures = (f"{row.macs_ratio:.3f}", f"{row.ratio:.3f}", f"{row.macs_ratio / row.ratio:.2f}")
                 rows.append((model, backend, threads, batch, *facts, *figures, "" if method in COUPLED else faster))
     facts = ["method", "budget", "seeds", "accuracy", "MACs", "time", "realised", "speed at equal accuracy"]
+    if not rows:
+        raise SystemExit(
+            "no seed with which coupled pruning was run at all its budgets: there is no front to compare with"
+        )
     table = pd.DataFrame(rows, columns=["model", "backend", "threads", "batch", *facts])
     return table.sort_values(["model", "backend", "threads", "batch"], kind="stable")
 

@@ -75,7 +75,8 @@ class Teacher:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"outputs": torch.stack(self.heard)}, temporary)
             temporary.replace(path)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _digest(network: nn.Module, asked: dict[str, Any]) -> str:
