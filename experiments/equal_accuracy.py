@@ -46,12 +46,12 @@ def front(points: pd.DataFrame) -> list[tuple[float, float]]:
     return found
 
 
-def time_at(accuracy: float, points: list[tuple[float, float]]) -> float | None:
-    """The time ratio at which the front reaches this accuracy; None beyond its ends."""
+def speed_at(accuracy: float, ratio: float, points: list[tuple[float, float]]) -> str:
+    """How many times as fast a network is as the front where that has its accuracy; beyond the front's ends, which end."""
     for (t0, a0), (t1, a1) in itertools.pairwise(points):
         if a0 <= accuracy <= a1:
-            return math.exp(t0 + (t1 - t0) * (accuracy - a0) / (a1 - a0))
-    return None
+            return f"{math.exp(t0 + (t1 - t0) * (accuracy - a0) / (a1 - a0)) / ratio:.2f}x"
+    return "more accurate than all of it" if accuracy > points[-1][1] else "less accurate than all of it"
 
 
 def compare(data: pd.DataFrame) -> pd.DataFrame:
@@ -69,12 +69,11 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
         for (backend, _, threads, batch), part in same.groupby(CONFIGURATION):
             best = front(part[part.method.isin([*COUPLED, "dense"])])
             for row in part[(part.method == method) & (part.budget == budget)].itertuples():
-                reached = None if method in COUPLED else time_at(row.accuracy, best)
-                faster = "outside the front" if reached is None else f"{reached / row.ratio:.2f}x"
+                faster = "" if method in COUPLED else speed_at(row.accuracy, row.ratio, best)
                 accuracy = f"{row.accuracy:.2%}" + (f" ± {row.accuracy_spread * 100:.2f}" if row.seeds > 1 else "")
                 facts = (method, budget, " ".join(map(str, seeds)), accuracy)
                 figures = (f"{row.macs_ratio:.3f}", f"{row.ratio:.3f}", f"{row.macs_ratio / row.ratio:.2f}")
-                rows.append((model, backend, threads, batch, *facts, *figures, "" if method in COUPLED else faster))
+                rows.append((model, backend, threads, batch, *facts, *figures, faster))
     facts = ["method", "budget", "seeds", "accuracy", "MACs", "time", "realised", "speed at equal accuracy"]
     if not rows:
         raise SystemExit(

@@ -45,6 +45,12 @@ def test_time_is_interpolated_on_the_front(script: ModuleType) -> None:
     assert table.loc["mine", "speed at equal accuracy"] == "2.00x"  # 0.75 is reached at 0.2, half way in log time
 
 
+@pytest.mark.parametrize(("accuracy", "said"), [(0.69, "less accurate"), (0.91, "more accurate")])
+def test_beyond_the_front_no_time_is_made_up(script: ModuleType, accuracy: float, said: str) -> None:
+    table = script.compare(results(*ROWS[:2], ("mine", "latency 0.1", 0, accuracy, 0.1))).set_index("method")
+    assert table.loc["mine", "speed at equal accuracy"].startswith(said)
+
+
 def test_a_seed_that_the_front_lacks_is_left_out_of_both(script: ModuleType) -> None:
     more = (("coupled", "latency 0.1", 1, 0.9, 0.1), ("mine", "latency 0.1", 1, 0.95, 0.1))
     table = script.compare(results(*ROWS, *more)).set_index("method")
