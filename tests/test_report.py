@@ -10,9 +10,10 @@ from test_records import example, network
 
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
+from rmprune.methods import METHODS
 from rmprune.records import find_records, read_record, write_record
 from rmprune.report import build_report, frame, renew_reports, run_report, show
-from rmprune.report.figures import pareto_front
+from rmprune.report.figures import _styles, pareto_front
 from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, model_of, relative
 
 
@@ -160,6 +161,11 @@ def test_names_and_numbers() -> None:
     ]
     assert [amount(v) for v in (1.814e9, 300_774_272, 12_345, 7)] == ["1.81 G", "301 M", "12.3 k", "7"]
     assert [milliseconds(v) for v in (0.4171, 1.829, 73.66, 1240.4)] == ["0.417", "1.83", "73.7", "1240"]
+
+
+def test_no_two_methods_look_the_same() -> None:
+    looks = _styles(["dense", "plain", *METHODS])
+    assert len({(colour, marker) for colour, marker, _ in looks.values()}) == len(METHODS) + 2
 
 
 def test_pareto_front() -> None:

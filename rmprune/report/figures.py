@@ -91,9 +91,10 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 def _styles(methods: list[str]) -> dict[str, tuple[str, str, int]]:
     """Colour, marker and size of every method, dense and plain first; the same methods always look the same."""
     ours_first = sorted((m for m in methods if m not in _KNOWN), key=lambda m: (not m.startswith(("rm", "mixed")), m))
-    others = zip(ours_first, itertools.cycle(_COLOURS), itertools.cycle(_MARKERS))
+    turns = range(len(_MARKERS))  # each turn pairs the colours with other markers
+    looks = [(colour, _MARKERS[(n + turn) % len(_MARKERS)]) for turn in turns for n, colour in enumerate(_COLOURS)]
     known = {method: style for method, style in _KNOWN.items() if method in methods}
-    return known | {method: (colour, marker, 52) for method, colour, marker in others}
+    return known | {method: (*look, 52) for method, look in zip(ours_first, itertools.cycle(looks))}
 
 
 def _draw_panel(ax: Axes, panel: pd.DataFrame, styles: dict[str, tuple[str, str, int]]) -> None:
