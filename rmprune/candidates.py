@@ -17,7 +17,7 @@ from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.methods import Method, alternatives
 from rmprune.pruning import Budget
 from rmprune.rundir import write_text
-from rmprune.slimming import met, refusal
+from rmprune.slimming import Refusal, met, refusal
 from rmprune.timed import Place
 from rmprune.training import evaluate
 
@@ -47,7 +47,7 @@ def judge(
     verdicts: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     timed = budget.latency_ratio is not None
     place = Place.first(config.measure, original, data.train.example(1)) if timed else None
-    refusals: dict[str, InfeasibleBudget | UnsupportedModel] = {}
+    refusals: dict[str, Refusal] = {}
     for name, one in alternatives(method).items():
         if name in verdicts:
             continue
@@ -67,7 +67,7 @@ def judge(
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(verdicts))
     if not losses(verdicts):
-        raise refusal(label, refusals)
+        raise refusal(f"no candidate of {label} can be had", refusals)
     logger.info(
         "on validation images, before fine-tuning: %s", ", ".join(f"{n} {_shown(v)}" for n, v in verdicts.items())
     )

@@ -42,6 +42,10 @@ METHODS: dict[str, Method] = {
         "the same blocks of one convolution with their residuals kept: the share of rm-collapse that RM is responsible for",
         "collapsed-residual",
     ),
+    "coupled-half-collapse": Method(
+        "the same half of the blocks with all residuals kept: the share of mixed-collapse that RM is responsible for",
+        "half-collapsed-residual",
+    ),
     "mixed-auto": Method(
         "residual, mixed-collapse, rm-collapse or rm: each is cut to the budget, and the one with the least loss on validation images "
         "before fine-tuning goes on",

@@ -15,7 +15,7 @@ from torch import nn
 from rmprune.config import SlimConfig, TrainConfig
 from rmprune.cutter import Cutter, make_cutter
 from rmprune.data import Dataset
-from rmprune.errors import InfeasibleBudget, UnsupportedModel
+from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.measure.layers import network_layers
 from rmprune.methods import Method, alternatives
@@ -28,6 +28,7 @@ from rmprune.training import fit
 
 logger = logging.getLogger("rmprune")
 TIME_ATTEMPTS = 5  # further cuts where the trained network misses its budget in measured time
+Refusal = InfeasibleBudget | UnsupportedModel
 NOISE = 1.1  # before training a budget is refused only where it is missed by more than this
 
 
@@ -95,7 +96,7 @@ def slim_network(
             logger.info("%s takes %.3f of the original's time on %s", label, ratio, place)
             break
         if attempt > TIME_ATTEMPTS:
-            raise InfeasibleBudget(
+            raise MissedBudget(
                 f"latency_ratio={asked.latency_ratio:g} was not met on {place} after {TIME_ATTEMPTS} further cuts; "
                 "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"
             )
@@ -105,7 +106,7 @@ def slim_network(
         except InfeasibleBudget:  # nothing left to cut: only a measurement that was off can help
             if (ratio := take_time()) <= asked.latency_ratio:
                 break
-            raise infeasible(asked.latency_ratio, ratio, place) from None
+            raise MissedBudget(str(infeasible(asked.latency_ratio, ratio, place))) from None
         logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
         network = tune(smaller, once, None, f"{label}-again-{attempt}")
     if not method.mixed:
@@ -155,43 +156,61 @@ def check_budgets(
 ) -> None:
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
-    `networks(method)`: what it prunes, with any weights. Of a method's candidates one that can do it is enough.
+    `networks(method)`: what it prunes, with any weights. Of a method's candidates one that can do it is enough; with
+    `config.skip_infeasible` one method is enough for a budget.
     """
     place = Place.first(config.measure, original, data.train.example(1))
-    for name, method in methods.items():
-        if not method.candidates:
-            _check(networks(method), method, budgets, config, data, place)
-            continue
-        refusals: dict[str, InfeasibleBudget | UnsupportedModel] = {}
-        for candidate, one in alternatives(method).items():
+    for budget in budgets:
+        refusals: dict[str, Refusal] = {}
+        for name, method in methods.items():
             try:
-                _check(networks(one), one, budgets, config, data, place)
-            except (InfeasibleBudget, UnsupportedModel) as error:
-                refusals[candidate] = error
-        if len(refusals) == len(method.candidates):
-            raise refusal(name, refusals)
+                _check_any(name, method, networks, budget, config, data, place)
+            except InfeasibleBudget as error:
+                if not config.skip_infeasible:
+                    raise
+                refusals[name] = error
+                logger.warning("%s will be left out: %s", name, error)
+        if len(refusals) == len(methods):
+            raise refusal("no method can be had", refusals)
 
 
-def refusal(
-    label: str, refusals: Mapping[str, InfeasibleBudget | UnsupportedModel]
-) -> InfeasibleBudget | UnsupportedModel:
-    """One error for a method none of whose candidates can be had."""
-    kind = InfeasibleBudget if any(isinstance(e, InfeasibleBudget) for e in refusals.values()) else UnsupportedModel
-    return kind(f"no candidate of {label} can be had: " + "; ".join(f"{name}: {e}" for name, e in refusals.items()))
-
-
-def _check(
-    network: nn.Module, method: Method, budgets: list[Budget], config: SlimConfig, data: Dataset, place: Place
+def _check_any(
+    name: str,
+    method: Method,
+    networks: Callable[[Method], nn.Module],
+    budget: Budget,
+    config: SlimConfig,
+    data: Dataset,
+    place: Place,
 ) -> None:
+    """The method itself, or one of its candidates."""
+    if not method.candidates:
+        _check(networks(method), method, budget, config, data, place)
+        return
+    refusals: dict[str, Refusal] = {}
+    for candidate, one in alternatives(method).items():
+        try:
+            _check(networks(one), one, budget, config, data, place)
+        except (InfeasibleBudget, UnsupportedModel) as error:
+            refusals[candidate] = error
+    if len(refusals) == len(method.candidates):
+        raise refusal(f"no candidate of {name} can be had", refusals)
+
+
+def refusal(summary: str, refusals: Mapping[str, Refusal]) -> Refusal:
+    """One error for methods none of which can be had."""
+    kind = InfeasibleBudget if any(isinstance(e, InfeasibleBudget) for e in refusals.values()) else UnsupportedModel
+    return kind(f"{summary}: " + "; ".join(f"{name}: {e}" for name, e in refusals.items()))
+
+
+def _check(network: nn.Module, method: Method, budget: Budget, config: SlimConfig, data: Dataset, place: Place) -> None:
     cutter = make_cutter(network, method, config, data)
     cutter.check()
-    timed = any(budget.latency_ratio is not None for budget in budgets)
-    if timed and cutter.settings.cost == "time" and not method.torch_pruning:
+    if budget.latency_ratio is None:
+        cutter.hook(cutter.floored(budget), steps=1, epochs=1)
+        return
+    if cutter.settings.cost == "time" and not method.torch_pruning:
         timed_layers(cutter.network, network_layers(cutter.network, cutter.example))
-    for budget in budgets:
-        if budget.latency_ratio is None:
-            cutter.hook(cutter.floored(budget), steps=1, epochs=1)
-            continue
-        limit = NOISE * budget.latency_ratio
-        if (least := place.least_ratio(cutter.narrowest(budget), limit)) > limit:
-            raise infeasible(budget.latency_ratio, least, place)
+    limit = NOISE * budget.latency_ratio
+    if (least := place.least_ratio(cutter.narrowest(budget), limit)) > limit:
+        raise infeasible(budget.latency_ratio, least, place)

@@ -39,12 +39,18 @@ def collapsed_residual(dense: nn.Module, examples: Examples) -> tuple[nn.Module,
 
 def half_collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
     """That half of the blocks that one convolution fits best, merged by RM; the others as they are, with their residuals."""
+    network, facts = half_collapsed_residual(dense, examples)
+    removal = merge_free(network, examples(CALIBRATION_IMAGES))
+    return removal.model, facts | {"removal": removal.facts}
+
+
+def half_collapsed_residual(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
+    """That half of the blocks that one convolution fits best as one; all residuals kept."""
     images = collapse_images(examples)
     explained = collapse_blocks(dense, images).collapsed
     best = sorted(explained, key=lambda name: -explained[name])[: math.ceil(len(explained) / 2)]
     found = collapse_blocks(dense, images, keep=[name for name in explained if name not in best])
-    removal = merge_free(found.model, examples(CALIBRATION_IMAGES))
-    return removal.model, {"collapsed": found.collapsed, "removal": removal.facts}
+    return found.model, {"collapsed": found.collapsed}
 
 
 STARTING: dict[str, Callable[[nn.Module, Examples], tuple[nn.Module, dict[str, Any]]]] = {
@@ -53,6 +59,7 @@ STARTING: dict[str, Callable[[nn.Module, Examples], tuple[nn.Module, dict[str, A
     "collapsed": collapsed,
     "collapsed-residual": collapsed_residual,
     "half-collapsed": half_collapsed,
+    "half-collapsed-residual": half_collapsed_residual,
 }
 """By name: a new network and the facts for its artifact. Each raises UnsupportedModel where there is nothing for it to do."""
 

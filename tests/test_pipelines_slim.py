@@ -23,6 +23,7 @@ from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.remeasure import run_measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
+from rmprune.report import build_report
 from rmprune.slimming import remembered, scaled
 from rmprune.starting import STARTING
 from rmprune.timed import Place, find_ratio
@@ -187,8 +188,10 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     rounds: list[int] = []  # the first single network measured is the narrowest one, before training
     monkeypatch.setattr(Place, "ratios", once_wrong)
     prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
-    config = replace(QUICK, width=16, method=("residual",), prune=prune, out=tmp_path / "run")
-    with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
+    config = replace(
+        QUICK, width=16, method=("residual",), skip_infeasible=True, prune=prune, out=tmp_path / "run"
+    )  # what is trained is not skipped for one measurement either
+    with pytest.raises(InfeasibleBudget, match=r"^latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
         run_slim(config, command="x")
     wrong[0] = 1.0
     run_slim(config, command="x")
@@ -238,6 +241,28 @@ def test_a_budget_that_no_width_meets_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prune = PruneConfig(macs_ratio=(0.35, 0.15), round_to=1)
+    short = replace(QUICK, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0), prune=prune)
+    config = replace(short, method=("inner", "residual"), out=tmp_path / "run")
+    with pytest.raises(InfeasibleBudget, match=r"macs_ratio 0\.15"):
+        run_slim(config, command="x")
+    assert not (tmp_path / "run").exists()
+    wide, narrow = run_slim(replace(config, skip_infeasible=True), command="x")
+    assert {"inner", "residual"} < set(records.read_record(wide)) and "refused" not in records.read_record(wide)
+    record = records.read_record(narrow)
+    assert set(records.networks(record)) == {"original", "residual"} and record["method"] == "residual"
+    assert list(record["refused"]) == ["inner"] and "macs_ratio 0.15" in record["refused"]["inner"]
+    assert "inner will be left out: macs_ratio 0.15" in caplog.text
+    build_report(tmp_path / "run", tmp_path / "report", "x")
+    assert "inner, macs 0.15: left out, macs_ratio 0.15" in (tmp_path / "report" / "index.html").read_text()
+    with pytest.raises(InfeasibleBudget, match=r"no method can be had: inner: macs_ratio 0\.15"):
+        run_slim(replace(config, method=("inner",), skip_infeasible=True, out=tmp_path / "no"), command="x")
+    assert not (tmp_path / "no").exists()
+
+
 def test_one_disturbed_measurement_refuses_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.4, 0.3])
     monkeypatch.setattr(Place, "ratios", lambda place, networks: {name: next(times) for name in networks})
@@ -285,21 +310,23 @@ def test_what_cannot_be_cut_is_refused_before_training(
 
 
 def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -> None:
-    methods = ("rm-collapse", "mixed-collapse", "coupled-collapse")
+    methods = ("rm-collapse", "mixed-collapse", "coupled-collapse", "coupled-half-collapse")
     (path,) = run_slim(replace(QUICK, method=methods, out=tmp_path / "run"), command="x")
     record = records.read_record(path)
     assert set(records.networks(record)) == {"original", *methods} and record["removal"] is None
     blocks = {"layer1.0", "layer2.0", "layer3.0"}
-    assert record["coupled-collapse"].get("removal") is None
+    for name in ("coupled-collapse", "coupled-half-collapse"):
+        assert record[name].get("removal") is None
     for name in ("rm-collapse", "mixed-collapse"):
         assert record[name]["removal"]["removed"] and record[name]["removal"]["max_error"] < 1e-10
     assert set(record["rm-collapse"]["collapsed"]) == set(record["coupled-collapse"]["collapsed"]) == blocks
     kept = blocks - set(record["mixed-collapse"]["collapsed"])
+    assert record["coupled-half-collapse"]["collapsed"] == record["mixed-collapse"]["collapsed"]
     explained = record["rm-collapse"]["collapsed"]
     assert kept == {min(explained, key=lambda name: explained[name])}
     sizes = {name: convolutions(rmprune.load(tmp_path / "run" / name)) for name in methods}
     assert sizes["rm-collapse"] == 4 and sizes["coupled-collapse"] == 6  # two shortcuts are convolutions
-    assert sizes["mixed-collapse"] == 4 + 1 + (kept != {"layer1.0"})
+    assert sizes["mixed-collapse"] == 4 + 1 + (kept != {"layer1.0"}) and sizes["coupled-half-collapse"] == 4 + 1 + 2
     for name in methods:
         assert record[name]["macs"] <= 0.5 * record["original"]["macs"]
     with pytest.raises(UnsupportedModel, match="no block to collapse"):

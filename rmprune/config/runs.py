@@ -41,6 +41,8 @@ class SlimConfig(Architecture):
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
     method: Names = ("rm",)
     """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    skip_infeasible: bool = False
+    """Compare without the methods that cannot meet a budget, and say so in its record (default: refuse the whole run)."""
     seed: int = 0
     """First seed."""
     seeds: int = 1

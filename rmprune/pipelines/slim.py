@@ -18,14 +18,14 @@ from rmprune.candidates import best, judge
 from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, InfeasibleBudget, MissedBudget
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import check_available, count_macs, count_params, measure_latencies
 from rmprune.methods import METHODS, Method, find_methods
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pruning import Budget
 from rmprune.rundir import claim
-from rmprune.slimming import check_budgets, slim_network
+from rmprune.slimming import Refusal, check_budgets, refusal, slim_network
 from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
@@ -85,6 +85,7 @@ def _run_cell(
     if "plain" in starts:
         found["plain"], removal = starts["plain"], artifact.read_extra(cell.shared / "plain")["removal"]
     notes: dict[str, dict[str, Any]] = {}  # what the record says of a network besides its figures
+    refused: dict[str, Refusal] = {}
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name
@@ -120,9 +121,18 @@ def _run_cell(
                 made |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
             return slimmed, made | more
 
-        found[key] = stage(cell.directory / key, slim, onnx=example)
+        try:
+            found[key] = stage(cell.directory / key, slim, onnx=example)
+        except InfeasibleBudget as error:
+            if isinstance(error, MissedBudget) or not config.skip_infeasible:
+                raise
+            refused[name] = error
+            logger.warning("%s is left out: %s", name, error)
+            continue
         facts = artifact.read_extra(cell.directory / key)
         notes[key] = {field: facts[field] for field in NOTES if field in facts}
+    if len(refused) == len(methods):
+        raise refusal("no method can be had", refused)
     logger.info("measuring %s", ", ".join(found))
     entries = measure_networks(found, data, config.measure, device)
     record = {
@@ -133,12 +143,14 @@ def _run_cell(
         "model": config.model,
         "dataset": config.data.dataset,
         "input_shape": list(data.input_shape),
-        "method": ",".join(methods),
+        "method": ",".join(name for name in methods if name not in refused),
         "budget": {cell.kind: cell.value},
         "environment": records.environment(),
         "removal": removal,
         **{name: entry | notes.get(name, {}) for name, entry in entries.items()},
     }
+    if refused:
+        record["refused"] = {name: str(error) for name, error in refused.items()}
     records.write_record(cell.record, record)
 
 

@@ -21,6 +21,7 @@ from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import Batches
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.structure import Cost, Structure, evaluating
+from rmprune.training.convolutions import TrainableConvolutions
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -174,7 +175,7 @@ def _gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
     """Gradients of the mean cross entropy in eval mode, summed over batches; the model's own are left alone."""
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     twin.zero_grad()
-    with torch.enable_grad():
+    with torch.enable_grad(), TrainableConvolutions():
         for x, y in data:
             F.cross_entropy(twin(x), y).backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}

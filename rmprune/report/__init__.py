@@ -16,7 +16,7 @@ from rmprune.report.comparable import refuse_mixtures
 from rmprune.report.figures import accuracy_against_time, save_figure
 from rmprune.report.page import page
 from rmprune.report.search import search_figure
-from rmprune.report.tables import frame, summary_tables
+from rmprune.report.tables import frame, refusals, summary_tables
 
 __all__ = ["build_report", "frame", "renew_reports", "run_report", "show", "summary_tables"]
 COMMAND = "command.txt"
@@ -48,8 +48,8 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
             if (figure := search_figure(read_record(record))) is not None:
                 stem = "search" if len(records) == 1 else f"search-{number + 1}"
                 written += save_figure(figure, out_dir / stem)
-        environments = [read_record(record)["environment"] for record in records]
-        for name, text in (("index.html", page(data, svgs, environments, command)), (COMMAND, command + "\n")):
+        read = [read_record(record) for record in records]
+        for name, text in (("index.html", page(data, svgs, read, command)), (COMMAND, command + "\n")):
             (out_dir / name).write_text(text)
             written.append(out_dir / name)
     except OSError as error:
@@ -87,6 +87,8 @@ def show(records: Any, console: Console | None = None) -> None:
         record = item if isinstance(item, dict) else read_record(item)
         for table in summary_tables(record):
             console.print(table)
+        for line in refusals(record):
+            console.print(line, markup=False)
 
 
 def _parts(data: Any) -> list[tuple[str, str, Any]]:

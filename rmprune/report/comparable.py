@@ -7,7 +7,19 @@ from rmprune.errors import ArtifactError
 from rmprune.records import networks, read_record
 from rmprune.report.tables import budget_of, find_setting, method_of, model_of
 
-_OWN = {"seed", "seeds", "method", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "budget", "device"}
+_OWN = {
+    "seed",
+    "seeds",
+    "method",
+    "skip_infeasible",
+    "model",
+    "measure",
+    "ratio",
+    "macs_ratio",
+    "latency_ratio",
+    "budget",
+    "device",
+}
 """Settings that rows are told apart by, or that do not change a network."""
 _UNREAD = frozenset(
     f"prune.{name}" for name in ("gradual", "reconstruct", "cuts", "cut_fraction", "score_decay", "cost", "rank")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from rmprune.report.tables import amount, configuration_label, milliseconds, relative
+from rmprune.report.tables import amount, configuration_label, milliseconds, refusals, relative
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
@@ -25,8 +25,8 @@ pre { white-space: pre-wrap; }
 """
 
 
-def page(data: pd.DataFrame, figures: dict[str, Path], environments: list[dict[str, Any]], command: str) -> str:
-    """The page as HTML text. `figures`: title to SVG file; `environments`: those of the records, each shown once."""
+def page(data: pd.DataFrame, figures: dict[str, Path], records: list[dict[str, Any]], command: str) -> str:
+    """The page as HTML text. `figures`: title to SVG file; of the records come where they were measured and what was left out."""
     parts = ["<h1>Accuracy against measured time</h1>"]
     for title, path in figures.items():
         parts.append(f"<figure aria-label='{html.escape(title, quote=True)}'>{_inline(path)}</figure>")
@@ -38,8 +38,12 @@ def page(data: pd.DataFrame, figures: dict[str, Path], environments: list[dict[s
     )
     for (model, dataset), part in data.groupby(["model", "dataset"], sort=False, dropna=False):
         parts += _section(f"{model} on {dataset}", part)
+    if left_out := list(dict.fromkeys(line for record in records for line in refusals(record))):
+        parts.append("<h2>Left out</h2>")
+        parts += [f"<p>{html.escape(line)}</p>" for line in left_out]
     parts.append("<h2>Measured on</h2>")
-    parts += [f"<p>{html.escape(line)}</p>" for line in dict.fromkeys(map(_place, environments))]
+    places = dict.fromkeys(_place(record["environment"]) for record in records)
+    parts += [f"<p>{html.escape(place)}</p>" for place in places]
     parts.append(f"<h2>Made by</h2><pre><code>{html.escape(command)}</code></pre>")
     body = "\n".join(parts)
     return (

@@ -169,6 +169,11 @@ def _key(latency: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(latency[column] for column in CONFIGURATION)
 
 
+def refusals(record: dict[str, Any]) -> list[str]:
+    """A sentence for each method that the record's budget left out."""
+    return [f"{name}, {budget_of(record)}: left out, {why}" for name, why in record.get("refused", {}).items()]
+
+
 def amount(value: float) -> str:
     """A count with three digits and a unit: 1.81 G, 301 M, 12.3 k."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
