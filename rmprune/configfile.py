@@ -101,11 +101,11 @@ def _refuse_unknown(kind: Any, values: dict[str, Any], path: Path, table: str = 
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The settings in which two configs of one kind differ, as `data.dataset: 'digits' -> 'cifar10'`."""
+    """The settings in which two configs of one kind differ, as `data.dataset: 'digits' -> 'cifar10'`; transient and changeable ones may."""
     found: list[str] = []
     for field in dataclasses.fields(old):
         was, now = getattr(old, field.name), getattr(new, field.name)
-        if field.metadata.get("transient"):
+        if field.metadata.keys() & {"transient", "changeable"}:
             continue
         if dataclasses.is_dataclass(was) and type(was) is type(now):
             found += differences(was, now, f"{prefix}{field.name}.")

@@ -47,8 +47,9 @@ def check_record(record: Any) -> None:
 
     A record has `schema`, `command`, `config`, `seed`, `method`, `environment` (`versions`, `processor`, `threads`),
     `removal` (`removed`, `kept`, `max_error`; None where no residual was to be removed), and `original` with at least
-    one more network. A network has `accuracy` (0 to 1), `macs` and `params` (of one image), and `latency`, a list of
-    {backend, device, threads, batch_size, median_ms, q1_ms, q3_ms}.
+    one more network; it may have `refused`, {method: why its budget could not be met}. A network has `accuracy` (0 to
+    1), `macs` and `params` (of one image), and `latency`, a list of {backend, device, threads, batch_size, median_ms,
+    q1_ms, q3_ms}.
     """
     if not isinstance(record, dict):
         raise ArtifactError("a record is a JSON object")
@@ -63,6 +64,9 @@ def check_record(record: Any) -> None:
     for field, kind in (("removed", list), ("kept", dict), ("max_error", (int, float))) if record["removal"] else ():
         if not isinstance(record["removal"].get(field), kind):
             raise ArtifactError(f"'removal' has no valid {field!r}")
+    refused = record.get("refused", {})
+    if not isinstance(refused, dict) or not all(isinstance(why, str) for why in refused.values()):
+        raise ArtifactError("'refused' is not an object of texts")
     for name in ("plain", "pruned", "coupled"):
         if name in record and name not in networks(record):
             raise ArtifactError(f"{name!r} lacks one of accuracy, macs, params, latency")

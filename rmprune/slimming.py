@@ -166,10 +166,8 @@ def check_budgets(
             try:
                 _check_any(name, method, networks, budget, config, data, place)
             except InfeasibleBudget as error:
-                if not config.skip_infeasible:
-                    raise
+                skip(name, error, config)
                 refusals[name] = error
-                logger.warning("%s will be left out: %s", name, error)
         if len(refusals) == len(methods):
             raise refusal("no method can be had", refusals)
 
@@ -195,6 +193,16 @@ def _check_any(
             refusals[candidate] = error
     if len(refusals) == len(method.candidates):
         raise refusal(f"no candidate of {name} can be had", refusals)
+
+
+def skip(name: str, error: InfeasibleBudget, config: SlimConfig) -> None:
+    """Say that the comparison goes on without this method, or raise the error: then with its name and the way out."""
+    if config.skip_infeasible and not isinstance(error, MissedBudget):
+        logger.warning("%s is left out: %s", name, error)
+    elif len(config.method) == 1 or isinstance(error, MissedBudget):
+        raise error
+    else:
+        raise InfeasibleBudget(f"{name}: {error}; or leave it out there with --skip-infeasible") from None
 
 
 def refusal(summary: str, refusals: Mapping[str, Refusal]) -> Refusal:

@@ -14,7 +14,12 @@ def config(**settings) -> SlimConfig:
 
 
 def test_toml_there_and_back(tmp_path: Path) -> None:
-    first = config(width=32, method=("rm", "coupled"), data=DataConfig(dataset="fashion-mnist", data_dir=Path("x/y")))
+    first = config(
+        width=32,
+        method=("rm", "coupled"),
+        data=DataConfig(dataset="fashion-mnist", data_dir=Path("x/y")),
+        skip_infeasible=True,
+    )
     (tmp_path / "config.toml").write_text(to_toml(first))
     assert from_toml(SlimConfig, tmp_path / "config.toml") == first
 
@@ -22,6 +27,7 @@ def test_toml_there_and_back(tmp_path: Path) -> None:
 def test_where_to_run_is_no_setting() -> None:
     assert "out" not in to_toml(config(out=Path("elsewhere"), overwrite=True))
     assert differences(config(), config(out=Path("elsewhere"))) == []
+    assert differences(config(), config(skip_infeasible=True)) == []  # an interrupted run may go on with it
     assert differences(config(), config(data=DataConfig(batch_size=32))) == ["data.batch_size: 64 -> 32"]
 
 

@@ -247,7 +247,7 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     prune = PruneConfig(macs_ratio=(0.35, 0.15), round_to=1)
     short = replace(QUICK, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0), prune=prune)
     config = replace(short, method=("inner", "residual"), out=tmp_path / "run")
-    with pytest.raises(InfeasibleBudget, match=r"macs_ratio 0\.15"):
+    with pytest.raises(InfeasibleBudget, match=r"^inner: macs_ratio 0\.15 .*--skip-infeasible$"):
         run_slim(config, command="x")
     assert not (tmp_path / "run").exists()
     wide, narrow = run_slim(replace(config, skip_infeasible=True), command="x")
@@ -255,9 +255,12 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     record = records.read_record(narrow)
     assert set(records.networks(record)) == {"original", "residual"} and record["method"] == "residual"
     assert list(record["refused"]) == ["inner"] and "macs_ratio 0.15" in record["refused"]["inner"]
-    assert "inner will be left out: macs_ratio 0.15" in caplog.text
+    assert "inner is left out: macs_ratio 0.15" in caplog.text
     build_report(tmp_path / "run", tmp_path / "report", "x")
-    assert "inner, macs 0.15: left out, macs_ratio 0.15" in (tmp_path / "report" / "index.html").read_text()
+    assert (
+        "resnet8 (width 4), seed 0, macs 0.15: without inner, as macs_ratio 0.15"
+        in (tmp_path / "report" / "index.html").read_text()
+    )
     with pytest.raises(InfeasibleBudget, match=r"no method can be had: inner: macs_ratio 0\.15"):
         run_slim(replace(config, method=("inner",), skip_infeasible=True, out=tmp_path / "no"), command="x")
     assert not (tmp_path / "no").exists()

@@ -622,21 +622,3 @@ def test_on_a_cpu_autocast_trains_strided_depthwise_layers_in_float32():
         assert output.dtype == torch.bfloat16 and exact == wide
         output.float().sum().backward()
         assert layer.weight.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("channels", [1, 4, 7, 12, 16])
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_gradients_of_narrow_strided_convolutions_are_right(channels: int, kernel: int) -> None:
-    """oneDNN's own are wrong for 1x1 kernels in channels-last float32 where there is no AVX-512 (oneDNN issue 6035)."""
-    convolution = torch.nn.Conv2d(channels, 8, kernel, stride=2, padding=kernel // 2)
-    x = torch.randn(64, channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    exact = copy.deepcopy(convolution).double()
-    wanted = exact(x.double())
-    wanted.square().sum().backward()
-    convolution.to(memory_format=torch.channels_last)
-    with autocast("float32", torch.device("cpu")):
-        found = convolution(x.contiguous(memory_format=torch.channels_last))
-    found.square().sum().backward()
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
-    for own, reference in zip(convolution.parameters(), exact.parameters(), strict=True):
-        torch.testing.assert_close(own.grad.double(), reference.grad, rtol=1e-4, atol=1e-3)

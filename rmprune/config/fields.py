@@ -43,6 +43,11 @@ def require_seed(name: str, value: int) -> None:
     require(0 <= value < 2**32, f"{name} is {value}; it must lie between 0 and {2**32 - 1}")
 
 
+def changeable() -> Any:
+    """Metadata of a field that may be another when an interrupted run goes on: no network depends on it."""
+    return {"changeable": True}
+
+
 def transient() -> Any:
     """Metadata of a field that says where or whether to run, not what: it is left out of config.toml."""
     return {"transient": True}

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
 from rmprune.config.data import DataConfig
-from rmprune.config.fields import Names, require, require_seed, transient
+from rmprune.config.fields import Names, changeable, require, require_seed, transient
 from rmprune.config.measuring import MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.training import SparsityConfig, TrainConfig
@@ -41,8 +41,8 @@ class SlimConfig(Architecture):
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
     method: Names = ("rm",)
     """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
-    skip_infeasible: bool = False
-    """Compare without the methods that cannot meet a budget, and say so in its record (default: refuse the whole run)."""
+    skip_infeasible: bool = field(default=False, metadata=changeable())
+    """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
     seed: int = 0
     """First seed."""
     seeds: int = 1

@@ -18,14 +18,14 @@ from rmprune.candidates import best, judge
 from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
-from rmprune.errors import ConfigError, InfeasibleBudget, MissedBudget
+from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import check_available, count_macs, count_params, measure_latencies
 from rmprune.methods import METHODS, Method, find_methods
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pruning import Budget
 from rmprune.rundir import claim
-from rmprune.slimming import Refusal, check_budgets, refusal, slim_network
+from rmprune.slimming import Refusal, check_budgets, refusal, skip, slim_network
 from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
@@ -124,10 +124,8 @@ def _run_cell(
         try:
             found[key] = stage(cell.directory / key, slim, onnx=example)
         except InfeasibleBudget as error:
-            if isinstance(error, MissedBudget) or not config.skip_infeasible:
-                raise
+            skip(name, error, config)
             refused[name] = error
-            logger.warning("%s is left out: %s", name, error)
             continue
         facts = artifact.read_extra(cell.directory / key)
         notes[key] = {field: facts[field] for field in NOTES if field in facts}

@@ -171,7 +171,8 @@ def _key(latency: dict[str, Any]) -> tuple[Any, ...]:
 
 def refusals(record: dict[str, Any]) -> list[str]:
     """A sentence for each method that the record's budget left out."""
-    return [f"{name}, {budget_of(record)}: left out, {why}" for name, why in record.get("refused", {}).items()]
+    where = f"{model_of(record)}, seed {record['seed']}, {budget_of(record)}"
+    return [f"{where}: without {name}, as {why}" for name, why in record.get("refused", {}).items()]
 
 
 def amount(value: float) -> str:

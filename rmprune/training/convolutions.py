@@ -47,5 +47,7 @@ def _conv2d(
         return torch.conv2d(input[..., :: strides[0], :: strides[-1]], weight, bias, 1, 0, 1, groups)
     if groups > 1 and weight.shape[1] == 1 and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return torch.conv2d(input.float(), weight, bias, stride, padding, dilation, groups).to(torch.bfloat16)
+            return torch.conv2d(input.float(), weight, bias, stride, padding, dilation, groups).to(
+                torch.get_autocast_dtype("cpu")
+            )
     return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
