@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 from test_records import example, network
 
@@ -13,7 +14,7 @@ from rmprune.errors import ArtifactError
 from rmprune.methods import METHODS
 from rmprune.records import find_records, read_record, write_record
 from rmprune.report import build_report, frame, renew_reports, run_report, show
-from rmprune.report.figures import _styles, pareto_front
+from rmprune.report.figures import _styles, accuracy_against_time, pareto_front
 from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, model_of, relative
 
 
@@ -166,6 +167,18 @@ def test_names_and_numbers() -> None:
 def test_no_two_methods_look_the_same() -> None:
     looks = _styles(["dense", "plain", *METHODS])
     assert len({(colour, marker) for colour, marker, _ in looks.values()}) == len(METHODS) + 2
+
+
+@pytest.mark.parametrize("count", [3, 6, len(METHODS)])
+def test_the_legend_lies_within_the_figure(count: int, runs: Path) -> None:
+    data = frame(find_records([runs]))
+    pruned = data[data.method == "rm"]
+    named = sorted(METHODS, key=len)[-count:]
+    every = pd.concat([data[data.method == "dense"], *(pruned.assign(method=name) for name in named)])
+    figure = accuracy_against_time(every, "resnet20 on digits")
+    FigureCanvasAgg(figure).draw()
+    place = figure.legends[0].get_window_extent()
+    assert place.x0 >= 0 and place.x1 <= figure.bbox.width and place.y0 >= 0
 
 
 def test_pareto_front() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -49,6 +50,7 @@ def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
     lines = -(-len(panels) // columns)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(max(4.4 * columns, 5.2), 3.6 * lines + 0.9), layout="constrained")
+        renderer = FigureCanvasAgg(figure).get_renderer()
         axes = figure.subplots(lines, columns, squeeze=False)
         for ax, (key, panel) in zip(axes.flat, panels, strict=False):
             _draw_panel(ax, panel, styles)
@@ -60,13 +62,17 @@ def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
         handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         ordered = [name for name in (*styles, "Pareto front") if name in handles]
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
-        figure.legend(
-            [handles[name] for name in ordered],
-            ordered,
-            loc="outside lower center",
-            ncols=min(len(ordered), 2 + 2 * columns),
-            handletextpad=0.4,
-        )
+        for entries in range(min(len(ordered), 2 + 2 * columns), 0, -1):  # as many in a line as the figure has room for
+            legend = figure.legend(
+                [handles[name] for name in ordered],
+                ordered,
+                loc="outside lower center",
+                ncols=entries,
+                handletextpad=0.4,
+            )
+            if entries == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+                break
+            legend.remove()
     return figure
 
 
