@@ -77,7 +77,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     path = Path(path)
     content = _read_architecture(path)
     try:
-        model = build(content["description"], device="meta")
+        model = build(content.get("description"), device="meta")
     except ArtifactError as error:
         raise ArtifactError(f"{path / ARCHITECTURE}: {error}") from error
     tensors = _read_weights(path, str(content.get("sha256")))
@@ -93,6 +93,10 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
             raise ArtifactError(
                 f"{path / WEIGHTS}: {name} has shape {tuple(tensor.shape)}, expected {tuple(blank.shape)}; copy both "
                 "files again"
+            )
+        if tensor.is_floating_point() != blank.is_floating_point():
+            raise ArtifactError(
+                f"{path / WEIGHTS}: {name} is {tensor.dtype}, expected {blank.dtype}; copy both files again"
             )
         if isinstance(channels_last, list) and name in channels_last:
             tensor = torch.empty_like(tensor, memory_format=_channels_last(tensor)).copy_(tensor)

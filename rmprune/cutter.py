@@ -95,14 +95,17 @@ class Cutter:
             origin=origin,
         )
 
-    def check(self) -> None:
-        """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images."""
+    def check(self, *, once: bool = True) -> None:
+        """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images.
+
+        `once`: whether a network may be cut at once, although the settings say that it is cut while training.
+        """
         settings = self.settings
         if self.method.torch_pruning:
             check_importance(self.network, self.structure, settings.importance)
             return
         IMPORTANCES[settings.importance](self.network, self.structure, list(self.data.train.batches(2, limit=2)))
-        if settings.reconstruct and not settings.gradual:
+        if settings.reconstruct and (once or not settings.gradual):
             with fitting():
                 read_program(self.network, self.structure)
 
@@ -128,7 +131,10 @@ class Cutter:
     def meeting(self, budget: Budget, place: Place, gradual: bool) -> float:
         """The ratio for `budget_at` whose widths, as this network's importance chooses them now, were measured within the budget."""
         assert budget.latency_ratio is not None
-        scores = score_groups(self.settings.importance, self.network, self.structure, importance_batches(self.data))
+        scores: Scores = {}
+        if not self.method.torch_pruning:  # which scores by itself
+            batches = importance_batches(self.data)
+            scores = score_groups(self.settings.importance, self.network, self.structure, batches)
 
         def cut(ratio: float) -> nn.Module:
             own = self.budget_at(budget, ratio)

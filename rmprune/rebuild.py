@@ -110,6 +110,8 @@ def _build_layer(root: nn.Module, layer: dict[str, Any], training: bool) -> nn.M
             f"{where}: {str(layer.get('type'))[:80]!r} is not a layer type this version of rmprune knows"
         )
     args = layer.get("args")
+    if isinstance(args, dict):
+        args = dict.fromkeys(spec.added) | args
     if not isinstance(args, dict) or set(args) != set(spec.args):
         raise ArtifactError(f"{where}: its arguments are not exactly {', '.join(spec.args) or 'none'}")
     for name, check in spec.args.items():
@@ -133,8 +135,7 @@ def _build_tensor(entry: dict[str, Any]) -> tuple[Tensor, str]:
         or kind not in _TENSOR_KINDS
     ):
         raise ArtifactError(f"tensor {entry['name']}: its shape, type or kind is not valid")
-    tensor = torch.zeros(shape, dtype=dtype)
-    return (nn.Parameter(tensor) if kind == "parameter" else tensor), kind
+    return torch.zeros(shape, dtype=dtype), kind
 
 
 def _put(root: nn.Module, path: str, thing: nn.Module | tuple[Tensor, str]) -> None:

@@ -188,7 +188,7 @@ def _check_any(
     refusals: dict[str, Refusal] = {}
     for candidate, one in alternatives(method).items():
         try:
-            _check(networks(one), one, budget, config, data, place)
+            _check(networks(one), one, budget, config, data, place, candidate=True)
         except (InfeasibleBudget, UnsupportedModel) as error:
             refusals[candidate] = error
     if len(refusals) == len(method.candidates):
@@ -211,9 +211,18 @@ def refusal(summary: str, refusals: Mapping[str, Refusal]) -> Refusal:
     return kind(f"{summary}: " + "; ".join(f"{name}: {e}" for name, e in refusals.items()))
 
 
-def _check(network: nn.Module, method: Method, budget: Budget, config: SlimConfig, data: Dataset, place: Place) -> None:
+def _check(
+    network: nn.Module,
+    method: Method,
+    budget: Budget,
+    config: SlimConfig,
+    data: Dataset,
+    place: Place,
+    *,
+    candidate: bool = False,
+) -> None:
     cutter = make_cutter(network, method, config, data)
-    cutter.check()
+    cutter.check(once=candidate or budget.latency_ratio is not None)
     if budget.latency_ratio is None:
         cutter.hook(cutter.floored(budget), steps=1, epochs=1)
         return

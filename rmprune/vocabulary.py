@@ -63,10 +63,14 @@ _scale = _either(
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer type: its class and, for each constructor argument kept, the check that its value must pass."""
+    """A layer type: its class and, for each constructor argument kept, the check that its value must pass.
+
+    `added`: arguments kept since a later version; files from before it lack them, and the layer then has None.
+    """
 
     cls: type[nn.Module]
     args: dict[str, Check]
+    added: tuple[str, ...] = ()
 
     def read(self, module: nn.Module) -> dict[str, Any]:
         """The constructor arguments of `module`, as plain JSON values (tuples become lists, a parameter's presence a
@@ -192,7 +196,9 @@ LAYERS: dict[str, LayerSpec] = {
                 "scale_factor": _scale,
                 "mode": _one_of("nearest", "linear", "bilinear", "bicubic", "trilinear", "nearest-exact"),
                 "align_corners": _one_of(None, True, False),
+                "recompute_scale_factor": _one_of(None, True, False),
             },
+            added=("recompute_scale_factor",),
         ),
         LayerSpec(nn.PixelShuffle, {"upscale_factor": _extent}),
         LayerSpec(nn.PixelUnshuffle, {"downscale_factor": _extent}),

@@ -160,6 +160,11 @@ def test_measured_time_as_the_budget_is_met_from_below(
     assert chosen.facts["verified_ratio"] == pytest.approx(ratio)
     again = timing.space(plain, config, 0.7, tmp_path / "note")
     assert again.budget == space.budget
+    monkeypatch.setattr(times, "ratios", lambda place, networks: pytest.fail("measured again"))
+    resumed = choose(
+        plain, again, "agent", config, data, seed=0, device=CPU, ratio=0.7, directory=tmp_path / "search", timing=timing
+    )
+    assert resumed.widths == chosen.widths and resumed.facts == chosen.facts
 
 
 def test_residual_networks_of_other_kinds_work_as_well(data: Dataset) -> None:

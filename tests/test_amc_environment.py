@@ -263,3 +263,15 @@ def test_rewards() -> None:
     assert logged.reward(0.9, widths) > logged.reward(0.9, env.space.whole)
     with pytest.raises(ConfigError, match="reward"):
         Environment(env.space, lambda w: 0.5, reward="loss")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-7, -1e-9])
+def test_of_a_fraction_of_a_millisecond_too_the_reward_falls_with_error_and_cost(scale: float) -> None:
+    known = environment().space
+    space = Space(known.structure, lambda layer, cin, cout: scale * cin * cout, float("inf"), known.limits)
+    logged = Environment(space, lambda w: 0.5, reward="error_log_cost")
+    small, whole = logged.reward(0.9, known.uniform()), logged.reward(0.9, space.whole)
+    if scale > 0:
+        assert small > logged.reward(0.8, known.uniform()) and small > whole
+    else:  # a fitted table can say so; there is nothing to be gained by costs then
+        assert small == whole == 0

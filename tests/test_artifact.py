@@ -3,6 +3,7 @@ file.
 """
 
 import copy
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmprune import onnx_export
@@ -408,3 +410,43 @@ def test_onnx_may_differ_by_what_float32_does_to_the_network_and_no_more(
     with pytest.raises(NotEquivalent, match="differs"):
         export_onnx(model, x, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()
+
+
+def test_upsampling_by_the_recomputed_scale_comes_back(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Upsample(scale_factor=1.5, mode="bilinear", recompute_scale_factor=True)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    save(model, tmp_path / "a")
+    assert torch.equal(load(tmp_path / "a")(x), model(x))
+    description = describe(model)
+    del description["layers"][0]["args"]["recompute_scale_factor"]  # as files were before it was kept
+    assert not torch.equal(build(description)(x), model(x))
+
+
+class Numbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.numbers[1]
+
+
+def test_parameters_of_whole_numbers_come_back(tmp_path: Path) -> None:
+    save(Numbered().eval(), tmp_path / "a")
+    loaded = load(tmp_path / "a")
+    assert torch.equal(loaded(torch.ones(3)), torch.full((3,), 2.0))
+    assert not loaded.get_parameter("numbers").requires_grad
+
+
+def test_weights_of_another_type_and_a_file_without_a_description_are_refused(tmp_path: Path) -> None:
+    save(nn.Sequential(nn.Conv2d(2, 2, 1)).eval(), tmp_path / "a")
+    file, weights = tmp_path / "a" / "architecture.json", tmp_path / "a" / "model.safetensors"
+    content = json.loads(file.read_text())
+    save_file({name: tensor.long() for name, tensor in load_file(weights).items()}, weights)
+    content["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    file.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"0\.(weight|bias) is torch\.int64, expected torch\.float32"):
+        load(tmp_path / "a")
+    file.write_text(json.dumps({"format": content["format"], "schema": content["schema"]}))
+    with pytest.raises(ArtifactError, match="description is not a JSON object"):
+        load(tmp_path / "a")

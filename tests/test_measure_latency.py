@@ -1,14 +1,19 @@
 """Latency: every backend runs, candidates take turns, settings are put back, and a larger network takes longer."""
 
+import contextlib
 import gc
+import importlib
 import importlib.util
+import random
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from rmprune.errors import ConfigError
-from rmprune.measure import BACKENDS, check_available, measure_latencies, measure_latency
+from rmprune.measure import BACKENDS, backends, check_available, latency, measure_latencies, measure_latency
 from rmprune.measure.backends import Candidate, prepare
 from rmprune.measure.latency import timed_rounds
 
@@ -144,3 +149,35 @@ def test_what_does_not_run_on_a_device_is_refused_before_anything_else(monkeypat
 def test_no_cuda_device_is_one_clear_error() -> None:
     with pytest.raises(ConfigError, match="no CUDA device"):
         measure_latencies({"m": net(4)}, X, device="cuda")
+
+
+def test_a_second_gpu_is_the_current_one_while_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU here: streams, events and ONNX Runtime's device are those of the GPU that was named."""
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.pop()
+
+    def timer(run: Callable[[], object], repeats: int) -> float:
+        assert current[-1] == "cuda:1"
+        return 1.0
+
+    providers: list[object] = []
+
+    def session(content: bytes, options: object, providers: list[object]) -> object:
+        assert current[-1] == "cuda:1"
+        found.extend(providers)
+        return SimpleNamespace()
+
+    found = providers
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(latency, "_cuda_ms", timer)
+    monkeypatch.setattr(backends, "check_backend", lambda backend, device: None)
+    turns, _ = timed_rounds({"a": lambda: None}, "cuda:1", 0.0, 3, random.Random(0), warmup=0.0)
+    assert turns == {"a": [1.0] * 3} and current == ["cuda:0"]
+    monkeypatch.setattr(importlib.import_module("onnxruntime"), "InferenceSession", session)
+    prepare(Candidate("m", net(4), X), "onnxruntime", "cuda:1", 1, 1)
+    assert providers == [("CUDAExecutionProvider", {"device_id": 1})]

@@ -312,6 +312,61 @@ def test_what_cannot_be_cut_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+class Small(torch.nn.Module):
+    """A hidden linear layer without a batch norm; `branching` on data, which torch.fx cannot trace."""
+
+    def __init__(self, branching: bool) -> None:
+        super().__init__()
+        self.branching = branching
+        self.features = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 16, 3, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        )  # fmt: skip
+        self.hidden, self.head = torch.nn.Linear(16, 24), torch.nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.branching and x.sum() > 1e9:
+            return torch.zeros(len(x), 10)
+        return self.head(torch.relu(self.hidden(self.features(x))))
+
+
+def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    monkeypatch.setattr(slim, "create_network", lambda *_, **__: Small(branching=False))
+    config = replace(QUICK, method=("coupled",), prune=PruneConfig(latency_ratio=(0.7,), round_to=1))
+    (path,) = run_slim(replace(config, train=TrainConfig(epochs=1), out=tmp_path / "run"), command="x")
+    record = records.read_record(path)
+    assert record["coupled"]["params"] <= 0.7 * record["original"]["params"]
+
+
+def test_a_network_that_no_file_can_hold_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slim, "create_network", lambda *_, **__: Small(branching=True))
+    monkeypatch.setattr(slim, "fit", lambda *_, **__: pytest.fail("trained for nothing"))
+    with pytest.raises(UnsupportedModel, match="trace"):
+        run_slim(replace(QUICK, method=("uniform",), out=tmp_path / "run"), command="x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_cut_while_training_layers_must_be_fittable_only_where_a_cut_at_once_may_follow() -> None:
+    network = rmprune.models.create("convnext_tiny", num_classes=10).eval()
+    split = TensorSplit(
+        Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10),
+        torch.full((3,), 128.0),
+        torch.full((3,), 64.0),
+        may_flip=False,
+    )
+    data = Dataset("noise", 10, (3, 32, 32), split, split, split, QUICK.data)
+    config = replace(QUICK, prune=replace(QUICK.prune, gradual=True))
+    cutter = make_cutter(network, METHODS["residual"], config, data)
+    cutter.check(once=False)
+    with pytest.raises(UnsupportedModel, match="--no-reconstruct"):
+        cutter.check(once=True)
+
+
 def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -> None:
     methods = ("rm-collapse", "mixed-collapse", "coupled-collapse", "coupled-half-collapse")
     (path,) = run_slim(replace(QUICK, method=methods, out=tmp_path / "run"), command="x")

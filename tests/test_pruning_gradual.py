@@ -211,3 +211,20 @@ def test_a_network_as_narrow_as_allowed_is_not_cut_further() -> None:
     train(state, hook, 60)
     assert hook.done
     assert all(len(hook.kept[group.name]) * 2 == group.units for group in hook.first.groups)
+
+
+def test_after_ctrl_c_within_the_measuring_before_a_cut_that_cut_is_still_made() -> None:
+    def interrupted(model: nn.Module) -> float:
+        raise KeyboardInterrupt
+
+    budget = Budget(macs_ratio=0.9)
+    state = new_state(chain())
+    hook = GradualPruner(state.model, images(), budget, prune_epochs=0.5, every=10, meets=interrupted)
+    assert hook.planned_cuts(state) == 1
+    with pytest.raises(KeyboardInterrupt):
+        train(state, hook, 20)
+    whole, step = measured_macs(state.model, images()), state.step
+    again = GradualPruner(chain(), images(), budget, prune_epochs=0.5, every=10, meets=lambda model: 2.0)
+    again.load_state_dict(hook.state_dict())
+    train(state, again, 1)
+    assert step == 10 and measured_macs(state.model, images()) <= 0.9 * whole

@@ -190,8 +190,9 @@ class ChannelsLast(nn.Module):
         return self.head(torch.relu(x).mean((2, 3)))
 
 
-def test_taylor_of_what_a_linear_layer_reads_at_every_position() -> None:
+@pytest.mark.parametrize("name", ["taylor", "taylor_squared", "activation"])
+def test_importance_of_what_a_linear_layer_reads_at_every_position(name: str) -> None:
     linear, convolution = (ChannelsLast(kind).double().eval() for kind in (True, False))
     assert torch.allclose(linear(images()), convolution(images()))
-    scores = [IMPORTANCES["taylor"](m, find_structure(m, images()), batches(2)) for m in (linear, convolution)]
+    scores = [IMPORTANCES[name](m, find_structure(m, images()), batches(2)) for m in (linear, convolution)]
     assert torch.allclose(scores[0]["stem"], scores[1]["stem"]) and scores[0]["stem"].shape == (8,)

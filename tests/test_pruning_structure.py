@@ -5,11 +5,15 @@ import torch
 from pruning_nets import Block, chain, conv, images, measured_macs, randomise, residual
 from torch import nn
 
-from rmprune.errors import UnsupportedModel
+from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.measure import count_macs
+from rmprune.pruning import Budget, prune, prune_coupled
 from rmprune.pruning.chain import chain_structure
+from rmprune.pruning.dead import _check
 from rmprune.pruning.dependency import dependency_structure
 from rmprune.pruning.graph import find_structure
-from rmprune.pruning.structure import total_cost
+from rmprune.pruning.one_shot import check_outputs
+from rmprune.pruning.structure import outputs, total_cost
 from rmprune.pruning.surgery import shrink
 
 
@@ -124,3 +128,38 @@ def test_network_whose_output_is_a_stream_keeps_it() -> None:
     model = nn.Sequential(conv(3, 8), Block(8, 8)).double().eval()
     structure = find_structure(model, images())
     assert structure.units == {"1.conv1": 8}
+
+
+class Backbone(nn.Module):
+    """Returns two feature maps, of which the later stage reads the first as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())
+        self.first = nn.Sequential(conv(8, 12), nn.BatchNorm2d(12), nn.ReLU())
+        self.second = nn.Sequential(conv(12, 10), nn.BatchNorm2d(10), nn.ReLU(), conv(10, 16), nn.BatchNorm2d(16))
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        first = self.first(self.stem(x))
+        return {"maps": [first, self.second(first)]}
+
+
+def test_channels_that_are_returned_stay_although_they_are_read_too() -> None:
+    model, x = randomise(Backbone()).double().eval(), images()
+    assert set(find_structure(model, x).units) == {"stem.0", "second.0"}
+    for pruned in (
+        prune(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6)),
+        prune_coupled(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6)),
+    ):
+        assert count_macs(pruned, x[:1]) <= 0.6 * count_macs(model, x[:1])
+        assert [tuple(y.shape[1:]) for y in outputs(pruned, x)] == [(12, 8, 8), (16, 8, 8)]
+
+
+def test_a_fold_that_changes_a_returned_map_is_no_longer_silent() -> None:
+    model, x = randomise(Backbone()).double().eval(), images()
+    smaller = shrink(model, {"first.0": torch.arange(12) > 0}, dependency_structure(model, x))[0]
+    with pytest.raises(NotEquivalent):
+        _check(model, smaller, x)
+    with pytest.raises(UnsupportedModel, match="shape"):
+        check_outputs(model, smaller, x)

@@ -106,3 +106,17 @@ def test_a_network_that_cannot_be_traced_is_refused_before_anything_is_measured(
     model, x = Branching().eval(), torch.ones(1, 3, 8, 8)
     with pytest.raises(UnsupportedModel, match="cannot trace"):
         timed_layers(model, network_layers(model, x))
+
+
+def test_every_shape_of_a_grouped_network_can_be_built() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 96, 3, groups=24), nn.ReLU(), nn.Flatten(), nn.Linear(96 * 16, 4)
+    ).eval()  # fmt: skip
+    structure = find_structure(model, X)
+    cost = TimeCost(Table(), model, structure, X)
+    assert isinstance(cost.table, Table)
+    for layer in cost.table.asked:
+        block, x = layer.build(1)
+        assert block(x).shape[1] == layer.cout
+    grouped = next(layer for layer in structure.layers if layer.groups == 24)
+    assert cost(grouped, 24, 24) < cost(grouped, 36, 72) < cost(grouped, 48, 96)

@@ -41,8 +41,8 @@ class Outcome:
 class Environment:
     """One episode after the other over a `Space`; `score` says how accurate a policy is (0 to 1).
 
-    reward "accuracy": the accuracy (for a hard budget); "error_log_cost": -(1 - accuracy) * log(cost), AMC's R_FLOPs, which
-    weighs the error with the cost in the unit of the budget.
+    reward "accuracy": the accuracy (for a hard budget); "error_log_cost": -(1 - accuracy) * log(1 + cost), AMC's R_FLOPs, which
+    weighs the error with the cost in the unit of the budget (1 + cost: the log of less than a millisecond would reward errors).
     """
 
     def __init__(self, space: Space, score: Callable[[Widths], float], *, reward: RewardKind = "accuracy") -> None:
@@ -89,7 +89,7 @@ class Environment:
         """The reward of a policy with this accuracy."""
         if self.kind == "accuracy":
             return accuracy
-        return -(1 - accuracy) * math.log(self.space.cost(widths))
+        return -(1 - accuracy) * math.log1p(max(0.0, self.space.cost(widths)))
 
     def state(self) -> State:
         """The features of the group to be decided next, see FEATURES."""

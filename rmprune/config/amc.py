@@ -38,7 +38,7 @@ class SearchConfig:
     refine: float = 0.5
     """Share of the agent's episodes that vary the best policy found so far instead of asking the agent (0: AMC as published)."""
     reward: Literal["accuracy", "error_log_cost"] = "accuracy"
-    """accuracy on the validation subset, or -error * log(cost)."""
+    """accuracy on the validation subset, or -error * log(1 + cost)."""
     importance: ImportanceName = "taylor_squared"
     """Which channels of a layer stay."""
     reconstruct: bool = False

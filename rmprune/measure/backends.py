@@ -4,6 +4,7 @@ timing here.
 Packages are imported when their backend is asked for; `check_backend` names the pip command where one is missing.
 """
 
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -96,7 +97,8 @@ def onnx_runtime(candidate: Candidate, device: str, threads: int, batch_size: in
     on, they would take the cores from the candidate measured next.
     """
     onnxruntime = importlib.import_module("onnxruntime")
-    provider = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+    gpu = ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)})
+    provider = gpu if device.startswith("cuda") else "CPUExecutionProvider"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -149,13 +151,19 @@ def check_backend(backend: str, device: str) -> None:
             )
 
 
+def current(device: str) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU (cuda, cuda:N) the one that streams, events and synchronisation are of; nothing for the CPU."""
+    return torch.cuda.device(device) if device.startswith("cuda:") else contextlib.nullcontext()
+
+
 def prepare(candidate: Candidate, backend: str, device: str, threads: int, batch_size: int) -> Run:
     """A callable that runs `candidate` once; ConfigError where the backend does not exist here or cannot take the
     network.
     """
     check_backend(backend, device)
     try:
-        return BACKENDS[backend](candidate, device, threads, batch_size)
+        with current(device):
+            return BACKENDS[backend](candidate, device, threads, batch_size)
     except RmpruneError:
         raise
     except Exception as error:  # each runtime has its own errors

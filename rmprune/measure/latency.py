@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
-from rmprune.measure.backends import Candidate, Run, check_backend, prepare
+from rmprune.measure.backends import Candidate, Run, check_backend, current, prepare
 
 TURN_SECONDS = 0.005
 WARMUP_SECONDS = 0.2
@@ -196,17 +196,16 @@ def timed_rounds(
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Mean milliseconds of every turn, by candidate and round, and the runs in a turn of each."""
     timer = _cuda_ms if device.startswith("cuda") else _cpu_ms
-    repeats = {
-        name: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(run, timer, warmup), 1e-3))) for name, run in runs.items()
-    }
     turns: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
-    end = time.perf_counter() + seconds * len(names)
-    while len(turns[names[0]]) < min_rounds or time.perf_counter() < end:
-        order.shuffle(names)
-        for name in names:
-            runs[name]()
-            turns[name].append(timer(runs[name], repeats[name]))
+    with current(device):
+        repeats = {n: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(runs[n], timer, warmup), 1e-3))) for n in names}
+        end = time.perf_counter() + seconds * len(names)
+        while len(turns[names[0]]) < min_rounds or time.perf_counter() < end:
+            order.shuffle(names)
+            for name in names:
+                runs[name]()
+                turns[name].append(timer(runs[name], repeats[name]))
     return turns, repeats
 
 

@@ -6,8 +6,9 @@ A run is a directory, laid out as `slim`'s: with one seed and one budget it is t
 """
 
 import functools
+import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from rmprune.amc.progress import search_bar
 from rmprune.amc.search import METHODS as SEARCHES
 from rmprune.amc.search import Method as SearchMethod
 from rmprune.amc.space import COSTS
-from rmprune.amc.uniform import width_multiplier
+from rmprune.amc.uniform import Multiplier, width_multiplier
+from rmprune.architecture import describe
 from rmprune.config import AmcConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
@@ -31,7 +33,7 @@ from rmprune.measure import check_available
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
-from rmprune.rundir import claim
+from rmprune.rundir import claim, write_text
 from rmprune.starting import CALIBRATION_IMAGES
 from rmprune.timed import Place
 from rmprune.training import fit
@@ -108,6 +110,7 @@ def _refuse_early(config: AmcConfig, data: Dataset, cells: list[Cell]) -> None:
     """Infeasible budgets are refused before a file is written or an epoch trained (measured time: once it is measured)."""
     check_available(config.measure.backends, config.measure.device)
     dense, example = make_original(config, data, config.seed), data.train.example(2)
+    describe(dense)
     if config.search.constraint == "latency" or (cells[0].shared / "plain").exists():
         return
     for name in config.method:
@@ -282,13 +285,19 @@ class _Run:
 
     def narrow(self, name: str, dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The original network at the largest width multiplier within the budget, trained as long as all others in total."""
-        found = width_multiplier(
-            lambda width: make_original(self.config, self.data, self.cell.seed, width),
-            dense,
-            self.example,
-            self.config,
-            self.cell.value,
-            self.timing,
-        )
+        file = self.cell.directory / "search" / name / "multiplier.json"
+        if file.is_file():  # measured again it could be another than the one in training
+            found = Multiplier(**json.loads(file.read_text()))
+        else:
+            found = width_multiplier(
+                lambda width: make_original(self.config, self.data, self.cell.seed, width),
+                dense,
+                self.example,
+                self.config,
+                self.cell.value,
+                self.timing,
+            )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(asdict(found)))
         model = self.train(self.cell.directory, name, found.width, more_epochs=self.config.finetune.epochs)
         return model, {"search": {"method": "width multiplier", "width": found.width, "verified_ratio": found.ratio}}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
+from rmprune.architecture import describe
 from rmprune.candidates import best, judge
 from rmprune.config import MeasureConfig, SlimConfig, architecture
 from rmprune.configfile import to_dict
@@ -62,6 +63,7 @@ def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset)
             )
     example = data.train.example(2)
     dense = make_dense(config, data, config.seed)
+    describe(dense)
     reference = count_macs(dense, example[:1])
     budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
+from rmprune.architecture import describe
 from rmprune.config import TrainRunConfig, architecture
 from rmprune.configfile import to_dict
 from rmprune.data import Dataset, load_dataset
@@ -24,6 +25,7 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
     check_available(config.measure.backends, config.measure.device)
     data = load_dataset(config.data)
     model = make_network(config, data)
+    describe(model)
     plan_removal(model, data.train.example(2))  # refuse a network without residuals before training it
     claim(root, config, records=[root / records.RECORD], overwrite=config.overwrite)
 

@@ -99,9 +99,11 @@ class GradualPruner:
         planned = self.planned_cuts(state)
         if state.step < self.every * (self.cuts + 1) and state.step < state.total_steps:
             return
-        self.cuts = max(self.cuts + 1, state.step // self.every)
-        final = self.cuts >= planned or state.step >= state.total_steps
-        if self._suffices(state):
+        cuts = max(self.cuts + 1, state.step // self.every)
+        final = cuts >= planned or state.step >= state.total_steps
+        suffices = self._suffices(state)  # takes seconds: after a Ctrl-C in them, this cut is still to be made
+        self.cuts = cuts
+        if suffices:
             self.done = True
             return
         scores = self.scores.scores

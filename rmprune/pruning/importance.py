@@ -100,8 +100,8 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     moments: dict[str, list[Tensor]] = {}
 
     def record(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            now = [m for x in (inputs[0], output) for m in _moments(x)]
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            now = [m for x in (inputs[0], output) for m in _moments(x, linear=isinstance(module, nn.Linear))]
             before = moments.get(name)
             moments[name] = now if before is None else [a + b for a, b in zip(before, now, strict=True)]
 
@@ -179,11 +179,11 @@ def _need(batches: Batches | None, name: str) -> Batches:
     return batches
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of a linear layer's
-    rows).
+def _moments(x: Tensor, *, linear: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of what a linear
+    layer reads and writes).
     """
-    flat = (x.transpose(0, 1) if x.dim() == 4 else x.reshape(-1, x.shape[-1]).t()).flatten(1).double()
+    flat = (x.reshape(-1, x.shape[-1]).t() if linear else x.transpose(0, 1)).flatten(1).double()
     return torch.tensor(float(flat.shape[1])), flat.sum(1).cpu(), flat.square().sum(1).cpu()
 
 

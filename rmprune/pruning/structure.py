@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 
@@ -275,6 +276,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def outputs(model: nn.Module, example_inputs: Tensor) -> list[Tensor]:
+    """All tensors that the model returns, in eval mode: of one, a tuple, a dict, ..."""
+    with evaluating(model), torch.no_grad():
+        return [x for x in tree_leaves(model(example_inputs)) if isinstance(x, Tensor)]
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:

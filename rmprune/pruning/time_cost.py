@@ -82,9 +82,12 @@ def calibrate(table: LatencyModel, networks: Mapping[str, nn.Module], example_in
 
 
 def _grid(layer: Layer) -> tuple[list[int], list[int]]:
-    """(input widths, output widths); one and the same list for a depthwise layer."""
+    """(input widths, output widths); one and the same list for a depthwise layer. Of grouped ones what their groups divide."""
     out = grid_widths(layer.cout, bool(layer.outputs))
-    return (out, out) if layer.kind == "depthwise" else (grid_widths(layer.cin, bool(layer.inputs)), out)
+    if layer.kind == "depthwise":
+        return out, out
+    into = grid_widths(layer.cin, bool(layer.inputs))
+    return [w for w in into if w % layer.groups == 0], [w for w in out if w % layer.groups == 0]
 
 
 def _between(grid: list[int], width: int) -> list[tuple[int, float]]:
