@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -310,6 +311,22 @@ def test_a_padded_kernel_after_a_bias_is_not_fused() -> None:
     fused = fuse_linear(model, images(), "always")
     assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
     assert (fused(images()) - model(images())).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: (conv(8, 8, groups=8), nn.BatchNorm2d(8), conv(8, 16, 1, groups=2)),
+        lambda: (conv(8, 16, 1, groups=2, bias=False), conv(16, 16, groups=16), nn.BatchNorm2d(16)),
+    ],
+    ids=["depthwise first", "depthwise last"],
+)
+def test_depthwise_and_grouped_convolutions_are_multiplied(layers: Callable[[], tuple[nn.Module, ...]]) -> None:
+    model, x = prepared(*layers()), images(8)
+    fused = fuse_linear(model, x, "always")
+    (product,) = [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
+    assert product.groups == 2 and product.kernel_size == (3, 3)
+    assert (fused(x) - model(x)).abs().max() < 1e-12
 
 
 def test_mobilenet_becomes_version_one() -> None:

@@ -65,6 +65,14 @@ PAIRS = [
     (nn.BatchNorm2d(4), conv(4, 3, 3, padding=0)),
     (conv(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
     (conv(4, 4, 1), conv(4, 4, 3, groups=4, padding=0)),
+    (conv(4, 4, 3, 2, groups=4), conv(4, 6, 1, groups=2)),
+    (conv(4, 4, 1, groups=4), conv(4, 6, 3, groups=2, padding=0)),
+    (conv(4, 8, 1, groups=2), conv(8, 8, 3, groups=8, padding=0)),
+    (conv(4, 8, 1, groups=2, bias=False), conv(8, 8, 3, 2, groups=8, dilation=2, padding=2)),
+    (conv(4, 8, 3, groups=2), conv(8, 8, 1, groups=8)),
+    (conv(4, 4, 3, groups=4), conv(4, 4, 1, groups=4)),
+    (nn.AvgPool2d(2), conv(4, 6, 1, groups=2)),
+    (conv(4, 8, 1, groups=2), nn.AvgPool2d(2)),
 ]
 
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from removal_nets import Residual, basic, conv, conv_bn, prepared
+from removal_nets import Residual, basic, conv, conv_bn, images, prepared, worst_error
 from torch import Tensor, fx, nn
 
+from rmprune.removal import remove_residuals
 from rmprune.removal.kernels import from_module
 from rmprune.removal.observe import observe, tighten
 from rmprune.removal.ranges import annotate_ranges, conv_range, range_of
@@ -104,3 +105,42 @@ def test_calibration_widens_what_it_saw() -> None:
     width = x.amax((0, 2, 3)) - x.amin((0, 2, 3))
     assert torch.isfinite(low).all() and (low <= x.amin((0, 2, 3)) - 0.5 * width + 1e-9).all()
     assert (high >= x.amax((0, 2, 3)) + 0.5 * width - 1e-9).all()
+
+
+class Uneven(nn.Module):
+    """relu(a(x)) beside b(x): the first half of the channels is never negative, the other half may be anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(3, 3), conv_bn(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.relu(self.a(x)), self.b(x)], 1)
+
+
+RESAMPLERS = [
+    nn.ChannelShuffle(2), nn.ChannelShuffle(3), nn.Upsample(scale_factor=2, mode="bicubic"), nn.Upsample(scale_factor=2),
+    nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample((13, 11), mode="bilinear", align_corners=True),
+    nn.UpsamplingBilinear2d(scale_factor=3), nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(3), nn.AdaptiveMaxPool2d(3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", RESAMPLERS, ids=str)
+def test_layers_without_weights_keep_values_inside(layer: nn.Module) -> None:
+    model, x = prepared(Uneven(), layer), 10 * images(count=8)
+    network = normalise(reference_copy(model), (x,))
+    annotate_ranges(network)
+    observe(network, (x,))
+    node = next(n for n in network.graph.nodes if n.target == "1")
+    (low, high), (least, most) = range_of(node), node.meta["seen"]
+    assert (least >= low).all() and (most <= high).all()
+    bicubic = getattr(layer, "mode", "") == "bicubic"
+    assert int((low == 0).sum()) == (0 if bicubic else 3) and torch.isinf(high).all()
+
+
+@pytest.mark.parametrize("layer", RESAMPLERS[:3], ids=str)
+def test_a_block_behind_such_a_layer_is_removed_exactly(layer: nn.Module) -> None:
+    model = prepared(Uneven(), layer, basic())
+    removal = remove_residuals(model, images())
+    assert removal.removed == ["2"] and worst_error(removal, model) < 1e-12
+    assert removal.blocks[0].form == ("free+pair" if isinstance(layer, nn.ChannelShuffle) else "pair")

@@ -1,9 +1,11 @@
 """Residuals go where the measured time says so; the function stays what it was."""
 
+from collections.abc import Callable, Mapping
+
 import pytest
 import torch
-from removal_nets import basic, images, prepared
-from torch import nn
+from removal_nets import Residual, basic, conv_bn, has_addition, images, prepared, worst_error
+from torch import Tensor, fx, nn
 
 from rmprune.removal import remove_where_faster
 from rmprune.removal.remove import plan_removal
@@ -54,3 +56,61 @@ def test_a_plain_network_is_left_as_it_is() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     removal = remove_where_faster(plain, torch.randn(1, 3, 8, 8), lambda networks: pytest.fail("measured"))
     assert removal.model is plain and (removal.removed, removal.kept) == ([], {})
+
+
+class ThreeWays(nn.Module):
+    """RepVGG's block: its second addition cannot go while the first one stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point, self.norm = conv_bn(6, 6), conv_bn(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.wide(x) + self.point(x) + self.norm(x))
+
+
+def nested() -> Residual:
+    """The outer addition cannot go while the inner one stays."""
+    return Residual(nn.Sequential(*conv_bn(6, 6), nn.ReLU(), basic(), *conv_bn(6, 6)), None, nn.ReLU())
+
+
+def chained(block: Callable[[], nn.Module]) -> nn.Sequential:
+    return prepared(*conv_bn(3, 6), nn.ReLU(), block(), block(), basic())
+
+
+def left(network: nn.Module) -> int:
+    """How many additions a network has."""
+    graph = network.graph if isinstance(network, fx.GraphModule) else fx.symbolic_trace(network).graph
+    return sum("add" in node.name for node in graph.nodes)
+
+
+@pytest.mark.parametrize("block", [ThreeWays, nested])
+@pytest.mark.parametrize("needed", [1, 2])
+def test_a_residual_that_cannot_go_alone_is_tried_with_those_before_it(
+    block: Callable[[], nn.Module], needed: int
+) -> None:
+    """Made-up times that fall with every addition from the second one on, or from the first."""
+    model = chained(block)
+    asked = []
+
+    def times(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        asked.append(left(networks["kept"]) - left(networks["removed"]))
+        return {"kept": 1.0, "removed": 0.9 ** asked[-1] if asked[-1] >= needed else 1.1}
+
+    removal = remove_where_faster(model, images(), times)
+    assert asked == [1, 2, 1, 2, 1, 5 if needed == 1 else 4]
+    assert has_addition(removal.model) == (needed == 2) and len(removal.removed) == asked[-1]
+    assert worst_error(removal, model) < 1e-12
+
+
+@pytest.mark.parametrize("block", [ThreeWays, nested])
+def test_where_none_of_a_chain_pays_the_network_is_left_as_it_is(block: Callable[[], nn.Module]) -> None:
+    model = chained(block)
+    removal = remove_where_faster(model, images(), lambda networks: {"kept": 1.0, "removed": 1.0})
+    assert removal.model is model and removal.removed == [] and len(removal.kept) == 5
+
+
+def test_a_residual_that_only_slows_what_those_before_it_gain_stays() -> None:
+    model = prepared(*conv_bn(3, 6), nn.ReLU(), nested())
+    removal = remove_where_faster(model, images(), ratios(0.9, 0.95, 0.9))
+    assert removal.removed == ["3.branch.3"] and worst_error(removal, model) < 1e-12

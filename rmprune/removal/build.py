@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
+from rmprune.errors import NotEquivalent
 from rmprune.removal.kernels import Conv
 from rmprune.removal.network import Network
+from rmprune.removal.shapes import on_meta
 from rmprune.removal.sparse import sparse_forward
 
 
@@ -44,8 +47,27 @@ def materialise(
 
     The first `measured` images set the batch norms that are still to be measured; batch_norm=False folds every batch norm into
     its convolution instead. The result is a flat nn.Sequential where the graph is a chain, else a GraphModule.
+    Raises NotEquivalent where it does not give the shapes of these outputs.
     """
-    return _Builder(network, measured, target, batch_norm).run(inputs)
+    module, outputs = _Builder(network, measured, target, batch_norm).run(inputs)
+    found, expected = _shapes(_run_on_meta(module, inputs, target.dtype)), _shapes(outputs)
+    if found != expected:
+        raise NotEquivalent(f"the new network gives {found}, the original {expected}: a fault")
+    return module, outputs
+
+
+@torch.no_grad()
+def _run_on_meta(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Any:
+    """What the module returns, in its own dtype, without values: what the builder ran was not yet this module."""
+    given = [torch.empty_like(x, dtype=dtype if x.is_floating_point() else x.dtype, device="meta") for x in inputs]
+    try:
+        return on_meta(module)(*given)
+    except RuntimeError as error:
+        raise NotEquivalent(f"the new network does not run in {dtype}: {error}") from error
+
+
+def _shapes(outputs: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tree_leaves(outputs) if isinstance(t, Tensor))
 
 
 class _Builder:
@@ -135,7 +157,9 @@ class _Builder:
     def _module(self) -> nn.Module:
         nodes = list(self.graph.nodes)
         inner = nodes[1:-1]
-        chain = all(n.op == "call_module" and n.args == (p,) for n, p in zip(inner, nodes, strict=False))
+        chain = all(
+            n.op == "call_module" and n.args == (p,) and not n.kwargs for n, p in zip(inner, nodes, strict=False)
+        )
         if chain and nodes[0].op == "placeholder" and nodes[-1].args == (nodes[-2],):
             return nn.Sequential(OrderedDict((str(n.target), self.modules[str(n.target)]) for n in inner)).eval()
         root = nn.Module()

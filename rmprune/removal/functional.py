@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from rmprune.removal.kernels import Scale
 
 COMMUTATIVE = (operator.mul, torch.mul)
+_SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride")
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
 
 
@@ -20,7 +21,7 @@ def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
     """The stock modules that do what this call does to its first argument; None where there are none."""
     table = _FUNCTIONS if node.op == "call_function" else _METHODS
     entry = table.get(node.target)
-    if entry is None or not node.args or not isinstance(node.args[0], fx.Node):
+    if entry is None or not node.args or not isinstance(node.args[0], fx.Node) or is_size(node.args[0]):
         return None
     names, build = entry
     values = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
@@ -31,6 +32,18 @@ def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
         return build(given, node) if build in _WITH_NODE else build(given)
     except (TypeError, KeyError, ValueError, AssertionError):
         return None  # called in a way that no stock module covers: left as it is
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a shape or a number and no tensor: x.shape, x.size(0), an entry of a shape, arithmetic on these."""
+    if node.op == "call_method":
+        return node.target in _SIZE_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    arithmetic = getattr(node.target, "__module__", None) in ("_operator", "math")
+    return arithmetic and bool(node.all_input_nodes) and all(is_size(source) for source in node.all_input_nodes)
 
 
 def _simple(make: Callable[..., nn.Module]) -> Callable[[dict[str, Any]], list[nn.Module]]:

@@ -279,15 +279,15 @@ def _common_groups(first: Conv, second: Conv) -> int:
 
 def _product(first: Conv, second: Conv, groups: int) -> Tensor:
     a, b = first.weight(), second.weight()
-    if second.groups == second.in_channels == second.out_channels and b.shape[2:] == (1, 1):
+    # One of the two is 1x1, so the taps of the product are those of the other.
+    if second.groups == second.in_channels == second.out_channels:
         return a * b
-    if first.groups == first.in_channels == first.out_channels and a.shape[2:] == (1, 1):
+    if first.groups == first.in_channels == first.out_channels:
         return b * a[coordinates(second)[1], 0]
     if groups == 1:
         a, b = dense_weight(first), dense_weight(second)
     a = a.reshape(groups, -1, *a.shape[1:])
     b = b.reshape(groups, -1, *b.shape[1:])
-    # One of the two is 1x1, so the taps of the product are those of the other.
     product = torch.einsum("gomhw,gmipq->goihwpq", b, a)
     return product.reshape(product.shape[0] * product.shape[1], product.shape[2], -1).reshape(
         -1, product.shape[2], product.shape[3] * product.shape[5], product.shape[4] * product.shape[6]

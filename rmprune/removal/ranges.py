@@ -66,8 +66,12 @@ def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range
     if isinstance(layer, nn.Linear) and len(shape_of(source) or ()) == 2:
         bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
         return affine_range(layer.weight.double(), bias.double(), low, high)
-    if isinstance(layer, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AdaptiveMaxPool2d | nn.ChannelShuffle | nn.Upsample):
+    if isinstance(layer, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AdaptiveMaxPool2d):
         return low, high
+    if isinstance(layer, nn.Upsample):
+        return None if layer.mode == "bicubic" else (low, high)  # its weights are negative in part: it overshoots
+    if isinstance(layer, nn.ChannelShuffle):
+        return _shuffled(low, layer.groups), _shuffled(high, layer.groups)
     if type(layer) is nn.AvgPool2d and layer.divisor_override is None:
         padded = layer.padding not in (0, (0, 0), [0, 0]) and layer.count_include_pad
         return (low.clamp(max=0), high.clamp(min=0)) if padded else (low, high)
@@ -86,6 +90,11 @@ def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range
             return None
         return conv_range(conv, low, high)
     return None
+
+
+def _shuffled(end: Tensor, groups: int) -> Tensor:
+    """Channel g * (C / groups) + k goes to k * groups + g."""
+    return end.reshape(groups, -1).T.flatten()
 
 
 def spatial(node: fx.Node) -> Pair:

@@ -59,9 +59,7 @@ def _run_meta(network: Network, node: fx.Node, arguments: Any) -> Any:
             known = _known_shape(module, args)
             if known is not None:
                 return torch.empty(known, dtype=args[0].dtype, device="meta")
-            tensors = (*module.parameters(), *module.buffers())
-            twin = copy.deepcopy(module, {id(tensor): _meta_like(tensor) for tensor in tensors})
-            return twin(*args, **kwargs)
+            return on_meta(module)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
@@ -69,6 +67,12 @@ def _run_meta(network: Network, node: fx.Node, arguments: Any) -> Any:
     except Exception as error:
         inputs = [tuple(a.shape) for a in args if isinstance(a, Tensor)]
         raise UnsupportedModel(f"{node.target}: fails on inputs of shape {inputs}: {error}") from error
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have no values."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): _meta_like(tensor) for tensor in tensors})
 
 
 def _known_shape(module: nn.Module, args: tuple[Any, ...]) -> tuple[int, ...] | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 
 from rmprune.removal.remove import Removal, plan_removal, remove_residuals
+from rmprune.removal.rewrite import BlockReport
 
 GAIN = 0.99  # a residual goes if the network then takes at most this part of its time: less is noise
 
@@ -19,27 +21,47 @@ def remove_where_faster(
 ) -> Removal:
     """`model` without those residuals whose removal, one at a time, makes it faster; `model` itself where none does.
 
-    Removal is exact, so time is all that decides: a residual stays where its addition is cheaper than the reserved rows.
+    Removal is exact, so time is all that decides: a residual stays where its addition is cheaper than the reserved rows. One that
+    cannot go while those before it stay is tried with them, and pays where it makes the network faster than without them alone.
     `ratios` measures networks by name, in turns, in one unit; `fits` says whether a network is within another budget, and what
     does not fit is not measured. Those that pay one by one are removed together and measured again. Raises what
     `remove_residuals` raises, but no error where nothing can be removed.
     """
     blocks = plan_removal(model, example_inputs)
-    names = [block.name for block in blocks if block.removable]
+    names = _removable(blocks)
 
-    def without(gone: list[str]) -> tuple[Removal, bool]:
-        removal = remove_residuals(model, example_inputs, keep=[name for name in names if name not in gone])
+    def others(gone: Collection[str]) -> list[str]:
+        return [name for name in names if name not in gone]
+
+    def without(gone: Collection[str]) -> tuple[Removal, float]:
+        """The network without these residuals, and the part of its time that it then takes."""
+        removal = remove_residuals(model, example_inputs, keep=others(gone))
         if not fits(removal.model):
-            return removal, False
+            return removal, math.inf
         times = ratios({"kept": model, "removed": removal.model})
-        return removal, times["removed"] <= GAIN * times["kept"]
+        return removal, times["removed"] / times["kept"]
 
-    paying = [name for name in names if without([name])[1]]
+    def needed(last: int) -> list[str]:
+        """The shortest run of residuals that ends in this one and in which it can go."""
+        runs = (names[first : last + 1] for first in range(last, -1, -1))
+        return next(
+            run for run in runs if names[last] in _removable(plan_removal(model, example_inputs, keep=others(run)))
+        )
+
+    paying: dict[str, float] = {}
+    for last in range(len(names)):
+        removal, part = without(needed(last))
+        if part <= GAIN * min((paying[name] for name in removal.removed if name in paying), default=1.0):
+            paying |= dict.fromkeys(removal.removed, part)
     if paying:
-        together, pays = without(paying)
-        if pays:
+        together, part = without(paying)
+        if part <= GAIN:
             return together
     reasons = {
         block.name: "without it the network is no faster" if block.removable else block.reason for block in blocks
     }
     return Removal(model, [], reasons, 0.0, blocks)
+
+
+def _removable(blocks: list[BlockReport]) -> list[str]:
+    return [block.name for block in blocks if block.removable]
