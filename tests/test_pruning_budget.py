@@ -241,3 +241,24 @@ def test_thousands_of_channels_take_moments() -> None:
     start = time.process_time()
     allocate(structure, random_scores(structure, 0), Budget(macs_ratio=0.1))
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+@pytest.mark.parametrize("limit", [0.5, 0.6, 0.9])
+def test_no_hump_of_measured_times_hides_a_budget_that_can_be_met(lookahead: int, limit: float) -> None:
+    """Widths between the narrowest and the whole take longer than the whole: by themselves, and in pairs of neighbours."""
+    structure = find_structure(chain((16, 16, 16)), images())
+
+    def cost(layer: Layer, cin: int, cout: int) -> float:
+        widths = (cin,) if layer.kind == "linear" else (cin, cout)
+        return 1.0 + 2 * (cin != cout) + sum((w > 4) + 3 * (4 < w < 16) for w in widths)
+
+    budget = Budget(latency_ratio=limit, reference_ms=total_cost(structure, cost), round_to=2, min_channels=4)
+    assert least_cost(structure, budget, cost) / total_cost(structure, cost) == pytest.approx(8 / 14)
+    scores = {name: torch.arange(1.0, units + 1) for name, units in structure.units.items()}
+    if least_cost(structure, budget, cost) > limit * total_cost(structure, cost):
+        with pytest.raises(InfeasibleBudget):
+            allocate(structure, scores, budget, cost, lookahead=lookahead)
+        return
+    keep = allocate(structure, scores, budget, cost, lookahead=lookahead)
+    assert total_cost(structure.shrunk(keep), cost) <= limit * total_cost(structure, cost)

@@ -102,11 +102,11 @@ class Search:
     def keep(self) -> Keep:
         return {n: keep_best(s, self.meter.units[n]) for n, s in self.scores.items()}
 
-    def _offer(self, name: str) -> tuple[float, float, int, int] | None:
-        """(importance lost per cost, -saving, order, new position) of this group's best next step down."""
+    def _offer(self, name: str, lookahead: int) -> tuple[float, float, int, int] | None:
+        """(importance lost per cost, -saving, order, new position) of this group's best step down by up to so many blocks."""
         here, best = self.at[name], None
         now = self.widths[name][here]
-        for to in range(here - 1, max(here - 1 - self.lookahead, -1), -1):
+        for to in range(here - 1, max(here - 1 - lookahead, -1), -1):
             units = self.widths[name][to]
             saving = -self.price.change(name, units)
             if saving <= 0:
@@ -120,22 +120,42 @@ class Search:
         """Remove until the total cost is at most ``limit``; False where nothing more may go."""
         version = dict.fromkeys(self.widths, 0)
         names = list(self.widths)
-        heap = [(offer, 0, n) for n in names if (offer := self._offer(n)) is not None]
+        heap = [(offer, 0, n) for n in names if (offer := self._offer(n, self.lookahead)) is not None]
         heapq.heapify(heap)
         while self.meter.total > limit:
-            if not heap:
+            if heap:
+                offer, stamp, name = heapq.heappop(heap)
+                if stamp != version[name]:
+                    continue
+                to = offer[3]
+            elif (step := self._step_over()) is not None:
+                name, to = step
+            else:
                 return False
-            offer, stamp, name = heapq.heappop(heap)
-            if stamp != version[name]:
-                continue
-            self.at[name] = offer[3]
-            self._place(name, self.widths[name][offer[3]])
+            self.at[name] = to
+            self._place(name, self.widths[name][to])
             for other in self.near[name]:
                 version[other] += 1
-                renewed = self._offer(other)
+                renewed = self._offer(other, self.lookahead)
                 if renewed is not None:
                     heapq.heappush(heap, (renewed, version[other], other))
         return True
+
+    def _step_over(self) -> tuple[str, int] | None:
+        """(group, new position) where no near step saves anything, as measured times can have it: the best saving further down,
+        or else the block of the least importance, whatever it costs. None where all are as narrow as they may be.
+        """
+        further = [(offer, n) for n in self.widths if (offer := self._offer(n, len(self.widths[n]))) is not None]
+        if further:
+            offer, name = min(further)
+            return name, offer[3]
+        blocks = []
+        for name, here in self.at.items():
+            if here > 0:
+                now, units = self.widths[name][here], self.widths[name][here - 1]
+                lost = (self.kept[name][now] - self.kept[name][units]) / ((now - units) * self.channels[name])
+                blocks.append((lost, self.order[name], name, here - 1))
+        return min(blocks)[2:] if blocks else None
 
     def fill(self, limit: float) -> None:
         """Give blocks back while they fit, the most important per cost first."""
