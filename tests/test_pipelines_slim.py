@@ -286,6 +286,16 @@ def test_the_narrowest_network_needs_nothing_in_hand(monkeypatch: pytest.MonkeyP
         find_ratio(lambda ratio: torch.nn.Linear(1, 1), 0.1, 0.999, 0.49, place)
 
 
+def noise() -> Dataset:
+    split = TensorSplit(
+        Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10),
+        torch.full((3,), 128.0),
+        torch.full((3,), 64.0),
+        may_flip=False,
+    )
+    return Dataset("noise", 10, (3, 32, 32), split, split, split, QUICK.data)
+
+
 @pytest.mark.parametrize(
     ("model", "method", "reason"),
     [
@@ -297,13 +307,7 @@ def test_the_narrowest_network_needs_nothing_in_hand(monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_cut_is_refused_before_training(
     model: str, method: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = TensorSplit(
-        Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10),
-        torch.full((3,), 128.0),
-        torch.full((3,), 64.0),
-        may_flip=False,
-    )
-    data = Dataset("noise", 10, (3, 32, 32), split, split, split, QUICK.data)
+    data = noise()
     monkeypatch.setattr(slim, "load_dataset", lambda config: data)
     monkeypatch.setattr(slim, "fit", lambda *_, **__: pytest.fail("trained for nothing"))
     config = replace(QUICK, model=model, width=None, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
@@ -353,13 +357,7 @@ def test_a_network_that_no_file_can_hold_is_refused_before_training(
 
 def test_cut_while_training_layers_must_be_fittable_only_where_a_cut_at_once_may_follow() -> None:
     network = rmprune.models.create("convnext_tiny", num_classes=10).eval()
-    split = TensorSplit(
-        Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10),
-        torch.full((3,), 128.0),
-        torch.full((3,), 64.0),
-        may_flip=False,
-    )
-    data = Dataset("noise", 10, (3, 32, 32), split, split, split, QUICK.data)
+    data = noise()
     config = replace(QUICK, prune=replace(QUICK.prune, gradual=True))
     cutter = make_cutter(network, METHODS["residual"], config, data)
     cutter.check(once=False)
