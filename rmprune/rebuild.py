@@ -28,7 +28,7 @@ from rmprune.vocabulary import (
 _TENSOR_KINDS = ("parameter", "buffer", "constant")
 
 
-def build(description: dict[str, Any], *, device: torch.device | str = "cpu") -> nn.Module:
+def build(description: Any, *, device: torch.device | str = "cpu") -> nn.Module:
     """The network of `description` with fresh weights: a flat nn.Sequential, or a torch.fx.GraphModule.
 
     Everything is checked first: types from the closed list, arguments in range, references to earlier nodes only.
