@@ -94,7 +94,10 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         assert first[name]["accuracy"] == second[name]["accuracy"] and first[name]["macs"] == second[name]["macs"]
 
 
-def test_measuring_again_takes_ratios_to_each_run_s_own_original(finished: Path, tmp_path: Path) -> None:
+def test_measuring_again_takes_ratios_to_each_run_s_own_original(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="rmprune")
     wider = tmp_path / "wider"
     settings = replace(QUICK, out=wider, width=8, method=("rm",), train=TrainConfig(epochs=0))
     run_slim(replace(settings, finetune=TrainConfig(epochs=0)), command="x")
@@ -103,6 +106,7 @@ def test_measuring_again_takes_ratios_to_each_run_s_own_original(finished: Path,
     shutil.copytree(finished, tmp_path / "narrow")
     quick = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(2,), seconds=0.02, min_rounds=3)
     paths = run_measure(RemeasureConfig((tmp_path / "narrow", wider), quick))
+    assert "eager, 1 thread, batch 2: 1 of 1" in caplog.messages[-1]
     for again in map(records.read_record, paths):
         assert [time["batch_size"] for time in again["pruned"]["latency"]] == [2]
         assert again["original"]["latency"][0]["ratio"] == 1

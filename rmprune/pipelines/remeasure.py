@@ -1,5 +1,9 @@
 """`measure`: the networks of finished runs again, all in turns in one process, and their records brought up to date."""
 
+import itertools
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +11,11 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
-from rmprune.config import RemeasureConfig
+from rmprune.config import MeasureConfig, RemeasureConfig
 from rmprune.errors import ArtifactError
 from rmprune.measure import measure_latencies
+
+logger = logging.getLogger("rmprune")
 
 
 def run_measure(config: RemeasureConfig) -> list[Path]:
@@ -36,6 +42,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         device=config.measure.device,
         seconds=config.measure.seconds,
         min_rounds=config.measure.min_rounds,
+        progress=_progress(len(found), config.measure),
     )
     for path in paths:
         record = records.read_record(path)
@@ -43,12 +50,28 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
             own = latencies[str(network_directory(path.parent, name))]
             original = latencies[str(network_directory(path.parent, "original"))]
             network["latency"] = [
-                replace(time.relative_to(base), reference="original").to_dict()
-                for time, base in zip(own, original, strict=True)
+                replace(latency.relative_to(base), reference="original").to_dict()
+                for latency, base in zip(own, original, strict=True)
             ]
         record["environment"] = records.environment()
         records.write_record(path, record)
     return paths
+
+
+def _progress(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
+    """Logs each configuration as it starts and the time left: by the settings at first, then by those that are done."""
+    total = len(measure.backends) * len(measure.threads) * len(measure.batch_sizes)
+    started, done = time.perf_counter(), itertools.count()
+
+    def tell(configuration: str) -> None:
+        n = next(done)
+        each = (time.perf_counter() - started) / n if n else networks * measure.seconds
+        minutes = (total - n) * each / 60
+        logger.info(
+            "measuring %d networks, %s: %d of %d, %.1f min left", networks, configuration, n + 1, total, minutes
+        )
+
+    return tell
 
 
 def network_directory(run: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from rmprune.report.tables import CONFIGURATION, configuration_label, milliseconds, relative
+from rmprune.report.tables import CONFIGURATION, configuration_label, measured_apart, milliseconds, relative
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and by marker besides.
 _KNOWN = {"dense": ("#000000", "*", 150), "plain": ("#7f7f7f", "D", 42)}
@@ -41,9 +41,10 @@ def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
     """Accuracy (%) against median time (ms) of the rows `data` (tables.frame) of one model and data set.
 
     A point is the mean over seeds; horizontal whiskers are the quartiles of the time, vertical ones the standard
-    deviation over seeds. The grey line is the Pareto front: nothing measured is both faster and better.
+    deviation over seeds. The grey line is the Pareto front: nothing measured is both faster and better. Records that were
+    measured under different conditions are drawn by their ratios to their own dense networks, not in ms.
     """
-    summary = relative(data)
+    summary, unit = _timed(relative(data), in_ratios=measured_apart(data))
     styles = _styles(list(dict.fromkeys(summary.method)))
     panels = list(summary.groupby(CONFIGURATION, sort=False))
     columns = min(len(panels), max(1, summary.batch_size.nunique()), 3)
@@ -57,6 +58,8 @@ def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
             ax.set_title(configuration_label(key), loc="left")
         for ax in list(axes.flat)[len(panels) :]:
             ax.set_visible(False)
+        for ax in axes.flat:
+            ax.set_xlabel(unit)
         for ax in axes[:, 0]:
             ax.set_ylabel("test accuracy (%)")
         handles = {label: h for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -103,19 +106,27 @@ def _styles(methods: list[str]) -> dict[str, tuple[str, str, int]]:
     return known | {method: (*look, 52) for method, look in zip(ours_first, itertools.cycle(looks))}
 
 
+def _timed(summary: pd.DataFrame, in_ratios: bool) -> tuple[pd.DataFrame, str]:
+    """`summary` with the columns that are drawn, time, time_q1 and time_q3, and what they are."""
+    scale = summary.ratio / summary.median_ms if in_ratios else 1.0
+    unit = "measured time, dense network = 1" if in_ratios else "measured time for a batch (ms)"
+    times = {"time": summary.median_ms * scale, "time_q1": summary.q1_ms * scale, "time_q3": summary.q3_ms * scale}
+    return summary.assign(**times), unit
+
+
 def _draw_panel(ax: Axes, panel: pd.DataFrame, styles: dict[str, tuple[str, str, int]]) -> None:
-    front = pareto_front(list(zip(panel.median_ms, panel.accuracy * 100, strict=True)))
+    front = pareto_front(list(zip(panel.time, panel.accuracy * 100, strict=True)))
     if len(front) > 1:
         xs, ys = zip(*front, strict=True)
         ax.plot(xs, ys, color="#b0b0b0", linewidth=1.4, drawstyle="steps-post", zorder=1, label="Pareto front")
     for method, (colour, marker, size) in styles.items():
-        own = panel[panel.method == method].sort_values("median_ms")
+        own = panel[panel.method == method].sort_values("time")
         if own.empty:
             continue
         ax.errorbar(
-            own.median_ms,
+            own.time,
             own.accuracy * 100,
-            xerr=[(own.median_ms - own.q1_ms).clip(lower=0), (own.q3_ms - own.median_ms).clip(lower=0)],
+            xerr=[(own.time - own.time_q1).clip(lower=0), (own.time_q3 - own.time).clip(lower=0)],
             yerr=own.accuracy_spread * 100 if (own.accuracy_spread > 0).any() else None,
             fmt="none",
             ecolor=colour,
@@ -125,7 +136,7 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, styles: dict[str, tuple[str, str,
             zorder=2,
         )
         ax.scatter(
-            own.median_ms,
+            own.time,
             own.accuracy * 100,
             s=size,
             c=colour,
@@ -143,7 +154,7 @@ def _draw_panel(ax: Axes, panel: pd.DataFrame, styles: dict[str, tuple[str, str,
 
 def _label(ax: Axes, row: Any, colour: str, above: bool) -> None:
     """The budget beside its point; methods alternate sides, for at one budget they lie close together."""
-    place, text = (row["median_ms"], row["accuracy"] * 100), row["budget"].split()[-1]
+    place, text = (row["time"], row["accuracy"] * 100), row["budget"].split()[-1]
     offset, side = ((-5, 5), "right") if above else ((5, -10), "left")
     ax.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=7.5, color=colour, ha=side)
 
@@ -152,8 +163,7 @@ def _scale(ax: Axes, panel: pd.DataFrame) -> None:
     """Room around the points; a logarithmic time axis, with plain numbers, where times span more than a factor of
     five.
     """
-    ax.set_xlabel("measured time for a batch (ms)")
-    low, high = float(panel.q1_ms.min()), float(panel.q3_ms.max())
+    low, high = float(panel.time_q1.min()), float(panel.time_q3.max())
     if high > 5 * low:
         ax.set_xscale("log")
         ax.set_xlim(low / 1.4, high * 1.3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from rmprune.report.tables import amount, configuration_label, milliseconds, refusals, relative
+from rmprune.report.tables import amount, configuration_label, measured_apart, milliseconds, refusals, relative
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
@@ -36,6 +36,12 @@ def page(data: pd.DataFrame, figures: dict[str, Path], records: list[dict[str, A
         "ones the standard deviation over seeds. Ratios are against the dense network, measured in the same "
         "process.</p>"
     )
+    if measured_apart(data):
+        parts.append(
+            "<p class=note>The records were measured under different conditions: the dense network's own time differs between "
+            "them. Milliseconds do not compare across them, ratios do; <code>python -m rmprune measure RUNS</code> "
+            "measures all of them again, in turns.</p>"
+        )
     for (model, dataset), part in data.groupby(["model", "dataset"], sort=False, dropna=False):
         parts += _section(f"{model} on {dataset}", part)
     if left_out := list(dict.fromkeys(line for record in records for line in refusals(record))):

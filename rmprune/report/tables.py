@@ -29,6 +29,8 @@ COLUMNS = [
     "ratio",
     "run",
 ]
+_SAME_PLACE = 1.1
+"""Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
 _BUDGETS = ("latency_ratio", "macs_ratio", "ratio")
 CONFIGURATION = ["backend", "device", "threads", "batch_size"]
 
@@ -159,6 +161,14 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         )
         .reset_index()
     )
+
+
+def measured_apart(data: pd.DataFrame) -> bool:
+    """Whether the records took their times under different conditions, as their dense networks' times tell: milliseconds
+    of such records do not compare, only ratios to each record's own dense network do.
+    """
+    times = data[data.method == "dense"].groupby(["model", "dataset", *CONFIGURATION], dropna=False).median_ms
+    return bool((times.max() > _SAME_PLACE * times.min()).any())
 
 
 def _spread(values: pd.Series) -> float:
