@@ -1,10 +1,12 @@
 """Run directories: who may write where, what is finished, what goes on where it was. No stage logic."""
 
+import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rmprune.configfile import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
@@ -75,6 +77,25 @@ def runs_of(records: list[Path]) -> list[Path]:
     """The run directories that records belong to: the record's own, or one of the two above it, where the run has several cells."""
     folders = (folder for record in records for folder in record.parents[:3])
     return list(dict.fromkeys(folder for folder in folders if (folder / CONFIG_FILE).is_file()))
+
+
+def remembered(file: Path, key: str, find: Callable[[], Any]) -> Any:
+    """What was found (a JSON value) under `key` of a JSON file; found and written there where it is not there yet.
+
+    For what is measured: measured again after an interruption it would differ, and with it the network that a checkpoint
+    belongs to. Raises ArtifactError for a damaged file.
+    """
+    try:
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        if not isinstance(known, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise ArtifactError(f"{file}: damaged ({error}); choose another --out, or --overwrite the run") from None
+    if key not in known:
+        known[key] = find()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(known))
+    return known[key]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from rmprune.methods import Method, alternatives
 from rmprune.pruning import Budget, GradualPruner
 from rmprune.pruning.time_cost import timed_layers
 from rmprune.removal import remove_where_faster
-from rmprune.rundir import write_text
+from rmprune.rundir import remembered
 from rmprune.timed import MARGIN, Place, infeasible
 from rmprune.training import fit
 
@@ -91,7 +90,7 @@ def slim_network(
     for attempt in range(1, TIME_ATTEMPTS + 2 if timed else 1):  # the promise is about the network as it was trained
         assert place is not None and asked.latency_ratio is not None
         take_time = functools.partial(place.least_ratio, network, asked.latency_ratio)
-        ratio = remembered(measured, attempt, take_time) if attempt <= TIME_ATTEMPTS else take_time()
+        ratio = remembered(measured, f"after cut {attempt}", take_time) if attempt <= TIME_ATTEMPTS else take_time()
         if ratio <= asked.latency_ratio:
             logger.info("%s takes %.3f of the original's time on %s", label, ratio, place)
             break
@@ -125,25 +124,14 @@ def met(budget: Budget, cutter: Cutter, place: Place | None, measured: Path, *, 
     if budget.latency_ratio is None:
         return cutter.floored(budget)
     assert place is not None
-    return cutter.budget_at(budget, remembered(measured, 0, functools.partial(cutter.meeting, budget, place, gradual)))
+    return cutter.budget_at(
+        budget, remembered(measured, "before", functools.partial(cutter.meeting, budget, place, gradual))
+    )
 
 
 def scaled(budget: Budget, factor: float) -> Budget:
     """The budget times a factor, for a network that meets it: `max_fraction` must not cut what is left a second time."""
     return dataclasses.replace(budget, max_fraction=1.0, **{budget.name: getattr(budget, budget.name) * factor})
-
-
-def remembered(file: Path, number: int, find: Callable[[], float]) -> float:
-    """Figure `number` of a JSON list of measured ones; found and written where it is not there yet.
-
-    Measured again after an interruption they would differ, and with them the networks that checkpoints belong to.
-    """
-    known = json.loads(file.read_text()) if file.is_file() else []
-    if number >= len(known):
-        known.append(find())
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(known))
-    return float(known[number])
 
 
 def check_budgets(

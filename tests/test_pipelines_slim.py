@@ -24,7 +24,7 @@ from rmprune.pipelines.remeasure import run_measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.report import build_report
-from rmprune.slimming import remembered, scaled
+from rmprune.slimming import scaled
 from rmprune.starting import STARTING
 from rmprune.timed import Place, find_ratio
 from rmprune.training import evaluate
@@ -129,12 +129,6 @@ def test_a_damaged_stage_is_refused_before_it_is_done_again(tmp_path: Path) -> N
     (tmp_path / "dense" / "architecture.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
         slim.stage(tmp_path / "dense", lambda: pytest.fail("trained for nothing"))
-
-
-def test_what_was_measured_once_is_remembered(tmp_path: Path) -> None:
-    values = iter((0.5, 0.25, 0.125))
-    for _ in range(2):
-        assert [remembered(tmp_path / "c" / "m.json", number, lambda: next(values)) for number in (0, 1)] == [0.5, 0.25]
 
 
 def test_cells_of_a_sweep_share_their_training() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from rmprune.pruning.importance import score_groups
 from rmprune.pruning.structure import Cost, Structure, describe_layer, record_shapes
 from rmprune.pruning.surgery import shrink
 from rmprune.pruning.time_cost import TimeCost, calibrate
-from rmprune.rundir import write_text
+from rmprune.rundir import remembered
 from rmprune.timed import Place
 from rmprune.training.precision import compute_dtype
 
@@ -146,11 +145,9 @@ def choose(
     if timing is None:
         verified = Verified(best, ratio * space.cost(best) / space.budget, 0)
     else:
-        verified = _verified(
-            None if directory is None else directory / "verified.json",
-            best,
-            lambda: meet_budget(space, best, timing.measure(network, space), ratio),
-        )
+        find = lambda: dataclasses.asdict(meet_budget(space, best, timing.measure(network, space), ratio))  # noqa: E731
+        found = find() if directory is None else remembered(directory / "verified.json", str(list(best)), find)
+        verified = Verified(**found | {"widths": tuple(found["widths"])})
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
     return Chosen(scorer.build(verified.widths).cpu(), widths, _facts(result, space, verified, accuracy, ratio))
@@ -171,19 +168,6 @@ def first_images(split: Split, count: int, device: torch.device) -> tuple[Tensor
     """The first `count` images of a split, as the split normalises them, and their labels; all if it has fewer."""
     batches = list(split.batches(512, device=device, limit=count))
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-
-def _verified(file: Path | None, searched: Widths, measure: Callable[[], Verified]) -> Verified:
-    """What was measured for the policy `searched`, kept in `file`: measured again it could be other widths than those in training."""
-    if file is not None and file.is_file():
-        known = json.loads(file.read_text())
-        if known["searched"] == list(searched):
-            return Verified(tuple(known["widths"]), known["ratio"], known["networks"])
-    found = measure()
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"searched": searched, **dataclasses.asdict(found)}))
-    return found
 
 
 def _cut(network: nn.Module, space: Space, widths: Widths) -> nn.Module:

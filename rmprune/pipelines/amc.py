@@ -6,7 +6,6 @@ A run is a directory, laid out as `slim`'s: with one seed and one budget it is t
 """
 
 import functools
-import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from rmprune.measure import check_available
 from rmprune.pipelines.cells import Cell, plan_cells
 from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
-from rmprune.rundir import claim, write_text
+from rmprune.rundir import claim, remembered
 from rmprune.starting import CALIBRATION_IMAGES
 from rmprune.timed import Place
 from rmprune.training import fit
@@ -286,18 +285,10 @@ class _Run:
     def narrow(self, name: str, dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The original network at the largest width multiplier within the budget, trained as long as all others in total."""
         file = self.cell.directory / "search" / name / "multiplier.json"
-        if file.is_file():  # measured again it could be another than the one in training
-            found = Multiplier(**json.loads(file.read_text()))
-        else:
-            found = width_multiplier(
-                lambda width: make_original(self.config, self.data, self.cell.seed, width),
-                dense,
-                self.example,
-                self.config,
-                self.cell.value,
-                self.timing,
-            )
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(asdict(found)))
+        make = lambda width: make_original(self.config, self.data, self.cell.seed, width)  # noqa: E731
+        find = lambda: asdict(  # noqa: E731
+            width_multiplier(make, dense, self.example, self.config, self.cell.value, self.timing)
+        )
+        found = Multiplier(**remembered(file, "multiplier", find))
         model = self.train(self.cell.directory, name, found.width, more_epochs=self.config.finetune.epochs)
         return model, {"search": {"method": "width multiplier", "width": found.width, "verified_ratio": found.ratio}}
