@@ -16,7 +16,7 @@ from rmprune.data import Dataset
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.methods import Method, alternatives
 from rmprune.pruning import Budget
-from rmprune.rundir import write_text
+from rmprune.rundir import read_notes, write_text
 from rmprune.slimming import Refusal, met, refusal
 from rmprune.timed import Place
 from rmprune.training import evaluate
@@ -44,7 +44,7 @@ def judge(
     is kept beside `checkpoint` and not looked for again. Raises InfeasibleBudget or UnsupportedModel where no candidate can.
     """
     file = checkpoint.with_name(f"{label}-candidates.json")
-    verdicts: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+    verdicts: dict[str, dict[str, Any]] = read_notes(file)
     timed = budget.latency_ratio is not None
     place = Place.first(config.measure, original, data.train.example(1)) if timed else None
     refusals: dict[str, Refusal] = {}

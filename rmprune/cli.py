@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("out of memory; take a smaller width, batch size or image size")
     except KeyboardInterrupt:
         again = shlex.join(["python", "-m", "rmprune", *(word for word in arguments if word != "--overwrite")])
-        print(f"\nrmprune: interrupted; what was done is saved. To go on: {again}", file=sys.stderr)
+        resumes = name in ("slim", "amc", "train")
+        said = f"what was done is saved. To go on: {again}" if resumes else f"nothing was changed. Again: {again}"
+        print(f"\nrmprune: interrupted; {said}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -163,7 +163,7 @@ def find_records(paths: list[Path]) -> list[Path]:
     """Record files under `paths`: files as given, directories searched; ArtifactError where a path holds none."""
     found: list[Path] = []
     for path in paths:
-        records = [path] if path.is_file() else sorted(path.rglob("record*.json"))
+        records = [path] if path.is_file() else sorted(path.rglob(RECORD))
         if not records:
             raise ArtifactError(f"{path}: there is no record under it; give run directories that hold a {RECORD}")
         found += records

@@ -1,47 +1,72 @@
 """Run directories: who may write where, what is finished, what goes on where it was. No stage logic."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.configfile import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
+LOCK_FILE = ".lock"
 WRITTEN = re.compile(
     r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
 
 
-def claim(directory: Path, config: Config, *, records: list[Path], overwrite: bool) -> None:
-    """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml and nothing else.
+@contextlib.contextmanager
+def claim(
+    directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool
+) -> Iterator[None]:
+    """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
+    use .lock, which keeps other processes out.
 
-    With `overwrite` what a run of the same command wrote there is taken away first, and nothing else.
-    Raises ConfigError where the directory holds a finished run, a run with other settings or something that is no run,
-    and ArtifactError where it cannot be written.
+    With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
+    names of the artifacts that it may have written.
+    Raises ConfigError where the directory holds a finished run, a run with other settings, one that another process is at, or
+    something that is no run, and ArtifactError where it cannot be written.
     """
+    lock = FileLock(directory / LOCK_FILE)
+    try:
+        _prepare(directory, config, records, networks if overwrite else None, lock)
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(
+    directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock
+) -> None:
     known = directory / CONFIG_FILE
     try:
-        if directory.exists() and any(directory.iterdir()):
-            if not known.is_file():
-                raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
-            if overwrite:
-                _clear(directory, config, known)
-            else:
-                _refuse_other(directory, config, known, records)
+        used = directory.exists() and any(entry.name != LOCK_FILE for entry in directory.iterdir())
+        if used and not known.is_file():
+            raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
         directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+        if known.is_file() and overwritten is not None:
+            _clear(directory, config, known, overwritten)
+        elif known.is_file():
+            _refuse_other(directory, config, known, records)
         write_text(known, to_toml(config))
+    except Timeout:
+        raise ConfigError(
+            f"{directory}: another process is at this run; wait for it, or choose another --out"
+        ) from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise ArtifactError(f"{directory}: cannot be written ({reason}); choose another --out") from None
 
 
-def _clear(directory: Path, config: Config, known: Path) -> None:
+def _clear(directory: Path, config: Config, known: Path, networks: Collection[str]) -> None:
     """Take away what a run wrote, config.toml last; anything else in the directory stays."""
     try:
         from_toml(type(config), known)
@@ -50,15 +75,12 @@ def _clear(directory: Path, config: Config, known: Path) -> None:
     weights = getattr(config, "checkpoint", None)
     if weights is not None and weights.resolve().is_relative_to(directory.resolve()):
         raise ConfigError(f"{weights}: lies in the run that --overwrite would replace; choose another --out")
-    for entry in sorted(filter(_is_ours, directory.iterdir()), key=lambda entry: entry == known):
+    ours = [entry for entry in directory.iterdir() if WRITTEN.fullmatch(entry.name) or entry.name in networks]
+    for entry in sorted(ours, key=lambda entry: entry == known):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _is_ours(entry: Path) -> bool:
-    return WRITTEN.fullmatch(entry.name) is not None or (entry / "architecture.json").is_file()
 
 
 def _refuse_other(directory: Path, config: Config, known: Path, records: list[Path]) -> None:
@@ -85,17 +107,23 @@ def remembered(file: Path, key: str, find: Callable[[], Any]) -> Any:
     For what is measured: measured again after an interruption it would differ, and with it the network that a checkpoint
     belongs to. Raises ArtifactError for a damaged file.
     """
+    known = read_notes(file)
+    if key not in known:
+        known[key] = find()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(known))
+    return known[key]
+
+
+def read_notes(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run, empty where there is no such file. Raises ArtifactError for a damaged one."""
     try:
         known = json.loads(file.read_text()) if file.is_file() else {}
         if not isinstance(known, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:
         raise ArtifactError(f"{file}: damaged ({error}); choose another --out, or --overwrite the run") from None
-    if key not in known:
-        known[key] = find()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(known))
-    return known[key]
+    return known
 
 
 def write_text(path: Path, text: str) -> None:

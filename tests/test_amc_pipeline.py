@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rmprune import artifact, records
-from rmprune.config import AmcConfig, DataConfig, MeasureConfig, SearchConfig, TrainConfig
+from rmprune.config import AmcConfig, DataConfig, MeasureConfig, RemovalConfig, SearchConfig, TrainConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import count_macs
 from rmprune.pipelines import amc as pipeline
@@ -104,6 +104,26 @@ def test_gradual_cuts_end_at_the_policy(run: Path, tmp_path: Path) -> None:
     assert found["rm-uniform"]["macs"] <= 0.5 * found["original"]["macs"]
 
 
+def test_a_policy_is_applied_although_nothing_is_fine_tuned(run: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        QUICK,
+        method=("rm-uniform",),
+        apply="gradual",
+        finetune=TrainConfig(epochs=0),
+        checkpoint=run / "dense",
+        out=tmp_path / "run",
+    )
+    found = records.read_record(run_amc(config, command="x")[0])
+    assert found["rm-uniform"]["macs"] <= 0.5 * found["original"]["macs"]
+
+
+def test_overwriting_with_an_impossible_budget_keeps_the_finished_run(run: Path) -> None:
+    impossible = dataclasses.replace(QUICK.search, lowest=0.9, budget=(0.2,))
+    with pytest.raises(InfeasibleBudget):
+        run_amc(dataclasses.replace(QUICK, search=impossible, out=run, overwrite=True), command="x")
+    assert (run / "record.json").is_file() and (run / "dense").is_dir()
+
+
 def test_mixed_removes_what_is_faster_and_affordable_without_changing_the_function(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,11 +153,16 @@ def test_a_budget_given_twice_is_refused() -> None:
 
 def test_refusals_come_before_training(tmp_path: Path) -> None:
     impossible = dataclasses.replace(QUICK.search, lowest=0.9, budget=(0.2,))
+    measured = dataclasses.replace(QUICK.search, constraint="latency")
     for change, error in (
         ({"method": ("evolution",)}, ConfigError),
         ({"search": impossible, "method": ("residual-amc",)}, InfeasibleBudget),
         ({"search": dataclasses.replace(QUICK.search, budget=(0.1,)), "method": ("uniform",)}, InfeasibleBudget),
         ({"model": "resnet20", "width": None, "free": 2}, ConfigError),
+        ({"search": dataclasses.replace(QUICK.search, warm_up=5)}, ConfigError),
+        ({"search": measured, "removal": RemovalConfig(keep=("nowhere",))}, ConfigError),
+        ({"search": measured, "model": "resnet20", "width": None, "method": ("uniform",)}, ConfigError),
+        ({"search": measured, "measure": dataclasses.replace(QUICK.measure, device="cuda")}, ConfigError),
     ):
         with pytest.raises(error):
             run_amc(dataclasses.replace(QUICK, out=tmp_path / "run", **change), command="x")

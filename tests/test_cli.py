@@ -100,6 +100,29 @@ def test_convert_and_its_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "model.safetensors").read_bytes() == before and "would be lost" in capsys.readouterr().err
 
 
+def test_an_artifact_takes_no_settings_of_named_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plain"
+    flags = ("--width", "4", "--in-channels", "1", "--num-classes", "10")
+    main(("convert", "resnet20", *flags, "--image-size", "16", "--out", str(out)))
+    for flag, value in (("--width", "8"), ("--num-classes", "5"), ("--checkpoint", "w.pt"), ("--in-channels", "2")):
+        assert status("inspect", str(out), flag, value) == 2
+        assert f"{flag} cannot change" in capsys.readouterr().err
+    main(("inspect", str(out), "--image-size", "32"))  # with the artifact's one channel
+
+
+@pytest.mark.parametrize(("command", "said"), [("slim", "is saved"), ("measure", "nothing was changed")])
+def test_an_interruption_says_what_is_left(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, command, interrupted)
+    assert status(command, "runs/a", "--overwrite") == 130
+    error = capsys.readouterr().err
+    assert said in error and f"python -m rmprune {command} runs/a" in error
+
+
 def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str]) -> None:
     main(("inspect", "resnet50", "--image-size", "32"))
     printed = capsys.readouterr().out

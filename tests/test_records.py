@@ -52,6 +52,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert back == read_record(tmp_path / "run")
     assert back["config"] == {"out": str(tmp_path), "ratio": 0.5}
     assert {k: v for k, v in back.items() if k != "config"} == {k: v for k, v in record.items() if k != "config"}
+    (tmp_path / "run" / "record-before.json").write_text(path.read_text())  # a copy that somebody keeps
     assert find_records([tmp_path]) == [path]
 
 

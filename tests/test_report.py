@@ -147,6 +147,10 @@ def test_names_and_numbers() -> None:
     assert budget_of(example(config={"ratio": 0.7})) == "channels 0.7"
     assert budget_of(example(config={"budget": {"latency_ratio": 0.5}, "ratio": None})) == "latency 0.5"
     assert budget_of(example(budget={"macs_ratio": 0.1})) == "macs 0.1"
+    assert budget_of(example(budget={"params_ratio": 0.3})) == "params 0.3"
+    wide = {"model": "mobilenet_v2_small", "free": 4}
+    assert model_of(example(model="mobilenet_v2_small", config=wide)) == "mobilenet_v2_small (free 4)"
+    assert model_of(example(model="mobilenet_v2_small", config=wide | {"free": 1})) == "mobilenet_v2_small"
     assert model_of(example(width=32, config={"model": "resnet20", "width": 32})) == "resnet20 (width 32)"
     asked = {"model": "repvgg", "depth": 13, "reserve_ratio": 0.5, "width": 8}
     assert model_of(example(model="repvgg", config=asked)) == "repvgg (depth 13, reserve ratio 0.5, width 8)"
@@ -233,9 +237,20 @@ def test_settings_that_change_no_network_may_differ(runs: Path, tmp_path: Path) 
     path = runs / "s1-0.5" / "record.json"
     record = read_record(path)
     record["config"] |= {"measure": {"seconds": 9.0}, "seed": 1, "method": ["rm"]}
+    record["config"] |= {"data": {"dataset": "digits", "workers": 8}, "train": {"tensorboard": True}}
     record["config"]["prune"] = {"macs_ratio": 0.5, "cuts": None}
     write_record(path, record)
     build_report(runs, tmp_path / "out")
+
+
+def test_plain_networks_of_different_removals_are_not_averaged(runs: Path, tmp_path: Path) -> None:
+    path = runs / "s1-0.5" / "record.json"
+    record = read_record(path)
+    record["config"]["removal"] = {"keep": ["layer1.0"]}
+    del record["pruned"], record["coupled"]
+    write_record(path, record)
+    with pytest.raises(ArtifactError, match=r"averaged as seeds of plain, but differ in removal\.keep"):
+        build_report(runs, tmp_path / "out")
 
 
 def test_settings_that_torch_pruning_does_not_read_may_differ(runs: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from rmprune.amc.search import Method, Search, SearchResult, Watcher
 from rmprune.amc.space import COSTS, Limits, Space, Widths
 from rmprune.config import MeasureConfig, SearchConfig
 from rmprune.data import Dataset, Split
-from rmprune.errors import ConfigError
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.pruning.graph import find_structure
 from rmprune.pruning.importance import score_groups
@@ -64,10 +63,6 @@ class Timing:
     """Measured time as a constraint: the first backend, thread count and batch size of the measuring config."""
 
     def __init__(self, original: nn.Module, example: Tensor, config: MeasureConfig, cache: Path | None) -> None:
-        if config.device != "cpu":
-            raise ConfigError(
-                f"the latency table is measured on the CPU; use another constraint, or device cpu, not {config.device}"
-            )
         self.original, self.example = original, example
         self.place = Place.first(config, original, example[:1])
         self.table = LatencyModel(
@@ -97,16 +92,14 @@ class Timing:
                 self.table, {"original": self.original, **_examples(network, structure, config)}, self.example[:1]
             )
         cost = TimeCost(self.table, network, structure, self.example[:1])
-        if note.is_file():
-            return Space(structure, cost, float(note.read_text()), limits_of(config))
-        aim = ratio * self.table.predict(self.original, self.example[:1]) - cost.constant
         free = Space(structure, cost, float("inf"), limits_of(config))
-        space = free.with_budget(max(aim, free.least_cost))  # a guess: what is measured decides
-        uniform = meet_budget(space, space.uniform(), self.measure(network, space), ratio)
-        found = space.with_budget(space.cost(uniform.widths))
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(repr(found.budget))
-        return found
+
+        def budget() -> float:
+            aim = ratio * self.table.predict(self.original, self.example[:1]) - cost.constant
+            space = free.with_budget(max(aim, free.least_cost))  # a guess: what is measured decides
+            return space.cost(meet_budget(space, space.uniform(), self.measure(network, space), ratio).widths)
+
+        return free.with_budget(remembered(note, "budget", budget))
 
 
 def choose(

@@ -21,6 +21,12 @@ class Multiplier:
     ratio: float
 
 
+def require_multiplier(config: AmcConfig) -> None:
+    """Raise ConfigError for a network without a width multiplier."""
+    if not config.model.startswith("mobilenet"):
+        raise ConfigError(f"{config.model} has no width multiplier; leave the method 'uniform' out")
+
+
 def width_multiplier(
     make: Callable[[float], nn.Module],
     original: nn.Module,
@@ -34,9 +40,8 @@ def width_multiplier(
     With `timing` all candidates are measured in turns. Raises InfeasibleBudget where even the narrowest is too dear,
     ConfigError where the network has no multiplier.
     """
+    require_multiplier(config)
     whole = config.width or 1.0
-    if not config.model.startswith("mobilenet"):
-        raise ConfigError(f"{config.model} has no width multiplier; leave the method 'uniform' out")
     candidates: dict[tuple[int, ...], tuple[float, nn.Module]] = {}
     for step in range(1, STEPS + 1):  # of networks that rounding makes equal the first is kept
         width = whole * step / STEPS

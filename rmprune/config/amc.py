@@ -90,7 +90,7 @@ class AmcConfig(Architecture):
     width: float | None = None
     """Width multiplier of a MobileNet (base width of a ResNet)."""
     free: int = 1
-    """Factor of the linear bottlenecks' width while training; costs nothing after fusing."""
+    """Factor of the linear bottlenecks' width while training; fusing takes it out again. Budgets count against the wide network."""
     method: Names = ("rm-amc",)
     """Ways to choose the widths, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
     apply: Literal["once", "gradual"] = "once"
@@ -128,6 +128,10 @@ class AmcConfig(Architecture):
         require(len(self.method) > 0, "method is empty; give at least one, for example rm-amc")
         require(self.apply in ("once", "gradual"), f"apply is {self.apply!r}; use 'once' or 'gradual'")
         require(self.prune_epochs > 0, f"prune_epochs is {self.prune_epochs}; it must be positive")
+        require(
+            self.search.constraint != "latency" or self.measure.device == "cpu",
+            f"constraint='latency' is a table measured on the CPU; use another, or measure.device cpu, not {self.measure.device}",
+        )
 
     @property
     def directory(self) -> Path:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rmprune.config.fields import require, require_seed
+from rmprune.config.fields import changeable, require, require_seed
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DataConfig:
     """Seed of the split into training and validation images. The test images never depend on it."""
     train_images: int | None = None
     """Train on so many images only, a fixed part drawn with split_seed."""
-    workers: int = 2
+    workers: int = field(default=2, metadata=changeable())
     """Loader processes (imagefolder only)."""
     image_size: int = 224
     """Height and width of the images (imagefolder only)."""

@@ -103,6 +103,11 @@ class TrainRunConfig(Architecture):
     overwrite: bool = field(default=False, metadata=transient())
     """Replace a finished run, or one with other settings, in that directory."""
 
+    def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
+        require(self.train.distillation == 0, "there is no teacher here; leave --distillation at 0")
+        require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
+
     @property
     def directory(self) -> Path:
         """Where the run is kept."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from rmprune.config.fields import require, require_finite
+from rmprune.config.fields import changeable, require, require_finite
 
 Schedule = Literal["cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -35,9 +35,9 @@ class TrainConfig:
     """auto takes bfloat16 autocast where the processor computes in it, else float32."""
     channels_last: bool = True
     """Keep activations and weights in channels-last order (faster on most processors)."""
-    checkpoint_seconds: float = 300.0
+    checkpoint_seconds: float = field(default=300.0, metadata=changeable())
     """Save the checkpoint this often, besides after every epoch."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=changeable())
     """Write TensorBoard files beside log.jsonl."""
     distillation: float = 0.0
     """Weight of the teacher's soft targets in the loss (0 to 1); needs a teacher."""

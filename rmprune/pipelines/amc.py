@@ -21,7 +21,7 @@ from rmprune.amc.progress import search_bar
 from rmprune.amc.search import METHODS as SEARCHES
 from rmprune.amc.search import Method as SearchMethod
 from rmprune.amc.space import COSTS
-from rmprune.amc.uniform import Multiplier, width_multiplier
+from rmprune.amc.uniform import Multiplier, require_multiplier, width_multiplier
 from rmprune.architecture import describe
 from rmprune.config import AmcConfig, architecture
 from rmprune.configfile import to_dict
@@ -74,19 +74,25 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
     for name in config.method:
         if name not in METHODS:
             raise ConfigError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
+        if METHODS[name].search == "agent" and config.search.episodes <= config.search.warm_up:
+            raise ConfigError(
+                f"{name}: all {config.search.episodes} episodes are random, as warm_up is {config.search.warm_up}; "
+                "give more --episodes or a smaller --warm-up, or use a method with random search"
+            )
     budgets = [(f"{config.search.constraint}_ratio", value) for value in config.search.budget]
     cells = plan_cells(config.directory, config.seed, config.seeds, budgets)
     device = pick_device(config.device)
     data = load_dataset(config.data)
     _refuse_early(config, data, cells)
-    claim(config.directory, config, records=[cell.record for cell in cells], overwrite=config.overwrite)
-    for number, cell in enumerate(cells, 1):
-        if cell.record.is_file():
-            continue
-        if len(cells) > 1:
-            logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
-        _Run(config, cell, data, device).finish(command)
-    return [cell.record for cell in cells]
+    found, networks = [cell.record for cell in cells], {"dense", "plain", *METHODS}
+    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+        for number, cell in enumerate(cells, 1):
+            if cell.record.is_file():
+                continue
+            if len(cells) > 1:
+                logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
+            _Run(config, cell, data, device).finish(command)
+    return found
 
 
 def make_original(config: AmcConfig, data: Dataset, seed: int, width: float | None = None) -> nn.Module:
@@ -110,7 +116,15 @@ def _refuse_early(config: AmcConfig, data: Dataset, cells: list[Cell]) -> None:
     check_available(config.measure.backends, config.measure.device)
     dense, example = make_original(config, data, config.seed), data.train.example(2)
     describe(dense)
-    if config.search.constraint == "latency" or (cells[0].shared / "plain").exists():
+    if "uniform" in config.method:
+        require_multiplier(config)
+    if (cells[0].shared / "plain").exists() and not config.overwrite:
+        return
+    networks = {
+        plain: _without_residuals(config, dense, example) if plain else dense
+        for plain in {METHODS[name].plain for name in config.method if METHODS[name].search is not None}
+    }
+    if config.search.constraint == "latency":
         return
     for name in config.method:
         for ratio in config.search.budget:
@@ -118,8 +132,7 @@ def _refuse_early(config: AmcConfig, data: Dataset, cells: list[Cell]) -> None:
                 width_multiplier(
                     lambda width: make_original(config, data, config.seed, width), dense, example, config, ratio, None
                 )
-    for plain in {METHODS[name].plain for name in config.method if METHODS[name].search is not None}:
-        network = _without_residuals(config, dense, example) if plain else dense
+    for network in networks.values():
         for ratio in config.search.budget:
             make_space(network, dense, example, config.search, ratio)
 
@@ -221,7 +234,7 @@ class _Run:
         if self.timing is None:
             space = make_space(base, dense, self.example, config.search, cell.value)
         else:
-            space = self.timing.space(base, config.search, cell.value, directory / "budget.txt")
+            space = self.timing.space(base, config.search, cell.value, directory / "budget.json")
         episodes = 1 if search == "uniform" else config.search.episodes
         with search_bar(f"{name}: {SEARCHES[search].split(',')[0]}", episodes, space.budget) as watch:
             chosen = choose(
@@ -262,7 +275,7 @@ class _Run:
     ) -> nn.Module:
         """Train what is left, after one cut or cutting on the way; with the original network as teacher."""
         config, hook = self.config, None
-        if config.apply == "gradual":
+        if config.apply == "gradual" and config.finetune.epochs > 0:
             steps = self.data.train.num_batches(self.data.config.batch_size, shuffled=True) * config.prune_epochs
             pruned = base
             hook = PolicyPruner(

@@ -31,7 +31,10 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     if artifact.is_artifact(path):
         model = artifact.load(path).eval()
         known = artifact.read_extra(path).get("input_shape")
-        shape = _shape_from(config) if known is None or config.image_size is not None else tuple(known)
+        _refuse_named_settings(config, {"in_channels"} if known is None else set())
+        shape = _shape_from(config) if known is None else tuple(known)
+        if known is not None and config.image_size is not None:
+            shape = (known[0], *_shape_from(config)[1:])
     elif path.exists() and path.is_dir():
         raise ArtifactError(f"{path}: not an artifact of rmprune; give one, or a network's name")
     else:
@@ -43,6 +46,15 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
         if config.checkpoint is not None:
             model = load_checkpoint_into(model, config.checkpoint, config.model).eval()
     return model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _refuse_named_settings(config: NetworkConfig, unknown: set[str]) -> None:
+    """An artifact is what it is: raise ConfigError for a setting that only a network made by its name has."""
+    for field in dataclasses.fields(config):
+        given = getattr(config, field.name) != field.default
+        if given and field.name not in {"model", "image_size"} | unknown:
+            flag = field.name.replace("_", "-")
+            raise ConfigError(f"{config.model} is an artifact, which --{flag} cannot change; leave it out")
 
 
 def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:

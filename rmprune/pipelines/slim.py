@@ -43,14 +43,15 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     device = pick_device(config.device)
     data = load_dataset(config.data)
     _refuse_early(config, methods, data)
-    claim(config.directory, config, records=[cell.record for cell in cells], overwrite=config.overwrite)
-    for number, cell in enumerate(cells, 1):
-        if cell.record.is_file():
-            continue
-        if len(cells) > 1:
-            logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
-        _run_cell(cell, config, methods, data, device, command)
-    return [cell.record for cell in cells]
+    found, networks = [cell.record for cell in cells], {"dense", "pruned", *STARTING, *METHODS}
+    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+        for number, cell in enumerate(cells, 1):
+            if cell.record.is_file():
+                continue
+            if len(cells) > 1:
+                logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
+            _run_cell(cell, config, methods, data, device, command)
+    return found
 
 
 def _refuse_early(config: SlimConfig, methods: dict[str, Method], data: Dataset) -> None:

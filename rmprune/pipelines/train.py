@@ -27,7 +27,14 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
     model = make_network(config, data)
     describe(model)
     plan_removal(model, data.train.example(2))  # refuse a network without residuals before training it
-    claim(root, config, records=[root / records.RECORD], overwrite=config.overwrite)
+    found, networks = [root / records.RECORD], {"dense", "plain"}
+    with claim(root, config, records=found, networks=networks, overwrite=config.overwrite):
+        return [_finish(config, model, data, device, command)]
+
+
+def _finish(config: TrainRunConfig, model: nn.Module, data: Dataset, device: torch.device, command: str) -> Path:
+    """Every stage that is not done yet, then the record."""
+    root = config.directory
 
     def trained() -> nn.Module:
         return fit(
@@ -60,7 +67,7 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
         "removal": artifact.read_extra(root / "plain")["removal"],
         **measure_networks({"original": dense, "plain": plain}, data, config.measure, device),
     }
-    return [records.write_record(root / records.RECORD, record)]
+    return records.write_record(root / records.RECORD, record)
 
 
 def make_network(config: TrainRunConfig, data: Dataset) -> nn.Module:

@@ -19,6 +19,9 @@ _OWN = {
     "latency_ratio",
     "budget",
     "device",
+    "workers",
+    "checkpoint_seconds",
+    "tensorboard",
 }
 """Settings that rows are told apart by, or that do not change a network."""
 _UNREAD = frozenset(
@@ -28,7 +31,7 @@ _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _BY_TIME = ("mixed", "mixed-amc")
 """Methods that measure what they do, whatever the budget counts."""
-_BEFORE = ("data", "train", "sparsity", "checkpoint")
+_BEFORE = frozenset({"data", "train", "sparsity", "checkpoint"})
 """Settings that the network before pruning depends on."""
 
 
@@ -39,7 +42,8 @@ def refuse_mixtures(records: list[Path]) -> None:
         record = read_record(path)
         for name in networks(record):
             dense = name in ("original", "plain")
-            config = {key: record["config"].get(key) for key in _BEFORE} if dense else record["config"]
+            parts = _BEFORE | {"removal"} if name == "plain" else _BEFORE
+            config = {key: record["config"].get(key) for key in parts} if dense else record["config"]
             key = (
                 model_of(record),
                 record.get("dataset") or find_setting(record["config"], "dataset"),

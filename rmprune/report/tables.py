@@ -31,7 +31,7 @@ COLUMNS = [
 ]
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
-_BUDGETS = ("latency_ratio", "macs_ratio", "ratio")
+_BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "ratio")
 CONFIGURATION = ["backend", "device", "threads", "batch_size"]
 
 
@@ -64,8 +64,10 @@ def model_of(record: dict[str, Any]) -> str:
     """The network's name, with the settings of its own that were asked for: "repvgg (depth 37, width 8)"."""
     config = record["config"]
     name = record.get("model") or find_setting(config, "model")
-    own = [(key, find_setting(config, key)) for key in ("depth", "reserve_ratio", "width")]
-    said = [f"{key.replace('_', ' ')} {value:g}" for key, value in own if value is not None]
+    own = [(key, find_setting(config, key)) for key in ("depth", "reserve_ratio", "width", "free")]
+    said = [
+        f"{key.replace('_', ' ')} {value:g}" for key, value in own if value is not None and (key, value) != ("free", 1)
+    ]
     return f"{name} ({', '.join(said)})" if said else str(name)
 
 
