@@ -103,10 +103,11 @@ def test_measuring_again_takes_ratios_to_each_run_s_own_original(
     run_slim(replace(settings, finetune=TrainConfig(epochs=0)), command="x")
     record = records.read_record(wider)
     assert record["pruned"]["macs"] <= 0.5 * record["original"]["macs"]  # cut although there was nothing to train
-    shutil.copytree(finished, tmp_path / "narrow")
+    narrow = [shutil.copytree(finished, tmp_path / name) for name in ("narrow", "copy")]
     quick = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(2,), seconds=0.02, min_rounds=3)
-    paths = run_measure(RemeasureConfig((tmp_path / "narrow", wider), quick))
-    assert "eager, 1 thread, batch 2: 1 of 1" in caplog.messages[-1]
+    paths = run_measure(RemeasureConfig((*narrow, wider), quick))
+    counts = {len(records.networks(records.read_record(run))) for run in (wider, finished)}
+    assert f"measuring {sum(counts)} networks, eager, 1 thread, batch 2: 1 of 1" in caplog.messages[-1]  # copies once
     for again in map(records.read_record, paths):
         assert [time["batch_size"] for time in again["pruned"]["latency"]] == [2]
         assert again["original"]["latency"][0]["ratio"] == 1
@@ -445,6 +446,9 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
         place = {"checkpoint": tmp_path / "c" / "x.pt", "device": torch.device("cpu")}
         judge("none", METHODS["mixed-auto"], never, budget, config, blind, dense, **place)  # type: ignore[arg-type]
     assert not (tmp_path / "c" / "none-candidates.json").exists()
+    (tmp_path / "c" / "mixed-auto-candidates.json").write_text('{"rm": ')
+    with pytest.raises(ArtifactError, match=r"mixed-auto-candidates\.json: damaged"):
+        verdicts(start)
 
 
 def test_candidates_that_the_network_has_no_place_for_are_left_out(tmp_path: Path) -> None:

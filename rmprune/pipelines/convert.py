@@ -31,7 +31,7 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     if artifact.is_artifact(path):
         model = artifact.load(path).eval()
         known = artifact.read_extra(path).get("input_shape")
-        _refuse_named_settings(config, {"in_channels"} if known is None else set())
+        _refuse_named_settings(config, known is None or config.in_channels == known[0])
         shape = _shape_from(config) if known is None else tuple(known)
         if known is not None and config.image_size is not None:
             shape = (known[0], *_shape_from(config)[1:])
@@ -48,11 +48,12 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _refuse_named_settings(config: NetworkConfig, unknown: set[str]) -> None:
+def _refuse_named_settings(config: NetworkConfig, channels_fit: bool) -> None:
     """An artifact is what it is: raise ConfigError for a setting that only a network made by its name has."""
     for field in dataclasses.fields(config):
         given = getattr(config, field.name) != field.default
-        if given and field.name not in {"model", "image_size"} | unknown:
+        free = field.name in ("model", "image_size") or (field.name == "in_channels" and channels_fit)
+        if given and not free:
             flag = field.name.replace("_", "-")
             raise ConfigError(f"{config.model} is an artifact, which --{flag} cannot change; leave it out")
 

@@ -21,20 +21,24 @@ logger = logging.getLogger("rmprune")
 def run_measure(config: RemeasureConfig) -> list[Path]:
     """Measure again and replace the `latency` of every network in the records; returns the records' paths.
 
-    Networks that several runs share (the original of a sweep) are measured once. Ratios are taken to each run's own original.
+    A network that several runs share, or hold a copy of (the original of a sweep), is measured once. Ratios are taken to each
+    run's own original.
     """
     paths = records.find_records(list(config.runs))
-    found: dict[Path, nn.Module] = {}
+    found: dict[str, nn.Module] = {}
+    labels: dict[Path, str] = {}
+    firsts: dict[str, str] = {}
     for path in paths:
         for name in records.networks(records.read_record(path)):
             directory = network_directory(path.parent, name)
-            if directory not in found:
-                found[directory] = artifact.load(directory)
+            labels[directory] = label = firsts.setdefault(_identity(directory), str(directory))
+            if label not in found:
+                found[label] = artifact.load(directory)
     shapes = {path: example_shape(path) for path in paths}
     if len(set(shapes.values())) > 1:
         raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
     latencies = measure_latencies(
-        {str(directory): model for directory, model in found.items()},
+        found,
         torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
         backends=config.measure.backends,
         threads=config.measure.threads,
@@ -47,8 +51,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     for path in paths:
         record = records.read_record(path)
         for name, network in records.networks(record).items():
-            own = latencies[str(network_directory(path.parent, name))]
-            original = latencies[str(network_directory(path.parent, "original"))]
+            own = latencies[labels[network_directory(path.parent, name)]]
+            original = latencies[labels[network_directory(path.parent, "original")]]
             network["latency"] = [
                 replace(latency.relative_to(base), reference="original").to_dict()
                 for latency, base in zip(own, original, strict=True)
@@ -72,6 +76,11 @@ def _progress(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
         )
 
     return tell
+
+
+def _identity(directory: Path) -> str:
+    """Equal for copies of an artifact: its architecture.json, which holds the digest of the weights."""
+    return (directory / artifact.ARCHITECTURE).read_text()
 
 
 def network_directory(run: Path, name: str) -> Path:
