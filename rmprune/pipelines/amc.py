@@ -29,7 +29,7 @@ from rmprune.data import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
 from rmprune.measure import check_available
-from rmprune.pipelines.cells import Cell, plan_cells
+from rmprune.pipelines.cells import Cell, plan_cells, unfinished
 from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.rundir import claim, remembered
@@ -86,11 +86,7 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
     _refuse_early(config, data, cells)
     found, networks = [cell.record for cell in cells], {"dense", "plain", *METHODS}
     with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
-        for number, cell in enumerate(cells, 1):
-            if cell.record.is_file():
-                continue
-            if len(cells) > 1:
-                logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
+        for cell in unfinished(cells):
             _Run(config, cell, data, device).finish(command)
     return found
 

@@ -1,9 +1,13 @@
 """The cells of a run: one seed with one budget each, and where they are kept."""
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rmprune import records
+
+logger = logging.getLogger("rmprune")
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,13 @@ def plan_cells(root: Path, seed: int, seeds: int, budgets: list[tuple[str, float
         for one in range(seed, seed + seeds)
         for kind, value in budgets
     ]
+
+
+def unfinished(cells: list[Cell]) -> Iterator[Cell]:
+    """The cells that have no record yet; of several cells, each is announced in the log as its turn comes."""
+    for number, cell in enumerate(cells, 1):
+        if cell.record.is_file():
+            continue
+        if len(cells) > 1:
+            logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
+        yield cell

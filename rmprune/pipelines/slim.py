@@ -23,7 +23,7 @@ from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import check_available, count_macs, count_params, measure_latencies
 from rmprune.methods import METHODS, Method, find_methods
-from rmprune.pipelines.cells import Cell, plan_cells
+from rmprune.pipelines.cells import Cell, plan_cells, unfinished
 from rmprune.pruning import Budget
 from rmprune.rundir import claim
 from rmprune.slimming import Refusal, check_budgets, refusal, skip, slim_network
@@ -45,11 +45,7 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     _refuse_early(config, methods, data)
     found, networks = [cell.record for cell in cells], {"dense", "pruned", *STARTING, *METHODS}
     with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
-        for number, cell in enumerate(cells, 1):
-            if cell.record.is_file():
-                continue
-            if len(cells) > 1:
-                logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
+        for cell in unfinished(cells):
             _run_cell(cell, config, methods, data, device, command)
     return found
 
