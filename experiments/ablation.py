@@ -23,19 +23,19 @@ import tyro
 from rich.console import Console
 from torch import Tensor, nn
 
-from rmprune import artifact
+from rmprune.artifact import files as artifact
 from rmprune.config import DataConfig, PruneConfig, SlimConfig, TrainConfig
-from rmprune.cutter import Cutter, importance_batches, make_cutter
-from rmprune.data import Dataset, load_dataset
+from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import count_macs
-from rmprune.methods import METHODS
+from rmprune.methods.cutter import Cutter, importance_batches, make_cutter
+from rmprune.methods.slim import slim_network
+from rmprune.methods.start import STARTING
+from rmprune.methods.table import METHODS
 from rmprune.pruning import Budget, allocate
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.one_shot import fitting_images
 from rmprune.pruning.refit import refit
-from rmprune.slimming import slim_network
-from rmprune.starting import STARTING
 from rmprune.training import evaluate, fit
 from rmprune.training.state import TrainState
 

@@ -28,9 +28,9 @@ from rmprune.amc.environment import Environment
 from rmprune.amc.search import Search
 from rmprune.amc.space import Space, Widths
 from rmprune.config import DataConfig, SearchConfig
-from rmprune.data import load_dataset
-from rmprune.models import create
-from rmprune.records import environment
+from rmprune.data.load import load_dataset
+from rmprune.measure.machine import environment
+from rmprune.models.families import create
 from rmprune.removal import remove_residuals
 from rmprune.training.precision import compute_dtype
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from torch import nn
 
 import rmprune
-from rmprune import artifact
+from rmprune.artifact import files as artifact
 from rmprune.config import DataConfig, TrainConfig
-from rmprune.data import load_dataset
+from rmprune.data.load import load_dataset
 from rmprune.measure.memory import PeakMemory
 from rmprune.report.figures import save_figure
 from rmprune.training import evaluate, fit

@@ -170,7 +170,7 @@ def onnx_facts(plain: Any, inputs: list[Any]) -> dict[str, Any]:
     import onnxruntime
     import torch
 
-    from rmprune.onnx_export import export_onnx
+    from rmprune.artifact.onnx import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -246,7 +246,7 @@ def own_error(reference: Any, inputs: list[Any]) -> float:
     """How far one float64 rounding of its weights moves the original's outputs, relative to their largest value."""
     import torch
 
-    from rmprune.removal.diagnose import own_rounding
+    from rmprune.graph.equivalence import own_rounding
 
     with torch.no_grad():
         return max(

@@ -26,7 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import rmprune
-from rmprune.onnx_export import fold_batch_norms, onnx_bytes
+from rmprune.artifact.onnx import onnx_bytes
+from rmprune.graph.fold import fold_batch_norms
 
 
 @dataclass(frozen=True)

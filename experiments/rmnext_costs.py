@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from rmprune.measure.cost import count_macs, count_params
-from rmprune.models import create
+from rmprune.models.families import create
 from rmprune.removal import plan_removal
 
 REPORT = Path(__file__).resolve().parent.parent / "reports" / "rmnext"

@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
 
 from rmprune.config import DataConfig, TrainConfig
-from rmprune.data import Dataset, TensorSplit, load_dataset
-from rmprune.models import create
-from rmprune.records import environment
+from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.splits import TensorSplit
+from rmprune.measure.machine import environment
+from rmprune.models.families import create
 from rmprune.training import TrainState, fit
 from rmprune.training.precision import compute_dtype
 

@@ -2,10 +2,10 @@
 
 from rmprune import models
 from rmprune.artifact import load, save
-from rmprune.collapse import Collapse, collapse_blocks
 from rmprune.errors import RmpruneError
 from rmprune.measure import count_macs, count_params, measure_latencies, measure_latency
 from rmprune.pruning import Budget, prune
+from rmprune.pruning.collapse import Collapse, collapse_blocks
 from rmprune.removal import Removal, plan_removal, remove_residuals
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import tyro
 
 from rmprune import config as settings
-from rmprune.configfile import from_toml
+from rmprune.config.toml import from_toml
 from rmprune.errors import RmpruneError
 
 Config = TypeVar("Config")
@@ -112,7 +112,7 @@ def train(arguments: list[str]) -> None:
 
 def _finish(directory: Path, records: list[Path], command: str) -> None:
     """The end of a run: its tables on the screen, its figure on disk, and what to do next."""
-    from rmprune.report import build_report, show
+    from rmprune.report.build import build_report, show
 
     show(records)
     files = build_report(records, directory / "report", command)
@@ -138,9 +138,9 @@ def convert(arguments: list[str]) -> None:
 
 def measure(arguments: list[str]) -> None:
     """measure the networks of finished runs again, all interleaved in one process, and update their records"""
-    from rmprune.pipelines.remeasure import run_measure
-    from rmprune.report import renew_reports, show
-    from rmprune.rundir import runs_of
+    from rmprune.pipelines.measure import run_measure
+    from rmprune.report.build import renew_reports, show
+    from rmprune.runs.directory import runs_of
 
     config = _parse(settings.RemeasureConfig, arguments, "measure")
     records = run_measure(config)
@@ -153,7 +153,7 @@ def measure(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """tables and figures from the records of runs"""
-    from rmprune.report import run_report
+    from rmprune.report.build import run_report
 
     config = _parse(settings.ReportConfig, arguments, "report")
     run_report(config, command=_command_line("report", arguments))

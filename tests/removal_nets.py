@@ -6,6 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.graph.build import materialise, target_of
+from rmprune.graph.equivalence import check_inputs, over_tolerance, reference_copy, relative_error
+from rmprune.graph.fuse import fuse_convolutions, join_norms
+from rmprune.graph.normalise import normalise
 from rmprune.removal import Removal
 
 
@@ -79,3 +83,25 @@ def has_addition(model: nn.Module) -> bool:
 
 def reservations(removal: Removal) -> dict[str, int]:
     return {block.name: block.reserved for block in removal.blocks}
+
+
+@torch.no_grad()
+def fuse_linear(model: nn.Module, x: Tensor, rule: str = "cheaper", *, batch_norm: bool = True) -> nn.Module:
+    """`model` with neighbouring convolutions as one, nothing removed: fusing by itself, checked as removal checks."""
+    reference = reference_copy(model)
+    network = normalise(reference, (x,))
+    if not batch_norm:
+        join_norms(network)
+    fuse_convolutions(network, rule)
+    checked, groups = check_inputs((x,), len(x), 3)
+    expected = reference(*(each.clone() for each in checked))
+    result, found = materialise(network, checked, len(x), target_of(model), batch_norm)
+    error = relative_error(expected, found, groups)
+    if not error <= 1e-10:
+        raise over_tolerance(model, checked, groups, expected, error, 1e-10)
+    return result
+
+
+def fold_batch_norms(model: nn.Module, x: Tensor) -> nn.Module:
+    """`model` with the batch norms after its convolutions folded into them, by the passes of removal."""
+    return fuse_linear(model, x, "never", batch_norm=False)

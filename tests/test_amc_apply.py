@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from rmprune.amc.apply import PolicyPruner, meet_budget
+from rmprune.amc.choose import meet_budget
 from rmprune.amc.space import Limits, Space, Widths
 from rmprune.errors import InfeasibleBudget
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.structure import Layer, macs
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.gradual import PolicyPruner
+from rmprune.pruning.groups import Layer, macs
 
 
 def chain(*widths: int) -> nn.Sequential:

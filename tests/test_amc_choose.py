@@ -12,10 +12,10 @@ from rmprune.amc import choose as module
 from rmprune.amc.choose import Timing, choose, first_images, make_scorer, make_space, network_cost
 from rmprune.amc.space import COSTS, params
 from rmprune.config import DataConfig, MeasureConfig, SearchConfig
-from rmprune.data import Dataset, load_dataset
+from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure import count_macs, count_params
-from rmprune.pruning.structure import macs
+from rmprune.pruning.groups import macs
 from rmprune.removal import remove_residuals
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from torch import nn
 from rmprune.amc.environment import FEATURES, Environment
 from rmprune.amc.space import COSTS, Limits, Space, params
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.structure import Layer, Structure, macs
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Layer, Structure, macs
 
 X = torch.randn(2, 3, 8, 8)
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from rmprune import artifact, records
+from rmprune.amc.table import METHODS
+from rmprune.artifact import files as artifact
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, RemovalConfig, SearchConfig, TrainConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import count_macs
+from rmprune.measure.place import Place
 from rmprune.pipelines import amc as pipeline
-from rmprune.pipelines.amc import METHODS, run_amc
-from rmprune.report import build_report
-from rmprune.timed import Place
+from rmprune.pipelines.amc import run_amc
+from rmprune.report.build import build_report
+from rmprune.runs import records
 
 QUICK = AmcConfig(
     width=0.5,

@@ -11,10 +11,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from rmprune.amc.scoring import Scorer, Settings, importance_order
 from rmprune.amc.space import Limits, Space
 from rmprune.errors import UnsupportedModel
-from rmprune.pruning.graph import find_structure
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import macs
 from rmprune.pruning.importance import magnitude
 from rmprune.pruning.program import read_program
-from rmprune.pruning.structure import macs
 
 SHAPE = (3, 8, 8)
 

@@ -15,10 +15,13 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmprune import onnx_export
-from rmprune.artifact import build, describe, export_onnx, is_artifact, load, read_extra, save
+from rmprune.artifact import onnx as onnx_export
+from rmprune.artifact.describe import describe
+from rmprune.artifact.files import is_artifact, load, read_extra, save
+from rmprune.artifact.onnx import export_onnx, rounding
+from rmprune.artifact.rebuild import build
 from rmprune.errors import ArtifactError, NotEquivalent, UnsupportedModel
-from rmprune.onnx_export import fold_batch_norms, rounding
+from rmprune.graph.fold import fold_batch_norms
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -259,7 +262,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rmprune.artifact.save_file", full)
+    monkeypatch.setattr("rmprune.artifact.files.save_file", full)
     with pytest.raises(ArtifactError, match="No space left"):
         save(net(), target, overwrite=True)
     assert (target / "architecture.json").read_bytes() == before

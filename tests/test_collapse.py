@@ -6,8 +6,9 @@ from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, p
 from torch import Tensor, nn
 
 import rmprune
-from rmprune.collapse import collapse_blocks, least_squares
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.pruning.collapse import collapse_blocks
+from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal import plan_removal, remove_residuals
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from rmprune.config import AmcConfig, DataConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
-from rmprune.configfile import differences, from_toml, to_toml
+from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ConfigError
 
 KINDS = {"slim": SlimConfig, "amc": AmcConfig, "train": TrainRunConfig}

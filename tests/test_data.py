@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rmprune import data_sources
 from rmprune.config import DataConfig
-from rmprune.data import DATASETS, TensorSplit, augment_batch, channel_statistics, load_dataset
-from rmprune.data_sources import Images, read_idx, stratified_part
+from rmprune.data import sources as data_sources
+from rmprune.data.load import DATASETS, load_dataset
+from rmprune.data.sources import Images, read_idx, stratified_part
+from rmprune.data.splits import TensorSplit, augment_batch, channel_statistics
 from rmprune.errors import ConfigError, DataError
 
 

@@ -1,63 +1,70 @@
-"""The layout is a promise: imports point one way, modules stay small, and the public names are there."""
+"""The layout is a promise: imports point one way, module by module, and the public names are there."""
 
-import ast
 from pathlib import Path
+
+from imports import cycles, module_imports, room_imports, room_of
 
 import rmprune
 
 PACKAGE = Path(rmprune.__file__).parent
-# From the bottom up; a package may import from its own layer and from lower ones.
-LAYERS = [
-    {"errors"},
-    {"config", "vocabulary"},
-    {"configfile", "architecture", "rebuild", "onnx_export", "records"},
-    {"artifact", "rundir"},
-    {"data", "data_sources", "data_folder", "models"},
-    {"removal", "training", "measure", "loading"},
-    {"pruning", "collapse"},
-    {"amc", "timed", "report", "methods", "starting"},
-    {"cutter"},
-    {"slimming"},
-    {"candidates"},
-    {"pipelines"},
-    {"cli"},
-    {"__main__", "__init__"},
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# From the top down, as in docs and DESIGN.md; a room imports from the rooms below it.
+ROOMS = (
+    "__main__",
+    "cli",
+    "pipelines",
+    "report",
+    "__init__",
+    "methods",
+    "amc",
+    "pruning",
+    "training",
+    "measure",
+    "removal",
+    "artifact",
+    "models",
+    "data",
+    "runs",
+    "graph",
+    "config",
+    "errors",
+)
 
 
-def part(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "rmprune":
-            parts = node.module.split(".")[1:]
-            found |= {parts[0]} if parts else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("rmprune.")}
-    return found
+def test_every_module_has_its_room() -> None:
+    assert {room_of(module) for module in module_imports(PACKAGE)} == set(ROOMS)
 
 
 def test_imports_point_down() -> None:
     wrong = [
-        f"{path.relative_to(PACKAGE)} imports {name}"
-        for path in PACKAGE.rglob("*.py")
-        for name in imports(path)
-        if name in RANK and RANK[name] > RANK[part(path)]
+        f"{module} imports {other}"
+        for module, imported in module_imports(PACKAGE).items()
+        for other in imported
+        if ROOMS.index(room_of(other)) < ROOMS.index(room_of(module))
     ]
     assert not wrong, wrong
 
 
-def test_every_module_has_its_layer() -> None:
-    assert {part(path) for path in PACKAGE.rglob("*.py")} <= set(RANK)
+def test_no_module_imports_itself_through_others() -> None:
+    assert cycles(module_imports(PACKAGE)) == []
 
 
-def test_the_report_reads_records_and_nothing_else() -> None:
-    read = set().union(*(imports(path) for path in (PACKAGE / "report").rglob("*.py")))
-    assert read <= {"report", "records", "config", "errors"}
+def test_a_cycle_would_be_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_the_report_reads_records_settings_and_errors_alone() -> None:
+    imported = module_imports(PACKAGE)
+    read = {other for module in imported if room_of(module) == "report" for other in imported[module]}
+    assert {other for other in read if room_of(other) != "report"} <= {
+        "rmprune.runs.records",
+        "rmprune.config",
+        "rmprune.errors",
+    }
+
+
+def test_removal_knows_no_pruning_and_the_graph_knows_nobody() -> None:
+    rooms = room_imports(PACKAGE)
+    assert set(rooms["graph"]) == {"errors"} and set(rooms["removal"]) <= {"graph", "errors"}
 
 
 def test_public_names() -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rmprune import artifact
+from rmprune.artifact import files as artifact
+from rmprune.artifact.weights import load_checkpoint_into, read_state_dict
 from rmprune.errors import ArtifactError
-from rmprune.loading import create_network, load_checkpoint_into, read_state_dict
+from rmprune.models.families import create_network
 
 
 def net(width: int = 4) -> torch.nn.Module:

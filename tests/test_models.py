@@ -9,22 +9,22 @@ from torch import nn
 
 from rmprune import models
 from rmprune.errors import ConfigError
-from rmprune.models import resnet
+from rmprune.models import families, resnet
 
 
 def test_every_family_is_listed_and_its_names_match_its_pattern():
     known = models.names()
     assert len(known) == len(set(known))
     assert {"resnet20", "resnet18", "mobilenet_v2"} <= set(known)
-    for family in models.FAMILIES.values():
+    for family in families.FAMILIES.values():
         for name in family.names:
-            found = models._family(name)
+            found = families._family(name)
             assert found is not None and found.build is family.build, name
 
 
 def test_depths_that_torchvision_has_are_torchvisions():
     for name in ("resnet34", "resnet50", "resnet101", "resnet152"):
-        assert models.FAMILIES["|".join(resnet.TORCHVISION_NAMES)] is models._family(name)
+        assert families.FAMILIES["|".join(resnet.TORCHVISION_NAMES)] is families._family(name)
     model, theirs = models.create("resnet18"), torchvision.models.resnet18()
     assert isinstance(model, torchvision.models.ResNet)
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}

@@ -8,7 +8,7 @@ import torch
 from removal_nets import has_addition
 from torch import Tensor, fx, nn
 
-from rmprune.models import create
+from rmprune.models.families import create
 from rmprune.models.repvgg import RepVGG, RepVGGBlock, deploy
 from rmprune.models.rmnext import GroupedBottleneck
 from rmprune.removal import remove_residuals

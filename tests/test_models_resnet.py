@@ -4,10 +4,11 @@ import pytest
 import torch
 import torchvision
 from torch import fx, nn
+from torchvision.models.resnet import BasicBlock
 
 from rmprune.errors import ConfigError
-from rmprune.models import create
-from rmprune.models.resnet import SizedResNet, TorchvisionBasicBlock
+from rmprune.models.families import create
+from rmprune.models.resnet import SizedResNet
 
 
 @pytest.mark.parametrize(("name", "millions"), [("resnet20", 0.27), ("resnet56", 0.85), ("resnet110", 1.7)])
@@ -39,7 +40,7 @@ def test_other_depths_are_refused(name: str):
 
 
 def test_torchvisions_resnet_of_its_own_width_computes_the_same():
-    sized = SizedResNet(TorchvisionBasicBlock, (2, 2, 2, 2), width=64, num_classes=10).double().eval()
+    sized = SizedResNet(BasicBlock, (2, 2, 2, 2), width=64, num_classes=10).double().eval()
     theirs = torchvision.models.resnet18(num_classes=10).double().eval()
     theirs.load_state_dict(sized.state_dict())
     x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_depths_between_torchvisions_have_even_stages(name: str, blocks: int):
     assert [len(model.get_submodule(f"layer{stage}")) for stage in (1, 2, 3, 4)] == [blocks] * 4
     layers = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
     assert len(layers) == int(name.removeprefix("resnet"))
-    assert isinstance(model.layer1[0], TorchvisionBasicBlock)
+    assert isinstance(model.layer1[0], BasicBlock)
     assert model.fc.in_features == 64
 
 

@@ -8,25 +8,26 @@ import pytest
 import torch
 
 import rmprune
-from rmprune import records
-from rmprune.candidates import Verdicts, best, judge
 from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig
-from rmprune.cutter import make_cutter
-from rmprune.data import Dataset, TensorSplit, load_dataset
-from rmprune.data_sources import Images
+from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.sources import Images
+from rmprune.data.splits import TensorSplit
 from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.methods import METHODS
+from rmprune.measure.place import Place, find_ratio
+from rmprune.methods.choose import Verdicts, best, judge
+from rmprune.methods.cutter import make_cutter
+from rmprune.methods.slim import scaled
+from rmprune.methods.start import STARTING
+from rmprune.methods.table import METHODS
 from rmprune.pipelines import slim
-from rmprune.pipelines.cells import plan_cells
 from rmprune.pipelines.convert import open_network
-from rmprune.pipelines.remeasure import run_measure
+from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
-from rmprune.report import build_report
-from rmprune.slimming import scaled
-from rmprune.starting import STARTING
-from rmprune.timed import Place, find_ratio
+from rmprune.report.build import build_report
+from rmprune.runs import records
+from rmprune.runs.cells import plan_cells
 from rmprune.training import evaluate
 
 QUICK = SlimConfig(
@@ -83,11 +84,11 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     def interrupted(*args: object, **kwargs: object) -> torch.nn.Module:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmprune.slimming.fit", interrupted)
+    monkeypatch.setattr("rmprune.methods.slim.fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_slim(replace(QUICK, out=out), command="x")
     assert (out / "dense").is_dir() and not (out / "record.json").exists()
-    monkeypatch.setattr("rmprune.slimming.fit", real)
+    monkeypatch.setattr("rmprune.methods.slim.fit", real)
     run_slim(replace(QUICK, out=out), command="x")
     first, second = (json.loads((run / "record.json").read_text()) for run in (finished, out))
     for name in ("original", "plain", "pruned", "coupled"):

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import rmprune
-from rmprune import records
 from rmprune.cli import main
 from rmprune.config import DataConfig, MeasureConfig, TrainConfig, TrainRunConfig
-from rmprune.data import load_dataset
+from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError
 from rmprune.models.repvgg import RepVGG
 from rmprune.pipelines.train import make_network, run_train
+from rmprune.runs import records
 
 MEASURE = (
     "--measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 --measure.min-rounds 3"

@@ -11,11 +11,10 @@ from torch import nn
 
 from rmprune.config import PruneConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.pruning.baselines import allocate_uniform, inner_only
-from rmprune.pruning.budget import Budget, allocate, least_cost, resolve
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.greedy import Meter
-from rmprune.pruning.structure import Layer, Structure, channels, macs, total_cost
+from rmprune.pruning.allocate import Meter, allocate, allocate_uniform, least_cost
+from rmprune.pruning.budget import Budget, resolve
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Layer, Structure, channels, inner_only, macs, total_cost
 
 
 def plain_structure(widths: tuple[int, ...], kernel: int = 3) -> Structure:

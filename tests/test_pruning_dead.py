@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.pruning.budget import Budget
 from rmprune.pruning.dead import fold_dead_channels
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.structure import weight_of
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import weight_of
 
 
 def kill(model: nn.Module, name: str, channels: list[int], shift: float | None = None) -> None:

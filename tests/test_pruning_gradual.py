@@ -10,7 +10,7 @@ from torch import nn
 
 from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget
 from rmprune.pruning import Budget, GradualPruner, find_structure
-from rmprune.pruning.structure import total_cost
+from rmprune.pruning.groups import total_cost
 
 
 @dataclass

@@ -8,9 +8,8 @@ from test_pruning_structure import mobile_chain
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.importance import IMPORTANCES, score_groups
-from rmprune.pruning.taylor import TaylorSum
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.importance import IMPORTANCES, TaylorSum, score_groups
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -13,8 +13,8 @@ from torch import nn
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.cost import count_macs
 from rmprune.pruning import Budget, find_structure, prune
+from rmprune.pruning.groups import total_cost
 from rmprune.pruning.importance import score_groups
-from rmprune.pruning.structure import total_cost
 
 
 @pytest.mark.parametrize("build", [chain, mobile_chain, residual, Untraceable])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from rmprune.pruning.reconstruct import outputs_at, patches_at, reconstruct, sample_positions
-from rmprune.pruning.structure import Layer, describe_layer, record_shapes
+from rmprune.pruning.calibration import outputs_at, patches_at, sample_positions
+from rmprune.pruning.groups import Layer, describe_layer, record_shapes
+from rmprune.pruning.reconstruct import reconstruct
 
 CASES = {
     "1x1": nn.Conv2d(6, 4, 1),

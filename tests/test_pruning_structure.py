@@ -8,12 +8,10 @@ from torch import nn
 from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.pruning import Budget, prune, prune_coupled
-from rmprune.pruning.chain import chain_structure
 from rmprune.pruning.dead import _check
-from rmprune.pruning.dependency import dependency_structure
-from rmprune.pruning.graph import find_structure
+from rmprune.pruning.find_groups import chain_structure, dependency_structure, find_structure
+from rmprune.pruning.groups import outputs, total_cost
 from rmprune.pruning.one_shot import check_outputs
-from rmprune.pruning.structure import outputs, total_cost
 from rmprune.pruning.surgery import shrink
 
 

@@ -8,8 +8,8 @@ from test_pruning_structure import mobile_chain
 from torch import nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.structure import Keep, Structure, layer_masks
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Keep, Structure, layer_masks
 from rmprune.pruning.surgery import shrink
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import Layer, network_layers
-from rmprune.pruning.graph import find_structure
+from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.time_cost import TimeCost, grid_widths, timed_layers
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rmprune.errors import ArtifactError
-from rmprune.records import check_record, environment, find_records, networks, read_record, write_record
+from rmprune.measure.machine import environment
+from rmprune.runs.records import check_record, find_records, networks, read_record, write_record
 
 
 def network(accuracy: float, macs: int, ms: float) -> dict[str, Any]:

@@ -10,12 +10,24 @@ import onnxruntime
 import pytest
 import torch
 import torchvision
-from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, prepared, worst_error
+from removal_nets import (
+    Residual,
+    basic,
+    conv,
+    conv_bn,
+    fold_batch_norms,
+    fuse_linear,
+    has_addition,
+    images,
+    prepared,
+    worst_error,
+)
 from torch import Tensor, fx, nn
 
+from rmprune.artifact.onnx import onnx_bytes
 from rmprune.errors import ConfigError, NotEquivalent, UnsupportedModel
-from rmprune.onnx_export import onnx_bytes
-from rmprune.removal import build, fold_batch_norms, fuse_linear, plan_removal, remove, remove_residuals
+from rmprune.graph import build
+from rmprune.removal import plan_removal, remove, remove_residuals
 
 
 def small_resnet(**settings: object) -> nn.Module:

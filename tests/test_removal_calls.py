@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch.nn.functional as F
-from removal_nets import basic, conv_bn, images, prepared, worst_error
+from removal_nets import basic, conv_bn, fold_batch_norms, fuse_linear, images, prepared, worst_error
 from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent
-from rmprune.removal import build, fold_batch_norms, fuse_linear, remove_residuals
+from rmprune.graph import build
+from rmprune.removal import remove_residuals
 
 
 class Told(nn.Module):

@@ -8,9 +8,9 @@ from removal_nets import Residual, basic, conv, conv_bn, images, prepared, reser
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.activations import image, rule_of
 from rmprune.removal import plan_removal, remove_residuals
-from rmprune.removal.activations import image, rule_of
-from rmprune.removal.encode import Code, encode
+from rmprune.removal.forms import Code, encode
 
 BOUNDED = [nn.ReLU6, lambda: nn.Hardtanh(-1.0, 1.0), lambda: nn.Hardtanh(0.5, 2.0), lambda: nn.Hardtanh(-3.0, 4.0)]
 STOCK = [

@@ -9,9 +9,9 @@ from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, p
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.convolution import Geometry
 from rmprune.removal import Removal, remove_residuals
 from rmprune.removal.geometry import Grid, place
-from rmprune.removal.kernels import Geometry
 
 
 def removed(model: nn.Module, size: int = 8) -> Removal:

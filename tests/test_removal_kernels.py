@@ -7,12 +7,22 @@ import torch
 from removal_nets import conv, conv_bn, prepared
 from torch import Tensor, nn
 
-from rmprune.removal.assemble import Entries, Side, assemble, entries_of, join
-from rmprune.removal.build import build_conv
-from rmprune.removal.geometry import Taps, output_size
-from rmprune.removal.kernels import Block, Conv, Scale, compose, dense_weight, from_module, identity, norm_of, with_norm
-from rmprune.removal.layout import Wire, lay_out
-from rmprune.removal.sparse import sparse_forward
+from rmprune.graph.build import build_conv, sparse_forward
+from rmprune.graph.convolution import (
+    Block,
+    Conv,
+    Scale,
+    dense_weight,
+    from_module,
+    identity,
+    norm_of,
+    output_size,
+    with_norm,
+)
+from rmprune.graph.fuse import compose
+from rmprune.removal.copies import Entries, Side, assemble, entries_of, join
+from rmprune.removal.geometry import Taps
+from rmprune.removal.reserve import Wire, lay_out
 
 
 def data(module: nn.Module, channels: int) -> Conv:

@@ -7,12 +7,11 @@ import torch
 from removal_nets import Residual, basic, conv, conv_bn, images, prepared, worst_error
 from torch import Tensor, fx, nn
 
+from rmprune.graph.convolution import from_module
+from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.normalise import normalise
+from rmprune.graph.ranges import annotate_ranges, conv_range, observe, range_of, tighten
 from rmprune.removal import remove_residuals
-from rmprune.removal.kernels import from_module
-from rmprune.removal.observe import observe, tighten
-from rmprune.removal.ranges import annotate_ranges, conv_range, range_of
-from rmprune.removal.reference import reference_copy
-from rmprune.removal.trace import normalise
 
 
 class Mixed(nn.Module):

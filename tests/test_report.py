@@ -11,11 +11,12 @@ from test_records import example, network
 
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
-from rmprune.methods import METHODS
-from rmprune.records import find_records, read_record, write_record
-from rmprune.report import build_report, frame, renew_reports, run_report, show
+from rmprune.methods.table import METHODS
+from rmprune.report import frame
+from rmprune.report.build import build_report, renew_reports, run_report, show
 from rmprune.report.figures import _styles, accuracy_against_time, pareto_front
 from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, model_of, relative
+from rmprune.runs.records import find_records, read_record, write_record
 
 
 @pytest.fixture

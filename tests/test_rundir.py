@@ -7,7 +7,8 @@ import pytest
 
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.rundir import claim, remembered, runs_of
+from rmprune.runs.directory import claim, runs_of
+from rmprune.runs.notes import remembered
 
 CONFIG = SlimConfig(prune=PruneConfig(ratio=(0.5,)))
 OTHER = SlimConfig(prune=PruneConfig(ratio=(0.5,)), data=DataConfig(batch_size=32))

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import DataConfig, SparsityConfig, TrainConfig
-from rmprune.data import Dataset, TensorSplit
-from rmprune.data_sources import Images
+from rmprune.data.load import Dataset
+from rmprune.data.sources import Images
+from rmprune.data.splits import TensorSplit
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
-from rmprune.models import create
+from rmprune.models.families import create
 from rmprune.pruning import Budget
 from rmprune.pruning.gradual import GradualPruner
 from rmprune.training import TrainState, evaluate, fit, make_optimizer
 from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
-from rmprune.training.distillation import distillation_loss
 from rmprune.training.optimizer import learning_rate, parameter_groups, total_learning_rate
 from rmprune.training.precision import autocast, compute_dtype, processor_has_bfloat16
 from rmprune.training.sparsity import ProximalL1, batch_norm_scales, fraction_zero
+from rmprune.training.teacher import distillation_loss
 
 CONFIG = TrainConfig(epochs=3, warmup_epochs=0.5, precision="float32")
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rmprune.config import SparsityConfig, TrainConfig
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.models import create
+from rmprune.models.families import create
 from rmprune.training import TrainState
 from rmprune.training.optimizer import learning_rate, make_optimizer, parameter_groups, total_learning_rate
 from rmprune.training.sparsity import (

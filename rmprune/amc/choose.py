@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.amc.agent import AgentConfig
-from rmprune.amc.apply import Measure, Verified, meet_budget
 from rmprune.amc.environment import Environment
 from rmprune.amc.scoring import Scorer, Settings, importance_order
 from rmprune.amc.search import Method, Search, SearchResult, Watcher
 from rmprune.amc.space import COSTS, Limits, Space, Widths
 from rmprune.config import MeasureConfig, SearchConfig
-from rmprune.data import Dataset, Split
+from rmprune.data.load import Dataset
+from rmprune.data.splits import Split
+from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.pruning.graph import find_structure
+from rmprune.measure.place import Place
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Cost, Structure, describe_layer, record_shapes
 from rmprune.pruning.importance import score_groups
-from rmprune.pruning.structure import Cost, Structure, describe_layer, record_shapes
 from rmprune.pruning.surgery import shrink
 from rmprune.pruning.time_cost import TimeCost, calibrate
-from rmprune.rundir import remembered
-from rmprune.timed import Place
+from rmprune.runs.notes import remembered
 from rmprune.training.precision import compute_dtype
 
 IMPORTANCE_IMAGES = 2048  # training images that importance is measured on
@@ -57,6 +58,10 @@ def make_space(network: nn.Module, original: nn.Module, example: Tensor, config:
     cost = COSTS[config.constraint]
     budget = ratio * network_cost(original, example, cost)
     return Space(find_structure(network, example), cost, budget, limits_of(config))
+
+
+Measure = Callable[[Sequence[Widths]], Sequence[float]]
+"""Costs of several policies' whole networks, as fractions of the original's, measured in turns with each other."""
 
 
 class Timing:
@@ -191,6 +196,15 @@ def _identity(space: Space, config: SearchConfig, data: Dataset) -> dict[str, An
     }
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A policy and the cost of its whole network, as a fraction of the original's; so many `networks` were measured."""
+
+    widths: Widths
+    ratio: float
+    networks: int
+
+
 def _facts(result: SearchResult, space: Space, verified: Verified, accuracy: float, ratio: float) -> dict[str, Any]:
     whole = {group.name: group.units for group in space.groups}
     return {
@@ -214,3 +228,64 @@ def _facts(result: SearchResult, space: Space, verified: Verified, accuracy: flo
             for e in result.episodes
         ],
     }
+
+
+_FIRST_STEPS = (1.0, 1.08, 0.92, 0.85)  # times the predicted cost of the policy
+_POINTS = 4  # policies measured at once from then on
+
+
+def meet_budget(
+    space: Space,
+    widths: Widths,
+    measure: Measure,
+    target: float,
+    *,
+    slack: float = 0.05,
+    margin: float = 0.01,
+    rounds: int = 5,
+) -> Verified:
+    """The policy of this shape whose network, measured as a whole, costs between (1 - slack) * target and target.
+
+    The policy is scaled up and down and several sizes are measured at once, ever closer to the largest that costs at most
+    (1 - margin) * target; that one is measured once more and must be below the target again. `target` is a fraction of the
+    original's cost. Where widths are too coarse for the slack, the costliest policy below the target is taken. Raises
+    InfeasibleBudget where none was below.
+    """
+    fractions, size = space.fractions(widths), space.cost(widths)
+    tried: dict[Widths, float] = {}
+    plan = [widths, *(_scaled(space, fractions, step * size) for step in _FIRST_STEPS[1:])]
+    for _ in range(rounds):
+        new = [policy for policy in dict.fromkeys(plan) if policy not in tried]
+        if not new:
+            break
+        tried |= dict(zip(new, measure(new), strict=True))
+        best = _largest_below(tried, (1 - margin) * target)
+        while best is not None and tried[best] >= (1 - slack) * target:
+            again = measure([best])[0]
+            if again <= target:
+                return Verified(best, again, len(tried))
+            tried[best] = again
+            best = _largest_below(tried, (1 - margin) * target)
+        low = space.least_cost if best is None else space.cost(best)
+        high = min(
+            (space.cost(w) for w, r in tried.items() if r > target and space.cost(w) > low), default=space.full_cost
+        )
+        plan = [
+            _scaled(space, fractions, low * (high / low) ** (i / _POINTS)) for i in range(_POINTS + (best is not None))
+        ]
+    best = _largest_below(tried, target)
+    if best is None:
+        raise InfeasibleBudget(
+            f"no policy of {len(tried)} measured as whole networks met the budget of {target:.3g} times the original; the "
+            f"nearest took {min(tried.values()):.3g}: raise the budget or lower the limits (lowest={space.limits.lowest})"
+        )
+    return Verified(best, tried[best], len(tried))
+
+
+def _largest_below(tried: Mapping[Widths, float], limit: float) -> Widths | None:
+    """The costliest of the measured policies that cost at most `limit`."""
+    return max((w for w, ratio in tried.items() if ratio <= limit), key=lambda w: tried[w], default=None)
+
+
+def _scaled(space: Space, fractions: Sequence[float], budget: float) -> Widths:
+    return space.with_budget(max(budget, space.least_cost)).fit(fractions)

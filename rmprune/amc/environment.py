@@ -12,11 +12,10 @@ from typing import Literal
 
 from rmprune.amc.space import Space, Widths
 from rmprune.errors import ConfigError
-from rmprune.pruning.structure import Layer
+from rmprune.pruning.groups import Layer
 
 State = tuple[float, ...]
 RewardKind = Literal["accuracy", "error_log_cost"]
-
 FEATURES = (
     "index", "depthwise", "channels_in", "channels_out", "stride", "kernel", "size",
     "share", "cost_reduced", "cost_left", "room", "last_action",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rmprune.amc.space import Space, Widths
 from rmprune.pruning.calibration import Calibrator, Cut, convolve, fold
-from rmprune.pruning.importance import Scores
+from rmprune.pruning.groups import Scores
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.refit import written
 from rmprune.pruning.surgery import shrink

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.budget import Budget, allowed_units
-from rmprune.pruning.structure import Cost, Group, Keep, Layer, Structure, macs
+from rmprune.pruning.groups import Cost, Group, Keep, Layer, Structure, macs
 
 Widths = tuple[int, ...]
 """Units kept of every group, in the space's order."""

@@ -6,7 +6,7 @@ The command line generates its flags from these classes: a field's docstring is 
 from rmprune.config.amc import AmcConfig, SearchConfig
 from rmprune.config.data import DataConfig
 from rmprune.config.fields import require
-from rmprune.config.measuring import MeasureConfig
+from rmprune.config.measure import MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.runs import (
     ConvertConfig,

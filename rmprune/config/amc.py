@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes as Unprefixed
 
 from rmprune.config.data import DataConfig
 from rmprune.config.fields import Fractions, Names, require, require_finite, require_seed, transient
-from rmprune.config.measuring import MeasureConfig
+from rmprune.config.measure import MeasureConfig
 from rmprune.config.pruning import ImportanceName
 from rmprune.config.runs import Architecture, RemovalConfig
 from rmprune.config.training import Precision, TrainConfig

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes as Unprefixed
 
 from rmprune.config.data import DataConfig
 from rmprune.config.fields import Names, changeable, require, require_seed, transient
-from rmprune.config.measuring import MeasureConfig
+from rmprune.config.measure import MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.training import SparsityConfig, TrainConfig
 

@@ -6,7 +6,6 @@ Packages are imported when their backend is asked for; `check_backend` names the
 
 import contextlib
 import copy
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -15,9 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.architecture import trace
+from rmprune.artifact.onnx import onnx_bytes
 from rmprune.errors import ConfigError, RmpruneError
-from rmprune.onnx_export import fold_batch_norms, onnx_bytes
+from rmprune.graph.fold import fold_batch_norms
+from rmprune.graph.trace import trace
 
 Run = Callable[[], object]
 PACKAGES = ("onnxruntime", "openvino")  # backends that are packages of the same name

@@ -33,7 +33,7 @@ from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure.backends import BACKENDS, Candidate, prepare
 from rmprune.measure.latency import measure_latencies, quiet_process, timed_rounds
 from rmprune.measure.layers import Layer, neighbours, network_layers
-from rmprune.records import environment
+from rmprune.measure.machine import environment
 
 logger = logging.getLogger("rmprune.measure")
 SCHEMA = 1

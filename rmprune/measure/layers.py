@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from rmprune.architecture import trace
-from rmprune.onnx_export import fold_batch_norms
-from rmprune.vocabulary import FUNCTION_NAMES, LAYERS
+from rmprune.graph.fold import fold_batch_norms
+from rmprune.graph.trace import trace
+from rmprune.graph.vocabulary import FUNCTION_NAMES, LAYERS
 
 _FREE = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
 _ACTIVATIONS = (

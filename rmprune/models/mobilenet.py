@@ -11,7 +11,6 @@ from torchvision.ops import Conv2dNormActivation
 from rmprune.errors import ConfigError
 
 Stages = Sequence[tuple[int, int, int]]
-
 NAMES = ("mobilenet_v2", "mobilenet_v2_small", "mobilenet_v2_digits")
 IMAGENET_STAGES: Stages = ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1))
 """Expansion, channels, blocks of every stage (MobileNetV2, table 2)."""

@@ -15,7 +15,6 @@ from rmprune.config import require
 from rmprune.errors import ConfigError
 
 CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet1202")
-
 _TORCHVISION_LAYERS: dict[str, tuple[type[TorchvisionBasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
     "resnet10": (TorchvisionBasicBlock, (1, 1, 1, 1)),
     "resnet18": (TorchvisionBasicBlock, (2, 2, 2, 2)),

@@ -7,66 +7,46 @@ A run is a directory, laid out as `slim`'s: with one seed and one budget it is t
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from rmprune import artifact, models, records
-from rmprune.amc.apply import PolicyPruner
+from rmprune import artifact, models
 from rmprune.amc.choose import Timing, choose, make_space, network_cost
-from rmprune.amc.progress import search_bar
+from rmprune.amc.multiplier import Multiplier, require_multiplier, width_multiplier
 from rmprune.amc.search import METHODS as SEARCHES
-from rmprune.amc.search import Method as SearchMethod
+from rmprune.amc.search import SearchResult, Watcher
 from rmprune.amc.space import COSTS
-from rmprune.amc.uniform import Multiplier, require_multiplier, width_multiplier
-from rmprune.architecture import describe
+from rmprune.amc.table import METHODS
+from rmprune.artifact.describe import describe
+from rmprune.artifact.weights import load_checkpoint_into
 from rmprune.config import AmcConfig, architecture
-from rmprune.configfile import to_dict
-from rmprune.data import Dataset, load_dataset
+from rmprune.config.toml import to_dict
+from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
-from rmprune.loading import SMALL_IMAGE, load_checkpoint_into
 from rmprune.measure import check_available
-from rmprune.pipelines.cells import Cell, plan_cells, unfinished
-from rmprune.pipelines.slim import measure_networks, pick_device, stage, with_weights
+from rmprune.measure.machine import environment
+from rmprune.measure.place import Place
+from rmprune.methods.start import CALIBRATION_IMAGES
+from rmprune.models.families import SMALL_IMAGE
+from rmprune.pipelines.stages import measure_networks, pick_device, stage, with_weights
+from rmprune.pruning.gradual import PolicyPruner
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
-from rmprune.rundir import claim, remembered
-from rmprune.starting import CALIBRATION_IMAGES
-from rmprune.timed import Place
+from rmprune.runs import records
+from rmprune.runs.cells import Cell, plan_cells, unfinished
+from rmprune.runs.directory import claim
+from rmprune.runs.notes import remembered
 from rmprune.training import fit
 
 logger = logging.getLogger("rmprune")
 GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
-
-
-class Method(NamedTuple):
-    """How a method chooses widths. `search`: None trains the original network at a smaller width from scratch.
-
-    `mixed`: once the network is pruned, residuals are removed wherever that makes it faster, measured.
-    """
-
-    about: str
-    plain: bool
-    search: SearchMethod | None
-    mixed: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "rm-amc": Method("RM and fusing, then the agent on the plain network", True, "agent"),
-    "rm-random": Method("RM and fusing, then random search with as many episodes", True, "random"),
-    "rm-uniform": Method("RM and fusing, then the same fraction of every layer", True, "uniform"),
-    "residual-amc": Method("residuals kept, coupled channels tied, then the agent", False, "agent"),
-    "mixed-amc": Method(
-        "as residual-amc, then RM, exactly, for those residuals whose removal makes the pruned network faster",
-        False,
-        "agent",
-        mixed=True,
-    ),
-    "residual-random": Method("residuals kept, coupled channels tied, then random search", False, "random"),
-    "uniform": Method("the original network at a smaller width multiplier, trained from scratch", False, None),
-}
 
 
 def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
@@ -180,7 +160,7 @@ class _Run:
             "input_shape": list(self.data.input_shape),
             "method": ",".join(config.method),
             "budget": {cell.kind: cell.value},
-            "environment": records.environment(),
+            "environment": environment(),
             "removal": removal,
             **entries,
         }
@@ -301,3 +281,21 @@ class _Run:
         found = Multiplier(**remembered(file, "multiplier", find))
         model = self.train(self.cell.directory, name, found.width, more_epochs=self.config.finetune.epochs)
         return model, {"search": {"method": "width multiplier", "width": found.width, "verified_ratio": found.ratio}}
+
+
+@contextmanager
+def search_bar(label: str, total: int, budget: float) -> Iterator[Watcher]:
+    """Yields the watcher that moves the bar; costs are shown as parts of `budget`."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=total)
+
+        def watch(result: SearchResult) -> None:
+            best, done = result.best, len(result.episodes)
+            text = f"{label}  best reward {best.reward:.4f} at {100 * best.cost / budget:.0f} % of the budget"
+            progress.update(task, completed=done, description=text)
+            if done == total or (not console.is_terminal and done % max(1, total // 4) == 0):
+                logger.info("%s  (%d of %d episodes, %.0f s)", text, done, total, result.seconds)
+
+        yield watch

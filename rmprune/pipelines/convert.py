@@ -13,11 +13,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rmprune import artifact
+from rmprune.artifact.onnx import ROUNDINGS, rounding
+from rmprune.artifact.weights import load_checkpoint_into
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
-from rmprune.loading import create_network, load_checkpoint_into
 from rmprune.measure import count_macs, count_params
-from rmprune.onnx_export import ROUNDINGS, rounding
+from rmprune.models.families import create_network
 from rmprune.removal import BlockReport, plan_removal, remove_residuals
 
 logger = logging.getLogger("rmprune")

@@ -6,29 +6,33 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rmprune import artifact, records
-from rmprune.architecture import describe
-from rmprune.candidates import best, judge
-from rmprune.config import MeasureConfig, SlimConfig, architecture
-from rmprune.configfile import to_dict
-from rmprune.data import Dataset, load_dataset
+from rmprune import artifact
+from rmprune.artifact.describe import describe
+from rmprune.artifact.weights import load_checkpoint_into
+from rmprune.config import SlimConfig, architecture
+from rmprune.config.toml import to_dict
+from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.loading import create_network, load_checkpoint_into
-from rmprune.measure import check_available, count_macs, count_params, measure_latencies
-from rmprune.methods import METHODS, Method, find_methods
-from rmprune.pipelines.cells import Cell, plan_cells, unfinished
+from rmprune.measure import check_available, count_macs
+from rmprune.measure.machine import environment
+from rmprune.methods.choose import best, judge
+from rmprune.methods.refuse import Refusal, check_budgets, refusal, skip
+from rmprune.methods.slim import slim_network
+from rmprune.methods.start import STARTING
+from rmprune.methods.table import METHODS, Method, find_methods
+from rmprune.models.families import create_network
+from rmprune.pipelines.stages import measure_networks, pick_device, stage, with_weights
 from rmprune.pruning import Budget
-from rmprune.rundir import claim
-from rmprune.slimming import Refusal, check_budgets, refusal, skip, slim_network
-from rmprune.starting import STARTING
-from rmprune.training import evaluate, fit
+from rmprune.runs import records
+from rmprune.runs.cells import Cell, plan_cells, unfinished
+from rmprune.runs.directory import claim
+from rmprune.training import fit
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
@@ -142,7 +146,7 @@ def _run_cell(
         "input_shape": list(data.input_shape),
         "method": ",".join(name for name in methods if name not in refused),
         "budget": {cell.kind: cell.value},
-        "environment": records.environment(),
+        "environment": environment(),
         "removal": removal,
         **{name: entry | notes.get(name, {}) for name, entry in entries.items()},
     }
@@ -162,7 +166,7 @@ def starting_network(
 
 
 def start(name: str, dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[str, Any]]:
-    """A network of `rmprune.starting`, made of the trained one, and the facts for its artifact; says what was done."""
+    """A network of `rmprune.methods.start`, made of the trained one, and the facts for its artifact; says what was done."""
     network, facts = STARTING[name](dense, data.train.example)
     if removal := facts.get("removal"):
         gone, stay, error = len(removal["removed"]), len(removal["kept"]), removal["max_error"]
@@ -171,19 +175,6 @@ def start(name: str, dense: nn.Module, data: Dataset) -> tuple[nn.Module, dict[s
         least, most = min(explained.values()), max(explained.values())
         logger.info("one convolution for %d blocks; it gives %.2f to %.2f of the variance", len(explained), least, most)
     return network, facts
-
-
-def stage(
-    directory: Path, make: Callable[[], tuple[nn.Module, dict[str, Any]]], onnx: torch.Tensor | None = None
-) -> nn.Module:
-    """The network of a finished stage from its artifact, or made now and saved with its facts. A damaged one is refused first."""
-    if directory.exists():
-        return artifact.load(directory)
-    model, facts = make()
-    if onnx is not None:
-        facts = {"input_shape": list(onnx.shape[1:])} | facts
-    artifact.save(model, directory, example_inputs=onnx, extra=facts)
-    return artifact.load(directory)
 
 
 def make_dense(config: SlimConfig, data: Dataset, seed: int) -> nn.Module:
@@ -215,51 +206,3 @@ def train_dense(config: SlimConfig, data: Dataset, seed: int, device: torch.devi
         log=directory / "log.jsonl",
         label="dense",
     ).cpu()
-
-
-def with_weights(network: nn.Module, trained: nn.Module) -> nn.Module:
-    """`network`, whose modules name its blocks, with the weights of its trained artifact, which is one flat graph."""
-    network.load_state_dict(trained.state_dict())
-    return network.eval()
-
-
-def measure_networks(
-    networks: dict[str, nn.Module], data: Dataset, config: MeasureConfig, device: torch.device
-) -> dict[str, dict[str, Any]]:
-    """Test accuracy (read here only), MACs, parameters and times of each network, as record entries."""
-    example = data.test.example(1)
-    latencies = measure_latencies(
-        networks,
-        example,
-        backends=config.backends,
-        threads=config.threads,
-        batch_sizes=config.batch_sizes,
-        device=config.device,
-        seconds=config.seconds,
-        min_rounds=config.min_rounds,
-        reference="original",
-    )
-    return {
-        name: {
-            "accuracy": evaluate(model.to(device), data.test, device=device).accuracy,
-            "macs": count_macs(model.cpu(), example),
-            "params": count_params(model),
-            "latency": [latency.to_dict() for latency in latencies[name]],
-        }
-        for name, model in networks.items()
-    }
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; auto takes the GPU where there is one. Raises ConfigError where it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}; use cpu, cuda, cuda:N or auto") from None
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
-    return device

@@ -5,16 +5,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rmprune import artifact, records
-from rmprune.architecture import describe
+from rmprune import artifact
+from rmprune.artifact.describe import describe
 from rmprune.config import TrainRunConfig, architecture
-from rmprune.configfile import to_dict
-from rmprune.data import Dataset, load_dataset
-from rmprune.loading import create_network
+from rmprune.config.toml import to_dict
+from rmprune.data.load import Dataset, load_dataset
 from rmprune.measure import check_available
-from rmprune.pipelines.slim import measure_networks, pick_device, stage, start, with_weights
+from rmprune.measure.machine import environment
+from rmprune.models.families import create_network
+from rmprune.pipelines.slim import start
+from rmprune.pipelines.stages import measure_networks, pick_device, stage, with_weights
 from rmprune.removal import plan_removal
-from rmprune.rundir import claim
+from rmprune.runs import records
+from rmprune.runs.directory import claim
 from rmprune.training import fit
 
 
@@ -63,7 +66,7 @@ def _finish(config: TrainRunConfig, model: nn.Module, data: Dataset, device: tor
         "dataset": config.data.dataset,
         "input_shape": list(data.input_shape),
         "method": "train",
-        "environment": records.environment(),
+        "environment": environment(),
         "removal": artifact.read_extra(root / "plain")["removal"],
         **measure_networks({"original": dense, "plain": plain}, data, config.measure, device),
     }

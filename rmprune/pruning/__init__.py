@@ -1,14 +1,14 @@
 """Which channels go, and their removal: importance, budgets, surgery, cuts while training, the coupled baseline."""
 
-from rmprune.pruning.budget import Budget, allocate
+from rmprune.pruning.allocate import allocate
+from rmprune.pruning.budget import Budget
 from rmprune.pruning.coupled import prune_coupled
 from rmprune.pruning.dead import fold_dead_channels
+from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import GradualPruner
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.importance import IMPORTANCES
+from rmprune.pruning.importance import IMPORTANCES, TaylorSum
 from rmprune.pruning.one_shot import prune
 from rmprune.pruning.surgery import shrink
-from rmprune.pruning.taylor import TaylorSum
 
 __all__ = [
     "IMPORTANCES",

@@ -4,16 +4,11 @@ Changes no model.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from rmprune.config import PruneConfig
-from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.pruning.greedy import Meter, Search
-from rmprune.pruning.greedy import keep_best as keep_best
-from rmprune.pruning.structure import Cost, Group, Keep, Structure, channels, macs, total_cost
+from rmprune.errors import ConfigError
+from rmprune.pruning.groups import Cost, Group, Structure, channels, macs, total_cost
 
 
 @dataclass(frozen=True)
@@ -111,46 +106,6 @@ def resolve(structure: Structure, budget: Budget, cost: Cost | None = None) -> T
     return Target(cost, budget.latency_ratio * whole, whole)
 
 
-def allocate(
-    structure: Structure,
-    importance: Mapping[str, Tensor],
-    budget: Budget,
-    cost: Cost | None = None,
-    *,
-    target: Target | None = None,
-    origin: Mapping[str, int] | None = None,
-    rank: str = "per_cost",
-    lookahead: int = 1,
-) -> Keep:
-    """Keep masks {group: bool [units]} that meet the budget.
-
-    Greedy: the block whose importance per cost saved is least goes next (the budget's cost; MACs where the budget
-    counts channels). ``rank="importance"``: importance per channel, the one global threshold of network slimming;
-    savings are recomputed as neighbours shrink; at the end blocks that still fit come back. Ties go by saving, then
-    by the order of groups and channels. ``lookahead``: how many blocks ahead to look where cost is not monotone in
-    width (measured times). ``origin``: units that the limits refer to, where the network has been cut before.
-    ``target`` overrides the budget's own.
-
-    Raises InfeasibleBudget naming the limit that forbids it and the nearest budget that can be met.
-    """
-    if rank not in ("per_cost", "importance"):
-        raise ConfigError(f"rank must be 'per_cost' or 'importance', got {rank!r}")
-    target = target or resolve(structure, budget, cost)
-    widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
-    search = Search(structure, importance, target.cost, widths, rank, lookahead)
-    if not search.shrink_to(target.limit):
-        raise InfeasibleBudget(explain(structure, budget, target, origin))
-    search.fill(target.limit)
-    return search.keep()
-
-
-def even_fraction(structure: Structure, budget: Budget, cost: Cost | None = None) -> float:
-    """The fraction of its channels that every layer would keep if all were cut evenly: MACs go with its square."""
-    target = resolve(structure, budget, cost)
-    fraction = min(1.0, target.limit / total_cost(structure, target.cost))
-    return fraction if budget.ratio is not None else fraction**0.5
-
-
 def allowed_units(group: Group, budget: Budget, origin: int | None = None) -> list[int]:
     """The numbers of units that a group may keep, ascending. Limits refer to its original size ``origin``."""
     k, whole = group.multiple, (origin or group.units) * group.multiple
@@ -159,38 +114,3 @@ def allowed_units(group: Group, budget: Budget, origin: int | None = None) -> li
     step = math.lcm(k, budget.round_to) // k
     found = [u for u in range(step, group.units + 1, step) if low <= u * k <= high]
     return found or [group.units]
-
-
-def least_cost(structure: Structure, budget: Budget, cost: Cost, origin: Mapping[str, int] | None = None) -> float:
-    """The cost with every group as narrow as the limits let it be."""
-    meter = Meter(structure, cost)
-    for group in structure.groups:
-        meter.place(group.name, allowed_units(group, budget, (origin or {}).get(group.name))[0])
-    return meter.total
-
-
-def explain(structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None = None) -> str:
-    """Which limit forbids the budget, and what can be had under the limits as they are."""
-    least = least_cost(structure, budget, target.cost, origin)
-    asked, nearest = getattr(budget, budget.name), target.as_ratio(budget, least)
-    free = {
-        "min_channels": replace(budget, min_channels=1),
-        "min_fraction": replace(budget, min_fraction=0.0),
-        "round_to": replace(budget, round_to=1),
-    }
-    guilty = [
-        f"{limit}={getattr(budget, limit)}"
-        for limit, relaxed in free.items()
-        if relaxed != budget and least_cost(structure, relaxed, target.cost, origin) <= target.limit
-    ]
-    bare = replace(budget, min_channels=1, min_fraction=0.0, round_to=1)
-    if guilty:
-        why = f"{' or '.join(guilty)} forbids it"
-    elif least_cost(structure, bare, target.cost, origin) <= target.limit:
-        why = "min_channels, min_fraction and round_to together forbid it"
-    else:
-        whole = ", ".join(name for name, reason in structure.frozen.items() if "output" not in reason)
-        why = "even one channel a layer costs more" + (f" (left whole: {whole})" if whole else "")
-    return (
-        f"{budget.name} {asked:g} cannot be met: {why}. The nearest that can be met under these limits is {nearest:.4g}"
-    )

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rmprune.pruning.groups import Keep, Layer, Structure, layer_masks
 from rmprune.pruning.program import Op, Program
-from rmprune.pruning.reconstruct import (
-    Positions,
-    outputs_at,
-    patches_at,
-    reconstruct,
-    reconstruct_checked,
-    sample_positions,
-)
-from rmprune.pruning.structure import Keep, Layer, Structure, layer_masks
+from rmprune.pruning.reconstruct import reconstruct, reconstruct_checked
 from rmprune.pruning.surgery import Slices, take, tensor_slices
 
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
@@ -252,3 +245,47 @@ def _precision(layer: Layer, x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _eval_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Output positions at which a layer is fitted: image [S], row [S], column [S]."""
+
+    image: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def sample_positions(images: int, size: tuple[int, int], count: int, generator: torch.Generator) -> Positions:
+    """`count` positions in each of `images` outputs of (height, width) `size`, drawn with replacement (all if fewer)."""
+    height, width = size
+    if height * width <= count:
+        flat = torch.arange(height * width).repeat(images, 1)
+    else:
+        flat = torch.randint(height * width, (images, count), generator=generator)
+    image = torch.arange(images)[:, None].expand_as(flat)
+    return Positions(image.flatten(), (flat // width).flatten(), (flat % width).flatten())
+
+
+def outputs_at(y: Tensor, at: Positions) -> Tensor:
+    """[S, c] of feature maps [N, c, h, w] or rows [N, c]."""
+    return (y[at.image, :, at.row, at.column] if y.dim() == 4 else y[at.image]).float()
+
+
+def patches_at(x: Tensor, layer: Layer, at: Positions) -> Tensor:
+    """[S, c, kh*kw]: what the layer reads at each of its output positions, its zero padding included."""
+    if x.dim() == 2:
+        return x[at.image, :, None].float()
+    pad_y, pad_x = layer.padding
+    padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
+    taps = [
+        padded[
+            at.image,
+            :,
+            at.row * layer.stride[0] + i * layer.dilation[0],
+            at.column * layer.stride[1] + j * layer.dilation[1],
+        ]
+        for i in range(layer.kernel[0])
+        for j in range(layer.kernel[1])
+    ]
+    return torch.stack(taps, dim=2).float()

@@ -16,17 +16,16 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
-from rmprune.pruning.budget import Budget, allowed_units, explain, resolve
-from rmprune.pruning.graph import find_structure
+from rmprune.pruning.allocate import explain
+from rmprune.pruning.budget import Budget, allowed_units, resolve
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Cost, Structure, evaluating
 from rmprune.pruning.importance import Batches
 from rmprune.pruning.one_shot import check_outputs
-from rmprune.pruning.structure import Cost, Structure, evaluating
 from rmprune.training.convolutions import TrainableConvolutions
 
 M = TypeVar("M", bound=nn.Module)
-
 OUT_OF_REACH = 1e12  # above any score of a channel that may go
-
 COUPLED_IMPORTANCES: dict[str, Callable[[], tp.importance.Importance]] = {
     "batch_norm": tp.importance.BNScaleImportance,
     "taylor": tp.importance.GroupTaylorImportance,

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.pruning.budget import Budget, Target, allocate, least_cost, resolve
-from rmprune.pruning.graph import find_structure
-from rmprune.pruning.importance import score_groups
-from rmprune.pruning.structure import Cost, Keep, Structure, total_cost
+from rmprune.pruning.allocate import allocate, keep_best, least_cost
+from rmprune.pruning.budget import Budget, Target, resolve
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Cost, Keep, Structure, total_cost
+from rmprune.pruning.importance import TaylorSum, score_groups
 from rmprune.pruning.surgery import shrink
-from rmprune.pruning.taylor import TaylorSum
 
 NEAR = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
@@ -189,3 +189,34 @@ class GradualPruner:
         units = self.first.units
         masks = {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i, True) for n, i in self.kept.items()}
         return shrink(model, masks, self.first)[0]
+
+
+class PolicyPruner(GradualPruner):
+    """A hook for `fit` that cuts to given widths while training, by the Taylor scores of the training steps themselves.
+
+    widths: group -> units to keep in the end. Each group shrinks geometrically, all together, over `prune_epochs`; which
+    of its channels go is decided anew at every cut.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor,
+        widths: Mapping[str, int],
+        *,
+        prune_epochs: float,
+        every: int = 30,
+        decay: float = 0.5,
+    ) -> None:
+        self.widths = dict(widths)
+        unused = Budget(ratio=0.5)  # the policy takes its place
+        super().__init__(model, example_inputs, unused, prune_epochs=prune_epochs, every=every, decay=decay)
+
+    def _allocate(self, scores: Mapping[str, Tensor], *, final: bool, progress: float = 1.0) -> Keep:
+        now, first = self.structure.units, self.first.units
+        keep: Keep = {}
+        for name, units in now.items():
+            goal = self.widths.get(name, first[name])
+            wanted = goal if final else round(first[name] * (goal / first[name]) ** progress)
+            keep[name] = keep_best(scores[name], min(units, max(goal, wanted)))
+        return keep

@@ -14,19 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.pruning.baselines import allocate_uniform, inner_only
-from rmprune.pruning.budget import Budget, allocate, resolve
-from rmprune.pruning.constants import find_constants, response
-from rmprune.pruning.dead import add_to_bias, fold
-from rmprune.pruning.graph import find_structure
+from rmprune.pruning.allocate import allocate, allocate_uniform
+from rmprune.pruning.budget import Budget, resolve
+from rmprune.pruning.dead import add_to_bias, find_constants, fold, response
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Batches, Importance, score_groups
 from rmprune.pruning.refit import refit
-from rmprune.pruning.structure import Cost, Keep, Structure, evaluating, outputs, total_cost
 from rmprune.pruning.surgery import shrink
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-
 FITTING_IMAGES = 1024  # training images that layers are fitted on, at most,
 FITTING_PIXELS = 2**23  # and of so many pixels
 

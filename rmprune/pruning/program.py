@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rmprune.errors import UnsupportedModel
-from rmprune.pruning.chain import BATCH_NORMS, is_flatten, is_global_mean, trace_graph
-from rmprune.pruning.structure import Structure
+from rmprune.pruning.find_groups import BATCH_NORMS, is_flatten, is_global_mean, trace_graph
+from rmprune.pruning.groups import Structure
 
 IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.ReLU: F.relu_,

@@ -10,55 +10,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-
-from rmprune.pruning.structure import Layer
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Output positions at which a layer is fitted: image [S], row [S], column [S]."""
-
-    image: Tensor
-    row: Tensor
-    column: Tensor
-
-
-def sample_positions(images: int, size: tuple[int, int], count: int, generator: torch.Generator) -> Positions:
-    """`count` positions in each of `images` outputs of (height, width) `size`, drawn with replacement (all if fewer)."""
-    height, width = size
-    if height * width <= count:
-        flat = torch.arange(height * width).repeat(images, 1)
-    else:
-        flat = torch.randint(height * width, (images, count), generator=generator)
-    image = torch.arange(images)[:, None].expand_as(flat)
-    return Positions(image.flatten(), (flat // width).flatten(), (flat % width).flatten())
-
-
-def outputs_at(y: Tensor, at: Positions) -> Tensor:
-    """[S, c] of feature maps [N, c, h, w] or rows [N, c]."""
-    return (y[at.image, :, at.row, at.column] if y.dim() == 4 else y[at.image]).float()
-
-
-def patches_at(x: Tensor, layer: Layer, at: Positions) -> Tensor:
-    """[S, c, kh*kw]: what the layer reads at each of its output positions, its zero padding included."""
-    if x.dim() == 2:
-        return x[at.image, :, None].float()
-    pad_y, pad_x = layer.padding
-    padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
-    taps = [
-        padded[
-            at.image,
-            :,
-            at.row * layer.stride[0] + i * layer.dilation[0],
-            at.column * layer.stride[1] + j * layer.dilation[1],
-        ]
-        for i in range(layer.kernel[0])
-        for j in range(layer.kernel[1])
-    ]
-    return torch.stack(taps, dim=2).float()
-
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 """Strengths that `reconstruct_checked` chooses among; infinity leaves the weights alone and fits the intercept."""
@@ -129,3 +82,41 @@ def _grouped(weight: Tensor, patches: Tensor, wanted: Tensor, groups: int) -> tu
 
 def _ungrouped(w: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return w.transpose(1, 2).reshape(weight.shape).to(weight), bias.flatten().to(weight)
+
+
+POSITIONS = 40  # of the maps for each unknown of a fit, at least 40,000
+RIDGE = 1e-3  # relative to the mean square of what the convolution reads
+
+
+def least_squares(
+    conv: nn.Conv2d, read: Tensor, wanted: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """Weight and bias with which `conv` of `read` (N, C, H, W) comes nearest to `wanted` (N, O, H', W'); the squared error at a position.
+
+    On randomly drawn positions of all images, with a ridge of RIDGE relative to the mean square of what is read.
+    """
+    columns = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    each = min(wanted[0, 0].numel(), -(-max(40_000, POSITIONS * columns) // len(read)))
+    size = columns + 1 + conv.out_channels  # inputs, 1, outputs
+    moments = torch.zeros(size, size, dtype=torch.float64)
+    for images, targets in zip(read.split(64), wanted.split(64), strict=True):
+        taps = F.unfold(images, conv.kernel_size, padding=conv.padding, stride=conv.stride)  # type: ignore[arg-type]
+        where = torch.randperm(taps.shape[2], generator=generator)[:each]
+        rows = torch.cat(
+            [taps[:, :, where], torch.ones(len(images), 1, len(where)), targets.flatten(2)[:, :, where]], 1
+        )
+        rows = rows.transpose(1, 2).reshape(-1, size)
+        moments += (rows.T @ rows).double()
+    count = moments[columns, columns]
+    mean = moments[columns] / count
+    centred = moments / count - torch.outer(mean, mean)
+    inputs, cross, spread = (
+        centred[:columns, :columns],
+        centred[:columns, columns + 1 :],
+        centred.diagonal()[columns + 1 :],
+    )
+    ridge = (RIDGE * inputs.diagonal().mean()).clamp(min=1e-30)
+    weight = torch.linalg.solve(inputs + ridge * torch.eye(columns, dtype=torch.float64), cross)  # columns x outputs
+    error = spread - 2 * (weight * cross).sum(0) + (weight * (inputs @ weight)).sum(0)
+    bias = mean[columns + 1 :] - mean[:columns] @ weight
+    return weight.T.reshape(conv.weight.shape).to(read), bias.to(read), float(error.sum())

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.pruning.calibration import Calibrator, Cut, Fitted
+from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.program import Op, Program, read_program
-from rmprune.pruning.structure import Keep, Structure
 from rmprune.pruning.surgery import shrink
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.pruning.structure import Structure, is_depthwise, layer_masks
+from rmprune.pruning.groups import Structure, is_depthwise, layer_masks
 
 Slices = tuple[tuple[int, Tensor], ...]
 """((dimension, int64 indices that stay), ...)."""

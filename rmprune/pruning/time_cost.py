@@ -16,8 +16,8 @@ from rmprune.errors import UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import Layer as Timed
 from rmprune.measure.layers import network_layers
-from rmprune.pruning.chain import trace_graph
-from rmprune.pruning.structure import Layer, Structure
+from rmprune.pruning.find_groups import trace_graph
+from rmprune.pruning.groups import Layer, Structure
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Fractions of a layer's width near which it is measured."""

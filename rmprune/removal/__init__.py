@@ -1,15 +1,12 @@
 """Exact removal of residual connections (RM, arXiv 2111.00687): the public names, nothing else."""
 
-from rmprune.removal.linear import fold_batch_norms, fuse_linear
 from rmprune.removal.remove import Removal, plan_removal, remove_residuals
 from rmprune.removal.rewrite import BlockReport
-from rmprune.removal.where import remove_where_faster
+from rmprune.removal.where_faster import remove_where_faster
 
 __all__ = [
     "BlockReport",
     "Removal",
-    "fold_batch_norms",
-    "fuse_linear",
     "plan_removal",
     "remove_residuals",
     "remove_where_faster",

@@ -12,16 +12,14 @@ from itertools import takewhile
 import torch
 from torch import fx, nn
 
-from rmprune.removal.activations import rule_of
-from rmprune.removal.assemble import Entries, entries_of
-from rmprune.removal.kernels import Conv, Pair, dense, identity, with_norm
-from rmprune.removal.linear_nodes import linear_layer
-from rmprune.removal.network import Network, is_batch_norm, shape_of
-from rmprune.removal.observe import size_seen
-from rmprune.removal.ranges import Range, range_of, spatial
-from rmprune.removal.reasons import why_no_fork
+from rmprune.graph.activations import rule_of
+from rmprune.graph.convolution import Conv, Pair, dense, identity, with_norm
+from rmprune.graph.network import Network, describe, is_batch_norm, linear_layer, shape_of, spatial
+from rmprune.graph.ranges import Range, range_of, size_seen
+from rmprune.removal.copies import Entries, entries_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
+_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
@@ -245,3 +243,33 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage] | str:
         assert isinstance(source, fx.Node)
         stages.append(Stage(conv, spatial(source), range_of(node), size_seen(node)))
     return stages
+
+
+_GATES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_CONCATENATIONS = (torch.cat, torch.concat)
+
+
+def why_no_fork(network: Network, end: fx.Node, passable: bool, not_linear: str) -> str:
+    """Names what ends the walk back from an addition before branch and shortcut meet.
+
+    passable: it is a layer that could be walked through; not_linear: why it is no kernel, if it is a module.
+    """
+    if end.target in _GATES:
+        return (
+            "its branch is multiplied by a value that is computed on the way (a gate, squeeze-and-excitation): the gate would "
+            "multiply the reserved copies too, which need a factor of exactly 1"
+        )
+    if end.target in _ADDITIONS:
+        return "its branch holds another residual that stays"
+    if end.target in _CONCATENATIONS:
+        return "its branch concatenates several ways: it is no chain of layers"
+    if passable and len(end.users) > 1:
+        return f"the output of {describe(network, end)} inside its branch is read elsewhere, too: the branch is no chain of layers"
+    if end.op == "placeholder":
+        return "its two ways start from different values: it adds maps of two sources"
+    if not_linear:
+        return f"its branch or shortcut holds a layer that no kernel stands for: {not_linear}"
+    return (
+        f"its branch or shortcut holds {describe(network, end)}, which is no layer of a kind that can be followed: no chain of "
+        "layers leads back to the fork"
+    )

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rmprune.removal.kernels import Geometry, Pair
+from rmprune.graph.convolution import Geometry, Pair, output_size
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,6 @@ def _axis(
 
 def _size(pair: Pair) -> str:
     return f"{pair[0]}x{pair[1]}"
-
-
-def output_size(geometry: Geometry, size: Pair) -> Pair:
-    """Pixels of the output, by the usual floor formula."""
-    sizes = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
-        )
-    ]
-    return sizes[0], sizes[1]
 
 
 @lru_cache(maxsize=4096)

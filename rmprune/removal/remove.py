@@ -12,18 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.removal.build import materialise, target_of
-from rmprune.removal.check import check_inputs, relative_error
-from rmprune.removal.concat import join_copies
-from rmprune.removal.diagnose import over_tolerance
-from rmprune.removal.encode import FORMS
-from rmprune.removal.fuse import RULES, fuse_convolutions, join_norms
-from rmprune.removal.network import Network, example_tuple
-from rmprune.removal.observe import may_shift, observe, tighten
-from rmprune.removal.ranges import annotate_ranges
-from rmprune.removal.reference import has_hooks, reference_copy
-from rmprune.removal.rewrite import BlockReport, remove_all
-from rmprune.removal.trace import normalise
+from rmprune.graph.build import materialise, target_of
+from rmprune.graph.equivalence import check_inputs, has_hooks, over_tolerance, reference_copy, relative_error
+from rmprune.graph.fuse import RULES, fuse_convolutions, join_norms
+from rmprune.graph.network import Network, example_tuple
+from rmprune.graph.normalise import normalise
+from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
+from rmprune.removal.forms import FORMS
+from rmprune.removal.rewrite import BlockReport, join_copies, remove_all
 
 RANGES = ("provable", "calibrated")
 Inputs = Tensor | tuple[Tensor, ...]

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from rmprune.errors import ArtifactError
-from rmprune.records import networks, read_record
 from rmprune.report.tables import budget_of, find_setting, method_of, model_of
+from rmprune.runs.records import networks, read_record
 
 _OWN = {
     "seed",

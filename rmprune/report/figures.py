@@ -19,7 +19,7 @@ from rmprune.report.tables import CONFIGURATION, configuration_label, measured_a
 _KNOWN = {"dense": ("#000000", "*", 150), "plain": ("#7f7f7f", "D", 42)}
 _COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6508"]
 _MARKERS = ["o", "s", "^", "v", "P", "X", "h"]
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.labelsize": 10,
@@ -49,7 +49,7 @@ def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
     panels = list(summary.groupby(CONFIGURATION, sort=False))
     columns = min(len(panels), max(1, summary.batch_size.nunique()), 3)
     lines = -(-len(panels) // columns)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(4.4 * columns, 5.2), 3.6 * lines + 0.9), layout="constrained")
         renderer = FigureCanvasAgg(figure).get_renderer()
         axes = figure.subplots(lines, columns, squeeze=False)
@@ -82,7 +82,7 @@ def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Writes `stem`.png (160 dots per inch) and `stem`.svg; the same data give the same files."""
     paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(paths[0], dpi=160)
         figure.savefig(paths[1], metadata={"Date": None})
     return paths

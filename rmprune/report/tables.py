@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from rmprune.records import networks, read_record
+from rmprune.runs.records import networks, read_record
 
 COLUMNS = [
     "model",

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rmprune.artifact.describe import describe
+from rmprune.artifact.rebuild import build
 from rmprune.config import TrainConfig
-from rmprune.data import Dataset
+from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError
 
 _FORMAT = 1
@@ -76,18 +78,14 @@ def shapes_digest(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
-def describe(model: nn.Module) -> str:
+def architecture_of(model: nn.Module) -> str:
     """The architecture of a model that a hook made, for `rebuild`."""
-    from rmprune import artifact  # traces the model; only needed where a hook changed it
-
-    return json.dumps(artifact.describe(model))
+    return json.dumps(describe(model))
 
 
 def rebuild(architecture: str) -> nn.Module:
-    """The model that `describe` described; its weights are in the checkpoint."""
-    from rmprune import artifact
-
-    return artifact.build(json.loads(architecture))
+    """The model whose `architecture_of` this is; its weights are in the checkpoint."""
+    return build(json.loads(architecture))
 
 
 def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

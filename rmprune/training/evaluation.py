@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rmprune.config import Precision
-from rmprune.data import Split
+from rmprune.data.splits import Split
 from rmprune.training.precision import autocast
 
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import TrainConfig, require
-from rmprune.data import Dataset, batch_seed
+from rmprune.data.load import Dataset
+from rmprune.data.splits import batch_seed
 from rmprune.errors import ArtifactError, RmpruneError
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
-from rmprune.training.distillation import distillation_loss
 from rmprune.training.evaluation import evaluate
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
 from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.state import Hook, TrainState
-from rmprune.training.teacher import Teacher
+from rmprune.training.teacher import Teacher, distillation_loss
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, where every look at the loss waits for it
 
@@ -288,7 +288,7 @@ class _Run:
             {
                 "fingerprint": self.fingerprint,
                 "step": self.state.step,
-                "architecture": files.describe(model) if changed else None,
+                "architecture": files.architecture_of(model) if changed else None,
                 "model": model.state_dict(),
                 "optimizer": files.optimizer_state(self.state.optimizer, model),
                 "totals": self.totals,

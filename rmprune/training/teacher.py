@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmprune.data import Dataset
+from rmprune.data.load import Dataset
 
 LARGEST = 256 * 2**20  # bytes of an epoch's outputs that are still worth keeping
 
@@ -86,3 +87,13 @@ def _digest(network: nn.Module, asked: dict[str, Any]) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over a batch of logits [B, classes].
+
+    The factor T^2 keeps the size of the gradient independent of the temperature (section 2 of the paper).
+    """
+    log_student = F.log_softmax(student.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

@@ -1,0 +1,210 @@
+"""A network as a JSON description: layers and graph without weights. rebuild.py reads it back; files are files.py's
+business.
+
+`describe` traces with torch.fx (a flat nn.Sequential needs no trace) and writes down only names from vocabulary.py.
+Limits: dropout and batch norm called as functions must be in eval mode (tracing freezes their flag), and layers the
+forward pass never reaches are left out.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.trace import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+from rmprune.graph.vocabulary import (
+    ATTRIBUTES,
+    FORMATS,
+    FUNCTION_NAMES,
+    IDENTIFIER,
+    LAYERS,
+    METHODS,
+    MODULE_PATH,
+    TENSOR_DTYPES,
+    TENSOR_TYPES,
+    TRAINING_FLAG,
+)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The architecture of `model` as JSON-able data: layers, graph, tensors shared or frozen; no weights.
+
+    Returns a dict with `kind` ("sequential" or "graph"), `training`, `layers`, `tensors`, `nodes`, `tied`, `frozen`.
+    Raises UnsupportedModel that names the first thing outside the closed list and what to do.
+    """
+    flat = is_flat_sequential(model)
+    graph = None if flat else trace(model)
+    names = list(model._modules) if flat else _called_layers(model, graph)
+    layers = _describe_layers(model, names)
+    nodes = [] if graph is None else [_describe_node(node, model) for node in graph.nodes]
+    tensors = [] if graph is None else _describe_tensors(model, graph)
+    description: dict[str, Any] = {
+        "kind": "sequential" if flat else "graph",
+        "training": model.training,
+        "layers": layers,
+        "tensors": tensors,
+        "nodes": nodes,
+    }
+    paths = dict(_tensor_paths(model, description))
+    first: dict[int, str] = {}
+    description["tied"] = []
+    for path, tensor in paths.items():
+        if first.setdefault(id(tensor), path) != path:
+            description["tied"].append([path, first[id(tensor)]])
+    description["frozen"] = [p for p, t in paths.items() if isinstance(t, nn.Parameter) and not t.requires_grad]
+    return description
+
+
+def _called_layers(model: nn.Module, graph: fx.Graph | None) -> list[str]:
+    """Paths of the layers that the graph calls, in the model's own order, other names of the same layer included."""
+    assert graph is not None
+    modules = dict(model.named_modules())
+    called = {id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module"}
+    return [path for path, module in model.named_modules(remove_duplicate=False) if id(module) in called]
+
+
+def _describe_layers(model: nn.Module, names: list[str]) -> list[dict[str, Any]]:
+    layers: list[dict[str, Any]] = []
+    first: dict[int, str] = {}
+    for path in names:
+        module = model.get_submodule(path)
+        if not MODULE_PATH.fullmatch(path):
+            raise UnsupportedModel(f"layer {path!r}: only letters, digits, - and _ may name a layer; rename it")
+        if first.setdefault(id(module), path) != path:
+            layers.append({"name": path, "same_as": first[id(module)]})
+            continue
+        layers.append({"name": path, **_describe_layer(path, module)})
+        if module.training != model.training:
+            layers[-1]["training"] = module.training
+    return layers
+
+
+def _describe_layer(path: str, module: nn.Module) -> dict[str, Any]:
+    """Type and arguments of one layer, after checking that they say all there is to say about it."""
+    known = stock_norm(module) if is_norm_with_activation(module) else module
+    kind = type(known).__name__
+    spec = LAYERS.get(kind)
+    if spec is None or type(known) is not spec.cls:
+        raise UnsupportedModel(
+            f"layer {path} ({kind}): not a layer type an artifact can hold; known are {', '.join(LAYERS)}"
+        )
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        raise UnsupportedModel(f"layer {path} ({kind}): it carries hooks, which a file cannot hold; remove them first")
+    args = spec.read(module)
+    for name, check in spec.args.items():
+        if not check(args[name]):
+            raise UnsupportedModel(f"layer {path} ({kind}): {name}={args[name]!r} is outside what an artifact can hold")
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in spec.make(args).state_dict().items()}
+    actual = {name: tuple(t.shape) for name, t in module.state_dict().items() if "." not in name}
+    if expected != actual:
+        raise UnsupportedModel(
+            f"layer {path} ({kind}): its tensors {actual} do not fit its arguments, which give {expected}; set them "
+            "after changing weights"
+        )
+    return {"type": kind, "args": args}
+
+
+def _describe_tensors(model: nn.Module, graph: fx.Graph) -> list[dict[str, Any]]:
+    """Parameters and buffers that the graph reads directly."""
+    found = []
+    persistent = set(model.state_dict(keep_vars=True))
+    for path in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
+        owner, _, name = path.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), name)
+        if not isinstance(tensor, Tensor) or not MODULE_PATH.fullmatch(path):
+            raise UnsupportedModel(
+                f"attribute {path!r}: the forward pass reads it and it is not a tensor; make it a buffer"
+            )
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in TENSOR_TYPES:
+            raise UnsupportedModel(
+                f"attribute {path}: tensors of type {dtype} are not supported; use one of {', '.join(TENSOR_TYPES)}"
+            )
+        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer" if path in persistent else "constant"
+        found.append({"name": path, "kind": kind, "shape": list(tensor.shape), "dtype": dtype})
+    return found
+
+
+def _describe_node(node: fx.Node, model: nn.Module) -> dict[str, Any]:
+    target = node.target
+    if node.op == "call_function":
+        name = FUNCTION_NAMES.get(target)
+        if name is None:
+            shown = getattr(target, "__name__", str(target))
+            raise UnsupportedModel(
+                f"node {node.name}: the function {shown!r} is not one an artifact can hold; use a layer or a listed "
+                "function"
+            )
+        if target is getattr and node.args[1] not in ATTRIBUTES:
+            raise UnsupportedModel(f"node {node.name}: the attribute {node.args[1]!r} of a tensor is not supported")
+        if target in TRAINING_FLAG and node.kwargs.get("training", (*node.args, *[False] * 8)[TRAINING_FLAG[target]]):
+            raise UnsupportedModel(
+                f"node {node.name}: {name} runs in training mode; call model.eval() first, or use the layer of that "
+                "name"
+            )
+        target = name
+    elif node.op == "call_method" and target not in METHODS:
+        raise UnsupportedModel(f"node {node.name}: the tensor method {target!r} is not one an artifact can hold")
+    elif node.op == "placeholder" and not IDENTIFIER.fullmatch(str(target)):
+        raise UnsupportedModel(f"input {target!r}: give the forward pass named inputs, not {target}")
+    try:
+        return {
+            "op": node.op,
+            "name": node.name,
+            "target": str(target),
+            "args": [encode(a, node.name) for a in node.args],
+            "kwargs": {k: encode(v, node.name) for k, v in node.kwargs.items()},
+        }
+    except TypeError as error:
+        raise UnsupportedModel(f"node {error}") from error
+
+
+def _tensor_paths(model: nn.Module, description: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that belongs into the file, by path; a tensor that two layers share comes twice."""
+    for layer in description["layers"]:
+        if "same_as" in layer:
+            continue
+        module = model.get_submodule(layer["name"])
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if "." not in name:
+                yield f"{layer['name']}.{name}", tensor
+    for entry in description["tensors"]:
+        owner, _, name = entry["name"].rpartition(".")
+        yield entry["name"], getattr(model.get_submodule(owner), name)
+
+
+def file_tensors(model: nn.Module, description: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors to store, each once: `description["tied"]` says which other paths show the same one."""
+    tied = {path for path, _ in description["tied"]}
+    return {path: tensor for path, tensor in _tensor_paths(model, description) if path not in tied}
+
+
+def encode(value: Any, where: str) -> Any:
+    """A graph argument as JSON: plain values as they are, the rest as a one-key object. Raises TypeError for
+    anything else.
+    """
+    if isinstance(value, torch.fx.Node):
+        return {"node": value.name}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, tuple):
+        return {"tuple": [encode(v, where) for v in value]}
+    if isinstance(value, list):
+        return [encode(v, where) for v in value]
+    if isinstance(value, slice):
+        return {"slice": [encode(v, where) for v in (value.start, value.stop, value.step)]}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    if isinstance(value, torch.dtype) and value in TENSOR_DTYPES:
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format) and value in FORMATS.values():
+        return {"memory_format": str(value).removeprefix("torch.")}
+    raise TypeError(f"{where}: an argument of type {type(value).__name__} has no place in an artifact")

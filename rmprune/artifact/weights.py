@@ -1,0 +1,57 @@
+"""A network from what a user names: a model name, an artifact directory, or a file of weights for a named model. Nothing is executed."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rmprune import artifact
+from rmprune.errors import ArtifactError
+
+
+def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
+    """`model` with the weights of an artifact directory or of a file (.safetensors, or a .pt/.pth state dict read with weights_only).
+
+    Raises ArtifactError where the file is missing or damaged or holds another network.
+    """
+    if not path.exists():
+        raise ArtifactError(
+            f"{path}: there is no such checkpoint; give an artifact directory or a .safetensors, .pt or .pth file"
+        )
+    state = artifact.load(path).state_dict() if path.is_dir() else read_state_dict(path)
+    own = model.state_dict()
+    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape] + [
+        key for key in state if key not in own
+    ]
+    if wrong:
+        raise ArtifactError(
+            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0]})"
+        )
+    model.load_state_dict(state)
+    return model
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a state dict that torch.save wrote (also under the key state_dict or model)."""
+    try:
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ArtifactError(f"{path}: cannot be read as weights ({_first_line(error)})") from None
+    except Exception as error:  # torch raises pickle.UnpicklingError for anything beyond tensors
+        raise ArtifactError(f"{path}: not a plain state dict ({_first_line(error)}); save model.state_dict()") from None
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ArtifactError(f"{path}: not a state dict (name -> tensor); save model.state_dict()")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,118 @@
+"""ImageNet-layout folders (train/CLASS/*, val/CLASS/*) through loader processes; small sets live in data.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from rmprune.config import DataConfig
+from rmprune.data.splits import Batch, Split, batch_seed, split_train
+from rmprune.errors import DataError
+
+# ImageNet's own statistics, as every pretrained network expects; those of the folder would cost a pass over all files.
+_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+_LAYOUT = "it needs the ImageNet layout: train/CLASS/image.jpg and val/CLASS/image.jpg"
+
+
+def load_image_folder(config: DataConfig) -> tuple[Split, Split, Split, int, tuple[int, int, int]]:
+    """(train, validation, test = val/, number of classes, input shape). Raises `DataError` for another layout."""
+    if config.data_dir is None:
+        raise DataError(f"imagefolder needs --data-dir; {_LAYOUT}")
+    train, test = (_open(Path(config.data_dir) / part) for part in ("train", "val"))
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(f"{config.data_dir}: train/ and val/ differ in classes, such as {odd[0]!r}; {_LAYOUT}")
+    held_back, kept = map(_mixed, split_train(torch.tensor(train.targets), config))
+    splits = (
+        FolderSplit([train.samples[i] for i in kept.tolist()], config),
+        FolderSplit([train.samples[i] for i in held_back.tolist()], config),
+        FolderSplit(test.samples, config),
+    )
+    return *splits, len(train.classes), (3, config.image_size, config.image_size)
+
+
+class FolderSplit(Split):
+    """A split of image files, decoded and augmented by loader processes."""
+
+    def __init__(self, samples: list[tuple[str, int]], config: DataConfig) -> None:
+        self.samples, self.size, self.workers = samples, config.image_size, config.workers
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        device = torch.device(device)
+        plan = [
+            [(int(indices[i]), batch_seed(batch_seed(shuffle_seed or 0, number), int(i))) for i in mine]
+            for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit)
+        ]
+        loader = DataLoader(
+            _Files(self.samples, self.size, augment),
+            batch_sampler=plan,  # the keys are (index, seed) pairs
+            num_workers=self.workers,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else the loader draws from the global one
+        )
+        mean, std = (255 * _MEAN.to(device)).view(-1, 1, 1), (255 * _STD.to(device)).view(-1, 1, 1)
+        try:
+            for images, labels in loader:
+                x = (images.to(device, non_blocking=True).float() - mean) / std
+                yield x.contiguous(memory_format=memory_format), labels.to(device, non_blocking=True)
+        except DataError as error:  # from a worker it arrives with the worker's traceback
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+
+
+class _Files(TorchDataset[tuple[Tensor, int]]):
+    """Key (index, seed) -> (uint8 image [3, S, S], label); random transforms depend on the key alone."""
+
+    def __init__(self, samples: list[tuple[str, int]], size: int, augment: bool) -> None:
+        self.samples, self.augment = samples, augment
+        cropped = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        random = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        self.transform = v2.Compose([v2.ToImage(), *(random if augment else cropped)])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        index, seed = key
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of these on damaged files
+            raise DataError(
+                f"{path} is missing or damaged ({error}); replace it or take it out of the folder"
+            ) from None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image).as_subclass(Tensor), label
+
+
+def _mixed(indices: Tensor) -> Tensor:
+    """The indices in a fixed random order: folders are sorted by class, and stages look at the first so many images."""
+    return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+
+
+def _open(folder: Path) -> ImageFolder:
+    try:
+        return ImageFolder(str(folder))
+    except (FileNotFoundError, OSError) as error:
+        raise DataError(f"{folder} is missing or has no images ({error}); {_LAYOUT}") from None

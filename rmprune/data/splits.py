@@ -1,0 +1,161 @@
+"""Data sets by name, as training, validation and test splits that yield normalised batches; knows nothing of networks.
+
+Small sets are held as one uint8 tensor and augmented by batch on the device. Every random draw follows from
+(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rmprune.config import DataConfig, require
+from rmprune.data.sources import Images, stratified_part
+from rmprune.errors import DataError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Split(ABC):
+    """One part of a data set. Images come normalised by channel, with the training images' mean and deviation."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def num_batches(self, batch_size: int, *, shuffled: bool) -> int:
+        """Batches of one pass. A shuffled pass drops the last, smaller batch, unless it is the only one."""
+        return max(1, len(self) // batch_size) if shuffled else -(-len(self) // batch_size)
+
+    @abstractmethod
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        """Yield (x float32 [B, C, H, W], y int64 [B]) on `device`.
+
+        Without `shuffle_seed` in the stored order and complete; with it in that seed's order (see `num_batches`).
+        `start` skips so many batches without reading them; `shard` (i, n) yields every n-th image of each batch from
+        the i-th on; `limit` stops after so many images.
+        """
+
+    def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """The first n images [n, C, H, W], normalised and without augmentation."""
+        return next(self.batches(min(n, len(self)), device=device))[0]
+
+    def _plan(
+        self, batch_size: int, shuffle_seed: int | None, start: int, shard: tuple[int, int], limit: int | None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number of the batch, indices of all its images, positions within it that belong to this shard)."""
+        rank, world = shard
+        if shuffle_seed is None:
+            order = torch.arange(min(len(self), limit) if limit is not None else len(self))
+        else:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(shuffle_seed))[:limit]
+            order = order[: max(1, len(order) // batch_size) * batch_size]
+        for number in range(start, -(-len(order) // batch_size)):
+            indices = order[number * batch_size : (number + 1) * batch_size]
+            yield number, indices, torch.arange(rank, len(indices), world)
+
+
+class TensorSplit(Split):
+    """A split held in memory as uint8."""
+
+    def __init__(self, data: Images, mean: Tensor, std: Tensor, *, may_flip: bool) -> None:
+        self.images, self.labels, self.may_flip = data.images, data.labels, may_flip
+        self._shift, self._scale = mean.view(-1, 1, 1), (1 / std).view(-1, 1, 1)  # in units of 0..255
+        self._held: tuple[torch.device, Tensor, Tensor] | None = None  # the copy on another device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        images, labels = self._on(torch.device(device))
+        shift, scale = self._shift.to(images.device), self._scale.to(images.device)
+        for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit):
+            chosen = indices[mine].to(images.device)
+            x = images[chosen]
+            if augment:
+                generator = torch.Generator().manual_seed(batch_seed(shuffle_seed or 0, number))
+                x = augment_batch(x, generator, flip=self.may_flip, drawn_for=len(indices), positions=mine)
+            yield ((x.float() - shift) * scale).contiguous(memory_format=memory_format), labels[chosen]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device == self.images.device:
+            return self.images, self.labels
+        if self._held is None or self._held[0] != device:
+            self._held = (device, self.images.to(device), self.labels.to(device))
+        return self._held[1], self._held[2]
+
+
+def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
+    """Indices (validation, training) of the training images: disjoint, stratified by class, drawn with split_seed."""
+    held_back = stratified_part(labels, config.validation, config.split_seed)
+    kept = (~held_back).nonzero().squeeze(1)
+    if config.train_images is not None:
+        require(
+            config.train_images <= len(kept),
+            f"train_images is {config.train_images}, but {config.dataset} has {len(kept)} beside the validation split",
+        )
+        generator = torch.Generator().manual_seed(config.split_seed)
+        kept = kept[torch.randperm(len(kept), generator=generator)[: config.train_images]].sort().values
+    if not len(kept):
+        raise DataError(f"{config.dataset}: the validation split of {config.validation} leaves no image to train on")
+    return held_back.nonzero().squeeze(1), kept
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] over uint8 images [N, C, H, W], in units of 0..255; exact, from histograms."""
+    values = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(1)]).double()
+    total = counts.sum(1)
+    mean = counts @ values / total
+    variance = (counts * (values - mean[:, None]) ** 2).sum(1) / total
+    return mean.float(), variance.sqrt().clamp(min=1.0).float()
+
+
+def batch_seed(seed: int, number: int) -> int:
+    """A seed for batch `number` of the pass with this seed; neighbours do not collide."""
+    return (seed * 1_000_003 + number * 7919 + 12345) % 2**63
+
+
+def augment_batch(
+    images: Tensor, generator: torch.Generator, *, flip: bool, drawn_for: int, positions: Tensor
+) -> Tensor:
+    """Crop images [B, C, H, W] at random after padding an eighth of their size with 0, and mirror half of them.
+
+    Draws for `drawn_for` images and uses the draws at `positions` [B], so every shard of a batch sees what the whole
+    would have seen.
+    """
+    _, _, height, width = images.shape
+    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
+    top = torch.randint(2 * pad_y + 1, (drawn_for,), generator=generator)[positions].to(images.device)
+    left = torch.randint(2 * pad_x + 1, (drawn_for,), generator=generator)[positions].to(images.device)
+    padded = torch.nn.functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, 2p+1, 2p+1, H, W]
+    cropped = windows[torch.arange(len(images), device=images.device), :, top, left]
+    if not flip:
+        return cropped
+    mirrored = (torch.rand(drawn_for, generator=generator) < 0.5)[positions].to(images.device)
+    return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)

@@ -1,0 +1,262 @@
+"""Builds the modules of a rewritten graph one after the other, while inputs flow through them: batch norms are measured on the
+way, outputs come out in float64 for the check, and each layer is cast to its final dtype before the next one is made."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from rmprune.errors import NotEquivalent
+from rmprune.graph.convolution import Block, Conv
+from rmprune.graph.network import Network
+from rmprune.graph.shapes import on_meta
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the result lives."""
+
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+
+def target_of(model: nn.Module) -> Target:
+    """dtype, device and memory format of a model, by its floating-point parameters."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    if not tensors:
+        return Target(torch.float32, torch.device("cpu"), False)
+    maps = [t for t in tensors if t.dim() == 4 and min(t.shape[1:]) > 1]
+    last = bool(maps) and all(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in maps
+    )
+    return Target(tensors[0].dtype, tensors[0].device, last)
+
+
+def materialise(
+    network: Network, inputs: tuple[Tensor, ...], measured: int, target: Target, batch_norm: bool
+) -> tuple[nn.Module, Any]:
+    """The network as a module, and its outputs in float64 on `inputs`.
+
+    The first `measured` images set the batch norms that are still to be measured; batch_norm=False folds every batch norm into
+    its convolution instead. The result is a flat nn.Sequential where the graph is a chain, else a GraphModule.
+    Raises NotEquivalent where it does not give the shapes of these outputs.
+    """
+    module, outputs = _Builder(network, measured, target, batch_norm).run(inputs)
+    found, expected = _shapes(_run_on_meta(module, inputs, target.dtype)), _shapes(outputs)
+    if found != expected:
+        raise NotEquivalent(f"the new network gives {found}, the original {expected}: a fault")
+    return module, outputs
+
+
+@torch.no_grad()
+def _run_on_meta(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Any:
+    """What the module returns, in its own dtype, without values: what the builder ran was not yet this module."""
+    given = [torch.empty_like(x, dtype=dtype if x.is_floating_point() else x.dtype, device="meta") for x in inputs]
+    try:
+        return on_meta(module)(*given)
+    except RuntimeError as error:
+        raise NotEquivalent(f"the new network does not run in {dtype}: {error}") from error
+
+
+def _shapes(outputs: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tree_leaves(outputs) if isinstance(t, Tensor))
+
+
+class _Builder:
+    def __init__(self, network: Network, measured: int, target: Target, batch_norm: bool) -> None:
+        self.network, self.measured, self.target, self.batch_norm = network, measured, target, batch_norm
+        self.graph = fx.Graph()
+        self.nodes: dict[fx.Node, fx.Node] = {}
+        self.modules: OrderedDict[str, nn.Module] = OrderedDict()
+        self.constants: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def run(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Any]:
+        values: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        outputs: Any = None
+        for node in self.network.graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            if node.op == "placeholder":
+                values[node] = next(given, node.args[0] if node.args else None)
+                self._copy(node)
+            elif node.op == "output":
+                outputs = args[0]
+                self._copy(node)
+            elif node.op == "call_module":
+                values[node] = self._layer(node, args, kwargs)
+            elif node.op == "get_attr":
+                values[node] = self._constant(node)
+            else:
+                function = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+                values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
+                self._copy(node)
+            for source in node.all_input_nodes:
+                if all(user in values or user is node for user in source.users):
+                    values[source] = None
+        return self._module(), outputs
+
+    def _copy(self, node: fx.Node) -> None:
+        self.nodes[node] = self.graph.node_copy(node, lambda n: self.nodes[n])
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        value = self.network.constants[str(node.target)]
+        name = str(node.target).replace(".", "_")
+        copied = value.detach().clone()
+        self.constants[name] = nn.Parameter(copied) if isinstance(value, nn.Parameter) else copied
+        self._copy(node)
+        self.nodes[node].target = name
+        return value
+
+    def _layer(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = self.network.layers[str(node.target)]
+        if isinstance(layer, Conv):
+            return self._conv(node, layer, args[0])
+        value = layer(*args, **kwargs)
+        self._copy(node)
+        self.nodes[node].target = self._register(str(node.target), self._cast(copy.deepcopy(layer)))
+        return value
+
+    def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:
+        conv = conv if self.batch_norm else conv.folded()
+        module, norm = build_conv(conv), None
+        value = sparse_forward(module, x, conv.block)
+        if conv.norm is not None:
+            norm = build_norm(conv, value[: self.measured])
+            value = norm(value)
+        source = self.nodes[node.args[0]]  # type: ignore[index]
+        new = self.graph.call_module(self._register(conv.name or str(node.target), self._cast(module)), (source,))
+        if norm is not None:
+            new = self.graph.call_module(self._register(conv.norm_name or f"{conv.name}_bn", self._cast(norm)), (new,))
+        self.nodes[node] = new
+        return value
+
+    def _register(self, name: str, module: nn.Module) -> str:
+        name = "".join(c if c.isalnum() else "_" for c in name)
+        unique, count = name, 0
+        while unique in self.modules:
+            count += 1
+            unique = f"{name}_{count}"
+        self.modules[unique] = module
+        return unique
+
+    def _cast(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.target.device, self.target.dtype)
+        if self.target.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+        return module.eval().requires_grad_(True)
+
+    def _module(self) -> nn.Module:
+        nodes = list(self.graph.nodes)
+        inner = nodes[1:-1]
+        chain = all(
+            n.op == "call_module" and n.args == (p,) and not n.kwargs for n, p in zip(inner, nodes, strict=False)
+        )
+        if chain and nodes[0].op == "placeholder" and nodes[-1].args == (nodes[-2],):
+            return nn.Sequential(OrderedDict((str(n.target), self.modules[str(n.target)]) for n in inner)).eval()
+        root = nn.Module()
+        for name, module in self.modules.items():
+            root.add_module(name, module)
+        for name, value in self.constants.items():
+            cast = value.detach().to(
+                self.target.device, self.target.dtype if value.is_floating_point() else value.dtype
+            )
+            if isinstance(value, nn.Parameter):
+                root.register_parameter(name, nn.Parameter(cast))
+            else:
+                root.register_buffer(name, cast)
+        self.graph.lint()
+        return fx.GraphModule(root, self.graph).eval()
+
+
+def build_conv(conv: Conv) -> nn.Conv2d:
+    """The float64 module of a convolution; the bias is left to the norm where there is one."""
+    g = conv.geometry
+    weight = conv.weight()
+    with torch.device("meta"):
+        module = nn.Conv2d(
+            conv.in_channels, conv.out_channels, g.kernel, g.stride, g.padding, g.dilation, conv.groups, conv.norm is None,
+            g.padding_mode,  # type: ignore[arg-type]
+        )  # fmt: skip
+    weight = weight.contiguous() if conv.rewritten else weight.clone()  # no two modules share memory
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if conv.norm is None:
+        module.bias = nn.Parameter(conv.bias.clone(), requires_grad=False)
+    return module.eval()
+
+
+def build_norm(conv: Conv, value: Tensor) -> nn.BatchNorm2d:
+    """The batch norm of a convolution without bias, whose output on the calibration images is `value` (N, C, H, W).
+
+    Measured rows: mean m and variance v of `value`, weight sqrt(v + eps), bias m + b: in eval mode y + b, whatever m and v are,
+    and in training mode the same on these images (RM.md 1). Other rows keep theirs.
+    """
+    norm = conv.norm
+    assert norm is not None
+    mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3), unbiased=False)
+    module = nn.BatchNorm2d(len(mean), eps=norm.eps, momentum=norm.momentum, dtype=torch.float64)
+    own = ~norm.measured
+    module.running_mean = torch.where(own, norm.mean - conv.bias, mean)
+    module.running_var = torch.where(own, norm.variance, variance)
+    weight = torch.where(own, norm.weight, torch.sqrt(variance + norm.eps))
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.bias = nn.Parameter(torch.where(own, norm.bias, mean + conv.bias), requires_grad=False)
+    return module.eval()
+
+
+_WORTH = 2**16  # weights; smaller kernels run dense
+
+
+def sparse_forward(module: nn.Conv2d, x: Tensor, block: Block | None) -> Tensor:
+    """module(x), (N, C, H, W). Outside of `block` the kernel must be zero; it runs dense where that is no gain, or not so."""
+    weight = module.weight
+    if block is None or weight.numel() < _WORTH or module.groups != 1 or module.padding_mode != "zeros":
+        return module(x)
+    rows, columns = weight.shape[:2]
+    if len(block.pair_rows) > 4 * (rows + columns) or len(block.rows) * len(block.columns) > 0.7 * rows * columns:
+        return module(x)
+    own = _take(weight, block)
+    inside = torch.zeros(weight.shape[:2], dtype=torch.bool)
+    inside[block.rows[:, None], block.columns[None]] = True
+    beside = ~inside[block.pair_rows, block.pair_columns]
+    pairs = torch.unique(torch.stack([block.pair_rows[beside], block.pair_columns[beside]]), dim=1)
+    taps = weight[pairs[0], pairs[1]]
+    if torch.count_nonzero(own) + torch.count_nonzero(taps) != torch.count_nonzero(weight):
+        return module(x)
+    part = F.conv2d(x[:, block.columns], own, None, module.stride, module.padding, module.dilation)
+    out = x.new_zeros(len(x), module.out_channels, *part.shape[2:])
+    out[:, block.rows] = part
+    _add_taps(module, x, pairs[0], pairs[1], taps, out)
+    return out if module.bias is None else out + module.bias[:, None, None]
+
+
+def _take(weight: Tensor, block: Block) -> Tensor:
+    rows, columns = len(block.rows), len(block.columns)
+    if int(block.rows[-1]) == rows - 1 and int(block.columns[-1]) == columns - 1:
+        return weight[:rows, :columns].contiguous()
+    return weight[block.rows][:, block.columns]
+
+
+def _add_taps(module: nn.Conv2d, x: Tensor, rows: Tensor, columns: Tensor, taps: Tensor, out: Tensor) -> None:
+    """Adds weight * shifted input for every non-zero tap (E, kh, kw) of the (out, in) pairs."""
+    top, left = int(module.padding[0]), int(module.padding[1])
+    (down, right), (step_y, step_x) = module.stride, module.dilation
+    padded = F.pad(x, (left, left, top, top)) if top or left else x
+    height, width = out.shape[2:]
+    for ky in range(taps.shape[1]):
+        for kx in range(taps.shape[2]):
+            used = taps[:, ky, kx] != 0
+            if used.any():
+                y0, x0 = ky * step_y, kx * step_x
+                shifted = padded[
+                    :, :, y0 : y0 + down * (height - 1) + 1 : down, x0 : x0 + right * (width - 1) + 1 : right
+                ]
+                out.index_add_(1, rows[used], shifted[:, columns[used]] * taps[used, ky, kx][:, None, None])

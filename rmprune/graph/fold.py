@@ -1,0 +1,95 @@
+"""Batch norms folded into the convolutions and linear layers before them, in eval mode; the function stays."""
+
+import copy
+from collections import Counter
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from rmprune.graph.trace import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode in which every batch norm right after a convolution or linear layer is folded into
+    it.
+
+    Works on flat nn.Sequentials and on whatever torch.fx traces (UnsupportedModel otherwise). A batch norm stays where
+    its input is also read elsewhere, where the layer before runs more than once, or where it has no running statistics.
+    Dropout and Identity go as well.
+    """
+    model = copy.deepcopy(model).eval()
+    if is_flat_sequential(model):
+        return _fold_chain(model)
+    graph = trace(model)
+    for name, module in list(model.named_modules()):
+        if is_norm_with_activation(module):
+            _replace(model, name, stock_norm(module))
+    graph_module = fx.GraphModule(model, graph)
+    modules = dict(graph_module.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        if node.op != "call_module":
+            continue
+        module, source = modules[node.target], node.args[0] if node.args else None
+        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) and isinstance(source, fx.Node):
+            _bypass(graph, node, source)
+        elif isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
+            before = modules[source.target]
+            if calls[source.target] == calls[node.target] == 1 and _foldable(before, module):
+                modules[source.target] = _fold(before, module)
+                _replace(graph_module, str(source.target), modules[source.target])
+                _replace(graph_module, str(node.target), _container(module))
+                _bypass(graph, node, source)
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return graph_module
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
+
+
+def _container(module: nn.Module) -> nn.Module:
+    """The children of `module` without it: timm keeps the activation inside the norm."""
+    container = nn.Module()
+    container._modules = module._modules
+    return container
+
+
+def _bypass(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+
+
+def _fold_chain(model: nn.Module) -> nn.Sequential:
+    calls = Counter(id(child) for child in model._modules.values())
+    result = nn.Sequential()
+    last: str | None = None
+    for name, child in model._modules.items():
+        assert child is not None
+        if isinstance(child, nn.Identity | nn.Dropout | nn.Dropout2d):
+            continue
+        if last is not None and _foldable(result._modules[last], child) and calls[id(child)] == 1:
+            setattr(result, last, _fold(result._modules[last], child))
+            last = None
+            continue
+        result.add_module(name, child)
+        last = name if calls[id(child)] == 1 else None
+    return result.eval()
+
+
+def _foldable(before: nn.Module | None, norm: nn.Module) -> bool:
+    if not isinstance(norm, _NORMS) or norm.running_mean is None:
+        return False
+    return isinstance(before, _CONVS) or (isinstance(before, nn.Linear) and isinstance(norm, nn.BatchNorm1d))
+
+
+def _fold(before: nn.Module | None, norm: nn.Module) -> nn.Module:
+    if isinstance(before, nn.Linear):
+        return fuse_linear_bn_eval(before, norm)  # type: ignore[arg-type]
+    assert before is not None
+    return fuse_conv_bn_eval(before, norm)  # type: ignore[type-var, arg-type]

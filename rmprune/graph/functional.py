@@ -1,0 +1,211 @@
+"""Stock modules for functional calls and tensor methods (F.relu -> nn.ReLU, x.mean([2, 3]) -> pool and flatten); nothing else."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rmprune.graph.convolution import Scale
+
+COMMUTATIVE = (operator.mul, torch.mul)
+_SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride")
+Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
+
+
+def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
+    """The stock modules that do what this call does to its first argument; None where there are none."""
+    table = _FUNCTIONS if node.op == "call_function" else _METHODS
+    entry = table.get(node.target)
+    if entry is None or not node.args or not isinstance(node.args[0], fx.Node) or is_size(node.args[0]):
+        return None
+    names, build = entry
+    values = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    given = {key: constant(value) for key, value in values.items()}
+    if any(isinstance(value, fx.Node) for value in given.values()) and build is not _view:
+        return None
+    try:
+        return build(given, node) if build in _WITH_NODE else build(given)
+    except (TypeError, KeyError, ValueError, AssertionError):
+        return None  # called in a way that no stock module covers: left as it is
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a shape or a number and no tensor: x.shape, x.size(0), an entry of a shape, arithmetic on these."""
+    if node.op == "call_method":
+        return node.target in _SIZE_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    arithmetic = getattr(node.target, "__module__", None) in ("_operator", "math")
+    return arithmetic and bool(node.all_input_nodes) and all(is_size(source) for source in node.all_input_nodes)
+
+
+def _simple(make: Callable[..., nn.Module]) -> Callable[[dict[str, Any]], list[nn.Module]]:
+    """`make(**values)`; in-place becomes out of place."""
+
+    def build(given: dict[str, Any]) -> list[nn.Module]:
+        return [make(**{k: v for k, v in given.items() if k not in ("inplace", "training", "input")})]
+
+    return build
+
+
+def _gone(given: dict[str, Any]) -> list[nn.Module]:
+    return []
+
+
+def _contiguous(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
+    """Another memory format changes no value; a reader such as `view` may depend on it, layers do not."""
+    return [] if all(user.op == "call_module" for user in node.users) else None
+
+
+def _dropout(given: dict[str, Any]) -> list[nn.Module] | None:
+    return [] if not given.get("training", True) or "training" not in given else None
+
+
+def _clamp(given: dict[str, Any]) -> list[nn.Module] | None:
+    low, high = given.get("min"), given.get("max")
+    if isinstance(low, int | float) and isinstance(high, int | float) and low < high:
+        return [nn.Hardtanh(low, high)]
+    return [nn.ReLU()] if low == 0 and high is None else None
+
+
+def _prelu(given: dict[str, Any]) -> list[nn.Module]:
+    module = nn.PReLU(given["weight"].numel())
+    module.weight = nn.Parameter(given["weight"].detach().clone().flatten())
+    return [module]
+
+
+def _flatten(given: dict[str, Any]) -> list[nn.Module]:
+    return [nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))]
+
+
+def _mean(given: dict[str, Any]) -> list[nn.Module] | None:
+    dims = given.get("dim")
+    if not isinstance(dims, list | tuple) or sorted(dims) not in ([2, 3], [-2, -1]):
+        return None
+    return [nn.AdaptiveAvgPool2d(1)] + ([] if given.get("keepdim") else [nn.Flatten(1)])
+
+
+def _view(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
+    """x.view(x.size(0), -1) and its kin."""
+    shape = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+    if len(shape) == 2 and shape[1] == -1 and isinstance(shape[0], fx.Node) and _batch_of(shape[0]) is node.args[0]:
+        return [nn.Flatten(1)]
+    return None
+
+
+def _batch_of(node: fx.Node) -> object:
+    """The tensor whose first size this node is."""
+    if node.target == "size" and len(node.args) > 1 and node.args[1] == 0:
+        return node.args[0]
+    if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], fx.Node):
+        inner = node.args[0]
+        if inner.target == "size" or (inner.target is getattr and inner.args[1] == "shape"):
+            return inner.args[0]
+    return None
+
+
+def _scale(given: dict[str, Any]) -> list[nn.Module] | None:
+    factor = given["other"]
+    if isinstance(factor, int | float):
+        return [Scale(torch.tensor([float(factor)], dtype=torch.float64))]
+    if not isinstance(factor, Tensor):
+        return None
+    one = factor.numel() == 1 and factor.dim() <= 4
+    channels = factor.dim() in (3, 4) and factor.shape[-2:] == (1, 1) and factor.shape[-3] == factor.numel()
+    return [Scale(factor)] if one or channels else None
+
+
+def _conv2d(given: dict[str, Any]) -> list[nn.Module]:
+    weight, bias = given["weight"], given.get("bias")
+    groups = given.get("groups", 1)
+    module = nn.Conv2d(
+        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), given.get("stride", 1), given.get("padding", 0),
+        given.get("dilation", 1), groups, bias is not None,
+    )  # fmt: skip
+    module.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().clone())
+    return [module]
+
+
+def _linear(given: dict[str, Any]) -> list[nn.Module]:
+    weight, bias = given["weight"], given.get("bias")
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    module.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().clone())
+    return [module]
+
+
+def _batch_norm(given: dict[str, Any]) -> list[nn.Module] | None:
+    if given.get("training") or given.get("running_mean") is None:
+        return None
+    module = nn.BatchNorm2d(len(given["running_mean"]), eps=given.get("eps", 1e-5))
+    module.running_mean = given["running_mean"].detach().clone()
+    module.running_var = given["running_var"].detach().clone()
+    for name in ("weight", "bias"):
+        if given.get(name) is not None:
+            setattr(module, name, nn.Parameter(given[name].detach().clone()))
+    return [module]
+
+
+_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]] = {
+    F.relu: (("inplace",), _simple(nn.ReLU)),
+    torch.relu: ((), _simple(nn.ReLU)),
+    torch.relu_: ((), _simple(nn.ReLU)),
+    F.relu6: (("inplace",), _simple(nn.ReLU6)),
+    F.hardtanh: (("min_val", "max_val", "inplace"), _simple(nn.Hardtanh)),
+    torch.clamp: (("min", "max"), _clamp),
+    F.leaky_relu: (("negative_slope", "inplace"), _simple(nn.LeakyReLU)),
+    F.prelu: (("weight",), _prelu),
+    F.hardswish: (("inplace",), _simple(nn.Hardswish)),
+    F.hardsigmoid: (("inplace",), _simple(nn.Hardsigmoid)),
+    F.silu: (("inplace",), _simple(nn.SiLU)),
+    F.mish: (("inplace",), _simple(nn.Mish)),
+    F.gelu: (("approximate",), _simple(nn.GELU)),
+    F.elu: (("alpha", "inplace"), _simple(nn.ELU)),
+    F.softplus: (("beta", "threshold"), _simple(nn.Softplus)),
+    F.sigmoid: ((), _simple(nn.Sigmoid)),
+    torch.sigmoid: ((), _simple(nn.Sigmoid)),
+    F.tanh: ((), _simple(nn.Tanh)),
+    torch.tanh: ((), _simple(nn.Tanh)),
+    F.avg_pool2d: (_POOL, _simple(nn.AvgPool2d)),
+    F.max_pool2d: (_MAX_POOL, _simple(nn.MaxPool2d)),
+    torch.max_pool2d: (_MAX_POOL, _simple(nn.MaxPool2d)),
+    F.adaptive_avg_pool2d: (("output_size",), _simple(nn.AdaptiveAvgPool2d)),
+    torch.flatten: (("start_dim", "end_dim"), _flatten),
+    torch.mean: (("dim", "keepdim"), _mean),
+    F.dropout: (("p", "training", "inplace"), _dropout),
+    F.dropout2d: (("p", "training", "inplace"), _dropout),
+    F.conv2d: (("weight", "bias", "stride", "padding", "dilation", "groups"), _conv2d),
+    F.linear: (("weight", "bias"), _linear),
+    F.batch_norm: (("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm),
+    operator.mul: (("other",), _scale),
+    operator.imul: (("other",), _scale),
+    torch.mul: (("other",), _scale),
+}
+_METHODS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]] = {
+    "relu": ((), _simple(nn.ReLU)),
+    "sigmoid": ((), _simple(nn.Sigmoid)),
+    "tanh": ((), _simple(nn.Tanh)),
+    "clamp": (("min", "max"), _clamp),
+    "flatten": (("start_dim", "end_dim"), _flatten),
+    "mean": (("dim", "keepdim"), _mean),
+    "view": ((), _view),
+    "reshape": ((), _view),
+    "clone": (("memory_format",), _gone),
+    "contiguous": (("memory_format",), _contiguous),
+    "relu_": ((), _simple(nn.ReLU)),
+    "clamp_": (("min", "max"), _clamp),
+    "mul": (("other",), _scale),
+}
+_WITH_NODE = (_view, _contiguous)

@@ -1,0 +1,166 @@
+"""Joins linear layers that follow each other: batch norms into convolutions, convolution after convolution (RM.md 3, last rows).
+
+Two convolutions become one where their product is exact and, under the rule "cheaper", has no more MACs than the pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.graph.convolution import (
+    Conv,
+    Geometry,
+    Pair,
+    coordinates,
+    dense_weight,
+    from_module,
+    to_measure,
+    with_norm,
+)
+from rmprune.graph.network import Network, linear_layer, shape_of, spatial
+
+RULES = ("cheaper", "always", "never")
+
+
+def join_norms(network: Network) -> None:
+    """Every batch norm right after a convolution that nothing else reads becomes part of it."""
+    for node in list(network.graph.nodes):
+        layer = network.layer(node)
+        source = node.args[0] if node.args else None
+        if not isinstance(layer, nn.BatchNorm2d) or not isinstance(source, fx.Node) or len(source.users) > 1:
+            continue
+        before = network.layer(source)
+        if isinstance(before, nn.Conv2d):
+            found = from_module(before, before.in_channels, str(source.target))
+            if isinstance(found, str):
+                continue
+            before = found
+        norm = from_module(layer, layer.num_features, str(node.target))
+        if not isinstance(before, Conv) or before.norm is not None or isinstance(norm, str) or norm.norm is None:
+            continue
+        network.layers[str(source.target)] = with_norm(before, norm.norm, str(node.target))
+        _drop(network, node, source)
+
+
+def fuse_convolutions(network: Network, rule: str) -> int:
+    """Multiplies neighbouring convolutions, first to last; returns how many went. Sizes are those the network was traced with."""
+    if rule == "never":
+        return 0
+    join_norms(network)
+    count = 0
+    for node in list(network.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or len(source.users) > 1:
+            continue
+        pair = _conv(network, source), _conv(network, node)
+        if pair[0] is None or pair[1] is None:
+            continue
+        product = _product(pair[0], pair[1], source, node, rule)
+        if product is not None:
+            network.layers[str(node.target)] = product
+            _bypass(network, source, node)
+            count += 1
+    return count
+
+
+def _conv(network: Network, node: fx.Node) -> Conv | None:
+    layer = network.layer(node)
+    if isinstance(layer, Conv):
+        return layer
+    if isinstance(layer, nn.Conv2d):
+        found = linear_layer(network, node)
+        return found if isinstance(found, Conv) else None
+    return None
+
+
+def _product(first: Conv, second: Conv, source: fx.Node, node: fx.Node, rule: str) -> Conv | None:
+    product = compose(first, second)
+    if product is None:
+        return None
+    size, out_size = spatial(source), spatial(node)
+    if rule == "cheaper" and product.macs(out_size) > first.macs(size) + second.macs(out_size):
+        return None
+    norms = [conv.norm for conv in (second, first) if conv.norm is not None]
+    norm = to_measure(product.out_channels, norms[0]) if norms else None
+    return replace(product, norm=norm, norm_name=second.norm_name, rewritten=first.rewritten or second.rewritten)
+
+
+def _drop(network: Network, node: fx.Node, source: fx.Node) -> None:
+    node.replace_all_uses_with(source)
+    source.meta.update({k: v for k, v in node.meta.items() if k in ("shape", "range")})
+    network.layers.pop(str(node.target), None)
+    network.graph.erase_node(node)
+
+
+def _bypass(network: Network, source: fx.Node, node: fx.Node) -> None:
+    before = source.args[0]
+    assert isinstance(before, fx.Node) and shape_of(before) is not None
+    node.args = (before,)
+    network.layers.pop(str(source.target), None)
+    network.graph.erase_node(source)
+
+
+def compose(first: Conv, second: Conv) -> Conv | None:
+    """The one layer `second(first(x))`, or None where no single kernel is exact (a padded kernel after a bias, two wide kernels).
+
+    With second 1x1: W[o, i] = sum_m W2[o, m] W1[m, i]. With first 1x1 the taps are those of the second. Norms are folded in.
+    """
+    first, second = first.folded(), second.folded()
+    a, b = first.geometry, second.geometry
+    if b.pointwise:
+        geometry = replace(a, stride=(a.stride[0] * b.stride[0], a.stride[1] * b.stride[1]))
+    elif a.pointwise and not (b.padded and bool(first.bias.any())):
+        if b.padded and b.padding_mode != "zeros" and a.stride != (1, 1):
+            return None
+        geometry = Geometry(
+            b.kernel,
+            _times(a.stride, b.stride),
+            _times(a.stride, b.padding),
+            _times(a.stride, b.dilation),
+            b.padding_mode,
+        )
+        if b.padded and a.stride != (1, 1):
+            return None  # the coarse map may end before the fine one does
+    else:
+        return None
+    groups = _common_groups(first, second)
+    bias = second.bias + torch.einsum("omhw,m->o", dense_weight(second), first.bias)
+    return Conv(
+        lambda: product_geometry(first, second, groups), bias, first.in_channels, geometry, groups, name=second.name,
+        norm_name=second.norm_name,
+    )  # fmt: skip
+
+
+def _times(a: Pair, b: Pair) -> Pair:
+    return (a[0] * b[0], a[1] * b[1])
+
+
+def _common_groups(first: Conv, second: Conv) -> int:
+    """Groups of the product: one layer that scales single channels keeps the other's groups."""
+    if first.groups == second.groups:
+        return first.groups
+    if second.groups == second.in_channels == second.out_channels:
+        return first.groups
+    if first.groups == first.in_channels == first.out_channels:
+        return second.groups
+    return 1
+
+
+def product_geometry(first: Conv, second: Conv, groups: int) -> Tensor:
+    a, b = first.weight(), second.weight()
+    # One of the two is 1x1, so the taps of the product are those of the other.
+    if second.groups == second.in_channels == second.out_channels:
+        return a * b
+    if first.groups == first.in_channels == first.out_channels:
+        return b * a[coordinates(second)[1], 0]
+    if groups == 1:
+        a, b = dense_weight(first), dense_weight(second)
+    a = a.reshape(groups, -1, *a.shape[1:])
+    b = b.reshape(groups, -1, *b.shape[1:])
+    product = torch.einsum("gomhw,gmipq->goihwpq", b, a)
+    return product.reshape(product.shape[0] * product.shape[1], product.shape[2], -1).reshape(
+        -1, product.shape[2], product.shape[3] * product.shape[5], product.shape[4] * product.shape[6]
+    )

@@ -1,0 +1,79 @@
+"""In-place calls in a traced graph: later readers of a changed value are given the new one. torch.fx alone does not know."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.network import GONE, named
+
+_IN_PLACE_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_)
+_SAME_METHODS = ("contiguous", "detach", "float", "double", "to", "type_as")
+_VIEW_METHODS = (
+    "view", "reshape", "flatten", "chunk", "split", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "unbind", "expand",
+    "select", "view_as", "expand_as", "unfold", "t", "swapaxes", "movedim",
+)  # fmt: skip
+_VIEW_FUNCTIONS = (
+    operator.getitem, torch.flatten, torch.chunk, torch.split, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze,
+    torch.narrow, torch.unbind, torch.reshape,
+)  # fmt: skip
+
+
+def undo_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """After `x += y` or relu_(x), later readers of x, or of another name for x, see the new value: they are given it.
+
+    Raises UnsupportedModel where a later reader sees the change through a view of another shape.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    same: dict[fx.Node, fx.Node] = {}  # the first name of a value
+    storage: dict[fx.Node, fx.Node] = {}  # the first node that shares its memory
+    sharing: dict[fx.Node, list[fx.Node]] = {}  # and all that do
+    for node in list(graph.nodes):
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        alias = _alias(node, modules)
+        same[node] = same[source] if source is not None and alias == "same" else node
+        changes = source is not None and _in_place(node, modules)
+        storage[node] = storage[source] if source is not None and (alias or changes) else node
+        sharing.setdefault(storage[node], []).append(node)
+        if source is None or not changes:
+            continue
+        for other in [n for n in sharing[storage[source]] if n is not node]:
+            later = [user for user in other.users if order[user] > order[node]]
+            if later and same[other] is not same[source]:
+                raise UnsupportedModel(
+                    f"{node.name} changes {other.name} in place through a view; write it out of place"
+                )
+            for user in later:
+                user.replace_input_with(other, node)
+
+
+def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False)) and not named(modules[str(node.target)], GONE)
+    if node.op == "call_method":
+        return (
+            str(node.target).endswith("_") and not str(node.target).startswith("_") and node.target != "requires_grad_"
+        )
+    return node.target in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace")) or _positional_in_place(node)
+
+
+def _positional_in_place(node: fx.Node) -> bool:
+    return node.target in (F.relu, F.relu6, F.silu, F.hardswish) and len(node.args) > 1 and bool(node.args[1])
+
+
+def _alias(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+    """ "same" where the node is another name for its first argument, "view" where it shares its memory in another shape."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        if named(module, GONE):
+            return "same"
+        return "view" if isinstance(module, nn.Flatten | nn.Unflatten) else ""
+    if (node.op == "call_method" and node.target in _SAME_METHODS) or node.target in (F.dropout, F.dropout2d):
+        return "same"
+    if (node.op == "call_method" and node.target in _VIEW_METHODS) or node.target in _VIEW_FUNCTIONS:
+        return "view"
+    return ""

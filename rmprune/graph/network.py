@@ -1,0 +1,155 @@
+"""The graph that removal works on: a torch.fx graph, its layers (modules, or convolutions as data) and shapes. No passes here."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rmprune.graph.convolution import Conv, Geometry, Pair, from_module, output_size
+
+Layer = nn.Module | Conv
+GONE = (
+    "Identity",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "AlphaDropout",
+    "FeatureAlphaDropout",
+    "StochasticDepth",
+    "DropPath",
+)
+_OPAQUE = ("Conv2dSame", "AvgPool2dSame", "MaxPool2dSame", "BlurPool2d")
+WHOLE = ("BatchNormAct2d", "FrozenBatchNorm2d", *_OPAQUE, *GONE)
+
+
+def named(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """A class of torch, torchvision or timm with one of these names; a user's class of the same name may do anything."""
+    return type(module).__name__ in names and type(module).__module__.split(".")[0] in ("torch", "torchvision", "timm")
+
+
+@dataclass
+class Network:
+    """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"]."""
+
+    graph: fx.Graph
+    layers: dict[str, Layer] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def layer(self, node: fx.Node) -> Layer | None:
+        return self.layers.get(str(node.target)) if node.op == "call_module" else None
+
+    def add(self, name: str, layer: Layer) -> str:
+        """Registers a layer under a free name like `name` and returns that name."""
+        unique, count = name, 0
+        while unique in self.layers:
+            count += 1
+            unique = f"{name}_{count}"
+        self.layers[unique] = layer
+        return unique
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    return node.meta.get("shape")
+
+
+def example_tuple(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+
+
+def is_batch_norm(layer: Layer | None) -> bool:
+    return isinstance(layer, _BatchNorm)
+
+
+def linear_layer(network: Network, node: fx.Node) -> Conv | str:
+    """The node as a linear layer, or why it is none."""
+    shape = shape_of(node)
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    before = shape_of(source) if source is not None else None
+    if source is None or shape is None or before is None or len(shape) != 4 or len(before) != 4:
+        return f"{describe(network, node)} does not read one map (batch, channels, height, width)"
+    layer = network.layer(node)
+    if isinstance(layer, Conv):
+        return layer
+    if layer is None:
+        found: Conv | str = (
+            _crop(node, before[1]) if node.target is operator.getitem else _pad_channels(network, node, before[1])
+        )
+    else:
+        found = from_module(layer, before[1], str(node.target))
+    if isinstance(found, Conv) and output_size(found.geometry, spatial(source)) != spatial(node):
+        return f"{node.target}: partial windows at the border of this input size (ceil_mode)"
+    return found
+
+
+def _crop(node: fx.Node, channels: int) -> Conv | str:
+    """x[:, a:b, ::r, ::s]: some channels, subsampled."""
+    index: Any = node.args[1]
+    plain = isinstance(index, tuple) and 2 <= len(index) <= 4 and all(isinstance(i, slice) for i in index)
+    if not plain or index[0] != slice(None) or any(i.start or i.stop is not None for i in index[2:]):
+        return "an indexing other than x[:, a:b, ::r, ::s]"
+    if not all(isinstance(end, int | None) for i in index for end in (i.start, i.stop, i.step)):
+        return "an indexing that depends on the input"
+    taken = torch.arange(channels)[index[1]]
+    steps = [i.step or 1 for i in index[2:]] + [1] * (4 - len(index))
+    weight = torch.eye(channels, dtype=torch.float64)[taken][:, :, None, None]
+    return Conv(lambda: weight, _zeros(len(taken)), channels, Geometry(stride=(steps[0], steps[1])), name=node.name)
+
+
+def _pad_channels(network: Network, node: fx.Node, channels: int) -> Conv | str:
+    """F.pad(x, (0, 0, 0, 0, a, b)): channels of zeros before and after."""
+    arguments: list[Any] = list(node.args[1:]) + list(node.kwargs.values())
+    pad = arguments[0] if arguments else None
+    zeros = all(a in ("constant", 0, 0.0, None) for a in arguments[1:])
+    if node.target is not torch.nn.functional.pad or not isinstance(pad, list | tuple) or len(pad) < 6 or not zeros:
+        return f"{describe(network, node)} is no linear layer that a kernel stands for"
+    if any(pad[:4]) or any(pad[6:]) or min(pad[4:6]) < 0:
+        return "a padding of more than channels"
+    weight = torch.cat(
+        [torch.zeros(pad[4], channels), torch.eye(channels), torch.zeros(pad[5], channels)]
+    ).double()[:, :, None, None]  # fmt: skip
+    return Conv(lambda: weight, _zeros(len(weight)), channels, name=node.name)
+
+
+def _zeros(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.float64)
+
+
+def spatial(node: fx.Node) -> Pair:
+    shape = shape_of(node)
+    return (shape[2], shape[3]) if shape is not None and len(shape) == 4 else (1, 1)
+
+
+def describe(network: Network, node: fx.Node) -> str:
+    """A node as code: "a MaxPool2d", "a slice, x[:, 8:]", "a call of x.permute(...)"."""
+    layer = network.layer(node)
+    if isinstance(layer, Conv):
+        return "a convolution"
+    if isinstance(layer, nn.Module):
+        name = type(layer).__name__
+        return f"an {name}" if name[0] in "AEIO" else f"a {name}"
+    if node.op == "placeholder":
+        return "an input of the network"
+    if node.op == "get_attr":
+        return f"the tensor {node.target}"
+    if node.target is operator.getitem:
+        index = node.args[1]
+        return (
+            f"a slice, x[{_code(index)}]" if isinstance(index, tuple | slice) else f"one of several results, x[{index}]"
+        )
+    if node.op == "call_method":
+        return f"a call of x.{node.target}(...)"
+    return f"a call of {getattr(node.target, '__name__', node.target)}(...)"
+
+
+def _code(index: Any) -> str:
+    if isinstance(index, tuple):
+        return ", ".join(_code(part) for part in index)
+    if not isinstance(index, slice):
+        return str(index)
+    start, stop = ("" if end is None else str(end) for end in (index.start, index.stop))
+    return f"{start}:{stop}" + ("" if index.step is None else f":{index.step}")

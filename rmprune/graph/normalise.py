@@ -1,0 +1,195 @@
+"""A user's network as a graph of stock modules with known shapes. Finds and rewrites nothing."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.functional import COMMUTATIVE, modules_for
+from rmprune.graph.in_place import undo_in_place
+from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
+from rmprune.graph.shapes import propagate_shapes
+
+
+class _Tracer(fx.Tracer):
+    """Leaves stock modules whole, and classes that merely inherit a stock forward."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if named(m, WHOLE):
+            return True
+        inherited = isinstance(m, nn.Conv2d) and type(m)._conv_forward is nn.Conv2d._conv_forward
+        inherited = inherited and type(m).forward is nn.Conv2d.forward
+        return inherited or super().is_leaf_module(m, module_qualified_name)
+
+
+def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
+    """Traces a float64 eval-mode network (`reference_copy`) into stock modules, with shapes.
+
+    Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
+    """
+    try:
+        traced = _Tracer().trace(model)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"torch.fx cannot trace {type(model).__name__}: {error}. Control flow that depends on tensor values has to go, "
+            "or a module with such code be made a leaf by moving it out of the network"
+        ) from error
+    undo_in_place(traced, dict(model.named_modules()))
+    network = _Normaliser(model, traced).run()
+    propagate_shapes(network, example_inputs)
+    slice_pieces(network)
+    return network
+
+
+class _Normaliser:
+    def __init__(self, model: nn.Module, traced: fx.Graph) -> None:
+        self.modules = dict(model.named_modules())
+        self.model = model
+        self.traced = traced
+        self.network = Network(fx.Graph())
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.twins: dict[tuple[fx.Node, str], fx.Node] = {}
+
+    def run(self) -> Network:
+        for node in self.traced.nodes:
+            if node.op == "call_function" and node.target is torch._assert:
+                continue
+            if node.op == "call_module":
+                self._module(node)
+            elif node.op in ("call_function", "call_method"):
+                self._call(node)
+            else:
+                self._keep(node)
+        for node in reversed(list(self.network.graph.nodes)):
+            if not node.users and node.op not in ("output", "placeholder"):
+                self.network.graph.erase_node(node)
+                self.network.layers.pop(str(node.target), None)
+        return self.network
+
+    def _module(self, node: fx.Node) -> None:
+        module = self.modules[str(node.target)]
+        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            self._keep(node)
+        else:
+            self._put(node, _stock(module))
+
+    def _call(self, node: fx.Node) -> None:
+        first = node.args[0] if node.args else None
+        if (
+            node.target in COMMUTATIVE
+            and len(node.args) == 2
+            and (not isinstance(first, fx.Node) or first.op == "get_attr")
+        ):
+            node.args = (node.args[1], node.args[0])  # 0.5 * x, gain * x
+        found = modules_for(node, self._constant)
+        if found is None:
+            self._keep(node)
+        else:
+            self._put(node, [module.double().eval() for module in found], _own_name(node))
+
+    def _constant(self, value: Any) -> Any:
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            return operator.attrgetter(str(value.target))(self.model)
+        return value
+
+    def _put(self, node: fx.Node, modules: list[nn.Module], name: str | None = None) -> None:
+        current = self.env[node.args[0]] if isinstance(node.args[0], fx.Node) else None
+        assert current is not None, node
+        for module in modules:
+            settings = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+            key = (current, f"{module} {settings}")  # a repr may leave settings out (AvgPool2d's ceil_mode)
+            if key in self.twins and not list(module.parameters()) and not list(module.buffers()):
+                current = self.twins[key]  # relu(x) written twice is one value
+                continue
+            suffix = "" if module is modules[0] else "_" + type(module).__name__.lower()
+            target = self.network.add((name or str(node.target)) + suffix, module)
+            current = self.twins[key] = self._annotated(self.network.graph.call_module(target, (current,)), node)
+        self.env[node] = current
+
+    def _keep(self, node: fx.Node) -> None:
+        copied = self.network.graph.node_copy(node, lambda n: self.env[n])
+        self.env[node] = copied
+        if node.op == "call_module":
+            copied.target = self.network.add(str(node.target), self.modules[str(node.target)])
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(self.model)
+            if isinstance(value, Tensor):
+                self.network.constants[str(node.target)] = value
+
+    def _annotated(self, new: fx.Node, old: fx.Node) -> fx.Node:
+        new.meta = dict(old.meta)
+        return new
+
+
+def _own_name(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    prefix = stack[-1][0] if stack else ""
+    plain = node.name.rstrip("0123456789").rstrip("_")
+    return f"{prefix}.{plain}" if prefix else plain
+
+
+def _stock(module: nn.Module) -> list[nn.Module]:
+    """What a module does in eval mode, as stock modules."""
+    if named(module, GONE):
+        return []
+    if named(module, ("BatchNormAct2d",)):
+        return [_plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
+    if named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")):
+        return [_plain_norm(module)]
+    if getattr(module, "inplace", False):
+        module = copy.copy(module)
+        module.inplace = False  # type: ignore[assignment]
+    return [module]
+
+
+def _plain_norm(module: Any) -> nn.BatchNorm2d:
+    plain = nn.BatchNorm2d(len(module.running_mean), eps=module.eps, dtype=torch.float64)
+    plain.running_mean, plain.running_var = module.running_mean, module.running_var
+    for name in ("weight", "bias"):
+        if getattr(module, name) is not None:
+            setattr(plain, name, nn.Parameter(getattr(module, name), requires_grad=False))
+    return plain.eval()
+
+
+def slice_pieces(network: Network) -> None:
+    """Rewrites each such piece as x[:, a:b], in place; `propagate_shapes` has run."""
+    for node in list(network.graph.nodes):
+        index = node.args[1] if node.target is operator.getitem else None
+        if not isinstance(index, int) or not isinstance(node.args[0], fx.Node):
+            continue
+        ends = _ends(node.args[0])
+        if ends is not None and -len(ends) < index < len(ends):
+            index %= len(ends)
+            node.args = (node.args[0].args[0], (slice(None), slice(ends[index - 1] if index else 0, ends[index])))
+    for node in reversed(list(network.graph.nodes)):
+        if node.target in _CUTS and not node.users:
+            network.graph.erase_node(node)
+
+
+_CUTS = ("split", torch.split, "chunk", torch.chunk)
+
+
+def _ends(node: fx.Node) -> list[int] | None:
+    """The channel after the last of each piece; None where the node is no cut of a map along its channels."""
+    if node.target not in _CUTS or not isinstance(node.args[0], fx.Node):
+        return None
+    shape = shape_of(node.args[0])
+    names = ("split_size", "split_size_or_sections", "chunks")
+    sizes = node.args[1] if len(node.args) > 1 else next((node.kwargs[n] for n in names if n in node.kwargs), None)
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    if shape is None or len(shape) != 4 or dim not in (1, -3):
+        return None
+    channels = shape[1]
+    if isinstance(sizes, list | tuple):
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        return [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    if not isinstance(sizes, int) or sizes < 1:
+        return None
+    size = -(-channels // sizes) if node.target in ("chunk", torch.chunk) else sizes
+    return [min(end, channels) for end in range(size, channels + size, size)]

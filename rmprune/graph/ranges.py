@@ -1,0 +1,266 @@
+"""Intervals that hold for every input, channel by channel (RM.md 2), through a normalised graph. Each node is visited once.
+
+`node.meta["range"]` is (low, high), two float64 tensors with one entry a channel, for every node whose shape is known.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.graph.activations import image
+from rmprune.graph.convolution import Conv, Geometry, from_module
+from rmprune.graph.network import Layer, Network, shape_of
+
+Range = tuple[Tensor, Tensor]
+_ROUNDING = 1e-12  # outward, relative: the rounding of the interval sums themselves
+
+
+def range_of(node: fx.Node) -> Range:
+    found: Range = node.meta["range"]
+    return found
+
+
+def unbounded(channels: int) -> Range:
+    end = torch.full((channels,), math.inf, dtype=torch.float64)
+    return -end, end
+
+
+def annotate_ranges(network: Network, input_range: tuple[float, float] = (-math.inf, math.inf)) -> None:
+    """Sets node.meta["range"] in one forward sweep. `input_range` bounds every element of every input."""
+    for node in network.graph.nodes:
+        shape = shape_of(node)
+        if shape is None or len(shape) < 2:
+            continue
+        if node.op == "placeholder":
+            ends = torch.ones(shape[1], dtype=torch.float64)
+            found: Range | None = (ends * input_range[0], ends * input_range[1])
+        else:
+            found = _propagate(network, node)
+        low, high = unbounded(shape[1]) if found is None or len(found[0]) != shape[1] else found
+        node.meta["range"] = _outward(low, -1), _outward(high, 1)
+
+
+def _outward(end: Tensor, sign: int) -> Tensor:
+    """Exact zeros stay: sums of non-negative terms do not round below zero."""
+    return torch.nan_to_num(end + sign * _ROUNDING * end.abs(), nan=sign * math.inf, posinf=math.inf, neginf=-math.inf)
+
+
+def _propagate(network: Network, node: fx.Node) -> Range | None:
+    inputs = [n for n in node.all_input_nodes if "range" in n.meta]
+    if len(inputs) != len(node.all_input_nodes) or not inputs:
+        return None
+    if node.op == "call_module" and len(inputs) == 1:
+        return _through_layer(network.layer(node), inputs[0], node)
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        return _FUNCTIONS[node.target](node)
+    return None
+
+
+def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range | None:
+    low, high = range_of(source)
+    if isinstance(layer, nn.Linear) and len(shape_of(source) or ()) == 2:
+        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+        return affine_range(layer.weight.double(), bias.double(), low, high)
+    if isinstance(layer, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AdaptiveMaxPool2d):
+        return low, high
+    if isinstance(layer, nn.Upsample):
+        return None if layer.mode == "bicubic" else (low, high)  # its weights are negative in part: it overshoots
+    if isinstance(layer, nn.ChannelShuffle):
+        return _shuffled(low, layer.groups), _shuffled(high, layer.groups)
+    if type(layer) is nn.AvgPool2d and layer.divisor_override is None:
+        padded = layer.padding not in (0, (0, 0), [0, 0]) and layer.count_include_pad
+        return (low.clamp(max=0), high.clamp(min=0)) if padded else (low, high)
+    if isinstance(layer, nn.Flatten):
+        before, after = shape_of(source), shape_of(node)
+        if before is not None and after is not None and len(after) == 2 and layer.start_dim == 1:
+            repeat = after[1] // before[1]
+            return low.repeat_interleave(repeat), high.repeat_interleave(repeat)
+        return None
+    if isinstance(layer, nn.Module):
+        found = image(layer, low, high)
+        if found is not None:
+            return found
+        conv = from_module(layer, len(low))
+        if isinstance(conv, str):
+            return None
+        return conv_range(conv, low, high)
+    return None
+
+
+def _shuffled(end: Tensor, groups: int) -> Tensor:
+    """Channel g * (C / groups) + k goes to k * groups + g."""
+    return end.reshape(groups, -1).T.flatten()
+
+
+def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
+    """b + sum over taps of max(w * low, w * high), where a tap that reads zero padding sees [low, high] and 0."""
+    conv = conv.folded()
+    weight, groups = conv.weight(), conv.groups
+    padded = _reads_padding(conv.geometry)
+    total_low, total_high = conv.bias.clone(), conv.bias.clone()
+    for mask, bottom, top in ((~padded, low, high), (padded, low.clamp(max=0), high.clamp(min=0))):
+        if not mask.any():
+            continue
+        taps = weight[:, :, mask]
+        positive = taps.clamp(min=0).sum(-1)
+        negative = taps.sum(-1) - positive  # exactly 0 where no weight is negative: the same terms in the same order
+        total_low += _grouped(positive, bottom, groups) + _grouped(negative, top, groups)
+        total_high += _grouped(positive, top, groups) + _grouped(negative, bottom, groups)
+    return total_low, total_high
+
+
+def affine_range(weight: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Range:
+    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
+    return (
+        bias + _grouped(positive, low, 1) + _grouped(negative, high, 1),
+        bias + _grouped(positive, high, 1) + _grouped(negative, low, 1),
+    )
+
+
+def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
+    """weight (out, in / groups) times end (in), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
+    rows = weight.reshape(groups, -1, weight.shape[1])
+    ends = end.reshape(groups, weight.shape[1], 1)
+    finite = rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)
+    result = finite.reshape(-1)
+    if torch.isinf(ends).any():
+        up, down = (ends == math.inf).double(), (ends == -math.inf).double()
+        plus, minus = (rows > 0).double(), (rows < 0).double()
+        rises = (plus @ up + minus @ down).reshape(-1) > 0
+        falls = (plus @ down + minus @ up).reshape(-1) > 0
+        result = torch.where(rises, math.inf, result)
+        result = torch.where(falls, -math.inf, result)
+        result = torch.where(rises & falls, math.nan, result)
+    return result
+
+
+def _reads_padding(geometry: Geometry) -> Tensor:
+    """Which taps read zero padding for some output pixel, on maps of some size: d t < p, or d t > d (k - 1) - p."""
+    axes = []
+    for k, d, p in zip(geometry.kernel, geometry.dilation, geometry.padding, strict=True):
+        offset = torch.arange(k) * d
+        axes.append((offset < p) | (offset > d * (k - 1) - p))
+    found = axes[0][:, None] | axes[1][None]
+    return found if geometry.padding_mode == "zeros" else torch.zeros_like(found)
+
+
+def _add(node: fx.Node) -> Range | None:
+    tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    if len(tensors) != 2 or node.kwargs.get("alpha", 1) != 1 or shape_of(tensors[0]) != shape_of(tensors[1]):
+        return None
+    (low, high), (other_low, other_high) = range_of(tensors[0]), range_of(tensors[1])
+    return low + other_low, high + other_high
+
+
+def _cat(node: fx.Node) -> Range | None:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    parts = node.args[0]
+    if dim != 1 or not isinstance(parts, list | tuple):
+        return None
+    ranges = [range_of(part) for part in parts if isinstance(part, fx.Node)]
+    return torch.cat([low for low, _ in ranges]), torch.cat([high for _, high in ranges])
+
+
+def _multiply(node: fx.Node) -> Range | None:
+    tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    if len(tensors) != 2 or tensors[0] is tensors[1]:
+        return None
+    ends = [range_of(t) for t in tensors]
+    if len(ends[0][0]) != len(ends[1][0]):
+        return None
+    products = torch.stack(
+        [torch.nan_to_num(a * b, nan=0.0, posinf=math.inf, neginf=-math.inf) for a in ends[0] for b in ends[1]]
+    )
+    return products.amin(0), products.amax(0)
+
+
+def _crop(node: fx.Node) -> Range | None:
+    index = node.args[1]
+    if isinstance(index, tuple) and len(index) >= 2 and index[1] == slice(None) and isinstance(node.args[0], fx.Node):
+        return range_of(node.args[0])
+    return None
+
+
+_FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
+    operator.add: _add,
+    operator.iadd: _add,
+    torch.add: _add,
+    torch.cat: _cat,
+    torch.concat: _cat,
+    operator.mul: _multiply,
+    operator.imul: _multiply,
+    torch.mul: _multiply,
+    operator.getitem: _crop,
+}
+
+
+def observe(network: Network, inputs: tuple[Tensor, ...]) -> None:
+    """Runs the network and sets node.meta["seen"] = (low, high), one entry a channel, for every map."""
+    order = list(network.graph.nodes)
+    last = {source: node for node in order for source in node.all_input_nodes}
+    values: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in order:
+        if node.op == "output":
+            break
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        if node.op == "placeholder":
+            values[node] = next(given, node.args[0] if node.args else None)
+        elif node.op == "get_attr":
+            values[node] = network.constants[str(node.target)]
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            function = network.layer(node) if node.op == "call_module" else node.target
+            assert callable(function)
+            values[node] = function(*args, **kwargs)
+        value = values[node]
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+            node.meta["seen"] = value.amin((0, 2, 3)), value.amax((0, 2, 3))
+        for source in node.all_input_nodes:
+            if last[source] is node:
+                values.pop(source, None)
+
+
+def tighten(network: Network, margin: float) -> None:
+    """Cuts the ranges to what was seen, widened on each side by `margin` times the width; exact only inside.
+
+    A channel that hardly moved on the examples is given at least the mean width of its map: it need not be dead.
+    """
+    for node in network.graph.nodes:
+        if "seen" in node.meta and "range" in node.meta:
+            low, high = node.meta["seen"]
+            width = high - low
+            slack = margin * torch.maximum(width, width.mean())
+            bottom, top = range_of(node)
+            node.meta["range"] = torch.maximum(bottom, low - slack), torch.minimum(top, high + slack)
+
+
+def size_seen(node: fx.Node) -> float:
+    """The largest magnitude that the examples showed in this map; infinite where nothing was observed."""
+    if "seen" not in node.meta:
+        return math.inf
+    low, high = node.meta["seen"]
+    return max(float(-low.min()), float(high.max()))
+
+
+def may_shift(network: Network) -> bool:
+    """Whether some map with several readers has finite negative bounds: then it matters how loose they are."""
+    for node in network.graph.nodes:
+        if len(node.users) > 1 and len(shape_of(node) or ()) == 4 and "range" in node.meta:
+            low, high = range_of(node)
+            if bool((torch.isfinite(low) & (low < 0) & ~constant(low, high)).any()):
+                return True
+    return False
+
+
+def constant(low: Tensor, high: Tensor) -> Tensor:
+    """Which channels are one number for every input: dead ones."""
+    width = high - low
+    return torch.isfinite(width) & (width <= 8e-12 * torch.maximum(low.abs(), high.abs()))

@@ -1,0 +1,103 @@
+"""`measure`: the networks of finished runs again, all in turns in one process, and their records brought up to date."""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rmprune import artifact
+from rmprune.artifact.files import ARCHITECTURE
+from rmprune.config import MeasureConfig, RemeasureConfig
+from rmprune.errors import ArtifactError
+from rmprune.measure import measure_latencies
+from rmprune.measure.machine import environment
+from rmprune.runs import records
+
+logger = logging.getLogger("rmprune")
+
+
+def run_measure(config: RemeasureConfig) -> list[Path]:
+    """Measure again and replace the `latency` of every network in the records; returns the records' paths.
+
+    A network that several runs share, or hold a copy of (the original of a sweep), is measured once. Ratios are taken to each
+    run's own original.
+    """
+    paths = records.find_records(list(config.runs))
+    found: dict[str, nn.Module] = {}
+    labels: dict[Path, str] = {}
+    firsts: dict[str, str] = {}
+    for path in paths:
+        for name in records.networks(records.read_record(path)):
+            directory = network_directory(path.parent, name)
+            labels[directory] = label = firsts.setdefault(_identity(directory), str(directory))
+            if label not in found:
+                found[label] = artifact.load(directory)
+    shapes = {path: example_shape(path) for path in paths}
+    if len(set(shapes.values())) > 1:
+        raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
+    latencies = measure_latencies(
+        found,
+        torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
+        backends=config.measure.backends,
+        threads=config.measure.threads,
+        batch_sizes=config.measure.batch_sizes,
+        device=config.measure.device,
+        seconds=config.measure.seconds,
+        min_rounds=config.measure.min_rounds,
+        progress=_progress(len(found), config.measure),
+    )
+    for path in paths:
+        record = records.read_record(path)
+        for name, network in records.networks(record).items():
+            own = latencies[labels[network_directory(path.parent, name)]]
+            original = latencies[labels[network_directory(path.parent, "original")]]
+            network["latency"] = [
+                replace(latency.relative_to(base), reference="original").to_dict()
+                for latency, base in zip(own, original, strict=True)
+            ]
+        record["environment"] = environment()
+        records.write_record(path, record)
+    return paths
+
+
+def _progress(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
+    """Logs each configuration as it starts and the time left: by the settings at first, then by those that are done."""
+    total = len(measure.backends) * len(measure.threads) * len(measure.batch_sizes)
+    started, done = time.perf_counter(), itertools.count()
+
+    def tell(configuration: str) -> None:
+        n = next(done)
+        each = (time.perf_counter() - started) / n if n else networks * measure.seconds
+        minutes = (total - n) * each / 60
+        logger.info(
+            "measuring %d networks, %s: %d of %d, %.1f min left", networks, configuration, n + 1, total, minutes
+        )
+
+    return tell
+
+
+def _identity(directory: Path) -> str:
+    """Equal for copies of an artifact: its architecture.json, which holds the digest of the weights."""
+    return (directory / ARCHITECTURE).read_text()
+
+
+def network_directory(run: Path, name: str) -> Path:
+    """Where a run keeps a network: `original` is called dense/ on disk; dense/ and plain/ may lie one level up, shared by cells."""
+    folder = "dense" if name == "original" else name
+    for place in (run / folder, run.parent / folder):
+        if artifact.is_artifact(place):
+            return place
+    raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
+
+
+def example_shape(path: Path) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a run's data set."""
+    shape = records.read_record(path).get("input_shape")
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise ArtifactError(f"{path}: does not say the size of its images; run it again")
+    return shape[0], shape[1], shape[2]

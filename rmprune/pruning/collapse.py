@@ -1,0 +1,205 @@
+"""Depth that a plain network does not need: the branch of a residual block becomes one convolution, fitted by least squares.
+
+An approximation, unlike removal: the block relu(f(x) + x), f of several layers, becomes relu(w * x + x). That block RM then turns
+into one plain convolution *without reserving a channel*, since branch and shortcut are linear and their kernels add up. So a network
+of n blocks becomes a plain chain of n layers, half as deep as the original, whose channels are all free to be pruned. Runtimes
+like it: the time of a small network goes with its number of layers more than with its MACs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.graph.activations import rule_of
+from rmprune.graph.build import materialise, target_of
+from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.network import Network, shape_of
+from rmprune.graph.normalise import normalise
+from rmprune.graph.ranges import annotate_ranges
+from rmprune.pruning.reconstruct import least_squares
+from rmprune.removal.blocks import Block, additions, find_block
+
+INPUTS = 8192  # unknowns of a fit (channels times kernel) at most: its equations are that many squared
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What `collapse_blocks` made.
+
+    model: eval mode, dtype, device and memory format of the original, residuals still in it.
+    collapsed: {block: R2}, the part of its sum's variance on the images that one convolution and the shortcut still give.
+    kept: {block: reason} of the others.
+    """
+
+    model: nn.Module
+    collapsed: dict[str, float]
+    kept: dict[str, str]
+
+
+def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = ()) -> Collapse:
+    """Each residual block's branch of several layers as one convolution, with a batch norm after it. `model` is left alone.
+
+    The kernel is the branch's largest, the stride its own; blocks that this would make dearer (bottlenecks) are kept.
+    Blocks are fitted in order, each to the sum (branch and shortcut) of the original while it reads what the collapsed network
+    gives it, so that later blocks make up for earlier ones.
+    images: (N, C, H, W), some hundred training images, all held in memory at once; `keep`: names of blocks to leave.
+
+    Raises UnsupportedModel where torch.fx cannot follow the model or no block can be collapsed, ConfigError for an unknown block.
+    """
+    network = normalise(reference_copy(model), (images[:2].detach().cpu().double(),))
+    annotate_ranges(network)
+    left = set(keep)
+    found = {name: _judge(network, name, add) for name, add in additions(network)}
+    if left - found.keys():
+        raise ConfigError(f"keep: no block {', '.join(sorted(left - found.keys()))}; there are: {', '.join(found)}")
+    blocks = {block.add: block for name, block in found.items() if isinstance(block, Block) and name not in left}
+    kept = {name: "asked to stay" for name in found if name in left}
+    kept |= {name: reason for name, reason in found.items() if isinstance(reason, str) and name not in left}
+    if not blocks:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
+        raise UnsupportedModel(f"no block to collapse: {reasons or 'the network has no residual'}")
+    fitted = _Run(network, blocks).run(images.detach().cpu().float())
+    for add, fit in fitted.items():
+        _replace_branch(network, blocks[add], fit)
+    result, _ = materialise(network, (images[:1].detach().cpu().double(),), 1, target_of(model), batch_norm=True)
+    return Collapse(result, {blocks[add].name: fit.explained for add, fit in fitted.items()}, kept)
+
+
+def _judge(network: Network, name: str, add: fx.Node) -> Block | str:
+    """The block that ends in this addition, or why one convolution cannot stand for its branch."""
+    block = find_block(network, name, add)
+    if isinstance(block, str):
+        return block
+    shape = shape_of(block.fork)
+    assert shape is not None
+    kernel, stride = _geometry(block)
+    users = [network.layer(user) for user in add.users]
+    if len(block.layers) < 2:
+        return "its branch is one layer already"
+    if not users or not all(isinstance(layer, nn.Module) and rule_of(layer) is not None for layer in users):
+        return "no activation follows the addition: with one convolution the block would be linear"
+    if shape[1] * kernel[0] * kernel[1] > INPUTS:
+        return f"its fit would have {shape[1] * kernel[0] * kernel[1]} unknowns a channel (at most {INPUTS})"
+    own = shape[1] * block.layers[-1].conv.out_channels * math.prod(kernel) * math.prod(block.layers[-1].out_size)
+    branch = sum(layer.conv.macs(layer.out_size) for layer in block.layers)
+    if own >= branch:
+        return f"one {kernel[0]}x{kernel[1]} convolution would cost {own / branch:.1f} times its branch's MACs"
+    sizes = [(n + 2 * (k // 2) - k) // s + 1 for n, k, s in zip(shape[2:], kernel, stride, strict=True)]
+    if sizes != list((shape_of(add) or ())[2:]):
+        return f"a {kernel[0]}x{kernel[1]} convolution of stride {stride} gives another size than its branch"
+    return block
+
+
+def _geometry(block: Block) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(kernel, stride) of the one convolution: the largest kernel of the branch, made odd, and the product of its strides."""
+    kernel, stride = [1, 1], [1, 1]
+    for layer in block.layers:
+        for axis in (0, 1):
+            kernel[axis] = max(kernel[axis], layer.conv.geometry.kernel[axis] | 1)
+            stride[axis] *= layer.conv.geometry.stride[axis]
+    return (kernel[0], kernel[1]), (stride[0], stride[1])
+
+
+@dataclass(frozen=True)
+class _Fit:
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    explained: float
+
+
+class _Run:
+    """Both networks through the same graph, side by side: the original's values, and those of the collapsed one so far."""
+
+    def __init__(self, network: Network, blocks: dict[fx.Node, Block]) -> None:
+        self.network, self.blocks = network, blocks
+        self.generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def run(self, images: Tensor) -> dict[fx.Node, _Fit]:
+        original: dict[fx.Node, Any] = {}
+        collapsed: dict[fx.Node, Any] = {}
+        fitted: dict[fx.Node, _Fit] = {}
+        forks = {add: block.fork for add, block in self.blocks.items()}  # read once more, when its sum is there
+        waiting = {
+            node: len({*node.users, *(a for a, f in forks.items() if f is node)}) for node in self.network.graph.nodes
+        }
+        for node in self.network.graph.nodes:
+            if node.op == "output":
+                break
+            original[node] = self._value(node, original, images)
+            block = self.blocks.get(node)
+            if block is None:
+                collapsed[node] = self._value(node, collapsed, images)
+            else:
+                shortcut = collapsed[_operands(block)[1]]
+                fit = self._fit(block, collapsed[block.fork], original[node], shortcut)
+                fitted[node] = fit
+                collapsed[node] = shortcut + fit.norm(fit.conv(collapsed[block.fork]))
+            for source in {*node.all_input_nodes, *([forks[node]] if node in forks else [])}:
+                waiting[source] -= 1
+                if waiting[source] == 0:
+                    original[source] = collapsed[source] = None
+        return fitted
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], images: Tensor) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+        if node.op == "placeholder":
+            return images
+        if node.op == "get_attr":
+            constant = self.network.constants[str(node.target)]
+            return constant.float() if constant.is_floating_point() else constant
+        if node.op == "call_module":
+            layer = self.network.layers[str(node.target)]
+            assert isinstance(layer, nn.Module)
+            return copy.deepcopy(layer).float()(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def _fit(self, block: Block, read: Tensor, total: Tensor, shortcut: Tensor) -> _Fit:
+        """The convolution of `read` that comes nearest to what the shortcut leaves of the sum; batch norm: its own statistics."""
+        kernel, stride = _geometry(block)
+        channels, out = read.shape[1], total.shape[1]
+        conv = nn.Conv2d(channels, out, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
+        weight, bias, error = least_squares(conv, read, total - shortcut, self.generator)
+        conv.weight.copy_(weight)
+        explained = 1 - error / max(float(total.var((0, 2, 3)).sum()), 1e-30)
+        value = conv(read)
+        norm = nn.BatchNorm2d(out)
+        mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3), unbiased=False)
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        norm.weight.copy_(torch.sqrt(variance + norm.eps))
+        norm.bias.copy_(mean + bias)
+        return _Fit(conv.eval(), norm.eval(), explained)
+
+
+def _operands(block: Block) -> tuple[fx.Node, fx.Node]:
+    """What the addition adds: (end of the branch, end of the shortcut)."""
+    first, second = block.add.args[0], block.add.args[1]
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    return (first, second) if first in block.branch else (second, first)
+
+
+def _replace_branch(network: Network, block: Block, fit: _Fit) -> None:
+    """The fitted layers in the graph, in double precision as everything there, instead of the branch."""
+    end, _ = _operands(block)
+    graph = network.graph
+    with graph.inserting_before(block.add):
+        conv = graph.call_module(network.add(f"{block.name}.conv", fit.conv.double()), (block.fork,))
+        norm = graph.call_module(network.add(f"{block.name}.bn", fit.norm.double()), (conv,))
+    conv.meta["shape"] = norm.meta["shape"] = shape_of(block.add)
+    block.add.replace_input_with(end, norm)
+    for node in reversed(block.branch):
+        graph.erase_node(node)
+        network.layers.pop(str(node.target), None)

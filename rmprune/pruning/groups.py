@@ -1,0 +1,342 @@
+"""What can be pruned in a network: groups of channels that must go together, and the layers whose size they set.
+
+Nothing here changes a model.
+
+One description serves plain chains (every group has one producer) and networks with residuals (a stream is one
+group), so that free and coupled pruning are compared with the same importance, limits, schedule and surgery.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rmprune.errors import UnsupportedModel
+
+Keep = dict[str, Tensor]
+"""Group name -> bool [units]; True is what stays. A group that is absent stays whole."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor dimension that shrinks with a group. ``index`` [units, k]: the channels of ``layer`` that unit u
+    owns, out of ``size``.
+
+    ``side``: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
+    PReLU, depthwise).
+    """
+
+    layer: str
+    side: Literal["out", "in", "tied"]
+    index: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that go together. ``units``: how many can be decided on; each is ``multiple`` channels of a producer
+    (1 but for grouped convolutions, where the same position in every convolution group goes at once).
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+
+    @property
+    def multiple(self) -> int:
+        """Channels of the producing layer that one unit stands for."""
+        return next(int(m.index.shape[1]) for m in self.members if m.side != "in")
+
+    @property
+    def channels(self) -> int:
+        """Output channels of layers that one unit stands for, over all producers: the unit of ``Budget.ratio``."""
+        return sum(int(m.index.shape[1]) for m in self.members if m.side == "out")
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Layers whose outputs these channels are (more than one: a residual stream)."""
+        return tuple(m.layer for m in self.members if m.side == "out")
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        return tuple(m for m in self.members if m.side == "in")
+
+
+def outputs(model: nn.Module, example_inputs: Tensor) -> list[Tensor]:
+    """All tensors that the model returns, in eval mode: of one, a tuple, a dict, ..."""
+    with evaluating(model), torch.no_grad():
+        return [x for x in tree_leaves(model(example_inputs)) if isinstance(x, Tensor)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer: its shape, and which groups set its width. ``inputs`` / ``outputs``: (group,
+    channels a unit).
+    """
+
+    name: str
+    kind: Literal["conv", "depthwise", "linear"]
+    cin: int
+    cout: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    bias: bool
+    inputs: tuple[tuple[str, int], ...] = ()
+    outputs: tuple[tuple[str, int], ...] = ()
+
+
+Cost = Callable[[Layer, int, int], float]
+"""cost(layer, cin, cout): what the layer costs at these widths (MACs, milliseconds, ...)."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Groups, the layers they size, and ``frozen``: {group or layer: why it is not pruned}."""
+
+    groups: tuple[Group, ...]
+    layers: tuple[Layer, ...]
+    frozen: Mapping[str, str]
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {g.name: g.units for g in self.groups}
+
+    def group(self, name: str) -> Group:
+        return next(g for g in self.groups if g.name == name)
+
+    def without(self, reasons: Mapping[str, str]) -> "Structure":
+        """The same network with the named groups left whole."""
+        groups = tuple(g for g in self.groups if g.name not in reasons)
+        return with_ports(Structure(groups, self.layers, {**self.frozen, **reasons}))
+
+    def shrunk(self, keep: Mapping[str, Tensor]) -> "Structure":
+        """The description of the network that :func:`rmprune.pruning.surgery.shrink` returns for the same ``keep``."""
+        masks = layer_masks(self, keep)
+        groups = tuple(_shrink_group(g, keep.get(g.name), masks) for g in self.groups)
+        layers = []
+        for layer in self.layers:
+            rows, cols = masks.get((layer.name, "out")), masks.get((layer.name, "in"))
+            cout = layer.cout if rows is None else int(rows.sum())
+            cin = layer.cin if cols is None else int(cols.sum())
+            groups_now = cout if layer.kind == "depthwise" else layer.groups
+            layers.append(replace(layer, cin=cin, cout=cout, groups=groups_now))
+        return Structure(groups, tuple(layers), self.frozen)
+
+
+def macs(layer: Layer, cin: int, cout: int) -> float:
+    """Multiply-accumulates of one image: k_h k_w c_in c_out / groups at every output position (a depthwise layer: k_h
+    k_w c_out).
+    """
+    taps = layer.kernel[0] * layer.kernel[1] * layer.output_size[0] * layer.output_size[1]
+    return float(taps * cout) if layer.kind == "depthwise" else taps * cin * cout / layer.groups
+
+
+def channels(layer: Layer, cin: int, cout: int) -> float:
+    """Prunable output channels, the unit of ``Budget.ratio`` (a depthwise layer's are its producer's, and not counted
+    twice).
+    """
+    return float(cout) if layer.outputs and layer.kind != "depthwise" else 0.0
+
+
+def total_cost(structure: Structure, cost: Cost = macs) -> float:
+    """The cost of the whole network as it is."""
+    return sum(cost(layer, layer.cin, layer.cout) for layer in structure.layers)
+
+
+def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """{(layer, "out" or "in"): bool mask over its channels}, for every layer that loses something or could. Checks
+    ``keep``.
+    """
+    units = structure.units
+    for name, mask in keep.items():
+        if name not in units:
+            raise UnsupportedModel(
+                f"keep names {name!r}, which is no prunable group here; there are: {', '.join(units)}"
+            )
+        if mask.dtype != torch.bool or mask.shape != (units[name],):
+            raise UnsupportedModel(
+                f"keep[{name!r}]: expected a bool mask of {units[name]}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        if not mask.any():
+            raise UnsupportedModel(f"keep[{name!r}] removes every channel; leave at least one")
+    masks: dict[tuple[str, str], Tensor] = {}
+    for group in structure.groups:
+        gone = ~keep[group.name].cpu() if group.name in keep else None
+        for member in group.members:
+            for side in ("out", "in") if member.side == "tied" else (member.side,):
+                key = (member.layer, side)
+                if key not in masks:
+                    masks[key] = torch.ones(member.size, dtype=torch.bool)
+                if gone is not None:
+                    masks[key][member.index[gone].flatten()] = False
+    return masks
+
+
+def _shrink_group(group: Group, keep: Tensor | None, masks: Mapping[tuple[str, str], Tensor]) -> Group:
+    members = []
+    for member in group.members:
+        mask = masks[(member.layer, "out" if member.side == "tied" else member.side)]
+        renumber = mask.cumsum(0) - 1
+        index = member.index if keep is None else member.index[keep.cpu()]
+        members.append(replace(member, index=renumber[index], size=int(mask.sum())))
+    return replace(group, units=group.units if keep is None else int(keep.sum()), members=tuple(members))
+
+
+def with_ports(structure: Structure) -> Structure:
+    """Fill in each layer's ``inputs`` and ``outputs`` from the groups."""
+    inputs: dict[str, list[tuple[str, int]]] = {}
+    outputs: dict[str, list[tuple[str, int]]] = {}
+    for group in structure.groups:
+        for member in group.members:
+            port = (group.name, int(member.index.shape[1]))
+            if member.side in ("out", "tied"):
+                outputs.setdefault(member.layer, []).append(port)
+            if member.side in ("in", "tied"):
+                inputs.setdefault(member.layer, []).append(port)
+    layers = (
+        replace(x, inputs=tuple(inputs.get(x.name, ())), outputs=tuple(outputs.get(x.name, ())))
+        for x in structure.layers
+    )
+    return Structure(structure.groups, tuple(layers), structure.frozen)
+
+
+def tie_positions(group: Group, parts: int) -> Group:
+    """Tie the channels at the same position in each of ``parts`` equal blocks (what a convolution with
+    ``groups=parts`` needs).
+    """
+    if group.units % parts:
+        raise UnsupportedModel(f"{group.name}: {group.units} channels do not split into {parts} convolution groups")
+    size = group.units // parts
+
+    def tied(index: Tensor) -> Tensor:
+        return index.view(parts, size, -1).transpose(0, 1).reshape(size, -1)
+
+    return replace(group, units=size, members=tuple(replace(m, index=tied(m.index)) for m in group.members))
+
+
+def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> Layer | None:
+    """The :class:`Layer` of a Conv2d or Linear; None for every other module."""
+    if name not in shapes:
+        return None
+    before, after = shapes[name]
+    if isinstance(module, nn.Conv2d):
+        padding = module.padding
+        if isinstance(padding, str):
+            same = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            padding = (same[0], same[1]) if padding == "same" else (0, 0)
+        return Layer(
+            name,
+            "depthwise" if is_depthwise(module) else "conv",
+            module.in_channels,
+            module.out_channels,
+            _pair(module.kernel_size),
+            _pair(module.stride),
+            _pair(padding),
+            _pair(module.dilation),
+            module.groups,
+            _pair(tuple(before[2:])),
+            _pair(tuple(after[2:])),
+            module.bias is not None,
+        )
+    if isinstance(module, nn.Linear):
+        tokens = (1, after[1:-1].numel())
+        sizes = ((1, 1), (1, 1), (0, 0), (1, 1))
+        return Layer(
+            name, "linear", module.in_features, module.out_features, *sizes, 1, tokens, tokens, module.bias is not None
+        )
+    return None
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """One filter for each channel: the channels come and go with their producer's."""
+    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def weight_of(model: nn.Module, layer: str) -> Tensor:
+    """The layer's weight, with its gradient."""
+    weight = model.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return (int(values[0]), int(values[1]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode for the while; each module's own mode is put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """{layer: (input shape, output shape)} of every Conv2d and Linear, from one forward pass. A layer used twice is
+    refused.
+    """
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+    handles = []
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in shapes:
+                raise UnsupportedModel(
+                    f"{name} is used twice in one forward pass; give each use its own layer before pruning"
+                )
+            shapes[name] = (inputs[0].shape, output.shape)
+
+        return record
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            handles.append(module.register_forward_hook(recorder(name)))
+    try:
+        with evaluating(model), torch.no_grad():
+            model(example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def inner_only(structure: Structure) -> Structure:
+    """Only channels inside blocks may go, as in ThiNet: every group that several layers add into (a residual stream)
+    is left whole.
+    """
+    return structure.without({g.name: "a residual stream" for g in structure.groups if len(g.producers) > 1})
+
+
+Scores = dict[str, Tensor]
+"""Group name -> float64 [units]."""
+
+
+def input_weights(module: nn.Module, values: Tensor) -> Tensor:
+    """[c_in]: the sum, for each input channel, of ``values`` shaped as the layer's weight (convolution groups taken
+    apart).
+    """
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return values.view(module.groups, -1, *values.shape[1:]).sum(dim=(1, 3, 4)).flatten()
+    return values.sum(dim=(0, 2, 3)) if values.dim() > 2 else values.sum(0)
+
+
+def gather(values: Tensor, member: Member) -> Tensor:
+    """[units, k] of a vector over the channels of the member's layer."""
+    return values.double().cpu()[member.index]
+
+
+def zero_scores(structure: Structure) -> Scores:
+    return {g.name: torch.zeros(g.units, dtype=torch.float64) for g in structure.groups}

@@ -1,0 +1,212 @@
+"""How one block becomes a plain chain: which layer does which stage of the shortcut, what is reserved, and what it costs.
+
+Every assignment of the shortcut's stages to the branch's layers is tried (both in order), and the cheapest exact one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from rmprune.graph.convolution import Conv, to_measure
+from rmprune.graph.fuse import compose
+from rmprune.graph.network import spatial
+from rmprune.graph.ranges import constant, range_of, size_seen
+from rmprune.removal.blocks import Block, Layer, Stage
+from rmprune.removal.copies import (
+    ANYWHERE,
+    Carry,
+    Entries,
+    Side,
+    assemble,
+    constant_part,
+    diagonal,
+    spread_entries,
+    start,
+)
+from rmprune.removal.geometry import Taps, chain_taps
+from rmprune.removal.reserve import State, Wire, reserve, wires
+
+_BOUNDS_HELP = (
+    " (a copy takes two channels to pass its activation; with bounds, from ranges='calibrated' or input_range, form='shift' "
+    "needs one)"
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plain chain of one block, not yet built: layers with their activations, forms used, channels reserved at most."""
+
+    layers: tuple[Layer, ...]
+    forms: frozenset[str]
+    reserved: int
+
+    def macs(self) -> int:
+        return sum(layer.conv.macs(layer.out_size) for layer in self.layers)
+
+    def params(self) -> int:
+        return sum(layer.conv.params() for layer in self.layers)
+
+
+def schedule(block: Block, form: str = "auto") -> Schedule | str:
+    """The cheapest exact plain chain for this block, or the reason why there is none."""
+    layout = wires(block.layers)
+    if isinstance(layout, str):
+        return layout
+    needed = _needed(block)
+    best, reasons = _cheapest(block, layout, needed, form)
+    if best is None and form == "auto":  # a shift may be what a padded shortcut kernel does not allow
+        best, _ = _cheapest(block, layout, needed, "pair")
+    return best if best is not None else reasons[0]
+
+
+def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str) -> tuple[Schedule | None, list[str]]:
+    best: Schedule | None = None
+    reasons: list[str] = []
+    for assignment in _assignments(len(block.stages), len(block.layers)):
+        if best is not None and _least_macs(block, assignment, needed) >= best.macs():
+            continue
+        found = _build(block, assignment, layout, needed, form)
+        if isinstance(found, str):
+            reasons.append(found)
+        elif best is None or found.macs() < best.macs():
+            best = found
+    return best, reasons
+
+
+def _assignments(stages: int, layers: int) -> Iterator[tuple[int, ...]]:
+    """The layer of each stage, in order; everything in the merge comes first."""
+    yield from sorted(combinations_with_replacement(range(layers), stages), reverse=True)
+
+
+def _least_macs(block: Block, assignment: tuple[int, ...], needed: list[Tensor]) -> int:
+    """No schedule with this assignment is cheaper: one copy of every channel that is needed and not constant."""
+    ranges = [range_of(block.fork), *[stage.range for stage in block.stages]]
+    total, before = 0, 0
+    for i, layer in enumerate(block.layers):
+        done = sum(at <= i for at in assignment)
+        after = 0 if i == len(block.layers) - 1 else int((needed[done] & ~constant(*ranges[done])).sum())
+        conv = layer.conv
+        taps = conv.geometry.kernel[0] * conv.geometry.kernel[1] * layer.out_size[0] * layer.out_size[1]
+        grown = (conv.in_channels + before) * (conv.out_channels + after)
+        total += taps * grown if conv.groups == 1 else conv.macs(layer.out_size)
+        before = after
+    return total
+
+
+def _needed(block: Block) -> list[Tensor]:
+    """needed[j]: which channels of the value after j stages the merge reads in the end (RM.md 5)."""
+    channels = block.stages[-1].conv.out_channels if block.stages else block.layers[0].conv.in_channels
+    needed = [torch.ones(channels, dtype=torch.bool)]
+    for stage in reversed(block.stages):
+        entries = stage.entries
+        read = torch.zeros(stage.conv.in_channels, dtype=torch.bool)
+        read[entries.columns[needed[0][entries.rows]]] = True
+        needed.insert(0, read)
+    return needed
+
+
+def _build(
+    block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str
+) -> Schedule | str:
+    groups = [[s for s, at in zip(block.stages, assignment, strict=True) if at == i] for i in range(len(block.layers))]
+    segments: list[Stage | None] = []
+    for group in groups:
+        segment = _segment(group)
+        if isinstance(segment, str):
+            return segment
+        segments.append(segment)
+    taps = _taps(block, segments)
+    if isinstance(taps, str):
+        return taps
+    low, high = range_of(block.fork)
+    state = State(start(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
+    built: list[Layer] = []
+    forms: frozenset[str] = frozenset()
+    reserved = 0
+    for i, layer in enumerate(block.layers):
+        value, bias = _value(segments[i], needed[state.done], needed[state.done + len(groups[i])])
+        if taps[i].reads_padding and bool(state.carry.constant[value.columns].any()):
+            return "a shifted copy would meet zero padding where the shortcut's kernel reads it"
+        bias = bias + constant_part(value, state.carry, len(bias))
+        state.done += len(groups[i])
+        if groups[i]:
+            state.range, state.seen = groups[i][-1].range, groups[i][-1].seen
+        if i == len(block.layers) - 1:
+            merged = _merge(layer, state.carry, value, bias, taps[i])
+            if isinstance(merged, str):
+                return merged
+            return Schedule((*built, merged), forms, reserved)
+        pairs = _merge_pairs(block, segments[-1]) if layout[i].interleaved and not any(groups[i + 1 : -1]) else None
+        found = reserve(
+            layer, state, value, bias, taps[i], layout[i], needed[state.done], form, pairs, segments[i] is None
+        )
+        if isinstance(found, str):
+            return found + (_BOUNDS_HELP if "pair" in forms and layer.conv.groups > 1 else "")
+        new, state.carry, used = found
+        built.append(new)
+        forms |= used
+        reserved = max(reserved, len(state.carry.channel))
+    raise AssertionError("a block has at least one layer")
+
+
+def _segment(stages: list[Stage]) -> Stage | str | None:
+    """Several stages as one folded one; None for none."""
+    if len(stages) <= 1:
+        return stages[0] if stages else None
+    product: Conv | None = stages[0].folded
+    for stage in stages[1:]:
+        product = None if product is None else compose(product, stage.folded)
+    return (
+        Stage(product, stages[0].size, stages[-1].range) if product else "its shortcut's stages do not multiply exactly"
+    )
+
+
+def _taps(block: Block, segments: list[Stage | None]) -> tuple[Taps, ...] | str:
+    """Where each layer's part of the shortcut goes in its kernel; the same on maps of every size."""
+    layers = tuple(layer.conv.geometry for layer in block.layers)
+    parts = tuple(None if segment is None else segment.conv.geometry for segment in segments)
+    return chain_taps(layers, parts, spatial(block.fork))
+
+
+def _value(segment: Stage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
+    """The kernel from the carried value to the next one, only where it is needed, and its bias."""
+    if segment is None:
+        return diagonal(needed.nonzero().flatten()), torch.zeros(len(needed), dtype=torch.float64)
+    entries = segment.entries
+    used = needed_after[entries.rows]
+    if not used.all():
+        entries = Entries(entries.rows[used], entries.columns[used], entries.kernel[used])
+    return entries, segment.folded.bias
+
+
+def _merge(layer: Layer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> Layer | str:
+    conv, channels = layer.conv, layer.conv.out_channels
+    group = torch.full((channels,), ANYWHERE)
+    if conv.groups > 1:
+        group = torch.arange(channels) // (channels // conv.groups)
+    entries = spread_entries(value, group, carry)
+    if isinstance(entries, str):
+        return entries
+    extra = Entries(entries.rows, carry.position[entries.columns], entries.kernel)
+    merged = assemble(conv.folded(), carry.side, Side(torch.arange(channels), channels), conv.groups, extra, taps)
+    if isinstance(merged, str):
+        return merged
+    norm = to_measure(channels, conv.norm)
+    return replace(layer, conv=replace(merged, bias=merged.bias + bias, norm=norm))
+
+
+def _merge_pairs(block: Block, segment: Stage | None) -> tuple[Tensor, Tensor]:
+    """The (channel, group) pairs that the groups of the last layer read."""
+    conv = block.layers[-1].conv
+    if segment is None:
+        rows = columns = torch.arange(conv.out_channels)
+    else:
+        entries = segment.entries
+        rows, columns = entries.rows, entries.columns
+    pairs = torch.unique(torch.stack([columns, rows // (conv.out_channels // conv.groups)]), dim=1)
+    return pairs[0], pairs[1]

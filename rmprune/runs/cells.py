@@ -1,0 +1,49 @@
+"""The cells of a run: one seed with one budget each, and where they are kept."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rmprune.runs import records
+
+logger = logging.getLogger("rmprune")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One seed with one budget: a record of its own. `shared` holds what all cells of the seed have in common."""
+
+    seed: int
+    kind: str
+    value: float
+    directory: Path
+    shared: Path
+
+    @property
+    def record(self) -> Path:
+        return self.directory / records.RECORD
+
+
+def plan_cells(root: Path, seed: int, seeds: int, budgets: list[tuple[str, float]]) -> list[Cell]:
+    """The cells in the order they are done: `seeds` seeds from `seed` on, each with every (kind, value) of `budgets`.
+
+    A single cell is the run directory itself.
+    """
+    if seeds == 1 and len(budgets) == 1:
+        return [Cell(seed, *budgets[0], root, root)]
+    return [
+        Cell(one, kind, value, root / f"seed{one}" / f"{kind}-{value:g}", root / f"seed{one}")
+        for one in range(seed, seed + seeds)
+        for kind, value in budgets
+    ]
+
+
+def unfinished(cells: list[Cell]) -> Iterator[Cell]:
+    """The cells that have no record yet; of several cells, each is announced in the log as its turn comes."""
+    for number, cell in enumerate(cells, 1):
+        if cell.record.is_file():
+            continue
+        if len(cells) > 1:
+            logger.info("cell %d of %d: seed %d, %s %g", number, len(cells), cell.seed, cell.kind, cell.value)
+        yield cell

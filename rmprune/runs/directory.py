@@ -1,0 +1,100 @@
+"""Run directories: who may write where, what is finished, what goes on where it was. No stage logic."""
+
+import contextlib
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from rmprune.config.toml import differences, from_toml, to_toml
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.runs.notes import write_text
+
+Config = TypeVar("Config")
+CONFIG_FILE = "config.toml"
+LOCK_FILE = ".lock"
+WRITTEN = re.compile(
+    r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
+)
+
+
+@contextlib.contextmanager
+def claim(
+    directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool
+) -> Iterator[None]:
+    """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
+    use .lock, which keeps other processes out.
+
+    With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
+    names of the artifacts that it may have written.
+    Raises ConfigError where the directory holds a finished run, a run with other settings, one that another process is at, or
+    something that is no run, and ArtifactError where it cannot be written.
+    """
+    lock = FileLock(directory / LOCK_FILE)
+    try:
+        _prepare(directory, config, records, networks if overwrite else None, lock)
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(
+    directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock
+) -> None:
+    known = directory / CONFIG_FILE
+    try:
+        used = directory.exists() and any(entry.name != LOCK_FILE for entry in directory.iterdir())
+        if used and not known.is_file():
+            raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+        if known.is_file() and overwritten is not None:
+            _clear(directory, config, known, overwritten)
+        elif known.is_file():
+            _refuse_other(directory, config, known, records)
+        write_text(known, to_toml(config))
+    except Timeout:
+        raise ConfigError(
+            f"{directory}: another process is at this run; wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(f"{directory}: cannot be written ({reason}); choose another --out") from None
+
+
+def _clear(directory: Path, config: Config, known: Path, networks: Collection[str]) -> None:
+    """Take away what a run wrote, config.toml last; anything else in the directory stays."""
+    try:
+        from_toml(type(config), known)
+    except ConfigError as error:
+        raise ConfigError(f"not overwritten, not a run of this command: {error}; choose another --out") from None
+    weights = getattr(config, "checkpoint", None)
+    if weights is not None and weights.resolve().is_relative_to(directory.resolve()):
+        raise ConfigError(f"{weights}: lies in the run that --overwrite would replace; choose another --out")
+    ours = [entry for entry in directory.iterdir() if WRITTEN.fullmatch(entry.name) or entry.name in networks]
+    for entry in sorted(ours, key=lambda entry: entry == known):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _refuse_other(directory: Path, config: Config, known: Path, records: list[Path]) -> None:
+    changed = differences(from_toml(type(config), known), config)
+    if changed:
+        raise ConfigError(
+            f"{directory}: holds a run with other settings ({'; '.join(changed)}); choose another --out, or --overwrite"
+        )
+    if all(record.is_file() for record in records):
+        raise ConfigError(
+            f"{directory}: this run is finished; see it with `python -m rmprune report {directory}`, or --overwrite"
+        )
+
+
+def runs_of(records: list[Path]) -> list[Path]:
+    """The run directories that records belong to: the record's own, or one of the two above it, where the run has several cells."""
+    folders = (folder for record in records for folder in record.parents[:3])
+    return list(dict.fromkeys(folder for folder in folders if (folder / CONFIG_FILE).is_file()))

@@ -1,0 +1,164 @@
+"""What a run measured, as JSON: written whole or not at all, checked both ways. Reports read nothing else; weights
+live in artifacts.
+"""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from rmprune.errors import ArtifactError
+
+SCHEMA = 1
+RECORD = "record.json"
+STAGES = ("original", "plain", "pruned", "coupled")
+"""The usual networks of a record, in the order of a report; any other entry with the same fields is a network too."""
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
+    "command": (str,),
+    "config": (dict,),
+    "seed": (int,),
+    "method": (str,),
+    "environment": (dict,),
+    "removal": (dict, type(None)),
+    "original": (dict,),
+}
+
+
+def networks(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The networks of a record, original first: every entry with `accuracy`, `macs`, `params` and `latency`."""
+    found = {
+        k: v for k, v in record.items() if isinstance(v, dict) and {"accuracy", "macs", "params", "latency"} <= v.keys()
+    }
+    order = {name: position for position, name in enumerate(STAGES)}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def check_record(record: Any) -> None:
+    """Raises ArtifactError that names the first field of `record` that is missing or wrong.
+
+    A record has `schema`, `command`, `config`, `seed`, `method`, `environment` (`versions`, `processor`, `threads`),
+    `removal` (`removed`, `kept`, `max_error`; None where no residual was to be removed), and `original` with at least
+    one more network; it may have `refused`, {method: why its budget could not be met}. A network has `accuracy` (0 to
+    1), `macs` and `params` (of one image), and `latency`, a list of {backend, device, threads, batch_size, median_ms,
+    q1_ms, q3_ms}.
+    """
+    if not isinstance(record, dict):
+        raise ArtifactError("a record is a JSON object")
+    for field, kinds in _FIELDS.items():
+        if not isinstance(record.get(field, ...), kinds) or isinstance(record.get(field), bool):
+            raise ArtifactError(f"{field!r} is missing or not of type {' or '.join(k.__name__ for k in kinds)}")
+    if record["schema"] != SCHEMA:
+        raise ArtifactError(f"schema {record['schema']}, this version reads {SCHEMA}; update rmprune or run again")
+    for field in ("versions", "processor", "threads"):
+        if field not in record["environment"]:
+            raise ArtifactError(f"'environment' has no {field!r}")
+    for field, kind in (("removed", list), ("kept", dict), ("max_error", (int, float))) if record["removal"] else ():
+        if not isinstance(record["removal"].get(field), kind):
+            raise ArtifactError(f"'removal' has no valid {field!r}")
+    refused = record.get("refused", {})
+    if not isinstance(refused, dict) or not all(isinstance(why, str) for why in refused.values()):
+        raise ArtifactError("'refused' is not an object of texts")
+    for name in ("plain", "pruned", "coupled"):
+        if name in record and name not in networks(record):
+            raise ArtifactError(f"{name!r} lacks one of accuracy, macs, params, latency")
+    if len(networks(record)) < 2 or "original" not in networks(record):
+        raise ArtifactError("there is no complete 'original' network with at least one more to compare")
+    for name, entry in networks(record).items():
+        _check_network(name, entry)
+
+
+def _check_network(name: str, entry: dict[str, Any]) -> None:
+    if not _is_number(entry["accuracy"]) or not 0 <= entry["accuracy"] <= 1:
+        raise ArtifactError(f"{name}: accuracy is {entry['accuracy']!r}, not a number from 0 to 1")
+    for field in ("macs", "params"):
+        if not _is_count(entry[field]):
+            raise ArtifactError(f"{name}: {field} is {entry[field]!r}, not a positive whole number")
+    if not isinstance(entry["latency"], list):
+        raise ArtifactError(f"{name}: latency is not a list")
+    for position, latency in enumerate(entry["latency"]):
+        where = f"{name}: latency {position}"
+        if not isinstance(latency, dict):
+            raise ArtifactError(f"{where} is not an object")
+        for field in ("backend", "device"):
+            if not isinstance(latency.get(field), str):
+                raise ArtifactError(f"{where} has no {field!r}")
+        for field in ("threads", "batch_size"):
+            if not _is_count(latency.get(field)):
+                raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a positive whole number")
+        for field in ("median_ms", "q1_ms", "q3_ms"):
+            if not _is_number(latency.get(field)) or latency[field] <= 0:
+                raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a time in milliseconds")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
+    """Checks `record` (see `check_record`) and writes it as JSON, whole or not at all; returns the path."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
+        check_record(record)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: the record cannot be written as JSON ({error})") from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: not written, {error}") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another directory") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what configs and measurements hold besides plain values: paths, numpy and torch numbers."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"a value of type {type(value).__name__}")
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record in the file `path`, or in the run directory `path`; ArtifactError where it is missing, damaged or
+    foreign.
+    """
+    path = Path(path)
+    file = path / RECORD if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text())
+        check_record(record)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{file}: there is no such record; is the run finished?") from error
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); run again, or leave it out") from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{file}: not a valid record: {error}") from error
+    return dict(record)
+
+
+def find_records(paths: list[Path]) -> list[Path]:
+    """Record files under `paths`: files as given, directories searched; ArtifactError where a path holds none."""
+    found: list[Path] = []
+    for path in paths:
+        records = [path] if path.is_file() else sorted(path.rglob(RECORD))
+        if not records:
+            raise ArtifactError(f"{path}: there is no record under it; give run directories that hold a {RECORD}")
+        found += records
+    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
