@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import NotEquivalent
 from rmprune.graph.convolution import Block, Conv
 from rmprune.graph.network import Network
-from rmprune.graph.shapes import on_meta
+from rmprune.graph.run import Values, run
+from rmprune.graph.shapes import blank_inputs, on_meta
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ def materialise(
 @torch.no_grad()
 def _run_on_meta(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Any:
     """What the module returns, in its own dtype, without values: what the builder ran was not yet this module."""
-    given = [torch.empty_like(x, dtype=dtype if x.is_floating_point() else x.dtype, device="meta") for x in inputs]
     try:
-        return on_meta(module)(*given)
+        return on_meta(module)(*blank_inputs(inputs, dtype))
     except RuntimeError as error:
         raise NotEquivalent(f"the new network does not run in {dtype}: {error}") from error
 
@@ -80,49 +80,24 @@ class _Builder:
 
     @torch.no_grad()
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Any]:
-        values: dict[fx.Node, Any] = {}
-        given = iter(inputs)
         outputs: Any = None
-        for node in self.network.graph.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            if node.op == "placeholder":
-                values[node] = next(given, node.args[0] if node.args else None)
-                self._copy(node)
-            elif node.op == "output":
-                outputs = args[0]
-                self._copy(node)
-            elif node.op == "call_module":
-                values[node] = self._layer(node, args, kwargs)
-            elif node.op == "get_attr":
-                values[node] = self._constant(node)
-            else:
-                function = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-                values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
-                self._copy(node)
-            for source in node.all_input_nodes:
-                if all(user in values or user is node for user in source.users):
-                    values[source] = None
+        for _, outputs in run(self.network.graph, inputs, self._value):
+            pass  # the last value is what the network returns
         return self._module(), outputs
 
-    def _copy(self, node: fx.Node) -> None:
-        self.nodes[node] = self.graph.node_copy(node, lambda n: self.nodes[n])
-
-    def _constant(self, node: fx.Node) -> Tensor:
-        value = self.network.constants[str(node.target)]
-        name = str(node.target).replace(".", "_")
-        copied = value.detach().clone()
-        self.constants[name] = nn.Parameter(copied) if isinstance(value, nn.Parameter) else copied
-        self._copy(node)
-        self.nodes[node].target = name
-        return value
-
-    def _layer(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = self.network.layers[str(node.target)]
+    def _value(self, node: fx.Node, values: Values) -> Any:
+        """The node's value; on the way the new graph gets its copy, with a module of its own."""
+        layer = self.network.layer(node)
         if isinstance(layer, Conv):
-            return self._conv(node, layer, args[0])
-        value = layer(*args, **kwargs)
-        self._copy(node)
-        self.nodes[node].target = self._register(str(node.target), self._cast(copy.deepcopy(layer)))
+            return self._conv(node, layer, values[node.args[0]])  # type: ignore[index]
+        value = self.network.value(node, values)
+        copied = self.nodes[node] = self.graph.node_copy(node, self.nodes.__getitem__)
+        if layer is not None:
+            copied.target = self._register(str(node.target), self._cast(copy.deepcopy(layer)))
+        if node.op == "get_attr":
+            copied.target = str(node.target).replace(".", "_")
+            own = value.detach().clone()
+            self.constants[copied.target] = nn.Parameter(own) if isinstance(value, nn.Parameter) else own
         return value
 
     def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from rmprune.graph.convolution import (
     coordinates,
     dense_weight,
     from_module,
+    or_none,
     to_measure,
     with_norm,
 )
@@ -32,14 +33,9 @@ def join_norms(network: Network) -> None:
         source = node.args[0] if node.args else None
         if not isinstance(layer, nn.BatchNorm2d) or not isinstance(source, fx.Node) or len(source.users) > 1:
             continue
-        before = network.layer(source)
-        if isinstance(before, nn.Conv2d):
-            found = from_module(before, before.in_channels, str(source.target))
-            if isinstance(found, str):
-                continue
-            before = found
-        norm = from_module(layer, layer.num_features, str(node.target))
-        if not isinstance(before, Conv) or before.norm is not None or isinstance(norm, str) or norm.norm is None:
+        before = _conv(network, source)
+        norm = or_none(from_module, layer, layer.num_features, str(node.target))
+        if before is None or before.norm is not None or norm is None or norm.norm is None:
             continue
         network.layers[str(source.target)] = with_norm(before, norm.norm, str(node.target))
         _drop(network, node, source)
@@ -68,12 +64,7 @@ def fuse_convolutions(network: Network, rule: str) -> int:
 
 def _conv(network: Network, node: fx.Node) -> Conv | None:
     layer = network.layer(node)
-    if isinstance(layer, Conv):
-        return layer
-    if isinstance(layer, nn.Conv2d):
-        found = linear_layer(network, node)
-        return found if isinstance(found, Conv) else None
-    return None
+    return or_none(linear_layer, network, node) if isinstance(layer, Conv | nn.Conv2d) else None
 
 
 def _product(first: Conv, second: Conv, source: fx.Node, node: fx.Node, rule: str) -> Conv | None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 
 from rmprune.graph.activations import image
-from rmprune.graph.convolution import Conv, Geometry, from_module
-from rmprune.graph.network import Layer, Network, shape_of
+from rmprune.graph.convolution import Conv, Geometry, from_module, or_none
+from rmprune.graph.network import Network, NodeLayer, shape_of
+from rmprune.graph.run import run
 
 Range = tuple[Tensor, Tensor]
 _ROUNDING = 1e-12  # outward, relative: the rounding of the interval sums themselves
@@ -62,7 +61,7 @@ def _propagate(network: Network, node: fx.Node) -> Range | None:
     return None
 
 
-def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range | None:
+def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> Range | None:
     low, high = range_of(source)
     if isinstance(layer, nn.Linear) and len(shape_of(source) or ()) == 2:
         bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
@@ -86,10 +85,8 @@ def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range
         found = image(layer, low, high)
         if found is not None:
             return found
-        conv = from_module(layer, len(low))
-        if isinstance(conv, str):
-            return None
-        return conv_range(conv, low, high)
+        conv = or_none(from_module, layer, len(low))
+        return None if conv is None else conv_range(conv, low, high)
     return None
 
 
@@ -202,30 +199,9 @@ _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
 
 def observe(network: Network, inputs: tuple[Tensor, ...]) -> None:
     """Runs the network and sets node.meta["seen"] = (low, high), one entry a channel, for every map."""
-    order = list(network.graph.nodes)
-    last = {source: node for node in order for source in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
-    given = iter(inputs)
-    for node in order:
-        if node.op == "output":
-            break
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        if node.op == "placeholder":
-            values[node] = next(given, node.args[0] if node.args else None)
-        elif node.op == "get_attr":
-            values[node] = network.constants[str(node.target)]
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            function = network.layer(node) if node.op == "call_module" else node.target
-            assert callable(function)
-            values[node] = function(*args, **kwargs)
-        value = values[node]
+    for node, value in run(network.graph, inputs, network.value):
         if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
             node.meta["seen"] = value.amin((0, 2, 3)), value.amax((0, 2, 3))
-        for source in node.all_input_nodes:
-            if last[source] is node:
-                values.pop(source, None)
 
 
 def tighten(network: Network, margin: float) -> None:

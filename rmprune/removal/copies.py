@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, image
-from rmprune.graph.convolution import Block, Conv, Norm, coordinates, to_measure
+from rmprune.graph.convolution import Block, Conv, Norm, Obstacle, coordinates, to_measure
 from rmprune.removal.forms import Code, free
 from rmprune.removal.geometry import Taps
 
@@ -94,7 +94,7 @@ def new_rows(carry: Carry, code: Code, as_is: Tensor, wanted: tuple[Tensor, Tens
     return Rows(*[getattr(both, f)[order] for f in Rows.__dataclass_fields__])
 
 
-def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries | str:
+def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries:
     """The kernel from the old rows to the new: copies, and scale * (value . decode) for the coded ones.
 
     value: the shortcut's kernel from v to the new value, over channels.
@@ -107,16 +107,17 @@ def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries | str:
     spread = spread_entries(
         Entries(target, value.columns[e], value.kernel[e] * rows.scale[target][:, None, None]), rows.group, carry
     )
-    if isinstance(spread, str):
-        return spread
     dirac = torch.zeros(int(copied.sum()), *value.kernel.shape[1:], dtype=torch.float64) + 1.0
     return Entries(
         torch.cat([index[copied], spread.rows]), torch.cat([rows.source[copied], spread.columns]), torch.cat([dirac, spread.kernel])
     )  # fmt: skip
 
 
-def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries | str:
-    """Entries over channels of v as entries over the carried rows. group: (targets,) where each target lies, or ANYWHERE."""
+def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries:
+    """Entries over channels of v as entries over the carried rows. group: (targets,) where each target lies, or ANYWHERE.
+
+    Raises Obstacle where a target would read a copy in another group.
+    """
     e, r = join(value.columns, carry.channel)
     if bool((carry.group != ANYWHERE).any()) and bool((group != ANYWHERE).any()):
         fits = carry.group[r] == group[value.rows[e]]
@@ -125,7 +126,7 @@ def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries | str
         carried = torch.zeros(len(carry.constant), dtype=torch.bool)
         carried[carry.channel] = True
         if bool((carried[value.columns] & ~reached).any()):
-            return "a grouped convolution would have to read copies that lie in another group"
+            raise Obstacle("a grouped convolution would have to read copies that lie in another group")
         e, r = e[fits], r[fits]
     if len(e) == len(value.rows) and bool((carry.decode == 1).all()) and bool((e == torch.arange(len(e))).all()):
         return Entries(value.rows, r, value.kernel)  # one plain copy of each: nothing to multiply
@@ -190,17 +191,17 @@ def diagonal(channels: Tensor) -> Entries:
     return Entries(channels, channels, torch.ones(len(channels), 1, 1, dtype=torch.float64))
 
 
-def assemble(conv: Conv, before: Side, after: Side, groups: int, extra: Entries, taps: Taps) -> Conv | str:
+def assemble(conv: Conv, before: Side, after: Side, groups: int, extra: Entries, taps: Taps) -> Conv:
     """`conv` with its inputs at before.positions and its outputs at after.positions of larger maps, plus the extra entries.
 
     extra: rows and columns are positions in the maps, its kernels go to `taps`. Bias and norm of the own rows are kept, the
-    other rows get bias 0 and no norm. Returns a reason where an entry would cross groups.
+    other rows get bias 0 and no norm. Raises Obstacle where an entry would cross groups.
     """
     if before.total % groups or after.total % groups:
-        return "the reserved channels do not fill whole groups"
+        raise Obstacle("the reserved channels do not fill whole groups")
     width, height = before.total // groups, after.total // groups
     if bool((extra.rows // height != extra.columns // width).any()):
-        return "a grouped convolution would have to mix copies of different groups"
+        raise Obstacle("a grouped convolution would have to mix copies of different groups")
     bias = torch.zeros(after.total, dtype=torch.float64)
     bias[after.positions] = conv.bias
     block = Block(after.positions, before.positions, extra.rows, extra.columns) if groups == 1 else None

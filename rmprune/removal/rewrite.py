@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from rmprune.errors import ConfigError
-from rmprune.graph.convolution import Conv, Geometry, output_size
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, or_none, output_size
 from rmprune.graph.network import Network, linear_layer, shape_of, spatial
 from rmprune.removal.blocks import Block, Layer, additions, find_block
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
@@ -56,10 +56,12 @@ def remove_all(
         if name in kept or name.split("#")[0] in kept:
             reports.append(BlockReport(name, False, "kept, as asked for"))
             continue
-        block = find_block(network, name, add)
-        plan = block if isinstance(block, str) else schedule(block, form)
-        if isinstance(block, str) or isinstance(plan, str):
-            reports.append(_kept(name, block, plan))
+        block: Block | None = None
+        try:
+            block = find_block(network, name, add)
+            plan = schedule(block, form)
+        except Obstacle as obstacle:
+            reports.append(_kept(name, str(obstacle), block))
             continue
         reports.append(_report(block, plan, _note(network, block)))
         _replace(network, block, plan)
@@ -68,11 +70,10 @@ def remove_all(
     return reports
 
 
-def _kept(name: str, block: Block | str, plan: Schedule | str) -> BlockReport:
-    assert isinstance(plan, str)
-    if isinstance(block, str):
-        return BlockReport(name, False, plan)
-    return BlockReport(name, False, plan, "", block.shortcut, 0, *_cost_before(block))
+def _kept(name: str, reason: str, block: Block | None) -> BlockReport:
+    if block is None:
+        return BlockReport(name, False, reason)
+    return BlockReport(name, False, reason, "", block.shortcut, 0, *_cost_before(block))
 
 
 def _report(block: Block, plan: Schedule, note: str) -> BlockReport:
@@ -199,19 +200,14 @@ def _joined(network: Network, node: fx.Node) -> tuple[fx.Node, fx.Node, Conv] | 
             rows.append(first + torch.arange(channels))
             columns.append(copied)
         first += channels
-    taps = chain_taps((own.geometry,), (Geometry(padding_mode=own.geometry.padding_mode),), spatial(source))
-    if isinstance(taps, str) or not rows:
+    taps = or_none(chain_taps, (own.geometry,), (Geometry(padding_mode=own.geometry.padding_mode),), spatial(source))
+    if taps is None or not rows:
         return None
     index = torch.cat(rows)
     extra = Entries(index, torch.cat(columns), torch.ones(len(index), 1, 1, dtype=torch.float64))
-    layer = assemble(
-        own, Side(torch.arange(own.in_channels), own.in_channels), Side(positions, first), own.groups, extra, taps[0]
-    )
-    return (
-        None
-        if isinstance(layer, str)
-        else (source, convs[0], replace(layer, norm=spread_norm(own.norm, positions, first)))
-    )
+    before, after = Side(torch.arange(own.in_channels), own.in_channels), Side(positions, first)
+    layer = or_none(assemble, own, before, after, own.groups, extra, taps[0])
+    return None if layer is None else (source, convs[0], replace(layer, norm=spread_norm(own.norm, positions, first)))
 
 
 def _copied(network: Network, part: fx.Node, source: fx.Node) -> torch.Tensor | None:
@@ -220,8 +216,8 @@ def _copied(network: Network, part: fx.Node, source: fx.Node) -> torch.Tensor | 
         return torch.arange((shape_of(source) or (0, 0))[1])
     if part.op != "call_function" or part.args[0] is not source:
         return None
-    layer = linear_layer(network, part)
-    if not isinstance(layer, Conv) or layer.geometry != Geometry():
+    layer = or_none(linear_layer, network, part)
+    if layer is None or layer.geometry != Geometry():
         return None
     entries = entries_of(layer)
     plain = len(entries.rows) == layer.out_channels and bool((entries.kernel == 1).all()) and not bool(layer.bias.any())
