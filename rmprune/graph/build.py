@@ -81,8 +81,9 @@ class _Builder:
     @torch.no_grad()
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Any]:
         outputs: Any = None
-        for _, outputs in run(self.network.graph, inputs, self._value):
-            pass  # the last value is what the network returns
+        for node, value in run(self.network.graph, inputs, self._value):
+            if node.op == "output":
+                outputs = value
         return self._module(), outputs
 
     def _value(self, node: fx.Node, values: Values) -> Any:

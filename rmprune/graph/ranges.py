@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -33,16 +35,21 @@ def unbounded(channels: int) -> Range:
 def annotate_ranges(network: Network, input_range: tuple[float, float] = (-math.inf, math.inf)) -> None:
     """Sets node.meta["range"] in one forward sweep. `input_range` bounds every element of every input."""
     for node in network.graph.nodes:
-        shape = shape_of(node)
-        if shape is None or len(shape) < 2:
-            continue
-        if node.op == "placeholder":
-            ends = torch.ones(shape[1], dtype=torch.float64)
-            found: Range | None = (ends * input_range[0], ends * input_range[1])
-        else:
-            found = _propagate(network, node)
-        low, high = unbounded(shape[1]) if found is None or len(found[0]) != shape[1] else found
-        node.meta["range"] = _outward(low, -1), _outward(high, 1)
+        annotate_range(network, node, input_range)
+
+
+def annotate_range(network: Network, node: fx.Node, input_range: tuple[float, float] = (-math.inf, math.inf)) -> None:
+    """Sets node.meta["range"] from the ranges of what the node reads, where it has a shape (N, C, ...)."""
+    shape = shape_of(node)
+    if shape is None or len(shape) < 2:
+        return
+    if node.op == "placeholder":
+        ends = torch.ones(shape[1], dtype=torch.float64)
+        found: Range | None = (ends * input_range[0], ends * input_range[1])
+    else:
+        found = _propagate(network, node)
+    low, high = unbounded(shape[1]) if found is None or len(found[0]) != shape[1] else found
+    node.meta["range"] = _outward(low, -1), _outward(high, 1)
 
 
 def _outward(end: Tensor, sign: int) -> Tensor:
@@ -178,10 +185,13 @@ def _multiply(node: fx.Node) -> Range | None:
 
 
 def _crop(node: fx.Node) -> Range | None:
-    index = node.args[1]
-    if isinstance(index, tuple) and len(index) >= 2 and index[1] == slice(None) and isinstance(node.args[0], fx.Node):
-        return range_of(node.args[0])
-    return None
+    index: Any = node.args[1]
+    plain = isinstance(index, tuple) and len(index) >= 2 and all(isinstance(i, slice) for i in index)
+    if not plain or any(isinstance(end, fx.Node) for end in (index[1].start, index[1].stop, index[1].step)):
+        return None
+    assert isinstance(node.args[0], fx.Node)
+    low, high = range_of(node.args[0])
+    return low[index[1]], high[index[1]]
 
 
 _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {

@@ -31,6 +31,8 @@ class Layer:
     activation_name: str
     size: Pair  # of its input, in pixels
     out_size: Pair
+    range: Range  # of what the convolution emits, before the activation
+    seen: Range | None  # the same as the examples showed it
     split: int = 0  # the activation is applied to so many channels from the first on; 0: to all
 
 
@@ -196,11 +198,12 @@ def _layers(network: Network, nodes: list[fx.Node]) -> list[Layer]:
         conv = linear_layer(network, node)
         if is_batch_norm(network.layer(node)) and open_layer and layers[-1].conv.norm is None:
             assert conv.norm is not None
-            layers[-1] = replace(layers[-1], conv=with_norm(layers[-1].conv, conv.norm, conv.norm_name))
+            normed = with_norm(layers[-1].conv, conv.norm, conv.norm_name)
+            layers[-1] = replace(layers[-1], conv=normed, range=range_of(node), seen=node.meta.get("seen"))
             continue
         if is_batch_norm(network.layer(node)):
             conv = dense(replace(conv, name=f"{conv.name}_in"))
-        layers.append(Layer(conv, None, "", size, out_size))
+        layers.append(Layer(conv, None, "", size, out_size, range_of(node), node.meta.get("seen")))
         open_layer = True
     if not layers:
         raise Obstacle("the branch holds no layer")
@@ -212,7 +215,8 @@ def _layers(network: Network, nodes: list[fx.Node]) -> list[Layer]:
 def _identity_layer(source: fx.Node, name: str) -> Layer:
     shape = shape_of(source)
     assert shape is not None
-    return Layer(identity(shape[1], name), None, "", spatial(source), spatial(source))
+    size = spatial(source)
+    return Layer(identity(shape[1], name), None, "", size, size, range_of(source), source.meta.get("seen"))
 
 
 def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage]:

@@ -34,9 +34,7 @@ class Taps:
 
 def place(segment: Geometry, source: Grid, layer: Geometry, wire: Grid, out_size: Pair) -> Taps:
     """The taps of `layer` that do what `segment` does. Raises Obstacle where there are none."""
-    (rows, above), (columns, beside) = (
-        _axis(segment, source, layer, wire, out_size[axis], axis) for axis in (0, 1)
-    )
+    (rows, above), (columns, beside) = (_axis(segment, source, layer, wire, out_size[axis], axis) for axis in (0, 1))
     padded = above or beside
     if padded and segment.padding_mode != layer.padding_mode:
         raise Obstacle(f"the shortcut pads with {segment.padding_mode}, the branch with {layer.padding_mode}")
@@ -106,9 +104,7 @@ def _total(layers: tuple[Geometry, ...], axis: int) -> int:
     return total
 
 
-def _chain(
-    layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair
-) -> tuple[Taps, ...] | None:
+def _chain(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair) -> tuple[Taps, ...] | None:
     """The taps on this size alone; None where the two ways end in maps of different sizes, or of no size."""
     step, source_step = (1, 1), (1, 1)
     here, there = size, size

@@ -48,9 +48,6 @@ class Schedule:
     def macs(self) -> int:
         return sum(layer.conv.macs(layer.out_size) for layer in self.layers)
 
-    def params(self) -> int:
-        return sum(layer.conv.params() for layer in self.layers)
-
 
 def schedule(block: Block, form: str = "auto") -> Schedule:
     """The cheapest exact plain chain for this block. Raises Obstacle where there is none."""
@@ -116,9 +113,7 @@ def _needed(block: Block) -> list[Tensor]:
     return needed
 
 
-def _build(
-    block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str
-) -> Schedule:
+def _build(block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str) -> Schedule:
     """The chain in which layer assignment[j] does stage j of the shortcut. Raises Obstacle where that is not exact."""
     groups = [[s for s, at in zip(block.stages, assignment, strict=True) if at == i] for i in range(len(block.layers))]
     segments = [_segment(group) for group in groups]

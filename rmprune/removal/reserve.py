@@ -79,13 +79,13 @@ def reserve(
         carry.side.positions
     ):  # x itself, in the first layer
         forms |= {"slope" if rule is not None and rule.slopes else "free"}
-    split = conv.out_channels if sliced else 0
-    activation = _with_slopes(layer.activation, rule, after)
-    return (
-        replace(layer, conv=new, activation=activation, split=split),
-        next_carry,
-        forms | ({"slice"} if sliced else set()),
-    )
+    shown = rows.scale.abs() * state.seen
+    wider = replace(
+        layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0,
+        range=layout.spread(layer.range, (rows.low, rows.high)),
+        seen=None if layer.seen is None else layout.spread(layer.seen, (rows.offset - shown, rows.offset + shown)),
+    )  # fmt: skip
+    return wider, next_carry, forms | ({"slice"} if sliced else set())
 
 
 def _wanted(
@@ -142,6 +142,13 @@ class Layout:
     reserved: Tensor
     total: int
     extra_groups: int = 0
+
+    def spread(self, own: Range, copies: Range) -> Range:
+        """The range of the whole map, (total,) each end, from those of its computed and of its reserved channels."""
+        low, high = torch.zeros(2, self.total, dtype=torch.float64)
+        for end, mine, copied in zip((low, high), own, copies, strict=True):
+            end[self.computed], end[self.reserved] = mine, copied
+        return low, high
 
 
 def wires(layers: tuple[Layer, ...]) -> list[Wire]:

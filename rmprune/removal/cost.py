@@ -1,0 +1,42 @@
+"""What the layers of a graph cost, by node and by block: MACs for one image, and parameters. Nothing is built for it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+
+from torch import fx, nn
+
+from rmprune.graph.convolution import Conv
+from rmprune.graph.network import Network, spatial
+
+Cost = tuple[int, int]
+
+
+def cost_of(network: Network, node: fx.Node, batch_norm: bool = True) -> Cost:
+    """(MACs of a convolution, parameters) of one node; batch_norm=False: as built without the norms of convolutions as data."""
+    layer = network.own(node) if node.op in ("call_module", "get_attr") else None
+    if isinstance(layer, Conv):
+        conv = layer if batch_norm else replace(layer, norm=None)
+        return conv.macs(spatial(node)), conv.params()
+    if isinstance(layer, nn.Parameter):
+        return 0, layer.numel()
+    if not isinstance(layer, nn.Module):
+        return 0, 0
+    params = sum(parameter.numel() for parameter in layer.parameters())
+    return (layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d) else 0), params
+
+
+def by_block(network: Network, batch_norm: bool = True) -> dict[str, Cost]:
+    """The cost of each block's layers, by node.meta["block"], and of the rest under ""."""
+    found: dict[str, Cost] = defaultdict(lambda: (0, 0))
+    nodes = {(node.op, node.target): node for node in network.graph.nodes if node.op in ("call_module", "get_attr")}
+    for node in nodes.values():
+        name = node.meta.get("block", "")
+        found[name] = plus(found[name], cost_of(network, node, batch_norm))
+    return found
+
+
+def plus(*costs: Cost) -> Cost:
+    return sum(macs for macs, _ in costs), sum(params for _, params in costs)
