@@ -27,11 +27,11 @@ def run(
     last = {source: node for node, sources in reads.items() for source in sources}
     values = _bind(graph, inputs)
     for node, sources in reads.items():
-        values[node] = value_of(node, values)
-        yield node, values[node]
+        value = values[node] = value_of(node, values)
         for source in sources:
             if last[source] is node:
                 values.pop(source, None)
+        yield node, value
 
 
 def evaluate(node: fx.Node, value: Callable[[fx.Node], Any], own: Callable[[fx.Node], Any]) -> Any:
