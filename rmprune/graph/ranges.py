@@ -62,10 +62,16 @@ def _propagate(network: Network, node: fx.Node) -> Range | None:
     if len(inputs) != len(node.all_input_nodes) or not inputs:
         return None
     if node.op == "call_module" and len(inputs) == 1:
-        return _through_layer(network.layer(node), inputs[0], node)
+        layer = network.layer(node)
+        if isinstance(layer, _READS_MAPS) and len(shape_of(inputs[0]) or ()) != 4:
+            return None  # an image without its batch: dimension 1 is its height
+        return _through_layer(layer, inputs[0], node)
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target](node)
     return None
+
+
+_READS_MAPS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
 
 
 def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> Range | None:
@@ -173,7 +179,7 @@ def _cat(node: fx.Node) -> Range | None:
 
 def _multiply(node: fx.Node) -> Range | None:
     tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-    if len(tensors) != 2 or tensors[0] is tensors[1]:
+    if len(tensors) != 2 or tensors[0] is tensors[1] or len({len(shape_of(t) or ()) for t in tensors}) != 1:
         return None
     ends = [range_of(t) for t in tensors]
     if len(ends[0][0]) != len(ends[1][0]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,6 +14,8 @@ from rmprune.graph.activations import rule_of
 from rmprune.graph.convolution import from_module, or_none, output_size
 from rmprune.graph.network import Network
 from rmprune.graph.run import Values, evaluate, run
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def propagate_shapes(network: Network, example_inputs: tuple[Tensor, ...]) -> None:
@@ -30,7 +32,7 @@ def blank_inputs(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor
     return tuple(torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device="meta") for x in inputs)
 
 
-def on_meta(module: nn.Module) -> nn.Module:
+def on_meta(module: M) -> M:
     """A copy whose parameters and buffers have no values."""
     return copy.deepcopy(module, {id(tensor): _blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
 
@@ -52,7 +54,13 @@ def _value(network: Network, node: fx.Node, values: Values) -> Any:
 
 
 def _own(layer: Any) -> Any:
-    return on_meta(layer) if isinstance(layer, nn.Module) else _blank(layer) if isinstance(layer, Tensor) else layer
+    return (
+        on_meta(layer).double()
+        if isinstance(layer, nn.Module)
+        else _blank(layer)
+        if isinstance(layer, Tensor)
+        else layer
+    )
 
 
 def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, ...] | None:
@@ -68,7 +76,7 @@ def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, 
         return shape
     if type(module) is nn.BatchNorm2d and module.num_features == shape[1]:
         return shape
-    if isinstance(module, nn.Conv2d) and module.in_channels == shape[1]:
+    if isinstance(module, nn.Conv2d) and module.in_channels == shape[1] and not module.weight.is_meta:
         conv = or_none(from_module, module, shape[1])
         size = (0, 0) if conv is None else output_size(conv.geometry, (shape[2], shape[3]))
         return (shape[0], module.out_channels, *size) if min(size) > 0 else None
