@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rmprune.graph.build import build_conv, sparse_forward
 from rmprune.graph.convolution import (
-    Block,
     Conv,
     Obstacle,
+    Pattern,
     Scale,
     dense_weight,
     from_module,
@@ -21,7 +21,7 @@ from rmprune.graph.convolution import (
     with_norm,
 )
 from rmprune.graph.fuse import compose
-from rmprune.removal.copies import Entries, Side, assemble, entries_of, join
+from rmprune.removal.copies import Entries, Side, assemble, entries_of, matches
 from rmprune.removal.geometry import Taps
 from rmprune.removal.reserve import Wire, lay_out
 
@@ -110,10 +110,10 @@ def test_dense_weight_and_identity() -> None:
     assert torch.equal(run(identity(6), x_of(6)), x_of(6))
 
 
-def test_join_pairs_every_match() -> None:
+def test_matches_pairs_every_match() -> None:
     for right in ([2, 0, 5], [2, 0, 2, 5]):
         left = [0, 2, 2, 7]
-        i, j = join(torch.tensor(left), torch.tensor(right))
+        i, j = matches(torch.tensor(left), torch.tensor(right))
         assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [
             (a, b) for a, x in enumerate(left) for b, y in enumerate(right) if x == y
         ]
@@ -166,8 +166,8 @@ def test_sparse_runs_what_dense_would(stride: int, dilation: int) -> None:
     )
     side = Side(index, 120)
     wide = assemble(layer, side, side, 1, copies, Taps(torch.tensor([1]), torch.tensor([1]), False))
-    assert isinstance(wide, Conv) and isinstance(wide.block, Block)
+    assert isinstance(wide, Conv) and isinstance(wide.pattern, Pattern)
     module, x = build_conv(wide), x_of(120)
-    assert (sparse_forward(module, x, wide.block) - module(x)).abs().max() < 1e-12
+    assert (sparse_forward(module, x, wide.pattern) - module(x)).abs().max() < 1e-12
     module.weight[100, 3, 0, 0] = 5.0
-    assert (sparse_forward(module, x, wide.block) - module(x)).abs().max() < 1e-12
+    assert (sparse_forward(module, x, wide.pattern) - module(x)).abs().max() < 1e-12

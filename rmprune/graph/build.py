@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
-from rmprune.graph.convolution import Block, Conv
+from rmprune.graph.convolution import Conv, Pattern
 from rmprune.graph.network import Network
 from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import blank_inputs, on_meta
@@ -104,7 +104,7 @@ class _Builder:
     def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:
         conv = conv if self.batch_norm else conv.folded()
         module, norm = build_conv(conv), None
-        value = sparse_forward(module, x, conv.block)
+        value = sparse_forward(module, x, conv.pattern)
         if conv.norm is not None:
             norm = build_norm(conv, value[: self.measured])
             value = norm(value)
@@ -191,34 +191,34 @@ def build_norm(conv: Conv, value: Tensor) -> nn.BatchNorm2d:
 _WORTH = 2**16  # weights; smaller kernels run dense
 
 
-def sparse_forward(module: nn.Conv2d, x: Tensor, block: Block | None) -> Tensor:
-    """module(x), (N, C, H, W). Outside of `block` the kernel must be zero; it runs dense where that is no gain, or not so."""
+def sparse_forward(module: nn.Conv2d, x: Tensor, pattern: Pattern | None) -> Tensor:
+    """module(x), (N, C, H, W). Outside of `pattern` the kernel must be zero; it runs dense where that is no gain, or not so."""
     weight = module.weight
-    if block is None or weight.numel() < _WORTH or module.groups != 1 or module.padding_mode != "zeros":
+    if pattern is None or weight.numel() < _WORTH or module.groups != 1 or module.padding_mode != "zeros":
         return module(x)
     rows, columns = weight.shape[:2]
-    if len(block.pair_rows) > 4 * (rows + columns) or len(block.rows) * len(block.columns) > 0.7 * rows * columns:
+    if len(pattern.pair_rows) > 4 * (rows + columns) or len(pattern.rows) * len(pattern.columns) > 0.7 * rows * columns:
         return module(x)
-    own = _take(weight, block)
+    own = _take(weight, pattern)
     inside = torch.zeros(weight.shape[:2], dtype=torch.bool)
-    inside[block.rows[:, None], block.columns[None]] = True
-    beside = ~inside[block.pair_rows, block.pair_columns]
-    pairs = torch.unique(torch.stack([block.pair_rows[beside], block.pair_columns[beside]]), dim=1)
+    inside[pattern.rows[:, None], pattern.columns[None]] = True
+    beside = ~inside[pattern.pair_rows, pattern.pair_columns]
+    pairs = torch.unique(torch.stack([pattern.pair_rows[beside], pattern.pair_columns[beside]]), dim=1)
     taps = weight[pairs[0], pairs[1]]
     if torch.count_nonzero(own) + torch.count_nonzero(taps) != torch.count_nonzero(weight):
         return module(x)
-    part = F.conv2d(x[:, block.columns], own, None, module.stride, module.padding, module.dilation)
+    part = F.conv2d(x[:, pattern.columns], own, None, module.stride, module.padding, module.dilation)
     out = x.new_zeros(len(x), module.out_channels, *part.shape[2:])
-    out[:, block.rows] = part
+    out[:, pattern.rows] = part
     _add_taps(module, x, pairs[0], pairs[1], taps, out)
     return out if module.bias is None else out + module.bias[:, None, None]
 
 
-def _take(weight: Tensor, block: Block) -> Tensor:
-    rows, columns = len(block.rows), len(block.columns)
-    if int(block.rows[-1]) == rows - 1 and int(block.columns[-1]) == columns - 1:
+def _take(weight: Tensor, pattern: Pattern) -> Tensor:
+    rows, columns = len(pattern.rows), len(pattern.columns)
+    if int(pattern.rows[-1]) == rows - 1 and int(pattern.columns[-1]) == columns - 1:
         return weight[:rows, :columns].contiguous()
-    return weight[block.rows][:, block.columns]
+    return weight[pattern.rows][:, pattern.columns]
 
 
 def _add_taps(module: nn.Conv2d, x: Tensor, rows: Tensor, columns: Tensor, taps: Tensor, out: Tensor) -> None:

@@ -73,7 +73,7 @@ def to_measure(channels: int, like: Norm | None = None) -> Norm:
 
 
 @dataclass(frozen=True)
-class Block:
+class Pattern:
     """Where the weights of a dense kernel are that may not be zero: rows x columns, and single (out, in) pairs beside it."""
 
     rows: Tensor
@@ -98,7 +98,7 @@ class Conv:
     name: str = ""
     norm_name: str = ""
     rewritten: bool = False
-    block: Block | None = None
+    pattern: Pattern | None = None
 
     @property
     def out_channels(self) -> int:

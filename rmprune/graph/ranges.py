@@ -53,11 +53,12 @@ def annotate_range(network: Network, node: fx.Node, input_range: tuple[float, fl
 
 
 def _outward(end: Tensor, sign: int) -> Tensor:
-    """Exact zeros stay: sums of non-negative terms do not round below zero."""
+    """One end (C,) moved outward. Exact zeros stay: sums of non-negative terms do not round below zero."""
     return torch.nan_to_num(end + sign * _ROUNDING * end.abs(), nan=sign * math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _propagate(network: Network, node: fx.Node) -> Range | None:
+    """(low, high), (C,) each, of what the node makes of its sources' ranges; None where nothing is known."""
     inputs = [n for n in node.all_input_nodes if "range" in n.meta]
     if len(inputs) != len(node.all_input_nodes) or not inputs:
         return None
@@ -104,12 +105,15 @@ def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> R
 
 
 def _shuffled(end: Tensor, groups: int) -> Tensor:
-    """Channel g * (C / groups) + k goes to k * groups + g."""
+    """One end (C,): channel g * (C / groups) + k goes to k * groups + g."""
     return end.reshape(groups, -1).T.flatten()
 
 
 def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
-    """b + sum over taps of max(w * low, w * high), where a tap that reads zero padding sees [low, high] and 0."""
+    """b + sum over taps of max(w * low, w * high), where a tap that reads zero padding sees [low, high] and 0.
+
+    low, high: (in channels,); the result (out channels,) each.
+    """
     conv = conv.folded()
     weight, groups = conv.weight(), conv.groups
     padded = _reads_padding(conv.geometry)
@@ -126,6 +130,7 @@ def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
 
 
 def affine_range(weight: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Range:
+    """The range (out,) of weight (out, in) times a vector in [low, high] (in,), plus bias (out,)."""
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
     return (
         bias + _grouped(positive, low, 1) + _grouped(negative, high, 1),
@@ -134,7 +139,7 @@ def affine_range(weight: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Ran
 
 
 def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
-    """weight (out, in / groups) times end (in), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
+    """weight (out, in / groups) times end (in,), (out,), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
     rows = weight.reshape(groups, -1, weight.shape[1])
     ends = end.reshape(groups, weight.shape[1], 1)
     finite = rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)
@@ -151,13 +156,16 @@ def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
 
 
 def _reads_padding(geometry: Geometry) -> Tensor:
-    """Which taps read zero padding for some output pixel, on maps of some size: d t < p, or d t > d (k - 1) - p."""
+    """(kh, kw) bool: which taps read zero padding for some output pixel, on maps of some size: d t < p, or d t > d (k - 1) - p."""
     axes = []
     for k, d, p in zip(geometry.kernel, geometry.dilation, geometry.padding, strict=True):
         offset = torch.arange(k) * d
         axes.append((offset < p) | (offset > d * (k - 1) - p))
     found = axes[0][:, None] | axes[1][None]
     return found if geometry.padding_mode == "zeros" else torch.zeros_like(found)
+
+
+# Each of these gives the range (C,) of a call from those of its arguments, or None where it is called in another way.
 
 
 def _add(node: fx.Node) -> Range | None:
@@ -253,6 +261,6 @@ def may_shift(network: Network) -> bool:
 
 
 def constant(low: Tensor, high: Tensor) -> Tensor:
-    """Which channels are one number for every input: dead ones."""
+    """(C,) bool: which channels are one number for every input: dead ones."""
     width = high - low
     return torch.isfinite(width) & (width <= 8e-12 * torch.maximum(low.abs(), high.abs()))

@@ -23,7 +23,7 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
-class Layer:
+class ChainLayer:
     """One convolution of the branch and the activation after it."""
 
     conv: Conv
@@ -37,7 +37,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ShortcutStage:
     """One linear stage of the shortcut, the range of what it emits, and how large the examples showed it."""
 
     conv: Conv
@@ -64,8 +64,8 @@ class Block:
     name: str
     add: fx.Node
     fork: fx.Node
-    layers: tuple[Layer, ...]
-    stages: tuple[Stage, ...]
+    layers: tuple[ChainLayer, ...]
+    stages: tuple[ShortcutStage, ...]
     branch: tuple[fx.Node, ...]  # the nodes that `layers` were made of, in order
     way: tuple[fx.Node, ...]  # the same of `stages`
 
@@ -180,9 +180,9 @@ def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
     return len(convs), max((c.geometry.kernel[0] * c.geometry.kernel[1] for c in convs), default=0)
 
 
-def _layers(network: Network, nodes: list[fx.Node]) -> list[Layer]:
+def _layers(network: Network, nodes: list[fx.Node]) -> list[ChainLayer]:
     """The branch as convolutions with at most one activation after each, a convolution first and last."""
-    layers: list[Layer] = []
+    layers: list[ChainLayer] = []
     open_layer = False  # the last layer may still take an activation
     for node in nodes:
         source = node.args[0]
@@ -203,7 +203,7 @@ def _layers(network: Network, nodes: list[fx.Node]) -> list[Layer]:
             continue
         if is_batch_norm(network.layer(node)):
             conv = dense(replace(conv, name=f"{conv.name}_in"))
-        layers.append(Layer(conv, None, "", size, out_size, range_of(node), node.meta.get("seen")))
+        layers.append(ChainLayer(conv, None, "", size, out_size, range_of(node), node.meta.get("seen")))
         open_layer = True
     if not layers:
         raise Obstacle("the branch holds no layer")
@@ -212,15 +212,15 @@ def _layers(network: Network, nodes: list[fx.Node]) -> list[Layer]:
     return layers
 
 
-def _identity_layer(source: fx.Node, name: str) -> Layer:
+def _identity_layer(source: fx.Node, name: str) -> ChainLayer:
     shape = shape_of(source)
     assert shape is not None
     size = spatial(source)
-    return Layer(identity(shape[1], name), None, "", size, size, range_of(source), source.meta.get("seen"))
+    return ChainLayer(identity(shape[1], name), None, "", size, size, range_of(source), source.meta.get("seen"))
 
 
-def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage]:
-    stages: list[Stage] = []
+def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
+    stages: list[ShortcutStage] = []
     for node in nodes:
         conv = linear_layer(network, node)
         if is_batch_norm(network.layer(node)) and stages and stages[-1].conv.norm is None:
@@ -231,7 +231,7 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage]:
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        stages.append(Stage(conv, spatial(source), range_of(node), size_seen(node)))
+        stages.append(ShortcutStage(conv, spatial(source), range_of(node), size_seen(node)))
     return stages
 
 

@@ -38,5 +38,12 @@ def by_block(network: Network, batch_norm: bool = True) -> dict[str, Cost]:
     return found
 
 
+def parameters(network: Network) -> int:
+    """The values of all parameters of a network as it was read, those that several layers share once."""
+    owned = [p for layer in network.layers.values() if isinstance(layer, nn.Module) for p in layer.parameters()]
+    owned += [constant for constant in network.constants.values() if isinstance(constant, nn.Parameter)]
+    return sum(p.numel() for p in {id(p): p for p in owned}.values())
+
+
 def plus(*costs: Cost) -> Cost:
     return sum(macs for macs, _ in costs), sum(params for _, params in costs)

@@ -49,7 +49,7 @@ def free(rule: Rule | None, low: Tensor, high: Tensor) -> Tensor:
     return (low >= bottom) & (high <= top)
 
 
-def encode(
+def cheapest_code(
     rule: Rule | None, low: Tensor, high: Tensor, needed: Tensor, form: str, size: float = math.inf
 ) -> Code:  # fmt: skip
     """The cheapest code for the channels in `needed`. Raises Obstacle where there is none.
@@ -75,10 +75,10 @@ def encode(
     missing = carried & ~passes & ~use_shift & ~use_pair
     if missing.any():
         raise Obstacle(_why(rule, low[missing], high[missing], form))
-    return _assemble(rule, carried & passes, use_shift, use_pair, shifted, pairs, value)
+    return _rows_of_forms(rule, carried & passes, use_shift, use_pair, shifted, pairs, value)
 
 
-def _assemble(
+def _rows_of_forms(
     rule: Rule, passes: Tensor, use_shift: Tensor, use_pair: Tensor, shifted: _Choice, pairs: Tensor, value: Tensor
 ) -> Code:
     index = torch.arange(len(passes))

@@ -16,7 +16,7 @@ from rmprune.graph.convolution import Conv, Obstacle, or_none, to_measure
 from rmprune.graph.fuse import compose
 from rmprune.graph.network import spatial
 from rmprune.graph.ranges import constant, range_of, size_seen
-from rmprune.removal.blocks import Block, Layer, Stage
+from rmprune.removal.blocks import Block, ChainLayer, ShortcutStage
 from rmprune.removal.copies import (
     ANYWHERE,
     Carry,
@@ -29,7 +29,7 @@ from rmprune.removal.copies import (
     start,
 )
 from rmprune.removal.geometry import Taps, chain_taps
-from rmprune.removal.reserve import State, Wire, reserve, wires
+from rmprune.removal.reserve import Sweep, Wire, reserve, wires
 
 _BOUNDS_HELP = (
     " (a copy takes two channels to pass its activation; with bounds, from ranges='calibrated' or input_range, form='shift' "
@@ -41,7 +41,7 @@ _BOUNDS_HELP = (
 class Schedule:
     """The plain chain of one block, not yet built: layers with their activations, forms used, channels reserved at most."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[ChainLayer, ...]
     forms: frozenset[str]
     reserved: int
 
@@ -63,6 +63,10 @@ def schedule(block: Block, form: str = "auto") -> Schedule:
 
 
 def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str) -> Schedule:
+    """The chain of fewest MACs over all assignments. layout: of the maps between the layers; needed: see `_needed`.
+
+    Raises Obstacle where none is exact, with the reason of the first.
+    """
     best: Schedule | None = None
     first: Obstacle | None = None
     for assignment in _assignments(len(block.stages), len(block.layers)):
@@ -102,7 +106,7 @@ def _least_macs(block: Block, assignment: tuple[int, ...], needed: list[Tensor])
 
 
 def _needed(block: Block) -> list[Tensor]:
-    """needed[j]: which channels of the value after j stages the merge reads in the end (RM.md 5)."""
+    """needed[j], (channels,) bool: which channels of the value after j stages the merge reads in the end (RM.md 5)."""
     channels = block.stages[-1].conv.out_channels if block.stages else block.layers[0].conv.in_channels
     needed = [torch.ones(channels, dtype=torch.bool)]
     for stage in reversed(block.stages):
@@ -119,35 +123,35 @@ def _build(block: Block, assignment: tuple[int, ...], layout: list[Wire], needed
     segments = [_segment(group) for group in groups]
     taps = _taps(block, segments)
     low, high = range_of(block.fork)
-    state = State(start(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
-    built: list[Layer] = []
+    sweep = Sweep(start(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
+    built: list[ChainLayer] = []
     forms: frozenset[str] = frozenset()
     reserved = 0
     for i, layer in enumerate(block.layers):
-        value, bias = _value(segments[i], needed[state.done], needed[state.done + len(groups[i])])
-        if taps[i].reads_padding and bool(state.carry.constant[value.columns].any()):
+        value, bias = _value(segments[i], needed[sweep.done], needed[sweep.done + len(groups[i])])
+        if taps[i].reads_padding and bool(sweep.carry.constant[value.columns].any()):
             raise Obstacle("a shifted copy would meet zero padding where the shortcut's kernel reads it")
-        bias = bias + constant_part(value, state.carry, len(bias))
-        state.done += len(groups[i])
+        bias = bias + constant_part(value, sweep.carry, len(bias))
+        sweep.done += len(groups[i])
         if groups[i]:
-            state.range, state.seen = groups[i][-1].range, groups[i][-1].seen
+            sweep.range, sweep.seen = groups[i][-1].range, groups[i][-1].seen
         if i == len(block.layers) - 1:
-            return Schedule((*built, _merge(layer, state.carry, value, bias, taps[i])), forms, reserved)
+            return Schedule((*built, _merge(layer, sweep.carry, value, bias, taps[i])), forms, reserved)
         pairs = _merge_pairs(block, segments[-1]) if layout[i].interleaved and not any(groups[i + 1 : -1]) else None
         try:
-            new, state.carry, used = reserve(
-                layer, state, value, bias, taps[i], layout[i], needed[state.done], form, pairs, segments[i] is None
+            new, sweep.carry, used = reserve(
+                layer, sweep, value, bias, taps[i], layout[i], needed[sweep.done], form, pairs, segments[i] is None
             )
         except Obstacle as obstacle:
             more = _BOUNDS_HELP if "pair" in forms and layer.conv.groups > 1 else ""
             raise Obstacle(f"{obstacle}{more}") from None
         built.append(new)
         forms |= used
-        reserved = max(reserved, len(state.carry.channel))
+        reserved = max(reserved, len(sweep.carry.channel))
     raise AssertionError("a block has at least one layer")
 
 
-def _segment(stages: list[Stage]) -> Stage | None:
+def _segment(stages: list[ShortcutStage]) -> ShortcutStage | None:
     """Several stages as one folded one; None for none. Raises Obstacle where their product is no kernel."""
     if len(stages) <= 1:
         return stages[0] if stages else None
@@ -156,18 +160,21 @@ def _segment(stages: list[Stage]) -> Stage | None:
         product = None if product is None else compose(product, stage.folded)
     if product is None:
         raise Obstacle("its shortcut's stages do not multiply exactly")
-    return Stage(product, stages[0].size, stages[-1].range)
+    return ShortcutStage(product, stages[0].size, stages[-1].range)
 
 
-def _taps(block: Block, segments: list[Stage | None]) -> tuple[Taps, ...]:
+def _taps(block: Block, segments: list[ShortcutStage | None]) -> tuple[Taps, ...]:
     """Where each layer's part of the shortcut goes in its kernel; the same on maps of every size."""
     layers = tuple(layer.conv.geometry for layer in block.layers)
     parts = tuple(None if segment is None else segment.conv.geometry for segment in segments)
     return chain_taps(layers, parts, spatial(block.fork))
 
 
-def _value(segment: Stage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
-    """The kernel from the carried value to the next one, only where it is needed, and its bias."""
+def _value(segment: ShortcutStage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
+    """The kernel (K', K) from the carried value to the next one, only where it is needed, and its bias (K',).
+
+    needed: (K,) bool, of the carried value; needed_after: (K',) bool.
+    """
     if segment is None:
         return diagonal(needed.nonzero().flatten()), torch.zeros(len(needed), dtype=torch.float64)
     entries = segment.entries
@@ -177,7 +184,8 @@ def _value(segment: Stage | None, needed: Tensor, needed_after: Tensor) -> tuple
     return entries, segment.folded.bias
 
 
-def _merge(layer: Layer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> Layer:
+def _merge(layer: ChainLayer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> ChainLayer:
+    """The last layer, which adds the shortcut's value up: `value` (C, K) of what is carried, and `bias` (C,)."""
     conv, channels = layer.conv, layer.conv.out_channels
     group = torch.full((channels,), ANYWHERE)
     if conv.groups > 1:
@@ -189,8 +197,8 @@ def _merge(layer: Layer, carry: Carry, value: Entries, bias: Tensor, taps: Taps)
     return replace(layer, conv=replace(merged, bias=merged.bias + bias, norm=norm))
 
 
-def _merge_pairs(block: Block, segment: Stage | None) -> tuple[Tensor, Tensor]:
-    """The (channel, group) pairs that the groups of the last layer read."""
+def _merge_pairs(block: Block, segment: ShortcutStage | None) -> tuple[Tensor, Tensor]:
+    """The (channel, group) pairs, (P,) each, that the groups of the last layer read."""
     conv = block.layers[-1].conv
     if segment is None:
         rows = columns = torch.arange(conv.out_channels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rmprune.graph.activations import Rule, rule_of
 from rmprune.graph.convolution import Conv, Obstacle
 from rmprune.graph.ranges import Range, constant
-from rmprune.removal.blocks import Layer
+from rmprune.removal.blocks import ChainLayer
 from rmprune.removal.copies import (
     ANYWHERE,
     Carry,
@@ -18,19 +18,23 @@ from rmprune.removal.copies import (
     Side,
     after_activation,
     assemble,
-    join,
+    matches,
     new_rows,
     passes_as_is,
     row_entries,
     spread_norm,
 )
-from rmprune.removal.forms import encode, free
+from rmprune.removal.forms import cheapest_code, free
 from rmprune.removal.geometry import Taps
 
 
 @dataclass
-class State:
-    """Where the sweep along the branch stands: what is carried, its range, and how many stages of the shortcut it has behind it."""
+class Sweep:
+    """Where the sweep along the branch stands.
+
+    carry: the value v of K channels in the map; range: (low, high) of v, (K,) each; seen: the largest |v| that the examples showed;
+    done: how many stages of the shortcut it has behind it.
+    """
 
     carry: Carry
     range: Range
@@ -39,11 +43,16 @@ class State:
 
 
 def reserve(
-    layer: Layer, state: State, value: Entries, bias: Tensor, taps: Taps, wire: Wire, needed: Tensor, form: str,
+    layer: ChainLayer, sweep: Sweep, value: Entries, bias: Tensor, taps: Taps, wire: Wire, needed: Tensor, form: str,
     merge_pairs: tuple[Tensor, Tensor] | None, identity: bool,
-) -> tuple[Layer, Carry, frozenset[str]]:  # fmt: skip
-    """One layer but the last, with the rows that carry the value on. Raises Obstacle where nothing carries it exactly."""
-    conv, carry, (low, high) = layer.conv, state.carry, state.range
+) -> tuple[ChainLayer, Carry, frozenset[str]]:  # fmt: skip
+    """One layer but the last, with the rows that carry the value on; what the map holds then; the forms used.
+
+    value, bias: what the shortcut does to v here, a kernel (K', K) of entries and (K',); needed: (K',) bool, the channels that are read
+    later. merge_pairs: (channel, group) that the groups of the last layer read, (P,) each; identity: v itself is carried on.
+    Raises Obstacle where nothing carries it exactly.
+    """
+    conv, carry, (low, high) = layer.conv, sweep.carry, sweep.range
     rule = None if layer.activation is None else rule_of(layer.activation)
     sliced = form == "slice" and not bool(free(rule, low, high)[needed].all())
     if sliced and wire.interleaved:
@@ -55,7 +64,7 @@ def reserve(
         # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
         one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(needed)
         as_is = passes_as_is(carry, rule, one_will_do) & needed & ~constant(low, high)
-    code = encode(rule, low, high, needed & ~as_is, form, state.seen)
+    code = cheapest_code(rule, low, high, needed & ~as_is, form, sweep.seen)
     carried = as_is.clone()
     carried[code.channel] = True
     wanted = _wanted(conv, wire, carry, value, carried, merge_pairs)
@@ -79,7 +88,7 @@ def reserve(
         carry.side.positions
     ):  # x itself, in the first layer
         forms |= {"slope" if rule is not None and rule.slopes else "free"}
-    shown = rows.scale.abs() * state.seen
+    shown = rows.scale.abs() * sweep.seen
     wider = replace(
         layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0,
         range=layout.spread(layer.range, (rows.low, rows.high)),
@@ -91,7 +100,7 @@ def reserve(
 def _wanted(
     conv: Conv, wire: Wire, carry: Carry, value: Entries, carried: Tensor, merge_pairs: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Which (channel, group) pairs the map after this layer has to hold."""
+    """Which (channel, group) pairs, (P,) each, the map after this layer has to hold. carried: (K,) bool."""
     channels = carried.nonzero().flatten()
     if not wire.interleaved:
         return channels, torch.full_like(channels, ANYWHERE)
@@ -100,7 +109,7 @@ def _wanted(
             raise Obstacle("a shortcut stage between grouped convolutions")
         found = merge_pairs
     else:
-        e, r = join(value.columns, carry.channel)
+        e, r = matches(value.columns, carry.channel)
         pairs = torch.unique(torch.stack([value.rows[e], carry.group[r]]), dim=1)
         found = (pairs[0], pairs[1])
     channel, group = found[0][carried[found[0]]], found[1][carried[found[0]]]
@@ -136,7 +145,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of the computed and the reserved channels in a map of `total` channels; the rest is filled with zeros."""
+    """Positions of the computed (C,) and the reserved (R,) channels in a map of `total` channels; the rest is filled with zeros."""
 
     computed: Tensor
     reserved: Tensor
@@ -151,7 +160,7 @@ class Layout:
         return low, high
 
 
-def wires(layers: tuple[Layer, ...]) -> list[Wire]:
+def wires(layers: tuple[ChainLayer, ...]) -> list[Wire]:
     """The layout of the maps between the layers. Raises Obstacle where the groups do not fit together."""
     groups = [layer.conv.groups for layer in layers]
     inside: list[Wire] = []
@@ -169,7 +178,7 @@ def wires(layers: tuple[Layer, ...]) -> list[Wire]:
     return inside
 
 
-def _extra(layer: Layer, out: bool) -> tuple[int, int]:
+def _extra(layer: ChainLayer, out: bool) -> tuple[int, int]:
     """Lanes and width of an extra group on one side of a grouped layer that stands in the middle of a chain."""
     narrow, wide = layer.conv.in_channels // layer.conv.groups, layer.conv.out_channels // layer.conv.groups
     return min(narrow, wide), wide if out else narrow
@@ -209,6 +218,7 @@ def lay_out(wire: Wire, computed: int, group: Tensor, extra_groups: int | None =
 
 
 def _interleave(groups: int, computed: int, group: Tensor) -> Layout:
+    """In each group first its computed channels, then the reserved ones that lie in it by `group` (R,)."""
     own = computed // groups
     counts = torch.bincount(group, minlength=groups)
     width = own + (int(counts.max()) if len(group) else 0)

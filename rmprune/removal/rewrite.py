@@ -14,9 +14,9 @@ from rmprune.graph.convolution import Conv, Geometry, Obstacle, or_none
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.network import Network, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import annotate_range
-from rmprune.removal.blocks import Block, Layer, additions, find_block
+from rmprune.removal.blocks import Block, ChainLayer, additions, find_block
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
-from rmprune.removal.cost import by_block, cost_of, plus
+from rmprune.removal.cost import by_block, cost_of, parameters, plus
 from rmprune.removal.geometry import chain_taps
 from rmprune.removal.plan import Schedule, schedule
 
@@ -74,7 +74,7 @@ def remove_all(
             f"keep names no residual: {', '.join(sorted(unknown))}; there are {', '.join(n for n, _ in found) or 'none'}"
         )
     reports = Plan()
-    original = plus(*by_block(network).values())
+    original = plus(*by_block(network).values())[0], parameters(network)
     for name, add in found:
         if name in kept or name.split("#")[0] in kept:
             reports.append(BlockReport(name, False, "kept, as asked for"))
@@ -153,7 +153,7 @@ def _replace(network: Network, block: Block, plan: Schedule) -> list[fx.Node]:
     return made[1:]
 
 
-def _insert(network: Network, source: fx.Node, layer: Layer) -> list[fx.Node]:
+def _insert(network: Network, source: fx.Node, layer: ChainLayer) -> list[fx.Node]:
     """The convolution and its activation, if it has one: act(x), or cat(act(x[:, :split]), x[:, split:])."""
     graph, every, channels = network.graph, slice(None), layer.conv.out_channels
     conv = graph.call_module(network.add(layer.conv.name, replace(layer.conv)), (source,))

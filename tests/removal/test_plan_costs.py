@@ -22,6 +22,11 @@ def inverted(width: int, middle: int, stride: int = 1, out: int = 0) -> nn.Modul
     return layers if out else Residual(layers)
 
 
+def twice() -> nn.Module:
+    block = basic(6, lambda: nn.PReLU(6))
+    return prepared(*conv_bn(3, 6), nn.ReLU(), block, block, nn.PReLU(6))
+
+
 NETS = {
     "basic": lambda: prepared(*conv_bn(3, 6), nn.ReLU(), basic(6), basic(6)),
     "inverted": lambda: prepared(
@@ -49,6 +54,7 @@ NETS = {
         Residual(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), *conv_bn(4, 6), nn.ReLU(), conv(6, 4))),
         nn.BatchNorm2d(4),
     ),
+    "one block twice": twice,
     "mobilenet_v2": lambda: models.create("mobilenet_v2_digits", num_classes=4).double().eval(),
 }
 
