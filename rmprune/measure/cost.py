@@ -1,13 +1,14 @@
 """What a network costs on paper: multiply-accumulates and parameters. Measured time is latency.py's business."""
 
 import copy
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from rmprune.graph.shapes import on_meta
 
 
 def count_macs(model: nn.Module, example_inputs: Tensor) -> int:
@@ -23,7 +24,7 @@ def count_macs(model: nn.Module, example_inputs: Tensor) -> int:
     """
     x = example_inputs[:1]
     try:
-        return _count(_shape_copy(model), torch.empty(x.shape, dtype=x.dtype, device="meta"))
+        return _count(on_meta(model).eval(), torch.empty(x.shape, dtype=x.dtype, device="meta"))
     except (RuntimeError, NotImplementedError):  # a tensor made on the fly, or an operator without a shape rule
         return _count(copy.deepcopy(model).eval(), x)
 
@@ -57,12 +58,3 @@ def _count(model: nn.Module, x: Tensor) -> int:
     with torch.no_grad(), _Counter() as counter:
         model(x)
     return counter.macs
-
-
-def _shape_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose tensors have shapes and no values: quick and small whatever the network's size."""
-    memo: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        blank = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
-    return copy.deepcopy(model, memo).eval()
