@@ -98,7 +98,7 @@ def _disturb_producers(silent: nn.Module, structure: Structure, keep: Mapping[st
                 continue
             rows = member.index[~keep[group.name].cpu()].flatten()
             module = silent.get_submodule(member.layer)
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.dim() and tensor.is_floating_point():
                     noise = torch.rand(tensor[rows].shape, generator=generator, dtype=tensor.dtype) + 0.5
                     tensor[rows] = noise  # positive: a variance stays one

@@ -52,14 +52,14 @@ def test_other_columns_than_those_that_read_the_channels_are_found() -> None:
     wrong = changed(structure, "0", lambda m: replace(m, index=m.index.flip(0)) if m.side == "in" else m)
     keep = {"0": torch.tensor([True, False, False, False])}
     assert prove_cut(chain(), structure, keep, IMAGES) < 1e-12
-    with pytest.raises(NotEquivalent, match="^0: the smaller network differs"):
+    with pytest.raises(NotEquivalent, match=r"^0: the smaller network differs"):
         prove_cut(chain(), wrong, keep, IMAGES)
 
 
 def test_the_group_at_fault_is_named() -> None:
     structure = find_structure(chain(), IMAGES)
     wrong = changed(structure, "5", lambda m: replace(m, index=m.index.roll(1, 0)) if m.side == "in" else m)
-    with pytest.raises(NotEquivalent, match="^5: "):
+    with pytest.raises(NotEquivalent, match=r"^5: "):
         prove_groups(chain(), wrong, IMAGES)
 
 
@@ -86,7 +86,7 @@ def test_a_reader_that_the_structure_does_not_know_is_found() -> None:
         replace(g, name=names[g.name], members=tuple(replace(m, layer=names[m.layer]) for m in g.members))
         for g in known.groups
     )
-    with pytest.raises(NotEquivalent, match="^a: "):
+    with pytest.raises(NotEquivalent, match=r"^a: "):
         prove_cut(model, Structure(groups, known.layers, {}), keep, IMAGES)
 
 
