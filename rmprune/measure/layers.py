@@ -83,7 +83,7 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[Layer]:
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
     folded = fold_batch_norms(model)
-    graph_module = on_meta(fx.GraphModule(folded, trace(folded)))
+    graph_module = fx.GraphModule(on_meta(folded), trace(folded))
     with torch.no_grad():
         ShapeProp(graph_module).propagate(torch.empty(example_inputs[:1].shape, device="meta"))
     return _read_graph(graph_module)
