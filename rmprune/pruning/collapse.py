@@ -164,7 +164,7 @@ def _fit(block: Block, read: Tensor, total: Tensor, shortcut: Tensor, generator:
     conv.weight.copy_(weight)
     explained = 1 - error / max(float(total.var((0, 2, 3)).sum()), 1e-30)
     measured = Conv(conv.weight.double, bias.double(), channels, norm=to_measure(out))
-    norm = build_norm(measured, conv(read).double())
+    norm = build_norm(measured, conv(read))
     return _Fit(conv.eval(), norm.float().eval(), explained)
 
 
