@@ -1,9 +1,10 @@
-"""What the layers of a graph cost, by node and by block: MACs for one image, and parameters. Nothing is built for it."""
+"""What the layers of a graph cost, in all and by block: MACs for one image, and parameters. Nothing is built for it."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx, nn
@@ -14,9 +15,15 @@ from rmprune.graph.network import Network, spatial
 Cost = tuple[int, int]
 
 
-def cost_of(network: Network, node: fx.Node, batch_norm: bool = True) -> Cost:
-    """(MACs of a convolution, parameters) of one node; batch_norm=False: as built without the norms of convolutions as data."""
-    layer = network.own(node) if node.op in ("call_module", "get_attr") else None
+def cost_of(network: Network, nodes: Iterable[fx.Node], batch_norm: bool = True) -> Cost:
+    """(MACs of the convolutions, parameters) of these nodes; batch_norm=False: built without the norms of convolutions as data."""
+    own = {(node.op, node.target): node for node in nodes if node.op in ("call_module", "get_attr")}
+    costs = [_cost(network, node, batch_norm) for node in own.values()]
+    return sum(macs for macs, _ in costs), sum(params for _, params in costs)
+
+
+def _cost(network: Network, node: fx.Node, batch_norm: bool) -> Cost:
+    layer = network.own(node)
     if isinstance(layer, Conv):
         conv = layer if batch_norm else replace(layer, norm=None)
         return conv.macs(spatial(node)), conv.params()
@@ -24,18 +31,16 @@ def cost_of(network: Network, node: fx.Node, batch_norm: bool = True) -> Cost:
         return 0, layer.numel()
     if not isinstance(layer, nn.Module):
         return 0, 0
-    params = sum(parameter.numel() for parameter in layer.parameters())
-    return (layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d) else 0), params
+    macs = layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d) else 0
+    return macs, sum(parameter.numel() for parameter in layer.parameters())
 
 
 def by_block(network: Network, batch_norm: bool = True) -> dict[str, Cost]:
-    """The cost of each block's layers, by node.meta["block"], and of the rest under ""."""
-    found: dict[str, Cost] = defaultdict(lambda: (0, 0))
-    nodes = {(node.op, node.target): node for node in network.graph.nodes if node.op in ("call_module", "get_attr")}
-    for node in nodes.values():
-        name = node.meta.get("block", "")
-        found[name] = plus(found[name], cost_of(network, node, batch_norm))
-    return found
+    """The cost of each block's layers, by node.meta["block"], and of the rest under ""; nothing for other names."""
+    nodes: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in network.graph.nodes:
+        nodes[node.meta.get("block", "")].append(node)
+    return defaultdict(lambda: (0, 0)) | {name: cost_of(network, each, batch_norm) for name, each in nodes.items()}
 
 
 def parameters(network: Network) -> int:
@@ -43,7 +48,3 @@ def parameters(network: Network) -> int:
     owned = [p for layer in network.layers.values() if isinstance(layer, nn.Module) for p in layer.parameters()]
     owned += [constant for constant in network.constants.values() if isinstance(constant, nn.Parameter)]
     return sum(p.numel() for p in {id(p): p for p in owned}.values())
-
-
-def plus(*costs: Cost) -> Cost:
-    return sum(macs for macs, _ in costs), sum(params for _, params in costs)

@@ -16,7 +16,7 @@ from rmprune.graph.network import Network, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import annotate_range
 from rmprune.removal.blocks import Block, ChainLayer, additions, find_block
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
-from rmprune.removal.cost import by_block, cost_of, parameters, plus
+from rmprune.removal.cost import by_block, cost_of, parameters
 from rmprune.removal.geometry import chain_taps
 from rmprune.removal.plan import Schedule, schedule
 
@@ -29,9 +29,8 @@ class BlockReport:
     `params_after` are those of the network that is built with these settings: a layer fused from two counts with the block of the
     second, or else of the first; the layers of a block inside another count with the outer one, too.
 
-    form is how copies pass the activations: `free` (already where
-    the activation is the identity), `shift`, `pair`, `slope`, `slice` (beside it), `linear` (no activation in between), or
-    several joined by `+`. note: a limit of the exactness that a user has to know.
+    form is how copies pass the activations: `free` (already where the activation is the identity), `shift`, `pair`, `slope`, `slice`
+    (beside it), `linear` (no activation in between), or several joined by `+`. note: a limit of the exactness that a user has to know.
     """
 
     name: str
@@ -74,7 +73,7 @@ def remove_all(
             f"keep names no residual: {', '.join(sorted(unknown))}; there are {', '.join(n for n, _ in found) or 'none'}"
         )
     reports = Plan()
-    original = plus(*by_block(network).values())[0], parameters(network)
+    original = cost_of(network, network.graph.nodes)[0], parameters(network)
     for name, add in found:
         if name in kept or name.split("#")[0] in kept:
             reports.append(BlockReport(name, False, "kept, as asked for"))
@@ -82,19 +81,19 @@ def remove_all(
         block: Block | None = None
         try:
             block = find_block(network, name, add)
-            plan = schedule(block, form)
+            chain = schedule(block, form)
         except Obstacle as obstacle:
             reports.append(_kept(network, name, str(obstacle), block))
             continue
-        before, note = plus(*(cost_of(network, node) for node in block.nodes)), _note(network, block)
-        after = plus(*(cost_of(network, node) for node in _replace(network, block, plan)))
-        forms = "+".join(sorted(plan.forms)) or ("free" if plan.reserved else "linear")
+        before, note = cost_of(network, block.nodes), _note(network, block)
+        after = cost_of(network, _replace(network, block, chain))
+        forms = "+".join(sorted(chain.forms)) or ("free" if chain.reserved else "linear")
         costs = before[0], after[0], before[1], after[1]
-        reports.append(BlockReport(name, True, "", forms, block.shortcut, plan.reserved, *costs, note))
+        reports.append(BlockReport(name, True, "", forms, block.shortcut, chain.reserved, *costs, note))
         if progress is not None:
             progress(name)
     _join(network, reports, batch_norm, fuse)
-    final = plus(*by_block(network, batch_norm).values())
+    final = cost_of(network, network.graph.nodes, batch_norm)
     reports.macs_change, reports.params_change = final[0] - original[0], final[1] - original[1]
     return reports
 
@@ -102,7 +101,7 @@ def remove_all(
 def _kept(network: Network, name: str, reason: str, block: Block | None) -> BlockReport:
     if block is None:
         return BlockReport(name, False, reason)
-    macs, params = plus(*(cost_of(network, node) for node in block.nodes))
+    macs, params = cost_of(network, block.nodes)
     for node in block.nodes:
         node.meta["block"] = name
     return BlockReport(name, False, reason, "", block.shortcut, 0, macs, macs, params, params)
@@ -134,13 +133,13 @@ def _note(network: Network, block: Block) -> str:
     )
 
 
-def _replace(network: Network, block: Block, plan: Schedule) -> list[fx.Node]:
+def _replace(network: Network, block: Block, chain: Schedule) -> list[fx.Node]:
     """The plain chain, whose nodes are returned, takes the place of branch, shortcut and addition; what nothing reads any more goes."""
     for node in block.nodes:
         network.layers.pop(str(node.target), None)
     made = [block.fork]
     with network.graph.inserting_before(block.add):
-        for layer in plan.layers:
+        for layer in chain.layers:
             made += _insert(network, made[-1], layer)
     current = made[-1]
     for node in made[1:]:
