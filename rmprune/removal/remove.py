@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
-from rmprune.graph.equivalence import check_inputs, has_hooks, over_tolerance, reference_copy, relative_error
+from rmprune.graph.equivalence import (
+    base_inputs,
+    check_inputs,
+    hardly_depends,
+    has_hooks,
+    maps_error,
+    over_tolerance,
+    own_dtype_error,
+    reference_copy,
+    relative_error,
+)
 from rmprune.graph.fuse import RULES, fuse_convolutions, join_norms
 from rmprune.graph.network import Network, example_tuple
 from rmprune.graph.normalise import normalise
@@ -33,7 +43,10 @@ class Removal:
 
     model: eval mode, dtype, device and memory format of the original; a flat nn.Sequential where the graph is a chain.
     removed: names of the blocks whose residual is gone; kept: {name: reason} of the others.
-    max_error: largest |difference| to the original relative to its largest |output|, in float64.
+    max_error: largest |difference| to the original in float64, relative to what the inputs change in its outputs, or in the maps
+    before its head where the outputs hardly depend on the inputs (`note` says so); see `rmprune.graph.equivalence.relative_error`.
+    own_dtype_error: the same of `model` in its own dtype, rounding and all; None where that was not compared (`note` says why).
+    note: what to know of the comparison; empty as a rule.
     """
 
     model: nn.Module
@@ -41,11 +54,14 @@ class Removal:
     kept: dict[str, str]
     max_error: float
     blocks: list[BlockReport]
+    own_dtype_error: float | None = None
+    note: str = ""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What an artifact and a record say of it."""
-        return {"removed": self.removed, "kept": self.kept, "max_error": self.max_error}
+        names = ("removed", "kept", "max_error", "own_dtype_error", "note")
+        return {name: getattr(self, name) for name in names}
 
 
 def remove_residuals(
@@ -82,14 +98,22 @@ def remove_residuals(
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
+    other = base_inputs(inputs, input_range)
     with torch.no_grad():
-        expected = reference(*(x.clone() for x in checked))  # it may write into its inputs
-    del reference
-    result, found = materialise(network, checked, given, target_of(model), batch_norm)
-    error = relative_error(expected, found, groups)
+        expected, base = (reference(*(x.clone() for x in each)) for each in (checked, other))  # it may write into its inputs
+    hardly = hardly_depends(expected, groups, base)
+    target = target_of(model)
+    result, found = materialise(network, checked, given, target, batch_norm)
+    error, where, note = relative_error(expected, found, groups, base), "the outputs", ""
+    if hardly and error <= tolerance:
+        build = lambda part, x: materialise(part, x, given, target, batch_norm)[1]  # noqa: E731
+        in_maps, names = maps_error(reference, network, checked, groups, other, build)
+        error, where = max(error, in_maps), f"the outputs and the maps {names}"
+        note = "the outputs hardly depend on the inputs; compared as well: " + (f"the maps {names}" if names else "nothing")
     if not error <= tolerance:
-        raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside)
-    return Removal(result, removed, kept, error, reports)
+        raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside, base, where)
+    own, unseen = own_dtype_error(model, result, checked, groups, expected, base, tolerance)
+    return Removal(result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen))))
 
 
 def plan_removal(
