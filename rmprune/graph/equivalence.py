@@ -1,4 +1,5 @@
-"""Equivalence of two networks, in float64, on given inputs and on random ones that saturate activations. Rewrites nothing."""
+"""Equivalence of two networks on given inputs and on random ones that saturate activations: in float64, and in the dtype of the
+result. Rewrites nothing."""
 
 from __future__ import annotations
 
@@ -77,7 +78,10 @@ def relative_error(original: Any, result: Any, groups: list[int], base: Any = No
     if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
         return math.inf
     pairs = zip(_grouped(original, groups, base), _grouped(result, groups), strict=True)
-    return max((_error(x, y, change) for ours, theirs in pairs for (x, change), (y, _) in zip(ours, theirs, strict=True)), default=0.0)
+    return max(
+        (_error(x, y, change) for ours, theirs in pairs for (x, change), (y, _) in zip(ours, theirs, strict=True)),
+        default=0.0,
+    )
 
 
 def hardly_depends(original: Any, groups: list[int], base: Any) -> bool:
@@ -105,14 +109,15 @@ def _by_image(tensor: Tensor, groups: list[int]) -> bool:
 
 
 def _change(part: Tensor, other: Tensor | None) -> float:
-    """max over entries of max - min over images, where finite; infinite where there is a single image."""
+    """max over entries of max - min over images; infinite where no entry is finite in two of them."""
     if other is not None and other.numel() == part.shape[1]:
         part = torch.cat([part, other.reshape(1, -1)])
-    if len(part) < 2 or part.numel() == 0:
-        return math.inf
     finite = torch.isfinite(part)
+    entries = finite.sum(0) > 1
+    if not entries.any():
+        return math.inf
     low, high = torch.where(finite, part, math.inf).amin(0), torch.where(finite, part, -math.inf).amax(0)
-    return max(0.0, (high - low).max().item())
+    return (high - low)[entries].max().item()
 
 
 def _largest(part: Tensor) -> float:
@@ -168,7 +173,8 @@ def _is_map(network: Network, node: fx.Node) -> bool:
 
 def _with_outputs(network: Network, names: list[str]) -> Network:
     """The same layers, up to the nodes of these names, which are what it returns, in this order."""
-    graph, copies = fx.Graph(), {}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(network.graph, copies)
     by_name = {node.name: copied for node, copied in copies.items()}
     graph.output(tuple(by_name[name] for name in names))
@@ -209,7 +215,8 @@ def own_dtype_error(
         if not found <= allowed:
             raise NotEquivalent(
                 f"in {target.dtype} the new network is off by {found:.1e} of what the inputs change in the outputs, the original "
-                f"itself by {own:.1e}; in float64 they agree. Pass batch_norm=False, or convert the model in a wider dtype"
+                f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {target.dtype}: try form='pair' or "
+                "batch_norm=False, or use the network in a wider dtype"
             )
     note = "" if worst is not None else f"not compared in {target.dtype}, where the original overflows"
     return worst, note
@@ -278,9 +285,7 @@ def over_tolerance(
             "the network does something that torch.fx does not see, such as an in-place operation on a value that has another "
             "name (y = x; y += z); write it out of place"
         )
-    said = (
-        f"the new network is off by {error:.1e} of what the inputs change in {where}, over the tolerance of {tolerance:.0e}; "
-    )
+    said = f"the new network is off by {error:.1e} of what the inputs change in {where}, over the tolerance of {tolerance:.0e}; "
     own = own_rounding(twin, checked, groups, expected, base)
     if own >= _COMPARABLE * error:
         return NotEquivalent(

@@ -20,8 +20,8 @@ RANDOM = (
 _ALWAYS = {
     "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform", "random",
     "poisson", "binomial", "multinomial", "exponential", "cauchy", "geometric", "log_normal", "gumbel_softmax",
+    "fractional_max_pool2d", "fractional_max_pool2d_with_indices",
 }  # fmt: skip
-_POOLS = {"fractional_max_pool2d", "fractional_max_pool2d_with_indices"}
 _TRAINING = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu",
     "stochastic_depth", "drop_block2d", "drop_block3d",
@@ -33,20 +33,22 @@ def refuse_random(network: Network) -> None:
     for node in network.graph.nodes:
         name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
         layer = network.layer(node)
-        place = _place(node)
         if isinstance(layer, nn.Module) and named(layer, ("FractionalMaxPool2d",)):
-            raise UnsupportedModel(f"{place}: FractionalMaxPool2d draws its windows at random in eval mode, too: use another pool")
+            raise UnsupportedModel(
+                f"{node.target}: FractionalMaxPool2d draws its windows in eval mode, too: use another pool"
+            )
         if node.op not in ("call_function", "call_method"):
             continue
         if name in _TRAINING and _active(node):
+            module = ", or use nn.Dropout" if "dropout" in name else ""
             raise UnsupportedModel(
-                f"{place}: {name} is random in eval mode, too, as it is written: its training flag is True. Write "
-                f"{name}(x, ..., training=self.training){', or use nn.Dropout' if 'dropout' in name else ''}"
+                f"{_place(node)}: {name} is random in eval mode, too, as it is written (its training flag is True); write "
+                f"{name}(..., training=self.training){module}"
             )
-        if name in _ALWAYS | _POOLS or (name == "scaled_dot_product_attention" and _attention_drops(node)):
+        if name in _ALWAYS or (name == "scaled_dot_product_attention" and _attention_drops(node)):
             raise UnsupportedModel(
-                f"{place}: {name} draws random numbers in eval mode, too; call it only if self.training, or keep fixed numbers as a "
-                "buffer"
+                f"{_place(node)}: {name} draws random numbers in eval mode, too; call it only if self.training (drop_path and "
+                "stochastic_depth take training=self.training), or keep fixed numbers as a buffer"
             )
 
 
