@@ -77,35 +77,39 @@ def relative_error(original: Any, result: Any, groups: list[int], base: Any = No
     first, second = _tensors(original), _tensors(result)
     if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
         return math.inf
-    pairs = zip(_grouped(original, groups, base), _grouped(result, groups), strict=True)
-    return max(
-        (_error(x, y, change) for ours, theirs in pairs for (x, change), (y, _) in zip(ours, theirs, strict=True)),
-        default=0.0,
-    )
+    worst = 0.0
+    for a, b, other in zip(first, second, _others(first, base), strict=True):
+        for x, y in zip(_parts(a, groups), _parts(b, groups), strict=True):
+            worst = max(worst, _error(x, y, _change(x, other)))
+    return worst
 
 
 def hardly_depends(original: Any, groups: list[int], base: Any) -> bool:
     """Whether the inputs change some output tensor by no more than HARDLY of its largest |entry|, in every group of images."""
-    return any(all(change <= HARDLY * _largest(x) for x, change in each) for each in _grouped(original, groups, base))
+    tensors = _tensors(original)
+    pairs = [(_parts(tensor, groups), other) for tensor, other in zip(tensors, _others(tensors, base), strict=True)]
+    return any(not any(_depends(part, other) for part in parts) for parts, other in pairs)
+
+
+def _depends(part: Tensor, other: Tensor | None) -> bool:
+    return _change(part, other) > HARDLY * _largest(part)
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    """In float64 on the CPU."""
+    return [t.detach().cpu().double() for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
-def _grouped(value: Any, groups: list[int], base: Any = None) -> list[list[tuple[Tensor, float]]]:
-    """For each tensor its groups (images, entries) in float64 on the CPU, each with what the inputs change in it."""
-    tensors = [t.detach().cpu().double() for t in _tensors(value)]
-    others = [None] * len(tensors) if base is None else [t.detach().cpu().double() for t in _tensors(base)]
-    found = []
-    for tensor, other in zip(tensors, others, strict=True):
-        parts = tensor.reshape(sum(groups), -1).split(groups) if _by_image(tensor, groups) else (tensor.reshape(1, -1),)
-        found.append([(part, _change(part, other)) for part in parts])
-    return found
+def _others(tensors: list[Tensor], base: Any) -> list[Tensor] | list[None]:
+    others = _tensors(base)
+    return others if len(others) == len(tensors) else [None] * len(tensors)
 
 
-def _by_image(tensor: Tensor, groups: list[int]) -> bool:
-    return tensor.dim() > 0 and tensor.numel() > 0 and len(tensor) % sum(groups) == 0
+def _parts(tensor: Tensor, groups: list[int]) -> tuple[Tensor, ...]:
+    """The groups, (images, entries) each; one of one image where the tensor does not hold image after image."""
+    if tensor.dim() == 0 or tensor.numel() == 0 or len(tensor) % sum(groups):
+        return (tensor.reshape(1, -1),)
+    return tensor.reshape(sum(groups), -1).split(groups)
 
 
 def _change(part: Tensor, other: Tensor | None) -> float:
@@ -151,8 +155,8 @@ def maps_error(
     maps = [node for node in before.graph.nodes if _is_map(before, node)]
     shared = [node.name for node in maps if kept.get(node.name) == (shape_of(node) or ())[1:]]
     two = tuple(torch.cat([x[-1:], y]) for x, y in zip(checked, other, strict=True))
-    seen = _grouped(build(_with_outputs(before, shared), two), [2])
-    dependent = {name for name, [(x, change)] in zip(shared, seen, strict=True) if change > HARDLY * _largest(x)}
+    seen = build(_with_outputs(before, shared), two)
+    dependent = {name for name, value in zip(shared, seen, strict=True) if _depends(value.reshape(2, -1), None)}
     deepest: list[str] = []
     above: set[fx.Node] = set()
     for node in reversed(before.graph.nodes):
@@ -194,32 +198,35 @@ def own_dtype_error(
     Raises NotEquivalent where it is over 16 times the original's own rounding (`model` in the same dtype against its float64
     outputs `expected`), over 4 times the square root of the dtype's epsilon and over `tolerance`: numbers that it cannot hold.
     """
-    target = target_of(model)
-    count, worst = sum(groups), None
-    if not all(_by_image(t, groups) for t in _tensors(expected)):
-        return None, f"not compared in {target.dtype}: an output does not hold image after image"
-    twin = eval_copy(model)
-    for k in sorted({0, count - 1}):
+    target, twin, worst = target_of(model), eval_copy(model), None
+    for k in sorted({0, sum(groups) - 1}):
         image = [x[k : k + 1].to(target.device, target.dtype if x.is_floating_point() else None) for x in checked]
-        wanted = [t.reshape(count, -1, *t.shape[1:])[k] for t in _tensors(expected)]
+        # What does not hold image after image is compared as a whole: the original is off by as much.
+        wanted = [
+            t[k * len(one) : (k + 1) * len(one)] if t.dim() and len(t) == sum(groups) * len(one) else t
+            for t, one in zip(_tensors(expected), _tensors(base), strict=False)
+        ]
         try:
             own, found = (
                 relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
             )
         except RuntimeError as error:
             return None, f"not compared in {target.dtype} on {target.device}, where it does not run: {error}"
-        if math.isinf(own):  # the original overflows there
+        if math.isinf(own):
             continue
         worst = max(worst or 0.0, found)
-        allowed = max(_ROUNDINGS * own, _DIGITS * math.sqrt(torch.finfo(target.dtype).eps), tolerance)
-        if not found <= allowed:
+        if not found <= max(_ROUNDINGS * own, _DIGITS * math.sqrt(torch.finfo(target.dtype).eps), tolerance):
             raise NotEquivalent(
                 f"in {target.dtype} the new network is off by {found:.1e} of what the inputs change in the outputs, the original "
-                f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {target.dtype}: try form='pair' or "
-                "batch_norm=False, or use the network in a wider dtype"
+                f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {target.dtype}: try "
+                "form='pair' or batch_norm=False, or use the network in a wider dtype"
             )
-    note = "" if worst is not None else f"not compared in {target.dtype}, where the original overflows"
-    return worst, note
+    return (
+        worst,
+        ""
+        if worst is not None
+        else f"not compared in {target.dtype}, where the outputs of the original itself are not finite",
+    )
 
 
 _WEIGHT_HOOKS = ("WeightNorm", "SpectralNorm")

@@ -45,6 +45,15 @@ def test_without_anything_to_tell_an_image_from_the_largest_value_is_the_measure
     assert relative_error(torch.tensor([[math.inf], [1.0]]), torch.tensor([[math.inf], [1.5]]), [2]) == 0.5
 
 
+def test_outputs_of_any_structure_are_compared() -> None:
+    """A list with one tensor an image has no counterpart in `base`; a tensor without a batch has no images."""
+    outputs, base = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 3.0])], [torch.zeros(2)]
+    assert relative_error(outputs, [o + 1 for o in outputs], [1, 1], base) == pytest.approx(1.0)
+    assert not hardly_depends(outputs, [1, 1], base)
+    assert relative_error(torch.ones(7, 2), torch.ones(7, 2), [1, 1], torch.ones(7, 2)) == 0.0
+    assert relative_error(outputs, outputs[:1], [1, 1], base) == math.inf
+
+
 def test_outputs_that_hardly_depend_on_the_inputs_are_told() -> None:
     outputs, base = torch.randn(3, 4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
     assert not hardly_depends(outputs + 1e6, [2, 1], base + 1e6)
