@@ -47,6 +47,11 @@ class Removal:
     before its head where the outputs hardly depend on the inputs (`note` says so); see `rmprune.graph.equivalence.relative_error`.
     own_dtype_error: the same of `model` in its own dtype, rounding and all; None where that was not compared (`note` says why).
     note: what to know of the comparison; empty as a rule.
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> removal = rmprune.remove_residuals(model, images, keep=["layer3.0"])
+    >>> removal.removed, removal.kept
+    (['layer1.0', 'layer2.0'], {'layer3.0': 'kept, as asked for'})
     """
 
     model: nn.Module
@@ -76,12 +81,17 @@ def remove_residuals(
     pool with ceil_mode). keep: names of blocks to leave in. ranges: "provable" bounds hold for every input in `input_range`;
     "calibrated" ones are seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass
     an activation that is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice"
-    (one copy beside it; the result is no chain then). batch_norm: False folds every batch norm; True
-    those whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring convolutions.
-    tolerance: on max_error, relative to what the inputs change in the outputs; own_dtype_error may be 16 times the original's own.
+    (one copy beside it; the result is no chain then). batch_norm: False folds every batch norm, True
+    only new ones whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring
+    convolutions. tolerance: on max_error, relative to what the inputs change in the outputs; own_dtype_error may be 16 times the original's own.
 
     Raises UnsupportedModel (cannot be traced, random in eval mode, or no residual can go), NotEquivalent (over tolerance, or off in
     the dtype of `model`), ConfigError (a bad setting).
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> plain = rmprune.remove_residuals(model, images).model
+    >>> type(plain).__name__, torch.allclose(plain(images), model(images), atol=1e-5)
+    ('Sequential', True)
     """
     _check_settings(ranges, form, fuse, tolerance)
     inputs = example_tuple(example_inputs)
@@ -125,7 +135,12 @@ def plan_removal(
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
 ) -> list[BlockReport]:  # fmt: skip
-    """What `remove_residuals` would do to each residual and what it would cost, without building anything."""
+    """What `remove_residuals` would do to each residual and what it would cost, without building anything.
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> [(block.name, block.removable, block.form, block.reserved) for block in rmprune.plan_removal(model, images)]
+    [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
+    """
     _check_settings(ranges, form, fuse, tolerance)
     return _rewrite(
         reference_copy(model), example_tuple(example_inputs), keep, ranges, form, margin, input_range, None
