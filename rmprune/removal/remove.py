@@ -83,7 +83,8 @@ def remove_residuals(
     an activation that is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice"
     (one copy beside it; the result is no chain then). batch_norm: False folds every batch norm, True
     only new ones whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring
-    convolutions. tolerance: on max_error, relative to what the inputs change in the outputs; own_dtype_error may be 16 times the original's own.
+    convolutions. tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype of `model` it may be off
+    by 16 times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
 
     Raises UnsupportedModel (cannot be traced, random in eval mode, or no residual can go), NotEquivalent (over tolerance, or off in
     the dtype of `model`), ConfigError (a bad setting).
