@@ -4,10 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pruning_nets import chain, images, measured_macs, residual
-from test_pruning_dead import Untraceable, kill
-from test_pruning_importance import batches
-from test_pruning_structure import mobile_chain
+from pruning_nets import Untraceable, batches, chain, images, kill, measured_macs, mobile_chain, residual
 from torch import nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pruning_nets import Block, chain, conv, images, measured_macs, randomise, residual
+from pruning_nets import Block, chain, conv, images, measured_macs, mobile_chain, randomise, residual
 from torch import nn
 
 from rmprune.errors import NotEquivalent, UnsupportedModel
@@ -13,19 +13,6 @@ from rmprune.pruning.find_groups import chain_structure, dependency_structure, f
 from rmprune.pruning.groups import outputs, total_cost
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.surgery import shrink
-
-
-def mobile_chain() -> nn.Sequential:
-    """Depthwise in the middle, a grouped convolution after it, flattening to 4x4 features a channel."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        conv(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(),
-        conv(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.PReLU(8),
-        conv(8, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU(),
-        conv(12, 18, 3, groups=3), nn.ReLU(),
-        nn.Flatten(), nn.Linear(18 * 16, 5),
-    )  # fmt: skip
-    return randomise(model).double().eval()  # type: ignore[return-value]
 
 
 def test_chain_groups_and_costs() -> None:

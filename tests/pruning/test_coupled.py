@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from pruning_nets import images, measured_macs, residual
-from test_pruning_importance import batches
+from pruning_nets import batches, images, measured_macs, residual
 from torch import nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel

@@ -4,22 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_nets import chain, conv, images, randomise, residual
-from torch import Tensor, nn
+from pruning_nets import Untraceable, chain, conv, images, kill, randomise, residual
+from torch import nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.pruning.budget import Budget
 from rmprune.pruning.dead import fold_dead_channels
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import weight_of
-
-
-def kill(model: nn.Module, name: str, channels: list[int], shift: float | None = None) -> None:
-    """Batch-norm scale 0; the shift stays random unless given."""
-    bn = model.get_submodule(name)
-    bn.weight.data[channels] = 0  # type: ignore[index, union-attr, operator]
-    if shift is not None:
-        bn.bias.data[channels] = shift  # type: ignore[index, union-attr, operator]
 
 
 def assert_equal(model: nn.Module, folded: nn.Module, tolerance: float = 1e-12) -> None:
@@ -151,15 +143,6 @@ def test_nothing_dead_gives_an_equal_copy() -> None:
     folded = fold_dead_channels(model, images())
     assert folded is not model and folded[0].weight is not model[0].weight
     assert torch.equal(folded(images()), model(images()))
-
-
-class Untraceable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = chain()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if float(x.sum()) < 1e9 else self.body(-x)
 
 
 def test_what_cannot_be_traced_is_refused() -> None:

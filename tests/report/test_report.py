@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from record_examples import example, network
 from rich.console import Console
-from test_records import example, network
 
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError

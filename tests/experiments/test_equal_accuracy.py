@@ -8,7 +8,7 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "equal_accuracy.py"
+SCRIPT = Path(__file__).parents[2] / "experiments" / "equal_accuracy.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_nets import chain, conv, images, residual
-from test_pruning_structure import mobile_chain
+from pruning_nets import batches, chain, conv, images, mobile_chain, residual
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.importance import IMPORTANCES, TaylorSum, score_groups
-
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def batches(count: int = 2) -> Batches:
-    generator = torch.Generator().manual_seed(7)
-    return [(images(6, seed=i), torch.randint(5, (6,), generator=generator)) for i in range(count)]
 
 
 class Gate(nn.Module):

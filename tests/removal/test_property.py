@@ -1,6 +1,6 @@
 """Property of RM: on any residual network the result equals the original, or the call refuses. Never a wrong output.
 
-`RMPRUNE_PROPERTY_DRAWS=2000 pytest tests/test_removal_property.py` runs the full count; the default ends in seconds.
+`RMPRUNE_PROPERTY_DRAWS=2000 pytest tests/removal/test_property.py` runs the full count; the default ends in seconds.
 A failing draw prints its spec: `Network(spec)` of tests/random_networks.py builds it again.
 """
 

@@ -577,7 +577,7 @@ import os, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 from pathlib import Path
-from test_training import fit_without_batch_norms
+from test_loop import fit_without_batch_norms
 trained = fit_without_batch_norms(Path({out!r}))
 torch.save(trained.state_dict(), os.path.join({out!r}, "rank" + os.environ["RANK"] + ".pt"))
 """
@@ -594,7 +594,7 @@ def test_two_processes_train_like_one(tmp_path: Path):
     alone = tmp_path / "alone"
     expected = fit_without_batch_norms(alone).state_dict()
     here = Path(__file__).parent
-    code = _SCRIPT.format(tests=str(here), root=str(here.parent), out=str(tmp_path))
+    code = _SCRIPT.format(tests=str(here), root=str(here.parents[1]), out=str(tmp_path))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from pruning_nets import chain, images, residual
-from test_pruning_structure import mobile_chain
+from pruning_nets import chain, images, mobile_chain, residual
 from torch import nn
 
 from rmprune.errors import UnsupportedModel
