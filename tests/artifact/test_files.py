@@ -2,7 +2,6 @@
 file.
 """
 
-import copy
 import hashlib
 import json
 import time
@@ -10,85 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
+from artifact_nets import flat, net, randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmprune.artifact import onnx as onnx_export
 from rmprune.artifact.describe import describe
 from rmprune.artifact.files import is_artifact, load, read_extra, save
-from rmprune.artifact.onnx import export_onnx, rounding
 from rmprune.artifact.rebuild import build
-from rmprune.errors import ArtifactError, NotEquivalent, UnsupportedModel
+from rmprune.errors import ArtifactError
 from rmprune.graph.fold import fold_batch_norms
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random batch-norm statistics and affine parameters: fresh ones hide bugs."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.running_mean, -1.0, 1.0),
-                (module.running_var, 0.5, 2.0),
-                (module.weight.data, 0.3, 1.5),
-                (module.bias.data, -1.0, 1.0),
-            ):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) * (high - low) + low)
-    return model
-
-
-def chain() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect", bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU6(inplace=True),
-        nn.Conv2d(8, 8, 1),
-        nn.Hardswish(),
-        nn.Conv2d(8, 8, (3, 5), stride=2, padding="valid", groups=4),
-        nn.PReLU(8),
-        nn.MaxPool2d(2),
-        nn.AdaptiveAvgPool2d((1, None)),
-        nn.Flatten(),
-        nn.LazyLinear(5),
-    )
-
-
-class Net(nn.Module):
-    """Branches, functions, methods, direct parameters, a non-persistent buffer, a shared layer and tied weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
-        self.mix = nn.Conv2d(6, 6, 3, padding=1)
-        self.again = self.mix
-        self.twin = nn.Conv2d(6, 6, 3, padding=1, bias=False)
-        self.twin.weight = self.mix.weight
-        self.gamma = nn.Parameter(torch.rand(6, 1, 1) + 0.5, requires_grad=False)
-        self.register_buffer("shift", torch.rand(6, 1, 1), persistent=False)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu6(self.stem(x), inplace=True)
-        y = self.again(torch.relu(self.mix(x))) + x * self.gamma
-        y += self.twin(F.pad(x, (1, 0, 1, 0)))[:, :, 1:, 1:]
-        y = F.max_pool2d(y, 2) + self.shift
-        y = torch.cat([y, F.hardtanh(y, -0.5, 0.5)], dim=1)
-        return self.head(self.drop(F.adaptive_avg_pool2d(y, 1).view(y.size(0), -1)))
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return randomise(Net())
-
-
-def flat() -> nn.Module:
-    torch.manual_seed(0)
-    model = chain()
-    model.eval()(torch.zeros(1, 3, 12, 12))
-    return randomise(model)
 
 
 @pytest.mark.parametrize("make", [flat, net])
@@ -165,21 +95,6 @@ def test_timm_networks_come_back_trainable(name: str, tmp_path: Path) -> None:
     assert torch.allclose(folded(x), model.eval()(x), atol=1e-4)
 
 
-def test_describe_is_json_and_build_reads_it_back() -> None:
-    for model in (flat(), net()):
-        description = json.loads(json.dumps(describe(model), allow_nan=False))
-        assert describe(build(description)) == description
-
-
-def test_describe_leaves_the_model_alone() -> None:
-    model = net()
-    before = copy.deepcopy(model.state_dict())
-    keys = set(model.__dict__)
-    describe(model)
-    assert set(model.__dict__) == keys
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
 def test_a_thousand_layers_are_quick(tmp_path: Path) -> None:
     layers = [m for _ in range(1200) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
     model = nn.Sequential(*layers).eval()
@@ -187,56 +102,6 @@ def test_a_thousand_layers_are_quick(tmp_path: Path) -> None:
     loaded = load(save(model, tmp_path / "a"))
     assert time.perf_counter() - start < 20
     assert len(loaded) == 3600
-
-
-class Odd(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.fft.fft(x).real
-
-
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-
-class MyConv(nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.erfinv(super().forward(input))
-
-
-def hooked() -> nn.Module:
-    model = nn.Sequential(nn.ReLU())
-    model[0].register_forward_hook(lambda m, i, o: o * 2)
-    return model
-
-
-def surgically_damaged() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1))
-    model[0].weight = nn.Parameter(torch.zeros(2, 3, 1, 1))
-    return model
-
-
-class Functional(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.5, self.training)
-
-
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (Odd(), "fft"),
-        (Branching(), "control flow"),
-        (nn.Sequential(MyConv(3, 3, 1)), "erfinv"),
-        (hooked(), "hooks"),
-        (surgically_damaged(), "do not fit"),
-        (Functional().train(), "training mode"),
-        (nn.LSTM(3, 3), "trace"),
-    ],
-)
-def test_outside_the_closed_list_is_refused_by_name(model: nn.Module, words: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=words):
-        save(model, tmp_path / "a")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_existing_targets_are_never_lost(tmp_path: Path) -> None:
@@ -297,122 +162,6 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such directory"):
         load(tmp_path / "nothing")
     assert is_artifact(good) and not is_artifact(tmp_path)
-
-
-def edit(description: dict, where: str, **values: object) -> dict:
-    entry = next(e for e in description["nodes"] + description["layers"] if e["name"] == where)
-    entry.update(values)
-    return description
-
-
-@pytest.mark.parametrize(
-    ("where", "values", "words"),
-    [
-        ("stem.0", {"type": "os.system"}, "not a layer type"),
-        ("stem.0", {"args": {"in_channels": 3}}, "not exactly"),
-        ("stem.1", {"type": "ReLU", "args": {"inplace": 3}}, "out of range"),
-        ("stem.0", {"name": "stem.0'); import os; ('"}, "not a valid name"),
-        ("again", {"same_as": "nowhere"}, "no layer 'nowhere'"),
-        ("relu", {"target": "os.system"}, "not a function"),
-        ("view", {"target": "__class__"}, "not a tensor method"),
-        ("mix", {"target": "absent"}, "no layer 'absent'"),
-        ("mix", {"args": [{"node": "output"}]}, "not an earlier node"),
-        ("mix", {"name": "x; import os"}, "not a usable name"),
-        ("mix", {"op": "exec"}, "not an operation"),
-        ("mix", {"kwargs": {"a b": 1}}, "no usable name"),
-        ("cat", {"args": [{"set": [1]}]}, "not an argument"),
-        ("x", {"target": "x, y=print(1)"}, "no usable name"),
-    ],
-)
-def test_build_checks_everything(where: str, values: dict, words: str) -> None:
-    description = json.loads(json.dumps(describe(net())))
-    with pytest.raises(ArtifactError, match=words):
-        build(edit(description, where, **values))
-
-
-def test_huge_layers_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
-    path = save(nn.Sequential(nn.Linear(4, 4)), tmp_path / "a")
-    text = (path / "architecture.json").read_text()
-    (path / "architecture.json").write_text(text.replace('"in_features": 4', '"in_features": 16000000'))
-    with pytest.raises(ArtifactError, match="has shape"):
-        load(path)
-
-
-def test_batch_norms_fold_exactly() -> None:
-    for model in (flat(), net()):
-        model = model.double().eval()
-        folded = fold_batch_norms(model)
-        x = torch.randn(2, 3, 12, 12, dtype=torch.float64) * 4
-        assert torch.allclose(folded(x), model(x), rtol=1e-12, atol=1e-12)
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-        assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-
-
-def test_a_batch_norm_whose_input_is_read_elsewhere_stays() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return y + self.bn(y)
-
-    model = randomise(Two()).double().eval()
-    folded = fold_batch_norms(model)
-    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    assert any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert torch.allclose(folded(x), model(x), rtol=1e-12, atol=1e-12)
-
-
-def test_onnx_equals_pytorch_for_any_batch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    import onnx
-    import onnxruntime
-
-    model = net().eval()
-    error = export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path / "m.onnx")
-    assert error < 1e-5
-    assert capfd.readouterr() == ("", "")
-    assert not any(node.op_type == "BatchNormalization" for node in onnx.load(tmp_path / "m.onnx").graph.node)
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    x = torch.randn(5, 3, 8, 8)
-    assert torch.allclose(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model(x), atol=1e-4)
-    target = save(model, tmp_path / "a", example_inputs=x)
-    assert (target / "model.onnx").exists()
-
-
-def test_an_export_that_differs_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(NotEquivalent, match="limit"):
-        export_onnx(net(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx", tolerance=0.0)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_outputs_that_are_not_finite_are_no_equality(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten())
-    model[0].weight.data.fill_(float("inf"))
-    with pytest.raises(NotEquivalent, match="not finite"):
-        export_onnx(model, torch.randn(2, 3, 2, 2), tmp_path / "m.onnx")
-
-
-def test_onnx_may_differ_by_what_float32_does_to_the_network_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A network that takes a small difference of large numbers: its own float32 rounding is beyond the fixed limit."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 1, 1)).eval()
-    x = torch.randn(2, 3, 9, 9)
-    with torch.no_grad():
-        model[0].bias.fill_(1e5)
-        model[3].weight[:, ::2], model[3].weight[:, 1::2] = 1.0, -1.0
-        model[2].weight[1::2], model[2].bias[1::2] = model[2].weight[::2] * (1 + 1e-6), model[2].bias[::2]
-    own = rounding(model, x)
-    assert own > 1e-4
-    monkeypatch.setattr(onnx_export, "_onnx_error", lambda *_: 3 * own)
-    export_onnx(model, x, tmp_path / "model.onnx")
-    monkeypatch.setattr(onnx_export, "_onnx_error", lambda *_: 5 * own)
-    with pytest.raises(NotEquivalent, match="differs"):
-        export_onnx(model, x, tmp_path / "other.onnx")
-    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_upsampling_by_the_recomputed_scale_comes_back(tmp_path: Path) -> None:

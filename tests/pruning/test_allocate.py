@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from pruning_nets import chain, images, residual
 from torch import nn
 
-from rmprune.config import PruneConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.allocate import Meter, allocate, allocate_uniform, least_cost
 from rmprune.pruning.budget import Budget, resolve
@@ -208,24 +207,6 @@ def test_uniform_and_inner() -> None:
     fractions = [float(m.double().mean()) for m in keep.values()]
     assert max(fractions) - min(fractions) < 1 / 8
     assert set(inner_only(structure).units) == {"1.conv1", "2.conv1", "3.conv1"}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{}, {"ratio": 0.5, "macs_ratio": 0.5}, {"ratio": 0.0}, {"ratio": 1.0}, {"macs_ratio": float("nan")},
-     {"ratio": 0.5, "round_to": 0}, {"ratio": 0.5, "min_fraction": 0.6, "max_fraction": 0.5}],
-)  # fmt: skip
-def test_wrong_budgets_are_refused(wrong: dict) -> None:
-    with pytest.raises(ConfigError):
-        Budget(**wrong)
-
-
-def test_budget_from_config() -> None:
-    config = PruneConfig(macs_ratio=(0.4, 0.2), round_to=8, min_fraction=0.2)
-    name, value = config.budgets[1]
-    assert Budget.from_config(config, name, value, reference_macs=7) == Budget(
-        macs_ratio=0.2, reference_macs=7, round_to=8, min_fraction=0.2
-    )
 
 
 def test_thousands_of_channels_take_moments() -> None:

@@ -1,42 +1,14 @@
 """Which geometry can go (RM.md 3): strides, padding, dilation, groups, pools, pre-activation, kernels of any shape."""
 
-from collections.abc import Callable
-
 import pytest
-import torch
 import torch.nn.functional as F
-from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, prepared, worst_error
+from removal_nets import Residual, branch, conv, conv_bn, images, prepared, refused, removed, stem, worst_error
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Geometry
-from rmprune.removal import Removal, remove_residuals
+from rmprune.removal import remove_residuals
 from rmprune.removal.geometry import Grid, place
-
-
-def removed(model: nn.Module, size: int = 8) -> Removal:
-    removal = remove_residuals(model, images(size=size))
-    assert not removal.kept and not has_addition(removal.model)
-    for other in (size, size + 1, size + 3):
-        assert worst_error(removal, model, size=other) < 1e-11
-    return removal
-
-
-def refused(model: nn.Module, why: str, size: int = 8) -> None:
-    with pytest.raises(UnsupportedModel, match=why):
-        remove_residuals(model, images(size=size))
-
-
-def stem(width: int = 6) -> list[nn.Module]:
-    return [*conv_bn(3, width), nn.ReLU()]
-
-
-def branch(*layers: nn.Module) -> nn.Sequential:
-    """The layers with a ReLU between."""
-    chain: list[nn.Module] = []
-    for layer in layers:
-        chain += [*(layer if isinstance(layer, nn.Sequential) else [layer]), nn.ReLU()]
-    return nn.Sequential(*chain[:-1])
 
 
 @pytest.mark.parametrize(
@@ -163,155 +135,6 @@ def test_a_shortcut_without_parameters() -> None:
     assert removal.blocks[0].reserved == 6
 
 
-def test_extra_groups_in_the_middle() -> None:
-    """ResNeXt: reserved channels join as whole groups of the same width, zeros fill the last."""
-    layers = [conv_bn(6, 8, 1), conv_bn(8, 8, groups=2), conv_bn(8, 6, 1)]
-    removal = removed(prepared(*stem(), Residual(branch(*layers), None, nn.ReLU())))
-    middle = [m for m in removal.model if isinstance(m, nn.Conv2d)][2]
-    assert (middle.groups, middle.in_channels, middle.out_channels) == (4, 16, 16)
-
-
-def test_depthwise_in_the_middle() -> None:
-    layers = [conv_bn(6, 8, 1), conv_bn(8, 8, groups=8), conv_bn(8, 6, 1)]
-    removal = removed(prepared(*stem(), Residual(branch(*layers), None, nn.ReLU())))
-    middle = [m for m in removal.model if isinstance(m, nn.Conv2d)][2]
-    assert (middle.groups, middle.in_channels, middle.out_channels) == (14, 14, 14)
-
-
-@pytest.mark.parametrize("groups", [2, 3, 6])
-@pytest.mark.parametrize("where", ["first", "last", "both"])
-def test_groups_at_the_ends_are_interleaved(groups: int, where: str) -> None:
-    first = groups if where in ("first", "both") else 1
-    last = groups if where in ("last", "both") else 1
-    layers = [conv_bn(6, 12, groups=first), conv_bn(12, 6, groups=last)]
-    removal = removed(prepared(*stem(), Residual(branch(*layers), None, nn.ReLU())))
-    made = [m.groups for m in removal.model if isinstance(m, nn.Conv2d)][1:]
-    assert made == [first, last]
-
-
-def test_a_dense_shortcut_into_a_grouped_merge_copies_what_each_group_reads() -> None:
-    removed(prepared(*stem(), Residual(branch(conv_bn(6, 8, 1), conv_bn(8, 4, groups=2)), conv_bn(6, 4, 1), nn.ReLU())))
-
-
-def test_groups_that_do_not_fit_are_refused() -> None:
-    layers = [conv_bn(6, 6, groups=2), conv_bn(6, 6, groups=3)]
-    refused(prepared(*stem(), Residual(branch(*layers))), "different numbers of groups")
-    silu = nn.Sequential(*conv_bn(3, 4, 1), nn.SiLU(), *conv_bn(4, 4, groups=4), nn.SiLU(), *conv_bn(4, 3, 1))
-    refused(prepared(Residual(silu)), "grouped convolution")
-
-
-def test_linear_branches_merge_with_nothing_reserved() -> None:
-    """RepVGG: 3x3 with batch norm, 1x1 with batch norm, and the identity with a batch norm are one 3x3."""
-
-    class ThreeWays(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wide, self.point, self.norm = conv_bn(6, 6), conv_bn(6, 6, 1), nn.BatchNorm2d(6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.wide(x) + self.point(x) + self.norm(x))
-
-    removal = removed(prepared(*stem(), ThreeWays(), ThreeWays()))
-    assert [(b.form, b.reserved) for b in removal.blocks] == [("linear", 0)] * 4
-    assert removal.removed == ["3#1", "3#2", "4#1", "4#2"]
-    assert [m.kernel_size for m in removal.model if isinstance(m, nn.Conv2d)] == [(3, 3)] * 3
-
-
-class PreActivation(nn.Module):
-    def __init__(self, width: int, after: bool) -> None:
-        super().__init__()
-        self.norm, self.body = nn.BatchNorm2d(width), branch(conv_bn(width, width), conv(width, width))
-        self.after = after
-
-    def forward(self, x: Tensor) -> Tensor:
-        first = torch.relu(self.norm(x))
-        return self.body(first) + (first if self.after else x)
-
-
-@pytest.mark.parametrize(("after", "form"), [(True, "free"), (False, "pair")])
-def test_pre_activation(after: bool, form: str) -> None:
-    """The shortcut leaves after the activation, where x >= 0, or before it, where nothing bounds x."""
-    removal = removed(prepared(conv(3, 6), PreActivation(6, after), PreActivation(6, after)))
-    assert [block.form for block in removal.blocks] == [form, form]
-
-
-def test_branches_that_end_in_an_activation() -> None:
-    """DarkNet: x + act(bn(conv(x))) gets a linear 1x1 as merge."""
-    layers = nn.Sequential(*conv_bn(6, 3, 1), nn.LeakyReLU(0.1), *conv_bn(3, 6), nn.LeakyReLU(0.1))
-    removed(prepared(*conv_bn(3, 6), nn.LeakyReLU(0.1), Residual(layers), Residual(layers)))
-
-
-def test_nested_blocks() -> None:
-    inner = nn.Sequential(*conv_bn(6, 6), nn.ReLU(), basic(), *conv_bn(6, 6))
-    removal = removed(prepared(*stem(), Residual(inner, None, nn.ReLU())))
-    assert removal.removed == ["3.branch.3", "3"]
-
-
-def test_a_block_around_one_that_stays_says_so() -> None:
-    inner = nn.Sequential(*conv_bn(6, 6), nn.ReLU(), basic(), *conv_bn(6, 6))
-    model = prepared(*stem(), Residual(inner, None, nn.ReLU()), basic())
-    removal = remove_residuals(model, images(), keep=["3.branch.3"])
-    assert removal.removed == ["4"] and removal.kept["3"] == "its branch holds another residual that stays"
-
-
-def test_gates_are_refused_by_name() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = branch(conv_bn(6, 6), conv_bn(6, 6))
-            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.Sigmoid())
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.body(x)
-            return torch.relu(y * self.gate(y) + x)
-
-    refused(prepared(*stem(), Gated()), "squeeze-and-excitation")
-
-
-REASONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "slice": (lambda y: torch.relu(y)[:, :, 1:, 1:-1], r"a slice, x\[:, :, 1:, 1:-1\]"),
-    "method": (lambda y: y.permute(0, 1, 3, 2), r"a call of x\.permute\(\.\.\.\)"),
-    "function": (lambda y: torch.flip(y, [2]), r"a call of flip\(\.\.\.\)"),
-    "module": (lambda y: F.max_pool2d(y, 3, 1, 1), r"MaxPool2d is no convolution, batch norm, average pool or scaling"),
-    "read twice": (lambda y: torch.relu(y) * torch.relu(y).mean(), "multiplied by a value"),
-}
-
-
-@pytest.mark.parametrize("name", REASONS)
-def test_reasons_name_code(name: str) -> None:
-    """Not the nodes of a graph, which a user has never seen."""
-    code, why = REASONS[name]
-
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = branch(conv_bn(6, 6), conv_bn(6, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x[:, :, 1:, 1:-1] + code(self.body(x)) if name == "slice" else x + code(self.body(x))
-
-    refused(prepared(*stem(), Odd()), why)
-
-
-def test_two_nonlinear_ways_are_refused() -> None:
-    other = branch(conv_bn(6, 6), conv_bn(6, 6))
-    refused(prepared(*stem(), Residual(branch(conv_bn(6, 6), conv_bn(6, 6)), other)), "both ways")
-
-
-def test_scaled_branches() -> None:
-    """Inception-ResNet's 0.2 * f(x) + x."""
-
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = branch(conv_bn(6, 6), conv_bn(6, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(0.2 * self.body(x) + x)
-
-    removed(prepared(*stem(), Scaled(), Scaled()))
-
-
 def test_dilation_instead_of_stride() -> None:
     layers = [conv_bn(6, 4, 1), conv_bn(4, 4, 3, dilation=4, padding=4), conv_bn(4, 6, 1)]
     removed(prepared(*stem(), Residual(branch(*layers), None, nn.ReLU())), size=9)
@@ -331,47 +154,3 @@ def test_place_by_hand() -> None:
     assert not isinstance(pool, str) and pool.rows.tolist() == [1, 2]
     dilated = place(Geometry(), fork, Geometry((3, 3), (1, 1), (1, 1), (2, 2)), fork, (6, 6))
     assert isinstance(dilated, str) and "grid" in dilated
-
-
-@pytest.mark.parametrize("passed", [2, 4])
-def test_a_reserve_ratio_ends_as_one_kernel(passed: int) -> None:
-    """RM.md 7: cat(x[:rC], bn3(conv3(x)) + bn1(conv1(x)) + bn0(x[rC:])) is one 3x3 whose first rows are Dirac."""
-
-    class Reserving(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wide, self.point, self.norm = (
-                conv_bn(6, 6 - passed),
-                conv_bn(6, 6 - passed, 1),
-                nn.BatchNorm2d(6 - passed),
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            rest = self.wide(x) + self.point(x) + self.norm(x[:, passed:])
-            return torch.relu(torch.cat([x[:, :passed], rest], 1))
-
-    removal = removed(prepared(*stem(), Reserving(), Reserving()))
-    assert type(removal.model) is nn.Sequential
-    assert [(m.in_channels, m.out_channels) for m in removal.model if isinstance(m, nn.Conv2d)] == [
-        (3, 6),
-        (6, 6),
-        (6, 6),
-    ]
-
-
-def test_separable_convolutions_keep_their_pairs() -> None:
-    """Xception: activation, depthwise, pointwise, three times; nothing bounds x, and a depthwise layer cannot mix a pair."""
-    layers: list[nn.Module] = []
-    for inputs in (6, 8, 8):
-        layers += [nn.ReLU(), *conv_bn(inputs, inputs, groups=inputs), *conv_bn(inputs, 8, 1)]
-    removal = removed(prepared(*conv_bn(3, 6), Residual(nn.Sequential(*layers), conv_bn(6, 8, 1))))
-    assert removal.blocks[0].form == "pair"
-
-
-def test_layers_with_dynamic_padding_are_no_plain_convolutions() -> None:
-    """timm's Conv2dSame is an nn.Conv2d of padding 0 that pads by itself."""
-    timm_layers = pytest.importorskip("timm.layers")
-    inner = nn.Sequential(timm_layers.Conv2dSame(6, 6, 3), nn.ReLU(), *conv_bn(6, 6))
-    model = prepared(*stem(), Residual(inner, None, nn.ReLU()), basic())
-    removal = remove_residuals(model, images())
-    assert removal.removed == ["4"] and list(removal.kept) == ["3"] and worst_error(removal, model) < 1e-12

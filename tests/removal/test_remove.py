@@ -1,12 +1,7 @@
 """The public calls of removal: what comes out, what is left alone, what is refused."""
 
 import collections
-import itertools
-from collections.abc import Callable
 
-import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -15,27 +10,16 @@ from removal_nets import (
     basic,
     conv,
     conv_bn,
-    fold_batch_norms,
-    fuse_linear,
     has_addition,
     images,
     prepared,
+    small_resnet,
     worst_error,
 )
 from torch import Tensor, fx, nn
 
-from rmprune.artifact.onnx import onnx_bytes
-from rmprune.errors import ConfigError, NotEquivalent, UnsupportedModel
-from rmprune.graph import build
-from rmprune.removal import plan_removal, remove, remove_residuals
-
-
-def small_resnet(**settings: object) -> nn.Module:
-    """Two stages of basic blocks, the second with a strided convolution as shortcut."""
-    down = Residual(nn.Sequential(*conv_bn(6, 8, stride=2), nn.ReLU(), *conv_bn(8, 8)), conv_bn(6, 8, 1, 2), nn.ReLU())
-    return prepared(
-        *conv_bn(3, 6), nn.ReLU(), basic(), down, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), **settings
-    )
+from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.removal import plan_removal, remove_residuals
 
 
 def test_basic_blocks_become_a_flat_sequential_of_stock_modules() -> None:
@@ -165,70 +149,6 @@ def test_untraceable_networks_are_refused_with_the_way_out() -> None:
         remove_residuals(small_resnet(), images(channels=5))
 
 
-def test_a_fault_in_the_rewrite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = build.build_conv
-
-    def faulty(conv_data: object) -> nn.Conv2d:
-        module = original(conv_data)  # type: ignore[arg-type]
-        module.weight += 1e-7
-        return module
-
-    monkeypatch.setattr(build, "build_conv", faulty)
-    with pytest.raises(NotEquivalent, match="over the tolerance"):
-        remove_residuals(small_resnet(), images())
-
-
-def test_a_network_that_is_itself_uncertain_is_told_from_a_fault() -> None:
-    """A batch norm takes 1e9 off what a bias has put on: float64 itself keeps 7 digits of the rest."""
-    model = prepared(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), basic())
-    model[0].bias += 1e9
-    model[1].running_mean += 1e9
-    with pytest.raises(NotEquivalent, match=r"the original itself is no more certain: .* Pass a tolerance"):
-        remove_residuals(model, images(), batch_norm=False)
-    assert remove_residuals(model, images(), batch_norm=False, tolerance=1e-4).removed == ["3"]
-
-
-def test_what_torch_fx_does_not_see_is_refused() -> None:
-    class Alias(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.block = conv(3, 6), basic()
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.stem(x)
-            y = x
-            y += 1  # and so does x
-            return self.block(torch.relu(y)) + x
-
-    with pytest.raises(UnsupportedModel, match=r"torch\.fx does not see, such as an in-place operation"):
-        remove_residuals(prepared(Alias()), images())
-
-
-def test_plan_builds_nothing_and_agrees_with_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_resnet()
-    reports = remove_residuals(model, images()).blocks
-    monkeypatch.setattr(remove, "materialise", lambda *args: pytest.fail("the plan built weights"))
-    plan = plan_removal(model, images())
-    assert plan == reports
-    first, second = plan
-    assert (first.form, first.shortcut, first.reserved) == ("free", "identity", 6)
-    assert first.macs_before == 2 * 6 * 6 * 9 * 64 and first.macs_after == 2 * 12 * 6 * 9 * 64
-    assert second.shortcut == "conv 1x1/2" and second.reserved == 6
-    assert (
-        second.macs_before == (6 * 8 * 9 + 8 * 8 * 9 + 6 * 8) * 16
-        and second.macs_after == (6 * 14 * 9 + 14 * 8 * 9) * 16
-    )
-    assert second.params_after == 6 * 14 * 9 + 14 * 8 * 9 + 2 * (14 + 8)
-
-
-def test_the_plan_shows_a_bottleneck_its_price() -> None:
-    """RM.md 5: 256-64-64-256 gets 320 channels through its 3x3, 25 times the MACs of that layer."""
-    branch = nn.Sequential(*conv_bn(256, 64, 1), nn.ReLU(), *conv_bn(64, 64), nn.ReLU(), *conv_bn(64, 256, 1))
-    (report,) = plan_removal(prepared(nn.ReLU(), Residual(branch)), images(256, 4, 1))
-    assert report.reserved == 256
-    assert report.macs_after - 2 * 256 * 320 * 16 == 25 * (64 * 64 * 9 * 16)
-
-
 def test_batch_norms_can_be_folded_away() -> None:
     model = small_resnet()
     removal = remove_residuals(model, images(), batch_norm=False)
@@ -268,99 +188,6 @@ def test_own_batch_norm_rows_are_kept_for_pruning() -> None:
     assert torch.equal(result["3_branch_1"].weight[:6], scale) and torch.equal(
         result["3_branch_0"].weight[:6], model[3].branch[0].weight
     )
-
-
-@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning", "ignore:.*is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("keep", [[], ["3"]], ids=["chain", "graph"])
-def test_exports_agree(keep: list[str]) -> None:
-    """torch.export, TorchScript and ONNX Runtime run what came out, with and without a block that stays."""
-    model = small_resnet().float()
-    x = images().float()
-    result = remove_residuals(model, x, keep=keep).model
-    expected = model(x)
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    assert torch.allclose(torch.export.export(result, (x,)).module()(x), expected, **close)
-    assert torch.allclose(torch.jit.trace(result, x)(x), expected, **close)
-    session = onnxruntime.InferenceSession(onnx_bytes(result, x), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert torch.allclose(torch.from_numpy(found), expected, **close)
-
-
-def test_onnx_of_an_inverted_residual_has_only_stock_operators() -> None:
-    """Issue 3: no PRelu, Min, Max, Where or Slice; ONNX Runtime agrees."""
-    block = nn.Sequential(*conv_bn(4, 8, 1), nn.ReLU6(), *conv_bn(8, 8, groups=8), nn.ReLU6(), *conv_bn(8, 4, 1))
-    model = prepared(*conv_bn(3, 4), nn.ReLU6(), *conv_bn(4, 4, 1), Residual(block), Residual(block), gain=3.0).float()
-    x = images().float()
-    result = remove_residuals(model, x, batch_norm=False).model
-    assert {type(module) for module in result} == {nn.Conv2d, nn.ReLU6}
-    data = onnx_bytes(result, x)
-    kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
-    assert kinds <= {"Conv", "Clip", "Constant", "Identity"}
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert np.abs(found - model(x).numpy()).max() <= 1e-4 * model(x).abs().max().item()
-
-
-def test_fuse_linear_multiplies_neighbours_where_cheaper() -> None:
-    model = prepared(*conv_bn(3, 4, 1), conv(4, 8), *conv_bn(8, 2, 1), nn.ReLU(), conv(2, 16, 1), conv(16, 3, 1))
-    fused = fuse_linear(model, images())
-    convs = [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
-    assert [(c.in_channels, c.out_channels, c.kernel_size) for c in convs] == [
-        (3, 4, (1, 1)),
-        (4, 2, (3, 3)),
-        (2, 3, (1, 1)),
-    ]
-    assert (fused(images()) - model(images())).abs().max() < 1e-12
-    kept = fuse_linear(model, images(), "never")
-    assert sum(isinstance(module, nn.Conv2d) for module in kept.modules()) == 5
-
-
-def test_a_padded_kernel_after_a_bias_is_not_fused() -> None:
-    """The border would see the bias where the original sees zero padding."""
-    model = prepared(conv(3, 2, 1), conv(2, 2))
-    assert sum(isinstance(m, nn.Conv2d) for m in fuse_linear(model, images(), "always").modules()) == 2
-    model[0].bias.zero_()
-    fused = fuse_linear(model, images(), "always")
-    assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
-    assert (fused(images()) - model(images())).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize(
-    "layers",
-    [
-        lambda: (conv(8, 8, groups=8), nn.BatchNorm2d(8), conv(8, 16, 1, groups=2)),
-        lambda: (conv(8, 16, 1, groups=2, bias=False), conv(16, 16, groups=16), nn.BatchNorm2d(16)),
-    ],
-    ids=["depthwise first", "depthwise last"],
-)
-def test_depthwise_and_grouped_convolutions_are_multiplied(layers: Callable[[], tuple[nn.Module, ...]]) -> None:
-    model, x = prepared(*layers()), images(8)
-    fused = fuse_linear(model, x, "always")
-    (product,) = [module for module in fused.modules() if isinstance(module, nn.Conv2d)]
-    assert product.groups == 2 and product.kernel_size == (3, 3)
-    assert (fused(x) - model(x)).abs().max() < 1e-12
-
-
-def test_mobilenet_becomes_version_one() -> None:
-    """Issue 3: convolutions and stock ReLU6 only, and no PRelu, Min, Max, Where or Slice in its ONNX graph."""
-    model = torchvision.models.mobilenet_v2(width_mult=0.25, num_classes=5).eval()
-    x = torch.randn(2, 3, 64, 64)
-    removal = remove_residuals(model, x, fuse="always", batch_norm=False)
-    kinds = [type(module) for module in removal.model]
-    assert (
-        set(kinds) == {nn.Conv2d, nn.ReLU6, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear} and len(removal.removed) == 11
-    )
-    assert all(a is not b or a is not nn.Conv2d for a, b in itertools.pairwise(kinds)), "two convolutions in a row"
-    operators = {node.op_type for node in onnx.load_from_string(onnx_bytes(removal.model, x)).graph.node}
-    assert operators - {"Identity"} == {"Conv", "Clip", "Constant", "GlobalAveragePool", "Flatten", "Gemm"}
-    assert (removal.model(x) - model(x)).abs().max() <= 1e-4 * model(x).abs().max()
-
-
-def test_fold_batch_norms() -> None:
-    model = small_resnet()
-    folded = fold_batch_norms(model, images())
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) and has_addition(folded)
-    assert (folded(images()) - model(images())).abs().max() < 1e-12
 
 
 def test_several_inputs_and_named_outputs() -> None:

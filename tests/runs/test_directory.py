@@ -8,9 +8,10 @@ import pytest
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.runs.directory import claim, runs_of
-from rmprune.runs.notes import remembered
 
 CONFIG = SlimConfig(prune=PruneConfig(ratio=(0.5,)))
+
+
 OTHER = SlimConfig(prune=PruneConfig(ratio=(0.5,)), data=DataConfig(batch_size=32))
 
 
@@ -111,14 +112,3 @@ def test_the_runs_that_records_belong_to(tmp_path: Path) -> None:
         config.parent.mkdir()
         config.write_text("")
     assert runs_of([*cells, alone, foreign]) == [tmp_path / "sweep", tmp_path / "alone"]
-
-
-def test_what_was_measured_once_is_remembered(tmp_path: Path) -> None:
-    values, file = iter((0.5, {"width": 0.25}, 0.125)), tmp_path / "c" / "m.json"
-    for _ in range(2):
-        assert [remembered(file, key, lambda: next(values)) for key in ("a", "b")] == [0.5, {"width": 0.25}]
-    for damaged in ("[0.5]", '{"a": '):
-        file.write_text(damaged)
-        with pytest.raises(ArtifactError, match=r"m\.json: damaged"):
-            remembered(file, "a", lambda: next(values))
-        assert file.read_text() == damaged

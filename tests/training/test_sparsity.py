@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from training_nets import CONFIG, blobs, tiny_net
 
 from rmprune.config import SparsityConfig, TrainConfig
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.models.families import create
-from rmprune.training import TrainState
+from rmprune.training import TrainState, fit
 from rmprune.training.optimizer import learning_rate, make_optimizer, parameter_groups, total_learning_rate
 from rmprune.training.sparsity import (
     ProximalL1,
@@ -141,3 +142,9 @@ def test_shortcut_scales_are_pulled_and_not_decayed():
 def test_no_identity_shortcut_is_an_error():
     with pytest.raises(UnsupportedModel, match="no identity shortcut"):
         add_shortcut_scales(nn.Sequential(nn.Conv2d(3, 3, 1)), torch.randn(1, 3, 4, 4))
+
+
+def test_sparse_training_yields_exact_zeros():
+    sparse = fit(tiny_net(), blobs(), CONFIG, seed=0, hook=ProximalL1(SparsityConfig(strength=1.3)))
+    dense = fit(tiny_net(), blobs(), CONFIG, seed=0)
+    assert fraction_zero(batch_norm_scales(sparse)) > 0.2 > fraction_zero(batch_norm_scales(dense)) == 0
