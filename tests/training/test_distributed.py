@@ -23,12 +23,12 @@ torch.save(trained.state_dict(), os.path.join({out!r}, "rank" + os.environ["RANK
 def test_two_processes_train_like_one(tmp_path: Path):
     alone = tmp_path / "alone"
     expected = fit_without_batch_norms(alone).state_dict()
-    here = Path(__file__).parent
-    code = _SCRIPT.format(tests=str(here), root=str(here.parents[1]), out=str(tmp_path))
+    tests = Path(__file__).parents[1]
+    code = _SCRIPT.format(tests=str(tests), root=str(tests.parent), out=str(tmp_path))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     running = [subprocess.Popen([sys.executable, "-c", code], env=shared | {"RANK": str(rank)}) for rank in range(2)]
     assert [process.wait(timeout=240) for process in running] == [0, 0]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
