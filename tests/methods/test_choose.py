@@ -40,8 +40,8 @@ def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: py
         losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.3, "rm": 0.2} | {least: 0.1}
         verdicts = {name: {"loss": loss} for name, loss in losses.items()}
         monkeypatch.setattr(slim, "judge", lambda *args, verdicts=verdicts, **kwargs: verdicts)
-        config = replace(QUICK, method=("mixed-auto",), finetune=TrainConfig(epochs=0), out=tmp_path / least)
-        run_slim(config, command="x")
+        config = replace(QUICK, method=("mixed-auto",), train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
+        run_slim(replace(config, out=tmp_path / least), command="x")
         found = records.read_record(tmp_path / least)["mixed-auto"]
         assert found["chosen"] == least and found["removal"]["max_error"] < 1e-10
         assert convolutions(rmprune.load(tmp_path / least / "mixed-auto")) == (7 if least == "rm" else 4)
@@ -83,7 +83,7 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
 
 
 def test_candidates_that_the_network_has_no_place_for_are_left_out(tmp_path: Path) -> None:
-    config = replace(QUICK, model="preact_resnet20", train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
+    config = replace(QUICK, model="preact_resnet8", train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     run_slim(replace(config, method=("mixed-auto",), out=tmp_path / "run"), command="x")
     candidates = records.read_record(tmp_path / "run")["mixed-auto"]["candidates"]
     assert [name for name, verdict in candidates.items() if "loss" in verdict] == ["residual", "rm"]
