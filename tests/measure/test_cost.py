@@ -63,6 +63,6 @@ def test_shared_parameters_count_once() -> None:
 
 def test_a_thousand_layers_are_quick() -> None:
     layers = [m for _ in range(1200) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
-    start = time.perf_counter()
+    start = time.process_time()
     assert count_macs(nn.Sequential(*layers), torch.zeros(1, 8, 8, 8)) == 1200 * 8 * 8 * 9 * 64
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

@@ -45,9 +45,16 @@ def test_every_backend_computes_the_network(backend: str) -> None:
     assert torch.allclose(actual, model(X[:1]).expand(3, -1), atol=1e-5)
 
 
-def test_times_of_every_configuration() -> None:
-    models = {"small": net(4), "large": net(48, depth=6)}
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_times_of_every_configuration(two_threads: None) -> None:
+    models = {"small": net(4), "large": net(48, depth=6)}
     state = {k: v.clone() for k, v in models["small"].state_dict().items()}
     told: list[str] = []
     results = measure_latencies(
@@ -74,7 +81,7 @@ def test_times_of_every_configuration() -> None:
         assert small.ratio == 1.0 and large.ratio is not None and large.ratio > 1.5
         assert large.rounds >= 5 and large.runs >= large.rounds
         assert {"backend", "device", "threads", "batch_size", "median_ms", "q1_ms", "q3_ms"} <= set(large.to_dict())
-    assert torch.get_num_threads() == before and gc.isenabled()
+    assert torch.get_num_threads() == 2 and gc.isenabled()
     assert all(torch.equal(v, state[k]) for k, v in models["small"].state_dict().items())
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from rmprune.errors import ArtifactError
 from rmprune.report.build import build_report
-from rmprune.runs.records import read_record, write_record
+from rmprune.report.comparable import refuse_mixtures
+from rmprune.runs.records import find_records, read_record, write_record
 
 
 def test_records_that_differ_in_more_than_their_seed_are_not_averaged(runs: Path, tmp_path: Path) -> None:
@@ -19,17 +20,17 @@ def test_records_that_differ_in_more_than_their_seed_are_not_averaged(runs: Path
     ):
         build_report(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    build_report(path, tmp_path / "out")  # one by one they can be reported
+    refuse_mixtures([path])  # one by one they can be reported
 
 
-def test_settings_that_change_no_network_may_differ(runs: Path, tmp_path: Path) -> None:
+def test_settings_that_change_no_network_may_differ(runs: Path) -> None:
     path = runs / "s1-0.5" / "record.json"
     record = read_record(path)
     record["config"] |= {"measure": {"seconds": 9.0}, "seed": 1, "method": ["rm"]}
     record["config"] |= {"data": {"dataset": "digits", "workers": 8}, "train": {"tensorboard": True}}
     record["config"]["prune"] = {"macs_ratio": 0.5, "cuts": None}
     write_record(path, record)
-    build_report(runs, tmp_path / "out")
+    refuse_mixtures(find_records([runs]))
 
 
 def test_plain_networks_of_different_removals_are_not_averaged(runs: Path, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_settings_that_torch_pruning_does_not_read_may_differ(runs: Path, tmp_pa
         record = read_record(path)
         del record["pruned"]
         write_record(path, record)
-    build_report(runs, tmp_path / "out")
+    refuse_mixtures(find_records([runs]))
 
 
 def test_budgets_in_time_that_were_counted_elsewhere_are_not_averaged(runs: Path, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_budgets_in_time_that_were_counted_elsewhere_are_not_averaged(runs: Path
         record = read_record(path)
         record["config"]["measure"] = {"backends": backends, "threads": [2], "batch_sizes": [1]}
         write_record(path, record)
-    build_report(runs, tmp_path / "macs")  # in MACs it does not matter where time is measured
+    refuse_mixtures(find_records([runs]))  # in MACs it does not matter where time is measured
     for seed in (0, 1):
         path = runs / f"s{seed}-0.5" / "record.json"
         write_record(path, read_record(path) | {"budget": {"latency_ratio": 0.5}})
