@@ -69,7 +69,9 @@ def network(block: nn.Module) -> nn.Sequential:
     return prepared(conv(3, 4), nn.ReLU6(), block, nn.ReLU(), conv(4, 2, 1))
 
 
-@pytest.mark.parametrize("options", [{}, {"ranges": "calibrated"}, {"form": "pair"}, {"form": "slice"}, {"fuse": "never"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"ranges": "calibrated"}, {"form": "pair"}, {"form": "slice"}, {"fuse": "never"}], ids=str
+)
 @pytest.mark.parametrize("name", NETS)
 def test_exact(name: str, options: dict[str, str]) -> None:
     model, x = network(NETS[name]), images()
