@@ -477,7 +477,7 @@ def blocks(draw: st.DrawFn, channels: int, size: tuple[int, int], depth: int) ->
     shortcut = draw(shortcuts(x_channels, before, channels, size))
     if shortcut is None:
         return layers, channels, size
-    if draw(st.integers(0, 7)) == 0:
+    if draw(st.integers(0, 11)) == 0:
         shortcut = replace(shortcut, inner=draw(linear_residuals(channels, size)))
     same = (x_channels, before) == (channels, size)
     third = Conv(channels, bias=True) if before == size and draw(st.integers(0, 9)) == 0 else None
