@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from rmprune.errors import ArtifactError, ConfigError, InfeasibleBudget, Unsuppo
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place, find_ratio
 from rmprune.methods.choose import Verdicts, best, judge
-from rmprune.methods.cutter import make_cutter
+from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.slim import scaled
-from rmprune.methods.start import STARTING
+from rmprune.methods.start import start as starting
 from rmprune.methods.table import METHODS
-from rmprune.pipelines import slim
+from rmprune.pipelines import slim, stages
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import run_slim
@@ -29,6 +30,7 @@ from rmprune.report.build import build_report
 from rmprune.runs import records
 from rmprune.runs.cells import plan_cells
 from rmprune.training import evaluate
+from rmprune.training.job import Files, Job
 
 QUICK = SlimConfig(
     model="resnet8",
@@ -79,16 +81,16 @@ def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
 def test_an_interrupted_run_goes_on_to_the_same_result(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, out = slim.fit, tmp_path / "run"
+    real, out = stages.tune, tmp_path / "run"
 
     def interrupted(*args: object, **kwargs: object) -> torch.nn.Module:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmprune.methods.slim.fit", interrupted)
+    monkeypatch.setattr("rmprune.methods.slim.tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_slim(replace(QUICK, out=out), command="x")
     assert (out / "dense").is_dir() and not (out / "record.json").exists()
-    monkeypatch.setattr("rmprune.methods.slim.fit", real)
+    monkeypatch.setattr("rmprune.methods.slim.tune", real)
     run_slim(replace(QUICK, out=out), command="x")
     first, second = (json.loads((run / "record.json").read_text()) for run in (finished, out))
     for name in ("original", "plain", "pruned", "coupled"):
@@ -182,10 +184,10 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
 
     def once_wrong(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:
         by_size = by_parameters(place, networks)
-        rounds.append(len(by_size))
-        return {name: ratio * (wrong[0] if rounds.count(1) > 1 else 1.0) for name, ratio in by_size.items()}
+        alone.append("network" in by_size)
+        return {name: ratio * (wrong[0] if sum(alone) > 1 else 1.0) for name, ratio in by_size.items()}
 
-    rounds: list[int] = []  # the first single network measured is the narrowest one, before training
+    alone: list[bool] = []  # the first that no search measures is the narrowest one, before training
     monkeypatch.setattr(Place, "ratios", once_wrong)
     prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
     config = replace(
@@ -309,7 +311,7 @@ def test_what_cannot_be_cut_is_refused_before_training(
 ) -> None:
     data = noise()
     monkeypatch.setattr(slim, "load_dataset", lambda config: data)
-    monkeypatch.setattr(slim, "fit", lambda *_, **__: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
     config = replace(QUICK, model=model, width=None, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
     with pytest.raises(UnsupportedModel, match=reason):
         run_slim(replace(config, out=tmp_path / "run"), command="x")
@@ -338,7 +340,7 @@ def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Place, "ratios", by_parameters)
-    monkeypatch.setattr(slim, "create_network", lambda *_, **__: Small(branching=False))
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: Small(branching=False))
     config = replace(QUICK, method=("coupled",), prune=PruneConfig(latency_ratio=(0.7,), round_to=1))
     (path,) = run_slim(replace(config, train=TrainConfig(epochs=1), out=tmp_path / "run"), command="x")
     record = records.read_record(path)
@@ -348,8 +350,8 @@ def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
 def test_a_network_that_no_file_can_hold_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slim, "create_network", lambda *_, **__: Small(branching=True))
-    monkeypatch.setattr(slim, "fit", lambda *_, **__: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: Small(branching=True))
+    monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
     with pytest.raises(UnsupportedModel, match="trace"):
         run_slim(replace(QUICK, method=("uniform",), out=tmp_path / "run"), command="x")
     assert not (tmp_path / "run").exists()
@@ -359,7 +361,7 @@ def test_cut_while_training_layers_must_be_fittable_only_where_a_cut_at_once_may
     network = rmprune.models.create("convnext_tiny", num_classes=10).eval()
     data = noise()
     config = replace(QUICK, prune=replace(QUICK.prune, gradual=True))
-    cutter = make_cutter(network, METHODS["residual"], config, data)
+    cutter = make_cutter(network, METHODS["residual"], Job(config, data, torch.device("cpu"), 0))
     cutter.check(once=False)
     with pytest.raises(UnsupportedModel, match="--no-reconstruct"):
         cutter.check(once=True)
@@ -424,28 +426,30 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
     blind = replace(data, test=None)  # type: ignore[arg-type]
     budget = Budget(macs_ratio=0.5, reference_macs=rmprune.count_macs(dense, data.train.example(1)))
 
-    def start(name: str) -> torch.nn.Module:
-        if name == "plain":
-            raise UnsupportedModel("not this one")
-        return STARTING[name](dense, data.train.example)[0]
+    job = Job(config, blind, torch.device("cpu"), 0, teacher=dense)
 
-    def verdicts(start: Callable[[str], torch.nn.Module]) -> Verdicts:
-        place = {"checkpoint": tmp_path / "c" / "x.pt", "device": torch.device("cpu")}
-        return judge("mixed-auto", METHODS["mixed-auto"], start, budget, config, blind, dense, **place)  # type: ignore[arg-type]
+    def start(name: str) -> Cutter:
+        if name == "rm":
+            raise UnsupportedModel("not this one")
+        method = METHODS[name]
+        return make_cutter(starting(dense, *method.start, data.train.example)[0], method, job)
+
+    def verdicts(start: Callable[[str], Cutter], label: str = "mixed-auto") -> Verdicts:
+        candidates = {name: partial(start, name) for name in METHODS["mixed-auto"].candidates}
+        return judge(candidates, budget, job, Files(tmp_path / "c" / "x.pt", tmp_path / "log", label))
 
     found = verdicts(start)
     assert found["rm"] == {"refused": "not this one"} and best(found) != "rm"
-    cutter = make_cutter(dense, METHODS["residual"], config, data)
+    cutter = make_cutter(dense, METHODS["residual"], job)
     residual = cutter.once(dense, cutter.floored(budget))
     assert found["residual"]["loss"] == pytest.approx(evaluate(residual, data.validation).loss)
     assert verdicts(lambda name: pytest.fail("judged again")) == found
     with pytest.raises(UnsupportedModel, match="no candidate of none can be had: residual: never;"):
 
-        def never(name: str) -> torch.nn.Module:
+        def never(name: str) -> Cutter:
             raise UnsupportedModel("never")
 
-        place = {"checkpoint": tmp_path / "c" / "x.pt", "device": torch.device("cpu")}
-        judge("none", METHODS["mixed-auto"], never, budget, config, blind, dense, **place)  # type: ignore[arg-type]
+        verdicts(never, "none")
     assert not (tmp_path / "c" / "none-candidates.json").exists()
     (tmp_path / "c" / "mixed-auto-candidates.json").write_text('{"rm": ')
     with pytest.raises(ArtifactError, match=r"mixed-auto-candidates\.json: damaged"):

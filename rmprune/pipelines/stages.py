@@ -55,8 +55,8 @@ def make_dense(config: RunConfig, data: Dataset, seed: int, width: float | None 
     model = create_network(config.model, num_classes=data.num_classes, input_shape=data.input_shape, **settings)
     if isinstance(config, SlimConfig) and config.sparsity.shortcut_scales:
         model = add_shortcut_scales(model, data.train.example(2))
-    checkpoint = None if isinstance(config, TrainRunConfig) or width is not None else config.checkpoint
-    if checkpoint is not None:
+    checkpoint = getattr(config, "checkpoint", None)
+    if checkpoint is not None and width is None:
         model = load_checkpoint_into(model, checkpoint, config.model)
     return model.eval()
 
@@ -67,9 +67,9 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
         model = make_dense(config, job.data, job.seed)
-        if isinstance(config, TrainRunConfig) or config.checkpoint is None:
-            sparse = isinstance(config, SlimConfig) and config.sparsity.strength > 0
-            hook = ProximalL1(config.sparsity) if isinstance(config, SlimConfig) and sparse else None
+        if getattr(config, "checkpoint", None) is None:
+            sparsity = getattr(config, "sparsity", None)
+            hook = ProximalL1(sparsity) if sparsity is not None and sparsity.strength else None
             model = tune(model, config.train, job, Files.of(cell.shared, "dense"), hook)
         return model, {"input_shape": list(job.data.input_shape)}
 
