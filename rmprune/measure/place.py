@@ -6,6 +6,8 @@ settings).
 """
 
 import contextlib
+import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from rmprune.measure import measure_latencies
 logger = logging.getLogger("rmprune")
 CANDIDATES = 5  # networks measured in a round
 ATTEMPTS = 3  # measurements before a network counts as too slow
+STEP = 1.02  # times: sizes nearer to each other are not told apart
 ROUNDS = 5  # of measuring ever nearer to the budget, at most: steps of up to 2.1 times, then 1.2, then 1.05, ...
 MARGIN = 0.985  # searches aim so far below the budget: noise must not break it when the trained network is measured
 NEAR = 0.96  # of the budget: what takes as much as this is near enough
@@ -98,7 +101,7 @@ def largest_within(
     low: float,
     high: float,
     *,
-    first: Iterable[C | None] = (),
+    first: Sequence[C] = (),
     refuse: Callable[[float], InfeasibleBudget],
 ) -> Found[C]:
     """The largest candidate whose network was measured, twice, within `allowed` of the original's time.
@@ -123,9 +126,20 @@ def largest_within(
                 return Found(best, tried[best], len(tried))
         return None
 
-    plan = list(first) or _spread(low, high, at)
-    for _ in range(ROUNDS):
-        new = [candidate for candidate in dict.fromkeys(plan) if candidate is not None and candidate not in tried]
+    def ahead() -> list[C]:
+        """Candidates not tried yet, of sizes in equal proportions from `low` to `high`; sizes too small to be had move `low` up."""
+        nonlocal low
+        while True:
+            sizes = [low * (high / low) ** (step / (CANDIDATES - 1)) for step in range(CANDIDATES)]
+            offers = [at(s) for s in sizes]
+            new = [c for c in dict.fromkeys(offers) if c is not None and c not in tried]
+            missing = list(itertools.takewhile(lambda offer: offer[1] is None, zip(sizes, offers, strict=True)))
+            if new or len(missing) in (0, CANDIDATES) or missing[-1][0] <= STEP * low:
+                return new
+            low = missing[-1][0]
+
+    for turn in range(ROUNDS):
+        new = list(dict.fromkeys(first)) if turn == 0 and first else ahead()
         if not new:
             break
         tried.update(zip(new, measure(new), strict=True))
@@ -134,7 +148,6 @@ def largest_within(
         if (best := fitting()) is not None:
             low = size(best)
         high = min((size(c) for c, ratio in tried.items() if ratio > MARGIN * allowed and size(c) > low), default=high)
-        plan = _spread(low, high, at)
     if (found := confirmed(0.0)) is not None:
         return found
     if not tried:
@@ -149,11 +162,6 @@ def largest_within(
     return Found(smallest, least, len(tried))
 
 
-def _spread(low: float, high: float, at: Callable[[float], C | None]) -> list[C | None]:
-    """Candidates of sizes in equal proportions from `low` to `high`."""
-    return [at(low * (high / low) ** (step / (CANDIDATES - 1))) for step in range(CANDIDATES)]
-
-
 def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allowed: float, place: Place) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
@@ -163,6 +171,7 @@ def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allow
     networks: dict[float, nn.Module] = {}
     firsts: dict[tuple[torch.Size, ...], float] = {}
 
+    @functools.cache
     def at(ratio: float) -> float | None:
         with contextlib.suppress(InfeasibleBudget):
             network = cut(ratio)
