@@ -3,18 +3,17 @@ result. Rewrites nothing."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
+from rmprune.graph.foreign import copied, is_of_weights, make_permanent
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
@@ -229,9 +228,6 @@ def own_dtype_error(
     )
 
 
-_WEIGHT_HOOKS = ("WeightNorm", "SpectralNorm")
-
-
 def reference_copy(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode on the CPU, without the user's hooks. The argument is left alone."""
     return eval_copy(model, lambda twin: twin.cpu().double())
@@ -239,36 +235,23 @@ def reference_copy(model: nn.Module) -> nn.Module:
 
 def eval_copy(model: nn.Module, cast: Callable[[nn.Module], nn.Module] = lambda twin: twin) -> nn.Module:
     """A copy in eval mode, cast, without the user's hooks. The argument is left alone."""
-    try:
-        twin = cast(copy.deepcopy(model)).eval()
-    except RuntimeError as error:
-        raise UnsupportedModel(f"the network cannot be copied: {error}") from error
-    return freeze(twin).requires_grad_(False)
+    return freeze(cast(copied(model)).eval()).requires_grad_(False)
 
 
 def freeze(twin: nn.Module) -> nn.Module:
-    """Weights that are computed from others (weight norm, spectral norm, parametrizations) become numbers; hooks go."""
+    """Weights that are computed from others (weight norm, spectral norm, masks, parametrizations) become numbers; hooks go."""
+    for module in list(twin.modules()):
+        make_permanent(module)
     for module in twin.modules():
-        for hook in module._forward_pre_hooks.values():
-            if type(hook).__name__ in _WEIGHT_HOOKS:
-                hook(module, None)
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, name).clear()
-    for module in list(twin.modules()):
-        if parametrize.is_parametrized(module):
-            values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
-            # Not remove_parametrizations: the copy shares its made-up class with the original, which that would damage.
-            module.__class__ = type(module).__bases__[0]
-            del module._modules["parametrizations"]
-            for name, value in values.items():
-                setattr(module, name, nn.Parameter(value))
     return twin
 
 
 def has_hooks(model: nn.Module) -> bool:
     """Whether something listens to, or changes, what a module reads or returns."""
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return any(type(hook).__name__ not in _WEIGHT_HOOKS for hook in hooks)
+    return any(not is_of_weights(hook) for hook in hooks)
 
 
 _COMPARABLE = 0.1  # of the error: then the network's own rounding explains it

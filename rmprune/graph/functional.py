@@ -202,6 +202,7 @@ _METHODS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]
     "mean": (("dim", "keepdim"), _mean),
     "view": ((), _view),
     "reshape": ((), _view),
+    "detach": ((), _gone),
     "clone": (("memory_format",), _gone),
     "contiguous": (("memory_format",), _contiguous),
     "relu_": ((), _simple(nn.ReLU)),

@@ -35,11 +35,21 @@ def named(module: nn.Module, names: tuple[str, ...]) -> bool:
 
 @dataclass
 class Network:
-    """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"]."""
+    """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"].
+
+    decided: where the sizes of the example inputs decided what is computed; it holds for these sizes only then.
+    """
 
     graph: fx.Graph
     layers: dict[str, NodeLayer] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    decided: list[str] = field(default_factory=list)
+
+    @property
+    def sizes_note(self) -> str:
+        """What to say of a result that holds for the sizes of the example inputs only."""
+        places = "; ".join(self.decided)
+        return places and f"the sizes of the inputs decide what is computed ({places}): this holds for inputs of these sizes only"
 
     def layer(self, node: fx.Node) -> NodeLayer | None:
         return self.layers.get(str(node.target)) if node.op == "call_module" else None
@@ -64,10 +74,6 @@ class Network:
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return node.meta.get("shape")
-
-
-def example_tuple(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
 def is_batch_norm(layer: NodeLayer | None) -> bool:

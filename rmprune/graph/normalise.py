@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.functional import COMMUTATIVE, modules_for
+from rmprune.graph.functional import COMMUTATIVE, is_size, modules_for
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
 from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
 from rmprune.graph.shapes import propagate_shapes
+from rmprune.graph.tracer import Tracer, follow
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Leaves stock modules whole, and classes that merely inherit a stock forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -34,13 +35,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
     drawn = draws()
-    try:
-        traced = _Tracer().trace(model)
-    except Exception as error:
-        raise UnsupportedModel(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Control flow that depends on tensor values has to go, "
-            "or a module with such code be made a leaf by moving it out of the network"
-        ) from error
+    traced, decided = follow(_Tracer, model, example_inputs)
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
     undo_in_place(traced, dict(model.named_modules()))
@@ -48,6 +43,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
     refuse_random(network)
     propagate_shapes(network, example_inputs)
     slice_pieces(network)
+    network.decided = decided
     return network
 
 
@@ -62,8 +58,6 @@ class _Normaliser:
 
     def run(self) -> Network:
         for node in self.traced.nodes:
-            if node.op == "call_function" and node.target is torch._assert:
-                continue
             if node.op == "call_module":
                 self._module(node)
             elif node.op in ("call_function", "call_method"):
@@ -91,6 +85,11 @@ class _Normaliser:
             and (not isinstance(first, fx.Node) or first.op == "get_attr")
         ):
             node.args = (node.args[1], node.args[0])  # 0.5 * x, gain * x
+        if node.target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
+            for zero, other in (node.args, node.args[::-1]):
+                if isinstance(other, fx.Node) and type(zero) in (int, float) and zero == 0 and not is_size(other):
+                    self.env[node] = self.env[other]  # sum([x, y]) starts from 0
+                    return
         found = modules_for(node, self._constant)
         if found is None:
             self._keep(node)

@@ -32,12 +32,19 @@ def blank_inputs(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor
     return tuple(torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device="meta") for x in inputs)
 
 
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """That of its first tensor of floating point; float32 where there is none."""
+    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return next((t.dtype for t in tensors), torch.float32)
+
+
 def on_meta(module: M) -> M:
     """A copy whose parameters and buffers have no values."""
-    return copy.deepcopy(module, {id(tensor): _blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
+    return copy.deepcopy(module, {id(tensor): blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
 
 
-def _blank(tensor: Tensor) -> Tensor:
+def blank(tensor: Tensor) -> Tensor:
+    """The same without values."""
     empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
@@ -57,7 +64,7 @@ def _own(layer: Any) -> Any:
     return (
         on_meta(layer).double()
         if isinstance(layer, nn.Module)
-        else _blank(layer)
+        else blank(layer)
         if isinstance(layer, Tensor)
         else layer
     )

@@ -4,27 +4,45 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.tracer import Tracer, follow
 from rmprune.graph.vocabulary import LAYERS
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Keeps the listed layer types whole and goes through everything else."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__name__ in LAYERS and type(m) is LAYERS[type(m).__name__].cls
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """timm's batch norm with its activation inside is traced as a stock batch norm, then what follows it."""
-        if not is_norm_with_activation(m):
+        """timm's batch norm with its activation inside is traced as a stock batch norm, then what follows it.
+
+        Layers of torch that are not listed and cannot be gone through (recurrent ones) stay whole; others go by their name.
+        """
+        if is_norm_with_activation(m):
+            x = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+            for child in ("drop", "act"):
+                if child in m._modules:
+                    x = m._modules[child](x)  # type: ignore[misc]
+            return x
+        depth = len(self.module_stack)
+        try:
             return super().call_module(m, forward, args, kwargs)
-        x = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
-        for child in ("drop", "act"):
-            if child in m._modules:
-                x = m._modules[child](x)  # type: ignore[misc]
-        return x
+        except Exception:
+            if not fx.Tracer.is_leaf_module(self, m, ""):
+                raise
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
+class _BufferTracer(_Tracer):
+    """Also what is computed of buffers alone is in the graph; then a buffer decides nothing."""
+
+    proxy_buffer_attributes = True
 
 
 def is_norm_with_activation(module: nn.Module) -> bool:
@@ -43,30 +61,25 @@ def stock_norm(module: nn.Module) -> nn.BatchNorm2d:
     return norm
 
 
-def trace(model: nn.Module) -> fx.Graph:
+def trace(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> fx.Graph:
     """The torch.fx graph of `model` in terms of the listed layer types; assertions and dead code are dropped.
 
-    Raises UnsupportedModel when torch.fx cannot follow the forward pass. The model is left as it was.
+    inputs: examples, whose sizes decide where the code asks for sizes. Raises UnsupportedModel when torch.fx cannot follow the
+    forward pass. The model is left as it was.
     """
-    before = set(model.__dict__)
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's forward code: anything may come out
-        raise UnsupportedModel(
-            f"{type(model).__name__}: torch.fx cannot trace it ({type(error).__name__}: {str(error)[:200]}); make the "
-            "forward pass free of "
-            "control flow that depends on values, or convert the part that traces"
-        ) from error
-    finally:
-        constants = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
+    for kind in (_Tracer, _BufferTracer):
+        before = set(model.__dict__)
+        try:
+            graph, _ = follow(kind, model, inputs)
+        finally:
+            constants = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
+        if not constants:
+            break
     if constants:
         raise UnsupportedModel(
             f"{type(model).__name__}: the forward pass makes {len(constants)} tensor constant(s); register them as "
             "buffers of the module"
         )
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and node.target is torch._assert:
-            graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=_has_effect)
     return graph
 

@@ -1,18 +1,19 @@
 """What a network costs on paper: multiply-accumulates and parameters. Measured time is latency.py's business."""
 
-import copy
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rmprune.graph.shapes import on_meta
+from rmprune.graph.foreign import plain_module
+from rmprune.graph.inputs import Inputs, as_tuple, trial
 
 
-def count_macs(model: nn.Module, example_inputs: Tensor) -> int:
+def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     """Multiply-accumulates of one forward pass for **one** example of `example_inputs` (N, C, H, W), in eval mode.
+
+    Several inputs: a tuple, or a dict by the names in forward. Raises UnsupportedModel where they do not fit the network.
 
     Counted: convolutions, linear layers, matrix products and attention, as modules or as functions, padding taps
     included, biases not. Not counted: batch norms, activations, pooling, additions, resizing. The table from operator
@@ -22,11 +23,10 @@ def count_macs(model: nn.Module, example_inputs: Tensor) -> int:
     >>> rmprune.count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.randn(32, 3, 10, 10))  # 3 * 8 * 3 * 3 * 10 * 10
     21600
     """
-    x = example_inputs[:1]
-    try:
-        return _count(on_meta(model).eval(), torch.empty(x.shape, dtype=x.dtype, device="meta"))
-    except (RuntimeError, NotImplementedError):  # a tensor made on the fly, or an operator without a shape rule
-        return _count(copy.deepcopy(model).eval(), x)
+    model = plain_module(model)
+    counter = _Counter()
+    trial(model, as_tuple(model, example_inputs), counter)
+    return counter.macs
 
 
 def count_params(model: nn.Module) -> int:
@@ -45,6 +45,10 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.macs = 0
 
+    def __enter__(self) -> "_Counter":
+        self.macs = 0  # a run that failed does not count
+        return super().__enter__()  # type: ignore[no-any-return]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -52,9 +56,3 @@ class _Counter(TorchDispatchMode):
         if cost is not None:
             self.macs += cost(*args, **kwargs, out_val=out) // 2
         return out
-
-
-def _count(model: nn.Module, x: Tensor) -> int:
-    with torch.no_grad(), _Counter() as counter:
-        model(x)
-    return counter.macs

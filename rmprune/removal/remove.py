@@ -25,14 +25,15 @@ from rmprune.graph.equivalence import (
     relative_error,
 )
 from rmprune.graph.fuse import RULES
-from rmprune.graph.network import Network, example_tuple
+from rmprune.graph.foreign import plain_module, refuse_meta
+from rmprune.graph.inputs import Inputs, as_tuple, trial
+from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.removal.forms import FORMS
 from rmprune.removal.rewrite import BlockReport, Plan, remove_all
 
 RANGES = ("provable", "calibrated")
-Inputs = Tensor | tuple[Tensor, ...]
 _PIXELS = 2**21  # of all images of the check and of the batch norms' statistics together
 _IMAGE_MACS = 5 * 10**10  # of the original network on them
 
@@ -76,7 +77,8 @@ def remove_residuals(
 ) -> Removal:  # fmt: skip
     """Removes residual connections exactly (RMNet, arXiv 2111.00687): the same function without additions. `model` is left alone.
 
-    example_inputs: one batch, (N, C, H, W) or a tuple of inputs; sets the sizes and the statistics of new batch norms (from its
+    model: wrappers (DataParallel, torch.compile) are taken off, weights that are computed (weight norm, masks) made permanent.
+    example_inputs: one batch, (N, C, H, W), a tuple of inputs or a dict of them by the names in forward; sets the sizes and the statistics of new batch norms (from its
     first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes, unless a block's `note` says otherwise (a
     pool with ceil_mode). keep: names of blocks to leave in. ranges: "provable" bounds hold for every input in `input_range`;
     "calibrated" ones are seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass
@@ -95,7 +97,7 @@ def remove_residuals(
     ('Sequential', True)
     """
     _check_settings(ranges, form, fuse, tolerance)
-    inputs = example_tuple(example_inputs)
+    model, inputs = _as_given(model, example_inputs)
     reference = reference_copy(model)
     _refuse_changing_hooks(model, reference, inputs)
     network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
@@ -123,7 +125,7 @@ def remove_residuals(
     if not error <= tolerance:
         raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside, base, where)
     own, unseen = own_dtype_error(model, result, checked, groups, expected, base, tolerance)
-    return Removal(result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen))))
+    return Removal(result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen, network.sizes_note))))
 
 
 def plan_removal(
@@ -140,8 +142,17 @@ def plan_removal(
     [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
     """
     _check_settings(ranges, form, fuse, tolerance)
-    inputs = example_tuple(example_inputs)
+    model, inputs = _as_given(model, example_inputs)
     return _rewrite(reference_copy(model), inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None)[1]
+
+
+def _as_given(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The network without wrappers, and its inputs in order. Raises UnsupportedModel where the one does not take the other."""
+    model = plain_module(model)
+    refuse_meta(model)
+    inputs = as_tuple(model, example_inputs)
+    trial(model, inputs)
+    return model, inputs
 
 
 def _rewrite(

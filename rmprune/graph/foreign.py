@@ -1,0 +1,144 @@
+"""Networks as people bring them: wrappers taken off, weights that are computed made numbers, kinds of module that cannot be read refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+
+from rmprune.errors import UnsupportedModel
+
+logger = logging.getLogger("rmprune")
+_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+_QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
+_HOOKED = ("WeightNorm", "SpectralNorm")  # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations
+
+
+def plain_module(model: nn.Module) -> nn.Module:
+    """The network itself: outside and inside of no DataParallel, DistributedDataParallel or torch.compile, and with weights that are
+    numbers. The argument where there is nothing to do, else a copy, which is said in the log; the argument is left alone.
+
+    Raises UnsupportedModel for what is no network of modules and tensors that can be read; it says what, where, and what to do.
+    """
+    while isinstance(model, nn.Module) and (inner := _inside(model)) is not None:
+        model = inner
+    _refuse_foreign(model)
+    computed = [name for name, module in model.named_modules() if _computed(module)]
+    wrapped = [name for name, module in model.named_modules() if _inside(module) is not None]
+    if not computed and not wrapped:
+        return model
+    model = copied(model)
+    for name in reversed(wrapped):
+        owner, _, own = name.rpartition(".")
+        inner = model.get_submodule(name)
+        while (deeper := _inside(inner)) is not None:
+            inner = deeper
+        setattr(model.get_submodule(owner), own, inner)
+    for module in model.modules():
+        make_permanent(module)
+    if computed:
+        logger.warning(
+            "weights that are computed from others (weight norm, spectral norm, masks, parametrizations) are made permanent in the copy: %s",
+            ", ".join(name or type(model).__name__ for name in computed),
+        )
+    return model
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper of torch's wraps."""
+    name = _WRAPPERS.get(type(module).__name__)
+    if name is None or not type(module).__module__.startswith("torch."):
+        return None
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _computed(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) or any(is_of_weights(hook) for hook in module._forward_pre_hooks.values())
+
+
+def is_of_weights(hook: Any) -> bool:
+    """Whether a forward pre-hook is one of torch's that computes a weight."""
+    return type(hook).__name__ in _HOOKED or isinstance(hook, BasePruningMethod)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy. Tensors that are computed from others, which torch refuses to copy, are copied as numbers."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedModel(f"the network cannot be copied: {error}") from error
+
+
+def make_permanent(module: nn.Module) -> None:
+    """Weights of this module that are computed from others become numbers, as they are in eval mode. In place."""
+    values: dict[str, Tensor] = {}
+    was, module.training = module.training, False
+    with torch.no_grad():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if is_of_weights(hook):
+                hook(module, ())
+                name = str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight"))
+                values[name] = getattr(module, name).detach().clone()
+                del module._forward_pre_hooks[key]
+        if parametrize.is_parametrized(module):
+            values |= {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
+            # Not remove_parametrizations: the copy shares its made-up class with the original, which that would damage.
+            module.__class__ = type(module).__bases__[0]
+            del module._modules["parametrizations"]
+    module.training = was
+    for name, value in values.items():
+        for other in (name, *(f"{name}_{end}" for end in ("g", "v", "orig", "mask", "u", "sigma"))):
+            for held in (vars(module), module._parameters, module._buffers):
+                held.pop(other, None)
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def _refuse_foreign(model: Any) -> None:
+    kind = type(model).__name__
+    if kind == "ExportedProgram":
+        raise UnsupportedModel("an ExportedProgram holds operators and no layers: pass the nn.Module that it was exported from")
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"the network must be a torch.nn.Module, got {kind}: build it and load its weights first")
+    for path, module in model.named_modules():
+        where = f"{path} ({type(module).__name__})" if path else type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModel(f"{where}: TorchScript cannot be read as layers: pass the nn.Module that it was made from")
+        if type(module).__module__.startswith(_QUANTISED):
+            raise UnsupportedModel(
+                f"{where}: quantised, or prepared for it, so that its weights are not those it computes with: pass the network in "
+                "floating point, and quantise the result"
+            )
+        if "FullyShardedDataParallel" in [c.__name__ for c in type(module).__mro__]:
+            raise UnsupportedModel(f"{where}: its weights are spread over processes: pass a copy with the whole state dict loaded")
+        if isinstance(module, fx.GraphModule) and any(isinstance(n.target, torch._ops.OpOverload) for n in module.graph.nodes):
+            raise UnsupportedModel(f"{where}: a graph of exported operators holds no layers: pass the nn.Module it was exported from")
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            _refuse_tensor(f"{path}.{name}" if path else name, tensor)
+
+
+def _refuse_tensor(where: str, tensor: Tensor) -> None:
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise UnsupportedModel(f"{where}: a lazy layer has no weights yet: run one batch through the network first")
+    kinds = [c for c in type(tensor).__mro__ if issubclass(c, Tensor) and c not in (Tensor, nn.Parameter, nn.Buffer)]
+    if any(name in vars(c) for c in kinds for name in ("__torch_function__", "__torch_dispatch__")):
+        raise UnsupportedModel(
+            f"{where}: a {type(tensor).__name__} is no plain tensor (it computes in its own way): pass the network with plain weights"
+        )
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raises UnsupportedModel for a network whose weights have no values (the meta device)."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UnsupportedModel(f"{name}: on the meta device it has no values: load the network's weights first (to_empty, load_state_dict)")

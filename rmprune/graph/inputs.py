@@ -1,0 +1,141 @@
+"""Example inputs of a network: one tensor, a tuple of them, or a dict by the names in forward; and whether they fit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.foreign import copied
+from rmprune.graph.shapes import blank, floating_dtype, on_meta
+
+Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+
+
+def as_tuple(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
+    """The examples in the order of forward's arguments, as plain tensors; floating point in the dtype of the network, on its device.
+
+    Raises UnsupportedModel for anything but a batch of at least one, in tensors.
+    """
+    if isinstance(example_inputs, Mapping):
+        values = _by_name(model, example_inputs)
+    elif isinstance(example_inputs, tuple):
+        values = example_inputs
+    else:
+        values = (example_inputs,)
+    if not values:
+        raise UnsupportedModel("example_inputs is empty: give one batch, or a tuple with a batch for each input")
+    tensors = next(((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
+    found = []
+    for place, value in enumerate(values):
+        said = f"input {place + 1} of {len(values)}" if len(values) > 1 else "example_inputs"
+        if not isinstance(value, Tensor):
+            raise UnsupportedModel(
+                f"{said} is a {type(value).__name__}: give a tensor (N, ...), a tuple of them where the network takes several, or a "
+                "dict by the names of forward's arguments" + _way(value)
+            )
+        if value.dim() == 0 or value.numel() == 0:
+            raise UnsupportedModel(f"{said} has shape {tuple(value.shape)}: give at least one example, (N, ...)")
+        value = value.detach().as_subclass(Tensor)
+        value = value.clone() if value.is_inference() else value
+        if tensors is not None and not value.is_meta and tensors[1].type != "meta":
+            value = value.to(tensors[1], tensors[0] if value.is_floating_point() else None)
+        found.append(value)
+    return tuple(found)
+
+
+def _way(value: Any) -> str:
+    if type(value).__module__ == "numpy":
+        return " (torch.from_numpy)"
+    return " (torch.stack for a list of images)" if isinstance(value, list) else ""
+
+
+def _by_name(model: nn.Module, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    parameters = inspect.signature(model.forward).parameters
+    unknown = [name for name in given if name not in parameters]
+    missing = [name for name, p in parameters.items() if name not in given and p.default is p.empty and p.kind.name[:3] != "VAR"]
+    if unknown or missing:
+        said = [f"there is no {', '.join(map(str, unknown))}"] * bool(unknown) + [f"{', '.join(missing)} is missing"] * bool(missing)
+        raise UnsupportedModel(
+            f"example_inputs by name: forward of {type(model).__name__} takes {', '.join(parameters)}; {' and '.join(said)}"
+        )
+    order = [name for name in parameters if name in given]
+    if order != list(parameters)[: len(order)]:
+        raise UnsupportedModel(
+            f"example_inputs by name: give those before {order[-1]} as well; forward takes {', '.join(parameters)} in this order"
+        )
+    return tuple(given[name] for name in order)
+
+
+@torch.no_grad()
+def trial(model: nn.Module, inputs: tuple[Tensor, ...], watch: AbstractContextManager[Any] | None = None) -> None:
+    """Runs one example through the network in eval mode, on a copy and on the meta device where that goes, else for real.
+
+    inputs: as `as_tuple` gives them; watch: entered around each run.
+
+    Raises UnsupportedModel where it does not run, with the layer at which it stops and what that takes and got.
+    """
+    one, watch = tuple(x[:1] for x in inputs), watch or nullcontext()
+    try:
+        with watch, _watched(on_meta(model).eval(), says=False) as twin:
+            twin(*(blank(x) for x in one))
+            return
+    except UnsupportedModel:
+        raise
+    except Exception:  # noqa: BLE001  # a tensor made on the fly, an operator without a rule for shapes, or inputs that do not fit
+        if any(x.is_meta for x in inputs):
+            raise UnsupportedModel("example_inputs on the meta device have no values, and the network does not run without") from None
+    with watch, _watched(copied(model).eval()) as twin:
+        twin(*(x.clone() for x in one))
+
+
+@contextmanager
+def _watched(twin: nn.Module, says: bool = True) -> Iterator[nn.Module]:
+    """Refuses what layers of `twin`, a copy, read; `says`: whatever else goes wrong is said with the innermost layer that was running."""
+    running: list[tuple[str, nn.Module, Any]] = []
+    for name, module in twin.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: running.append((name, module, args)) or _refuse_read(*running[-1]))
+        module.register_forward_hook(lambda *_: running.pop() and None)
+    try:
+        yield twin
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        if not says:
+            raise
+        name, module, args = running[-1] if running else ("", twin, ())
+        shapes = ", ".join(_said(x) for x in args if isinstance(x, Tensor)) or "its inputs"
+        where = f"layer {name} ({type(module).__name__})" if name else type(module).__name__
+        raise UnsupportedModel(
+            f"{where} does not take {shapes}, for example_inputs of other sizes, number or kind than the network takes: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _refuse_read(name: str, module: nn.Module, args: Any) -> None:
+    """Convolutions take maps without a batch, too, and would read the images of a batch as channels."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor) or not isinstance(module, _ConvNd | nn.Linear):
+        return
+    where = f"layer {name} ({type(module).__name__})"
+    if isinstance(module, _ConvNd) and x.dim() != module.weight.dim():
+        raise UnsupportedModel(
+            f"{where} reads {_said(x)}, without a batch: give example_inputs (N, ...), such as image[None], of "
+            f"{module.weight.dim()} dimensions here"
+        )
+    if not x.is_floating_point() and module.weight.is_floating_point():
+        raise UnsupportedModel(f"{where} reads {_said(x)}: give example_inputs in {floating_dtype(module)}, scaled as in training")
+    channels = x.shape[1] if isinstance(module, _ConvNd) else x.shape[-1]
+    wanted = module.in_channels if isinstance(module, _ConvNd) else module.in_features
+    if channels != wanted:
+        raise UnsupportedModel(f"{where} takes {wanted} channels and reads {channels}: {_said(x)}; example_inputs do not fit the network")
+
+
+def _said(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
