@@ -31,14 +31,14 @@ from rmprune.graph.vocabulary import (
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
     """The architecture of `model` as JSON-able data: layers, graph, tensors shared or frozen; no weights.
 
-    Returns a dict with `kind` ("sequential" or "graph"), `training`, `layers`, `tensors`, `nodes`, `tied`, `frozen`.
+    `inputs`: examples, for code that asks for their sizes. Returns a dict with `kind` ("sequential" or "graph"), `training`, `layers`, `tensors`, `nodes`, `tied`, `frozen`.
     Raises UnsupportedModel that names the first thing outside the closed list and what to do.
     """
     flat = is_flat_sequential(model)
-    graph = None if flat else trace(model)
+    graph = None if flat else trace(model, inputs)
     names = list(model._modules) if flat else _called_layers(model, graph)
     layers = _describe_layers(model, names)
     nodes = [] if graph is None else [_describe_node(node, model) for node in graph.nodes]
@@ -138,7 +138,7 @@ def _describe_node(node: fx.Node, model: nn.Module) -> dict[str, Any]:
         if name is None:
             shown = getattr(target, "__name__", str(target))
             raise UnsupportedModel(
-                f"node {node.name}: the function {shown!r} is not one an artifact can hold; use a layer or a listed "
+                f"{place(node)}: the function {shown!r} is not one an artifact can hold; use a layer or a listed "
                 "function"
             )
         if target is getattr and node.args[1] not in ATTRIBUTES:
@@ -150,7 +150,7 @@ def _describe_node(node: fx.Node, model: nn.Module) -> dict[str, Any]:
             )
         target = name
     elif node.op == "call_method" and target not in METHODS:
-        raise UnsupportedModel(f"node {node.name}: the tensor method {target!r} is not one an artifact can hold")
+        raise UnsupportedModel(f"{place(node)}: the tensor method {target!r} is not one an artifact can hold")
     elif node.op == "placeholder" and not IDENTIFIER.fullmatch(str(target)):
         raise UnsupportedModel(f"input {target!r}: give the forward pass named inputs, not {target}")
     try:
@@ -163,6 +163,12 @@ def _describe_node(node: fx.Node, model: nn.Module) -> dict[str, Any]:
         }
     except TypeError as error:
         raise UnsupportedModel(f"node {error}") from error
+
+
+def place(node: fx.Node) -> str:
+    """The node, and the layer whose code it comes from."""
+    path, kind = (list(node.meta.get("nn_module_stack", {}).values()) or [("", None)])[-1]
+    return f"layer {path} ({getattr(kind, '__name__', kind)}), node {node.name}" if path else f"node {node.name}"
 
 
 def _tensor_paths(model: nn.Module, description: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -199,6 +205,8 @@ def encode(value: Any, where: str) -> Any:
         return {"tuple": [encode(v, where) for v in value]}
     if isinstance(value, list):
         return [encode(v, where) for v in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": [[key, encode(v, where)] for key, v in value.items()]}
     if isinstance(value, slice):
         return {"slice": [encode(v, where) for v in (value.start, value.stop, value.step)]}
     if value is Ellipsis:

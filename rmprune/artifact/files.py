@@ -21,6 +21,8 @@ from rmprune.artifact.describe import describe, file_tensors
 from rmprune.artifact.onnx import export_onnx
 from rmprune.artifact.rebuild import build, get_tensor, set_tensor
 from rmprune.errors import ArtifactError
+from rmprune.graph.foreign import plain_module, refuse_meta
+from rmprune.graph.inputs import Inputs, as_tuple
 
 SCHEMA = 1
 ARCHITECTURE, WEIGHTS, ONNX = "architecture.json", "model.safetensors", "model.onnx"
@@ -31,13 +33,13 @@ def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    example_inputs: Tensor | None = None,
+    example_inputs: Inputs | None = None,
     extra: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes `model` as the directory `path` and returns it.
 
-    `example_inputs` (N, C, H, W), where given, adds model.onnx. `extra` is any JSON-able dict kept with it
+    `example_inputs` (N, C, H, W), or a tuple or dict of inputs, where given, adds model.onnx. `extra` is any JSON-able dict kept with it
     (`read_extra`). Raises UnsupportedModel for a network outside the closed list, ArtifactError where `path` exists (an
     artifact is replaced with `overwrite=True`, anything else never) or cannot be written.
 
@@ -46,7 +48,10 @@ def save(
     ['architecture.json', 'model.safetensors']
     """
     path = Path(path)
-    description = describe(model)
+    model = plain_module(model)
+    refuse_meta(model)
+    inputs = None if example_inputs is None else as_tuple(model, example_inputs)
+    description = describe(model, inputs)
     _check_target(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +62,8 @@ def save(
         ) from error
     try:
         _write(model, description, work, extra or {})
-        if example_inputs is not None:
-            export_onnx(model, example_inputs, work / ONNX)
+        if inputs is not None:
+            export_onnx(model, inputs, work / ONNX)
         work.chmod(0o777 & ~_umask())
         _rename(work, path)
     except OSError as error:

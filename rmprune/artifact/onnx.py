@@ -4,18 +4,22 @@ checks it. No timing here.
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
 
 from rmprune.errors import ArtifactError, NotEquivalent, UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
+from rmprune.graph.inputs import Inputs, as_tuple
 
 OPSET = 17
 ROUNDINGS = 4.0  # two float32 runs of one network differ by this many times its `rounding` at most
@@ -23,7 +27,7 @@ ROUNDINGS = 4.0  # two float32 runs of one network differ by this many times its
 
 def export_onnx(
     model: nn.Module,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     path: str | os.PathLike[str],
     *,
     dynamic_batch: bool = True,
@@ -32,18 +36,19 @@ def export_onnx(
     """Writes `model` (eval mode, batch norms folded, float32) as an ONNX file and returns its error against PyTorch in
     ONNX Runtime.
 
-    `example_inputs`: (N, C, H, W). Input and output are named "input" and "output"; with `dynamic_batch` their first
-    axis is "batch". The error is the largest |difference| over the largest |output|, both in float32, for the given
+    `example_inputs`: (N, C, H, W), or a tuple or dict of inputs. Names: "input" and "output"; where there are several, those of
+    forward's arguments, the keys of a dict, and "output_0" and so on for a tuple. With `dynamic_batch` their first
+    axis is "batch". The error is the largest |difference| over the largest |entry| of the same output, both in float32, for the given
     inputs and for normal ones. Over `tolerance`, and over what float32 itself does to the network (`rounding`; a thousand
     layers): NotEquivalent, and no file. The TorchScript-based exporter is used where torch has it (1,200 layers: 6 s; the
     newer one needs minutes).
     """
     path = Path(path)
-    folded = fold_batch_norms(model).float().cpu().to(memory_format=torch.contiguous_format)
-    data = onnx_bytes(folded, example_inputs, dynamic_batch=dynamic_batch)
-    x = example_inputs.detach().float().cpu()
-    error = _onnx_error(folded, data, x)
-    if not error <= tolerance and not (tolerance > 0 and error <= ROUNDINGS * rounding(folded, x)):
+    inputs = as_tuple(model, example_inputs)
+    folded = fold_batch_norms(model, inputs).float().cpu().to(memory_format=torch.contiguous_format)
+    data = onnx_bytes(folded, inputs, dynamic_batch=dynamic_batch)
+    error = _onnx_error(folded, data, inputs)
+    if not error <= tolerance and not (tolerance > 0 and error <= ROUNDINGS * rounding(folded, inputs)):
         raise NotEquivalent(
             f"{path}: ONNX Runtime differs from PyTorch by {error:.1e} of the largest output (limit {tolerance:.1e}); "
             "no file written"
@@ -60,28 +65,67 @@ def export_onnx(
     return error
 
 
-def onnx_bytes(folded: nn.Module, example_inputs: Tensor, *, dynamic_batch: bool = True) -> bytes:
+def onnx_bytes(folded: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, dynamic_batch: bool = True) -> bytes:
     """An eval-mode float32 CPU network as a serialised ONNX model (opset 17), without folding or checking."""
-    x = example_inputs.detach().float().cpu().contiguous()
-    axes = {"input": {0: "batch"}, "output": {0: "batch"}} if dynamic_batch else None
+    inputs = tuple(x.contiguous() for x in _as_float(example_inputs))
+    with torch.inference_mode():
+        expected = folded(*inputs)
+    outputs = named_outputs(expected)
+    names = input_names(folded, len(inputs))
+    outputs = {f"{name}_out" if name in names else name: value for name, value in outputs.items()}
+    batched = {name: {0: "batch"} for name in names} | {
+        name: {0: "batch"} for name, value in outputs.items() if value.dim() and len(value) == len(inputs[0])
+    }
     buffer = io.BytesIO()
     with _quiet(), torch.inference_mode():
         try:
             torch.onnx.export(
-                folded,
-                (x,),
+                folded if isinstance(expected, Tensor) else _Flat(folded),
+                inputs,
                 buffer,  # type: ignore[arg-type]  # a file object is documented, the annotation forgets it
                 dynamo=False,
                 opset_version=OPSET,
-                input_names=["input"],
-                output_names=["output"],
-                dynamic_axes=axes,
+                input_names=names,
+                output_names=list(outputs),
+                dynamic_axes=batched if dynamic_batch else None,
             )
         except Exception as error:  # the exporter has no error family of its own
             raise UnsupportedModel(
                 f"torch.onnx cannot export the network ({type(error).__name__}: {str(error)[:200]})"
             ) from error
     return buffer.getvalue()
+
+
+class _Flat(nn.Module):
+    """A network that returns the tensors of its outputs in order, for an exporter that knows tuples only."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(named_outputs(self.network(*inputs)).values())
+
+
+def input_names(model: nn.Module, count: int) -> list[str]:
+    """The names of a network's inputs in an ONNX file: "input", or forward's own where there are several."""
+    return ["input"] if count == 1 else list(inspect.signature(model.forward).parameters)[:count]
+
+
+def named_outputs(outputs: Any) -> dict[str, Tensor]:
+    """{name: tensor} of what a network returns: "output", or the keys of dicts and the places in tuples, joined by "_"."""
+    found = {}
+    for path, value in tree_flatten_with_path(outputs)[0]:
+        keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
+        name = "_".join((["output"] if keys and keys[0].isdigit() else []) + keys) or "output"
+        if isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
+def _as_float(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    values = (inputs,) if isinstance(inputs, Tensor) else inputs
+    return tuple(x.detach().float().cpu() if x.is_floating_point() else x.cpu() for x in values)
 
 
 @contextlib.contextmanager
@@ -98,33 +142,40 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def rounding(model: nn.Module, x: Tensor) -> float:
+def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
     """What float32 does to the outputs of `model` in eval mode: largest |difference| to float64 over the largest |output|."""
+    single = _as_float(inputs)
     with torch.inference_mode():
-        exact = copy.deepcopy(model).double()(x.double())
-        return float((model(x).double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+        exact = named_outputs(copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in single)))
+        return max(_off(value, exact[name]) for name, value in named_outputs(model(*single)).items())
 
 
-def _onnx_error(folded: nn.Module, data: bytes, x: Tensor) -> float:
+def _off(found: Tensor, expected: Tensor) -> float:
+    """The largest |difference| over the largest |entry|."""
+    expected = expected.double()
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def _onnx_error(folded: nn.Module, data: bytes, inputs: tuple[Tensor, ...]) -> float:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    names, given = input_names(folded, len(inputs)), _as_float(inputs)
+    generator = torch.Generator().manual_seed(0)
+    noise = tuple(torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for x in given)
     worst = 0.0
-    for batch in (x, noise):
+    for batch in (given, noise):
         with torch.inference_mode():
-            expected = folded(batch)
-        if not isinstance(expected, Tensor):
-            raise UnsupportedModel("only networks with one output tensor can be exported to ONNX")
-        if not bool(expected.isfinite().all()):
+            expected = named_outputs(folded(*batch))
+        if not all(bool(value.isfinite().all()) for value in expected.values()):
             raise NotEquivalent(
                 "the network's outputs are not finite in float32 (an untrained deep network?), so its ONNX form cannot "
-                "be "
-                "checked; train it first, or leave ONNX out"
+                "be checked; train it first, or leave ONNX out"
             )
-        actual = torch.from_numpy(session.run(None, {"input": batch.numpy()})[0])
-        scale = expected.abs().max().clamp_min(1e-30)
-        worst = max(worst, float((expected - actual).abs().max() / scale))
+        read = {value.name for value in session.get_inputs()}  # one that nothing depends on is left out
+        feed = {name: x.numpy() for name, x in zip(names, batch, strict=True) if name in read}
+        actual = (torch.from_numpy(value) for value in session.run(None, feed))
+        worst = max(worst, *(_off(found, value) for value, found in zip(expected.values(), actual, strict=True)))
     return worst

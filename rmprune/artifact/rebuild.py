@@ -250,6 +250,9 @@ def decode(value: Any, nodes: dict[str, torch.fx.Node], where: str) -> Any:
             return nodes[inner]
         if kind == "tuple" and isinstance(inner, list):
             return tuple(decode(v, nodes, where) for v in inner)
+        if kind == "dict" and isinstance(inner, list):
+            if all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in inner):
+                return {key: decode(v, nodes, where) for key, v in inner}
         if kind == "slice" and isinstance(inner, list) and len(inner) == 3:
             return slice(*(decode(v, nodes, where) for v in inner))
         if kind == "float" and inner in ("inf", "-inf", "nan"):

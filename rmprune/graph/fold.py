@@ -3,25 +3,26 @@
 import copy
 from collections import Counter
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from rmprune.graph.foreign import plain_module
 from rmprune.graph.trace import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
+def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> nn.Module:
     """A copy of `model` in eval mode in which every batch norm right after a convolution or linear layer is folded into
     it.
 
-    Works on flat nn.Sequentials and on whatever torch.fx traces (UnsupportedModel otherwise). A batch norm stays where
+    inputs: examples, for code that asks for their sizes (`trace`). Works on flat nn.Sequentials and on whatever torch.fx traces (UnsupportedModel otherwise). A batch norm stays where
     its input is also read elsewhere, where the layer before runs more than once, or where it has no running statistics.
     Dropout and Identity go as well.
     """
-    model = copy.deepcopy(model).eval()
-    flat, graph = is_flat_sequential(model), trace(model)
+    model = copy.deepcopy(plain_module(model)).eval()
+    flat, graph = is_flat_sequential(model), trace(model, inputs)
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):
             _replace(model, name, stock_norm(module))

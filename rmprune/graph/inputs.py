@@ -12,10 +12,36 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.foreign import copied
+from rmprune.graph.foreign import copied, plain_module, refuse_meta
 from rmprune.graph.shapes import blank, floating_dtype, on_meta
 
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+
+
+def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The network without wrappers (`plain_module`), and its inputs in order (`as_tuple`), tried.
+
+    Raises UnsupportedModel for a network that cannot be read or has no values, and where it does not take these inputs.
+    """
+    model = plain_module(model)
+    refuse_meta(model)
+    inputs = as_tuple(model, example_inputs)
+    if any(x.is_meta for x in inputs):
+        raise UnsupportedModel("example_inputs on the meta device have no values: give images as the network sees them")
+    trial(model, inputs)
+    return model, inputs
+
+
+def to_double(x: Tensor) -> Tensor:
+    """In float64 where it is of floating point, on the CPU."""
+    return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
+
+
+def only_input(inputs: tuple[Tensor, ...], call: str) -> Tensor:
+    """Raises UnsupportedModel where there are several."""
+    if len(inputs) != 1:
+        raise UnsupportedModel(f"{call} takes networks of one input only, and got {len(inputs)}: make one tensor of them (torch.cat)")
+    return inputs[0]
 
 
 def as_tuple(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
@@ -113,8 +139,8 @@ def _watched(twin: nn.Module, says: bool = True) -> Iterator[nn.Module]:
         shapes = ", ".join(_said(x) for x in args if isinstance(x, Tensor)) or "its inputs"
         where = f"layer {name} ({type(module).__name__})" if name else type(module).__name__
         raise UnsupportedModel(
-            f"{where} does not take {shapes}, for example_inputs of other sizes, number or kind than the network takes: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            f"{where} fails on inputs of shape {shapes} ({type(error).__name__}: {' '.join(str(error).split())[:200]}): give "
+            "example_inputs of the sizes, number and kind that the network takes"
         ) from error
 
 
@@ -126,15 +152,19 @@ def _refuse_read(name: str, module: nn.Module, args: Any) -> None:
     where = f"layer {name} ({type(module).__name__})"
     if isinstance(module, _ConvNd) and x.dim() != module.weight.dim():
         raise UnsupportedModel(
-            f"{where} reads {_said(x)}, without a batch: give example_inputs (N, ...), such as image[None], of "
+            f"{where} fails on inputs of shape {_said(x)}, without a batch: give example_inputs (N, ...), such as image[None], of "
             f"{module.weight.dim()} dimensions here"
         )
     if not x.is_floating_point() and module.weight.is_floating_point():
-        raise UnsupportedModel(f"{where} reads {_said(x)}: give example_inputs in {floating_dtype(module)}, scaled as in training")
+        raise UnsupportedModel(
+            f"{where} fails on inputs of shape {_said(x)}: give example_inputs in {floating_dtype(module)}, scaled as in training"
+        )
     channels = x.shape[1] if isinstance(module, _ConvNd) else x.shape[-1]
     wanted = module.in_channels if isinstance(module, _ConvNd) else module.in_features
     if channels != wanted:
-        raise UnsupportedModel(f"{where} takes {wanted} channels and reads {channels}: {_said(x)}; example_inputs do not fit the network")
+        raise UnsupportedModel(
+            f"{where} fails on inputs of shape {_said(x)}: it takes {wanted} channels; give example_inputs that fit the network"
+        )
 
 
 def _said(x: Tensor) -> str:

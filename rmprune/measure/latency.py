@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
+from rmprune.graph.foreign import plain_module
+from rmprune.graph.inputs import as_tuple, only_input
 from rmprune.measure.backends import Candidate, Run, check_backend, current, prepare
 
 TURN_SECONDS = 0.005
@@ -137,6 +139,8 @@ def measure_latencies(
     (1.0, True)
     """
     _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
+    models = {name: plain_module(model) for name, model in models.items()}
+    example_inputs = only_input(as_tuple(next(iter(models.values())), example_inputs), "measure_latency")
     candidates = [Candidate(name, model, example_inputs) for name, model in models.items()]
     results: dict[str, list[Latency]] = {name: [] for name in models}
     for configuration in itertools.starmap(_Configuration, itertools.product(backends, [device], threads, batch_sizes)):

@@ -22,6 +22,7 @@ from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.inputs import Inputs, as_given, to_double
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
@@ -51,13 +52,13 @@ class Collapse:
     kept: dict[str, str]
 
 
-def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = ()) -> Collapse:
+def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] = ()) -> Collapse:
     """Each residual block's branch of several layers as one convolution, with a batch norm after it. `model` is left alone.
 
     The kernel is the branch's largest, the stride its own; blocks that this would make dearer (bottlenecks) are kept.
     Blocks are fitted in order, each to the sum (branch and shortcut) of the original while it reads what the collapsed network
     gives it, so that later blocks make up for earlier ones.
-    images: (N, C, H, W), some hundred training images, all held in memory at once; `keep`: names of blocks to leave.
+    images: (N, C, H, W), or a tuple or dict of inputs: some hundred training images, all held in memory at once; `keep`: names of blocks to leave.
 
     Raises UnsupportedModel where torch.fx cannot follow the model or no block can be collapsed, ConfigError for an unknown block.
 
@@ -66,7 +67,9 @@ def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = (
     >>> [block.reserved for block in rmprune.remove_residuals(shallow, images).blocks]  # RM then needs no channel for it
     [0, 0, 0]
     """
-    network = normalise(reference_copy(model), (images[:2].detach().cpu().double(),))
+    model, given = as_given(model, images)
+    inputs = tuple(x.cpu() for x in given)
+    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
     annotate_ranges(network)
     left = set(keep)
     found = additions(network)
@@ -84,10 +87,10 @@ def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = (
     if not blocks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
         raise UnsupportedModel(f"no block to collapse: {reasons or 'the network has no residual'}")
-    fitted = _fit_in_order(network, blocks, images.detach().cpu().float())
+    fitted = _fit_in_order(network, blocks, inputs)
     for add, fit in fitted.items():
         _replace_branch(network, blocks[add], fit)
-    result, _ = materialise(network, (images[:1].detach().cpu().double(),), 1, target_of(model), batch_norm=True)
+    result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target_of(model), batch_norm=True)
     return Collapse(result, {blocks[add].name: fit.explained for add, fit in fitted.items()}, kept)
 
 
@@ -132,7 +135,7 @@ class _Fit:
 
 
 @torch.no_grad()
-def _fit_in_order(network: Network, blocks: dict[fx.Node, Block], images: Tensor) -> dict[fx.Node, _Fit]:
+def _fit_in_order(network: Network, blocks: dict[fx.Node, Block], inputs: tuple[Tensor, ...]) -> dict[fx.Node, _Fit]:
     """Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far."""
     fitted: dict[fx.Node, _Fit] = {}
     generator = torch.Generator().manual_seed(0)
@@ -150,9 +153,13 @@ def _fit_in_order(network: Network, blocks: dict[fx.Node, Block], images: Tensor
         return original, shortcut + fit.norm(fit.conv(read))
 
     forks = {add: (block.fork,) for add, block in blocks.items()}  # read once more, when its sum is there
-    for _ in run(network.graph, ((images, images),), pair, forks):
+    for _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, forks):
         pass
     return fitted
+
+
+def _to_float(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
 
 
 def _fit(block: Block, read: Tensor, total: Tensor, shortcut: Tensor, generator: torch.Generator) -> _Fit:

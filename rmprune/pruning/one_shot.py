@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.graph.inputs import as_given, only_input
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import add_to_bias, find_constants, fold, response
@@ -68,6 +69,8 @@ def prune(
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
+    plain, inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
+    example_inputs = only_input(inputs, "prune")
     structure = find_structure(plain, example_inputs)
     if which == "inner":
         structure = inner_only(structure)

@@ -25,8 +25,7 @@ from rmprune.graph.equivalence import (
     relative_error,
 )
 from rmprune.graph.fuse import RULES
-from rmprune.graph.foreign import plain_module, refuse_meta
-from rmprune.graph.inputs import Inputs, as_tuple, trial
+from rmprune.graph.inputs import Inputs, as_given, to_double
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
@@ -97,7 +96,7 @@ def remove_residuals(
     ('Sequential', True)
     """
     _check_settings(ranges, form, fuse, tolerance)
-    model, inputs = _as_given(model, example_inputs)
+    model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
     _refuse_changing_hooks(model, reference, inputs)
     network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
@@ -142,17 +141,8 @@ def plan_removal(
     [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
     """
     _check_settings(ranges, form, fuse, tolerance)
-    model, inputs = _as_given(model, example_inputs)
+    model, inputs = as_given(model, example_inputs)
     return _rewrite(reference_copy(model), inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None)[1]
-
-
-def _as_given(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The network without wrappers, and its inputs in order. Raises UnsupportedModel where the one does not take the other."""
-    model = plain_module(model)
-    refuse_meta(model)
-    inputs = as_tuple(model, example_inputs)
-    trial(model, inputs)
-    return model, inputs
 
 
 def _rewrite(
@@ -162,7 +152,7 @@ def _rewrite(
     with torch.no_grad():
         network = normalise(reference, inputs)
         annotate_ranges(network, input_range)
-        doubles = tuple(x.detach().cpu().double() if x.is_floating_point() else x.cpu() for x in inputs)
+        doubles = tuple(to_double(x) for x in inputs)
         if ranges == "calibrated":
             observe(network, doubles)
             tighten(network, margin)
@@ -183,7 +173,7 @@ def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple
     if not has_hooks(model):
         return
     hooked = copy.deepcopy(model).cpu().double().eval()
-    one = tuple(x[:1].detach().cpu().double() if x.is_floating_point() else x[:1].cpu() for x in inputs)
+    one = tuple(to_double(x[:1]) for x in inputs)
     with torch.no_grad():
         error = relative_error(reference(*(x.clone() for x in one)), hooked(*one), [len(one[0])])
     if error > 1e-12:
