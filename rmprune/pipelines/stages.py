@@ -11,6 +11,7 @@ from rmprune import artifact
 from rmprune.config import MeasureConfig
 from rmprune.data.load import Dataset
 from rmprune.errors import ConfigError
+from rmprune.graph.outline import outline
 from rmprune.measure import count_macs, count_params, measure_latencies
 from rmprune.training import evaluate
 
@@ -37,7 +38,7 @@ def with_weights(network: nn.Module, trained: nn.Module) -> nn.Module:
 def measure_networks(
     networks: dict[str, nn.Module], data: Dataset, config: MeasureConfig, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Test accuracy (read here only), MACs, parameters and times of each network, as record entries."""
+    """Test accuracy (read here only), MACs, parameters, layers and times of each network, as record entries."""
     example = data.test.example(1)
     latencies = measure_latencies(
         networks,
@@ -55,6 +56,7 @@ def measure_networks(
             "accuracy": evaluate(model.to(device), data.test, device=device).accuracy,
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
+            **outline(model, example),
             "latency": [latency.to_dict() for latency in latencies[name]],
         }
         for name, model in networks.items()
