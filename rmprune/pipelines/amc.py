@@ -36,7 +36,7 @@ from rmprune.measure.machine import environment
 from rmprune.measure.place import Place
 from rmprune.methods.start import CALIBRATION_IMAGES
 from rmprune.models.families import SMALL_IMAGE
-from rmprune.pipelines.stages import measure_networks, pick_device, stage, with_weights
+from rmprune.pipelines.stages import measure_networks, pick_device, stage, training_log, with_weights
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs import records
@@ -162,6 +162,7 @@ class _Run:
             "budget": {cell.kind: cell.value},
             "environment": environment(),
             "removal": removal,
+            "training": training_log(cell.shared, cell.directory),
             **entries,
         }
         records.write_record(cell.record, record)

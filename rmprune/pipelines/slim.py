@@ -27,7 +27,7 @@ from rmprune.methods.slim import slim_network
 from rmprune.methods.start import STARTING
 from rmprune.methods.table import METHODS, Method, find_methods
 from rmprune.models.families import create_network
-from rmprune.pipelines.stages import measure_networks, pick_device, stage, with_weights
+from rmprune.pipelines.stages import measure_networks, pick_device, stage, training_log, with_weights
 from rmprune.pruning import Budget
 from rmprune.runs import records
 from rmprune.runs.cells import Cell, plan_cells, unfinished
@@ -148,6 +148,7 @@ def _run_cell(
         "budget": {cell.kind: cell.value},
         "environment": environment(),
         "removal": removal,
+        "training": training_log(cell.shared, cell.directory),
         **{name: entry | notes.get(name, {}) for name, entry in entries.items()},
     }
     if refused:

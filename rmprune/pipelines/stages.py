@@ -1,5 +1,6 @@
 """What the pipelines share: one stage and its artifact, networks measured for a record, the device. No order of stages."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def measure_networks(
         }
         for name, model in networks.items()
     }
+
+
+def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
+    """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for log in dict.fromkeys(directory / "log.jsonl" for directory in directories):
+        for line in log.read_text().splitlines() if log.is_file() else ():
+            epoch = json.loads(line)
+            found.setdefault(epoch.pop("label"), []).append(epoch)
+    return found
 
 
 def pick_device(name: str) -> torch.device:

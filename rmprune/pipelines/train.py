@@ -14,7 +14,7 @@ from rmprune.measure import check_available
 from rmprune.measure.machine import environment
 from rmprune.models.families import create_network
 from rmprune.pipelines.slim import start
-from rmprune.pipelines.stages import measure_networks, pick_device, stage, with_weights
+from rmprune.pipelines.stages import measure_networks, pick_device, stage, training_log, with_weights
 from rmprune.removal import plan_removal
 from rmprune.runs import records
 from rmprune.runs.directory import claim
@@ -68,6 +68,7 @@ def _finish(config: TrainRunConfig, model: nn.Module, data: Dataset, device: tor
         "method": "train",
         "environment": environment(),
         "removal": artifact.read_extra(root / "plain")["removal"],
+        "training": training_log(root),
         **measure_networks({"original": dense, "plain": plain}, data, config.measure, device),
     }
     return records.write_record(root / records.RECORD, record)
