@@ -32,7 +32,7 @@ def write_runs(
         del older[name]["layers"]
     del older["training"]
     older["refused"] = {HOSTILE: f"its limits forbid it {HOSTILE}"}
-    write_record(root / "older" / "record.json", older)
+    write_record(root / "x-older" / "record.json", older)
     return root
 
 

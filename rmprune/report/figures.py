@@ -106,10 +106,10 @@ def _timed(summary: pd.DataFrame, in_ratios: bool) -> tuple[pd.DataFrame, str]:
 
 
 def _draw_panel(ax: Axes, panel: pd.DataFrame, styles: dict[str, Look]) -> None:
-    for dense in panel[panel.method == "dense"].itertuples():
-        reference = {"color": "#000000", "linewidth": 0.9, "linestyle": (0, (1, 2.5)), "zorder": 1}
-        ax.axhline(dense.accuracy * 100, **reference)
-        ax.axvline(dense.time, **reference)
+    for dense in panel[panel.method == "dense"].to_dict("records"):
+        reference: Any = {"color": "#000000", "linewidth": 0.9, "linestyle": (0, (1, 2.5)), "zorder": 1}
+        ax.axhline(dense["accuracy"] * 100, **reference)
+        ax.axvline(dense["time"], **reference)
     front = pareto_front(list(zip(panel.time, panel.accuracy * 100, strict=True)))
     if len(front) > 1:
         xs, ys = zip(*front, strict=True)
@@ -148,28 +148,33 @@ def _write_names(ax: Axes, panel: pd.DataFrame, styles: dict[str, Look], height:
     """The methods' names and markers in a column right of the panel, each led to its slowest point."""
     slowest = panel.sort_values("time").drop_duplicates("method", keep="last").sort_values("accuracy")
     low, high = ax.get_ylim()
-    wanted = [(100 * accuracy - low) / (high - low) for accuracy in slowest.accuracy]
-    places = spread_apart(wanted, _LINE / (height - 0.9), 1.0)
-    for row, place in zip(slowest.itertuples(), places, strict=True):
-        look = styles[str(row.method)]
-        name = f"dense, {100 * row.accuracy:.2f} %" if row.method == "dense" else _short(str(row.method))
-        point, colour = (row.time, 100 * row.accuracy), look.colour
-        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.35, "shrinkA": 0, "shrinkB": 4}
-        place_of = {"xycoords": "data", "textcoords": "axes fraction", "annotation_clip": False}
-        ax.annotate("", point, xytext=(1.02, place), arrowprops=leader, zorder=1, **place_of)
-        ax.plot([1.035], [place], look.print_marker, color=colour, markersize=5, transform=ax.transAxes, clip_on=False)
+    wanted = list((100 * slowest.accuracy - low) / (high - low))
+    for row, place in zip(slowest.to_dict("records"), spread_apart(wanted, _LINE / (height - 0.9), 1.0), strict=True):
+        look, name, accuracy = styles[row["method"]], _short(row["method"]), 100 * row["accuracy"]
         ax.annotate(
-            name,
-            (1.065, place),
-            xycoords="axes fraction",
-            fontsize=_NAME_SIZE,
-            color=colour,
-            va="center_baseline",
-            parse_math=False,
+            "",
+            (row["time"], accuracy),
+            xytext=(1.02, place),
+            textcoords="axes fraction",
+            annotation_clip=False,
+            zorder=1,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": look.colour,
+                "linewidth": 0.5,
+                "alpha": 0.35,
+                "shrinkA": 0,
+                "shrinkB": 4,
+            },
         )
+        beside: Any = {"color": look.colour, "transform": ax.transAxes, "clip_on": False}
+        ax.plot([1.035], [place], look.print_marker, markersize=5, **beside)
+        text = f"dense, {accuracy:.2f} %" if name == "dense" else name
+        ax.text(1.065, place, text, fontsize=_NAME_SIZE, va="center_baseline", parse_math=False, **beside)
 
 
 def _short(name: str) -> str:
+    """A name as far as there is room beside a panel."""
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 

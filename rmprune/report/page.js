@@ -23,7 +23,7 @@ function h(tag, attributes = {}, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child != null));
+  element.append(...children.flat(Infinity).filter((child) => child != null));
   return element;
 }
 
@@ -258,14 +258,17 @@ function plan(point) {
   const networks = point.networks.map((number) => data.networks[number]), first = networks[0];
   const runs = [...new Set(networks.map((network) => data.runs[network.run].name))];
   const pairs = [[runs.length > 1 ? "runs" : "run", runs.length > 3 ? `${runs.slice(0, 2).join(", ")} and ${runs.length - 2} more` : runs.join(", ")]];
-  const widths = data.outlines[first.outline]?.layers?.map((layer) => layer.cout) ?? first.search?.widths?.map?.((group) => group.kept);
+  const widths = first.widths ?? first.search?.widths?.map?.((group) => group.kept);
   if (widths) pairs.push(["widths", widths.join(" ")]);
   if (first.chosen) pairs.push(["chosen", `${first.chosen}, of ${Object.keys(first.candidates ?? {}).join(", ")}`]);
   if (first.collapsed) {
     const [low, high] = d3.extent(Object.values(first.collapsed));
     pairs.push(["collapsed", `${plural(Object.keys(first.collapsed).length, "block")}, ${percent(low)} to ${percent(high)} of the variance`]);
   }
-  if (first.removal) pairs.push(["residuals", `${first.removal.removed.length} removed, ${Object.keys(first.removal.kept).length} kept; error ${first.removal.max_error.toExponential(1)}`]);
+  const after = outlineOf(first), before = outlineOf(originalOf(first));
+  if (after && before) pairs.push(["residuals", saidOf(counted(fates(before, after, first)))]);
+  else if (first.removal) pairs.push(["residuals", `${first.removal.removed.length} removed, ${Object.keys(first.removal.kept).length} kept`]);
+  if (first.removal) pairs.push(["exact to", (first.removal.max_error ?? NaN).toExponential(1)]);
   if (first.search) pairs.push(["search", [first.search.method, first.search.episodes && plural(first.search.episodes.reward.length, "episode"),
     first.search.width != null && `width ${three(first.search.width)}`, first.search.verified_ratio != null && `${times(first.search.verified_ratio)} of the cost`].filter(Boolean).join(", ")]);
   return pairs;
@@ -339,6 +342,14 @@ function drawTable() {
 
 // ---------------------------------------------------------------- layer by layer
 
+const originalOf = (network) => data.networks.find((other) => other.run === network.run && other.name === "original");
+
+/** Layers with their widths, and residuals; null where the record does not list them. */
+function outlineOf(network) {
+  const skeleton = data.skeletons[network.skeleton];
+  return skeleton ? { layers: skeleton.layers.map(([name, kind], i) => ({ name, kind, cout: network.widths[i] })), residuals: skeleton.residuals } : null;
+}
+
 const plainName = (name) => name.replace(/#\d+$/, "").replace(/[^A-Za-z0-9]+/g, "_");
 const within = (inner, outer) => inner === outer || inner.startsWith(`${outer}_`);
 const related = (a, b) => within(a, b) || within(b, a);
@@ -355,24 +366,26 @@ const FATES = {
   kept: { dash: null, width: 2 }, removed: { dash: "6 4", width: 2 }, merged: { dash: "2 3", width: 2 }, dropped: { dash: "1 6", width: 1.2 },
 };
 
-/** Residuals of the original with what became of each: kept, merged with one convolution, removed by reserving, dropped with its block. */
+/** Residuals of the original with what became of each: kept, merged with its block's one convolution, removed, or dropped with its block. */
 function fates(before, after, network) {
-  const left = (after.residuals ?? []).map((residual) => blockOf(residual, after.layers));
-  const named = (names, block) => names.some((name) => related(plainName(name), block));
-  return (before.residuals ?? []).map((residual) => {
+  const left = after.residuals.map((residual) => blockOf(residual, after.layers));
+  const is = (names, block) => names.some((name) => related(plainName(name), block));
+  return before.residuals.map((residual) => {
     const block = blockOf(residual, before.layers);
-    const fate = left.some((other) => related(other, block)) ? "kept"
-      : named(Object.keys(network.collapsed ?? {}), block) ? "merged"
-      : named(network.removal?.removed ?? [], block) ? "removed" : "dropped";
+    const fate = is(left, block) ? "kept" : is(Object.keys(network.collapsed ?? {}), block) ? "merged"
+      : is(after.layers.map((layer) => layer.name), block) ? "removed" : "dropped";
     return { ...residual, block, fate };
   });
 }
+
+const counted = (arcs) => d3.rollup(arcs, (found) => found.length, (arc) => arc.fate);
+const saidOf = (counts) => [...counts].map(([fate, count]) => `${count} ${fate}`).join(", ") || "none";
 
 /** Rows of the drawing: the original's layers with their widths before and after, and new layers of the rewrite after their block. */
 function layerRows(before, after) {
   const left = new Map(after.layers.map((layer) => [plainName(layer.name), layer]));
   const old = new Set(before.layers.map((layer) => plainName(layer.name)));
-  const rows = before.layers.map((layer) => ({ name: layer.name, before: layer.cout, after: left.get(plainName(layer.name))?.cout ?? 0 }));
+  const rows = before.layers.map((layer) => ({ ...layer, before: layer.cout, after: left.get(plainName(layer.name))?.cout ?? 0 }));
   let place = 0;
   for (const layer of after.layers) {
     const name = plainName(layer.name);
@@ -382,7 +395,7 @@ function layerRows(before, after) {
     }
     const shares = rows.map((row) => shared(plainName(row.name), name)), most = d3.max(shares);
     if (most) place = Math.max(place, shares.lastIndexOf(most) + 1);
-    rows.splice(place++, 0, { name: layer.name, before: 0, after: layer.cout, fresh: true });
+    rows.splice(place++, 0, { ...layer, before: 0, after: layer.cout, fresh: true });
   }
   return rows;
 }
@@ -395,8 +408,8 @@ function shared(a, b) {
 
 function drawLayers() {
   const network = data.networks[byId("network").value], figure = byId("drawing");
-  const original = data.networks.find((other) => other.run === network.run && other.name === "original");
-  const after = data.outlines[network.outline], before = data.outlines[original?.outline];
+  const original = originalOf(network);
+  const after = outlineOf(network), before = outlineOf(original);
   if (!after || !before) {
     figure.replaceChildren(...drawWithoutOutline(network));
     return;
@@ -420,7 +433,7 @@ function drawLayers() {
     marks: [
       Plot.text(rows, { y: "position", text: (row) => short(row.name), frameAnchor: "left", textAnchor: "end", dx: -7, fill: (row) => "currentColor" }),
       Plot.rect(rows.filter((row) => row.before), { x1: 0, x2: "before", y1: (r) => r.position - .36, y2: (r) => r.position + .36, fill: "var(--before)" }),
-      Plot.rect(rows.filter((row) => row.after), { x1: 0, x2: "after", y1: (r) => r.position - .22, y2: (r) => r.position + .22, fill, title: (r) => `${r.name}: ${said(r)}` }),
+      Plot.rect(rows.filter((row) => row.after), { x1: 0, x2: "after", y1: (r) => r.position - .22, y2: (r) => r.position + .22, fill, title: (r) => `${r.name} (${r.kind}): ${said(r)}` }),
       Plot.text(rows, { x: (r) => Math.max(r.before, r.after), y: "position", text: said, textAnchor: "start", dx: 5, fill: "var(--soft)" }),
       ...Object.entries(FATES).map(([fate, { dash, width: strokeWidth }]) => Plot.arrow(arcs.filter((arc) => arc.fate === fate), {
         x1: side, x2: side, y1: "y1", y2: "y2", bend: narrow ? 50 : 62, headLength: fate === "kept" ? 7 : 0, stroke: fate === "dropped" ? "var(--soft)" : "currentColor", strokeDasharray: dash, strokeWidth,
@@ -429,8 +442,8 @@ function drawLayers() {
     ],
   });
   svg.setAttribute("role", "img");
-  const counts = d3.rollup(arcs, (found) => found.length, (arc) => arc.fate);
-  svg.setAttribute("aria-label", `${plural(rows.length, "layer")}; residuals: ${[...counts].map(([fate, count]) => `${count} ${fate}`).join(", ") || "none"}`);
+  const counts = counted(arcs);
+  svg.setAttribute("aria-label", `${plural(rows.length, "layer")}; residuals: ${saidOf(counts)}`);
   figure.replaceChildren(layerKey(counts, fill), svg, ...reasons(network));
 }
 
@@ -479,7 +492,7 @@ function drawCurves() {
   const lines = Object.entries(run.training).flatMap(([name, curves]) => curves.validation_accuracy.map((value, epoch) => ({ name, epoch: epoch + 1, value: 100 * value }))).filter((line) => line.value);
   const looks = [...methods.keys()].sort((a, b) => b.length - a.length);
   const lookOf = (name) => methods.get(name) ?? methods.get(looks.find((method) => name.startsWith(method))) ?? { fill: "var(--soft)", symbol: d3.symbolCircle };
-  const ranked = d3.sort(new Set(lines.map((line) => line.name)), (name) => [...methods.keys()].indexOf(name)).slice(0, 8);
+  const ranked = d3.sort(new Set(lines.map((line) => line.name)), (name) => [...methods.values()].indexOf(lookOf(name))).slice(0, 8);
   const left = d3.rollup(lines, (own) => own, (line) => line.name);
   figure.replaceChildren(h("h3", {}, "Validation accuracy while training"), ...(lines.length ? [h("div", { class: "key" }, ranked.map((name) => h("span", {}, sign(lookOf(name)), name))), Plot.plot({
     width, height: 300, marginLeft: 44, style: { background: "none", fontSize: "12px", fontFamily: "inherit" },
@@ -517,7 +530,7 @@ function drawErrors() {
     if (!removal || seen.has(key)) continue;
     seen.add(key);
     rows.push(h("tr", {}, h("td", {}, label(network.method, network.budget)), h("td", { class: "text" }, data.runs[network.run].name), h("td", {}, String(removal.removed.length)),
-      h("td", {}, String(Object.keys(removal.kept).length)), h("td", {}, removal.max_error.toExponential(1)), h("td", { class: "reasons" }, [...new Set(Object.values(removal.kept))].join("; "))));
+      h("td", {}, String(Object.keys(removal.kept).length)), h("td", {}, (removal.max_error ?? NaN).toExponential(1)), h("td", { class: "reasons" }, [...new Set(Object.values(removal.kept))].join("; "))));
   }
   byId("exactness").hidden = !rows.length;
   byId("errors").replaceChildren(h("thead", {}, h("tr", {}, ["network", "run", "removed", "kept", "largest error", "why kept"].map((text) => h("th", { scope: "col", class: text === "run" || text === "why kept" ? "text" : null }, text)))), h("tbody", {}, rows));
@@ -532,7 +545,7 @@ function drawRest() {
   byId("left-out").hidden = !data.left_out.length;
   byId("left-out").querySelector("ul").replaceChildren(...data.left_out.map((text) => h("li", {}, text)));
   byId("machines").replaceChildren(...[...new Set(data.runs.map((run) => run.machine))].map((text) => h("li", {}, text)));
-  byId("commands").replaceChildren(h("details", {}, h("summary", {}, `Commands of ${plural(data.runs.length, "record")}`), data.runs.map((run) => h("details", {}, h("summary", {}, `${run.name}${run.budget ? `, ${run.budget}` : ""}, seed ${run.seed}`), h("pre", {}, h("code", {}, run.command))))));
+  byId("commands").replaceChildren(h("details", {}, h("summary", {}, `Commands of ${plural(data.runs.length, "record")}`), data.runs.map((run) => [h("p", {}, `${label(run.name, run.budget)}, seed ${run.seed}`), h("pre", {}, h("code", {}, run.command))])));
   byId("command").textContent = data.command;
   byId("network").replaceChildren(...data.groups.map((title, group) => h("optgroup", { label: title }, data.networks.map((network, number) => [network, number])
     .filter(([network]) => network.group === group && network.name !== "original")

@@ -29,7 +29,7 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     """JSON of a report. `data`: frame_of(records).
 
     `points` are means over seeds (tables.relative), one for each method, budget and place of measuring, and name the
-    `networks` that they are means of; a network names its run, its plan and its outline in `outlines`.
+    `networks` that they are means of; a network has its run, its plan and its widths, whose layers stand in `skeletons`.
     """
     seen = looks(ranked(data))
     methods = [
@@ -37,11 +37,13 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
         for place, (name, look) in enumerate(seen.items())
     ]
     groups = list(dict.fromkeys(_group(record) for record in records.values()))
-    outlines: dict[str, int] = {}
-    runs, found = [], []
+    skeletons: dict[str, int] = {}
+    runs: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for path, record in records.items():
         for name, network in networks(record).items():
-            found.append(_network(record, name, network, len(runs), groups, outlines))
+            outline = _outline(network, skeletons)
+            found.append(_network(record, name, network, len(runs), groups) | outline)
         runs.append(_run(str(path.parent), record, groups))
     places = list(dict.fromkeys(map(tuple, data[CONFIGURATION].itertuples(index=False))))
     return {
@@ -52,7 +54,7 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
         "places": [dict(zip(CONFIGURATION, _plain(place), strict=True)) for place in places],
         "points": _points(data, groups, places, found),
         "networks": found,
-        "outlines": [json.loads(outline) for outline in outlines],
+        "skeletons": [json.loads(skeleton) for skeleton in skeletons],
         "runs": runs,
         "left_out": left_out + _refused(records),
     }
@@ -82,14 +84,7 @@ def _points(data: pd.DataFrame, groups: list[str], places: list[Any], found: lis
     return points
 
 
-def _network(
-    record: dict[str, Any],
-    name: str,
-    network: dict[str, Any],
-    run: int,
-    groups: list[str],
-    outlines: dict[str, int],
-) -> dict[str, Any]:
+def _network(record: dict[str, Any], name: str, network: dict[str, Any], run: int, groups: list[str]) -> dict[str, Any]:
     """One network with its plan: what the record says of its residuals, collapsed blocks, candidates and search."""
     found = {key: network[key] for key in ("accuracy", "macs", "params")}
     found |= {"run": run, "name": name, "method": method_of(record, name), "group": groups.index(_group(record))}
@@ -104,10 +99,26 @@ def _network(
     ):
         if isinstance(value, kind):
             found[key] = value
-    outline = {key: network[key] for key in ("layers", "residuals") if isinstance(network.get(key), list)}
-    if "layers" in outline:
-        found["outline"] = outlines.setdefault(json.dumps(outline), len(outlines))
     return found
+
+
+def _outline(network: dict[str, Any], skeletons: dict[str, int]) -> dict[str, Any]:
+    """The widths of a network and the number of its skeleton: layers and residuals, which many networks have in common."""
+    layers, residuals = network.get("layers"), network.get("residuals")
+    if not isinstance(layers, list) or not isinstance(residuals, list):
+        return {}
+    skeleton = json.dumps({"layers": [[layer["name"], _kind(layer)] for layer in layers], "residuals": residuals})
+    return {"skeleton": skeletons.setdefault(skeleton, len(skeletons)), "widths": [layer["cout"] for layer in layers]}
+
+
+def _kind(layer: dict[str, Any]) -> str:
+    """A layer besides its widths: "3x3 convolution, stride 2, in groups, 14x14"."""
+    if "kernel" not in layer:
+        return "linear"
+    said = [f"{'x'.join(map(str, layer['kernel']))} convolution"]
+    said += [f"stride {layer['stride'][0]}"] if max(layer["stride"]) > 1 else []
+    said += ["in groups"] if layer["groups"] > 1 else []
+    return ", ".join([*said, "x".join(map(str, layer["size"]))])
 
 
 def _search(search: Any) -> dict[str, Any] | None:
