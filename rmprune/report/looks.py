@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-# Okabe and Ito's palette, yellow as brown: told apart with every kind of colour vision. page.css has lighter ones for the dark.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B87A00", "#3D9BD1", "#7A5230")
+# Told apart with every kind of colour vision, on white (page.css has the ones for the dark); a test measures it.
+COLOURS = ("#1f7cde", "#f16200", "#16a157", "#7c098c", "#a23a00", "#7f92ae", "#6c3c29")
 MARKERS = {"circle": "o", "square": "s", "triangle": "^", "down": "v", "plus": "P", "times": "X", "hexagon": "h"}
 """Name on the page -> matplotlib's."""
 _KNOWN = {"dense": ("star", "*"), "plain": ("diamond", "D")}

@@ -70,15 +70,22 @@ const AXES = {
   params: { name: "parameters", unit: () => "parameters", of: (p) => [p.params] },
 };
 const PARTS = { backend: "Backend", batch_size: "Batch size", threads: "Threads", device: "Device" };
+/** Names of the methods of a group, those with the most networks first. */
+function methodsOf(group) {
+  const used = new Set(data.points.filter((point) => point.group === group).map((point) => point.method));
+  return data.methods.map((method) => method.name).filter((name) => used.has(name));
+}
+
 const state = {
   group: 0, place: data.points[0]?.place ?? 0, axis: data.apart ? "ratio" : "time", scale: "log", front: "all",
-  shown: new Set(data.methods.filter((method) => method.shown).map((method) => method.name)),
+  shown: data.groups.map((_, group) => new Set(methodsOf(group).slice(0, data.at_once))),
   sort: { key: "ratio", descending: false }, chosen: null,
 };
 const place = () => data.places[state.place];
+const shown = () => state.shown[state.group];
 const inGroup = () => data.points.filter((point) => point.group === state.group);
 const here = () => inGroup().filter((point) => point.place === state.place);
-const visible = () => here().filter((point) => state.shown.has(point.method) && AXES[state.axis].of(point)[0] != null);
+const visible = () => here().filter((point) => shown().has(point.method) && AXES[state.axis].of(point)[0] != null);
 
 /** The place that has `value` for `part` and is otherwise most like the present one. */
 function nearest(part, value) {
@@ -124,14 +131,12 @@ function drawControls() {
 }
 
 function drawMethods() {
-  const used = new Set(inGroup().map((point) => point.method));
-  const mine = data.methods.filter((method) => used.has(method.name));
-  const focused = document.activeElement?.dataset?.method;
-  const toggle = (name) => { state.shown.has(name) ? state.shown.delete(name) : state.shown.add(name); draw(); };
-  const only = (names) => () => { for (const { name } of mine) names.includes(name) ? state.shown.add(name) : state.shown.delete(name); draw(); };
-  const buttons = mine.map(({ name }) =>
-    h("button", { type: "button", "data-method": name, "aria-pressed": String(state.shown.has(name)), onclick: () => toggle(name) }, marker(name), name));
-  const bulk = [["all", mine.map((m) => m.name)], ["none", []], ["first eight", mine.slice(0, 8).map((m) => m.name)]];
+  const mine = methodsOf(state.group), focused = document.activeElement?.dataset?.method;
+  const toggle = (name) => { shown().has(name) ? shown().delete(name) : shown().add(name); draw(); };
+  const only = (names) => () => { state.shown[state.group] = new Set(names); draw(); };
+  const buttons = mine.map((name) =>
+    h("button", { type: "button", "data-method": name, "aria-pressed": String(shown().has(name)), onclick: () => toggle(name) }, marker(name), name));
+  const bulk = [["all", mine], ["none", []], ["first eight", mine.slice(0, data.at_once)]];
   byId("methods").replaceChildren(...buttons, ...bulk.map(([text, names]) => h("button", { type: "button", class: "all", "data-method": ` ${text}`, onclick: only(names) }, text)));
   if (focused) [...byId("methods").children].find((button) => button.dataset.method === focused)?.focus();
 }
@@ -328,7 +333,7 @@ const COLUMNS = [
 
 function drawTable() {
   const { key, descending } = state.sort, of = COLUMNS.find(([name]) => name === key)[2];
-  const rows = d3.sort(here().filter((point) => state.shown.has(point.method)), (a, b) => (descending ? d3.descending : d3.ascending)(of(a), of(b)));
+  const rows = d3.sort(here().filter((point) => shown().has(point.method)), (a, b) => (descending ? d3.descending : d3.ascending)(of(a), of(b)));
   const focused = document.activeElement?.dataset?.sort;
   const head = COLUMNS.map(([name, text]) => h("th", { scope: "col", class: name === "budget" ? "text" : null, "aria-sort": name === key ? (descending ? "descending" : "ascending") : null },
     h("button", { type: "button", "data-sort": name, onclick: () => { state.sort = { key: name, descending: name === key && !descending }; drawTable(); } }, text)));
@@ -422,7 +427,8 @@ function drawLayers() {
   const longest = d3.max(rows, (row) => row.name.length), limit = narrow ? 15 : 34;
   const widest = d3.max(rows, (row) => Math.max(row.before, row.after));
   const short = (name) => (name.length > limit ? `…${name.slice(1 - limit)}` : name);
-  const said = (row) => (row.fresh ? `${row.after} new` : row.after === row.before ? `${row.before}` : row.after ? `${row.before} → ${row.after}` : `${row.before} → gone`);
+  const said = (row) => (row.fresh ? `${row.after} new` : row.after === row.before ? `${row.before}` : row.after ? `${row.before} → ${row.after}`
+    : `${row.before} → ${Object.keys(network.collapsed ?? {}).some((block) => within(plainName(row.name), plainName(block))) ? "merged" : "gone"}`);
   const marginLeft = 14 + 6.4 * Math.min(longest, limit), marginRight = narrow ? 34 : 70, gap = narrow ? 60 : 90;
   const side = widest * (1 + gap / (width - marginLeft - marginRight - gap)); // where residuals are drawn, beside the widths' labels
   const svg = Plot.plot({

@@ -31,10 +31,8 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     `points` are means over seeds (tables.relative), one for each method, budget and place of measuring, and name the
     `networks` that they are means of; a network has its run, its plan and its widths, whose layers stand in `skeletons`.
     """
-    seen = looks(ranked(data))
     methods = [
-        {"name": name, "colour": look.number, "marker": look.marker, "shown": place < SERIES_AT_ONCE}
-        for place, (name, look) in enumerate(seen.items())
+        {"name": name, "colour": look.number, "marker": look.marker} for name, look in looks(ranked(data)).items()
     ]
     groups = list(dict.fromkeys(_group(record) for record in records.values()))
     skeletons: dict[str, int] = {}
@@ -51,6 +49,7 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
         "apart": measured_apart(data),
         "groups": groups,
         "methods": methods,
+        "at_once": SERIES_AT_ONCE,
         "places": [dict(zip(CONFIGURATION, _plain(place), strict=True)) for place in places],
         "points": _points(data, groups, places, found),
         "networks": found,
