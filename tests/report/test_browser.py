@@ -6,7 +6,6 @@ Needs `pip install 'rmprune[browser]'` and an installed chromium (Debian: `apt-g
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import page_records
