@@ -34,6 +34,11 @@ class Removal:
     model: eval mode, dtype, device and memory format of the original; a flat nn.Sequential where the graph is a chain.
     removed: names of the blocks whose residual is gone; kept: {name: reason} of the others.
     max_error: largest |difference| to the original relative to its largest |output|, in float64.
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> removal = rmprune.remove_residuals(model, images, keep=["layer3.0"])
+    >>> removal.removed, removal.kept
+    (['layer1.0', 'layer2.0'], {'layer3.0': 'kept, as asked for'})
     """
 
     model: nn.Module
@@ -64,6 +69,11 @@ def remove_residuals(
     "never" multiply neighbouring convolutions. tolerance: on max_error.
 
     Raises UnsupportedModel (cannot be traced, or no residual can go), NotEquivalent (over tolerance), ConfigError (a bad setting).
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> plain = rmprune.remove_residuals(model, images).model
+    >>> type(plain).__name__, torch.allclose(plain(images), model(images), atol=1e-5)
+    ('Sequential', True)
     """
     _check_settings(ranges, form, fuse, tolerance)
     inputs = example_tuple(example_inputs)
@@ -97,7 +107,12 @@ def plan_removal(
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
 ) -> list[BlockReport]:  # fmt: skip
-    """What `remove_residuals` would do to each residual and what it would cost, without building anything."""
+    """What `remove_residuals` would do to each residual and what it would cost, without building anything.
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> [(block.name, block.removable, block.form, block.reserved) for block in rmprune.plan_removal(model, images)]
+    [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
+    """
     _check_settings(ranges, form, fuse, tolerance)
     return _rewrite(
         reference_copy(model), example_tuple(example_inputs), keep, ranges, form, margin, input_range, None
