@@ -20,7 +20,10 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install 'rmprune[browser]'"
 )
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no chromium is installed"),
+    pytest.mark.xdist_group("browser"),  # one browser for all
+]
 expect = playwright.expect
 
 
