@@ -103,7 +103,7 @@ def test_every_method_is_named_beside_every_panel(count: int, tmp_path: Path) ->
     data = data[(data.model == "resnet20") & (data.threads == 2)]
     own = data[data.method == "rm"]
     many = [
-        own.assign(method=f"a-method-with-a-long-name-{n}", accuracy=own.accuracy + 0.0001 * n) for n in range(count)
+        own.assign(method=f"a-method-$-with-a-long-name-{n}", accuracy=own.accuracy + 0.0001 * n) for n in range(count)
     ]
     figure = accuracy_against_time(pd.concat([data[data.method == "dense"], *many]), "resnet20 on $digits")
     canvas = FigureCanvasAgg(figure)
