@@ -4,6 +4,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const ROW = 17; // pixels to a layer
+const STYLE = { background: "none", fontSize: "12px", fontFamily: "inherit" };
 
 // ---------------------------------------------------------------- text and elements
 
@@ -70,6 +71,7 @@ const AXES = {
   params: { name: "parameters", unit: () => "parameters", of: (p) => [p.params] },
 };
 const PARTS = { backend: "Backend", batch_size: "Batch size", threads: "Threads", device: "Device" };
+
 /** Names of the methods of a group, those with the most networks first. */
 function methodsOf(group) {
   const used = new Set(data.points.filter((point) => point.group === group).map((point) => point.method));
@@ -81,7 +83,7 @@ const state = {
   shown: data.groups.map((_, group) => new Set(methodsOf(group).slice(0, data.at_once))),
   sort: { key: "ratio", descending: false }, chosen: null,
 };
-const place = () => data.places[state.place];
+const place = () => data.places[state.place] ?? {};
 const shown = () => state.shown[state.group];
 const inGroup = () => data.points.filter((point) => point.group === state.group);
 const here = () => inGroup().filter((point) => point.place === state.place);
@@ -115,7 +117,7 @@ function drawControls() {
   if (data.groups.length > 1)
     parts.push(select("group", "Network and data", data.groups.map((title, number) => [number, title]), state.group, (value) => {
       state.group = Number(value);
-      state.place = here().length ? state.place : inGroup()[0].place;
+      if (!here().length && inGroup().length) state.place = inGroup()[0].place;
       draw();
     }));
   for (const [part, name] of Object.entries(PARTS)) {
@@ -155,7 +157,7 @@ function drawChart() {
   const axis = AXES[state.axis], points = visible(), x = (point) => axis.of(point)[0], y = (point) => 100 * point.accuracy;
   const figure = byId("chart"), width = Math.max(300, figure.clientWidth), narrow = width < 560;
   if (!points.length) {
-    figure.replaceChildren(h("p", { class: "note" }, "Nothing to draw: switch a method on."));
+    figure.replaceChildren(h("p", { class: "note" }, "Nothing to draw here: switch a method on, or choose another place of measuring."));
     return;
   }
   const dense = here().find((point) => point.method === "dense");
@@ -165,7 +167,8 @@ function drawChart() {
   if (dense && axis.of(dense)[0] != null) {
     const line = { stroke: "var(--dense)", strokeDasharray: "2 4", strokeOpacity: .65 };
     marks.push(Plot.ruleY([y(dense)], line), Plot.ruleX([x(dense)], line));
-    marks.push(Plot.text([`dense ${percent(dense.accuracy)}`], { frameAnchor: "left", y: () => y(dense), dy: -7, dx: 4, fontSize: 11, fill: "var(--soft)" }));
+    const beside = { frameAnchor: "left", y: () => y(dense), dy: -7, dx: 4, fontSize: 11, fill: "var(--soft)" };
+    marks.push(Plot.text([`dense ${percent(dense.accuracy)}`], beside));
   }
   if (state.front === "all") marks.push(Plot.line(front(points, axis), step));
   for (const { look, mine } of own) {
@@ -176,11 +179,16 @@ function drawChart() {
     marks.push(Plot.ruleY(wide, { y, x1: (p) => axis.of(p)[1], x2: (p) => axis.of(p)[2], stroke: look.fill, strokeWidth: 1.3 }));
   }
   for (const { look, mine } of own)
-    marks.push(Plot.dot(mine, { x, y, fill: look.fill, symbol: look.symbol, r: look.name === "dense" ? 7.5 : 5.5, stroke: "var(--paper)", strokeWidth: 1, sort: null, className: "dots" }));
+    marks.push(Plot.dot(mine, {
+      x, y, fill: look.fill, symbol: look.symbol, r: look.name === "dense" ? 7.5 : 5.5, stroke: "var(--paper)", strokeWidth: 1, sort: null, className: "dots",
+    }));
   const svg = Plot.plot({
     width, height: narrow ? 340 : 480, marginLeft: 48, marginRight: 16, marginTop: 26, marginBottom: 44,
-    style: { background: "none", fontSize: "12px", fontFamily: "inherit" },
-    x: { type: state.scale, label: `${axis.unit(place())} ${axis.more ? "→ better" : "← better"}`, labelAnchor: "center", labelArrow: "none", tickFormat: state.axis === "macs" || state.axis === "params" || axis.more ? (v) => d3.format("~s")(v) : (v) => three(v), ticks: narrow ? 4 : 7, insetLeft: 14, insetRight: 14, nice: false },
+    style: STYLE,
+    x: {
+      type: state.scale, label: `${axis.unit(place())} ${axis.more ? "→ better" : "← better"}`, labelAnchor: "center", labelArrow: "none",
+      tickFormat: ["time", "ratio"].includes(state.axis) ? three : d3.format("~s"), ticks: narrow ? 4 : 7, insetLeft: 14, insetRight: 14,
+    },
     y: { label: "test accuracy (%)", labelArrow: "up", insetTop: 8, insetBottom: 8, ticks: 7 },
     marks,
   });
@@ -232,7 +240,11 @@ function interact(svg, own) {
 
 const same = (a, b) => a && b && a.group === b.group && a.method === b.method && a.budget === b.budget;
 
+let tipOf = null;
+
 function showTip(node, point) {
+  if (tipOf === point) return;
+  tipOf = point;
   const tip = byId("tip"), box = node.getBoundingClientRect(), page = document.documentElement;
   tip.replaceChildren(h("b", {}, marker(point.method), ` ${label(point.method, point.budget)}`), facts([...figures(point), ...plan(point)]));
   tip.hidden = false;
@@ -243,7 +255,7 @@ function showTip(node, point) {
   tip.style.top = `${(below ? box.bottom + 8 : box.top - tip.offsetHeight - 8) + scrollY}px`;
 }
 
-const hideTip = () => { byId("tip").hidden = true; };
+const hideTip = () => { tipOf = null; byId("tip").hidden = true; };
 
 // ---------------------------------------------------------------- what is known of a point
 
@@ -274,8 +286,11 @@ function plan(point) {
   if (after && before) pairs.push(["residuals", saidOf(counted(fates(before, after, first)))]);
   else if (first.removal) pairs.push(["residuals", `${first.removal.removed.length} removed, ${Object.keys(first.removal.kept).length} kept`]);
   if (first.removal) pairs.push(["exact to", (first.removal.max_error ?? NaN).toExponential(1)]);
-  if (first.search) pairs.push(["search", [first.search.method, first.search.episodes && plural(first.search.episodes.reward.length, "episode"),
-    first.search.width != null && `width ${three(first.search.width)}`, first.search.verified_ratio != null && `${times(first.search.verified_ratio)} of the cost`].filter(Boolean).join(", ")]);
+  if (first.search) {
+    const { method, episodes, width, verified_ratio: cost } = first.search;
+    const parts = [method, episodes && plural(episodes.reward.length, "episode"), width != null && `width ${three(width)}`, cost != null && `${times(cost)} of the cost`];
+    pairs.push(["search", parts.filter(Boolean).join(", ")]);
+  }
   return pairs;
 }
 
@@ -293,12 +308,14 @@ function choose(point, focus = false) {
 function drawDetails() {
   const chosen = here().find((point) => same(point, state.chosen)), box = byId("details");
   if (!chosen) {
-    box.replaceChildren(h("h3", {}, "No network chosen"), h("p", { class: "note" }, "Point at a network for its figures; click it, or walk the points with the arrow keys and press Enter, to keep them here."));
+    box.replaceChildren(h("h3", {}, "No network chosen"), h("p", { class: "note" },
+      "Point at a network for its figures; click it, or walk the points with the arrow keys and press Enter, to keep them here."));
     return;
   }
   const first = data.networks[chosen.networks[0]], extra = [];
   for (const [name, reason] of Object.entries(first.removal?.kept ?? {})) extra.push([`${name} kept`, reason]);
-  for (const [name, verdict] of Object.entries(first.candidates ?? {})) extra.push([`candidate ${name}`, verdict.loss != null ? `loss ${three(verdict.loss)}` : String(verdict.refused ?? "")]);
+  for (const [name, verdict] of Object.entries(first.candidates ?? {}))
+    extra.push([`candidate ${name}`, verdict.loss != null ? `loss ${three(verdict.loss)}` : String(verdict.refused ?? "")]);
   const runs = [...new Set(chosen.networks.map((number) => data.networks[number].run))];
   const go = (section, id, value) => () => {
     byId(id).value = value;
@@ -321,7 +338,7 @@ const COLUMNS = [
   ["budget", "budget", (p) => p.budget, (p) => p.budget],
   ["accuracy", "accuracy", (p) => p.accuracy, (p) => percent(p.accuracy) + (p.seeds > 1 ? ` (${(100 * p.accuracy_low).toFixed(2)}–${(100 * p.accuracy_high).toFixed(2)})` : "")],
   ["change", "points", (p) => p.accuracy_change, (p) => signed(p.accuracy_change)],
-  ["x", "ms", (p) => p.median_ms, (p) => three(p.median_ms)],
+  ["ms", "ms", (p) => p.median_ms, (p) => three(p.median_ms)],
   ["ratio", "of dense", (p) => p.ratio, (p) => times(p.ratio)],
   ["speed", "images/s", (p) => 1000 / p.median_ms, (p) => amount(1000 * place().batch_size / p.median_ms)],
   ["macs", "MACs", (p) => p.macs, (p) => amount(p.macs)],
@@ -335,8 +352,10 @@ function drawTable() {
   const { key, descending } = state.sort, of = COLUMNS.find(([name]) => name === key)[2];
   const rows = d3.sort(here().filter((point) => shown().has(point.method)), (a, b) => (descending ? d3.descending : d3.ascending)(of(a), of(b)));
   const focused = document.activeElement?.dataset?.sort;
-  const head = COLUMNS.map(([name, text]) => h("th", { scope: "col", class: name === "budget" ? "text" : null, "aria-sort": name === key ? (descending ? "descending" : "ascending") : null },
-    h("button", { type: "button", "data-sort": name, onclick: () => { state.sort = { key: name, descending: name === key && !descending }; drawTable(); } }, text)));
+  const sortBy = (name) => () => { state.sort = { key: name, descending: name === key && !descending }; drawTable(); };
+  const order = descending ? "descending" : "ascending";
+  const head = COLUMNS.map(([name, text]) => h("th", { scope: "col", class: name === "budget" ? "text" : null, "aria-sort": name === key ? order : null },
+    h("button", { type: "button", "data-sort": name, onclick: sortBy(name) }, text)));
   const body = rows.map((point) => h("tr", { "data-key": JSON.stringify([point.method, point.budget]), class: same(point, state.chosen) ? "chosen" : null },
     COLUMNS.map(([name, , , text]) => name === "method"
       ? h("td", {}, h("button", { type: "button", title: "keep this network's figures beside the chart", onclick: () => choose(point) }, marker(point.method), ` ${point.method}`))
@@ -359,13 +378,16 @@ const plainName = (name) => name.replace(/#\d+$/, "").replace(/[^A-Za-z0-9]+/g, 
 const within = (inner, outer) => inner === outer || inner.startsWith(`${outer}_`);
 const related = (a, b) => within(a, b) || within(b, a);
 
-/** The block that a residual goes around: what the names of its layers have in common. */
+/** The block that a residual goes around: what the names of its layers have in common, or the last of them. */
 function blockOf(residual, layers) {
   const names = layers.slice(residual.from + 1, residual.to + 1).map((layer) => plainName(layer.name).split("_"));
   if (!names.length) return "";
   const common = names[0].filter((part, i) => names.every((name) => name.slice(0, i + 1).join("_") === names[0].slice(0, i + 1).join("_")));
-  return common.join("_");
+  return common.join("_") || names.at(-1).join("_");
 }
+
+const bars = (rows, width, half, look) =>
+  Plot.rect(rows.filter((row) => row[width]), { x1: 0, x2: width, y1: (row) => row.position - half, y2: (row) => row.position + half, ...look });
 
 const FATES = {
   kept: { dash: null, width: 2 }, removed: { dash: "6 4", width: 2 }, merged: { dash: "2 3", width: 2 }, dropped: { dash: "1 6", width: 1.2 },
@@ -433,17 +455,17 @@ function drawLayers() {
   const side = widest * (1 + gap / (width - marginLeft - marginRight - gap)); // where residuals are drawn, beside the widths' labels
   const svg = Plot.plot({
     width, height: 46 + ROW * rows.length, marginLeft, marginRight, marginTop: 30, marginBottom: 6,
-    style: { background: "none", fontSize: "11px", fontFamily: "inherit" },
+    style: { ...STYLE, fontSize: "11px" },
     x: { domain: [0, side], axis: "top", label: "channels", ticks: d3.ticks(0, widest, narrow ? 3 : 6), labelAnchor: "left", labelArrow: "none" },
     y: { type: "linear", domain: [rows.length - .4, -.6], axis: null },
     marks: [
       Plot.text(rows, { y: "position", text: (row) => short(row.name), frameAnchor: "left", textAnchor: "end", dx: -7, fill: (row) => "currentColor" }),
-      Plot.rect(rows.filter((row) => row.before), { x1: 0, x2: "before", y1: (r) => r.position - .36, y2: (r) => r.position + .36, fill: "var(--before)" }),
-      Plot.rect(rows.filter((row) => row.after), { x1: 0, x2: "after", y1: (r) => r.position - .22, y2: (r) => r.position + .22, fill, title: (r) => `${r.name} (${r.kind}): ${said(r)}` }),
+      bars(rows, "before", .36, { fill: "var(--before)" }),
+      bars(rows, "after", .22, { fill, title: (row) => `${row.name} (${row.kind}): ${said(row)}` }),
       Plot.text(rows, { x: (r) => Math.max(r.before, r.after), y: "position", text: said, textAnchor: "start", dx: 5, fill: "var(--soft)" }),
       ...Object.entries(FATES).map(([fate, { dash, width: strokeWidth }]) => Plot.arrow(arcs.filter((arc) => arc.fate === fate), {
-        x1: side, x2: side, y1: "y1", y2: "y2", bend: narrow ? 50 : 62, headLength: fate === "kept" ? 7 : 0, stroke: fate === "dropped" ? "var(--soft)" : "currentColor", strokeDasharray: dash, strokeWidth,
-        title: (arc) => `${arc.block}: residual ${fate}`,
+        x1: side, x2: side, y1: "y1", y2: "y2", bend: narrow ? 50 : 62, headLength: fate === "kept" ? 7 : 0,
+        stroke: fate === "dropped" ? "var(--soft)" : "currentColor", strokeDasharray: dash, strokeWidth, title: (arc) => `${arc.block}: residual ${fate}`,
       })),
     ],
   });
@@ -454,14 +476,20 @@ function drawLayers() {
 }
 
 function layerKey(counts, fill) {
-  const box = (colour) => d3.create("svg").attr("width", 18).attr("height", 10).call((svg) => svg.append("rect").attr("width", 18).attr("height", 10).attr("fill", colour)).node();
-  const stroke = ({ dash, width }) => d3.create("svg").attr("width", 28).attr("height", 8).call((svg) => svg.append("line").attr("x2", 28).attr("y1", 4).attr("y2", 4).attr("stroke", "currentColor").attr("stroke-width", width).attr("stroke-dasharray", dash)).node();
+  const svg = (width, height) => d3.create("svg").attr("width", width).attr("height", height);
+  const box = (colour) => svg(18, 10).call((g) => g.append("rect").attr("width", 18).attr("height", 10).attr("fill", colour)).node();
+  const line = ({ dash, width }) => svg(28, 8).attr("stroke", "currentColor").attr("stroke-width", width).attr("stroke-dasharray", dash)
+    .call((g) => g.append("line").attr("x2", 28).attr("y1", 4).attr("y2", 4)).node();
   return h("div", { class: "key" }, h("span", {}, box("var(--before)"), "channels before"), h("span", {}, box(fill), "channels after"),
-    Object.entries(FATES).map(([fate, look]) => h("span", {}, stroke(look), `residual ${fate}: ${counts.get(fate) ?? 0}`)));
+    Object.entries(FATES).map(([fate, look]) => h("span", {}, line(look), `residual ${fate}: ${counts.get(fate) ?? 0}`)));
 }
 
-const reasons = (network) => Object.entries(network.removal?.kept ?? {}).length
-  ? [h("details", {}, h("summary", {}, `Why ${plural(Object.keys(network.removal.kept).length, "residual")} stayed`), h("ul", {}, Object.entries(network.removal.kept).map(([name, reason]) => h("li", {}, `${name}: ${reason}`))))] : [];
+function reasons(network) {
+  const kept = Object.entries(network.removal?.kept ?? {});
+  if (!kept.length) return [];
+  const list = h("ul", {}, kept.map(([name, reason]) => h("li", {}, `${name}: ${reason}`)));
+  return [h("details", {}, h("summary", {}, `Why ${plural(kept.length, "residual")} stayed`), list)];
+}
 
 /** What an older record says of a network whose layers it does not list: the searched widths, the blocks and what became of them. */
 function drawWithoutOutline(network) {
@@ -470,12 +498,13 @@ function drawWithoutOutline(network) {
   if (groups.length) {
     const rows = groups.map((group, position) => ({ ...group, position }));
     found.push(Plot.plot({
-      width: Math.max(300, byId("drawing").clientWidth), height: 46 + ROW * rows.length, marginLeft: 14 + 6.4 * d3.max(rows, (row) => row.group.length), marginRight: 60, style: { background: "none", fontFamily: "inherit" },
+      width: Math.max(300, byId("drawing").clientWidth), height: 46 + ROW * rows.length, marginRight: 60,
+      marginLeft: 14 + 6.4 * d3.max(rows, (row) => row.group.length), style: { ...STYLE, fontSize: "11px" },
       x: { axis: "top", label: "channels", labelArrow: "none" }, y: { type: "linear", domain: [rows.length - .4, -.6], axis: null },
       marks: [
         Plot.text(rows, { y: "position", text: "group", frameAnchor: "left", textAnchor: "end", dx: -7 }),
-        Plot.rect(rows, { x1: 0, x2: "whole", y1: (r) => r.position - .36, y2: (r) => r.position + .36, fill: "var(--before)" }),
-        Plot.rect(rows, { x1: 0, x2: "kept", y1: (r) => r.position - .22, y2: (r) => r.position + .22, fill: methods.get(network.method).fill }),
+        bars(rows, "whole", .36, { fill: "var(--before)" }),
+        bars(rows, "kept", .22, { fill: methods.get(network.method).fill }),
         Plot.text(rows, { x: "whole", y: "position", text: (r) => `${r.whole} → ${r.kept}`, textAnchor: "start", dx: 5, fill: "var(--soft)" }),
       ],
     }));
@@ -483,7 +512,8 @@ function drawWithoutOutline(network) {
   const blocks = new Map();
   for (const name of network.removal?.removed ?? []) blocks.set(plainName(name), "residual removed");
   for (const [name, reason] of Object.entries(network.removal?.kept ?? {})) blocks.set(plainName(name), `residual kept: ${reason}`);
-  for (const [name, part] of Object.entries(network.collapsed ?? {})) blocks.set(plainName(name), `one convolution (${percent(part)} of the variance); ${blocks.get(plainName(name)) ?? "residual kept"}`);
+  for (const [name, part] of Object.entries(network.collapsed ?? {}))
+    blocks.set(plainName(name), `one convolution (${percent(part)} of the variance); ${blocks.get(plainName(name)) ?? "residual kept"}`);
   if (blocks.size) found.push(facts([...blocks]));
   return found;
 }
@@ -494,22 +524,31 @@ function drawCurves() {
   const run = data.runs[byId("run").value], figure = byId("training");
   const searched = data.networks.filter((network) => data.runs[network.run] === run && network.search?.episodes);
   byId("searches").hidden = !searched.length;
-  const width = Math.max(300, figure.clientWidth);
-  const lines = Object.entries(run.training).flatMap(([name, curves]) => curves.validation_accuracy.map((value, epoch) => ({ name, epoch: epoch + 1, value: 100 * value }))).filter((line) => line.value);
-  const looks = [...methods.keys()].sort((a, b) => b.length - a.length);
-  const lookOf = (name) => methods.get(name) ?? methods.get(looks.find((method) => name.startsWith(method))) ?? { fill: "var(--soft)", symbol: d3.symbolCircle };
-  const ranked = d3.sort(new Set(lines.map((line) => line.name)), (name) => [...methods.values()].indexOf(lookOf(name))).slice(0, 8);
-  const left = d3.rollup(lines, (own) => own, (line) => line.name);
-  figure.replaceChildren(h("h3", {}, "Validation accuracy while training"), ...(lines.length ? [h("div", { class: "key" }, ranked.map((name) => h("span", {}, sign(lookOf(name)), name))), Plot.plot({
-    width, height: 300, marginLeft: 44, style: { background: "none", fontSize: "12px", fontFamily: "inherit" },
-    x: { label: "epoch", labelAnchor: "center", ticks: d3.ticks(1, d3.max(lines, (line) => line.epoch), 6).filter(Number.isInteger), tickFormat: "d", labelArrow: "none" }, y: { label: "validation accuracy (%)", grid: true, labelArrow: "none" },
-    marks: ranked.flatMap((name) => [
-      Plot.line(left.get(name), { x: "epoch", y: "value", stroke: lookOf(name).fill, strokeWidth: 1.7 }),
-      Plot.dot(left.get(name), { x: "epoch", y: "value", fill: lookOf(name).fill, symbol: lookOf(name).symbol, r: 3, title: (line) => `${name}, epoch ${line.epoch}: ${line.value.toFixed(2)} %` }),
-    ]),
-  })] : [h("p", { class: "note" }, "This run's record holds no training curves.")]),
-  ...(left.size > 8 ? [h("p", { class: "note" }, `Drawn: eight of ${left.size} trainings.`)] : []));
+  const curves = Object.entries(run.training).map(([name, { validation_accuracy: values }]) => ({
+    name, look: lookOf(name), epochs: values.map((value, i) => ({ name, epoch: i + 1, value: 100 * value })).filter(({ value }) => value),
+  })).filter(({ epochs }) => epochs.length);
+  const drawn = d3.sort(curves, ({ look }) => [...methods.values()].indexOf(look)).slice(0, data.at_once);
+  const last = d3.max(drawn, ({ epochs }) => epochs.at(-1).epoch);
+  figure.replaceChildren(h("h3", {}, "Validation accuracy while training"), ...(drawn.length ? [
+    h("div", { class: "key" }, drawn.map(({ name, look }) => h("span", {}, sign(look), name))),
+    Plot.plot({
+      width: Math.max(300, figure.clientWidth), height: 300, marginLeft: 44, style: STYLE,
+      x: { label: "epoch", labelAnchor: "center", ticks: d3.ticks(1, last, 6).filter(Number.isInteger), tickFormat: "d", labelArrow: "none" },
+      y: { label: "validation accuracy (%)", grid: true, labelArrow: "none" },
+      marks: drawn.flatMap(({ look, epochs }) => [
+        Plot.line(epochs, { x: "epoch", y: "value", stroke: look.fill, strokeWidth: 1.7 }),
+        Plot.dot(epochs, { x: "epoch", y: "value", fill: look.fill, symbol: look.symbol, r: 3, title: (e) => `${e.name}, epoch ${e.epoch}: ${e.value.toFixed(2)} %` }),
+      ]),
+    }),
+  ] : [h("p", { class: "note" }, "This run's record holds no training curves.")]),
+  ...(drawn.length < curves.length ? [h("p", { class: "note" }, `Drawn: ${drawn.length} of ${curves.length} trainings.`)] : []));
   byId("searches").replaceChildren(...searched.map(drawSearch));
+}
+
+/** A training is called after its method, or after it and the candidate that it chose. */
+function lookOf(training) {
+  const method = d3.greatest([...methods.keys()].filter((name) => training === name || training.startsWith(`${name}-`)), (name) => name.length);
+  return methods.get(method) ?? { fill: "var(--soft)", symbol: d3.symbolCircle };
 }
 
 function drawSearch(network) {
@@ -517,13 +556,14 @@ function drawSearch(network) {
   const episodes = reward.map((value, i) => ({ episode: i + 1, value, source: source[i], best: d3.max(reward.slice(0, i + 1)) }));
   const kinds = [...new Set(source)], symbols = [d3.symbolCircle, SYMBOLS.times, d3.symbolTriangle, d3.symbolSquare, d3.symbolDiamond];
   const symbolOf = (kind) => symbols[kinds.indexOf(kind) % symbols.length];
+  const dots = (kind) => Plot.dot(episodes.filter((e) => e.source === kind),
+    { x: "episode", y: "value", fill, symbol: symbolOf(kind), r: 3, title: (e) => `episode ${e.episode}, ${kind}: ${e.value}` });
   return h("figure", {}, h("h3", {}, `Search of ${label(network.method, network.budget)}`),
     h("div", { class: "key" }, kinds.map((kind) => h("span", {}, sign({ fill, symbol: symbolOf(kind) }), kind)), h("span", {}, "line: best so far")),
     Plot.plot({
-      width: Math.max(300, byId("training").clientWidth), height: 220, marginLeft: 44, style: { background: "none", fontSize: "12px", fontFamily: "inherit" },
+      width: Math.max(300, byId("training").clientWidth), height: 220, marginLeft: 44, style: STYLE,
       x: { label: "episode", labelAnchor: "center", labelArrow: "none" }, y: { label: "reward", grid: true, labelArrow: "none" },
-      marks: [Plot.line(episodes, { x: "episode", y: "best", curve: "step-after", stroke: "currentColor" }),
-        ...kinds.map((kind) => Plot.dot(episodes.filter((e) => e.source === kind), { x: "episode", y: "value", fill, symbol: symbolOf(kind), r: 3, title: (e) => `episode ${e.episode}, ${kind}: ${e.value}` }))],
+      marks: [Plot.line(episodes, { x: "episode", y: "best", curve: "step-after", stroke: "currentColor" }), ...kinds.map(dots)],
     }));
 }
 
@@ -532,30 +572,36 @@ function drawSearch(network) {
 function drawErrors() {
   const seen = new Set(), rows = [];
   for (const network of data.networks) {
-    const { removal } = network, key = JSON.stringify([removal, network.method, data.runs[network.run].seed, network.group]);
+    const { removal } = network, run = data.runs[network.run], key = JSON.stringify([removal, network.method, run.seed, network.group]);
     if (!removal || seen.has(key)) continue;
     seen.add(key);
-    rows.push(h("tr", {}, h("td", {}, label(network.method, network.budget)), h("td", { class: "text" }, data.runs[network.run].name), h("td", {}, String(removal.removed.length)),
-      h("td", {}, String(Object.keys(removal.kept).length)), h("td", {}, (removal.max_error ?? NaN).toExponential(1)), h("td", { class: "reasons" }, [...new Set(Object.values(removal.kept))].join("; "))));
+    const kept = Object.values(removal.kept), error = (removal.max_error ?? NaN).toExponential(1);
+    const cells = [label(network.method, network.budget), run.name, String(removal.removed.length), String(kept.length), error, [...new Set(kept)].join("; ")];
+    rows.push(h("tr", {}, cells.map((text, i) => h("td", { class: ["", "text", "", "", "", "reasons"][i] }, text))));
   }
   byId("exactness").hidden = !rows.length;
-  byId("errors").replaceChildren(h("thead", {}, h("tr", {}, ["network", "run", "removed", "kept", "largest error", "why kept"].map((text) => h("th", { scope: "col", class: text === "run" || text === "why kept" ? "text" : null }, text)))), h("tbody", {}, rows));
+  const head = ["network", "run", "removed", "kept", "largest error", "why kept"].map((text, i) => h("th", { scope: "col", class: i === 1 || i === 5 ? "text" : null }, text));
+  byId("errors").replaceChildren(h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows));
 }
 
 function drawRest() {
   const seeds = new Set(data.runs.map((run) => run.seed));
-  byId("summary").textContent = `${data.groups.join("; ")}. ${plural(data.runs.length, "record")}, ${plural(data.methods.length, "method")}, ${plural(seeds.size, "seed")}, ${plural(data.places.length, "place")} of measuring.`;
-  byId("reading").textContent = "A point is the mean over seeds. Vertical bars go from the lowest to the highest seed, horizontal ones from the first to the third quartile of the measured time. "
-    + "Thin lines join the budgets of a method; the grey steps are the front, the networks that no other beats in both. Dotted: the dense network. Ratios are against the dense network measured in the same process.";
+  byId("summary").textContent = `${data.groups.join("; ")}. ${plural(data.runs.length, "record")}, ${plural(data.methods.length, "method")}, `
+    + `${plural(seeds.size, "seed")}, ${plural(data.places.length, "place")} of measuring.`;
+  byId("reading").textContent = "A point is the mean over seeds. Vertical bars go from the lowest to the highest seed, horizontal ones from the first to the third "
+    + "quartile of the measured time. Thin lines join the budgets of a method; the grey steps are the front, the networks that no other beats in both. "
+    + "Dotted: the dense network. Ratios are against the dense network measured in the same process.";
   byId("apart").hidden = !data.apart;
   byId("left-out").hidden = !data.left_out.length;
   byId("left-out").querySelector("ul").replaceChildren(...data.left_out.map((text) => h("li", {}, text)));
   byId("machines").replaceChildren(...[...new Set(data.runs.map((run) => run.machine))].map((text) => h("li", {}, text)));
-  byId("commands").replaceChildren(h("details", {}, h("summary", {}, `Commands of ${plural(data.runs.length, "record")}`), data.runs.map((run) => [h("p", {}, `${label(run.name, run.budget)}, seed ${run.seed}`), h("pre", {}, h("code", {}, run.command))])));
+  const commands = data.runs.map((run) => [h("p", {}, `${label(run.name, run.budget)}, seed ${run.seed}`), h("pre", {}, h("code", {}, run.command))]);
+  byId("commands").replaceChildren(h("details", {}, h("summary", {}, `Commands of ${plural(data.runs.length, "record")}`), commands));
   byId("command").textContent = data.command;
-  byId("network").replaceChildren(...data.groups.map((title, group) => h("optgroup", { label: title }, data.networks.map((network, number) => [network, number])
-    .filter(([network]) => network.group === group && network.name !== "original")
-    .map(([network, number]) => h("option", { value: number }, `${label(network.method, network.budget)}, seed ${network.seed} (${data.runs[network.run].name})`)))));
+  const option = ([network, number]) =>
+    h("option", { value: number }, `${label(network.method, network.budget)}, seed ${network.seed} (${data.runs[network.run].name})`);
+  byId("network").replaceChildren(...data.groups.map((title, group) => h("optgroup", { label: title },
+    data.networks.map((network, number) => [network, number]).filter(([network]) => network.group === group && network.name !== "original").map(option))));
   byId("run").replaceChildren(...data.runs.map((run, number) => h("option", { value: number }, run.name)));
   byId("network").addEventListener("change", drawLayers);
   byId("run").addEventListener("change", drawCurves);
