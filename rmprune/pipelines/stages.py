@@ -1,5 +1,6 @@
 """What the pipelines share: one stage and its artifact, networks measured for a record, the device. No order of stages."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -65,13 +66,17 @@ def measure_networks(
 
 
 def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
-    """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record.
+
+    Of an epoch that was trained twice, after an interruption, the last stays; a line that was cut short is left out.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for log in dict.fromkeys(directory / "log.jsonl" for directory in directories):
         for line in log.read_text().splitlines() if log.is_file() else ():
-            epoch = json.loads(line)
-            found.setdefault(epoch.pop("label"), []).append(epoch)
-    return found
+            with contextlib.suppress(ValueError, KeyError):
+                epoch = json.loads(line)
+                found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
+    return {label: list(epochs.values()) for label, epochs in found.items()}
 
 
 def pick_device(name: str) -> torch.device:

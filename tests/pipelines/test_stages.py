@@ -16,3 +16,9 @@ def test_the_logs_of_a_cell_and_of_what_it_shares_are_one(tmp_path: Path) -> Non
     assert training_log(shared, cell) == {"dense": dense, "rm": dense[:1]}
     assert training_log(shared, shared) == {"dense": dense}  # with one budget the cell is the run itself
     assert training_log(tmp_path / "nothing") == {}
+
+
+def test_an_interrupted_log_is_read(tmp_path: Path) -> None:
+    epochs = [{"label": "dense", "epoch": 1, "train_loss": 2.0}, {"label": "dense", "epoch": 1, "train_loss": 1.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs) + '{"label": "de')
+    assert training_log(tmp_path) == {"dense": [{"epoch": 1, "train_loss": 1.5}]}
