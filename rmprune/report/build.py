@@ -14,6 +14,7 @@ from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
 from rmprune.report.figures import accuracy_against_time, save_figure
 from rmprune.report.gather import gather
+from rmprune.report.looks import looks, ranked
 from rmprune.report.page import page
 from rmprune.report.payload import payload
 from rmprune.report.search_figure import search_figure
@@ -42,8 +43,9 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
         written = [out_dir / "results.csv"]
         data.to_csv(written[0], index=False)
         if not data.empty:
+            styles = looks(ranked(data))  # as on the page
             for title, stem, part in _parts(data):
-                written += save_figure(accuracy_against_time(part, title), out_dir / stem)
+                written += save_figure(accuracy_against_time(part, title, styles), out_dir / stem)
         for number, record in enumerate(records.values()):
             if (figure := search_figure(record)) is not None:
                 stem = "search" if len(records) == 1 else f"search-{number + 1}"

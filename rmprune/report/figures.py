@@ -34,16 +34,17 @@ _READING = "Points: means over seeds, joined by method. Bars: lowest to highest 
 _REST = "Grey steps: the front, beaten by nothing in both. Dotted: the dense network."
 
 
-def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
+def accuracy_against_time(data: pd.DataFrame, title: str, styles: dict[str, Look] | None = None) -> Figure:
     """Accuracy (%) against median time (ms) of the rows `data` (tables.frame) of one model and data set.
 
     A point is the mean over seeds; vertical bars go from the lowest to the highest seed, horizontal ones over the quartiles of
     the time; dotted lines are the dense network, grey steps the Pareto front. Names stand beside each panel, led to their
-    points. Records that were measured under different conditions are drawn by their ratios to their own dense networks, not
+    points; `styles` says how methods look where other figures show them too. Records that were measured under different conditions are drawn by their ratios to their own dense networks, not
     in ms.
     """
     summary, unit = _timed(relative(data), in_ratios=measured_apart(data))
-    styles = looks(ranked(data))
+    styles = styles or looks(ranked(data))
+    styles = {method: styles[method] for method in styles if method in set(data.method)}
     panels = list(summary.groupby(CONFIGURATION, sort=False))
     columns = min(len(panels), max(1, summary.batch_size.nunique()), 2)
     lines = -(-len(panels) // columns)

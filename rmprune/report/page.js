@@ -153,6 +153,15 @@ function front(points, axis) {
   return d3.sort(sorted.filter((point) => point.accuracy > best && ((best = point.accuracy), true)), x);
 }
 
+/** Round values between two, so many at least: as many as have room, each with its number. */
+function roundTicks(low, high, least) {
+  if (state.scale === "linear") return d3.ticks(low, high, least + 2);
+  const powers = d3.range(Math.floor(Math.log10(low)), Math.ceil(Math.log10(high)) + 1).map((exponent) => 10 ** exponent);
+  const sets = [[1], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7]].map((digits) => powers.flatMap((power) => digits.map((digit) => digit * power)));
+  return [...sets, d3.ticks(low, high, least + 1)].map((ticks) => ticks.filter((tick) => tick >= low && tick <= high)).find((ticks) => ticks.length >= least)
+    ?? d3.ticks(low, high, least + 1);
+}
+
 function drawChart() {
   const axis = AXES[state.axis], points = visible(), x = (point) => axis.of(point)[0], y = (point) => 100 * point.accuracy;
   const figure = byId("chart"), width = Math.max(300, figure.clientWidth), narrow = width < 560;
@@ -163,11 +172,13 @@ function drawChart() {
   const dense = here().find((point) => point.method === "dense");
   const step = { stroke: "var(--soft)", strokeWidth: 4, strokeOpacity: .3, strokeLinejoin: "round", curve: axis.more ? "step-before" : "step-after", x, y };
   const own = [...methods.values()].map((look) => ({ look, mine: points.filter((p) => p.method === look.name) })).filter(({ mine }) => mine.length);
-  const marks = [Plot.gridX({ strokeOpacity: .12 }), Plot.gridY({ strokeOpacity: .12 })];
+  const ticks = roundTicks(...d3.extent(points.flatMap(axis.of)), narrow ? 3 : 5);
+  const marks = [Plot.gridX(ticks, { strokeOpacity: .12 }), Plot.gridY({ strokeOpacity: .12 })];
   if (dense && axis.of(dense)[0] != null) {
     const line = { stroke: "var(--dense)", strokeDasharray: "2 4", strokeOpacity: .65 };
     marks.push(Plot.ruleY([y(dense)], line), Plot.ruleX([x(dense)], line));
-    const beside = { frameAnchor: "left", y: () => y(dense), dy: -7, dx: 4, fontSize: 11, fill: "var(--soft)" };
+    const slow = axis.more ? "left" : "right"; // the side where fewer networks lie
+    const beside = { frameAnchor: slow, y: () => y(dense), dy: -8, dx: axis.more ? 4 : -4, fontSize: 11, fill: "var(--soft)" };
     marks.push(Plot.text([`dense ${percent(dense.accuracy)}`], beside));
   }
   if (state.front === "all") marks.push(Plot.line(front(points, axis), step));
@@ -187,7 +198,7 @@ function drawChart() {
     style: STYLE,
     x: {
       type: state.scale, label: `${axis.unit(place())} ${axis.more ? "→ better" : "← better"}`, labelAnchor: "center", labelArrow: "none",
-      tickFormat: ["time", "ratio"].includes(state.axis) ? three : d3.format("~s"), ticks: narrow ? 4 : 7, insetLeft: 14, insetRight: 14,
+      tickFormat: ["time", "ratio"].includes(state.axis) ? three : d3.format("~s"), ticks, insetLeft: 14, insetRight: 14,
     },
     y: { label: "test accuracy (%)", labelArrow: "up", insetTop: 8, insetBottom: 8, ticks: 7 },
     marks,
@@ -524,7 +535,7 @@ function drawCurves() {
   const run = data.runs[byId("run").value], figure = byId("training");
   const searched = data.networks.filter((network) => data.runs[network.run] === run && network.search?.episodes);
   byId("searches").hidden = !searched.length;
-  const curves = Object.entries(run.training).map(([name, { validation_accuracy: values }]) => ({
+  const curves = Object.entries(run.training).map(([name, values]) => ({
     name, look: lookOf(name), epochs: values.map((value, i) => ({ name, epoch: i + 1, value: 100 * value })).filter(({ value }) => value),
   })).filter(({ epochs }) => epochs.length);
   const drawn = d3.sort(curves, ({ look }) => [...methods.values()].indexOf(look)).slice(0, data.at_once);

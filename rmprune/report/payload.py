@@ -10,7 +10,6 @@ from rmprune.report.looks import SERIES_AT_ONCE, looks, ranked
 from rmprune.report.tables import CONFIGURATION, budget_of, find_setting, measured_apart, method_of, model_of, relative
 from rmprune.runs.records import networks
 
-_CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 _POINT = (
     "accuracy",
     "accuracy_low",
@@ -137,7 +136,7 @@ def _run(name: str, record: dict[str, Any], groups: list[str]) -> dict[str, Any]
     found |= {"group": groups.index(_group(record)), "machine": machine(record["environment"])}
     training = record.get("training")
     found["training"] = {
-        label: {curve: [_rounded(epoch.get(curve)) for epoch in epochs] for curve in _CURVES}
+        label: [_rounded(epoch.get("validation_accuracy")) for epoch in epochs]
         for label, epochs in (training.items() if isinstance(training, dict) else ())
     }
     return found
