@@ -39,8 +39,8 @@ def accuracy_against_time(data: pd.DataFrame, title: str, styles: dict[str, Look
 
     A point is the mean over seeds; vertical bars go from the lowest to the highest seed, horizontal ones over the quartiles of
     the time; dotted lines are the dense network, grey steps the Pareto front. Names stand beside each panel, led to their
-    points; `styles` says how methods look where other figures show them too. Records that were measured under different conditions are drawn by their ratios to their own dense networks, not
-    in ms.
+    points; `styles` says how methods look where other figures show them too. Records that were measured under different
+    conditions are drawn by their ratios to their own dense networks, not in ms.
     """
     summary, unit = _timed(relative(data), in_ratios=measured_apart(data))
     styles = styles or looks(ranked(data))
