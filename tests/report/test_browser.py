@@ -241,6 +241,10 @@ def test_phone_dark_and_print(page: Any) -> None:
     dot = page.locator("#chart .dot[aria-label^='rm, macs 0.5']").bounding_box()
     page.mouse.click(dot["x"] + 12, dot["y"] + 12)  # near is enough for a finger
     expect(page.locator("#details h3")).not_to_contain_text("No network")
+    page.locator("#group").select_option("1")
+    page.get_by_role("button", name="all", exact=True).click()
+    page.locator("#chart .dot").first.dispatch_event("focus")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390  # with a name of 90 letters too
     assert colours(page) == ("rgb(255, 255, 255)", "rgb(27, 29, 32)")
     page.emulate_media(color_scheme="dark")
     assert colours(page) == ("rgb(20, 23, 26)", "rgb(233, 235, 238)")
