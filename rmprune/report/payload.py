@@ -30,9 +30,6 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     `points` are means over seeds (tables.relative), one for each method, budget and place of measuring, and name the
     `networks` that they are means of; a network has its run, its plan and its widths, whose layers stand in `skeletons`.
     """
-    methods = [
-        {"name": name, "colour": look.number, "marker": look.marker} for name, look in looks(ranked(data)).items()
-    ]
     groups = list(dict.fromkeys(_group(record) for record in records.values()))
     skeletons: dict[str, int] = {}
     runs: list[dict[str, Any]] = []
@@ -42,6 +39,10 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
             outline = _outline(network, skeletons)
             found.append(_network(record, name, network, len(runs), groups) | outline)
         runs.append(_run(str(path.parent), record, groups))
+    named = dict.fromkeys([*ranked(data), *(network["method"] for network in found)])  # measured ones first
+    methods = [
+        {"name": name, "colour": look.number, "marker": look.marker} for name, look in looks(list(named)).items()
+    ]
     places = list(dict.fromkeys(map(tuple, data[CONFIGURATION].itertuples(index=False))))
     return {
         "command": command,

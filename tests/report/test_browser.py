@@ -6,6 +6,7 @@ Needs `pip install 'rmprune[browser]'` and an installed chromium (Debian: `apt-g
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import page_records
@@ -27,6 +28,11 @@ pytestmark = [
 expect = playwright.expect
 
 
+def opens(request: Any) -> bool:
+    """Whether a request is the page itself, from the disk."""
+    return bool(request.resource_type == "document" and request.url.startswith("file:"))
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str, list[str]]]:
     """A browser's page, the address of the report, and what went wrong while it was used: requests, errors."""
@@ -39,7 +45,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str,
         page = browser.new_page(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
         page.set_default_timeout(5000)
         address = (folder / "index.html").as_uri()
-        page.on("request", lambda request: wrong.append(request.url) if request.url != address else None)
+        page.on("request", lambda request: None if opens(request) else wrong.append(request.url))
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         yield page, address, wrong
@@ -50,6 +56,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str,
 def page(opened: tuple[Any, str, list[str]]) -> Iterator[Any]:
     """The page as it opens; nothing may have gone wrong when the test is done."""
     page, address, wrong = opened
+    wrong.clear()
     page.set_viewport_size({"width": 1280, "height": 900})
     page.emulate_media(media="screen", color_scheme="light")
     page.goto(address)
@@ -57,6 +64,22 @@ def page(opened: tuple[Any, str, list[str]]) -> Iterator[Any]:
     yield page
     assert not wrong and page.evaluate("window.hacked") is None
     assert page.evaluate("performance.getEntriesByType('resource').length") == 0
+
+
+def test_a_record_of_little_is_shown(page: Any, tmp_path: Path) -> None:
+    """Nothing measured, nothing removed, no more than two networks: as `train` may leave it."""
+    record = page_records.record(0, 0.5, ())
+    record["removal"] = None
+    for name in ("original", "plain"):
+        record[name] = record[name] | {"latency": []}
+    place = tmp_path / "little.html"
+    records = {Path("runs/little/record.json"): record}
+    place.write_text(page_of(payload(frame_of(records), records, [], "report")))
+    page.goto(place.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    expect(page.locator("#chart")).to_contain_text("Nothing to draw")
+    expect(page.locator("#drawing")).to_contain_text("16 → 24")
+    assert page.locator("#exactness").is_hidden() and page.locator("#left-out").is_hidden()
 
 
 def dots(page: Any) -> list[str]:
