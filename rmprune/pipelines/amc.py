@@ -30,12 +30,7 @@ from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
 from rmprune.methods.start import CALIBRATION_IMAGES
-<<<<<<< HEAD
-from rmprune.models.families import SMALL_IMAGE
-from rmprune.pipelines.stages import measure_networks, pick_device, stage, training_log, with_weights
-=======
 from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, say, stage, with_names
->>>>>>> main
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished
@@ -101,81 +96,6 @@ def _without_residuals(config: AmcConfig, dense: nn.Module, images: Tensor) -> R
     )
 
 
-<<<<<<< HEAD
-class _Run:
-    """The stages of one cell, in the order of their methods' names in `finish`."""
-
-    def __init__(self, config: AmcConfig, cell: Cell, data: Dataset, device: torch.device) -> None:
-        self.config, self.cell, self.data, self.device = config, cell, data, device
-        self.example = data.train.example(2)
-        self.timing: Timing | None = None
-
-    def finish(self, command: str) -> None:
-        """Every stage that is not done yet, then the record."""
-        config, cell = self.config, self.cell
-        facts = {"input_shape": list(self.data.input_shape)}
-        dense = stage(cell.shared / "dense", lambda: (self.train(cell.shared, "dense"), facts))
-        found: dict[str, nn.Module] = {"original": dense}
-        removal: dict[str, Any] | None = None
-        if any(METHODS[name].plain for name in config.method):
-            found["plain"] = stage(cell.shared / "plain", lambda: self.remove(dense), onnx=self.example[:1])
-            removal = artifact.read_extra(cell.shared / "plain")["removal"]
-        if config.search.constraint == "latency":
-            self.timing = Timing(dense, self.example, config.measure, cache=cell.shared / "latency.json")
-        for name in config.method:
-            base = found["plain"] if METHODS[name].plain else dense
-            make = functools.partial(self.slim, name, base, dense)
-            found[name] = stage(cell.directory / name, make, onnx=self.example[:1])
-        logger.info("measuring %s", ", ".join(found))
-        entries = measure_networks(found, self.data, config.measure, self.device)
-        for name in config.method:
-            entries[name]["method"] = name
-            facts = artifact.read_extra(cell.directory / name)
-            entries[name] |= {key: facts[key] for key in ("search", "removal") if key in facts}
-        record = {
-            "schema": records.SCHEMA,
-            "command": command,
-            "config": to_dict(config),
-            "seed": cell.seed,
-            "model": config.model,
-            "dataset": config.data.dataset,
-            "input_shape": list(self.data.input_shape),
-            "method": ",".join(config.method),
-            "budget": {cell.kind: cell.value},
-            "environment": environment(),
-            "removal": removal,
-            "training": training_log(cell.shared, cell.directory),
-            **entries,
-        }
-        records.write_record(cell.record, record)
-
-    def train(self, directory: Path, label: str, width: float | None = None, more_epochs: int = 0) -> nn.Module:
-        """The original network, or one of another width, trained from its seed (or loaded)."""
-        model = make_original(self.config, self.data, self.cell.seed, width)
-        if self.config.checkpoint is not None and width is None:
-            return load_checkpoint_into(model, self.config.checkpoint, self.config.model)
-        return fit(
-            model,
-            self.data,
-            replace(self.config.train, epochs=self.config.train.epochs + more_epochs),
-            seed=self.cell.seed,
-            device=self.device,
-            checkpoint=directory / "checkpoint" / f"{label}.pt",
-            log=directory / "log.jsonl",
-            label=label,
-        ).cpu()
-
-    def remove(self, dense: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-        """RM and fusing, with batch norms measured on training images."""
-        settings = self.config.removal
-        removal = remove_residuals(
-            with_weights(make_original(self.config, self.data, self.cell.seed), dense),  # its modules name its blocks
-            self.data.train.example(CALIBRATION_IMAGES),
-            keep=settings.keep,
-            ranges=settings.ranges,
-            form=settings.form,
-            fuse=settings.fuse,
-=======
 def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
     """Every stage that is not done yet, then the record."""
     config, example = job.config, job.data.train.example(2)
@@ -197,7 +117,6 @@ def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
             functools.partial(_narrow, name, goal, job, cell)
             if narrow
             else functools.partial(_slim, name, base, goal, job, cell)
->>>>>>> main
         )
         networks[name] = stage(cell.directory / name, make, onnx=example[:1])
     finish(job, cell, command, networks, methods=list(config.method), removal=removal)

@@ -21,16 +21,9 @@ from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
 from rmprune.methods.slim import slim_network
-<<<<<<< HEAD
-from rmprune.methods.start import STARTING
-from rmprune.methods.table import METHODS, Method, find_methods
-from rmprune.models.families import create_network
-from rmprune.pipelines.stages import measure_networks, pick_device, stage, training_log, with_weights
-=======
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, Collapse, Method, Residuals, find_methods
 from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, stage, starting_network
->>>>>>> main
 from rmprune.pruning import Budget
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
@@ -99,32 +92,9 @@ def _run_cell(cell: Cell, methods: dict[str, Method], job: Job[SlimConfig], comm
             refused[name] = error
     if len(refused) == len(methods):
         raise refusal("no method can be had", refused)
-<<<<<<< HEAD
-    logger.info("measuring %s", ", ".join(found))
-    entries = measure_networks(found, data, config.measure, device)
-    record = {
-        "schema": records.SCHEMA,
-        "command": command,
-        "config": to_dict(config),
-        "seed": cell.seed,
-        "model": config.model,
-        "dataset": config.data.dataset,
-        "input_shape": list(data.input_shape),
-        "method": ",".join(name for name in methods if name not in refused),
-        "budget": {cell.kind: cell.value},
-        "environment": environment(),
-        "removal": removal,
-        "training": training_log(cell.shared, cell.directory),
-        **{name: entry | notes.get(name, {}) for name, entry in entries.items()},
-    }
-    if refused:
-        record["refused"] = {name: str(error) for name, error in refused.items()}
-    records.write_record(cell.record, record)
-=======
     done = [name for name in methods if name not in refused]
     reasons = {name: str(error) for name, error in refused.items()}
     finish(job, cell, command, networks, methods=done, removal=removal, refused=reasons)
->>>>>>> main
 
 
 def _slim(

@@ -1,13 +1,9 @@
 """What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
-<<<<<<< HEAD
 import contextlib
 import json
-from collections.abc import Callable
-=======
 import logging
 from collections.abc import Callable, Mapping
->>>>>>> main
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +139,7 @@ def finish(
         **({"budget": cell.budget} if cell.budget else {}),
         "environment": environment(),
         "removal": removal,
+        "training": training_log(cell.shared, cell.directory),
         **measure_networks(networks, job.data, job.config.measure, job.device),
         **({"refused": refused} if refused else {}),
     }
