@@ -18,8 +18,6 @@ from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.runs import records
 
-pytestmark = pytest.mark.xdist_group("slim")  # one process makes the run that all of them read
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:

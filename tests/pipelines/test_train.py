@@ -15,7 +15,6 @@ from rmprune.models.repvgg import RepVGG
 from rmprune.pipelines.train import make_network, run_train
 from rmprune.runs import records
 
-pytestmark = pytest.mark.xdist_group("train")  # one process makes the run that all of them read
 MEASURE = (
     "--measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 --measure.min-rounds 3"
 )
