@@ -27,8 +27,10 @@ class _Tracer(fx.Tracer):
         return inherited or super().is_leaf_module(m, module_qualified_name)
 
 
-def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
+def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: bool = True) -> Network:
     """Traces a float64 eval-mode network (`reference_copy`) into stock modules, with shapes.
+
+    `pieces`: write what `chunk` and `split` give as slices of these sizes (False: leave them, which other sizes follow).
 
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
@@ -42,7 +44,8 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
     undo_in_place(traced, dict(model.named_modules()))
     network = _Normaliser(model, traced).run()
     propagate_shapes(network, example_inputs)
-    slice_pieces(network)
+    if pieces:
+        slice_pieces(network)
     return network
 
 

@@ -83,7 +83,7 @@ def _known_shape(module: nn.Module, args: tuple[Any, ...]) -> tuple[int, ...] | 
         return shape
     if type(module) is nn.BatchNorm2d and module.num_features == shape[1]:
         return shape
-    if isinstance(module, nn.Conv2d) and module.in_channels == shape[1]:
+    if isinstance(module, nn.Conv2d) and module.in_channels == shape[1] and not module.weight.is_meta:
         conv = from_module(module, shape[1])
         size = output_size(conv.geometry, (shape[2], shape[3])) if isinstance(conv, Conv) else (0, 0)
         return (shape[0], module.out_channels, *size) if min(size) > 0 else None

@@ -107,7 +107,7 @@ class Cutter:
         IMPORTANCES[settings.importance](self.network, self.structure, list(self.data.train.batches(2, limit=2)))
         if settings.reconstruct and (once or not settings.gradual):
             with fitting():
-                read_program(self.network, self.structure)
+                read_program(self.network, self.structure, self.example)
 
     def hook(
         self, budget: Budget, *, steps: int, epochs: int, meets: Callable[[nn.Module], float] | None = None

@@ -106,7 +106,7 @@ class Calibrator:
         if op.kind == "vector":
             x = values[op.inputs[0]]
             return F.prelu(x, self._taken(f"{op.layer}.weight", cut).to(x.dtype))
-        return program.call(op, self.model, values)
+        return program.call(op, values)
 
     def narrowed(self, op: Op, cut: Cut) -> Fitted:
         """The reference of an operation whose inputs no policy changes, with the channels that stay."""

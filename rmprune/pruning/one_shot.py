@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
-from rmprune.pruning.dead import add_to_bias, find_constants, fold, response
+from rmprune.pruning.dead import add_to_bias, find_constants, fold, followers, response
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Batches, Importance, score_groups
+from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
 
@@ -70,19 +71,15 @@ def prune(
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
-    model: nn.Module = plain
-    try:
-        folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin)
-    except UnsupportedModel:  # torch.fx cannot follow it: dead channels are pruned as any other
-        folded = None
-    if folded is not None:
-        model, structure = folded.model, folded.structure
-        if isinstance(importance, Mapping):
-            importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
+    folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin)
+    model, structure = folded.model, folded.structure
+    if isinstance(importance, Mapping):
+        importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
-    means = removed_means(model, structure, data) if compensate and not reconstruct else {}
+    means = removed_means(model, structure, data, example_inputs) if compensate and not reconstruct else {}
+    norms = followers(read(model, example_inputs)) if means else {}
 
     def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
         aim = replace(target, limit=limit)
@@ -90,12 +87,9 @@ def prune(
             keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
         else:
             keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
-        result = shrink(compensated(model, structure, keep, means), keep, structure)[0]
-        after = structure.shrunk(keep)
-        if folded is not None:
-            done = fold(result, example_inputs, limits=budget, structure=after, origin=origin)
-            result, after, keep = done.model, done.structure, _both(keep, done.keep)
-        return total_cost(after, target.cost), (result, keep)
+        result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
+        done = fold(result, example_inputs, limits=budget, structure=structure.shrunk(keep), origin=origin)
+        return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
     if reconstruct:
@@ -155,31 +149,32 @@ def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float)
     return best
 
 
-def removed_means(model: nn.Module, structure: Structure, data: Batches | None) -> dict[str, Tensor]:
+def removed_means(
+    model: nn.Module, structure: Structure, data: Batches | None, example_inputs: Tensor
+) -> dict[str, Tensor]:
     """{layer: [c_in], the mean of each input channel}: measured on ``data``; without it only constants are known."""
     if data is not None:
         return mean_inputs(model, {m.layer for g in structure.groups for m in g.consumers}, data)
-    constants = find_constants(model)
-    return {} if constants is None else {n: v.nan_to_num(0.0) for n, v in constants.inputs.items()}
+    return {n: v.nan_to_num(0.0) for n, v in find_constants(model, example_inputs).inputs.items()}
 
 
-def compensated(model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor]) -> nn.Module:
-    """A copy in which the mean contribution of the removed channels is in their readers' batch norms or biases."""
+def compensated(
+    model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor], norms: Mapping[str, str]
+) -> nn.Module:
+    """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases."""
     if not any(bool(v.any()) for v in means.values()):
         return model
-    constants = find_constants(model)
-    followers = {} if constants is None else constants.followers
     result = copy.deepcopy(model)
     for group in structure.groups:
         gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
         for member in group.consumers if bool(gone.any()) else ():
-            if member.layer not in means or (member.layer not in followers and _has_no_bias(result, member.layer)):
+            if member.layer not in means or (member.layer not in norms and _has_no_bias(result, member.layer)):
                 continue
             value = torch.zeros(member.size, dtype=torch.float64)
             index = member.index[gone].flatten()
             value[index] = means[member.layer][index]
             delta = response(result.get_submodule(member.layer), value)
-            add_to_bias(result, member.layer, delta, followers.get(member.layer))
+            add_to_bias(result, member.layer, delta, norms.get(member.layer))
     return result
 
 

@@ -30,7 +30,7 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     """
     dtype = images.dtype if images.is_floating_point() else torch.float32
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
-    program = read_program(calibrator.model, structure).unshared()
+    program = read_program(model, structure, images).unshared()
     with torch.inference_mode():
         x = images.to(memory_format=torch.channels_last)
         calibrator.measure_reference(program, x)

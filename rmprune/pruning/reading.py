@@ -1,0 +1,57 @@
+"""A network read once for pruning: its normalised graph, and which of the user's modules each layer in it is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.equivalence import freeze, reference_copy
+from rmprune.graph.network import Layer, Network, is_batch_norm
+from rmprune.graph.normalise import normalise
+from rmprune.graph.shapes import on_meta
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`network`: the normalised graph of a float64 copy in eval mode, `owners`: {id of a tensor of it: the user's module}."""
+
+    network: Network
+    owners: Mapping[int, str]
+
+    def owner(self, layer: Layer | None) -> str | None:
+        """The name of the user's module whose tensors a layer has; None where it has none, or is made up for a function."""
+        tensors = (getattr(layer, "weight", None), getattr(layer, "running_mean", None))
+        return next((self.owners[id(t)] for t in tensors if id(t) in self.owners), None)
+
+    def name(self, node: fx.Node) -> str | None:
+        """The name of the user's module that a node calls."""
+        return self.owner(self.network.layer(node))
+
+    def joined_norms(self) -> dict[fx.Node, fx.Node]:
+        """{batch norm: the convolution or linear layer before it, whose outputs nothing else reads}."""
+        found = {}
+        for node in self.network.graph.nodes:
+            if is_batch_norm(self.network.layer(node)) and self.name(node) is not None:
+                (before,) = node.all_input_nodes
+                layer = self.network.layer(before)
+                if isinstance(layer, nn.Conv2d | nn.Linear) and self.owner(layer) and len(before.users) == 1:
+                    found[node] = before
+        return found
+
+
+def read(model: nn.Module, example_inputs: Tensor, *, values: bool = False) -> Reading:
+    """The network as it runs on the first of these images. `values`: with its weights; else it is read on the meta device, at no cost.
+
+    Raises UnsupportedModel where torch.fx cannot follow it, or where it cannot be copied.
+    """
+    try:
+        twin = reference_copy(model) if values else freeze(on_meta(model).double().eval()).requires_grad_(False)
+    except RuntimeError as error:
+        raise UnsupportedModel(f"the network cannot be copied: {error}") from error
+    owners = {
+        id(tensor): name
+        for name, module in twin.named_modules()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    return Reading(normalise(twin, (example_inputs[:1],), pieces=False), owners)
