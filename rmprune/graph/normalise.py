@@ -141,16 +141,17 @@ def _stock(module: nn.Module) -> list[nn.Module]:
     if named(module, GONE):
         return []
     if named(module, ("BatchNormAct2d",)):
-        return [_plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
+        return [plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
     if named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")):
-        return [_plain_norm(module)]
+        return [plain_norm(module)]
     if getattr(module, "inplace", False):
         module = copy.copy(module)
         module.inplace = False  # type: ignore[assignment]
     return [module]
 
 
-def _plain_norm(module: Any) -> nn.BatchNorm2d:
+def plain_norm(module: Any) -> nn.BatchNorm2d:
+    """A stock batch norm with the tensors of timm's, or of one whose numbers are frozen."""
     plain = nn.BatchNorm2d(len(module.running_mean), eps=module.eps, dtype=torch.float64)
     plain.running_mean, plain.running_var = module.running_mean, module.running_var
     for name in ("weight", "bias"):

@@ -72,8 +72,9 @@ def _propagate(network: Network, node: fx.Node) -> Range | None:
 def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range | None:
     low, high = range_of(source)
     if isinstance(layer, nn.Linear) and len(shape_of(source) or ()) == 2:
-        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
-        return affine_range(layer.weight.double(), bias.double(), low, high)
+        weight = layer.weight.detach().double().cpu()
+        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu()
+        return affine_range(weight, bias.double(), low, high)
     if isinstance(layer, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AdaptiveMaxPool2d):
         return low, high
     if isinstance(layer, nn.Upsample):

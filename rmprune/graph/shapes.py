@@ -58,7 +58,7 @@ def _run_meta(network: Network, node: fx.Node, arguments: Any) -> Any:
             known = _known_shape(module, args)
             if known is not None:
                 return torch.empty(known, dtype=args[0].dtype, device="meta")
-            return on_meta(module)(*args, **kwargs)
+            return on_meta(module).double()(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)

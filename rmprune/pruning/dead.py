@@ -54,14 +54,16 @@ def fold(
     limits: Budget | None = None,
     structure: Structure | None = None,
     origin: Mapping[str, int] | None = None,
+    reading: Reading | None = None,
 ) -> Folded:
-    """:func:`fold_dead_channels` with the masks and the new structure. ``origin``: units the limits refer to."""
+    """`fold_dead_channels` with the masks and the new structure. `origin`: units the limits refer to; `reading`: as in `find_constants`."""
     structure = structure or find_structure(model, example_inputs)
+    reading = reading or read(model, example_inputs, values=True)
     origin = dict(origin or structure.units)
     kept = {g.name: torch.arange(g.units) for g in structure.groups}
     sizes, result = structure.units, model
     while True:
-        constants = find_constants(result, example_inputs)
+        constants = find_constants(result, reading)
         keep, merged = _dead_units(result, structure, constants, limits, origin)
         if not keep:
             break
@@ -223,13 +225,12 @@ def _check(model: nn.Module, result: nn.Module, example_inputs: Tensor) -> None:
             )
 
 
-def find_constants(model: nn.Module, example_inputs: Tensor) -> Constants:
+def find_constants(model: nn.Module, reading: Reading) -> Constants:
     """Constants of every layer's inputs: the channels whose interval, for every input of the network, is a point.
 
-    Raises UnsupportedModel where torch.fx cannot follow the model.
+    `reading`: of this network with its values, or of one from which it was cut.
     """
-    reading = read(model, example_inputs, values=True)
-    network = reading.network
+    network = reading.of(model)
     annotate_ranges(network, rounding=0.0)  # so that the two ends of a constant are one number
     inputs = {}
     for node in network.graph.nodes:

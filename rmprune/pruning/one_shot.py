@@ -20,7 +20,7 @@ from rmprune.pruning.dead import add_to_bias, find_constants, fold, followers, r
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Batches, Importance, score_groups
-from rmprune.pruning.reading import read
+from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
 
@@ -71,15 +71,16 @@ def prune(
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
-    folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin)
+    reading = read(plain, example_inputs, values=True)
+    folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
     model, structure = folded.model, folded.structure
     if isinstance(importance, Mapping):
         importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
-    means = removed_means(model, structure, data, example_inputs) if compensate and not reconstruct else {}
-    norms = followers(read(model, example_inputs)) if means else {}
+    means = removed_means(model, structure, data, reading) if compensate and not reconstruct else {}
+    norms = followers(reading)
 
     def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
         aim = replace(target, limit=limit)
@@ -88,7 +89,8 @@ def prune(
         else:
             keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
-        done = fold(result, example_inputs, limits=budget, structure=structure.shrunk(keep), origin=origin)
+        after = structure.shrunk(keep)
+        done = fold(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)
         return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
@@ -150,12 +152,12 @@ def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float)
 
 
 def removed_means(
-    model: nn.Module, structure: Structure, data: Batches | None, example_inputs: Tensor
+    model: nn.Module, structure: Structure, data: Batches | None, reading: Reading
 ) -> dict[str, Tensor]:
     """{layer: [c_in], the mean of each input channel}: measured on ``data``; without it only constants are known."""
     if data is not None:
         return mean_inputs(model, {m.layer for g in structure.groups for m in g.consumers}, data)
-    return {n: v.nan_to_num(0.0) for n, v in find_constants(model, example_inputs).inputs.items()}
+    return {n: v.nan_to_num(0.0) for n, v in find_constants(model, reading).inputs.items()}
 
 
 def compensated(

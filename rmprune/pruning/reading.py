@@ -1,15 +1,15 @@
 """A network read once for pruning: its normalised graph, and which of the user's modules each layer in it is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.equivalence import freeze, reference_copy
 from rmprune.graph.network import Layer, Network, is_batch_norm
-from rmprune.graph.normalise import normalise
-from rmprune.graph.shapes import on_meta
+from rmprune.graph.normalise import normalise, plain_norm
+from rmprune.graph.shapes import on_meta, propagate_shapes
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Reading:
 
     network: Network
     owners: Mapping[int, str]
+    inputs: tuple[Tensor, ...]
 
     def owner(self, layer: Layer | None) -> str | None:
         """The name of the user's module whose tensors a layer has; None where it has none, or is made up for a function."""
@@ -27,6 +28,18 @@ class Reading:
     def name(self, node: fx.Node) -> str | None:
         """The name of the user's module that a node calls."""
         return self.owner(self.network.layer(node))
+
+    def of(self, model: nn.Module) -> Network:
+        """The graph with the layers of `model`, which has the same modules at other widths; its nodes are given the shapes there."""
+        layers = dict(self.network.layers)
+        for target, layer in layers.items():
+            name = self.owner(layer)
+            if name is not None:
+                module = model.get_submodule(name)
+                layers[target] = module if type(module) is type(layer) else plain_norm(module)
+        network = replace(self.network, layers=layers)
+        propagate_shapes(network, self.inputs)
+        return network
 
     def joined_norms(self) -> dict[fx.Node, fx.Node]:
         """{batch norm: the convolution or linear layer before it, whose outputs nothing else reads}."""
@@ -54,4 +67,5 @@ def read(model: nn.Module, example_inputs: Tensor, *, values: bool = False) -> R
         for name, module in twin.named_modules()
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     }
-    return Reading(normalise(twin, (example_inputs[:1],), pieces=False), owners)
+    inputs = (example_inputs[:1],)
+    return Reading(normalise(twin, inputs, pieces=False), owners, inputs)
