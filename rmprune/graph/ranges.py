@@ -162,10 +162,10 @@ def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
     finite = rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)
     result = finite.reshape(-1)
     if torch.isinf(ends).any():
-        up, down = (ends == math.inf).double(), (ends == -math.inf).double()
-        plus, minus = (rows > 0).double(), (rows < 0).double()
-        rises = (plus @ up + minus @ down).reshape(-1) > 0
-        falls = (plus @ down + minus @ up).reshape(-1) > 0
+        up, down = (ends == math.inf).mT, (ends == -math.inf).mT
+        plus, minus = rows > 0, rows < 0
+        rises = ((plus & up) | (minus & down)).any(-1).reshape(-1)
+        falls = ((plus & down) | (minus & up)).any(-1).reshape(-1)
         result = torch.where(rises, math.inf, result)
         result = torch.where(falls, -math.inf, result)
         result = torch.where(rises & falls, math.nan, result)

@@ -25,12 +25,13 @@ M = TypeVar("M", bound=nn.Module)
 @dataclass(frozen=True)
 class Folded:
     """``model`` without its dead channels; ``keep``: which units of the original structure it still has;
-    ``structure``: of ``model``.
+    ``structure`` and ``constants``: of ``model``.
     """
 
     model: nn.Module
     keep: Keep
     structure: Structure
+    constants: "Constants"
 
 
 def fold_dead_channels(
@@ -76,7 +77,7 @@ def fold(
     else:
         _check(model, result, example_inputs)
     masks = {n: torch.zeros(sizes[n], dtype=torch.bool).index_fill(0, index, True) for n, index in kept.items()}
-    return Folded(result, masks, structure)
+    return Folded(result, masks, structure, constants)
 
 
 def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | None) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
-from rmprune.pruning.dead import add_to_bias, find_constants, fold, followers, response
+from rmprune.pruning.dead import Folded, add_to_bias, fold, response
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Batches, Importance, score_groups
-from rmprune.pruning.reading import Reading, read
+from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
 
@@ -79,8 +79,8 @@ def prune(
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
-    means = removed_means(model, structure, data, reading) if compensate and not reconstruct else {}
-    norms = followers(reading)
+    means = removed_means(folded, data) if compensate and not reconstruct else {}
+    norms = folded.constants.followers
 
     def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
         aim = replace(target, limit=limit)
@@ -151,13 +151,11 @@ def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float)
     return best
 
 
-def removed_means(
-    model: nn.Module, structure: Structure, data: Batches | None, reading: Reading
-) -> dict[str, Tensor]:
+def removed_means(folded: Folded, data: Batches | None) -> dict[str, Tensor]:
     """{layer: [c_in], the mean of each input channel}: measured on ``data``; without it only constants are known."""
     if data is not None:
-        return mean_inputs(model, {m.layer for g in structure.groups for m in g.consumers}, data)
-    return {n: v.nan_to_num(0.0) for n, v in find_constants(model, reading).inputs.items()}
+        return mean_inputs(folded.model, {m.layer for g in folded.structure.groups for m in g.consumers}, data)
+    return {n: v.nan_to_num(0.0) for n, v in folded.constants.inputs.items()}
 
 
 def compensated(
