@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch_pruning as tp
@@ -16,7 +17,6 @@ from rmprune.pruning.groups import (
     describe_layer,
     is_depthwise,
     record_shapes,
-    tie_positions,
     with_ports,
 )
 
@@ -114,3 +114,17 @@ def _without_overlaps(structure: Structure) -> Structure:
                     bad |= dict.fromkeys((group.name, other), why)
                 taken |= mine
     return structure.without(bad) if bad else structure
+
+
+def tie_positions(group: Group, parts: int) -> Group:
+    """Tie the channels at the same position in each of ``parts`` equal blocks (what a convolution with
+    ``groups=parts`` needs).
+    """
+    if group.units % parts:
+        raise UnsupportedModel(f"{group.name}: {group.units} channels do not split into {parts} convolution groups")
+    size = group.units // parts
+
+    def tied(index: Tensor) -> Tensor:
+        return index.view(parts, size, -1).transpose(0, 1).reshape(size, -1)
+
+    return replace(group, units=size, members=tuple(replace(m, index=tied(m.index)) for m in group.members))

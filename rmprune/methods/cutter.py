@@ -16,7 +16,7 @@ from rmprune.methods.table import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
-from rmprune.pruning.coupled import check_importance
+from rmprune.pruning.coupled import check_coupled
 from rmprune.pruning.groups import Cost, Scores, Structure, inner_only, macs, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.one_shot import fitting
@@ -102,7 +102,7 @@ class Cutter:
         """
         settings = self.settings
         if self.method.torch_pruning:
-            check_importance(self.network, self.structure, settings.importance)
+            check_coupled(self.network, self.structure, settings.importance, self.example)
             return
         IMPORTANCES[settings.importance](self.network, self.structure, list(self.data.train.batches(2, limit=2)))
         if settings.reconstruct and (once or not settings.gradual):

@@ -240,7 +240,9 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
             continue
         source = node.all_input_nodes[0]
         dims = len(shape_of(source) or ())
-        if dims == (4 if isinstance(layer, nn.Conv2d) else 2):  # the channels of other tensors are not what the layer reads
+        if dims == (
+            4 if isinstance(layer, nn.Conv2d) else 2
+        ):  # the channels of other tensors are not what the layer reads
             low, high = range_of(source)
             inputs[name] = torch.where(low == high, low, torch.nan)
     return Constants(inputs, followers(reading))

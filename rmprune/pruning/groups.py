@@ -66,10 +66,15 @@ class Group:
         return tuple(m for m in self.members if m.side == "in")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network computes: the device of its first parameter or buffer."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def outputs(model: nn.Module, example_inputs: Tensor) -> list[Tensor]:
-    """All tensors that the model returns, in eval mode: of one, a tuple, a dict, ..."""
+    """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
-        return [x for x in tree_leaves(model(example_inputs)) if isinstance(x, Tensor)]
+        return [x for x in tree_leaves(model(example_inputs.to(device_of(model)))) if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -209,20 +214,6 @@ def with_ports(structure: Structure) -> Structure:
     return Structure(structure.groups, tuple(layers), structure.frozen)
 
 
-def tie_positions(group: Group, parts: int) -> Group:
-    """Tie the channels at the same position in each of ``parts`` equal blocks (what a convolution with
-    ``groups=parts`` needs).
-    """
-    if group.units % parts:
-        raise UnsupportedModel(f"{group.name}: {group.units} channels do not split into {parts} convolution groups")
-    size = group.units // parts
-
-    def tied(index: Tensor) -> Tensor:
-        return index.view(parts, size, -1).transpose(0, 1).reshape(size, -1)
-
-    return replace(group, units=size, members=tuple(replace(m, index=tied(m.index)) for m in group.members))
-
-
 def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> Layer | None:
     """The :class:`Layer` of a Conv2d or Linear; None for every other module."""
     if name not in shapes:
@@ -306,7 +297,7 @@ def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[t
             handles.append(module.register_forward_hook(recorder(name)))
     try:
         with evaluating(model), torch.no_grad():
-            model(example_inputs)
+            model(example_inputs.to(device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
@@ -338,5 +329,5 @@ def gather(values: Tensor, member: Member) -> Tensor:
     return values.double().cpu()[member.index]
 
 
-def zero_scores(structure: Structure) -> Scores:
-    return {g.name: torch.zeros(g.units, dtype=torch.float64) for g in structure.groups}
+def zero_scores(structure: Structure, device: torch.device | None = None) -> Scores:
+    return {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}

@@ -22,8 +22,25 @@ from rmprune.graph.network import describe, shape_of
 from rmprune.pruning.groups import is_depthwise
 from rmprune.pruning.reading import Reading
 
-NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm)
-ELEMENTWISE_MODULES = (nn.Threshold, nn.SELU, nn.CELU, nn.Softsign, nn.LogSigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink)
+NORMS = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LocalResponseNorm,
+)
+ELEMENTWISE_MODULES = (
+    nn.Threshold,
+    nn.SELU,
+    nn.CELU,
+    nn.Softsign,
+    nn.LogSigmoid,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.Tanhshrink,
+)
 SPATIAL_MODULES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool2d, nn.Upsample,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
@@ -133,7 +150,9 @@ class Walk:
         self.reading, self.network, self.whole = reading, reading.network, whole
         self.channels = Channels()
         self.members: dict[tuple[str, str], Tensor] = {}
-        self.layers: dict[fx.Node, str] = {}  # convolutions and linear layers, and the shapes of what they read and put out
+        self.layers: dict[
+            fx.Node, str
+        ] = {}  # convolutions and linear layers, and the shapes of what they read and put out
         self.shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
         self.values: dict[fx.Node, Any] = {}
         self.moves: list[fx.Node] = []  # and what only computes sizes
@@ -207,7 +226,9 @@ class Walk:
             return self._unknown(node, [x], f"{name}: {self.whole[name]}")
         if name is None and (list(layer.parameters()) or list(layer.buffers())):
             return self._unknown(node, [x], "a free-standing parameter has these channels")
-        return self._unknown(node, [x], f"{node.target} ({type(layer).__name__}) has these channels and cannot be sliced")
+        return self._unknown(
+            node, [x], f"{node.target} ({type(layer).__name__}) has these channels and cannot be sliced"
+        )
 
     def _weighted(self, node: fx.Node, name: str, layer: nn.Conv2d | nn.Linear, vector: Tensor) -> Tensor:
         after = shape_of(node)
@@ -296,7 +317,9 @@ class Walk:
     def _moved(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         self.moves.append(node)
         found = self._run(node, args, kwargs)
-        if operation(node) == "chunk" and found[0].shape == found[-1].shape:  # it stays in the middle where both halves lose as much
+        if (
+            operation(node) == "chunk" and found[0].shape == found[-1].shape
+        ):  # it stays in the middle where both halves lose as much
             for part in found[1:]:
                 self.channels.unite(found[0], part, "")
         return tree_map_only(Tensor, lambda x: self._tied(self._again(x)), found)
@@ -414,7 +437,8 @@ def _tensors(value: Any) -> list[Tensor]:
 def _same(found: Any, wanted: Any) -> bool:
     first, second = _tensors(found), _tensors(wanted)
     return len(first) == len(second) and all(
-        a.shape == b.shape and bool((thin(compact(a)) == thin(compact(b))).all()) for a, b in zip(first, second, strict=True)
+        a.shape == b.shape and bool((thin(compact(a)) == thin(compact(b))).all())
+        for a, b in zip(first, second, strict=True)
     )
 
 

@@ -18,8 +18,8 @@ from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold, response
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
-from rmprune.pruning.importance import Batches, Importance, score_groups
+from rmprune.pruning.groups import Cost, Keep, Structure, device_of, evaluating, inner_only, outputs, total_cost
+from rmprune.pruning.importance import Batches, Importance, on_device, score_groups
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
@@ -187,7 +187,8 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             x = x.transpose(0, 1).flatten(1) if isinstance(module, nn.Conv2d) else x.reshape(-1, x.shape[-1]).t()
-            sums[name] = sums.get(name, torch.zeros(())) + x.double().sum(1).cpu()
+            total = x.double().sum(1)
+            sums[name] = total if name not in sums else sums[name] + total
             counts[name] = counts.get(name, 0) + x.shape[1]
 
         return hook
@@ -195,12 +196,12 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
     try:
         with evaluating(model), torch.no_grad():
-            for x, _ in data:
+            for x, _ in on_device(data, device_of(model)):
                 model(x)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: total.cpu() / counts[name] for name, total in sums.items()}
 
 
 def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Tensor) -> None:

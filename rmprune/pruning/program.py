@@ -129,7 +129,9 @@ def _mark_static(ops: list[Op], reading: Reading, structure: Structure) -> list[
     for op in ops:
         if op.kind == "input":
             static[op.name] = ""
-        elif all(name in static for name in op.inputs) and op.layer not in reads_pruned and _keeps_channels(op, reading):
+        elif (
+            all(name in static for name in op.inputs) and op.layer not in reads_pruned and _keeps_channels(op, reading)
+        ):
             static[op.name] = op.layer if op.kind == "layer" else static[op.inputs[0]]
         marked.append(replace(op, static=op.name in static, origin=static.get(op.name, "")))
     return marked
