@@ -50,9 +50,10 @@ def prune_coupled(
     magnitude).
 
     The pruning ratio is searched by bisection until the cost is within the budget and as near to it as ``attempts``
-    tell. ``taylor`` needs ``data``: (images, labels) batches whose gradients are summed, or these ``gradients`` themselves, where
-    one network is cut several times (`loss_gradients`). ``origin``: units that limits refer to, where the network was cut before. Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel
-    where the importance has nothing to go by.
+    tell. ``taylor`` needs ``data``: (images, labels) batches whose gradients are summed; or these `gradients`
+    themselves (`loss_gradients`), where one network is cut several times. ``origin``: units that limits refer to,
+    where the network was cut before. Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel where the
+    importance has nothing to go by, or where Torch-Pruning cannot follow the network.
     """
     if importance not in COUPLED_IMPORTANCES:
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")

@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
+from rmprune.pruning.follow import Walk
 from rmprune.pruning.groups import Group, Member, Structure, describe_layer, with_ports
-from rmprune.pruning.labels import Walk
 from rmprune.pruning.reading import read
 
 CUTS = 4  # random ones, that operations are tried with
@@ -33,7 +33,9 @@ def find_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
             frozen[layer] = why
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        if name not in walk.shapes and isinstance(module, _ConvNd) and not isinstance(module, nn.Conv2d):
+        if name in walk.whole:
+            frozen[name] = walk.whole[name]
+        elif name not in walk.shapes and isinstance(module, _ConvNd) and not isinstance(module, nn.Conv2d):
             frozen[name] = f"layers of type {type(module).__name__} are not pruned"
     layers = [describe_layer(name, module, walk.shapes) for name, module in modules.items()]
     found = _named(groups, walk)

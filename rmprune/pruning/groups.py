@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 
+Side = Literal["out", "in", "tied"]
 Keep = dict[str, Tensor]
 """Group name -> bool [units]; True is what stays. A group that is absent stays whole."""
 
@@ -31,7 +32,7 @@ class Member:
     """
 
     layer: str
-    side: Literal["out", "in", "tied"]
+    side: Side
     index: Tensor
     size: int
 

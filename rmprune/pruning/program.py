@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale
 from rmprune.graph.network import Network, is_batch_norm, shape_of
+from rmprune.pruning.follow import ELEMENTWISE, operation
 from rmprune.pruning.groups import Structure
-from rmprune.pruning.labels import ELEMENTWISE, operation
 from rmprune.pruning.reading import Reading, read
 
 IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
@@ -70,12 +70,14 @@ class Program:
         def value(node: fx.Node) -> Any:
             return values[self.alias.get(node.name, node.name)]
 
-        args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), value)
+        args: Any = fx.map_arg(op.node.args, value)
+        kwargs: Any = fx.map_arg(op.node.kwargs, value)
         layer = self.network.layer(op.node)
         if isinstance(layer, Scale):
-            return args[0] * float(layer.factor)  # a number has no precision of its own
+            return values[op.inputs[0]] * float(layer.factor)  # a number has no precision of its own
         if isinstance(layer, nn.Module):
-            return (IN_PLACE.get(type(layer), layer) if op.fresh else layer)(*args, **kwargs)
+            run: Callable[..., Tensor] = IN_PLACE.get(type(layer), layer) if op.fresh else layer
+            return run(*args, **kwargs)
         if op.node.op == "call_method":
             return getattr(args[0], str(op.node.target))(*args[1:], **kwargs)
         assert callable(op.node.target)
@@ -143,7 +145,7 @@ def _keeps_channels(op: Op, reading: Reading) -> bool:
     if any(len(shape) != 4 for shape in shapes) or op.kind != "call":
         return all(len(shape) == 4 for shape in shapes)
     if reading.network.layer(op.node) is None:
-        return operation(op.node) in ELEMENTWISE and len(set(shapes)) == 1
+        return operation(op.node, reading.network) in ELEMENTWISE and len(set(shapes)) == 1
     return len(shapes) == 2 and shapes[0][1] == shapes[1][1]
 
 

@@ -56,8 +56,10 @@ class Reading:
 def read(model: nn.Module, example_inputs: Tensor, *, values: bool = False) -> Reading:
     """The network as it runs on the first of these images. `values`: with its weights; else it is read on the meta device, at no cost.
 
-    Raises UnsupportedModel where torch.fx cannot follow it, or where it cannot be copied.
+    Raises UnsupportedModel where torch.fx cannot follow it, where it cannot be copied, and for more inputs than one.
     """
+    if not isinstance(example_inputs, Tensor):
+        raise UnsupportedModel("pruning takes networks with one input, a tensor; example_inputs is none")
     try:
         twin = reference_copy(model) if values else freeze(on_meta(model).double().eval()).requires_grad_(False)
     except RuntimeError as error:
