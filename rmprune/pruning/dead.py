@@ -239,10 +239,9 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
         if name is None or not isinstance(layer, nn.Conv2d | nn.Linear):
             continue
         source = node.all_input_nodes[0]
-        dims = len(shape_of(source) or ())
-        if dims == (
-            4 if isinstance(layer, nn.Conv2d) else 2
-        ):  # the channels of other tensors are not what the layer reads
+        size, dims = (layer.in_channels, 4) if isinstance(layer, nn.Conv2d) else (layer.in_features, 2)
+        inputs[name] = torch.full((size,), torch.nan, dtype=torch.float64)
+        if len(shape_of(source) or ()) == dims:  # else what it reads are not the channels that ranges speak of
             low, high = range_of(source)
             inputs[name] = torch.where(low == high, low, torch.nan)
     return Constants(inputs, followers(reading))
