@@ -131,6 +131,8 @@ class _Builder:
         value = sparse_forward(module, x, conv.block)
         if conv.norm is not None:
             norm = build_norm(conv, value[: self.measured])
+            if not _holds(norm, conv.norm.measured, self.target.dtype):
+                return self._conv(node, conv.folded(), x)
             value = norm(value)
         source = self.nodes[node.args[0]]  # type: ignore[index]
         new = self.graph.call_module(self._register(conv.name or str(node.target), self._cast(module)), (source,))
@@ -210,6 +212,18 @@ def build_norm(conv: Conv, value: Tensor) -> nn.BatchNorm2d:
     module.weight = nn.Parameter(weight, requires_grad=False)
     module.bias = nn.Parameter(torch.where(own, norm.bias, mean + conv.bias), requires_grad=False)
     return module.eval()
+
+
+def _holds(norm: nn.BatchNorm2d, measured: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the measured rows still multiply by 1 when rounded to `dtype`: it may not hold their variance (RM.md 10).
+
+    float16 ends at 65504, a deviation of 256; a sixteenth is left free for the variances of further training.
+    """
+    rows = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    weight, bias, mean, variance = (row[measured].to(dtype).double() for row in rows)  # type: ignore[index]
+    limits = torch.finfo(dtype)
+    right = (weight / torch.sqrt(variance + norm.eps) - 1).abs() <= 4 * limits.eps
+    return bool((right & (variance <= limits.max / 16) & torch.isfinite(mean) & torch.isfinite(bias)).all())
 
 
 _WORTH = 2**16  # weights; smaller kernels run dense

@@ -20,6 +20,12 @@ class Budget:
     ``latency_ratio``: at most this fraction of ``reference_ms`` stays, by the cost given to :func:`allocate`. Of
     every layer at least ``min_channels`` and ``min_fraction`` and at most ``max_fraction`` of its channels stay, in
     multiples of ``round_to`` (a layer with no multiple inside its limits stays whole).
+
+    >>> rmprune.Budget(macs_ratio=0.5, min_channels=4, round_to=8).name
+    'macs_ratio'
+    >>> rmprune.Budget(ratio=0.5, macs_ratio=0.5)
+    Traceback (most recent call last):
+    rmprune.errors.ConfigError: a budget is exactly one of ratio, macs_ratio and latency_ratio; got ratio, macs_ratio
     """
 
     ratio: float | None = None

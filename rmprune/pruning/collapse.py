@@ -37,6 +37,11 @@ class Collapse:
     model: eval mode, dtype, device and memory format of the original, residuals still in it.
     collapsed: {block: R2}, the part of its sum's variance on the images that one convolution and the shortcut still give.
     kept: {block: reason} of the others.
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> found = rmprune.collapse_blocks(model, images, keep=["layer3.0"])
+    >>> list(found.collapsed), found.kept
+    (['layer1.0', 'layer2.0'], {'layer3.0': 'asked to stay'})
     """
 
     model: nn.Module
@@ -53,6 +58,11 @@ def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = (
     images: (N, C, H, W), some hundred training images, all held in memory at once; `keep`: names of blocks to leave.
 
     Raises UnsupportedModel where torch.fx cannot follow the model or no block can be collapsed, ConfigError for an unknown block.
+
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
+    >>> shallow = rmprune.collapse_blocks(model, images).model
+    >>> [block.reserved for block in rmprune.remove_residuals(shallow, images).blocks]  # RM then needs no channel for it
+    [0, 0, 0]
     """
     network = normalise(reference_copy(model), (images[:2].detach().cpu().double(),))
     annotate_ranges(network)

@@ -12,7 +12,10 @@ logger = logging.getLogger("rmprune")
 
 @dataclass(frozen=True)
 class Cell:
-    """One seed with one budget: a record of its own. `shared` holds what all cells of the seed have in common."""
+    """One seed with one budget, `kind` (macs_ratio, ...) and `value`: a record of its own, in `directory`.
+
+    `shared` holds what all cells of the seed have in common.
+    """
 
     seed: int
     kind: str
@@ -22,6 +25,7 @@ class Cell:
 
     @property
     def record(self) -> Path:
+        """Where the cell's record is, or will be."""
         return self.directory / records.RECORD
 
 

@@ -1,123 +1,134 @@
-"""Operations that move channels are followed exactly, or leave what they touch whole and say why; float64.
-
-The check: a cut network equals the whole one in which the channels that went are silent (zero behind layers without a batch norm).
-"""
-
-import copy
-import re
-from collections.abc import Callable
+"""Groups of channels: what they are in chains and branching networks, and what is refused."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from pruning_nets import Block, chain, conv, images, measured_macs, mobile_chain, randomise, residual
+from torch import nn
+from torch_pruning_reader import dependency_structure
 
+from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.measure import count_macs
+from rmprune.pruning import Budget, prune, prune_coupled
+from rmprune.pruning.dead import _check
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Structure
+from rmprune.pruning.groups import outputs, total_cost
+from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.surgery import shrink
 
-X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+def test_chain_groups_and_costs() -> None:
+    model, x = chain(), images()
+    structure = find_structure(model, x)
+    assert structure.units == {"0": 8, "3": 12, "6": 16}
+    assert structure.frozen == {"11": "its channels are the network's output"}
+    assert [m.layer for m in structure.group("3").members] == ["3", "4", "6"]
+    assert total_cost(structure) == measured_macs(model, x)
 
 
-class Net(nn.Module):
-    """Convolution `a` (8 channels), what `move` does to it, a reader `b` of `wide` channels, and a head."""
+def test_depthwise_tied_grouped_by_position_and_flattened() -> None:
+    structure = find_structure(mobile_chain(), images())
+    assert structure.units == {"0": 8, "6": 4, "9": 6}  # 12 and 18 channels in positions of 3 groups
+    assert {m.layer for m in structure.group("0").members} == {"0", "1", "3", "4", "5", "6"}
+    assert structure.group("6").members[0].index.tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    last = next(m for m in structure.group("9").members if m.layer == "12")
+    assert last.index.shape == (6, 3 * 16)
+    assert last.index[1, :17].tolist() == [*range(16, 32), 7 * 16]
 
-    def __init__(
-        self, move: Callable[[Tensor], Tensor], wide: int = 8, reader: nn.Module | None = None, rows: bool = False
-    ) -> None:
+
+def test_residual_streams_are_single_groups() -> None:
+    model, x = residual(), images()
+    structure = find_structure(model, x)
+    streams = {frozenset(g.producers) for g in structure.groups if len(g.producers) > 1}
+    assert streams == {frozenset({"0.0", "1.conv2"}), frozenset({"2.conv2", "2.shortcut.0", "3.conv2"})}
+    assert total_cost(structure) == measured_macs(model, x)
+    assert model.training is False and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain, residual])
+def test_description_follows_the_cut(build: object) -> None:
+    """shrunk(keep) describes what shrink(keep) returns."""
+    model, x = build(), images()  # type: ignore[operator]
+    structure = find_structure(model, x)
+    generator = torch.Generator().manual_seed(1)
+    keep = {}
+    for group in structure.groups:
+        keep[group.name] = torch.rand(group.units, generator=generator) < 0.6
+        keep[group.name][0] = True
+    smaller, _ = shrink(model, keep, structure)
+    described, found = structure.shrunk(keep), find_structure(smaller, x)
+    assert described.units == found.units
+    assert described.layers == found.layers
+    assert total_cost(described) == measured_macs(smaller, x)
+    for group in described.groups:
+        again = found.group(group.name)
+        for member in group.members:
+            match = next(m for m in again.members if (m.layer, m.side) == (member.layer, member.side))
+            assert torch.equal(member.index.sort(1).values, match.index.sort(1).values) and member.size == match.size
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        self.over: tuple[int, ...] = (1,) if rows else () if reader else (2, 3)
+        self.a, self.norm, self.b = conv(3, 8), nn.GroupNorm(2, 8), conv(8, 4)
+        self.c = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.norm(self.a(x))))).mean((2, 3)))
+
+
+def test_channels_that_a_norm_mixes_are_frozen_with_the_reason() -> None:
+    structure = find_structure(Normalised().double(), images())
+    assert structure.units == {"b": 4}
+    assert "norm" in structure.frozen["a"]
+
+
+def test_layer_used_twice_is_refused() -> None:
+    shared = conv(3, 3)
+    with pytest.raises(UnsupportedModel, match="used twice"):
+        find_structure(nn.Sequential(shared, nn.ReLU(), shared).double(), images())
+
+
+def test_nothing_to_prune_is_an_error() -> None:
+    with pytest.raises(UnsupportedModel, match="no channel can be pruned"):
+        find_structure(nn.Sequential(conv(3, 4), nn.ReLU()).double(), images())
+
+
+def test_network_whose_output_is_a_stream_keeps_it() -> None:
+    model = nn.Sequential(conv(3, 8), Block(8, 8)).double().eval()
+    structure = find_structure(model, images())
+    assert structure.units == {"1.conv1": 8}
+
+
+class Backbone(nn.Module):
+    """Returns two feature maps, of which the later stage reads the first as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        self.a, self.b = nn.Conv2d(3, 8, 1, bias=False), reader or nn.Conv2d(wide, 6, 3)
-        self.c = nn.Linear(6, 4)
-        self.move = move
+        self.stem = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())
+        self.first = nn.Sequential(conv(8, 12), nn.BatchNorm2d(12), nn.ReLU())
+        self.second = nn.Sequential(conv(12, 10), nn.BatchNorm2d(10), nn.ReLU(), conv(10, 16), nn.BatchNorm2d(16))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.b(self.move(torch.relu(self.a(x)))))
-        return self.c(y.mean(self.over) if self.over else y)
-
-
-def silent(model: nn.Module, structure: Structure, keep: dict[str, Tensor]) -> nn.Module:
-    """The network with the outputs that go set to zero."""
-    result = copy.deepcopy(model)
-    with torch.no_grad():
-        for group in structure.groups:
-            for member in group.members:
-                if member.side == "out":
-                    gone = member.index[~keep[group.name]].flatten()
-                    layer = result.get_submodule(member.layer)
-                    layer.weight[gone] = 0  # type: ignore[index, operator]
-                    if layer.bias is not None:
-                        layer.bias[gone] = 0  # type: ignore[index, operator]
-    return result
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        first = self.first(self.stem(x))
+        return {"maps": [first, self.second(first)]}
 
 
-def assert_exact(model: nn.Module, cuts: int = 5) -> Structure:
-    """Random cuts of everything that may go."""
-    model = model.double().eval()
-    structure = find_structure(model, X)
-    chance = torch.Generator().manual_seed(1)
-    for _ in range(cuts):
-        keep = {n: torch.rand(units, generator=chance) < 0.5 for n, units in structure.units.items()}
-        for mask in keep.values():
-            mask[int(torch.randint(len(mask), (1,), generator=chance))] = True
-        with torch.no_grad():
-            wanted, got = silent(model, structure, keep)(X), shrink(model, keep, structure)[0](X)
-        assert float((wanted - got).abs().max()) < 1e-12 * float(wanted.abs().max())
-    return structure
+def test_channels_that_are_returned_stay_although_they_are_read_too() -> None:
+    model, x = randomise(Backbone()).double().eval(), images()
+    assert set(find_structure(model, x).units) == {"stem.0", "second.0"}
+    for pruned in (
+        prune(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6)),
+        prune_coupled(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6)),
+    ):
+        assert count_macs(pruned, x[:1]) <= 0.6 * count_macs(model, x[:1])
+        assert [tuple(y.shape[1:]) for y in outputs(pruned, x)] == [(12, 8, 8), (16, 8, 8)]
 
 
-FLAT = nn.Linear(8 * 64, 6)
-MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int, nn.Module | None, int]] = {  # the last: units that a has then
-    "flip": (lambda y: y.flip(1), 8, None, 8),
-    "stack and flatten": (lambda y: torch.stack([y, -y], 1).flatten(1, 2), 16, None, 8),
-    "there and back": (lambda y: y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), 8, None, 8),
-    "channels last, flattened": (lambda y: y.permute(0, 2, 3, 1).flatten(1), 0, FLAT, 8),
-    "flattened by view": (lambda y: y.view(y.shape[0], -1), 0, FLAT, 8),
-    "both halves": (lambda y: torch.cat([y.chunk(2, 1)[1], y, y.chunk(2, 1)[0]], 1), 16, None, 4),
-    "one half of chunk": (lambda y: y.chunk(2, 1)[0] * 2, 4, None, 4),
-    "ChannelShuffle": (nn.ChannelShuffle(2), 8, None, 4),
-    "shuffle by hand": (
-        lambda y: y.view(y.size(0), 2, y.size(1) // 2, y.size(2), y.size(3)).transpose(1, 2).flatten(1, 2), 8, None, 4
-    ),
-    "PixelShuffle": (nn.PixelShuffle(2), 2, None, 2),
-    "PixelUnshuffle": (nn.PixelUnshuffle(2), 32, None, 8),
-    "padded channels": (lambda y: nn.functional.pad(y, (0, 0, 0, 0, 2, 1)), 11, None, 8),
-    "repeated": (lambda y: y.repeat(1, 2, 1, 1), 16, None, 8),
-    "spatial attention": (lambda y: y * torch.sigmoid(y.flatten(2).mean(-1)[..., None, None]), 8, None, 8),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MOVES)
-def test_what_moves_channels_is_followed(name: str) -> None:
-    move, wide, reader, units = MOVES[name]
-    structure = assert_exact(Net(move, wide, copy.deepcopy(reader)))
-    assert structure.units == {"a": units, "b": 6} or name == "one half of chunk"
-
-
-def test_halves_by_slices_with_numbers() -> None:
-    """The first half is written for its size, the second takes what is left."""
-    structure = assert_exact(Net(lambda y: torch.cat([y[:, :4].abs(), y[:, 4:]], 1)))
-    assert structure.units == {"a": 4, "b": 6}
-    assert structure.group("a").members[0].index.flatten().tolist() == [4, 5, 6, 7]
-    assert "x[:, :4] is written for this number of channels" in structure.frozen["a"]
-
-
-PERMUTATION = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
-STAY: dict[str, tuple[Callable[[Tensor], Tensor], int, nn.Module | None, str]] = {
-    "roll": (lambda y: torch.roll(y, 1, 1), 8, None, r"roll\(...\) is written for this number"),
-    "view with numbers": (lambda y: y.view(-1, 8 * 64), 0, FLAT, "view"),
-    "softmax": (lambda y: y.softmax(1), 8, None, "softmax"),
-    "a permutation as a tensor": (lambda y: y[:, PERMUTATION], 8, None, "slice"),
-    "matmul": (lambda y: (y.flatten(2) @ y.flatten(2).mT).flatten(1), 0, nn.Linear(64, 6), "matmul"),
-    "rows of channels": (lambda y: y.flatten(1, 2), 0, nn.Linear(8, 6), "positions"),
-    "Flatten(1, 2)": (nn.Flatten(1, 2), 0, nn.Linear(8, 6), "positions"),
-}
-
-
-@pytest.mark.parametrize("name", STAY)
-def test_what_needs_channels_in_their_number_leaves_them_whole(name: str) -> None:
-    move, wide, reader, why = STAY[name]
-
-    structure = assert_exact(Net(move, wide, copy.deepcopy(reader), rows="positions" in why))
-    assert structure.units == {"b": 6}
-    assert re.search(why, structure.frozen["a"]), structure.frozen["a"]
+def test_a_fold_that_changes_a_returned_map_is_no_longer_silent() -> None:
+    model, x = randomise(Backbone()).double().eval(), images()
+    smaller = shrink(model, {"first.0": torch.arange(12) > 0}, dependency_structure(model, x))[0]
+    with pytest.raises(NotEquivalent):
+        _check(model, smaller, x)
+    with pytest.raises(UnsupportedModel, match="shape"):
+        check_outputs(model, smaller, x)

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision
-from pruning_nets import chain, residual
-from test_pruning_structure import mobile_chain
+from pruning_nets import chain, mobile_chain, residual
 from torch import Tensor, nn
 from torch_pruning_reader import dependency_structure
 
