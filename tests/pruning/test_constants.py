@@ -104,7 +104,9 @@ def test_bounded_inputs_show_more_than_constants_do() -> None:
 
 
 def test_a_linear_layer_on_rows_reads_no_channels() -> None:
-    model = nn.Sequential(conv(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(1, 2), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    model = nn.Sequential(
+        conv(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(1, 2), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
     model[1].weight.data[0] = 0  # type: ignore[index, union-attr, operator]
     model[1].bias.data[0] = 0  # type: ignore[index, union-attr, operator]
     model = model.double().eval()
