@@ -58,8 +58,8 @@ def fold(
     reading: Reading | None = None,
 ) -> Folded:
     """`fold_dead_channels` with the masks and the new structure. `origin`: units the limits refer to; `reading`: as in `find_constants`."""
-    structure = structure or find_structure(model, example_inputs)
     reading = reading or read(model, example_inputs, values=True)
+    structure = structure or find_structure(model, example_inputs, reading=reading)
     origin = dict(origin or structure.units)
     kept = {g.name: torch.arange(g.units) for g in structure.groups}
     sizes, result = structure.units, model

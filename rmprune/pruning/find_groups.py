@@ -3,28 +3,34 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
 from rmprune.errors import UnsupportedModel
-from rmprune.pruning.follow import Walk
+from rmprune.graph.network import describe
+from rmprune.pruning.follow import Walk, tensors_in
 from rmprune.pruning.groups import Group, Member, Structure, describe_layer, with_ports
-from rmprune.pruning.reading import read
+from rmprune.pruning.labels import compact, select, thin, varying
+from rmprune.pruning.reading import Reading, read
 
 CUTS = 4  # random ones, that operations are tried with
 
 
-def find_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
+def find_structure(model: nn.Module, example_inputs: Tensor, *, reading: Reading | None = None) -> Structure:
     """The groups of channels that can go, the layers they size, and what cannot be pruned and why.
 
+    `example_inputs`: images [N, ...], of which the first is looked at. `reading`: the network as `read` has it, where that is at
+    hand. Operations that channels pass through are tried with some of them gone: what is written for their number stays whole.
     Raises UnsupportedModel where torch.fx cannot follow the network, a layer is used twice, or nothing can be pruned.
     """
-    walk = Walk(read(model, example_inputs), _unsliceable(model))
+    walk = Walk(reading or read(model, example_inputs), _unsliceable(model))
     groups = _alike(walk)
     while (node := _misfit(walk, groups)) is not None:
-        walk.leave(node)
+        _leave(walk, node)
         groups = _alike(walk)
     frozen = {}
     for (layer, side), labels in walk.members.items():
@@ -104,10 +110,58 @@ def _misfit(walk: Walk, groups: Sequence[_Alike]) -> fx.Node | None:
         for group in groups:
             count = int(torch.randint(len(group.roots), (1,), generator=chance))
             gone[group.roots[torch.randperm(len(group.roots), generator=chance)[:count]]] = True
-        node = walk.misfit(gone)
+        node = _first_misfit(walk, gone)
         if node is not None:
             return node
     return None
+
+
+def _first_misfit(walk: Walk, gone: Tensor) -> fx.Node | None:
+    """The first operation that, run without the channels `gone` (bool, by root), does not give its result without them."""
+    small: dict[fx.Node, Any] = {}
+    moves = set(walk.moves)
+    for node in walk.network.graph.nodes:
+        if node.op == "output":
+            break
+        try:
+            wanted = tree_map_only(Tensor, lambda x: _without(walk.again(x), gone), walk.values[node])
+            if node in moves:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: small[n])
+                found = walk.run(node, args, kwargs)
+                if not _same(found, wanted):
+                    return node
+                wanted = wanted if tensors_in(wanted) else found  # sizes are those of the smaller network
+            small[node] = wanted
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return node
+    return None
+
+
+def _without(x: Tensor, gone: Tensor) -> Tensor:
+    mask = compact(gone[thin(x)].expand(x.shape))
+    dims = varying(mask)
+    if not dims and not bool(mask.any()):
+        return x
+    if len(dims) != 1:
+        raise ValueError("the channels that go are no slices of one dimension")
+    return select(x, dims[0], ~mask[tuple(slice(None) if d == dims[0] else 0 for d in range(x.dim()))])
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    first, second = tensors_in(found), tensors_in(wanted)
+    return len(first) == len(second) and all(
+        a.shape == b.shape and bool((thin(compact(a)) == thin(compact(b))).all())
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _leave(walk: Walk, node: fx.Node) -> None:
+    """Leave whole what a misfit touches: its result, or else what it reads, or else everything."""
+    why = f"{describe(walk.network, node)} is written for this number of channels"
+    read_by_it = [walk.values[n] for n in node.all_input_nodes]
+    for values in (walk.values[node], read_by_it, torch.arange(len(walk.channels.root))):
+        if max((walk.channels.stay(x, why) for x in tensors_in(values)), default=False):
+            return
 
 
 def _named(groups: Sequence[_Alike], walk: Walk) -> tuple[Group, ...]:

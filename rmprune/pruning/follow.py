@@ -19,7 +19,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, plain
 from rmprune.graph.network import Network, describe, is_batch_norm, named, shape_of
 from rmprune.pruning.groups import Side, is_depthwise
-from rmprune.pruning.labels import Channels, compact, nobody, select, thin, varying
+from rmprune.pruning.labels import Channels, compact, nobody, thin, varying
 from rmprune.pruning.reading import Reading
 
 
@@ -65,9 +65,9 @@ class Walk:
         self.moves: list[fx.Node] = []  # and what only computes sizes
         for node in self.network.graph.nodes:
             args, kwargs = fx.map_arg(
-                (node.args, node.kwargs), lambda n: tree_map_only(Tensor, self._again, self.values[n])
+                (node.args, node.kwargs), lambda n: tree_map_only(Tensor, self.again, self.values[n])
             )
-            labels = _tensors((args, kwargs))
+            labels = tensors_in((args, kwargs))
             found = self._value(node, args, kwargs, labels)
             if isinstance(found, Tensor) and tuple(found.shape) != shape_of(node):
                 found = self._unknown(node, labels)
@@ -83,7 +83,7 @@ class Walk:
             return self.network.constants.get(str(node.target)) if shape is None else nobody(shape)
         if not labels and node.op != "call_module":
             self.moves.append(node)
-            return tree_map_only(Tensor, lambda x: nobody(x.shape), self._run(node, args, kwargs))
+            return tree_map_only(Tensor, lambda x: nobody(x.shape), self.run(node, args, kwargs))
         layer, name = self.network.layer(node), operation(node, self.network)
         if isinstance(layer, nn.Module):
             found = self._layer(node, layer, labels)
@@ -91,7 +91,7 @@ class Walk:
                 return found
         if name in ELEMENTWISE and shape_of(node) is not None:
             return self._joined(node, labels)
-        if name in MOVES and (name not in INDEXING or not _tensors((args[1:], kwargs))):
+        if name in MOVES and (name not in INDEXING or not tensors_in((args[1:], kwargs))):
             return self._moved(node, args, kwargs, name)
         if len(labels) == 1 and name in REDUCTIONS:
             return self._reduced(node, args, kwargs)
@@ -128,7 +128,7 @@ class Walk:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             return self._weighted(node, name, layer, vector)
         self._member(name, "tied", vector)
-        return self._again(x)
+        return self.again(x)
 
     def _weighted(self, node: fx.Node, name: str, layer: nn.Conv2d | nn.Linear, vector: Tensor) -> Tensor:
         after = shape_of(node)
@@ -184,7 +184,7 @@ class Walk:
                 if shape[dim] > 1 and first.stride(dim) == second.stride(dim) == 0:
                     first, second = first.narrow(dim, 0, 1), second.narrow(dim, 0, 1)
             self.channels.unite(first, second, why)
-        return self._again(found)
+        return self.again(found)
 
     def _reduced(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x, shape = args[0], shape_of(node)
@@ -221,11 +221,11 @@ class Walk:
         if name == "channelshuffle" and node.op == "call_module":
             parts = args[0].unflatten(1, (self.network.layers[str(node.target)].groups, -1))
             self.channels.unite(parts[:, :1].expand_as(parts), parts, "they are shuffled with channels that stay whole")
-        found = self._run(node, args, kwargs)
+        found = self.run(node, args, kwargs)
         if name == "chunk" and found[0].shape == found[-1].shape:  # equal pieces stay so where each loses as much
             for part in found[1:]:
                 self.channels.unite(found[0], part, "they are taken apart from channels that stay whole")
-        return tree_map_only(Tensor, lambda x: self._tied(self._again(x)), found)
+        return tree_map_only(Tensor, lambda x: self._tied(self.again(x)), found)
 
     def _tied(self, x: Tensor) -> Tensor:
         """Labels that change along one dimension alone, so that channels can be cut out: others are tied, as few as can be."""
@@ -244,9 +244,10 @@ class Walk:
             return tie(trial, dim)
 
         tie(self.channels, max(dims, key=left))
-        return self._again(x)
+        return self.again(x)
 
-    def _again(self, x: Tensor) -> Tensor:
+    def again(self, x: Tensor) -> Tensor:
+        """Labels as they are now: channels that go together have one number."""
         return compact(self.channels.root[thin(x)].expand(x.shape))
 
     def _unknown(self, node: fx.Node, labels: list[Tensor], why: str | None = None) -> Any:
@@ -257,7 +258,7 @@ class Walk:
             self.channels.stay(x, why)
         return _SEVERAL if shape is None else nobody(shape)
 
-    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A node that only moves data or computes sizes, on labels or on numbers."""
         if any(value is _SEVERAL for value in tree_leaves((args, kwargs))):
             shape = shape_of(node)
@@ -274,47 +275,6 @@ class Walk:
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
-    # Whether what moves channels still does with some of them gone
-
-    def misfit(self, gone: Tensor) -> fx.Node | None:
-        """The first operation that, run without the channels `gone` (bool, by root), does not give its result without them."""
-        small: dict[fx.Node, Any] = {}
-        moves = set(self.moves)
-        for node in self.network.graph.nodes:
-            if node.op == "output":
-                break
-            try:
-                wanted = tree_map_only(Tensor, lambda x: self._without(x, gone), self.values[node])
-                if node in moves:
-                    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: small[n])
-                    found = self._run(node, args, kwargs)
-                    if not _same(found, wanted):
-                        return node
-                    wanted = wanted if _tensors(wanted) else found  # sizes are those of the smaller network
-                small[node] = wanted
-            except (RuntimeError, ValueError, IndexError, TypeError):
-                return node
-        return None
-
-    def leave(self, node: fx.Node) -> None:
-        """Leave whole what a misfit touches: its result, or else what it reads, or else everything."""
-        why = f"{describe(self.network, node)} is written for this number of channels"
-        read = [self.values[n] for n in node.all_input_nodes]
-        for values in (self.values[node], read, torch.arange(len(self.channels.root))):
-            if max((self.channels.stay(x, why) for x in _tensors(values)), default=False):
-                return
-
-    def _without(self, x: Tensor, gone: Tensor) -> Tensor:
-        x = self._again(x)
-        mask = compact(gone[thin(x)].expand(x.shape))
-        dims = varying(mask)
-        if not dims and not bool(mask.any()):
-            return x
-        if len(dims) != 1:
-            raise ValueError("the channels that go are no slices of one dimension")
-        stays = ~mask[tuple(slice(None) if d == dims[0] else 0 for d in range(x.dim()))]
-        return select(x, dims[0], stays)
-
 
 class _Several:
     """The results of an operation that returns several; what reads them is known by its shape."""
@@ -323,16 +283,8 @@ class _Several:
 _SEVERAL = _Several()
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-
-
-def _same(found: Any, wanted: Any) -> bool:
-    first, second = _tensors(found), _tensors(wanted)
-    return len(first) == len(second) and all(
-        a.shape == b.shape and bool((thin(compact(a)) == thin(compact(b))).all())
-        for a, b in zip(first, second, strict=True)
-    )
 
 
 def _in_channels(layer: nn.Module) -> int | None:

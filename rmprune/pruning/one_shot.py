@@ -69,14 +69,14 @@ def prune(
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
-    structure = find_structure(plain, example_inputs)
+    reading = read(plain, example_inputs, values=True)
+    structure = find_structure(plain, example_inputs, reading=reading)
     if which == "inner":
         structure = inner_only(structure)
     origin = {**structure.units, **(origin or {})}
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
-    reading = read(plain, example_inputs, values=True)
     folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
     model, structure = folded.model, folded.structure
     if isinstance(importance, Mapping):
