@@ -7,6 +7,7 @@ across layers and across reserved and computed channels; see each function for t
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     """
     data = _need(batches, "activation", model)
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
-    moments: dict[str, list[Tensor]] = {}
+    moments: dict[str, list[Any]] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -193,12 +194,12 @@ def on_device(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor, 
     return ((x.to(device), y.to(device)) for x, y in batches)
 
 
-def _moments(x: Tensor, *, linear: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(x: Tensor, *, linear: bool) -> tuple[int, Tensor, Tensor]:
     """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of what a linear
     layer reads and writes).
     """
     flat = (x.reshape(-1, x.shape[-1]).t() if linear else x.transpose(0, 1)).flatten(1).double()
-    return flat.new_tensor(flat.shape[1]), flat.sum(1), flat.square().sum(1)
+    return flat.shape[1], flat.sum(1), flat.square().sum(1)
 
 
 @contextmanager

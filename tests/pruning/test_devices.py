@@ -1,6 +1,7 @@
 """Importances and fits compute where the network is: on a pretended GPU, where mixing in a tensor of another device is an error."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,19 +12,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmprune.pruning import find_structure, prune_coupled
 from rmprune.pruning.budget import Budget
+from rmprune.pruning.calibration import Calibrator, Cut
 from rmprune.pruning.coupled import loss_gradients
-from rmprune.pruning.importance import TaylorSum, activation, batch_norm, magnitude, taylor, taylor_squared
+from rmprune.pruning.importance import Importance, TaylorSum, activation, batch_norm, magnitude, taylor, taylor_squared
 from rmprune.pruning.one_shot import mean_inputs
-from rmprune.pruning.reconstruct import reconstruct
+from rmprune.pruning.program import read_program
+from rmprune.pruning.reconstruct import reconstruct as fit_weights
+from rmprune.pruning.refit import Fitting
 
-GPU = torch.device("cuda", 0)
+GPU = torch.device("mps", 0)
 
 
-@pytest.fixture
-def pretended() -> Iterator[None]:
-    """Tensors that have a device and no values; those made on the CPU stay there."""
+@contextmanager
+def pretended(build: Callable[[], nn.Module]) -> Iterator[nn.Module]:
+    """A network on a device that is not there. Its tensors have a place and no values; those made on the CPU stay there."""
+    model = build()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+        yield on_gpu(model)
 
 
 def on_gpu(model: nn.Module) -> nn.Module:
@@ -43,28 +48,45 @@ STRUCTURES = {build: find_structure(build(), images()) for build in (chain, resi
 
 
 @pytest.mark.parametrize("build", [chain, residual])
-@pytest.mark.parametrize("score", [taylor, taylor_squared, activation, magnitude, batch_norm])
-def test_importances(build: object, score: object, pretended: None) -> None:
-    structure = STRUCTURES[build]  # type: ignore[index]
-    scores = score(on_gpu(build()), structure, batches(2))  # type: ignore[operator]
+@pytest.mark.parametrize("score", [activation, magnitude, batch_norm])
+def test_importances(build: Callable[[], nn.Module], score: Importance) -> None:
+    structure = STRUCTURES[build]
+    with pretended(build) as model:
+        scores = score(model, structure, batches(2))
     assert {n: len(s) for n, s in scores.items()} == structure.units
 
 
-def test_the_sum_of_training_gradients(pretended: None) -> None:
-    model = on_gpu(chain())
-    scores = TaylorSum(STRUCTURES[chain])
+def test_taylor_scores() -> None:
+    """Where gradients are taken the meta device stands for another one."""
+    model, structure, meta = chain().to("meta"), STRUCTURES[chain], torch.device("meta")
+    for score in (taylor, taylor_squared):
+        assert {s.device for s in score(model, structure, batches(2)).values()} == {meta}
+    scores = TaylorSum(structure)
     for x, y in batches(2):
-        F.cross_entropy(model(x.to(GPU)), y.to(GPU)).backward()
+        F.cross_entropy(model(x.to(meta)), y.to(meta)).backward()
         assert scores.update(model)
-    assert {s.device for s in scores.scores.values()} == {GPU}
+    assert {s.device for s in scores.scores.values()} == {meta}
 
 
-def test_means_gradients_and_fits(pretended: None) -> None:
-    model = on_gpu(chain())
-    assert {t.device.type for t in mean_inputs(model, ["3", "6"], batches(2)).values()} == {"cpu"}
-    assert {t.device for t in loss_gradients(model, batches(2)).values()} == {GPU}
-    weight, patches, wanted = (torch.empty(s, device=GPU) for s in ((6, 4, 3, 3), (50, 4, 9), (50, 6)))
-    assert {t.device for t in reconstruct(weight, patches, wanted, 1)} == {GPU}
+def test_means_gradients_and_fits() -> None:
+    with pretended(chain) as model:
+        assert {t.device.type for t in mean_inputs(model, ["3", "6"], batches(2)).values()} == {"cpu"}
+        weight, patches, wanted = (torch.empty(s, device=GPU) for s in ((6, 4, 3, 3), (50, 4, 9), (50, 6)))
+        assert {t.device for t in fit_weights(weight, patches, wanted, 1)} == {GPU}
+
+
+@pytest.mark.parametrize("reconstruct", [False, True])
+def test_calibration(reconstruct: bool) -> None:
+    structure, x = STRUCTURES[chain], images(4)
+    program = read_program(chain(), structure, x).unshared()
+    settings = Fitting(torch.float64, reconstruct, samples=64, own_statistics=False)
+    keep = {name: torch.arange(units) % 2 == 0 for name, units in structure.units.items()}
+    model, x = chain().to("meta"), x.to("meta")
+    calibrator, first = Calibrator(model, structure, settings), program.ops[0].name
+    calibrator.measure_reference(program, x)
+    fitted = calibrator.fit(program, {first: x}, Cut.of(model, structure, keep))
+    weights = [fit.weight for fit in fitted.values() if fit.weight is not None]
+    assert {w.device for w in weights} == {torch.device("meta")} and [len(w) for w in weights] == [4, 6, 8, 5]
 
 
 def test_nothing_is_copied_back_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
