@@ -114,10 +114,12 @@ class Walk:
         if isinstance(layer, nn.Conv2d | nn.Linear):
             self._note(node, name, labels)
         size = _in_channels(layer)
-        if name in self.whole or size is None or len(labels) != 1:
+        if name in self.whole:
+            return self._unknown(node, labels, f"{name}: {self.whole[name]}")
+        if size is None or len(labels) != 1:
             kind = type(layer).__name__
             does = "normalises over channels" if "Norm" in kind else "has these channels and cannot be sliced"
-            return self._unknown(node, labels, f"{name} ({kind}) {self.whole.get(name, does)}")
+            return self._unknown(node, labels, f"{name} ({kind}) {does}")
         x = labels[0]
         dim = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
         batched = x.dim() == 4 or (x.dim() > 1 and not isinstance(layer, nn.Conv2d))

@@ -1,6 +1,6 @@
 """A network read once for pruning: its normalised graph, and which of the user's modules each layer in it is."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from rmprune.graph.shapes import on_meta, propagate_shapes
 
 @dataclass(frozen=True)
 class Reading:
-    """`network`: the normalised graph of a float64 copy in eval mode, `owners`: {id of a tensor of it: the user's module}."""
+    """`network`: the normalised graph of a float64 copy in eval mode, `owners`: {id of a module or tensor of it: the user's module}."""
 
     network: Network
     owners: Mapping[int, str]
@@ -22,8 +22,10 @@ class Reading:
 
     def owner(self, layer: Layer | None) -> str | None:
         """The name of the user's module whose tensors a layer has; None where it has none, or is made up for a function."""
-        tensors = (getattr(layer, "weight", None), getattr(layer, "running_mean", None))
-        return next((self.owners[id(t)] for t in tensors if id(t) in self.owners), None)
+        found = (
+            self.owners.get(id(layer)) if isinstance(layer, nn.Module) and any(True for _ in _tensors(layer)) else None
+        )
+        return found or self.owners.get(id(getattr(layer, "running_mean", self)))
 
     def name(self, node: fx.Node) -> str | None:
         """The name of the user's module that a node calls."""
@@ -53,6 +55,11 @@ class Reading:
         return found
 
 
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
 def read(model: nn.Module, example_inputs: Tensor, *, values: bool = False) -> Reading:
     """The network as it runs on the first of these images. `values`: with its weights; else it is read on the meta device, at no cost.
 
@@ -64,10 +71,6 @@ def read(model: nn.Module, example_inputs: Tensor, *, values: bool = False) -> R
         twin = reference_copy(model) if values else freeze(on_meta(model).double().eval()).requires_grad_(False)
     except RuntimeError as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error
-    owners = {
-        id(tensor): name
-        for name, module in twin.named_modules()
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    }
+    owners = {id(part): name for name, module in twin.named_modules() for part in (module, *_tensors(module))}
     inputs = (example_inputs[:1],)
     return Reading(normalise(twin, inputs, pieces=False), owners, inputs)

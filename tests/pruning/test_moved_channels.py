@@ -10,7 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torchvision.ops import FrozenBatchNorm2d
 
+from rmprune.errors import UnsupportedModel
+from rmprune.pruning import Budget, prune_coupled
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.surgery import shrink
@@ -121,3 +125,46 @@ def test_what_needs_channels_in_their_number_leaves_them_whole(name: str) -> Non
     structure = assert_exact(Net(move, wide, copy.deepcopy(reader), rows="positions" in why))
     assert structure.units == {"b": 6}
     assert re.search(why, structure.frozen["a"]), structure.frozen["a"]
+
+
+class Twice(nn.Module):
+    """What tensors cannot be cut: a weight that is computed, one that two layers share; and norms that are frozen or used twice."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = FrozenBatchNorm2d(8) if kind == "frozen" else nn.BatchNorm2d(8)
+        self.c, self.head = nn.Conv2d(8, 8, 3, bias=False), nn.Linear(8, 2)
+        self.kind = kind
+        if kind == "computed":
+            parametrizations.weight_norm(self.b)
+        if kind == "shared":
+            self.b.weight = self.c.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x))
+        z = self.norm(self.b(y)) if self.kind == "norm twice" else self.b(y)
+        return self.head(torch.relu(self.c(z)).mean((2, 3)))
+
+
+def test_a_frozen_batch_norm_is_cut_along() -> None:
+    assert assert_exact(Twice("frozen")).units == {"a": 8, "b": 8, "c": 8}
+
+
+def test_a_norm_used_twice_ties_what_it_reads() -> None:
+    structure = assert_exact(Twice("norm twice"))
+    assert set(structure.group("a").producers) == {"a", "b"} and set(structure.units) == {"a", "c"}
+
+
+def test_tensors_that_cannot_be_cut() -> None:
+    structure = find_structure(Twice("computed").double().eval(), X)
+    assert set(structure.units) == {"c"} and "computed from other tensors" in structure.frozen["b"]
+    with pytest.raises(UnsupportedModel, match="b: it shares a tensor with c"):
+        find_structure(Twice("shared").double().eval(), X)
+
+
+def test_torch_pruning_is_not_given_what_it_would_cut_wrongly() -> None:
+    model = Net(nn.ChannelShuffle(2)).double().eval()
+    pruned = prune_coupled(model, X, importance="magnitude", budget=Budget(macs_ratio=0.9))
+    assert pruned.a.out_channels == 8 and pruned.b.out_channels < 6  # type: ignore[union-attr, operator]
