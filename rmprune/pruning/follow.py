@@ -224,7 +224,9 @@ class Walk:
             parts = args[0].unflatten(1, (self.network.layers[str(node.target)].groups, -1))
             self.channels.unite(parts[:, :1].expand_as(parts), parts, "they are shuffled with channels that stay whole")
         found = self.run(node, args, kwargs)
-        if name == "chunk" and found[0].shape == found[-1].shape:  # equal pieces stay so where each loses as much
+        if (
+            name in ("chunk", "split", "tensorsplit") and found[0].shape == found[-1].shape
+        ):  # equal pieces stay so where each loses as much
             for part in found[1:]:
                 self.channels.unite(found[0], part, "they are taken apart from channels that stay whole")
         return tree_map_only(Tensor, lambda x: self._tied(self.again(x)), found)

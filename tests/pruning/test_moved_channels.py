@@ -78,6 +78,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int, nn.Module | None, int]] 
     "channels last, flattened": (lambda y: y.permute(0, 2, 3, 1).flatten(1), 0, FLAT, 8),
     "flattened by view": (lambda y: y.view(y.shape[0], -1), 0, FLAT, 8),
     "both halves": (lambda y: torch.cat([y.chunk(2, 1)[1], y, y.chunk(2, 1)[0]], 1), 16, None, 4),
+    "split by what is there": (lambda y: torch.cat(y.split(y.shape[1] // 2, 1)[::-1], 1), 8, None, 4),
     "one half of chunk": (lambda y: y.chunk(2, 1)[0] * 2, 4, None, 4),
     "ChannelShuffle": (nn.ChannelShuffle(2), 8, None, 4),
     "shuffle by hand": (
