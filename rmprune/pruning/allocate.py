@@ -14,7 +14,7 @@ from rmprune.pruning.groups import Cost, Keep, Structure, channels, macs, total_
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
-    """Bool mask of the ``count`` largest scores; of equal ones, the first stay."""
+    """Bool mask of the `count` largest scores; of equal ones, the first stay."""
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[torch.argsort(scores.cpu(), descending=True, stable=True)[:count]] = True
     return mask
@@ -49,7 +49,7 @@ class Meter:
         return self.cost(layer, cin, cout)
 
     def change(self, name: str, units: int) -> float:
-        """How much the total would grow if this group had ``units``."""
+        """How much the total would grow if this group had `units`."""
         before, self.units[name] = self.units[name], units
         difference = sum(self._layer(i) - self.costs[i] for i in self.touching[name])
         self.units[name] = before
@@ -120,7 +120,7 @@ class Search:
         return best
 
     def shrink_to(self, limit: float) -> bool:
-        """Remove until the total cost is at most ``limit``; False where nothing more may go."""
+        """Remove until the total cost is at most `limit`; False where nothing more may go."""
         version = dict.fromkeys(self.widths, 0)
         names = list(self.widths)
         heap = [(offer, 0, n) for n in names if (offer := self._offer(n, self.lookahead)) is not None]
@@ -229,11 +229,11 @@ def allocate(
     """Keep masks {group: bool [units]} that meet the budget.
 
     Greedy: the block whose importance per cost saved is least goes next (the budget's cost; MACs where the budget
-    counts channels). ``rank="importance"``: importance per channel, the one global threshold of network slimming;
+    counts channels). `rank="importance"`: importance per channel, the one global threshold of network slimming;
     savings are recomputed as neighbours shrink; at the end blocks that still fit come back. Ties go by saving, then
-    by the order of groups and channels. ``lookahead``: how many blocks ahead to look where cost is not monotone in
-    width (measured times). ``origin``: units that the limits refer to, where the network has been cut before.
-    ``target`` overrides the budget's own.
+    by the order of groups and channels. `lookahead`: how many blocks ahead to look where cost is not monotone in
+    width (measured times). `origin`: units that the limits refer to, where the network has been cut before.
+    `target` overrides the budget's own.
 
     Raises InfeasibleBudget naming the limit that forbids it and the nearest budget that can be met.
     """

@@ -46,12 +46,12 @@ def prune_coupled(
     origin: Mapping[str, int] | None = None,
     attempts: int = 14,
 ) -> M:
-    """A new network pruned globally by Torch-Pruning with its group-aware ``importance`` (batch_norm, taylor,
+    """A new network pruned globally by Torch-Pruning with its group-aware `importance` (batch_norm, taylor,
     magnitude).
 
-    The pruning ratio is searched by bisection until the cost is within the budget and as near to it as ``attempts``
-    tell. ``taylor`` needs ``data``: (images, labels) batches whose gradients are summed; or these `gradients`
-    themselves (`loss_gradients`), where one network is cut several times. ``origin``: units that limits refer to,
+    The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
+    tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed; or these `gradients`
+    themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
     where the network was cut before. Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel where the
     importance has nothing to go by, or where Torch-Pruning cannot follow the network.
     """
@@ -107,7 +107,7 @@ def _in_order(structure: Structure) -> Structure:
 
 
 def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
-    """The cost of a network whose layers carry the names of ``structure`` but have widths of their own."""
+    """The cost of a network whose layers carry the names of `structure` but have widths of their own."""
     return sum(cost(layer, *_widths(pruned.get_submodule(layer.name))) for layer in structure.layers)
 
 

@@ -24,8 +24,8 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Folded:
-    """``model`` without its dead channels; ``keep``: which units of the original structure it still has;
-    ``structure`` and ``constants``: of ``model``.
+    """`model` without its dead channels; `keep`: which units of the original structure it still has;
+    `structure` and `constants`: of `model`.
     """
 
     model: nn.Module
@@ -40,10 +40,10 @@ def fold_dead_channels(
     """A new network, equal in eval mode, without channels that are constant or that nobody reads, to a fixpoint.
 
     A constant c (batch-norm scale 0, or computed from constants alone) goes into its reader's batch norm or bias:
-    ``W[:, c].sum() * c``, exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all
+    `W[:, c].sum() * c`, exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all
     constants of such a layer have the same border, so they are merged into the weights of one of them, which stays.
-    ``limits``: keep at least what these per-layer limits and multiples ask for. Raises UnsupportedModel where
-    torch.fx cannot follow the model, NotEquivalent if the result differs on ``example_inputs``.
+    `limits`: keep at least what these per-layer limits and multiples ask for. Raises UnsupportedModel where
+    torch.fx cannot follow the model, NotEquivalent if the result differs on `example_inputs`.
     """
     return fold(model, example_inputs, limits=limits, structure=structure).model  # type: ignore[return-value]
 
@@ -81,7 +81,7 @@ def fold(
 
 
 def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | None) -> None:
-    """Add ``delta`` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one,
+    """Add `delta` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one,
     else its bias.
     """
     module = model.get_submodule(layer)
@@ -99,8 +99,8 @@ def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | Non
 
 @dataclass(frozen=True)
 class Constants:
-    """``inputs``: {Conv2d or Linear: [c_in] float64, the constant of each input channel, NaN where it is none}.
-    ``followers``: {such a layer: the batch norm that alone reads its output}."""
+    """`inputs`: {Conv2d or Linear: [c_in] float64, the constant of each input channel, NaN where it is none}.
+    `followers`: {such a layer: the batch norm that alone reads its output}."""
 
     inputs: Mapping[str, Tensor]
     followers: Mapping[str, str]
@@ -266,7 +266,7 @@ def is_padded(conv: nn.Module) -> bool:
 
 
 def response(layer: nn.Module, values: Tensor) -> Tensor:
-    """[c_out]: what the layer adds to its outputs for constant inputs ``values`` [c_in], away from the border; no
+    """[c_out]: what the layer adds to its outputs for constant inputs `values` [c_in], away from the border; no
     bias.
     """
     if isinstance(layer, nn.Conv2d):

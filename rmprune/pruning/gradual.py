@@ -38,16 +38,16 @@ class Training(Protocol):
 
 
 class GradualPruner:
-    """A hook for `rmprune.training.fit`: cuts ``state.model`` and slices the momentum of ``state.optimizer``.
+    """A hook for `rmprune.training.fit`: cuts `state.model` and slices the momentum of `state.optimizer`.
 
-    Every ``every`` steps the least important channels go, so that the cost falls geometrically from the present one
-    to the budget within ``prune_epochs``; then training goes on without it. The last cut meets the budget, hard. Every
-    cut leaves multiples of ``round_to``, so that none is rounded at the end; limits refer to the network at the start.
-    ``importance``: taylor, or one that needs no data, taken at each cut. ``decay``: the share of the old scores that
-    survives a cut (0: each cut sees the steps since the last one). ``structure``: what may be pruned, by default all
-    of :func:`find_structure`. ``meets``: measures a network against what the budget stands for. Near the budget no
+    Every `every` steps the least important channels go, so that the cost falls geometrically from the present one
+    to the budget within `prune_epochs`; then training goes on without it. The last cut meets the budget, hard. Every
+    cut leaves multiples of `round_to`, so that none is rounded at the end; limits refer to the network at the start.
+    `importance`: taylor, or one that needs no data, taken at each cut. `decay`: the share of the old scores that
+    survives a cut (0: each cut sees the steps since the last one). `structure`: what may be pruned, by default all
+    of `find_structure`. `meets`: measures a network against what the budget stands for. Near the budget no
     cut is made that it does not ask for; where it says r above 1 after the last one, the budget is divided by r, as
-    far as the limits allow, and ``every`` steps later there is one more. Give the model and one image batch at the
+    far as the limits allow, and `every` steps later there is one more. Give the model and one image batch at the
     start.
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
@@ -119,7 +119,7 @@ class GradualPruner:
             self._measure(state)
 
     def planned_cuts(self, state: Training) -> int:
-        """How many cuts there will be; the last one lies at ``prune_epochs``, or at the last step if training is
+        """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is
         shorter.
         """
         steps = min(round(self.prune_epochs * state.steps_per_epoch), state.total_steps)
@@ -167,7 +167,7 @@ class GradualPruner:
         self.kept = {name: index[keep[name]] for name, index in self.kept.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
+        """Tensors and numbers from which `load_state_dict` goes on exactly."""
         scores = {name: score.clone() for name, score in self.scores.scores.items()}
         state = {"cuts": self.cuts, "done": self.done, "unmeasured": self.unmeasured, "limit": self.target.limit}
         return state | {"kept": dict(self.kept), "scores": scores}

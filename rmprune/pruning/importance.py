@@ -255,7 +255,7 @@ def _effects(
 
 
 class TaylorSum:
-    """Taylor scores from the gradients that ordinary training leaves behind: call :meth:`update` after backward, no
+    """Taylor scores from the gradients that ordinary training leaves behind: call `update` after backward, no
     extra pass.
 
     The effect of removing input channel c of a layer is sum(W[:, c] * dL/dW[:, c]), which equals sum(activation *
@@ -267,7 +267,7 @@ class TaylorSum:
         self.reset(structure)
 
     def reset(self, structure: Structure, scores: Mapping[str, Tensor] | None = None) -> None:
-        """Start over for this structure, from ``scores`` where given."""
+        """Start over for this structure, from `scores` where given."""
         self.structure = structure
         self.scores = (
             zero_scores(structure) if scores is None else {n: scores[n].double().clone() for n in structure.units}

@@ -48,13 +48,13 @@ def prune(
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
 
-    ``importance``: a name of :data:`rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
-    [channels]}, or a callable. ``data``: (images, labels) batches, for importances that are measured and, with
-    ``compensate``, for folding the mean of each removed live channel into its readers (the least-squares intercept);
-    re-iterable if both. ``reconstruct``: instead, fit every layer of the result to the uncut network's by least squares on
-    (part of) ``data``. ``cost`` and ``lookahead``: for ``latency_ratio``, see
-    :func:`rmprune.pruning.budget.allocate`. ``which``: all groups by importance, those inside blocks only, or the
-    same fraction of each. ``origin``: units that limits refer to, where the network was cut before. Works
+    `importance`: a name of `rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
+    [channels]}, or a callable. `data`: (images, labels) batches, for importances that are measured and, with
+    `compensate`, for folding the mean of each removed live channel into its readers (the least-squares intercept);
+    re-iterable if both. `reconstruct`: instead, fit every layer of the result to the uncut network's by least squares on
+    (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
+    `rmprune.pruning.budget.allocate`. `which`: all groups by importance, those inside blocks only, or the
+    same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
     on networks with residuals as well (their streams are then pruned coupled).
 
     Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned, or where layers
@@ -135,7 +135,7 @@ def fitting_images(data: Batches) -> Tensor:
 
 
 def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float) -> T:
-    """The cut whose cost comes nearest to ``limit`` from below.
+    """The cut whose cost comes nearest to `limit` from below.
 
     A cut can leave others unread (a reserved copy whose merge is gone), which then go as well: where that saves more
     than was asked for, aim higher.
@@ -157,7 +157,7 @@ def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float)
 
 
 def removed_means(folded: Folded, data: Batches | None) -> dict[str, Tensor]:
-    """{layer: [c_in], the mean of each input channel}: measured on ``data``; without it only constants are known."""
+    """{layer: [c_in], the mean of each input channel}: measured on `data`; without it only constants are known."""
     if data is not None:
         return mean_inputs(folded.model, {m.layer for g in folded.structure.groups for m in g.consumers}, data)
     return {n: v.nan_to_num(0.0) for n, v in folded.constants.inputs.items()}
