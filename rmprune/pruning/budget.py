@@ -1,7 +1,4 @@
-"""Which channels go: a global, greedy allocation under a hard budget with per-layer limits and channel multiples.
-
-Changes no model.
-"""
+"""A hard budget with limits of each layer, and what both are in absolute numbers for one network. Chooses nothing."""
 
 import math
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.equivalence import freeze, reference_copy
-from rmprune.graph.network import Layer, Network, is_batch_norm
+from rmprune.graph.network import Network, NodeLayer, is_batch_norm
 from rmprune.graph.normalise import normalise, plain_norm
 from rmprune.graph.shapes import on_meta, propagate_shapes
 
@@ -20,7 +20,7 @@ class Reading:
     owners: Mapping[int, str]
     inputs: tuple[Tensor, ...]
 
-    def owner(self, layer: Layer | None) -> str | None:
+    def owner(self, layer: NodeLayer | None) -> str | None:
         """The name of the user's module whose tensors a layer has; None where it has none, or is made up for a function."""
         found = (
             self.owners.get(id(layer)) if isinstance(layer, nn.Module) and any(True for _ in _tensors(layer)) else None

@@ -24,12 +24,12 @@ from rmprune.graph.equivalence import (
     reference_copy,
     relative_error,
 )
-from rmprune.graph.fuse import RULES, fuse_convolutions, join_norms
+from rmprune.graph.fuse import RULES
 from rmprune.graph.network import Network, example_tuple
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.removal.forms import FORMS
-from rmprune.removal.rewrite import BlockReport, join_copies, remove_all
+from rmprune.removal.rewrite import BlockReport, Plan, remove_all
 
 RANGES = ("provable", "calibrated")
 Inputs = Tensor | tuple[Tensor, ...]
@@ -98,16 +98,11 @@ def remove_residuals(
     inputs = example_tuple(example_inputs)
     reference = reference_copy(model)
     _refuse_changing_hooks(model, reference, inputs)
-    network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, progress)
+    network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
     if not removed:
         raise UnsupportedModel(_nothing(kept))
-    if not batch_norm:
-        join_norms(network)
-    if fuse != "never":
-        join_copies(network)
-    fuse_convolutions(network, fuse)
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
@@ -135,23 +130,24 @@ def plan_removal(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
-) -> list[BlockReport]:  # fmt: skip
+) -> Plan:  # fmt: skip
     """What `remove_residuals` would do to each residual and what it would cost, without building anything.
+
+    Returns a list of a BlockReport for each residual, in order, with the change of the whole network's MACs and parameters.
 
     >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
     >>> [(block.name, block.removable, block.form, block.reserved) for block in rmprune.plan_removal(model, images)]
     [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
     """
     _check_settings(ranges, form, fuse, tolerance)
-    return _rewrite(
-        reference_copy(model), example_tuple(example_inputs), keep, ranges, form, margin, input_range, None
-    )[1]
+    inputs = example_tuple(example_inputs)
+    return _rewrite(reference_copy(model), inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None)[1]
 
 
 def _rewrite(
     reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str], ranges: str, form: str, margin: float,
-    input_range: tuple[float, float], progress: Callable[[str], None] | None,
-) -> tuple[Network, list[BlockReport]]:  # fmt: skip
+    input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
+) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
         network = normalise(reference, inputs)
         annotate_ranges(network, input_range)
@@ -161,7 +157,7 @@ def _rewrite(
             tighten(network, margin)
         elif may_shift(network):
             observe(network, tuple(x[:2] for x in doubles))
-        return network, remove_all(network, keep, form, progress)
+        return network, remove_all(network, keep, form, batch_norm, fuse, progress)
 
 
 def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:

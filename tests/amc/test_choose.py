@@ -9,17 +9,22 @@ from torch import nn
 
 from rmprune import models
 from rmprune.amc import choose as module
-from rmprune.amc.choose import Timing, choose, first_images, make_scorer, make_space, network_cost
+from rmprune.amc.choose import Goal, Timing, choose, first_images, make_scorer, make_space, network_cost
 from rmprune.amc.space import COSTS, params
-from rmprune.config import DataConfig, MeasureConfig, SearchConfig
+from rmprune.config import AmcConfig, DataConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure import count_macs, count_params
 from rmprune.pruning.groups import macs
 from rmprune.removal import remove_residuals
+from rmprune.training.job import Job
 
 CPU = torch.device("cpu")
 CONFIG = SearchConfig(episodes=8, warm_up=4, images=60, calibration=40, precision="float32", multiple=4)
+
+
+def job(config: SearchConfig, data: Dataset) -> Job[AmcConfig]:
+    return Job(AmcConfig(search=config), data, CPU, 0)
 
 
 def conv(cin: int, cout: int, kernel: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -84,7 +89,7 @@ def test_a_search_ends_inside_its_budget_and_never_sees_the_test_split(
     blind = dataclasses.replace(data, test=Forbidden())  # type: ignore[arg-type]
     example = data.train.example(2)
     space = make_space(network, original, example, config, 0.6)
-    chosen = choose(network, space, "agent", config, blind, seed=0, device=CPU, ratio=0.6)
+    chosen = choose(network, space, "agent", job(config, blind), Goal(0.6))
     if constraint == "macs":
         assert count_macs(chosen.model, example[:1]) <= 0.6 * count_macs(original, example[:1])
     else:
@@ -99,7 +104,7 @@ def test_rewards_come_from_the_validation_split_of_the_same_data(
     data: Dataset, networks: tuple[nn.Module, nn.Module]
 ) -> None:
     space = make_space(networks[1], networks[0], data.train.example(2), CONFIG, 0.6)
-    scorer = make_scorer(networks[1], space, CONFIG, data, CPU)
+    scorer = make_scorer(networks[1], space, job(CONFIG, data))
     images = first_images(data.validation, 60, CPU)[0]
     x, y = next(iter(data.validation.batches(60)))
     assert torch.equal(images, x)
@@ -111,7 +116,7 @@ def test_rewards_come_from_the_validation_split_of_the_same_data(
 
 def test_the_reported_accuracy_is_the_built_networks(data: Dataset, networks: tuple[nn.Module, nn.Module]) -> None:
     space = make_space(networks[1], networks[0], data.train.example(2), CONFIG, 0.6)
-    chosen = choose(networks[1], space, "random", CONFIG, data, seed=0, device=CPU, ratio=0.6)
+    chosen = choose(networks[1], space, "random", job(CONFIG, data), Goal(0.6))
     x, y = next(iter(data.validation.batches(60)))
     assert chosen.facts["validation_accuracy"] == float((chosen.model(x).argmax(1) == y).double().mean())
 
@@ -151,9 +156,7 @@ def test_measured_time_as_the_budget_is_met_from_below(
     config = dataclasses.replace(CONFIG, constraint="latency", multiple=1)
     timing = Timing(original, data.train.example(2), MeasureConfig(threads=(1, 2), batch_sizes=(1, 32)), None)
     space = timing.space(plain, config, 0.7, tmp_path / "note")
-    chosen = choose(
-        plain, space, "agent", config, data, seed=0, device=CPU, ratio=0.7, directory=tmp_path / "search", timing=timing
-    )
+    chosen = choose(plain, space, "agent", job(config, data), Goal(0.7, timing, tmp_path / "search"))
     assert times.measured > 0
     ratio = times.time(chosen.model) / times.time(original)
     assert 0.95 * 0.7 <= ratio <= 0.7
@@ -161,9 +164,7 @@ def test_measured_time_as_the_budget_is_met_from_below(
     again = timing.space(plain, config, 0.7, tmp_path / "note")
     assert again.budget == space.budget
     monkeypatch.setattr(times, "ratios", lambda place, networks: pytest.fail("measured again"))
-    resumed = choose(
-        plain, again, "agent", config, data, seed=0, device=CPU, ratio=0.7, directory=tmp_path / "search", timing=timing
-    )
+    resumed = choose(plain, again, "agent", job(config, data), Goal(0.7, timing, tmp_path / "search"))
     assert resumed.widths == chosen.widths and resumed.facts == chosen.facts
 
 
@@ -177,7 +178,7 @@ def test_residual_networks_of_other_kinds_work_as_well(data: Dataset) -> None:
     for network, original, ratio in ((plain, resnet, 0.8), (wide, wide, 0.7)):
         config = dataclasses.replace(CONFIG, multiple=2, episodes=3, warm_up=2, reconstruct=network is plain)
         space = make_space(network, original, example, config, ratio)
-        chosen = choose(network, space, "agent", config, data, seed=0, device=CPU, ratio=ratio)
+        chosen = choose(network, space, "agent", job(config, data), Goal(ratio))
         assert count_macs(chosen.model, example[:1]) <= ratio * count_macs(original, example[:1])
         x, y = next(iter(data.validation.batches(60)))
         assert chosen.facts["validation_accuracy"] == float((chosen.model(x).argmax(1) == y).double().mean())

@@ -7,8 +7,8 @@ from removal_nets import conv
 
 from rmprune.graph.build import build_conv, sparse_forward
 from rmprune.graph.convolution import (
-    Block,
     Conv,
+    Pattern,
 )
 from rmprune.removal.copies import Entries, Side, assemble
 from rmprune.removal.geometry import Taps
@@ -26,8 +26,8 @@ def test_sparse_runs_what_dense_would(stride: int, dilation: int) -> None:
     )
     side = Side(index, 120)
     wide = assemble(layer, side, side, 1, copies, Taps(torch.tensor([1]), torch.tensor([1]), False))
-    assert isinstance(wide, Conv) and isinstance(wide.block, Block)
+    assert isinstance(wide, Conv) and isinstance(wide.pattern, Pattern)
     module, x = build_conv(wide), x_of(120)
-    assert (sparse_forward(module, x, wide.block) - module(x)).abs().max() < 1e-12
+    assert (sparse_forward(module, x, wide.pattern) - module(x)).abs().max() < 1e-12
     module.weight[100, 3, 0, 0] = 5.0
-    assert (sparse_forward(module, x, wide.block) - module(x)).abs().max() < 1e-12
+    assert (sparse_forward(module, x, wide.pattern) - module(x)).abs().max() < 1e-12

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ from rmprune.data.load import load_dataset
 from rmprune.errors import ArtifactError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.place import Place
 from rmprune.methods.choose import Verdicts, best, judge
-from rmprune.methods.cutter import make_cutter
-from rmprune.methods.start import STARTING
+from rmprune.methods.cutter import Cutter, make_cutter
+from rmprune.methods.start import start as starting
 from rmprune.methods.table import METHODS
 from rmprune.pipelines import slim
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.runs import records
 from rmprune.training import evaluate
+from rmprune.training.job import Files, Job
 
 
 def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(tmp_path: Path) -> None:
@@ -54,28 +56,30 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
     blind = replace(data, test=None)  # type: ignore[arg-type]
     budget = Budget(macs_ratio=0.5, reference_macs=rmprune.count_macs(dense, data.train.example(1)))
 
-    def start(name: str) -> torch.nn.Module:
-        if name == "plain":
-            raise UnsupportedModel("not this one")
-        return STARTING[name](dense, data.train.example)[0]
+    job = Job(config, blind, torch.device("cpu"), 0, teacher=dense)
 
-    def verdicts(start: Callable[[str], torch.nn.Module]) -> Verdicts:
-        place = {"checkpoint": tmp_path / "c" / "x.pt", "device": torch.device("cpu")}
-        return judge("mixed-auto", METHODS["mixed-auto"], start, budget, config, blind, dense, **place)  # type: ignore[arg-type]
+    def start(name: str) -> Cutter:
+        if name == "rm":
+            raise UnsupportedModel("not this one")
+        method = METHODS[name]
+        return make_cutter(starting(dense, *method.start, data.train.example)[0], method, job)
+
+    def verdicts(start: Callable[[str], Cutter], label: str = "mixed-auto") -> Verdicts:
+        candidates = {name: partial(start, name) for name in METHODS["mixed-auto"].candidates}
+        return judge(candidates, budget, job, Files(tmp_path / "c" / "x.pt", tmp_path / "log", label))
 
     found = verdicts(start)
     assert found["rm"] == {"refused": "not this one"} and best(found) != "rm"
-    cutter = make_cutter(dense, METHODS["residual"], config, data)
+    cutter = make_cutter(dense, METHODS["residual"], job)
     residual = cutter.once(dense, cutter.floored(budget))
     assert found["residual"]["loss"] == pytest.approx(evaluate(residual, data.validation).loss)
     assert verdicts(lambda name: pytest.fail("judged again")) == found
     with pytest.raises(UnsupportedModel, match="no candidate of none can be had: residual: never;"):
 
-        def never(name: str) -> torch.nn.Module:
+        def never(name: str) -> Cutter:
             raise UnsupportedModel("never")
 
-        place = {"checkpoint": tmp_path / "c" / "x.pt", "device": torch.device("cpu")}
-        judge("none", METHODS["mixed-auto"], never, budget, config, blind, dense, **place)  # type: ignore[arg-type]
+        verdicts(never, "none")
     assert not (tmp_path / "c" / "none-candidates.json").exists()
     (tmp_path / "c" / "mixed-auto-candidates.json").write_text('{"rm": ')
     with pytest.raises(ArtifactError, match=r"mixed-auto-candidates\.json: damaged"):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from slim_runs import QUICK, Small, by_parameters, noise
 
 import rmprune
@@ -12,10 +13,11 @@ from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.place import Place
 from rmprune.methods.cutter import make_cutter
 from rmprune.methods.table import METHODS
-from rmprune.pipelines import slim
+from rmprune.pipelines import slim, stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.report.build import build_report
 from rmprune.runs import records
+from rmprune.training.job import Job
 
 
 def test_a_table_of_the_processor_is_no_cost_of_a_gpu() -> None:
@@ -71,7 +73,7 @@ def test_what_cannot_be_cut_is_refused_before_training(
 ) -> None:
     data = noise()
     monkeypatch.setattr(slim, "load_dataset", lambda config: data)
-    monkeypatch.setattr(slim, "fit", lambda *_, **__: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
     config = replace(QUICK, model=model, width=None, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
     with pytest.raises(UnsupportedModel, match=reason):
         run_slim(replace(config, out=tmp_path / "run"), command="x")
@@ -81,8 +83,8 @@ def test_what_cannot_be_cut_is_refused_before_training(
 def test_a_network_that_no_file_can_hold_is_refused_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slim, "create_network", lambda *_, **__: Small(branching=True))
-    monkeypatch.setattr(slim, "fit", lambda *_, **__: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: Small(branching=True))
+    monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
     with pytest.raises(UnsupportedModel, match="trace"):
         run_slim(replace(QUICK, method=("uniform",), out=tmp_path / "run"), command="x")
     assert not (tmp_path / "run").exists()
@@ -92,7 +94,7 @@ def test_cut_while_training_layers_must_be_fittable_only_where_a_cut_at_once_may
     network = rmprune.models.create("convnext_tiny", num_classes=10).eval()
     data = noise()
     config = replace(QUICK, prune=replace(QUICK.prune, gradual=True))
-    cutter = make_cutter(network, METHODS["residual"], config, data)
+    cutter = make_cutter(network, METHODS["residual"], Job(config, data, torch.device("cpu"), 0))
     cutter.check(once=False)
     with pytest.raises(UnsupportedModel, match="--no-reconstruct"):
         cutter.check(once=True)

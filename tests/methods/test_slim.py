@@ -13,7 +13,7 @@ from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods.slim import scaled
-from rmprune.pipelines import slim
+from rmprune.pipelines import stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.runs import records
@@ -68,10 +68,10 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
 
     def once_wrong(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:
         by_size = by_parameters(place, networks)
-        rounds.append(len(by_size))
-        return {name: ratio * (wrong[0] if rounds.count(1) > 1 else 1.0) for name, ratio in by_size.items()}
+        alone.append("network" in by_size)
+        return {name: ratio * (wrong[0] if sum(alone) > 1 else 1.0) for name, ratio in by_size.items()}
 
-    rounds: list[int] = []  # the first single network measured is the narrowest one, before training
+    alone: list[bool] = []  # the first that no search measures is the narrowest one, before training
     monkeypatch.setattr(Place, "ratios", once_wrong)
     prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
     config = replace(
@@ -102,7 +102,7 @@ def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Place, "ratios", by_parameters)
-    monkeypatch.setattr(slim, "create_network", lambda *_, **__: Small(branching=False))
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: Small(branching=False))
     config = replace(QUICK, method=("coupled",), prune=PruneConfig(latency_ratio=(0.7,), round_to=1))
     (path,) = run_slim(replace(config, train=TrainConfig(epochs=1), out=tmp_path / "run"), command="x")
     record = records.read_record(path)

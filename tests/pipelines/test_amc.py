@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rmprune.amc.table import METHODS
+from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact import files as artifact
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, RemovalConfig, SearchConfig, TrainConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
@@ -88,8 +88,8 @@ def test_an_interrupted_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) 
     before = artifact.load(run / "rm-random").state_dict()
     (run / "record.json").unlink()
     (run / "rm-random").rename(run / "elsewhere")
-    monkeypatch.setattr(pipeline._Run, "train", None)
-    monkeypatch.setattr(pipeline._Run, "remove", None)
+    monkeypatch.setattr("rmprune.pipelines.stages.tune", None)
+    monkeypatch.setattr(pipeline, "_remove", lambda job: pytest.fail("removed again"))
     run_amc(dataclasses.replace(QUICK, out=run), command="again")
     after = artifact.load(run / "rm-random").state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -169,4 +169,4 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
         with pytest.raises(error):
             run_amc(dataclasses.replace(QUICK, out=tmp_path / "run", **change), command="x")
         assert not (tmp_path / "run").exists()
-    assert all(method.about for method in METHODS.values())
+    assert all(method.about for method in AMC_METHODS.values())

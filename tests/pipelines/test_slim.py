@@ -12,7 +12,7 @@ from slim_runs import QUICK
 import rmprune
 from rmprune.config import MeasureConfig, NetworkConfig, RemeasureConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.pipelines import slim
+from rmprune.pipelines import slim, stages
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import run_slim
@@ -59,16 +59,16 @@ def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
 def test_an_interrupted_run_goes_on_to_the_same_result(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, out = slim.fit, tmp_path / "run"
+    real, out = stages.tune, tmp_path / "run"
 
     def interrupted(*args: object, **kwargs: object) -> torch.nn.Module:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rmprune.methods.slim.fit", interrupted)
+    monkeypatch.setattr("rmprune.methods.slim.tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_slim(replace(QUICK, out=out), command="x")
     assert (out / "dense").is_dir() and not (out / "record.json").exists()
-    monkeypatch.setattr("rmprune.methods.slim.fit", real)
+    monkeypatch.setattr("rmprune.methods.slim.tune", real)
     run_slim(replace(QUICK, out=out), command="x")
     first, second = (json.loads((run / "record.json").read_text()) for run in (finished, out))
     for name in ("original", "plain", "pruned", "coupled"):

@@ -12,7 +12,8 @@ from rmprune.config import DataConfig, MeasureConfig, TrainConfig, TrainRunConfi
 from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError
 from rmprune.models.repvgg import RepVGG
-from rmprune.pipelines.train import make_network, run_train
+from rmprune.pipelines.stages import make_dense
+from rmprune.pipelines.train import run_train
 from rmprune.runs import records
 
 pytestmark = pytest.mark.xdist_group("train")  # one process makes the run that all of them read
@@ -55,7 +56,7 @@ def test_the_record_tells_what_was_trained_and_deployed(finished: Path) -> None:
     assert record["plain"]["accuracy"] == pytest.approx(record["original"]["accuracy"], abs=2 / 360)
     assert record["plain"]["latency"][0]["reference"] == "original"
     config = TrainRunConfig(depth=13, reserve_ratio=0.5, width=4, data=DataConfig())
-    network = make_network(config, load_dataset(config.data))
+    network = make_dense(config, load_dataset(config.data), 0)
     assert isinstance(network, RepVGG) and network.stages[1][1].reserved == 4
     assert record["original"]["macs"] == rmprune.count_macs(network, torch.zeros(1, 1, 8, 8))
 

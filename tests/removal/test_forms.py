@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import image, rule_of
 from rmprune.removal import plan_removal, remove_residuals
-from rmprune.removal.forms import Code, encode
+from rmprune.removal.forms import Code, cheapest_code
 
 BOUNDED = [nn.ReLU6, lambda: nn.Hardtanh(-1.0, 1.0), lambda: nn.Hardtanh(0.5, 2.0), lambda: nn.Hardtanh(-3.0, 4.0)]
 STOCK = [
@@ -233,7 +233,8 @@ def test_loose_bounds_are_not_paid_for_with_precision() -> None:
     assert rule is not None
     needed = torch.ones(2, dtype=torch.bool)
     forms = [
-        encode(rule, -end, end, needed, form, size) for form, size in (("auto", 1.0), ("auto", 1e5), ("shift", 1.0))
+        cheapest_code(rule, -end, end, needed, form, size)
+        for form, size in (("auto", 1.0), ("auto", 1e5), ("shift", 1.0))
     ]
     assert [sorted(code.forms) for code in forms if isinstance(code, Code)] == [["pair"], ["shift"], ["shift"]]
 
@@ -244,7 +245,7 @@ def test_scales_are_powers_of_two() -> None:
     assert rule is not None
     low, high = -torch.rand(50, dtype=torch.float64) * 300, torch.rand(50, dtype=torch.float64) * 300
     for form in ("shift", "pair"):
-        code = encode(rule, low, high, torch.ones(50, dtype=torch.bool), form)
+        code = cheapest_code(rule, low, high, torch.ones(50, dtype=torch.bool), form)
         assert isinstance(code, Code)
         exponent = torch.log2(code.scale.abs())
         assert torch.equal(exponent, exponent.round())

@@ -5,17 +5,19 @@ import torch
 from removal_nets import Residual, branch, conv_bn, prepared, refused, removed, stem
 from torch import nn
 
+from rmprune.graph.convolution import Obstacle
 from rmprune.removal.reserve import Wire, lay_out
 
 
 def test_layouts() -> None:
     """The last extra group is filled up; interleaved groups hold own channels first."""
     tail = lay_out(Wire(0, 4, 4), 8, torch.full((6,), -1))
-    assert not isinstance(tail, str) and tail.total == 16 and tail.reserved.tolist() == [8, 9, 10, 11, 12, 13]
+    assert tail.total == 16 and tail.reserved.tolist() == [8, 9, 10, 11, 12, 13]
     woven = lay_out(Wire(2), 4, torch.tensor([0, 1, 1]))
-    assert not isinstance(woven, str) and woven.total == 8
+    assert woven.total == 8
     assert woven.computed.tolist() == [0, 1, 4, 5] and woven.reserved.tolist() == [2, 6, 7]
-    assert isinstance(lay_out(Wire(0, 1, 1), 4, torch.full((3,), -1), extra_groups=2), str)
+    with pytest.raises(Obstacle, match="more copies than it is given"):
+        lay_out(Wire(0, 1, 1), 4, torch.full((3,), -1), extra_groups=2)
 
 
 def test_extra_groups_in_the_middle() -> None:
