@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale
 from rmprune.graph.network import Network, is_batch_norm, shape_of
+from rmprune.graph.run import evaluate
 from rmprune.pruning.follow import ELEMENTWISE, operation
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.reading import Reading, read
@@ -70,18 +71,13 @@ class Program:
         def value(node: fx.Node) -> Any:
             return values[self.alias.get(node.name, node.name)]
 
-        args: Any = fx.map_arg(op.node.args, value)
-        kwargs: Any = fx.map_arg(op.node.kwargs, value)
         layer = self.network.layer(op.node)
         if isinstance(layer, Scale):
             return values[op.inputs[0]] * float(layer.factor)  # a number has no precision of its own
-        if isinstance(layer, nn.Module):
-            run: Callable[..., Tensor] = IN_PLACE.get(type(layer), layer) if op.fresh else layer
-            return run(*args, **kwargs)
-        if op.node.op == "call_method":
-            return getattr(args[0], str(op.node.target))(*args[1:], **kwargs)
-        assert callable(op.node.target)
-        return op.node.target(*args, **kwargs)
+        if op.fresh and type(layer) in IN_PLACE:
+            return IN_PLACE[type(layer)](values[op.inputs[0]])  # type: ignore[index]
+        found: Tensor = evaluate(op.node, value, self.network.layer)
+        return found
 
 
 def read_program(model: nn.Module, structure: Structure, example_inputs: Tensor) -> Program:
