@@ -16,7 +16,6 @@ from rmprune.pipelines.stages import make_dense
 from rmprune.pipelines.train import run_train
 from rmprune.runs import records
 
-pytestmark = pytest.mark.xdist_group("train")  # one process makes the run that all of them read
 MEASURE = (
     "--measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 --measure.min-rounds 3"
 )
