@@ -22,15 +22,21 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
         )
     state = artifact.load(path).state_dict() if path.is_dir() else read_state_dict(path)
     own = model.state_dict()
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape] + [
-        key for key in state if key not in own
-    ]
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    state = {**counters, **state}  # files from before torch 0.4.1 have none
+    wrong = [key for key in (*own, *state) if key not in state or key not in own or state[key].shape != own[key].shape]
     if wrong:
+        there, here = (_sizes(tensors.get(wrong[0])) for tensors in (state, own))
         raise ArtifactError(
-            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0]})"
+            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0][:80]} is {there} there and "
+            f"{here} here); give the model, number of classes, width and image size that they were trained with"
         )
     model.load_state_dict(state)
     return model
+
+
+def _sizes(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else "x".join(map(str, tensor.shape)) or "one number"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -50,7 +56,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ArtifactError(f"{path}: not a state dict (name -> tensor); save model.state_dict()")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    # the names that DataParallel and torch.compile put before
+    return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in content.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -192,6 +192,9 @@ def from_module(module: nn.Module, channels: int, name: str = "") -> Conv:
     if isinstance(module, Scale):
         factor = module.factor.detach().double().cpu().expand(channels)
         return depthwise(factor[:, None, None], torch.zeros(channels, dtype=torch.float64), Geometry(), name)
+    if isinstance(module, Shift):
+        one = torch.ones(channels, 1, 1, dtype=torch.float64)
+        return depthwise(one, module.shift.detach().double().cpu(), Geometry(), name)
     if isinstance(module, nn.AvgPool2d) and plain(module, nn.AvgPool2d):
         return _from_average_pool(module, channels, name)
     raise Obstacle(f"{type(module).__name__} is no convolution, batch norm, average pool or scaling")
@@ -213,6 +216,18 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.factor if len(self.factor) == 1 else self.factor[:, None, None])
+
+
+class Shift(nn.Module):
+    """Adds one number a channel; stands for `x + shift` in a traced graph."""
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift.detach().clone().flatten())
+        self.shift: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift[:, None, None]
 
 
 def _from_conv(module: nn.Conv2d, name: str) -> Conv:

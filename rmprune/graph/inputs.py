@@ -15,6 +15,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
 from rmprune.graph.shapes import blank, floating_dtype, on_meta
 
+_TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 
@@ -138,8 +139,9 @@ def _watched(twin: nn.Module, says: bool = True) -> Iterator[nn.Module]:
         name, module, args = running[-1] if running else ("", twin, ())
         shapes = ", ".join(_said(x) for x in args if isinstance(x, Tensor)) or "its inputs"
         where = f"layer {name} ({type(module).__name__})" if name else type(module).__name__
+        small = "the images are too small for the network: " * any(sign in str(error) for sign in _TOO_SMALL)
         raise UnsupportedModel(
-            f"{where} fails on inputs of shape {shapes} ({type(error).__name__}: {' '.join(str(error).split())[:200]}): give "
+            f"{small}{where} fails on inputs of shape {shapes} ({type(error).__name__}: {' '.join(str(error).split())[:200]}): give "
             "example_inputs of the sizes, number and kind that the network takes"
         ) from error
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.convolution import Scale, Shift
 from rmprune.graph.functional import COMMUTATIVE, is_size, modules_for
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
@@ -46,6 +47,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     propagate_shapes(network, example_inputs)
     if pieces:
         slice_pieces(network)
+        _as_layers(network)
     network.decided = decided
     return network
 
@@ -162,6 +164,25 @@ def plain_norm(module: Any) -> nn.BatchNorm2d:
         if getattr(module, name) is not None:
             setattr(plain, name, nn.Parameter(getattr(module, name), requires_grad=False))
     return plain.eval()
+
+
+def _as_layers(network: Network) -> None:
+    """x - y as x + (-1) * y, and a number a channel that is added as a layer; `propagate_shapes` has run."""
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
+            continue
+        first, second = node.args
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or shape_of(first) != shape_of(node):
+            continue
+        constant = network.constants.get(str(second.target)) if second.op == "get_attr" else None
+        if node.target in (operator.sub, torch.sub) and constant is None and shape_of(second) == shape_of(node):
+            with network.graph.inserting_before(node):
+                negative = network.graph.call_module(network.add(f"{node.name}_minus", Scale(torch.tensor([-1.0]).double())), (second,))
+            negative.meta["shape"] = shape_of(second)
+            node.target, node.args = operator.add, (first, negative)
+        elif node.target in (operator.add, torch.add) and constant is not None and constant.numel() == shape_of(node)[1]:  # type: ignore[index]
+            if constant.shape[-2:] == (1, 1) and constant.shape[-3] == constant.numel():
+                node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
 
 
 def slice_pieces(network: Network) -> None:

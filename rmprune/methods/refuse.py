@@ -72,7 +72,12 @@ def refusal(summary: str, refusals: Mapping[str, Refusal]) -> Refusal:
 
 
 def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], *, candidate: bool = False) -> None:
-    network = start(*method.start)
+    try:
+        network = start(*method.start)
+    except UnsupportedModel as error:
+        if candidate or method.residuals == "kept" or "no residual to remove" not in str(error):
+            raise
+        raise UnsupportedModel(f"{error}; --method residual prunes the network as it is") from None
     cutter = make_cutter(network, method, job)
     cutter.check(once=candidate or budget.latency_ratio is not None)
     if budget.latency_ratio is None:

@@ -7,9 +7,11 @@ from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import TrainRunConfig
 from rmprune.data.load import load_dataset
+from rmprune.errors import UnsupportedModel
 from rmprune.measure import check_available
 from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, starting_network
 from rmprune.removal import plan_removal
+from rmprune.removal.remove import nothing_to_remove
 from rmprune.runs.cells import Cell
 from rmprune.runs.directory import claim
 from rmprune.training.job import Job
@@ -23,7 +25,9 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
     check_available(config.measure.backends, config.measure.device)
     model = make_dense(config, job.data, config.seed)
     describe(model)
-    plan_removal(model, job.data.train.example(2))  # refuse a network without residuals before training it
+    plan = plan_removal(model, job.data.train.example(2))
+    if not any(block.removable for block in plan):  # known before training
+        raise UnsupportedModel(nothing_to_remove({block.name: block.reason for block in plan}))
     with claim(root, config, records=[cell.record], networks={"dense", "plain"}, overwrite=config.overwrite):
         dense = dense_network(job, cell)
         plain = starting_network(replace(job, teacher=dense), cell, "none", "removed")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent
+from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import shape_of
 from rmprune.graph.ranges import annotate_ranges, range_of
 from rmprune.pruning.budget import Budget, allowed_units
@@ -35,7 +36,7 @@ class Folded:
 
 
 def fold_dead_channels(
-    model: M, example_inputs: Tensor, *, limits: Budget | None = None, structure: Structure | None = None
+    model: M, example_inputs: Inputs, *, limits: Budget | None = None, structure: Structure | None = None
 ) -> M:
     """A new network, equal in eval mode, without channels that are constant or that nobody reads, to a fixpoint.
 
@@ -50,7 +51,7 @@ def fold_dead_channels(
 
 def fold(
     model: nn.Module,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     *,
     limits: Budget | None = None,
     structure: Structure | None = None,
@@ -213,7 +214,7 @@ def _merge_columns(layer: nn.Module, constant: Tensor, value: Tensor, into: int)
         weight[:, into] += total.to(weight.dtype)
 
 
-def _check(model: nn.Module, result: nn.Module, example_inputs: Tensor) -> None:
+def _check(model: nn.Module, result: nn.Module, example_inputs: Inputs) -> None:
     for before, after in zip(outputs(model, example_inputs), outputs(result, example_inputs), strict=True):
         if before.numel() == 0 or not bool(before.isfinite().all()):  # what overflows cannot be compared
             continue

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import describe
 from rmprune.pruning.follow import Walk, tensors_in
 from rmprune.pruning.groups import Group, Member, Structure, describe_layer, with_ports
@@ -20,7 +21,7 @@ from rmprune.pruning.reading import Reading, read
 CUTS = 4  # random ones, that operations are tried with
 
 
-def find_structure(model: nn.Module, example_inputs: Tensor, *, reading: Reading | None = None) -> Structure:
+def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading | None = None) -> Structure:
     """The groups of channels that can go, the layers they size, and what cannot be pruned and why.
 
     `example_inputs`: images [N, ...], of which the first is looked at. `reading`: the network as `read` has it, where that is at

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.inputs import Inputs, as_tuple
 
 Side = Literal["out", "in", "tied"]
 Keep = dict[str, Tensor]
@@ -72,10 +73,10 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def outputs(model: nn.Module, example_inputs: Tensor) -> list[Tensor]:
+def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
-        return [x for x in tree_leaves(model(example_inputs.to(device_of(model)))) if isinstance(x, Tensor)]
+        return [x for x in tree_leaves(model(*as_tuple(model, example_inputs))) if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True)

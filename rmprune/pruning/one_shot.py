@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.graph.inputs import as_given, only_input
+from rmprune.graph.inputs import Inputs, as_given
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold, response
@@ -33,7 +33,7 @@ FITTING_PIXELS = 2**23  # and of so many pixels
 
 def prune(
     plain: M,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     *,
     importance: str | Mapping[str, Tensor] | Importance = "batch_norm",
     budget: Budget,
@@ -70,8 +70,7 @@ def prune(
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
-    plain, inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
-    example_inputs = only_input(inputs, "prune")
+    plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
     reading = read(plain, example_inputs, values=True)
     structure = find_structure(plain, example_inputs, reading=reading)
     if which == "inner":
@@ -212,7 +211,7 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     return {name: total.cpu() / counts[name] for name, total in sums.items()}
 
 
-def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Tensor) -> None:
+def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -> None:
     """The pruned network runs, and its outputs have the shapes they had."""
     for expected, got in zip(outputs(before, example_inputs), outputs(after, example_inputs), strict=True):
         if expected.shape != got.shape:

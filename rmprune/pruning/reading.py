@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.equivalence import freeze, reference_copy
+from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm
 from rmprune.graph.normalise import normalise, plain_norm
 from rmprune.graph.shapes import on_meta, propagate_shapes
@@ -60,17 +61,15 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers(recurse=False)
 
 
-def read(model: nn.Module, example_inputs: Tensor, *, values: bool = False) -> Reading:
+def read(model: nn.Module, example_inputs: Inputs, *, values: bool = False) -> Reading:
     """The network as it runs on the first of these images. `values`: with its weights; else it is read on the meta device, at no cost.
 
-    Raises UnsupportedModel where torch.fx cannot follow it, where it cannot be copied, and for more inputs than one.
+    Raises UnsupportedModel where torch.fx cannot follow it, where it cannot be copied, and for inputs that are no batch.
     """
-    if not isinstance(example_inputs, Tensor):
-        raise UnsupportedModel("pruning takes networks with one input, a tensor; example_inputs is none")
     try:
         twin = reference_copy(model) if values else freeze(on_meta(model).double().eval()).requires_grad_(False)
     except RuntimeError as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error
     owners = {id(part): name for name, module in twin.named_modules() for part in (module, *_tensors(module))}
-    inputs = (example_inputs[:1],)
+    inputs = tuple(x[:1] for x in as_tuple(model, example_inputs))
     return Reading(normalise(twin, inputs, pieces=False), owners, inputs)

@@ -103,7 +103,7 @@ def remove_residuals(
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
     if not removed:
-        raise UnsupportedModel(_nothing(kept))
+        raise UnsupportedModel(nothing_to_remove(kept))
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
@@ -190,7 +190,8 @@ def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None
         raise ConfigError(f"tolerance={tolerance} must be positive")
 
 
-def _nothing(kept: dict[str, str]) -> str:
+def nothing_to_remove(kept: dict[str, str]) -> str:
+    """What to say where no residual goes. kept: {block: why it stays}."""
     if not kept:
         return "there is no residual to remove: the network adds no two maps of one source"
     return "no residual to remove that can go: " + "; ".join(f"{name}: {reason}" for name, reason in kept.items())
