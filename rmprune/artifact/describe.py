@@ -34,7 +34,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
     """The architecture of `model` as JSON-able data: layers, graph, tensors shared or frozen; no weights.
 
-    `inputs`: examples, for code that asks for their sizes. Returns a dict with `kind` ("sequential" or "graph"), `training`, `layers`, `tensors`, `nodes`, `tied`, `frozen`.
+    `inputs`: examples, for code that asks for their sizes.
+    Returns a dict with `kind` ("sequential" or "graph"), `training`, `layers`, `tensors`, `nodes`, `tied`, `frozen`.
     Raises UnsupportedModel that names the first thing outside the closed list and what to do.
     """
     flat = is_flat_sequential(model)

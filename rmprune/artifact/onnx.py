@@ -146,7 +146,9 @@ def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
     """What float32 does to the outputs of `model` in eval mode: largest |difference| to float64 over the largest |output|."""
     single = _as_float(inputs)
     with torch.inference_mode():
-        exact = named_outputs(copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in single)))
+        exact = named_outputs(
+            copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in single))
+        )
         return max(_off(value, exact[name]) for name, value in named_outputs(model(*single)).items())
 
 

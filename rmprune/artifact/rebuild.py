@@ -234,6 +234,12 @@ def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
     return graph
 
 
+def _are_pairs(inner: Any) -> bool:
+    """A dict as a list of [name, value]."""
+    pairs = inner if isinstance(inner, list) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
+
+
 def decode(value: Any, nodes: dict[str, torch.fx.Node], where: str) -> Any:
     """The inverse of `encode`; a reference to a node that does not stand earlier raises ArtifactError."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -250,9 +256,8 @@ def decode(value: Any, nodes: dict[str, torch.fx.Node], where: str) -> Any:
             return nodes[inner]
         if kind == "tuple" and isinstance(inner, list):
             return tuple(decode(v, nodes, where) for v in inner)
-        if kind == "dict" and isinstance(inner, list):
-            if all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in inner):
-                return {key: decode(v, nodes, where) for key, v in inner}
+        if kind == "dict" and _are_pairs(inner):
+            return {key: decode(v, nodes, where) for key, v in inner}
         if kind == "slice" and isinstance(inner, list) and len(inner) == 3:
             return slice(*(decode(v, nodes, where) for v in inner))
         if kind == "float" and inner in ("inf", "-inf", "nan"):

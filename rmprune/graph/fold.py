@@ -17,7 +17,8 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     """A copy of `model` in eval mode in which every batch norm right after a convolution or linear layer is folded into
     it.
 
-    inputs: examples, for code that asks for their sizes (`trace`). Works on flat nn.Sequentials and on whatever torch.fx traces (UnsupportedModel otherwise). A batch norm stays where
+    inputs: examples, for code that asks for their sizes (`trace`).
+    Works on flat nn.Sequentials and on whatever torch.fx traces (UnsupportedModel otherwise). A batch norm stays where
     its input is also read elsewhere, where the layer before runs more than once, or where it has no running statistics.
     Dropout and Identity go as well.
     """

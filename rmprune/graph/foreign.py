@@ -1,4 +1,4 @@
-"""Networks as people bring them: wrappers taken off, weights that are computed made numbers, kinds of module that cannot be read refused."""
+"""Networks as people bring them: wrappers taken off, weights that are computed made numbers, what cannot be read refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
@@ -17,7 +17,10 @@ from rmprune.errors import UnsupportedModel
 logger = logging.getLogger("rmprune")
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
-_HOOKED = ("WeightNorm", "SpectralNorm")  # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations
+_HOOKED = (
+    "WeightNorm",
+    "SpectralNorm",
+)  # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations
 
 
 def plain_module(model: nn.Module) -> nn.Module:
@@ -44,7 +47,7 @@ def plain_module(model: nn.Module) -> nn.Module:
         make_permanent(module)
     if computed:
         logger.warning(
-            "weights that are computed from others (weight norm, spectral norm, masks, parametrizations) are made permanent in the copy: %s",
+            "weights that are computed (weight norm, spectral norm, masks, parametrizations) are made permanent in the copy: %s",
             ", ".join(name or type(model).__name__ for name in computed),
         )
     return model
@@ -55,11 +58,13 @@ def _inside(module: nn.Module) -> nn.Module | None:
     name = _WRAPPERS.get(type(module).__name__)
     if name is None or not type(module).__module__.startswith("torch."):
         return None
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)
 
 
 def _computed(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module) or any(is_of_weights(hook) for hook in module._forward_pre_hooks.values())
+    return parametrize.is_parametrized(module) or any(
+        is_of_weights(hook) for hook in module._forward_pre_hooks.values()
+    )
 
 
 def is_of_weights(hook: Any) -> bool:
@@ -107,28 +112,40 @@ def make_permanent(module: nn.Module) -> None:
 def _refuse_foreign(model: Any) -> None:
     kind = type(model).__name__
     if kind == "ExportedProgram":
-        raise UnsupportedModel("an ExportedProgram holds operators and no layers: pass the nn.Module that it was exported from")
+        raise UnsupportedModel(
+            "an ExportedProgram holds operators and no layers: pass the nn.Module that it was exported from"
+        )
     if not isinstance(model, nn.Module):
-        raise UnsupportedModel(f"the network must be a torch.nn.Module, got {kind}: build it and load its weights first")
+        raise UnsupportedModel(
+            f"the network must be a torch.nn.Module, got {kind}: build it and load its weights first"
+        )
     for path, module in model.named_modules():
         where = f"{path} ({type(module).__name__})" if path else type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModel(f"{where}: TorchScript cannot be read as layers: pass the nn.Module that it was made from")
+            raise UnsupportedModel(
+                f"{where}: TorchScript cannot be read as layers: pass the nn.Module that it was made from"
+            )
         if type(module).__module__.startswith(_QUANTISED):
             raise UnsupportedModel(
                 f"{where}: quantised, or prepared for it, so that its weights are not those it computes with: pass the network in "
                 "floating point, and quantise the result"
             )
         if "FullyShardedDataParallel" in [c.__name__ for c in type(module).__mro__]:
-            raise UnsupportedModel(f"{where}: its weights are spread over processes: pass a copy with the whole state dict loaded")
-        if isinstance(module, fx.GraphModule) and any(isinstance(n.target, torch._ops.OpOverload) for n in module.graph.nodes):
-            raise UnsupportedModel(f"{where}: a graph of exported operators holds no layers: pass the nn.Module it was exported from")
+            raise UnsupportedModel(
+                f"{where}: its weights are spread over processes: pass a copy with the whole state dict loaded"
+            )
+        if isinstance(module, fx.GraphModule) and any(
+            isinstance(n.target, torch._ops.OpOverload) for n in module.graph.nodes
+        ):
+            raise UnsupportedModel(
+                f"{where}: a graph of exported operators holds no layers: pass the nn.Module it was exported from"
+            )
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             _refuse_tensor(f"{path}.{name}" if path else name, tensor)
 
 
 def _refuse_tensor(where: str, tensor: Tensor) -> None:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         raise UnsupportedModel(f"{where}: a lazy layer has no weights yet: run one batch through the network first")
     kinds = [c for c in type(tensor).__mro__ if issubclass(c, Tensor) and c not in (Tensor, nn.Parameter, nn.Buffer)]
     if any(name in vars(c) for c in kinds for name in ("__torch_function__", "__torch_dispatch__")):
@@ -141,4 +158,6 @@ def refuse_meta(model: nn.Module) -> None:
     """Raises UnsupportedModel for a network whose weights have no values (the meta device)."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise UnsupportedModel(f"{name}: on the meta device it has no values: load the network's weights first (to_empty, load_state_dict)")
+            raise UnsupportedModel(
+                f"{name}: on the meta device it has no values: load the network's weights first (to_empty, load_state_dict)"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
-from rmprune.graph.shapes import blank, floating_dtype, on_meta
+from rmprune.graph.shapes import blank, on_meta
 
 _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
@@ -41,7 +42,9 @@ def to_double(x: Tensor) -> Tensor:
 def only_input(inputs: tuple[Tensor, ...], call: str) -> Tensor:
     """Raises UnsupportedModel where there are several."""
     if len(inputs) != 1:
-        raise UnsupportedModel(f"{call} takes networks of one input only, and got {len(inputs)}: make one tensor of them (torch.cat)")
+        raise UnsupportedModel(
+            f"{call} takes networks of one input only, and got {len(inputs)}: make one tensor of them (torch.cat)"
+        )
     return inputs[0]
 
 
@@ -58,7 +61,9 @@ def as_tuple(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
         values = (example_inputs,)
     if not values:
         raise UnsupportedModel("example_inputs is empty: give one batch, or a tuple with a batch for each input")
-    tensors = next(((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
+    tensors = next(
+        ((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None
+    )
     found = []
     for place, value in enumerate(values):
         said = f"input {place + 1} of {len(values)}" if len(values) > 1 else "example_inputs"
@@ -86,9 +91,15 @@ def _way(value: Any) -> str:
 def _by_name(model: nn.Module, given: Mapping[str, Any]) -> tuple[Any, ...]:
     parameters = inspect.signature(model.forward).parameters
     unknown = [name for name in given if name not in parameters]
-    missing = [name for name, p in parameters.items() if name not in given and p.default is p.empty and p.kind.name[:3] != "VAR"]
+    missing = [
+        name
+        for name, p in parameters.items()
+        if name not in given and p.default is p.empty and p.kind.name[:3] != "VAR"
+    ]
     if unknown or missing:
-        said = [f"there is no {', '.join(map(str, unknown))}"] * bool(unknown) + [f"{', '.join(missing)} is missing"] * bool(missing)
+        said = [f"there is no {', '.join(map(str, unknown))}"] * bool(unknown) + [
+            f"{', '.join(missing)} is missing"
+        ] * bool(missing)
         raise UnsupportedModel(
             f"example_inputs by name: forward of {type(model).__name__} takes {', '.join(parameters)}; {' and '.join(said)}"
         )
@@ -115,9 +126,11 @@ def trial(model: nn.Module, inputs: tuple[Tensor, ...], watch: AbstractContextMa
             return
     except UnsupportedModel:
         raise
-    except Exception:  # noqa: BLE001  # a tensor made on the fly, an operator without a rule for shapes, or inputs that do not fit
+    except Exception:  # a tensor made on the fly, an operator without a rule for shapes, or inputs that do not fit
         if any(x.is_meta for x in inputs):
-            raise UnsupportedModel("example_inputs on the meta device have no values, and the network does not run without") from None
+            raise UnsupportedModel(
+                "example_inputs on the meta device have no values, and the network does not run without"
+            ) from None
     with watch, _watched(copied(model).eval()) as twin:
         twin(*(x.clone() for x in one))
 
@@ -126,9 +139,17 @@ def trial(model: nn.Module, inputs: tuple[Tensor, ...], watch: AbstractContextMa
 def _watched(twin: nn.Module, says: bool = True) -> Iterator[nn.Module]:
     """Refuses what layers of `twin`, a copy, read; `says`: whatever else goes wrong is said with the innermost layer that was running."""
     running: list[tuple[str, nn.Module, Any]] = []
+
+    def enter(name: str, module: nn.Module, args: Any) -> None:
+        running.append((name, module, args))
+        _refuse_read(name, module, args)
+
+    def leave() -> None:
+        running.pop()
+
     for name, module in twin.named_modules():
-        module.register_forward_pre_hook(lambda module, args, name=name: running.append((name, module, args)) or _refuse_read(*running[-1]))
-        module.register_forward_hook(lambda *_: running.pop() and None)
+        module.register_forward_pre_hook(partial(enter, name))
+        module.register_forward_hook(lambda *_: leave())
     try:
         yield twin
     except UnsupportedModel:
@@ -159,7 +180,8 @@ def _refuse_read(name: str, module: nn.Module, args: Any) -> None:
         )
     if not x.is_floating_point() and module.weight.is_floating_point():
         raise UnsupportedModel(
-            f"{where} fails on inputs of shape {_said(x)}: give example_inputs in {floating_dtype(module)}, scaled as in training"
+            f"{where} fails on inputs of shape {_said(x)}: give example_inputs in "
+            f"{str(module.weight.dtype).removeprefix('torch.')}, scaled as in training"
         )
     channels = x.shape[1] if isinstance(module, _ConvNd) else x.shape[-1]
     wanted = module.in_channels if isinstance(module, _ConvNd) else module.in_features

@@ -49,7 +49,10 @@ class Network:
     def sizes_note(self) -> str:
         """What to say of a result that holds for the sizes of the example inputs only."""
         places = "; ".join(self.decided)
-        return places and f"the sizes of the inputs decide what is computed ({places}): this holds for inputs of these sizes only"
+        return (
+            places
+            and f"the sizes of the inputs decide what is computed ({places}): this holds for inputs of these sizes only"
+        )
 
     def layer(self, node: fx.Node) -> NodeLayer | None:
         return self.layers.get(str(node.target)) if node.op == "call_module" else None

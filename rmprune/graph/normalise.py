@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, Shift
 from rmprune.graph.functional import COMMUTATIVE, is_size, modules_for
 from rmprune.graph.in_place import undo_in_place
@@ -42,7 +41,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
     undo_in_place(traced, dict(model.named_modules()))
-    network = _Normaliser(model, traced).run()
+    network = _Normaliser(model, traced).run(unread=not pieces)
     refuse_random(network)
     propagate_shapes(network, example_inputs)
     if pieces:
@@ -61,7 +60,8 @@ class _Normaliser:
         self.env: dict[fx.Node, fx.Node] = {}
         self.twins: dict[tuple[fx.Node, str], fx.Node] = {}
 
-    def run(self) -> Network:
+    def run(self, unread: bool) -> Network:
+        """`unread`: keep layers whose results nobody reads; they run all the same, and go with their inputs."""
         for node in self.traced.nodes:
             if node.op == "call_module":
                 self._module(node)
@@ -70,7 +70,11 @@ class _Normaliser:
             else:
                 self._keep(node)
         for node in reversed(list(self.network.graph.nodes)):
-            if not node.users and node.op not in ("output", "placeholder"):
+            if (
+                not node.users
+                and node.op not in ("output", "placeholder")
+                and not (unread and node.op == "call_module")
+            ):
                 self.network.graph.erase_node(node)
                 self.network.layers.pop(str(node.target), None)
         return self.network
@@ -177,12 +181,18 @@ def _as_layers(network: Network) -> None:
         constant = network.constants.get(str(second.target)) if second.op == "get_attr" else None
         if node.target in (operator.sub, torch.sub) and constant is None and shape_of(second) == shape_of(node):
             with network.graph.inserting_before(node):
-                negative = network.graph.call_module(network.add(f"{node.name}_minus", Scale(torch.tensor([-1.0]).double())), (second,))
+                negative = network.graph.call_module(
+                    network.add(f"{node.name}_minus", Scale(torch.tensor([-1.0]).double())), (second,)
+                )
             negative.meta["shape"] = shape_of(second)
             node.target, node.args = operator.add, (first, negative)
-        elif node.target in (operator.add, torch.add) and constant is not None and constant.numel() == shape_of(node)[1]:  # type: ignore[index]
-            if constant.shape[-2:] == (1, 1) and constant.shape[-3] == constant.numel():
-                node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
+        elif node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
+            node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
+
+
+def _one_a_channel(constant: Tensor, node: fx.Node) -> bool:
+    shape = shape_of(node) or ()
+    return constant.dim() in (3, 4) and constant.shape[-3:] == (shape[1], 1, 1) and constant.numel() == shape[1]
 
 
 def slice_pieces(network: Network) -> None:

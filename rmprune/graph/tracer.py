@@ -6,9 +6,9 @@ import contextlib
 import inspect
 import linecache
 import operator
-import os
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ from rmprune.graph.shapes import blank, blank_inputs, floating_dtype, on_meta
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
 _PLACES = ("device", "is_cuda", "is_cpu", "is_meta")
-_OURS = os.path.dirname(os.path.dirname(__file__))
-_PACKAGES = (os.path.dirname(torch.__file__) + os.sep, "<frozen")
+_OURS, _TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 
 
 def _is_network(file: str) -> bool:
     """Whether a file is of the code that is traced: a network of ours, or anyone's but torch's."""
-    return not file.startswith(_PACKAGES) and (not file.startswith(_OURS) or file.startswith(os.path.join(_OURS, "models")))
+    parents = Path(file).parents
+    return file[:1] != "<" and _TORCH not in parents and (_OURS not in parents or _OURS / "models" in parents)
 
 
 class Tracer(fx.Tracer):
@@ -104,7 +104,7 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         count = length(self, obj)
-        return super().iter(obj) if count is None else (obj[i] for i in range(count))  # type: ignore[return-value, index]
+        return super().iter(obj) if count is None else (obj[i] for i in range(count))  # type: ignore[index]
 
     def place(self, error: BaseException | None = None) -> str:
         """The module being traced and the line of its code: "layer1.0 (Block), net.py line 12, `if x.mean() > 0:`"."""
@@ -115,7 +115,7 @@ class Tracer(fx.Tracer):
         said = [f"{path} ({name})" if path else name]
         for frame in [frame for frame in frames if _is_network(frame.filename)][-1:]:
             line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-            said.append(f"{os.path.basename(frame.filename)} line {frame.lineno}" + (f", `{line[:80]}`" if line else ""))
+            said.append(f"{Path(frame.filename).name} line {frame.lineno}" + (f", `{line[:80]}`" if line else ""))
         return ", ".join(said)
 
 
@@ -190,7 +190,9 @@ def _pieces(node: fx.Node) -> int | None:
     return None
 
 
-def follow(kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> tuple[fx.Graph, list[str]]:
+def follow(
+    kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | None = None
+) -> tuple[fx.Graph, list[str]]:
     """The torch.fx graph of `model` as a tracer of this kind sees it, and where sizes decided what is in it.
 
     Arguments of forward that `inputs` do not reach and that are None or flags are taken as they are. First without sizes; where that
@@ -202,7 +204,8 @@ def follow(kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | No
         tracer.inputs = known
         try:
             fixed = _fixed(model, None if inputs is None else len(inputs))
-            return _cleaned(tracer.trace(model, fixed), fixed), list(tracer.decided)
+            graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
+            return _cleaned(graph, fixed), list(tracer.decided)
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing

@@ -47,7 +47,7 @@ class _Counter(TorchDispatchMode):
 
     def __enter__(self) -> "_Counter":
         self.macs = 0  # a run that failed does not count
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

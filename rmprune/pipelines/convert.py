@@ -20,6 +20,7 @@ from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
 from rmprune.removal import BlockReport, Plan, plan_removal, remove_residuals
+from rmprune.removal.remove import nothing_to_remove
 
 logger = logging.getLogger("rmprune")
 CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
@@ -86,6 +87,11 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
     for note in dict.fromkeys(block.note for block in blocks if block.note):
         noted = ", ".join(block.name for block in blocks if block.note == note)
         console.print(f"note ({noted}): {note}", markup=False, highlight=False)
+    if not any(block.removable for block in blocks):
+        console.print(
+            f"{nothing_to_remove({}) if not blocks else 'no residual can go'}; slim --method residual prunes the network as it is"
+        )
+        return blocks
     out = f"runs/{Path(config.network.model).name}-plain"
     again = shlex.join(["python", "-m", "rmprune", "convert", *network_arguments(config.network), "--out", out])
     console.print(f"next: {again}", markup=False, soft_wrap=True)

@@ -58,7 +58,8 @@ def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] = (
     The kernel is the branch's largest, the stride its own; blocks that this would make dearer (bottlenecks) are kept.
     Blocks are fitted in order, each to the sum (branch and shortcut) of the original while it reads what the collapsed network
     gives it, so that later blocks make up for earlier ones.
-    images: (N, C, H, W), or a tuple or dict of inputs: some hundred training images, all held in memory at once; `keep`: names of blocks to leave.
+    images: (N, C, H, W), or a tuple or dict of inputs: some hundred training images, all held in memory at once.
+    `keep`: names of blocks to leave.
 
     Raises UnsupportedModel where torch.fx cannot follow the model or no block can be collapsed, ConfigError for an unknown block.
 

@@ -164,7 +164,7 @@ def test_errors() -> None:
         prune(chain(), images(), budget=Budget(ratio=0.5), which="all")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="give some as data"):
         prune(chain(), images(), budget=Budget(ratio=0.5), reconstruct=True)
-    with pytest.raises(UnsupportedModel, match="Control flow"):
+    with pytest.raises(UnsupportedModel, match="control flow"):
         prune(Untraceable(), images(), budget=Budget(ratio=0.5))
     with pytest.raises(ConfigError, match="no entry for 0"):
         prune(chain(), images(), budget=Budget(ratio=0.5), importance={"nowhere": torch.ones(3)})

@@ -1,0 +1,191 @@
+"""What the sizes of the inputs decide is traced; what values decide is refused with module and line (cases 26, 31, README's list)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import rmprune
+from rmprune.errors import UnsupportedModel
+
+X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+Join = Callable[[Tensor, Tensor], Tensor]
+
+
+class Res(nn.Module):
+    def __init__(self, join: Join, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head, self.join = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 2, 1),
+            join,
+        )
+        self.norm = norm or nn.Identity()
+
+    def forward(self, x: Tensor, double: bool = False, mask: Tensor | None = None) -> Tensor:
+        y = torch.relu(self.stem(x))
+        if double:
+            y = y * 2
+        if mask is not None:
+            y = y * mask
+        return self.head(torch.relu(self.join(y, self.norm(self.conv(y)))))  # type: ignore[no-any-return]
+
+
+class Affine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = (nn.Buffer(torch.rand(1, 8, 1, 1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def by_size(a: Tensor, b: Tensor) -> Tensor:
+    return a + b if a.shape[2] > 4 else b
+
+
+def asserted(a: Tensor, b: Tensor) -> Tensor:
+    n, c, h, w = a.shape
+    if h != w or len(a.shape) != 4 or a.dim() != 4:
+        raise ValueError("square maps only")
+    return a + b.view(n, c, int(h), w).relu() if max(h, w) < 4 else a + b
+
+
+def by_channels(a: Tensor, b: Tensor) -> Tensor:
+    return a + b if a.shape[1] == b.size(1) else b
+
+
+def extended(a: Tensor, b: Tensor) -> Tensor:
+    pieces = list(b.chunk(2, 1))
+    pieces.extend(a.chunk(2, dim=1))
+    return torch.cat(pieces[:2], 1) + torch.cat(pieces[2:], 1)
+
+
+def split_by_width(a: Tensor, b: Tensor) -> Tensor:
+    return a + torch.cat(list(b.split(4, 1)), 1)
+
+
+def split_by_widths(a: Tensor, b: Tensor) -> Tensor:
+    return a + torch.cat(list(b.split([2, 6], 1)), 1)
+
+
+def unbound(a: Tensor, b: Tensor) -> Tensor:
+    return a + torch.stack(list(b.unbind(1)), 1)
+
+
+def by_value(a: Tensor, b: Tensor) -> Tensor:
+    return a + b if a.mean() > 0 else b
+
+
+REMOVED: dict[
+    str, tuple[Join, nn.Module | None, bool]
+] = {  # how it joins, its norm, whether it holds for these sizes only
+    "sum": (lambda a, b: sum([a, b]), None, False),  # type: ignore[arg-type, return-value]
+    "detached": (lambda a, b: a.detach() + b, None, False),
+    "scale and shift": (torch.add, Affine(), False),
+    "difference": (torch.sub, None, False),
+    "- of Python": (lambda a, b: a - b, None, False),
+    "by size": (by_size, None, True),
+    "asserted": (asserted, None, True),
+    "by channels": (by_channels, None, False),
+}
+
+
+@pytest.mark.parametrize("kind", REMOVED)
+def test_joins_are_removed(kind: str) -> None:
+    join, norm, sized = REMOVED[kind]
+    net = Res(join, norm).eval()
+    removal = rmprune.remove_residuals(net, X)
+    assert len(removal.removed) == 1 and torch.allclose(removal.model(X), net(X), atol=1e-4)
+    assert sized == ("inputs of these sizes only" in removal.note)
+    if sized:
+        assert "test_tracing.py line" in removal.note
+
+
+@pytest.mark.parametrize("join", [extended, split_by_width, split_by_widths, unbound])
+def test_pieces_of_a_fixed_number_are_traced(join: Join, tmp_path: Path) -> None:
+    """They are no chain of layers, which removal says; pruning and artifacts take them."""
+    net = Res(join).eval()
+    with pytest.raises(UnsupportedModel, match="no residual to remove that can go"):
+        rmprune.remove_residuals(net, X)
+    saved = rmprune.load(rmprune.save(net, tmp_path / "net", example_inputs=X))
+    assert torch.equal(saved(X), net(X))
+    if join in (extended, split_by_widths):
+        assert torch.equal(rmprune.load(rmprune.save(net, tmp_path / "plain"))(X), net(X))
+
+
+def test_values_that_decide_are_refused_with_module_and_line(tmp_path: Path) -> None:
+    net = nn.Sequential(Res(by_value)).eval()
+    said = r"0 \(Res\), test_tracing.py line \d+, `return a \+ b if a.mean\(\) > 0 else b`.*depends on the values of tensors"
+    for call in (rmprune.remove_residuals, rmprune.plan_removal):
+        with pytest.raises(UnsupportedModel, match=said):
+            call(net, X)
+    with pytest.raises(UnsupportedModel, match=said):
+        rmprune.save(net, tmp_path / "net", example_inputs=X)
+
+
+def test_an_error_of_the_network_is_not_called_control_flow() -> None:
+    def broken(a: Tensor, b: Tensor) -> Tensor:
+        return (
+            a + b
+            if isinstance(a, nn.Parameter) or not hasattr(a, "as_subclass")
+            else a + b
+            if a.sum() is None
+            else {}["key"]
+        )  # type: ignore
+
+    with pytest.raises(UnsupportedModel, match=r"KeyError"):
+        rmprune.remove_residuals(Res(broken).eval(), X)
+
+
+def test_sizes_that_decide_need_example_inputs_in_an_artifact(tmp_path: Path) -> None:
+    net = Res(by_size).eval()
+    with pytest.raises(UnsupportedModel, match="give example_inputs"):
+        rmprune.save(net, tmp_path / "net")
+    assert torch.equal(rmprune.load(rmprune.save(net, tmp_path / "net", example_inputs=X))(X), net(X))
+
+
+class Star(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Res(torch.add)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.net(inputs[0]) + inputs[1].mean()  # type: ignore[no-any-return]
+
+
+def test_inputs_without_names() -> None:
+    net = Star().eval()
+    removal = rmprune.remove_residuals(net, (X, X))
+    assert removal.removed and torch.allclose(removal.model(X, X), net(X, X), atol=1e-4)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gru = nn.Conv2d(3, 8, 3), nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(self.conv(x).mean(2).transpose(1, 2))[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layer", [nn.InstanceNorm2d(8), nn.SyncBatchNorm(8), None])
+def test_layers_that_an_artifact_cannot_hold_are_named_and_measured(layer: nn.Module | None, tmp_path: Path) -> None:
+    net = (Recurrent() if layer is None else nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.ReLU())).eval()
+    said = (
+        r"^layer gru \(GRU\): not a layer type"
+        if layer is None
+        else rf"^layer 1 \({type(layer).__name__}\): not a layer type"
+    )
+    with pytest.raises(UnsupportedModel, match=said):
+        rmprune.save(net, tmp_path / "net")
+    assert rmprune.measure_latency(net, X, backend="eager", seconds=0.0, min_rounds=1).median_ms > 0
+
+
+def test_frozen_batch_norm_is_saved(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3)).eval()
+    assert torch.equal(rmprune.load(rmprune.save(net, tmp_path / "net"))(X), net(X))
