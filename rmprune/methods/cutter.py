@@ -96,6 +96,7 @@ class Cutter:
                 data=self.job.batches,
                 gradients=self.gradients if network is self.network else None,
                 origin=origin,
+                prove=scores is None,
             ).cpu()
         return prune(
             here,
@@ -109,6 +110,7 @@ class Cutter:
             reconstruct=settings.reconstruct and scores is None,
             lookahead=self.lookahead,
             origin=origin,
+            prove=scores is None,
         ).cpu()
 
     def check(self, *, once: bool = True) -> None:

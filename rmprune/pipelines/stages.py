@@ -30,7 +30,7 @@ from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
 RunConfig = SlimConfig | AmcConfig | TrainRunConfig
-NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed")
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
 """Facts of a network's artifact that the record repeats."""
 
 
