@@ -5,7 +5,6 @@ JSON, the episodes and the scored policies), and `episodes.jsonl`, one line an e
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from rmprune.amc.agent import Agent, AgentConfig, Step, truncated_normal
 from rmprune.amc.environment import FEATURES, Environment
 from rmprune.amc.space import Widths
 from rmprune.errors import ArtifactError, ConfigError
+from rmprune.runs.writing import whole, write_text
 
 Method = Literal["agent", "random", "uniform"]
 METHODS: dict[str, str] = {
@@ -200,9 +200,8 @@ class Search:
         }
         tensors: dict[str, Tensor] = {f"agent.{name}": value for name, value in self.agent.state_dict().items()}
         tensors["random"] = self.generator.get_state()
-        partial = self.directory / f".{STATE_FILE}.{os.getpid()}.partial"
-        save_file(tensors, partial, metadata={"search": json.dumps(facts)})
-        partial.replace(self.directory / STATE_FILE)
+        with whole(self.directory / STATE_FILE) as work:
+            save_file(tensors, work, metadata={"search": json.dumps(facts)})
 
     def _load(self, path: Path) -> None:
         if not path.exists():
@@ -229,6 +228,4 @@ class Search:
 
     def _rewrite_log(self, path: Path) -> None:
         """The log holds the episodes of the state: those after it will be played again."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(json.dumps(asdict(episode)) + "\n" for episode in self.result.episodes))
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(asdict(episode)) + "\n" for episode in self.result.episodes))

@@ -11,7 +11,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.notes import write_text
+from rmprune.runs.writing import write_text
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"

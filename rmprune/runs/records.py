@@ -2,7 +2,6 @@
 live in artifacts.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rmprune.errors import ArtifactError
+from rmprune.runs.reading import read_json
+from rmprune.runs.writing import write_text
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -104,24 +105,14 @@ def _is_count(value: Any) -> bool:
 def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     """Checks `record` (see `check_record`) and writes it as JSON, whole or not at all; returns the path."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
         check_record(record)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: the record cannot be written as JSON ({error})") from error
     except ArtifactError as error:
         raise ArtifactError(f"{path}: not written, {error}") from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another directory") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+    return write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -139,15 +130,11 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     file = path / RECORD if path.is_dir() else path
+    record = read_json(
+        file, missing="there is no such record; is the run finished?", damaged="run again, or leave it out"
+    )
     try:
-        record = json.loads(file.read_text())
         check_record(record)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{file}: there is no such record; is the run finished?") from error
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); run again, or leave it out") from error
     except ArtifactError as error:
         raise ArtifactError(f"{file}: not a valid record: {error}") from error
     return dict(record)
