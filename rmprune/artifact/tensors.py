@@ -21,6 +21,7 @@ from torch import Tensor
 
 LARGEST_HEADER = 2**24  # bytes that name the tensors of a .safetensors file, 100 or so for each
 LARGEST_PICKLE = 2**23  # bytes of a pickle without its tensors, 200 or so for each
+MOST_STEPS = 2**21  # of an unpickler, 40 or so for each
 _LEGACY = 0x1950A86A20F9469CFC6C  # how torch.save began its files before 1.6
 _ITEM_BYTES = {
     **dict.fromkeys(("Untyped", "Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1),
@@ -157,6 +158,18 @@ class _Costly(_Nothing):
         raise ValueError("it makes a tensor or a buffer of any size it likes")
 
 
+class _Counted(dict[int, Any]):
+    """Steps of an unpickler, of which a file may ask for only so many: each takes time and memory."""
+
+    steps = 0
+
+    def __getitem__(self, code: int) -> Any:
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise ValueError(f"its pickle has more than {MOST_STEPS} steps")
+        return super().__getitem__(code)
+
+
 class _DryRun(pickle._Unpickler):  # the one in C takes memory for whatever number stands in a memo
     """Goes through a pickle (protocol 2, as torch writes it), makes nothing of it, and remembers the storages it asks for."""
 
@@ -167,6 +180,7 @@ class _DryRun(pickle._Unpickler):  # the one in C takes memory for whatever numb
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, encoding="utf-8")
         self.storages: dict[str, int] = {}
+        self.dispatch = _Counted(self.dispatch)  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
         kind = name.removesuffix("Storage")

@@ -26,7 +26,7 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
     ]
     if wrong:
         raise ArtifactError(
-            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0]})"
+            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0][:80]})"
         )
     model.load_state_dict(state)
     return model

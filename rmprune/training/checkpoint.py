@@ -42,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is damaged or no checkpoint ({first_line(error)}); delete it to start again"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] != _FORMAT:
         raise ArtifactError(f"{path} is no checkpoint of this version; delete it to start again")
     return content
 
@@ -84,11 +84,14 @@ def constants_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def rebuild(architecture: str, tensors: Mapping[str, Any]) -> nn.Module:
     """The model whose `architecture_of` this is, with its weights and constants among `tensors`.
 
-    Raises ArtifactError or ValueError where the two do not belong together, before memory is taken.
+    Raises ValueError where the two do not belong together, before memory is taken.
     """
     description = parse_json(architecture)
-    model = build(description, device="meta")
-    fill(model, description, tensors)
+    try:
+        model = build(description, device="meta")
+        fill(model, description, tensors)
+    except ArtifactError as error:
+        raise ValueError(str(error)) from error
     return model
 
 
@@ -97,10 +100,11 @@ def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[st
     for key in sorted({*found, *expected}):
         if found.get(key) != expected.get(key):
             there, here = found.get(key), expected.get(key)
+            name = str(key)[:80]
             detail = (
-                f"{key} differs"
+                f"{name} differs"
                 if max(len(str(there)), len(str(here))) > 60
-                else f"{key} is {there} there, {here} here"
+                else f"{name} is {there} there, {here} here"
             )
             raise ArtifactError(
                 f"{path} belongs to another run ({detail}); run with those settings, or delete it to start again"
