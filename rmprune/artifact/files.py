@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rmprune.artifact.describe import describe, file_tensors
 from rmprune.artifact.onnx import export_onnx
 from rmprune.artifact.rebuild import build, fill
-from rmprune.artifact.tensors import read_safetensors
+from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
 from rmprune.errors import ArtifactError
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import whole
@@ -65,7 +65,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         model = build(content.get("description"), device="meta")
     except ArtifactError as error:
         raise ArtifactError(f"{path / ARCHITECTURE}: {error}") from error
-    tensors = _read_weights(path, str(content.get("sha256")))
+    most = 8 * sum(tensor.numel() for tensor in file_tensors(model, content["description"]).values()) + LARGEST_HEADER
+    tensors = _read_weights(path, str(content.get("sha256")), most)
     last = content.get("channels_last")
     channels_last = {name for name in last if isinstance(name, str)} if isinstance(last, list) else set()
     for (
@@ -173,11 +174,12 @@ def _read_architecture(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, sha256: str, most: int) -> dict[str, Tensor]:
+    """The tensors of an artifact; a file of more than `most` bytes is not even looked through."""
     file = path / WEIGHTS
     try:
-        if file.exists() and not file.is_file():
-            raise ValueError("not a regular file")
+        if file.exists() and (not file.is_file() or file.stat().st_size > most):
+            raise ValueError(f"not a regular file of at most {most} bytes")
         if _sha256(file) != sha256:
             raise ValueError(f"its SHA-256 is not the one in {ARCHITECTURE}")
         return read_safetensors(file)

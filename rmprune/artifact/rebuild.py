@@ -278,7 +278,7 @@ def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
 
 def decode(value: Any, nodes: dict[str, torch.fx.Node], where: str) -> Any:
     """The inverse of `encode`; a reference to a node that does not stand earlier raises ArtifactError."""
-    if value is None or isinstance(value, bool | float | str) or (isinstance(value, int) and abs(value) < 2**63):
+    if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
         return [decode(v, nodes, where) for v in value]

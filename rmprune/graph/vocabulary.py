@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MODULE_PATH = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}")  # deeper, and Python's recursion ends somewhere
+MODULE_PATH = re.compile(r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}")  # deeper, and recursion would end somewhere
 MAX_CHANNELS = 2**24
 MAX_EXTENT = 2**16
 MAX_ENTRIES = 100_000  # layers, tensors and nodes of a description

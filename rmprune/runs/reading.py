@@ -7,6 +7,7 @@ from typing import Any
 from rmprune.errors import ArtifactError
 
 LARGEST = 2**24  # bytes of text that a file may have; a network of a thousand layers describes itself in one million
+LONGEST = 20  # digits of a whole number: as many as fit into a float and 64 bits
 DEEPEST = 64  # lists in lists; beyond it Python's own recursion ends somewhere
 
 
@@ -23,7 +24,7 @@ def read_text(path: Path, largest: int = LARGEST) -> str:
 def parse_json(text: str) -> Any:
     """The value that a JSON text describes. Raises ValueError where it is none, says a key twice, or nests deeper than DEEPEST."""
     try:
-        value = json.loads(text, object_pairs_hook=_without_duplicates)
+        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_bounded)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from None
     level = [value]
@@ -49,6 +50,12 @@ def read_json(path: Path, *, missing: str, damaged: str) -> Any:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise ArtifactError(f"{path}: damaged ({error}); {damaged}") from error
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > LONGEST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def check_record(record: Any) -> None:
 
 
 def _check_network(name: str, entry: dict[str, Any]) -> None:
+    if not name.isprintable() or not 0 < len(name) < 100 or "/" in name or "\\" in name or name in (".", ".."):
+        raise ArtifactError(f"{name[:100]!r} is no name of a network: it names a folder too")
     if not _is_number(entry["accuracy"]) or not 0 <= entry["accuracy"] <= 1:
         raise ArtifactError(f"{name}: accuracy is {entry['accuracy']!r}, not a number from 0 to 1")
     for field in ("macs", "params"):
@@ -89,9 +91,9 @@ def _check_network(name: str, entry: dict[str, Any]) -> None:
         for field in ("threads", "batch_size"):
             if not _is_count(latency.get(field)):
                 raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a positive whole number")
-        for field in ("median_ms", "q1_ms", "q3_ms"):
+        for field in ("median_ms", "q1_ms", "q3_ms", *({"ratio"} & latency.keys())):
             if not _is_number(latency.get(field)) or latency[field] <= 0:
-                raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a time in milliseconds")
+                raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a positive number")
 
 
 def _is_number(value: Any) -> bool:
@@ -111,7 +113,7 @@ def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: the record cannot be written as JSON ({error})") from error
     except ArtifactError as error:
-        raise ArtifactError(f"{path}: not written, {error}") from error
+        raise ArtifactError(f"{path}: not written, {str(error)[:500]}") from error
     return write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -136,7 +138,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         check_record(record)
     except ArtifactError as error:
-        raise ArtifactError(f"{file}: not a valid record: {error}") from error
+        raise ArtifactError(f"{file}: not a valid record: {str(error)[:500]}") from error
     return dict(record)
 
 
