@@ -50,11 +50,65 @@ from rmprune.training import fit
 SECONDS, MIB = 10, 1024
 Changes = list[tuple[int, int, int]]  # how, where and what; each is taken modulo what there is
 DRAWS = st.tuples(st.integers(0, 99), st.lists(st.tuples(*[st.integers(0, 9999)] * 3), min_size=1, max_size=4))
-PATHS = ["../../etc/passwd", "/etc/passwd", "a/../b", "..", "\\\\server\\x", "a" * 5000, "a." * 5000 + "a", "", "\0", "é\u202e\x1b[31m[/red]"]
-CODE = ["os.system", "__class__", "__import__('os').system('touch CANARY')", "x'); open('CANARY', 'w'); ('", "eval", "forward", "self"]
-NUMBERS = ["-1", "0", "1e999", "-1e308", "NaN", "Infinity", "0.5", "1000000000", str(2**31), str(2**40), str(2**63), str(10**400), "9" * 5000]
-SHAPES = ["null", "true", "[]", "{}", "[[]]", "[" * 10_000 + "]" * 10_000, '{"a":' * 10_000 + "1" + "}" * 10_000, "[" * 90 + "]" * 90, '{"tuple":' * 40 + "1" + "}" * 40]
-WORDS = ['"\\ud800"', '{"a": 1, "a": 2}', '{"float": "nan"}', '{"dtype": []}', '{"node": "x"}', '{"slice": [1]}', '"conv"', "[2, 2, 2]", "[1099511627776]", "[4194304, 4194304]"]
+PATHS = [
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/../b",
+    "..",
+    "\\\\server\\x",
+    "a" * 5000,
+    "a." * 5000 + "a",
+    "",
+    "\0",
+    "é\u202e\x1b[31m[/red]",
+]
+CODE = [
+    "os.system",
+    "__class__",
+    "__import__('os').system('touch CANARY')",
+    "x'); open('CANARY', 'w'); ('",
+    "eval",
+    "forward",
+    "self",
+]
+NUMBERS = [
+    "-1",
+    "0",
+    "1e999",
+    "-1e308",
+    "NaN",
+    "Infinity",
+    "0.5",
+    "1000000000",
+    str(2**31),
+    str(2**40),
+    str(2**63),
+    str(10**400),
+    "9" * 5000,
+]
+SHAPES = [
+    "null",
+    "true",
+    "[]",
+    "{}",
+    "[[]]",
+    "[" * 10_000 + "]" * 10_000,
+    '{"a":' * 10_000 + "1" + "}" * 10_000,
+    "[" * 90 + "]" * 90,
+    '{"tuple":' * 40 + "1" + "}" * 40,
+]
+WORDS = [
+    '"\\ud800"',
+    '{"a": 1, "a": 2}',
+    '{"float": "nan"}',
+    '{"dtype": []}',
+    '{"node": "x"}',
+    '{"slice": [1]}',
+    '"conv"',
+    "[2, 2, 2]",
+    "[1099511627776]",
+    "[4194304, 4194304]",
+]
 ODD = [*map(json.dumps, (*PATHS, *CODE)), *NUMBERS, *SHAPES, *WORDS]  # JSON, well and badly formed
 
 
@@ -113,7 +167,7 @@ def damage_bytes(data: bytes, changes: Changes) -> bytes:
 
 
 def misplace(file: Path, how: int) -> None:
-    """Something else in the place of a file: nothing, a folder, a pipe, a device, a link in a circle, far too much, or a link that is fine."""
+    """Something else in the place of a file: nothing, a folder, a pipe, a device, a link in a circle or elsewhere, far too much."""
     content = file.read_bytes()
     file.unlink()
     if how % 8 == 1:
@@ -270,7 +324,12 @@ def make_json(good: Any, file: Path, mode: int, changes: Changes) -> None:
 @functools.cache
 def training() -> tuple[nn.Module, Dataset, TrainConfig, Path]:
     """A network, its data and settings, and the checkpoint of its training: two steps of two."""
-    split = TensorSplit(Images(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) % 2), torch.zeros(1), torch.ones(1), may_flip=False)
+    split = TensorSplit(
+        Images(torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) % 2),
+        torch.zeros(1),
+        torch.ones(1),
+        may_flip=False,
+    )
     data = Dataset("zeros", 2, (1, 8, 8), split, split, split, DataConfig(batch_size=4))
     torch.manual_seed(0)
     model, config = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), TrainConfig(epochs=1, precision="float32")
@@ -312,11 +371,12 @@ def odd_value(what: int) -> Any:
     one = torch.ones(1)
     values = [
         *(None, True, -1, 0, 1.5, 2**63, 10**300, float("nan"), float("inf"), "", "é\u202e", b"\0", [], {}, (1,), torch.float32),
-        *(one, one.expand(2**40), torch.ones(2, 3), torch.eye(2).to_sparse(), torch.ones(3, device="meta"), one.double(), one.long(), one.bool()),
+        *(one, one.expand(2**40), torch.ones(2, 3), torch.eye(2).to_sparse(), torch.ones(3, device="meta")),
+        *(one.double(), one.long(), one.bool()),
         *(torch.ones(3, 64).cfloat(), torch.full((2,), float("nan")), one * 1j),
         *(Evil(os.system, "touch CANARY"), Evil(eval, "open('CANARY', 'w')"), Evil(bytearray, 2**33), Evil(torch.Tensor, 2**33)),
         *(Evil(torch.hub.load, "a/b", "c"), Evil(torch.load, "x"), Evil(Path.touch, Path("CANARY")), Evil(getattr, torch, "save")),
-        *(json.loads("[" * 500 + "]" * 500), "[" * 100_000, '{"kind": "sequential"}', {1: 2}, {"a": one}, torch.Size([2]), torch.device("meta")),
+        *(json.loads("[" * 500 + "]" * 500), "[" * 100_000, '{"kind": "sequential"}', {1: 2}, {"a": one}, torch.Size([2])),
     ]  # fmt: skip
     return values[what % len(values)]
 
@@ -327,11 +387,21 @@ def damage_archive(data: bytes, mode: int, changes: Changes) -> bytes:
     old, made = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
     parts = [(entry.filename, old.read(entry)) for entry in old.infolist()]
     numbers = [b"\x80\x02" + op * 2**17 + b"." for op in (b"]", b"}", b"(", b")", b"\x8f", b"]\x85")]
-    pickles = [*numbers, b"\x80\x04\x8e" + (2**40).to_bytes(8, "little"), b"r\xff\xff\xff\x7f", b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b"."]
+    pickles = [
+        *numbers,
+        b"\x80\x04\x8e" + (2**40).to_bytes(8, "little"),
+        b"r\xff\xff\xff\x7f",
+        b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b".",
+    ]
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED if how % 7 == 1 else zipfile.ZIP_STORED) as new:
         for number, (name, content) in enumerate(parts):
             if name.endswith("data.pkl"):
-                content = [damage_bytes(content, changes), promise_more(content, what), pickles[what % len(pickles)], content][mode % 4]
+                content = [
+                    damage_bytes(content, changes),
+                    promise_more(content, what),
+                    pickles[what % len(pickles)],
+                    content,
+                ][mode % 4]
             elif number == where % len(parts):
                 content = [content, b"", bytes(2**26 if how % 7 == 1 else 100), content[:-1], content][how % 5]
                 name = [name, name, name.upper(), f"../{name}", "/etc/passwd", name][what % 6]
@@ -352,7 +422,11 @@ def promise_more(content: bytes, what: int) -> bytes:
 def save_pickled(content: Any, file: Path, mode: int, changes: Changes) -> None:
     """A dict as torch.save writes it, damaged before (most of them) or after."""
     try:
-        torch.save(damage(content, changes, odd_value) if mode < 50 else content, file, _use_new_zipfile_serialization=mode % 9 > 0)
+        torch.save(
+            damage(content, changes, odd_value) if mode < 50 else content,
+            file,
+            _use_new_zipfile_serialization=mode % 9 > 0,
+        )
     except Exception:  # not everything odd can be pickled
         file.write_bytes(pickle.dumps(Evil(os.system, "touch CANARY"), protocol=mode % 5))
     if mode >= 90:
@@ -392,7 +466,9 @@ def small_network() -> nn.Module:
 
 
 def read_weights(file: Path) -> None:
-    load_checkpoint_into(small_network(), file if os.path.lexists(file) else file.with_suffix(".safetensors"), "resnet8")
+    load_checkpoint_into(
+        small_network(), file if os.path.lexists(file) else file.with_suffix(".safetensors"), "resnet8"
+    )
 
 
 NOTES = {"before": 0.5, "multiplier": {"width": 0.25, "ratio": 0.5}, "after cut 1": 0.7}
@@ -456,7 +532,9 @@ def work(kind: str, count: int, seed: int, last: Path) -> None:
         except Exception as error:
             tally["fault"] += 1
             where = traceback.extract_tb(error.__traceback__)[-1]
-            faults.setdefault(f"{type(error).__name__} at {where.filename}:{where.lineno}: {str(error)[:300]}", [kind, *drawn])
+            faults.setdefault(
+                f"{type(error).__name__} at {where.filename}:{where.lineno}: {str(error)[:300]}", [kind, *drawn]
+            )
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -482,7 +560,10 @@ def main() -> None:
             arguments = [f"--count={count}", f"--seed={options.seed}", f"--kinds={kind}", f"--work={last}"]
             done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
             if done.returncode:
-                tally, faults = {"fault": 1}, {f"exit status {done.returncode}: {done.stderr[-3000:]}": last.read_text()}
+                tally, faults = (
+                    {"fault": 1},
+                    {f"exit status {done.returncode}: {done.stderr[-3000:]}": last.read_text()},
+                )
             else:
                 tally, faults = json.loads(done.stdout.splitlines()[-1])
             total.update(tally)

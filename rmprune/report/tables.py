@@ -67,7 +67,9 @@ def model_of(record: dict[str, Any]) -> str:
     name = record.get("model") or find_setting(config, "model")
     own = [(key, find_setting(config, key)) for key in ("depth", "reserve_ratio", "width", "free")]
     said = [
-        f"{key.replace('_', ' ')} {value:g}" for key, value in own if isinstance(value, int | float) and (key, value) != ("free", 1)
+        f"{key.replace('_', ' ')} {value:g}"
+        for key, value in own
+        if isinstance(value, int | float) and (key, value) != ("free", 1)
     ]
     return f"{name} ({', '.join(said)})" if said else str(name)
 
@@ -230,7 +232,9 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
         cost.add_row(*cells)
     places = {_place(_key(latency)) for latency in original["latency"]}
     where = f" on {next(iter(places))}" if len(places) == 1 else ""
-    time = Table(title=f"Measured time{escape(where)} (ms for a batch, median)", title_justify="left", title_style="bold")
+    time = Table(
+        title=f"Measured time{escape(where)} (ms for a batch, median)", title_justify="left", title_style="bold"
+    )
     time.add_column("measured with")
     for name in found:
         time.add_column(escape(name), justify="right")
