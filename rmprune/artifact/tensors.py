@@ -10,6 +10,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -56,7 +57,9 @@ def read_pickled(path: Path) -> Any:
         with path.open("rb") as file:
             is_archive = file.read(4) == b"PK\3\4"  # as torch tells them apart
         (_check_archive if is_archive else _check_legacy)(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch to itself
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError as error:  # torch's own words advise to run it

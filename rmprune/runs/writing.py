@@ -66,7 +66,9 @@ def _one_clear_error(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, UnicodeEncodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason, culprit = getattr(error, "strerror", None) or error, getattr(error, "filename", None)
+        if culprit is not None and Path(culprit) in path.parents:
+            reason = f"{culprit}: {reason}"
         raise ArtifactError(
             f"{path}: cannot be written ({reason}); free some space or choose another folder. What stood there before is unchanged"
         ) from error

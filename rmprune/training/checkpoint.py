@@ -30,8 +30,12 @@ _DATA_SETTINGS = ("batch_size", "validation", "split_seed", "train_images", "aug
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values, so that `path` always holds either the old checkpoint or the whole new one."""
-    with whole(path) as work, work.open("wb") as file:  # to an open file: given a path, torch hides what the disk said
-        torch.save({"format": _FORMAT, **content}, file)
+    with whole(path) as work, work.open("wb") as file:  # given a path, torch would hide what the disk said
+        try:
+            torch.save({"format": _FORMAT, **content}, file)
+        except RuntimeError as error:  # torch noticed first; what the disk said stands behind it
+            disk = error.__context__
+            raise (disk if isinstance(disk, OSError) else OSError(first_line(error))) from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
