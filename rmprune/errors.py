@@ -2,7 +2,14 @@
 
 
 class RmpruneError(Exception):
-    """Base of every error that a user's input, files or limits can cause."""
+    """Base of every error that a user's input, files or limits can cause.
+
+    >>> try:
+    ...     rmprune.remove_residuals(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 8, 8))
+    ... except rmprune.RmpruneError as error:
+    ...     print(error)
+    there is no residual to remove: the network adds no two maps of one source
+    """
 
 
 class UnsupportedModel(RmpruneError):

@@ -40,6 +40,10 @@ def save(
     `example_inputs` (N, C, H, W), where given, adds model.onnx. `extra` is any JSON-able dict kept with it
     (`read_extra`). Raises UnsupportedModel for a network outside the closed list, ArtifactError where `path` exists (an
     artifact is replaced with `overwrite=True`, anything else never) or cannot be written.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    >>> sorted(file.name for file in rmprune.save(net, "runs/x/net", extra={"why": "an example"}).iterdir())
+    ['architecture.json', 'model.safetensors']
     """
     path = Path(path)
     description = describe(model)
@@ -58,6 +62,10 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
     Raises ArtifactError that names the file and what is wrong with it: missing, damaged, foreign, or of a newer
     version.
+
+    >>> net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    >>> torch.equal(rmprune.load(rmprune.save(net, "net"))(x), net(x))
+    True
     """
     path = Path(path)
     content = _read_architecture(path)

@@ -1,4 +1,4 @@
-"""ImageNet-layout folders (train/CLASS/*, val/CLASS/*) through loader processes; small sets live in data.py."""
+"""ImageNet-layout folders (train/CLASS/*, val/CLASS/*) through loader processes; small sets are held in memory (splits.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAYOUT = "it needs the ImageNet layout: train/CLASS/image.jpg and val/CLASS/ima
 
 
 def load_image_folder(config: DataConfig) -> tuple[Split, Split, Split, int, tuple[int, int, int]]:
-    """(train, validation, test = val/, number of classes, input shape). Raises `DataError` for another layout."""
+    """(train, validation, test = val/, number of classes, input shape (C, H, W)). Raises `DataError` for another layout."""
     if config.data_dir is None:
         raise DataError(f"imagefolder needs --data-dir; {_LAYOUT}")
     train, test = (_open(Path(config.data_dir) / part) for part in ("train", "val"))
@@ -39,7 +39,7 @@ def load_image_folder(config: DataConfig) -> tuple[Split, Split, Split, int, tup
 
 
 class FolderSplit(Split):
-    """A split of image files, decoded and augmented by loader processes."""
+    """A split of image files, (path, label) pairs, decoded and augmented by loader processes to 3 channels of image_size."""
 
     def __init__(self, samples: list[tuple[str, int]], config: DataConfig) -> None:
         self.samples, self.size, self.workers = samples, config.image_size, config.workers
@@ -60,14 +60,14 @@ class FolderSplit(Split):
         limit: int | None = None,
     ) -> Iterator[Batch]:
         device = torch.device(device)
-        plan = [
+        plan = (  # made batch by batch, as the loader asks for it
             [(int(indices[i]), batch_seed(batch_seed(shuffle_seed or 0, number), int(i))) for i in mine]
             for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit)
-        ]
+        )
         loader = DataLoader(
             _Files(self.samples, self.size, augment),
             batch_sampler=plan,  # the keys are (index, seed) pairs
-            num_workers=self.workers,
+            num_workers=0 if limit is not None and limit <= batch_size else self.workers,  # none for a single batch
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )

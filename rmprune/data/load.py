@@ -1,4 +1,4 @@
-"""Data sets by name: read, normalised, split. Where the files come from is the business of sources.py."""
+"""Data sets by name, read and divided. Where files come from is the business of sources.py, batches that of splits.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,9 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """The data set that the config names. Raises `DataError` for an unknown name and missing or damaged files."""
+    """The data set that the config names. Raises `DataError` for an unknown name and missing or damaged files,
+    `ConfigError` where it has fewer training images than asked for.
+    """
     if config.dataset not in DATASETS:
         raise DataError(f"there is no data set {config.dataset!r}; there are: {', '.join(DATASETS)}")
     if config.data_dir is not None and not Path(config.data_dir).is_dir():

@@ -1,4 +1,4 @@
-"""Data sets by name, as training, validation and test splits that yield normalised batches; knows nothing of networks.
+"""One part of a data set: normalised batches, in order or shuffled; how a set is divided into its parts. Reads no files.
 
 Small sets are held as one uint8 tensor and augmented by batch on the device. Every random draw follows from
 (shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen.
@@ -20,10 +20,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Split(ABC):
-    """One part of a data set. Images come normalised by channel, with the training images' mean and deviation."""
+    """One part of a data set. Images come normalised by channel: (pixel - mean) / deviation, those of the training images
+    (of ImageNet for folders).
+    """
 
     @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Images in this part."""
 
     def num_batches(self, batch_size: int, *, shuffled: bool) -> int:
         """Batches of one pass. A shuffled pass drops the last, smaller batch, unless it is the only one."""
@@ -42,16 +45,18 @@ class Split(ABC):
         shard: tuple[int, int] = (0, 1),
         limit: int | None = None,
     ) -> Iterator[Batch]:
-        """Yield (x float32 [B, C, H, W], y int64 [B]) on `device`.
+        """Yield (x float32 [B, C, H, W], y int64 [B]) on `device`; B is `batch_size`, fewer in the last batch and in shards.
 
         Without `shuffle_seed` in the stored order and complete; with it in that seed's order (see `num_batches`).
         `start` skips so many batches without reading them; `shard` (i, n) yields every n-th image of each batch from
-        the i-th on; `limit` stops after so many images.
+        the i-th on; `limit` stops after so many images, and nothing is spent on the others. Raises `DataError` for a file
+        that cannot be read.
         """
 
     def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
-        """The first n images [n, C, H, W], normalised and without augmentation."""
-        return next(self.batches(min(n, len(self)), device=device))[0]
+        """The first n images, float32 [n, C, H, W], normalised and without augmentation; all, if there are fewer."""
+        n = min(n, len(self))
+        return next(self.batches(n, limit=n))[0].to(device)  # the split itself stays where it is
 
     def _plan(
         self, batch_size: int, shuffle_seed: int | None, start: int, shard: tuple[int, int], limit: int | None
@@ -69,7 +74,7 @@ class Split(ABC):
 
 
 class TensorSplit(Split):
-    """A split held in memory as uint8."""
+    """A split held in memory as uint8 [N, C, H, W]. `mean` and `std`: [C], in units of 0..255."""
 
     def __init__(self, data: Images, mean: Tensor, std: Tensor, *, may_flip: bool) -> None:
         self.images, self.labels, self.may_flip = data.images, data.labels, may_flip
@@ -110,7 +115,11 @@ class TensorSplit(Split):
 
 
 def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
-    """Indices (validation, training) of the training images: disjoint, stratified by class, drawn with split_seed."""
+    """Indices (validation, training), int64 [V] and [T], of the training images, whose `labels` are int64 [N].
+
+    Disjoint, stratified by class, drawn with split_seed. Raises `ConfigError` where train_images are more than there are,
+    `DataError` where none is left to train on.
+    """
     held_back = stratified_part(labels, config.validation, config.split_seed)
     kept = (~held_back).nonzero().squeeze(1)
     if config.train_images is not None:
@@ -143,7 +152,7 @@ def batch_seed(seed: int, number: int) -> int:
 def augment_batch(
     images: Tensor, generator: torch.Generator, *, flip: bool, drawn_for: int, positions: Tensor
 ) -> Tensor:
-    """Crop images [B, C, H, W] at random after padding an eighth of their size with 0, and mirror half of them.
+    """Crop uint8 images [B, C, H, W] at random after padding an eighth of their size with 0, and mirror half of them.
 
     Draws for `drawn_for` images and uses the draws at `positions` [B], so every shard of a batch sees what the whole
     would have seen.

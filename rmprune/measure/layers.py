@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.graph.fold import fold_batch_norms
+from rmprune.graph.shapes import on_meta
 from rmprune.graph.trace import trace
 from rmprune.graph.vocabulary import FUNCTION_NAMES, LAYERS
 
@@ -82,21 +83,10 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[Layer]:
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
     folded = fold_batch_norms(model)
-    graph_module = fx.GraphModule(folded, trace(folded))
+    graph_module = fx.GraphModule(on_meta(folded), trace(folded))
     with torch.no_grad():
-        ShapeProp(_meta(graph_module)).propagate(torch.empty(example_inputs[:1].shape, device="meta"))
+        ShapeProp(graph_module).propagate(torch.empty(example_inputs[:1].shape, device="meta"))
     return _read_graph(graph_module)
-
-
-def _meta(module: fx.GraphModule) -> fx.GraphModule:
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        for name, buffer in owner._buffers.items():
-            if buffer is not None:
-                owner._buffers[name] = torch.empty_like(buffer, device="meta")
-    return module
 
 
 def _read_graph(module: fx.GraphModule) -> list[Layer]:

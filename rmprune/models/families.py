@@ -22,11 +22,22 @@ SMALL_IMAGE = 64  # up to this size networks that know a small-image stem get it
 
 
 def create_network(name: str, *, num_classes: int, input_shape: tuple[int, int, int], **given: Any) -> nn.Module:
-    """A new network with random weights for images of `input_shape` (C, H, W). `given`: its own settings; None leaves one out."""
+    """A new network with random weights for images of `input_shape` (C, H, W). `given`: its own settings; None leaves one out.
+
+    >>> network = rmprune.models.create_network("resnet18", num_classes=10, input_shape=(1, 28, 28), width=8)
+    >>> network.conv1  # the stem for small images
+    Conv2d(1, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
+    """
     settings = {key: value for key, value in given.items() if value is not None}
     for key in settings:
         if not accepts(name, key):
             raise ConfigError(f"{name} has no setting {key}; leave --{key.replace('_', '-')} out")
+    if "width" in settings and not has_multiplier(name):
+        width = settings["width"]
+        require(
+            width == int(width), f"{name}: width is {width:g}, but there it is a number of channels, not a multiplier"
+        )
+        settings["width"] = int(width)
     if accepts(name, "small_images") and max(input_shape[1:]) <= SMALL_IMAGE:
         settings["small_images"] = True
     return create(name, num_classes=num_classes, in_channels=input_shape[0], **settings)
@@ -36,7 +47,11 @@ Builder = Callable[..., nn.Module]
 
 
 def names() -> list[str]:
-    """Names that `create` knows: ours first, then torchvision's. timm's (over a thousand) come as "timm/NAME" too."""
+    """Names that `create` knows: ours first, then torchvision's. timm's (over a thousand) come as "timm/NAME" too.
+
+    >>> {"resnet20", "repvgg", "resnet50"} <= set(rmprune.models.names())
+    True
+    """
     ours = [name for family in FAMILIES.values() for name in family.names]
     return list(dict.fromkeys(ours + _torchvision_names()))
 
@@ -68,6 +83,12 @@ def create(name: str, *, num_classes: int = 1000, in_channels: int = 3, **settin
 
     `settings` go to the network's builder (`accepts` tells which it takes). With `in_channels` other than 3 the first
     convolution is replaced. Raises `ConfigError` for an unknown name, with close matches, and for unknown settings.
+
+    >>> rmprune.models.create("resnet20", num_classes=10, in_channels=1, width=8)(torch.randn(2, 1, 28, 28)).shape
+    torch.Size([2, 10])
+    >>> rmprune.models.create("resnet_20")
+    Traceback (most recent call last):
+    rmprune.errors.ConfigError: there is no network 'resnet_20'; did you mean resnet20, ...
     """
     require(num_classes >= 1, f"num_classes is {num_classes}; it must be at least 1")
     require(in_channels >= 1, f"in_channels is {in_channels}; it must be at least 1")
@@ -93,9 +114,18 @@ def accepts(name: str, setting: str) -> bool:
     """Whether `create(name, ...)` takes this setting ("small_images", "width"), judged by the builder's signature.
 
     False for networks straight from torchvision or timm, whose settings are their own.
+
+    >>> rmprune.models.accepts("resnet20", "width"), rmprune.models.accepts("alexnet", "width")
+    (True, False)
     """
     family = _family(name)
     return family is not None and setting in inspect.signature(family.build).parameters
+
+
+def has_multiplier(name: str) -> bool:
+    """Whether the network's `width` multiplies every width (MobileNet's), rather than being the channels of its first stage."""
+    family = _family(name)
+    return family is not None and inspect.signature(family.build).parameters["width"].annotation in (float, "float")
 
 
 def _family(name: str) -> Family | None:

@@ -58,6 +58,11 @@ def prune(
 
     Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned, or where layers
     cannot be fitted.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    >>> pruned = rmprune.prune(net, torch.randn(2, 3, 8, 8), importance="batch_norm", budget=rmprune.Budget(ratio=0.5))
+    >>> pruned[0].out_channels, pruned[3].in_channels, net[0].out_channels
+    (8, 8, 16)
     """
     if reconstruct and data is None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")

@@ -58,7 +58,7 @@ def fit(
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(seed)
-            run = _Run(model, data, config, seed, device, hook, checkpoint, label, rank, world)
+            run = _Training(model, data, config, seed, device, hook, checkpoint, label, rank, world)
             if teacher is not None and config.distillation:
                 run.follow(teacher, teacher_memory)
             run.resume()
@@ -82,7 +82,7 @@ def fit(
     return run.state.model.eval()
 
 
-class _Run:
+class _Training:
     """The living state of one `fit`."""
 
     journal: Journal
