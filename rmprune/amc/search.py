@@ -20,7 +20,7 @@ from rmprune.amc.agent import Agent, AgentConfig, Step, truncated_normal
 from rmprune.amc.environment import FEATURES, Environment
 from rmprune.amc.space import Widths
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.writing import whole, write_text
+from rmprune.runs.writing import append_line, whole, write_text
 
 SearchMethod = Literal["agent", "random", "uniform"]
 SEARCHES: dict[str, str] = {
@@ -145,8 +145,7 @@ class Search:
         episode = Episode(number, source, widths, reward, accuracy, cost, sigma if plan is None else 0.0, seconds)
         self.result.episodes.append(episode)
         if self.directory is not None:
-            with (self.directory / LOG_FILE).open("a") as log:
-                log.write(json.dumps(asdict(episode)) + "\n")
+            append_line(self.directory / LOG_FILE, json.dumps(asdict(episode)))
 
     def _walk(self, plan: tuple[float, ...] | None) -> list[Step]:
         """Through the environment once, by a plan or by the agent's actions; what was executed."""

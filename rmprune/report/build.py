@@ -17,6 +17,7 @@ from rmprune.report.page import page
 from rmprune.report.search_figure import search_figure
 from rmprune.report.tables import frame, refusals, summary_tables
 from rmprune.runs.records import find_records, read_record
+from rmprune.runs.writing import write_text
 
 COMMAND = "command.txt"
 
@@ -36,7 +37,7 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         written = [out_dir / "results.csv"]
-        data.to_csv(written[0], index=False)
+        write_text(written[0], data.to_csv(index=False))
         svgs = {}
         if not data.empty:
             for title, stem, part in _parts(data):
@@ -49,8 +50,7 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
                 written += save_figure(figure, out_dir / stem)
         read = [read_record(record) for record in records]
         for name, text in (("index.html", page(data, svgs, read, command)), (COMMAND, command + "\n")):
-            (out_dir / name).write_text(text)
-            written.append(out_dir / name)
+            written.append(write_text(out_dir / name, text))
     except OSError as error:
         raise ArtifactError(
             f"{out_dir}: the report cannot be written ({error.strerror}); choose another --out"

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from rmprune.report.tables import CONFIGURATION, configuration_label, measured_apart, milliseconds, relative
+from rmprune.runs.writing import whole
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and by marker besides.
 _KNOWN = {"dense": ("#000000", "*", 150), "plain": ("#7f7f7f", "D", 42)}
@@ -82,9 +83,9 @@ def accuracy_against_time(data: pd.DataFrame, title: str) -> Figure:
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Writes `stem`.png (160 dots per inch) and `stem`.svg; the same data give the same files."""
     paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(paths[0], dpi=160)
-        figure.savefig(paths[1], metadata={"Date": None})
+    with matplotlib.rc_context(STYLE), whole(paths[0]) as png, whole(paths[1]) as svg:
+        figure.savefig(png, dpi=160, format="png")
+        figure.savefig(svg, metadata={"Date": None}, format="svg")
     return paths
 
 

@@ -41,9 +41,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file (UTF-8), flushed to the disk, or leave the file as it was and raise ArtifactError.
+    """Add a line to a text file (UTF-8), or leave the file as it was and raise ArtifactError.
 
-    Where the file ends in a line that was cut short, the new one still begins a line of its own.
+    Where the file ends in a line that was cut short, the new one still begins a line of its own. When the disk gets it is left to
+    the system: of a log, a power cut may take the last lines.
     """
     with _one_clear_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,6 @@ def append_line(path: Path, line: str) -> None:
                 written = file.write(data)
                 if written != len(data):
                     raise OSError(f"only {written} of {len(data)} bytes could be written")
-                os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)
                 raise

@@ -61,7 +61,8 @@ def network(width: int) -> nn.Module:
 
 
 def record(accuracy: float) -> dict:
-    latency = dict(backend="eager", device="cpu", threads=1, batch_size=1, median_ms=1.0, q1_ms=1.0, q3_ms=1.0)
+    latency = {"backend": "eager", "device": "cpu", "threads": 1, "batch_size": 1}
+    latency |= dict.fromkeys(("median_ms", "q1_ms", "q3_ms"), 1.0)
     one = {"accuracy": accuracy, "macs": 10, "params": 1, "latency": [latency] * 40}
     about = {"environment": {"versions": {}, "processor": "x", "threads": 1}, "removal": None}
     return {"schema": 1, "command": "x", "config": {}, "seed": 0, "method": "rm", "original": one, "a": one} | about
@@ -179,7 +180,8 @@ def test_a_lock_of_a_living_process_and_one_that_a_dead_process_left(tmp_path: P
     run = tmp_path / "run"
     with claim(run, CONFIG, records=[run / "record.json"], networks=(), overwrite=False):
         pass
-    hold = f"import filelock, time; lock = filelock.FileLock({str(run / '.lock')!r}); lock.acquire(); print('held', flush=True); time.sleep(600)"
+    hold = f"import filelock, time; lock = filelock.FileLock({str(run / '.lock')!r}); lock.acquire(); print('held', flush=True)"
+    hold += "; time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         before = contents(run)
