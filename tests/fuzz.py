@@ -375,7 +375,7 @@ def odd_value(what: int) -> Any:
         *(one.double(), one.long(), one.bool()),
         *(torch.ones(3, 64).cfloat(), torch.full((2,), float("nan")), one * 1j),
         *(Evil(os.system, "touch CANARY"), Evil(eval, "open('CANARY', 'w')"), Evil(bytearray, 2**33), Evil(torch.Tensor, 2**33)),
-        *(Evil(torch.hub.load, "a/b", "c"), Evil(torch.load, "x"), Evil(Path.touch, Path("CANARY")), Evil(getattr, torch, "save")),
+        *(Evil(torch.hub.load, "a/b", "c"), Evil(torch.load, "x"), Evil(Path.touch, Path("CANARY")), Evil(getattr, "x", "__class__")),
         *(json.loads("[" * 500 + "]" * 500), "[" * 100_000, '{"kind": "sequential"}', {1: 2}, {"a": one}, torch.Size([2])),
     ]  # fmt: skip
     return values[what % len(values)]
