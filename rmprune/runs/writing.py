@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -59,6 +60,12 @@ def append_line(path: Path, line: str) -> None:
             except OSError:
                 file.truncate(size)
                 raise
+
+
+def sweep(folder: Path) -> None:
+    """Take away what writers that were killed left below a folder, which nobody else may be writing to."""
+    for left in [path for path in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name)]:
+        _take_away(left)
 
 
 @contextlib.contextmanager

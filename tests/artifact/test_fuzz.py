@@ -86,7 +86,7 @@ DESCRIPTIONS: dict[str, tuple[Edit, str]] = {
     "a layer in itself": (lambda d: d["layers"].append({"name": "act.z", "same_as": "act"}), "within itself"),
     "a layer that is the network": (lambda d: d["layers"].append({"name": "z", "same_as": ""}), "is not a layer"),
     "tied to itself": (lambda d: d["tied"].append(["head.weight"] * 2), "tied itself"),
-    "tied in a circle": (lambda d: d["tied"].extend([["head.bias", "bn.bias"], ["bn.bias", "head.bias"]]), "tied itself|differ"),
+    "tied in a circle": (lambda d: d["tied"].extend([["bn.weight", "bn.bias"], ["bn.bias", "bn.weight"]]), "tied itself"),
     "a list for a type": (lambda d: node(d, "call_method").update(kwargs={"a": {"dtype": []}}), "not an argument"),
     "a name of a thousand parts": (lambda d: d["layers"].append(layer(".".join("a" * 1000))), "not a valid name"),
     "a name of a million letters": (lambda d: d["layers"].append(layer("a" * 10**6)), "not a valid name"),

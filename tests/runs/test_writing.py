@@ -197,6 +197,21 @@ def test_a_lock_of_a_living_process_and_one_that_a_dead_process_left(tmp_path: P
         pass  # the lock went with its process
 
 
+def test_what_a_killed_writer_left_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    def begin() -> None:
+        with claim(tmp_path / "run", CONFIG, records=[tmp_path / "none"], networks=(), overwrite=False):
+            pass
+
+    begin()
+    kill = f"import os, pathlib; from rmprune.runs.writing import whole; work = whole(pathlib.Path({str(tmp_path)!r}) / 'run' / 'a' / 'b')"
+    kill += ".__enter__(); work.write_text('half'); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", kill]).returncode == -9
+    (tmp_path / "run" / ".mine.tmp").write_text("here")
+    assert len(list((tmp_path / "run" / "a").iterdir())) == 1
+    begin()
+    assert not any((tmp_path / "run" / "a").iterdir()) and (tmp_path / "run" / ".mine.tmp").exists()
+
+
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files from next year, and a clock that runs back from 2040 to 1980: no age or date of a file decides anything."""
     years = iter(range(2040, 1980, -1))
