@@ -1,7 +1,7 @@
 """How one method cuts one network: its budget, one cut, or the hook that cuts while training. Trains and measures nothing itself."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from rmprune.methods.table import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
-from rmprune.pruning.coupled import check_importance
+from rmprune.pruning.coupled import check_coupled, loss_gradients
 from rmprune.pruning.groups import Cost, Scores, Structure, inner_only, macs, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.one_shot import fitting
@@ -94,6 +94,7 @@ class Cutter:
                 importance=settings.importance,
                 budget=budget,
                 data=self.job.batches,
+                gradients=self.gradients if network is self.network else None,
                 origin=origin,
             ).cpu()
         return prune(
@@ -117,13 +118,13 @@ class Cutter:
         """
         settings = self.settings
         if self.coupled:
-            check_importance(self.network, self.structure, settings.importance)
+            check_coupled(self.network, self.structure, settings.importance, self.example)
             return
         two = list(self.job.data.train.batches(2, device=self.job.device, limit=2))
         IMPORTANCES[settings.importance](self.network, self.structure, two)
         if settings.reconstruct and (once or not settings.gradual):
             with fitting():
-                read_program(self.network, self.structure)
+                read_program(self.network, self.structure, self.example)
 
     def hook(
         self, budget: Budget, *, steps: int, epochs: int, meets: Callable[[nn.Module], float] | None = None
@@ -165,6 +166,12 @@ class Cutter:
         if self.coupled:
             return {}
         return score_groups(self.settings.importance, self.network, self.structure, self.job.batches)
+
+    @cached_property
+    def gradients(self) -> Mapping[str, Tensor] | None:
+        """What Torch-Pruning's Taylor importance ranks this network's channels by, computed once for all its cuts; else None."""
+        taylor = self.coupled and self.settings.importance == "taylor"
+        return loss_gradients(self.network, self.job.batches) if taylor else None
 
     def narrowest(self, budget: Budget) -> nn.Module:
         """The network of the least MACs that the limits of `budget` allow, whatever its weights."""
