@@ -94,10 +94,14 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
-def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `extra` that `save` was given; ArtifactError where `path` is no artifact."""
-    extra = _read_architecture(Path(path)).get("extra")
-    return extra if isinstance(extra, dict) else {}
+def read_extra(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
+    """The `extra` that `save` was given; ArtifactError where `path` is no artifact, or lacks one of the `needed` keys."""
+    found = _read_architecture(Path(path)).get("extra")
+    extra = found if isinstance(found, dict) else {}
+    for key in needed:
+        if key not in extra:
+            raise ArtifactError(f"{Path(path) / ARCHITECTURE}: its extra has no {key!r}; make the artifact again")
+    return extra
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:

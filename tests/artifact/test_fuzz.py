@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from rmprune.artifact import files
 from rmprune.artifact.tensors import LARGEST_HEADER, MOST_STEPS, read_pickled
 from rmprune.artifact.weights import load_checkpoint_into, read_state_dict
+from rmprune.config import NetworkConfig
 from rmprune.errors import ArtifactError
+from rmprune.pipelines.convert import open_network
 
 DRAWS = int(os.environ.get("RMPRUNE_DRAWS", "50"))
 
@@ -360,3 +362,15 @@ def test_files_of_every_age_are_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(before)
     assert read_pickled(tmp_path / "a.pt")["shape"] == torch.Size([1])
+
+
+@pytest.mark.parametrize("shape", ["x", [1, 8], [1, 8, "8"], [1, 2**20, 2**20], [True, 8, 8], [1, -8, 8], 3])
+def test_a_size_of_images_that_is_none_is_refused(shape: Any, saved: Path) -> None:
+    rewrite(saved, lambda t: None, extra={"input_shape": shape})
+    with pytest.raises(ArtifactError, match="images"):
+        open_network(NetworkConfig(str(saved)))
+
+
+def test_an_extra_that_lacks_what_is_needed_is_refused(saved: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"architecture\.json: its extra has no 'removal'"):
+        files.read_extra(saved, "input_shape", "removal")

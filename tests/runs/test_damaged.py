@@ -11,6 +11,7 @@ import pytest
 
 from rmprune.errors import ArtifactError
 from rmprune.measure import LatencyModel
+from rmprune.pipelines.measure import network_directory
 from rmprune.runs.notes import read_notes
 from rmprune.runs.reading import DEEPEST, LARGEST, parse_json
 from rmprune.runs.records import read_record, write_record
@@ -22,8 +23,6 @@ def place(record: dict[str, Any]) -> dict[str, Any]:
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a number of 400 digits": (lambda r: r["original"].update(accuracy=10**400), "number of 401 digits"),
-    "a network that is another folder": (lambda r: r.update({"../../x": r["original"]}), "no name of a network"),
-    "a network with a line break": (lambda r: r.update({"a\nb": r["original"]}), "no name of a network"),
     "a ratio that is a text": (lambda r: place(r).update(ratio="1"), "ratio is '1'"),
     "a time that is none": (lambda r: place(r).update(median_ms=float("nan")), "median_ms is nan"),
 }
@@ -41,9 +40,18 @@ def test_a_record_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     record = fuzz.good_record()
-    record["[red]"] = record["plain"]
+    record["[/red]"] = record["plain"]
     place(record)["backend"] = "[/red]"
     fuzz.read_and_show(write_record(tmp_path / "record.json", record))
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "..", ".", "", "a/../x", "a\0b", "a\nb"])
+def test_a_network_lies_in_its_run(name: str, tmp_path: Path) -> None:
+    """Not where the names in a record that came from elsewhere lead to."""
+    fuzz.make_artifact(tmp_path / "x", 0, [(0, 0, 0)])
+    (tmp_path / "run" / "a").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="names no folder"):
+        network_directory(tmp_path / "run", name)
 
 
 def test_settings_that_are_no_numbers_are_left_out_of_a_name(tmp_path: Path) -> None:
