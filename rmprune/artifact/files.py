@@ -72,7 +72,7 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     try:
         model = build(content.get("description"), device="meta")
     except ArtifactError as error:
-        raise ArtifactError(f"{path / ARCHITECTURE}: {error}") from error
+        raise ArtifactError(f"{path / ARCHITECTURE}: {str(error)[:500]}") from error
     most = 8 * sum(tensor.numel() for tensor in file_tensors(model, content["description"]).values()) + LARGEST_HEADER
     tensors = _read_weights(path, str(content.get("sha256")), most)
     last = content.get("channels_last")
@@ -181,7 +181,7 @@ def _read_architecture(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file}: not written by rmprune; write it with rmprune.save")
     if content.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{file}: schema {content.get('schema')!r}, this version reads {SCHEMA}; update rmprune or write it again"
+            f"{file}: schema {str(content.get('schema'))[:80]}, this version reads {SCHEMA}; update rmprune or write it again"
         )
     return content
 

@@ -118,7 +118,7 @@ def _check_fields(description: Any) -> None:
         if not isinstance(description.get(name), kind):
             raise ArtifactError(f"the description has no valid {name!r}; it is damaged or not from rmprune")
     if description["kind"] not in ("sequential", "graph"):
-        raise ArtifactError(f"the description is of kind {description['kind']!r}, not 'sequential' or 'graph'")
+        raise ArtifactError(f"the description is of kind {description['kind'][:80]!r}, not 'sequential' or 'graph'")
     for name in ("layers", "tensors", "nodes"):
         for entry in description[name]:
             if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
