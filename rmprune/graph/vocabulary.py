@@ -23,7 +23,9 @@ MODULE_PATH = re.compile(
 )  # deeper, and recursion would end somewhere
 MAX_CHANNELS = 2**24
 MAX_EXTENT = 2**16
-MAX_ENTRIES = 100_000  # layers, tensors and nodes of a description
+MAX_ENTRIES = (
+    50_000  # layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000
+)
 Check = Callable[[Any], bool]
 
 
