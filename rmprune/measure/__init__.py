@@ -3,11 +3,11 @@
 """
 
 from rmprune.measure.accuracy import accuracies, backend_accuracy, calibration_images
-from rmprune.measure.planner import ActivationMemory, activation_memory
-from rmprune.measure.backends import BACKENDS
+from rmprune.measure.backends import BACKENDS, needs_calibration
 from rmprune.measure.cost import count_macs, count_params
 from rmprune.measure.latency import check_available, measure_latencies, measure_latency
 from rmprune.measure.latency_model import LatencyModel
+from rmprune.measure.planner import ActivationMemory, activation_memory
 from rmprune.measure.results import Latency
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "count_params",
     "measure_latencies",
     "measure_latency",
+    "needs_calibration",
 ]

@@ -34,7 +34,17 @@ from rmprune.measure.runtimes import (
 )
 from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, tf32, torchscript
 
-__all__ = ["BACKENDS", "Backend", "Candidate", "Run", "check_backend", "current", "needs_calibration", "prepare", "surroundings"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Candidate",
+    "Run",
+    "check_backend",
+    "current",
+    "needs_calibration",
+    "prepare",
+    "surroundings",
+]
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # as /proc/cpuinfo calls them (x86, x86, ARM)
 
 
@@ -125,13 +135,21 @@ def check_backend(backend: str, device: str) -> None:
 
 def needs_calibration(backends: Sequence[str]) -> bool:
     """Whether one of these chooses ranges by training images."""
-    return any(BACKENDS[name].number_format == "int8" for name in backends)
+    return any(name in BACKENDS and BACKENDS[name].number_format == "int8" for name in backends)
+
+
+def reduced(backends: Sequence[str]) -> list[str]:
+    """Those whose number format may cost accuracy."""
+    return [name for name in backends if name in BACKENDS and BACKENDS[name].number_format != "float32"]
 
 
 @contextlib.contextmanager
 def surroundings(backend: str, device: str) -> Any:
     """What has to hold from preparing to the last run: the current GPU, and TF32 as the number format says."""
-    with current(device), tf32(BACKENDS[backend].number_format == "tf32") if device != "cpu" else contextlib.nullcontext():
+    with (
+        current(device),
+        tf32(BACKENDS[backend].number_format == "tf32") if device != "cpu" else contextlib.nullcontext(),
+    ):
         yield
 
 

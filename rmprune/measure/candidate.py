@@ -45,9 +45,7 @@ class Candidate:
     `calibration`: training images [N, C, H, W], which int8 needs to choose its ranges by.
     """
 
-    def __init__(
-        self, name: str, model: nn.Module, example_inputs: Tensor, calibration: Tensor | None = None
-    ) -> None:
+    def __init__(self, name: str, model: nn.Module, example_inputs: Tensor, calibration: Tensor | None = None) -> None:
         self.name = name
         self.example_inputs = example_inputs.detach().float().cpu()[:1]
         self.folded = fold_batch_norms(model).float().cpu().to(memory_format=torch.contiguous_format)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.measure.accuracy import candidate_accuracy
-from rmprune.measure.backends import BACKENDS, Candidate, Run, check_backend, current, prepare, surroundings
+from rmprune.measure.backends import BACKENDS, Candidate, Run, check_backend, current, prepare, reduced, surroundings
 from rmprune.measure.results import BUSY, Latency, quartiles
 
 logger = logging.getLogger("rmprune.measure")
@@ -115,19 +115,16 @@ def measure_latencies(
     _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
     candidates = {name: Candidate(name, model, example_inputs, calibration) for name, model in models.items()}
     results: dict[str, list[Latency]] = {name: [] for name in models}
-    known: dict[tuple[str, str], float] = {}
     for configuration in itertools.starmap(_Configuration, itertools.product(backends, [device], threads, batch_sizes)):
         if progress is not None:
             progress(str(configuration))
-        reduced = BACKENDS[configuration.backend].number_format != "float32"
-        for name in models if reduced and split is not None else ():
-            if (name, configuration.backend) not in known:
-                known[name, configuration.backend] = candidate_accuracy(
-                    candidates[name], split, configuration.backend, device, max(threads)
-                )
-        accuracy = {name: known.get((name, configuration.backend)) for name in models}
         for name, latency in _measure_configuration(candidates, configuration, seconds, min_rounds, seed).items():
-            results[name].append(replace(latency, accuracy=accuracy[name]))
+            results[name].append(latency)
+    if split is not None:
+        for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
+            accuracy = candidate_accuracy(candidate, split, backend, device, max(threads))
+            results[name] = [replace(r, accuracy=accuracy) if r.backend == backend else r for r in results[name]]
+    _warn_if_busy(results)
     if reference is not None:
         for name, latencies in results.items():
             pairs = zip(latencies, results[reference], strict=True)
@@ -152,14 +149,19 @@ def _measure_configuration(
             if device != "cpu" and not BACKENDS[backend].packages:
                 facts[name]["peak_mib"] = _gpu_peak_mib(prepared)
         turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
-    found = {name: _summary(configuration, times, repeats[name], facts[name]) for name, times in turns.items()}
-    name, worst = max(found.items(), key=lambda item: item[1].spread)
-    if worst.spread > BUSY:
+    return {name: _summary(configuration, times, repeats[name], facts[name]) for name, times in turns.items()}
+
+
+def _warn_if_busy(results: Mapping[str, list[Latency]]) -> None:
+    times = [(latency.spread, name, latency) for name, latencies in results.items() for latency in latencies]
+    busy = [time for time in times if time[0] > BUSY]
+    if busy:
+        spread, name, worst = max(busy, key=lambda time: time[0])
         logger.warning(
-            "the machine was busy: half of the times of %s (%s) spread over %.0f %% of their median; measure again when it is quiet",
-            name, configuration, 100 * worst.spread,
-        )  # fmt: skip
-    return found
+            "the machine was busy: %d of %d times spread widely (worst: half of those of %s on %s, batch %d, over %.0f %% of the "
+            "median); measure again when it is quiet",
+            *(len(busy), len(times), name, worst.backend, worst.batch_size, 100 * spread),
+        )
 
 
 def check_available(backends: Sequence[str], device: str) -> None:
@@ -206,7 +208,7 @@ def quiet_process(threads: int) -> Iterator[None]:
 
 
 def timed_rounds(
-    runs: dict[str, Run],
+    runs: Mapping[str, Run],
     device: str,
     seconds: float,
     min_rounds: int,

@@ -21,9 +21,36 @@ from rmprune.graph.vocabulary import FUNCTION_NAMES
 
 ALIGNMENT = 64  # bytes at which runtimes begin a tensor
 _ALIASES = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Flatten", "Unflatten", "StochasticDepth", "DropPath")
-_ALIAS_CALLS = ("flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "dropout", "stochastic_depth", "detach")
-_POINTWISE = ("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "neg", "relu", "relu6", "hardtanh", "sigmoid", "tanh")
-_POINTWISE += ("hardswish", "hardsigmoid", "silu", "gelu", "leaky_relu", "elu", "mish", "clamp", "maximum", "minimum", "prelu")
+_ALIAS_CALLS = (
+    "flatten",
+    "view",
+    "reshape",
+    "contiguous",
+    "squeeze",
+    "unsqueeze",
+    "dropout",
+    "stochastic_depth",
+    "detach",
+)
+_POINTWISE = {
+    *(
+        "add",
+        "iadd",
+        "sub",
+        "isub",
+        "mul",
+        "imul",
+        "truediv",
+        "neg",
+        "maximum",
+        "minimum",
+        "clamp",
+        "relu",
+        "relu6",
+        "prelu",
+    ),
+    *("leaky_relu", "hardtanh", "hardsigmoid", "hardswish", "sigmoid", "tanh", "silu", "gelu", "elu", "mish"),
+}
 _POINTWISE_MODULES = ("BatchNorm2d", "PReLU", "Softplus", "Threshold")
 
 
@@ -119,8 +146,8 @@ def _called(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
     if node.op == "call_module":
         return type(modules[str(node.target)]).__name__, ""
     target: Any = node.target
-    known = FUNCTION_NAMES.get(target) if callable(target) else None
-    return "", (known or getattr(target, "__name__", str(target))).rpartition(".")[2].rstrip("_")
+    known = str(FUNCTION_NAMES.get(target) or getattr(target, "__name__", target))
+    return "", known.rpartition(".")[2].rstrip("_")
 
 
 def _is_alias(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -22,13 +22,18 @@ Provider = tuple[str, dict[str, Any]]
 
 
 def cpu_or_cuda(device: str) -> list[Provider]:
-    """ONNX Runtime's CUDA provider in true float32 (it takes TF32 by itself), or its own CPU one."""
-    return [("CUDAExecutionProvider", {"device_id": _index(device), "use_tf32": 0})] if device != "cpu" else []
+    """ONNX Runtime's own CPU provider, or its CUDA one in true float32 (by itself it takes TF32)."""
+    if device == "cpu":
+        return [("CPUExecutionProvider", {})]
+    return [("CUDAExecutionProvider", {"device_id": _index(device), "use_tf32": 0})]
 
 
 def tensorrt(device: str) -> list[Provider]:
     """TensorRT in float32; CUDA takes what it lacks."""
-    return [("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": False}), *cpu_or_cuda(device)]
+    return [
+        ("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": False}),
+        *cpu_or_cuda(device),
+    ]
 
 
 def tensorrt_float16(device: str) -> list[Provider]:
@@ -75,11 +80,10 @@ def onnx_runtime(
     options.inter_op_num_threads = 1
     options.add_free_dimension_override_by_name("batch", setting.batch_size)
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    asked = providers(setting.device) or ["CPUExecutionProvider"]
+    asked = providers(setting.device)
     session = onnxruntime.InferenceSession(candidate.form(form), options, providers=asked)
-    first = asked[0] if isinstance(asked[0], str) else asked[0][0]
-    if first not in session.get_providers():  # it goes on without one that does not load
-        raise RuntimeError(f"{first} is installed and does not load")
+    if asked[0][0] not in session.get_providers():  # it goes on without one that does not load
+        raise RuntimeError(f"{asked[0][0]} is installed and does not load")
     feed = {"input": candidate.inputs(setting.batch_size).numpy()}
 
     def outputs(images: Tensor) -> Tensor:
@@ -137,7 +141,9 @@ def ncnn_form(candidate: Candidate) -> tuple[str, bytes]:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         text, weights = file.with_name("network.ncnn.param"), file.with_name("network.ncnn.bin")
         if done.returncode or not text.exists():
-            raise UnsupportedModel(f"pnnx cannot convert {candidate.name!r} to ncnn: {(done.stderr or done.stdout)[-200:]}")
+            raise UnsupportedModel(
+                f"pnnx cannot convert {candidate.name!r} to ncnn: {(done.stderr or done.stdout)[-200:]}"
+            )
         return text.read_text(), weights.read_bytes()
 
 
@@ -180,6 +186,10 @@ def ncnn(candidate: Candidate, setting: Setting) -> Prepared:
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """No warnings and no bars of packages that talk while they work."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         yield

@@ -11,7 +11,7 @@ from rmprune import artifact
 from rmprune.config import MeasureConfig
 from rmprune.data.load import Dataset
 from rmprune.errors import ConfigError
-from rmprune.measure import count_macs, count_params, measure_latencies
+from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.training import evaluate
 
 
@@ -49,6 +49,8 @@ def measure_networks(
         seconds=config.seconds,
         min_rounds=config.min_rounds,
         reference="original",
+        calibration=calibration_images(data.train) if needs_calibration(config.backends) else None,
+        split=data.test,
     )
     return {
         name: {
