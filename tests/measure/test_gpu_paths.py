@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
-from rmprune.measure import BACKENDS, check_available, latency, measure_latencies, torch_backends
+from rmprune.measure import BACKENDS, check_available, measure_latencies, torch_backends
 from rmprune.measure.backends import GPU_ONLY, Backend, Candidate, prepare, surroundings
 from rmprune.measure.candidate import Prepared, Setting
 
@@ -143,7 +143,6 @@ def test_times_are_the_device_s_and_memory_is_above_what_was_held(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * 2**20)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12 * 2**20)
-    monkeypatch.setattr(latency, "WARMUP_SECONDS", 0.0)
     monkeypatch.setitem(BACKENDS, "eager", Backend(load))
     found = measure_latencies(
         {"net": NET}, X, backends=["eager"], threads=[1], batch_sizes=[6], device="cuda", seconds=0.0, min_rounds=4
