@@ -15,7 +15,8 @@ class MeasureConfig:
     """How the time of networks is measured: every combination of backend, threads and batch size."""
 
     backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("onnxruntime", "eager")
-    """Runtimes: eager, onnxruntime, openvino, torchscript, compile."""
+    """Runtimes: eager, onnxruntime, openvino, torchscript, compile, onnxruntime-int8, ...; `python -m rmprune doctor` lists those that
+    work here."""
     threads: Numbers = (2,)
     """Threads of the runtime."""
     batch_sizes: Annotated[Numbers, tyro.conf.arg(name="batch-size")] = (1, 32)
@@ -34,3 +35,16 @@ class MeasureConfig:
         require(min(self.batch_sizes) >= 1, f"batch_sizes is {self.batch_sizes}; each must be at least 1")
         require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
         require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What to look at; nothing is written."""
+
+    backends: Annotated[Names, tyro.conf.arg(name="backend")] = ()
+    """Backends to try (default: all)."""
+    seconds: float = 2.0
+    """Time spent on finding out whether the machine is quiet."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")

@@ -120,7 +120,7 @@ def check_backend(backend: str, device: str) -> None:
     if missing:
         raise ConfigError(f"backend {backend!r} is not installed; pip install {' '.join(missing)}")
     if device.partition(":")[0] not in entry.devices:
-        only = "CPU" if entry.devices == ("cpu",) else "GPU (--device cuda)"
+        only = "CPU" if entry.devices == ("cpu",) else "GPU (device cuda)"
         raise ConfigError(f"backend {backend!r} measures on the {only} only, not on {device}; leave it out")
     if device == "cpu" and entry.number_format == "bfloat16" and not has_instruction(*BFLOAT16):
         raise ConfigError(

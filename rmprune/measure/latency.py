@@ -96,6 +96,7 @@ def measure_latencies(
     progress: Callable[[str], None] | None = None,
     calibration: Tensor | None = None,
     split: Split | None = None,
+    warn: bool = True,
 ) -> dict[str, list[Latency]]:
     """Times of all `models` under every configuration, interleaved; the module's first lines say how.
 
@@ -103,7 +104,7 @@ def measure_latencies(
     `reference` names the model that ratios are taken to. `progress` is told each configuration as it starts. `calibration`:
     training images [N, C, H, W], without which int8 is refused. With a `split`, `accuracy` on it is measured in every number format
     but float32. Models are left alone; torch's number of threads and the garbage collector are put back. A spread that says the
-    machine was busy is warned of in the log. Raises ConfigError for an unknown or missing backend, device or reference,
+    machine was busy is warned of in the log (`warn`). Raises ConfigError for an unknown or missing backend, device or reference,
     UnsupportedModel where torch.fx cannot trace a model.
 
     >>> nets, x = {"narrow": nn.Conv2d(3, 4, 3), "wide": nn.Conv2d(3, 8, 3)}, torch.randn(1, 3, 16, 16)
@@ -124,7 +125,8 @@ def measure_latencies(
         for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
             accuracy = candidate_accuracy(candidate, split, backend, device, max(threads))
             results[name] = [replace(r, accuracy=accuracy) if r.backend == backend else r for r in results[name]]
-    _warn_if_busy(results)
+    if warn:
+        _warn_if_busy(results)
     if reference is not None:
         for name, latencies in results.items():
             pairs = zip(latencies, results[reference], strict=True)

@@ -41,7 +41,12 @@ class PeakMemory:
 
 
 def peak_resident_mib(
-    model: nn.Module, example_inputs: Tensor, *, backend: str = "onnxruntime", threads: int = 1, batch_size: int | None = None
+    model: nn.Module,
+    example_inputs: Tensor,
+    *,
+    backend: str = "onnxruntime",
+    threads: int = 1,
+    batch_size: int | None = None,
 ) -> float:
     """MiB that loading `model` into a float32 backend and running it three times takes at most, in a fresh process, above that process
     with the network in memory and the backend's package imported.
@@ -57,7 +62,9 @@ def peak_resident_mib(
         words = (str(network), shape, backend, str(threads), str(batch_size or len(example_inputs)))
         done = subprocess.run([sys.executable, "-m", __name__, *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(f"peak memory on {backend!r} cannot be measured: {done.stderr.strip().splitlines()[-1][:200]}")
+        raise ConfigError(
+            f"peak memory on {backend!r} cannot be measured: {done.stderr.strip().splitlines()[-1][:200]}"
+        )
     return float(done.stdout.strip().splitlines()[-1])
 
 

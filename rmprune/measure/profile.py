@@ -42,16 +42,22 @@ def profile_layers(
         for number, (name, model) in enumerate(models.items()):
             candidate = Candidate(name, model, example_inputs)
             feed = {"input": candidate.inputs(batch_size or len(example_inputs)).numpy()}
-            sessions[name] = (_session(candidate, threads, str(Path(folder) / str(number))), feed)
+            session = _session(candidate, threads, str(Path(folder) / str(number)))
+            sessions[name] = (
+                session,
+                feed,
+                importlib.import_module("onnx").load_from_string(candidate.form(onnx_form)).graph,
+            )
         for _ in range(runs + 1):
-            for session, feed in sessions.values():
+            for session, feed, _ in sessions.values():
                 session.run(None, feed)
-        for name, (session, _) in sessions.items():
+        for name, (session, _, graph) in sessions.items():
             kernels = _kernels(json.loads(Path(session.end_profiling()).read_text()))
+            names = _layers(graph, [(kernel, kind) for kernel, kind, _ in kernels])
             total = sum(ms for _, _, ms in kernels)
             rows += [
-                {"network": name, "position": n, "layer": layer, "operator": kind, "ms": ms, "share": ms / total}
-                for n, (layer, kind, ms) in enumerate(kernels)
+                {"network": name, "position": n, "layer": names[n], "operator": kind, "ms": ms, "share": ms / total}
+                for n, (_, kind, ms) in enumerate(kernels)
             ]
     return pd.DataFrame(rows)
 
@@ -74,9 +80,34 @@ def _session(candidate: Candidate, threads: int, prefix: str) -> Any:
 
 
 def _kernels(events: list[dict[str, Any]]) -> list[tuple[str, str, float]]:
-    """(layer, operator, median ms) in order of running; the first run, which allocates, is left out."""
+    """(kernel, operator, median ms) in order of running; the first run, which allocates, is left out."""
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             times[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"] / 1e3)
-    return [(layer, kind, statistics.median(found[1:] or found)) for (layer, kind), found in times.items()]
+    return [(kernel, kind, statistics.median(found[1:] or found)) for (kernel, kind), found in times.items()]
+
+
+def _layers(graph: Any, kernels: list[tuple[str, str]]) -> list[str]:
+    """The layer of the network that each kernel computes, by the name of its weights; other kernels keep the runtime's name.
+
+    ONNX Runtime calls a kernel as the node it came from, or after the last tensor of what was fused into it ("..._nchwc").
+    """
+    made = {output: node for node in graph.node for output in node.output}
+    named = {node.name: node for node in graph.node}
+    weights = {tensor.name for tensor in graph.initializer}
+    ends = {kernel.removesuffix("_nchwc") for kernel, _ in kernels}
+
+    def own(node: Any, kind: str) -> Any:
+        """Back from the end of a fused kernel to its layer; what another kernel ends with is that one's."""
+        if node is None or node.op_type in kind:
+            return node
+        before = (made.get(name) for name in node.input if name not in ends)
+        return next((found for found in (own(b, kind) for b in before if b is not None) if found is not None), None)
+
+    found = []
+    for kernel, kind in kernels:
+        node = own(named.get(kernel) or made.get(kernel.removesuffix("_nchwc")), kind)
+        weight = next((name for name in node.input if name in weights), None) if node is not None else None
+        found.append(weight.removesuffix(".weight") if weight else kernel)
+    return found

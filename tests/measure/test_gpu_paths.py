@@ -22,7 +22,7 @@ X = torch.randn(1, 3, 8, 8)
 def test_every_path_is_listed_and_refused_without_a_gpu() -> None:
     assert {"eager-tf32", "eager-float16", "cudagraph", "tensorrt", "tensorrt-float16"} <= set(GPU_ONLY)
     for name in GPU_ONLY:
-        with pytest.raises(ConfigError, match=rf"'{name}' measures on the GPU \(--device cuda\) only, not on cpu"):
+        with pytest.raises(ConfigError, match=rf"'{name}' measures on the GPU \(device cuda\) only, not on cpu"):
             check_available([name], "cpu")
 
 
