@@ -42,5 +42,4 @@ def test_resident_memory_holds_the_activations() -> None:
     net, x = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)), torch.randn(1, 3, 64, 64)
     planned = activation_memory(net, x.expand(64, -1, -1, -1)).peak_bytes / 2**20
     assert planned == 32.0  # twice 16 channels of 64 images of 64 x 64
-    one, many = (peak_resident_mib(net, x, backend="eager", batch_size=n) for n in (1, 64))
-    assert many > 0.9 * planned > one
+    assert 0.9 * planned < peak_resident_mib(net, x, backend="eager", batch_size=64) < 3 * planned
