@@ -119,6 +119,7 @@ class AmcConfig(Architecture):
     """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
+        self.measure.require_judge()
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(self.width is None or self.width > 0, f"width is {self.width}; it must be above 0")
         require(self.free >= 1, f"free is {self.free}; it must be at least 1")

@@ -36,6 +36,14 @@ class MeasureConfig:
         require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
         require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")
 
+    def require_judge(self) -> None:
+        """Raise ConfigError where the first backend, on which searches and budgets count time, is int8: they measure untrained networks."""
+        require(
+            not self.backends[0].endswith("-int8"),
+            f"time is counted on the first backend, {self.backends[0]}, and networks on the way have no int8 form; name another first, "
+            f"as in --measure.backend onnxruntime,{self.backends[0]}",
+        )
+
 
 @dataclass(frozen=True)
 class DoctorConfig:

@@ -63,6 +63,7 @@ class SlimConfig(Architecture):
     """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
+        self.measure.require_judge()
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require_seed("seed", self.seed)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")

@@ -184,8 +184,7 @@ class LatencyModel:
 
     def _settings(self) -> dict[str, Any]:
         here = environment()
-        packages = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-        package = packages.get(self.backend, "torch")
+        package = next(iter(BACKENDS[self.backend].packages), "torch")
         return {
             "schema": SCHEMA,
             "backend": self.backend,

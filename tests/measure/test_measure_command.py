@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig, TrainConfig, TrainRunConfig
+import rmprune
+from rmprune.config import (
+    AmcConfig,
+    DataConfig,
+    MeasureConfig,
+    PruneConfig,
+    RemeasureConfig,
+    SlimConfig,
+    TrainConfig,
+    TrainRunConfig,
+)
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import backend_accuracy, calibration_images
 from rmprune.pipelines.measure import dataset_of, run_measure
@@ -40,7 +50,7 @@ def test_accuracy_in_int8_lands_in_the_record_beside_the_times(run: Path) -> Non
         assert all("accuracy" not in time and time["number_format"] == "float32" for time in times[:2])
         assert all(time["number_format"] == "int8" and time["first_ms"] > 0 for time in times[2:])
         assert all(time["ratio_low"] <= time["ratio"] <= time["ratio_high"] for time in times)
-        network = __import__("rmprune").load(run / ("dense" if name == "original" else name))
+        network = rmprune.load(run / ("dense" if name == "original" else name))
         images = calibration_images(data.train)
         assert times[2]["accuracy"] == backend_accuracy(network, data.test, "onnxruntime-int8", calibration=images)
     for entry in (before, after):
@@ -67,7 +77,20 @@ def test_a_backend_that_cannot_be_had_leaves_the_record_as_it_was(run: Path, mon
     assert (run / "record.json").read_bytes() == before and json.loads(before)
 
 
-def test_slim_and_train_measure_accuracy_in_int8_too(run: Path, tmp_path: Path) -> None:
+def test_int8_is_measured_and_judges_nothing() -> None:
+    first = replace(QUICK, backends=("openvino-int8", "eager"))
+    for config in (
+        lambda: SlimConfig(measure=first, prune=PruneConfig(latency_ratio=(0.5,))),
+        lambda: AmcConfig(measure=first),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"counted on the first backend, openvino-int8, .* onnxruntime,openvino-int8"
+        ):
+            config()
+    SlimConfig(measure=replace(first, backends=("eager", "openvino-int8")), prune=PruneConfig(latency_ratio=(0.5,)))
+
+
+def test_training_measures_accuracy_in_int8_too(tmp_path: Path) -> None:
     config = TrainRunConfig("resnet20", width=4, train=TrainConfig(epochs=0), out=tmp_path / "run")
     config = replace(config, measure=replace(QUICK, backends=("onnxruntime-int8",)))
     run_train(replace(config, data=DataConfig(train_images=64)), command="x")
