@@ -28,15 +28,15 @@ from rmprune.config import DataConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import count_macs
-from rmprune.methods.cutter import Cutter, importance_batches, make_cutter
+from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.slim import slim_network
-from rmprune.methods.start import STARTING
+from rmprune.methods.start import start
 from rmprune.methods.table import METHODS
 from rmprune.pruning import Budget, allocate
-from rmprune.pruning.importance import score_groups
 from rmprune.pruning.one_shot import fitting_images
 from rmprune.pruning.refit import refit
-from rmprune.training import evaluate, fit
+from rmprune.training import evaluate
+from rmprune.training.job import Files, Job, tune
 from rmprune.training.state import TrainState
 
 console = Console()
@@ -133,7 +133,7 @@ def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[s
     usual = {"learning_rate": 0.06, "warmup_epochs": 1.0, "distillation": 0.5}
     tuning = TrainConfig(epochs=settings.epochs, **(usual | row.finetune))
     method = METHODS[row.method]
-    network = STARTING[method.start](dense, data.train.example)[0]
+    network = start(dense, *method.start, data.train.example)[0]
     config = SlimConfig(
         method=(row.method,),
         data=data.config,
@@ -143,18 +143,16 @@ def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[s
     example = data.train.example(1)
     whole = count_macs(dense, example)
     budget = Budget.from_config(config.prune, "macs_ratio", settings.macs_ratio, reference_macs=whole)
-    place = {"seed": settings.seed, "checkpoint": settings.runs / f"{row.table}-{row.name}.pt", "label": row.name}
-    log = settings.runs / "log.jsonl"
+    job = Job(config, data, torch.device("cpu"), settings.seed, teacher=dense)
+    files = Files(settings.runs / f"{row.table}-{row.name}.pt", settings.runs / "log.jsonl", row.name)
     cut = None
     if dataclasses.replace(config.prune, **method.settings).gradual:
-        device = torch.device("cpu")
-        model = slim_network(network, method, budget, config, data, device=device, teacher=dense, log=log, **place)[0]
+        model = slim_network(network, method, budget, job, files)[0]
     else:
-        cutter = make_cutter(network, method, config, data)
-        start = cut_once(cutter, cutter.floored(budget), row.recalibrated)
-        cut = evaluate(start, data.validation).accuracy
-        hook = IdentityRows(start, row.held) if row.held else None
-        model = fit(start, data, tuning, hook=hook, teacher=dense if tuning.distillation else None, log=log, **place)
+        cutter = make_cutter(network, method, job)
+        smaller = cut_once(cutter, cutter.floored(budget), row.recalibrated)
+        cut = evaluate(smaller, data.validation).accuracy
+        model = tune(smaller, tuning, job, files, IdentityRows(smaller, row.held) if row.held else None)
     return {
         "table": row.table,
         "row": row.name,
@@ -170,10 +168,8 @@ def cut_once(cutter: Cutter, budget: Budget, recalibrated: bool) -> nn.Module:
     """The network after one cut, as `slim` leaves it or with its batch norms measured anew."""
     if not recalibrated:
         return cutter.once(cutter.network, budget)
-    settings, batches = cutter.settings, importance_batches(cutter.data)
-    scores = score_groups(settings.importance, cutter.network, cutter.structure, batches)
-    keep = allocate(cutter.structure, scores, budget, rank=settings.rank)
-    return refit(cutter.network, cutter.structure, keep, fitting_images(batches), reconstruct=False)
+    keep = allocate(cutter.structure, cutter.scores, budget, rank=cutter.settings.rank)
+    return refit(cutter.network, cutter.structure, keep, fitting_images(cutter.job.batches), reconstruct=False)
 
 
 class IdentityRows:

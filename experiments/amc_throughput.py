@@ -27,11 +27,12 @@ from rmprune.amc.choose import first_images, make_scorer, make_space
 from rmprune.amc.environment import Environment
 from rmprune.amc.search import Search
 from rmprune.amc.space import Space, Widths
-from rmprune.config import DataConfig, SearchConfig
+from rmprune.config import AmcConfig, DataConfig, SearchConfig
 from rmprune.data.load import load_dataset
 from rmprune.measure.machine import environment
 from rmprune.models.families import create
 from rmprune.removal import remove_residuals
+from rmprune.training.job import Job
 from rmprune.training.precision import compute_dtype
 
 
@@ -95,7 +96,7 @@ def main(settings: Settings) -> None:
     plain = remove_residuals(original, example, fuse="always", tolerance=1e-6).model
     config = SearchConfig(images=settings.images, importance="magnitude")
     space = make_space(plain, original, example[:2], config, settings.budget)
-    ours = make_scorer(plain, space, config, data, device)
+    ours = make_scorer(plain, space, Job(AmcConfig(search=config), data, device, 0))
     images, labels = first_images(data.validation, settings.images, device)
     theirs = Straightforward(plain.to(device), space, ours.order, images, labels, settings.batch_size)
     scorers: dict[str, Callable[[Widths], float]] = {"straightforward": theirs.accuracy, "rmprune": ours.accuracy}

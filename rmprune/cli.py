@@ -19,6 +19,9 @@ from rmprune.config.toml import from_toml
 from rmprune.errors import RmpruneError
 
 Config = TypeVar("Config")
+LEFT = dict.fromkeys(("slim", "amc", "train"), "what was done is saved") | dict.fromkeys(
+    ("convert", "report"), "files that were finished stay"
+)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, on the CPU and on a GPU
 
 
@@ -52,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
         _fail("out of memory; take a smaller width, batch size or image size")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:  # whoever had changed something by then says what
         again = shlex.join(["python", "-m", "rmprune", *(word for word in arguments if word != "--overwrite")])
-        resumes = name in ("slim", "amc", "train")
-        said = f"what was done is saved. To go on: {again}" if resumes else f"nothing was changed. Again: {again}"
-        print(f"\nrmprune: interrupted; {said}", file=sys.stderr)
+        left = str(interrupt) or LEFT.get(name, "nothing was changed")
+        on = "To go on" if name in ("slim", "amc", "train") else "Again"
+        print(f"\nrmprune: interrupted; {left}. {on}: {again}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -174,8 +177,12 @@ def measure(arguments: list[str]) -> None:
 
     config = _parse(settings.RemeasureConfig, arguments, "measure")
     records = run_measure(config)
-    show(records)
-    if figures := renew_reports(runs_of(records), _command_line("measure", arguments)):
+    try:
+        show(records)
+        figures = renew_reports(runs_of(records), _command_line("measure", arguments))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("all records hold the new times, reports in the runs may not") from None
+    if figures:
         print(f"figure: {', '.join(map(str, figures))}")
     runs = shlex.join(map(str, config.runs))
     print(f"next:   python -m rmprune report {runs} --out reports")

@@ -8,6 +8,7 @@ import ast
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 Graph = Mapping[str, set[str]]
@@ -22,6 +23,7 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
+@cache
 def module_imports(package: Path) -> dict[str, set[str]]:
     """Module -> the modules of the same package that it imports anywhere; a name out of a package counts as that package."""
     known = modules(package)

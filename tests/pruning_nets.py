@@ -83,3 +83,38 @@ def measured_macs(model: nn.Module, x: Tensor) -> int:
     for handle in handles:
         handle.remove()
     return total
+
+
+def mobile_chain() -> nn.Sequential:
+    """Depthwise in the middle, a grouped convolution after it, flattening to 4x4 features a channel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        conv(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(),
+        conv(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.PReLU(8),
+        conv(8, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU(),
+        conv(12, 18, 3, groups=3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(18 * 16, 5),
+    )  # fmt: skip
+    return randomise(model).double().eval()  # type: ignore[return-value]
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if float(x.sum()) < 1e9 else self.body(-x)
+
+
+def kill(model: nn.Module, name: str, channels: list[int], shift: float | None = None) -> None:
+    """Batch-norm scale 0; the shift stays random unless given."""
+    bn = model.get_submodule(name)
+    bn.weight.data[channels] = 0  # type: ignore[index, union-attr, operator]
+    if shift is not None:
+        bn.bias.data[channels] = shift  # type: ignore[index, union-attr, operator]
+
+
+def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [(images(6, seed=i), torch.randint(5, (6,), generator=generator)) for i in range(count)]

@@ -5,7 +5,7 @@ Not only what RM can remove: in-place traps, shortcuts on another grid, batch no
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Shortcut:
     conv: Conv | None = None
     pool: tuple[Any, ...] = ()
     """kernel, stride, padding, ceil_mode, count_include_pad"""
+    inner: tuple[Any, ...] = ()
+    """residual blocks at its end"""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,8 @@ class ShortcutPath(nn.Module):
             layers.append(norm("batch", channels))
         if spec.conv is not None:
             layers.append(Layer(channels, spec.conv))
+        if spec.inner:
+            layers.append(chain(channels if spec.conv is None else spec.conv.channels, spec.inner)[0])
         self.path = nn.Sequential(*layers)
         self.empty = not layers
 
@@ -427,6 +431,29 @@ def pooled(size: int, kernel: int, stride: int, padding: int, ceil: bool) -> int
 
 
 @st.composite
+def linear_residuals(draw: st.DrawFn, channels: int, size: tuple[int, int], depth: int = 1) -> tuple[Block, ...]:
+    """One or two residual blocks in a row without any activation, that keep channels and size."""
+    found = []
+    for _ in range(draw(often(1, 2))):
+        widths = [draw(st.sampled_from([channels, channels + 1, 2 * channels])) for _ in range(draw(st.integers(0, 2)))]
+        layers: list[Any] = []
+        for before, width in itertools.pairwise([channels, *widths, channels]):
+            kernel, padding = draw(often(((1, 1), (0, 0)), ((3, 3), (1, 1))))
+            groups = before if before == width and draw(st.integers(0, 4)) == 0 else 1
+            bias, normed = draw(st.booleans()), draw(often("batch", "none", weight=1))
+            layers.append(Conv(width, kernel, padding=padding, groups=groups, bias=bias, norm=normed))
+        if depth and draw(st.integers(0, 4)) == 0:
+            layers += draw(linear_residuals(channels, size, depth - 1))
+        if draw(st.integers(0, 3)) == 0:
+            shortcut = Shortcut("conv", Conv(channels, bias=draw(st.booleans()), norm=draw(often("batch", "none"))))
+        else:
+            inner = draw(linear_residuals(channels, size, depth - 1)) if depth and draw(st.integers(0, 3)) == 0 else ()
+            shortcut = Shortcut(inner=inner)
+        found.append(Block(tuple(layers), shortcut, add=draw(often("add", "radd", "iadd", weight=3))))
+    return tuple(found)
+
+
+@st.composite
 def blocks(draw: st.DrawFn, channels: int, size: tuple[int, int], depth: int) -> tuple[Any, int, tuple[int, int]]:
     """A residual block (or, where no shortcut fits, its branch alone), and the channels and size it leaves."""
     before, x_channels = size, channels
@@ -450,6 +477,8 @@ def blocks(draw: st.DrawFn, channels: int, size: tuple[int, int], depth: int) ->
     shortcut = draw(shortcuts(x_channels, before, channels, size))
     if shortcut is None:
         return layers, channels, size
+    if draw(st.integers(0, 11)) == 0:
+        shortcut = replace(shortcut, inner=draw(linear_residuals(channels, size)))
     same = (x_channels, before) == (channels, size)
     third = Conv(channels, bias=True) if before == size and draw(st.integers(0, 9)) == 0 else None
     block = Block(

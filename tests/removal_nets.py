@@ -3,14 +3,16 @@
 import operator
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.errors import UnsupportedModel
 from rmprune.graph.build import materialise, target_of
 from rmprune.graph.equivalence import check_inputs, over_tolerance, reference_copy, relative_error
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.normalise import normalise
-from rmprune.removal import Removal
+from rmprune.removal import Removal, remove_residuals
 
 
 class Residual(nn.Module):
@@ -105,3 +107,36 @@ def fuse_linear(model: nn.Module, x: Tensor, rule: str = "cheaper", *, batch_nor
 def fold_batch_norms(model: nn.Module, x: Tensor) -> nn.Module:
     """`model` with the batch norms after its convolutions folded into them, by the passes of removal."""
     return fuse_linear(model, x, "never", batch_norm=False)
+
+
+def small_resnet(**settings: object) -> nn.Module:
+    """Two stages of basic blocks, the second with a strided convolution as shortcut."""
+    down = Residual(nn.Sequential(*conv_bn(6, 8, stride=2), nn.ReLU(), *conv_bn(8, 8)), conv_bn(6, 8, 1, 2), nn.ReLU())
+    return prepared(
+        *conv_bn(3, 6), nn.ReLU(), basic(), down, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), **settings
+    )
+
+
+def removed(model: nn.Module, size: int = 8) -> Removal:
+    removal = remove_residuals(model, images(size=size))
+    assert not removal.kept and not has_addition(removal.model)
+    for other in (size, size + 1, size + 3):
+        assert worst_error(removal, model, size=other) < 1e-11
+    return removal
+
+
+def refused(model: nn.Module, why: str, size: int = 8) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        remove_residuals(model, images(size=size))
+
+
+def stem(width: int = 6) -> list[nn.Module]:
+    return [*conv_bn(3, width), nn.ReLU()]
+
+
+def branch(*layers: nn.Module) -> nn.Sequential:
+    """The layers with a ReLU between."""
+    chain: list[nn.Module] = []
+    for layer in layers:
+        chain += [*(layer if isinstance(layer, nn.Sequential) else [layer]), nn.ReLU()]
+    return nn.Sequential(*chain[:-1])

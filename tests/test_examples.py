@@ -12,7 +12,7 @@ from torch import nn
 
 import rmprune
 from rmprune import cli, config
-from rmprune.amc.table import METHODS as AMC_METHODS
+from rmprune.amc.table import AMC_METHODS
 from rmprune.measure import BACKENDS
 from rmprune.methods.table import METHODS
 from rmprune.pruning import IMPORTANCES

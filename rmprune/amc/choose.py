@@ -1,8 +1,7 @@
 """One search from end to end: what to prune, what it costs, how policies are scored, the search, the verified policy. No training."""
 
-import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,22 @@ from torch import Tensor, nn
 from rmprune.amc.agent import AgentConfig
 from rmprune.amc.environment import Environment
 from rmprune.amc.scoring import Scorer, Settings, importance_order
-from rmprune.amc.search import Method, Search, SearchResult, Watcher
+from rmprune.amc.search import Search, SearchMethod, SearchResult, Watcher
 from rmprune.amc.space import COSTS, Limits, Space, Widths
-from rmprune.config import MeasureConfig, SearchConfig
+from rmprune.config import AmcConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Split
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.measure.place import Place
+from rmprune.measure.place import Place, largest_within
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Structure, describe_layer, record_shapes
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.surgery import shrink
 from rmprune.pruning.time_cost import TimeCost, calibrate
 from rmprune.runs.notes import remembered
+from rmprune.training.job import Job
 from rmprune.training.precision import compute_dtype
-
-IMPORTANCE_IMAGES = 2048  # training images that importance is measured on
 
 
 @dataclass(frozen=True)
@@ -107,58 +105,64 @@ class Timing:
         return free.with_budget(remembered(note, "budget", budget))
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a search aims at: `ratio` of the original's cost, by the space's own cost or, with `timing`, as measured.
+
+    `directory`: where the search keeps its files (None: nowhere, and nothing is resumed).
+    """
+
+    ratio: float
+    timing: Timing | None = None
+    directory: Path | None = None
+
+
 def choose(
     network: nn.Module,
     space: Space,
-    method: Method,
-    config: SearchConfig,
-    data: Dataset,
-    *,
-    seed: int,
-    device: torch.device,
-    ratio: float,
-    directory: Path | None = None,
-    timing: Timing | None = None,
+    method: SearchMethod,
+    job: Job[AmcConfig],
+    goal: Goal,
     watch: Watcher | None = None,
 ) -> Chosen:
-    """Search the space for the widths of `network`; with `timing` the best policy is verified, and corrected, as a whole.
+    """Search the space for the widths of `network`; in measured time the best policy is verified, and corrected, as a whole.
 
     Selection sees training images (importance, calibration) and a fixed part of the validation split (rewards), no others.
+    `watch` is called after each episode. Raises InfeasibleBudget where no policy was measured within the goal, ArtifactError where
+    the directory holds another search.
     """
-    scorer = make_scorer(network, space, config, data, device)
-    environment = Environment(space, scorer.accuracy, reward=config.reward)
-    agent = AgentConfig(warm_up=config.warm_up, sigma=config.sigma, sigma_decay=config.sigma_decay)
+    config = job.config.search
+    scorer = make_scorer(network, space, job)
     search = Search(
-        environment,
+        Environment(space, scorer.accuracy, reward=config.reward),
         method=method,
         episodes=config.episodes,
-        seed=seed,
-        agent=agent,
+        seed=job.seed,
+        agent=AgentConfig(warm_up=config.warm_up, sigma=config.sigma, sigma_decay=config.sigma_decay),
         refine=config.refine,
-        directory=directory,
-        identity=_identity(space, config, data),
+        directory=goal.directory,
+        identity=_identity(space, config, job.data),
     )
     result = search.run(watch)
     best = result.best.widths
-    if timing is None:
-        verified = Verified(best, ratio * space.cost(best) / space.budget, 0)
-    else:
-        find = lambda: dataclasses.asdict(meet_budget(space, best, timing.measure(network, space), ratio))  # noqa: E731
-        found = find() if directory is None else remembered(directory / "verified.json", str(list(best)), find)
+    verified = Verified(best, goal.ratio * space.cost(best) / space.budget, 0)
+    if (timing := goal.timing) is not None:
+        find = lambda: dataclasses.asdict(meet_budget(space, best, timing.measure(network, space), goal.ratio))  # noqa: E731
+        note = None if goal.directory is None else goal.directory / "verified.json"
+        found = find() if note is None else remembered(note, str(list(best)), find)
         verified = Verified(**found | {"widths": tuple(found["widths"])})
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
-    return Chosen(scorer.build(verified.widths).cpu(), widths, _facts(result, space, verified, accuracy, ratio))
+    return Chosen(scorer.build(verified.widths).cpu(), widths, _facts(result, space, verified, accuracy, goal.ratio))
 
 
-def make_scorer(network: nn.Module, space: Space, config: SearchConfig, data: Dataset, device: torch.device) -> Scorer:
-    """The scorer of a network's policies, with everything it holds in memory."""
-    network = copy.deepcopy(network).to(device)
-    batches = list(data.train.batches(128, device=device, limit=IMPORTANCE_IMAGES))
-    scores = score_groups(config.importance, network, space.structure, batches)
-    images, labels = first_images(data.validation, config.images, device)
-    settings = Settings(dtype=compute_dtype(config.precision, device), reconstruct=config.reconstruct)
-    calibration = first_images(data.train, config.calibration, device)[0]
+def make_scorer(network: nn.Module, space: Space, job: Job[AmcConfig]) -> Scorer:
+    """The scorer of a network's policies, with everything it holds in memory, on the job's device."""
+    config, network = job.config.search, job.here(network)
+    scores = score_groups(config.importance, network, space.structure, job.batches)
+    images, labels = first_images(job.data.validation, config.images, job.device)
+    settings = Settings(dtype=compute_dtype(config.precision, job.device), reconstruct=config.reconstruct)
+    calibration = first_images(job.data.train, config.calibration, job.device)[0]
     return Scorer(network, space, importance_order(scores), calibration, images, labels, settings)
 
 
@@ -230,62 +234,28 @@ def _facts(result: SearchResult, space: Space, verified: Verified, accuracy: flo
     }
 
 
-_FIRST_STEPS = (1.0, 1.08, 0.92, 0.85)  # times the predicted cost of the policy
-_POINTS = 4  # policies measured at once from then on
+_FIRST_STEPS = (1.08, 0.92, 0.85)  # times the predicted cost of the policy
 
 
-def meet_budget(
-    space: Space,
-    widths: Widths,
-    measure: Measure,
-    target: float,
-    *,
-    slack: float = 0.05,
-    margin: float = 0.01,
-    rounds: int = 5,
-) -> Verified:
-    """The policy of this shape whose network, measured as a whole, costs between (1 - slack) * target and target.
+def meet_budget(space: Space, widths: Widths, measure: Measure, allowed: float) -> Verified:
+    """The largest policy of this shape whose network, measured as a whole, takes at most `allowed` of the original's cost.
 
-    The policy is scaled up and down and several sizes are measured at once, ever closer to the largest that costs at most
-    (1 - margin) * target; that one is measured once more and must be below the target again. `target` is a fraction of the
-    original's cost. Where widths are too coarse for the slack, the costliest policy below the target is taken. Raises
-    InfeasibleBudget where none was below.
+    The policy is scaled up and down as `measure.place.largest_within` asks, which says what is promised. Raises InfeasibleBudget
+    where not even its narrowest network was within the budget.
     """
     fractions, size = space.fractions(widths), space.cost(widths)
-    tried: dict[Widths, float] = {}
-    plan = [widths, *(_scaled(space, fractions, step * size) for step in _FIRST_STEPS[1:])]
-    for _ in range(rounds):
-        new = [policy for policy in dict.fromkeys(plan) if policy not in tried]
-        if not new:
-            break
-        tried |= dict(zip(new, measure(new), strict=True))
-        best = _largest_below(tried, (1 - margin) * target)
-        while best is not None and tried[best] >= (1 - slack) * target:
-            again = measure([best])[0]
-            if again <= target:
-                return Verified(best, again, len(tried))
-            tried[best] = again
-            best = _largest_below(tried, (1 - margin) * target)
-        low = space.least_cost if best is None else space.cost(best)
-        high = min(
-            (space.cost(w) for w, r in tried.items() if r > target and space.cost(w) > low), default=space.full_cost
+
+    def at(cost: float) -> Widths:
+        return space.with_budget(max(cost, space.least_cost)).fit(fractions)
+
+    def refuse(least: float) -> InfeasibleBudget:
+        return InfeasibleBudget(
+            f"no policy measured as a whole network met the budget of {allowed:.3g} times the original; the narrowest took "
+            f"{least:.3g}: raise the budget or lower the limits (lowest={space.limits.lowest})"
         )
-        plan = [
-            _scaled(space, fractions, low * (high / low) ** (i / _POINTS)) for i in range(_POINTS + (best is not None))
-        ]
-    best = _largest_below(tried, target)
-    if best is None:
-        raise InfeasibleBudget(
-            f"no policy of {len(tried)} measured as whole networks met the budget of {target:.3g} times the original; the "
-            f"nearest took {min(tried.values()):.3g}: raise the budget or lower the limits (lowest={space.limits.lowest})"
-        )
-    return Verified(best, tried[best], len(tried))
 
-
-def _largest_below(tried: Mapping[Widths, float], limit: float) -> Widths | None:
-    """The costliest of the measured policies that cost at most `limit`."""
-    return max((w for w, ratio in tried.items() if ratio <= limit), key=lambda w: tried[w], default=None)
-
-
-def _scaled(space: Space, fractions: Sequence[float], budget: float) -> Widths:
-    return space.with_budget(max(budget, space.least_cost)).fit(fractions)
+    first = [widths, *(at(step * size) for step in _FIRST_STEPS)]
+    found = largest_within(
+        allowed, at, space.cost, measure, space.least_cost, space.full_cost, first=first, refuse=refuse
+    )
+    return Verified(found.candidate, found.ratio, found.networks)

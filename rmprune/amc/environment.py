@@ -14,7 +14,7 @@ from rmprune.amc.space import Space, Widths
 from rmprune.errors import ConfigError
 from rmprune.pruning.groups import Layer
 
-State = tuple[float, ...]
+Features = tuple[float, ...]
 RewardKind = Literal["accuracy", "error_log_cost"]
 FEATURES = (
     "index", "depthwise", "channels_in", "channels_out", "stride", "kernel", "size",
@@ -33,7 +33,7 @@ class Outcome:
     """
 
     action: float
-    state: State
+    state: Features
     done: bool
 
 
@@ -52,7 +52,7 @@ class Environment:
         self._deciders = space.last_deciders()
         self.decided: list[int] = []
 
-    def reset(self) -> State:
+    def reset(self) -> Features:
         """Begin an episode; the state of the first layer."""
         self.decided = []
         return self.state()
@@ -90,7 +90,7 @@ class Environment:
             return accuracy
         return -(1 - accuracy) * math.log1p(max(0.0, self.space.cost(widths)))
 
-    def state(self) -> State:
+    def state(self) -> Features:
         """The features of the group to be decided next, see FEATURES."""
         space, count = self.space, len(self.decided)
         group = min(count, len(space.groups) - 1)

@@ -1,16 +1,18 @@
 """The plainest control: the original network at a smaller width multiplier, the largest within the budget. It trains nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rmprune.amc.choose import Timing, network_cost
+from rmprune.amc.choose import Goal, network_cost
 from rmprune.amc.space import COSTS
 from rmprune.config import AmcConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.measure.place import largest_within
+from rmprune.models.families import has_multiplier
 
-STEPS = 40  # multipliers tried between 0 and the original's
+STEPS = 40  # multipliers between 0 and the original's
 
 
 @dataclass(frozen=True)
@@ -23,41 +25,47 @@ class Multiplier:
 
 def require_multiplier(config: AmcConfig) -> None:
     """Raise ConfigError for a network without a width multiplier."""
-    if not config.model.startswith("mobilenet"):
+    if not has_multiplier(config.model):
         raise ConfigError(f"{config.model} has no width multiplier; leave the method 'uniform' out")
 
 
 def width_multiplier(
-    make: Callable[[float], nn.Module],
-    original: nn.Module,
-    example: Tensor,
-    config: AmcConfig,
-    ratio: float,
-    timing: Timing | None,
+    make: Callable[[float], nn.Module], original: nn.Module, example: Tensor, config: AmcConfig, goal: Goal
 ) -> Multiplier:
-    """The largest multiplier whose network costs at most `ratio` times the original. `make(width)` builds one.
+    """The largest multiplier whose network costs at most `goal.ratio` times the original. `make(width)` builds one.
 
-    With `timing` all candidates are measured in turns. Raises InfeasibleBudget where even the narrowest is too dear,
-    ConfigError where the network has no multiplier.
+    In measured time it is searched for as all others are (`measure.place.largest_within`): something in hand, and measured twice.
+    Raises InfeasibleBudget where even the narrowest is too dear, ConfigError where the network has no multiplier.
     """
     require_multiplier(config)
+    networks: dict[float, nn.Module] = {}
+    firsts: dict[tuple[int, ...], float] = {}
     whole = config.width or 1.0
-    candidates: dict[tuple[int, ...], tuple[float, nn.Module]] = {}
-    for step in range(1, STEPS + 1):  # of networks that rounding makes equal the first is kept
-        width = whole * step / STEPS
+    for width in (whole * step / STEPS for step in range(1, STEPS + 1)):
         model = make(width).eval()
-        candidates.setdefault(tuple(p.numel() for p in model.parameters()), (width, model))
-    networks = {f"{width:g}": (width, model) for width, model in candidates.values()}
-    if timing is not None:
-        ratios = timing.place.ratios({name: model for name, (_, model) in networks.items()})
-    else:
-        cost = COSTS[config.search.constraint]
-        base = network_cost(original, example, cost)
-        ratios = {name: network_cost(model, example, cost) / base for name, (_, model) in networks.items()}
-    fitting = [Multiplier(width, ratios[name]) for name, (width, _) in networks.items() if ratios[name] <= ratio]
-    if not fitting:
-        least = min(ratios.values())
-        raise InfeasibleBudget(
-            f"uniform: the narrowest network costs {least:.3g} times the original, more than {ratio:g}"
+        if firsts.setdefault(tuple(p.numel() for p in model.parameters()), width) == width:
+            networks[width] = model  # of networks that rounding makes equal the first is kept
+
+    def refuse(least: float) -> InfeasibleBudget:
+        return InfeasibleBudget(
+            f"uniform: the narrowest network costs {least:.3g} times the original, more than {goal.ratio:g}"
         )
-    return max(fitting, key=lambda found: found.width)
+
+    if goal.timing is not None:
+        place = goal.timing.place
+
+        def measure(widths: Sequence[float]) -> list[float]:
+            return list(place.ratios({str(width): networks[width] for width in widths}).values())
+
+        def at(size: float) -> float:
+            return min(networks, key=lambda width: abs(width - size))
+
+        found = largest_within(goal.ratio, at, float, measure, min(networks), max(networks), refuse=refuse)
+        return Multiplier(found.candidate, found.ratio)
+    cost = COSTS[config.search.constraint]
+    base = network_cost(original, example, cost)
+    ratios = {width: network_cost(model, example, cost) / base for width, model in networks.items()}
+    fitting = [width for width, ratio in ratios.items() if ratio <= goal.ratio]
+    if not fitting:
+        raise refuse(min(ratios.values()))
+    return Multiplier(max(fitting), ratios[max(fitting)])

@@ -22,8 +22,8 @@ from rmprune.amc.environment import FEATURES, Environment
 from rmprune.amc.space import Widths
 from rmprune.errors import ArtifactError, ConfigError
 
-Method = Literal["agent", "random", "uniform"]
-METHODS: dict[str, str] = {
+SearchMethod = Literal["agent", "random", "uniform"]
+SEARCHES: dict[str, str] = {
     "agent": "DDPG, after a warm-up of random policies; a share of its episodes varies the best policy",
     "random": "random policies only, each scaled to use up the budget",
     "uniform": "the one policy with the same kept fraction everywhere",
@@ -82,7 +82,7 @@ class Search:
         self,
         environment: Environment,
         *,
-        method: Method = "agent",
+        method: SearchMethod = "agent",
         episodes: int,
         seed: int,
         agent: AgentConfig | None = None,
@@ -91,8 +91,8 @@ class Search:
         identity: Any = None,
         save_seconds: float = 10.0,
     ) -> None:
-        if method not in METHODS:
-            raise ConfigError(f"search method {method!r} is unknown; there are: {', '.join(METHODS)}")
+        if method not in SEARCHES:
+            raise ConfigError(f"search method {method!r} is unknown; there are: {', '.join(SEARCHES)}")
         if episodes < 1:
             raise ConfigError(f"episodes is {episodes}; it must be at least 1")
         self.environment, self.method, self.directory, self.save_seconds = environment, method, directory, save_seconds

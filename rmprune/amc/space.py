@@ -6,12 +6,13 @@ meets it. So some allowed width always fits, whatever the rounding, and the last
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.pruning.allocate import Meter
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.groups import Cost, Group, Keep, Layer, Structure, macs
 
@@ -56,15 +57,14 @@ class Space:
     def __init__(self, structure: Structure, cost: Cost, budget: float, limits: Limits) -> None:
         if not structure.groups:
             raise ConfigError("the network has no channels to prune: every group is an output or frozen")
-        self.structure, self.layer_cost, self.budget, self.limits = structure, cost, budget, limits
+        self.structure, self.budget, self.limits = structure, budget, limits
         position = {layer.name: index for index, layer in enumerate(structure.layers)}
         self.groups = tuple(sorted(structure.groups, key=lambda group: min(position[name] for name in group.producers)))
         self.allowed = tuple(limits.allowed(group) for group in self.groups)
         self.lowest: Widths = tuple(widths[0] for widths in self.allowed)
         self.whole: Widths = tuple(group.units for group in self.groups)
-        order = {group.name: index for index, group in enumerate(self.groups)}
-        self._layers = tuple(_ports(layer, order, self.whole) for layer in structure.layers)
-        self._memo: dict[tuple[int, int, int], float] = {}
+        self.names = tuple(group.name for group in self.groups)
+        self.meter = Meter(structure, cost)
         self.full_cost, self.least_cost = self.cost(self.whole), self.cost(self.lowest)
         if self.least_cost > budget:
             raise InfeasibleBudget(
@@ -74,32 +74,27 @@ class Space:
 
     def with_budget(self, budget: float) -> "Space":
         """The same policies under another budget."""
-        return Space(self.structure, self.layer_cost, budget, self.limits)
+        return Space(self.structure, self.meter.cost, budget, self.limits)
 
     def layer_costs(self, widths: Sequence[int]) -> list[float]:
         """Cost of every layer of the structure, in its order, when the groups keep `widths`."""
-        return [self._layer_cost(index, widths) for index in range(len(self._layers))]
+        return self.meter.at(dict(zip(self.names, widths, strict=True)))
 
     def cost(self, widths: Sequence[int]) -> float:
         """Cost of the whole network when the groups keep `widths`, in the unit of the budget."""
         return sum(self.layer_costs(widths))
 
-    def _layer_cost(self, index: int, widths: Sequence[int]) -> float:
-        layer, ports = self.structure.layers[index], self._layers[index]
-        cin = ports.fixed_in + sum(widths[group] * channels for group, channels in ports.inputs)
-        cout = ports.fixed_out + sum(widths[group] * channels for group, channels in ports.outputs)
-        key = (index, cin, cout)
-        if key not in self._memo:
-            self._memo[key] = self.layer_cost(layer, cin, cout)
-        return self._memo[key]
-
     def touching(self, group: int) -> list[int]:
         """Layers (indices) whose cost depends on this group's width."""
-        return [i for i, p in enumerate(self._layers) if group in {g for g, _ in (*p.inputs, *p.outputs)}]
+        return self.meter.touching[self.names[group]]
 
     def last_deciders(self) -> list[int]:
         """For every layer the last group that its cost depends on; -1 where it depends on none."""
-        return [max((g for g, _ in (*p.inputs, *p.outputs)), default=-1) for p in self._layers]
+        last = [-1] * len(self.structure.layers)
+        for group in range(len(self.groups)):
+            for layer in self.touching(group):
+                last[layer] = group
+        return last
 
     def nearest(self, group: int, fraction: float) -> int:
         """The allowed width nearest to this fraction of the group (of two equally near the smaller one)."""
@@ -184,23 +179,3 @@ class Space:
             mask[order[group.name][:width]] = True
             masks[group.name] = mask
         return masks
-
-
-@dataclass(frozen=True)
-class _Ports:
-    """Which groups set a layer's widths, as (group index, channels a unit), and the channels that never go."""
-
-    inputs: tuple[tuple[int, int], ...]
-    outputs: tuple[tuple[int, int], ...]
-    fixed_in: int = 0
-    fixed_out: int = 0
-
-
-def _ports(layer: Layer, order: dict[str, int], whole: Widths) -> _Ports:
-    ports = _Ports(
-        tuple((order[name], channels) for name, channels in layer.inputs),
-        tuple((order[name], channels) for name, channels in layer.outputs),
-    )
-    pruned_in = sum(whole[group] * channels for group, channels in ports.inputs)
-    pruned_out = sum(whole[group] * channels for group, channels in ports.outputs)
-    return replace(ports, fixed_in=layer.cin - pruned_in, fixed_out=layer.cout - pruned_out)

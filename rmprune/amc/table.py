@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from rmprune.amc.search import Method as SearchMethod
+from rmprune.amc.search import SearchMethod
 
 
-class Method(NamedTuple):
+class AmcMethod(NamedTuple):
     """How a method chooses widths. `search`: None trains the original network at a smaller width from scratch.
 
     `mixed`: once the network is pruned, residuals are removed wherever that makes it faster, measured.
@@ -17,17 +17,17 @@ class Method(NamedTuple):
     mixed: bool = False
 
 
-METHODS: dict[str, Method] = {
-    "rm-amc": Method("RM and fusing, then the agent on the plain network", True, "agent"),
-    "rm-random": Method("RM and fusing, then random search with as many episodes", True, "random"),
-    "rm-uniform": Method("RM and fusing, then the same fraction of every layer", True, "uniform"),
-    "residual-amc": Method("residuals kept, coupled channels tied, then the agent", False, "agent"),
-    "mixed-amc": Method(
+AMC_METHODS: dict[str, AmcMethod] = {
+    "rm-amc": AmcMethod("RM and fusing, then the agent on the plain network", True, "agent"),
+    "rm-random": AmcMethod("RM and fusing, then random search with as many episodes", True, "random"),
+    "rm-uniform": AmcMethod("RM and fusing, then the same fraction of every layer", True, "uniform"),
+    "residual-amc": AmcMethod("residuals kept, coupled channels tied, then the agent", False, "agent"),
+    "mixed-amc": AmcMethod(
         "as residual-amc, then RM, exactly, for those residuals whose removal makes the pruned network faster",
         False,
         "agent",
         mixed=True,
     ),
-    "residual-random": Method("residuals kept, coupled channels tied, then random search", False, "random"),
-    "uniform": Method("the original network at a smaller width multiplier, trained from scratch", False, None),
+    "residual-random": AmcMethod("residuals kept, coupled channels tied, then random search", False, "random"),
+    "uniform": AmcMethod("the original network at a smaller width multiplier, trained from scratch", False, None),
 }

@@ -18,7 +18,9 @@ from rmprune.config.training import SparsityConfig, TrainConfig
 
 def architecture(config: Any) -> dict[str, Any]:
     """The settings of a config that belong to the network itself, for `create_network`; None is left to its default."""
-    return {name: getattr(config, name) for name in ("width", "depth", "reserve_ratio")}
+    free = getattr(config, "free", 1)
+    found = {name: getattr(config, name) for name in ("width", "depth", "reserve_ratio")}
+    return found | ({"free": free} if free > 1 else {})
 
 
 @dataclass(frozen=True, kw_only=True)

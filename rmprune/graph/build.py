@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
-from rmprune.graph.convolution import Block, Conv
+from rmprune.graph.convolution import Conv, Pattern
 from rmprune.graph.network import Network
-from rmprune.graph.shapes import on_meta
+from rmprune.graph.run import Values, run
+from rmprune.graph.shapes import blank_inputs, on_meta
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ def materialise(
 @torch.no_grad()
 def _run_on_meta(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Any:
     """What the module returns, in its own dtype, without values: what the builder ran was not yet this module."""
-    given = [torch.empty_like(x, dtype=dtype if x.is_floating_point() else x.dtype, device="meta") for x in inputs]
     try:
-        return on_meta(module)(*given)
+        return on_meta(module)(*blank_inputs(inputs, dtype))
     except RuntimeError as error:
         raise NotEquivalent(f"the new network does not run in {dtype}: {error}") from error
 
@@ -80,57 +80,35 @@ class _Builder:
 
     @torch.no_grad()
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Any]:
-        values: dict[fx.Node, Any] = {}
-        given = iter(inputs)
         outputs: Any = None
-        for node in self.network.graph.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            if node.op == "placeholder":
-                values[node] = next(given, node.args[0] if node.args else None)
-                self._copy(node)
-            elif node.op == "output":
-                outputs = args[0]
-                self._copy(node)
-            elif node.op == "call_module":
-                values[node] = self._layer(node, args, kwargs)
-            elif node.op == "get_attr":
-                values[node] = self._constant(node)
-            else:
-                function = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-                values[node] = function(*(args[1:] if node.op == "call_method" else args), **kwargs)
-                self._copy(node)
-            for source in node.all_input_nodes:
-                if all(user in values or user is node for user in source.users):
-                    values[source] = None
+        for node, value in run(self.network.graph, inputs, self._value):
+            if node.op == "output":
+                outputs = value
         return self._module(), outputs
 
-    def _copy(self, node: fx.Node) -> None:
-        self.nodes[node] = self.graph.node_copy(node, lambda n: self.nodes[n])
-
-    def _constant(self, node: fx.Node) -> Tensor:
-        value = self.network.constants[str(node.target)]
-        name = str(node.target).replace(".", "_")
-        copied = value.detach().clone()
-        self.constants[name] = nn.Parameter(copied) if isinstance(value, nn.Parameter) else copied
-        self._copy(node)
-        self.nodes[node].target = name
-        return value
-
-    def _layer(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        layer = self.network.layers[str(node.target)]
+    def _value(self, node: fx.Node, values: Values) -> Any:
+        """The node's value; on the way the new graph gets its copy, with a module of its own."""
+        layer = self.network.layer(node)
         if isinstance(layer, Conv):
-            return self._conv(node, layer, args[0])
-        value = layer(*args, **kwargs)
-        self._copy(node)
-        self.nodes[node].target = self._register(str(node.target), self._cast(copy.deepcopy(layer)))
+            return self._conv(node, layer, values[node.args[0]])  # type: ignore[index]
+        value = self.network.value(node, values)
+        copied = self.nodes[node] = self.graph.node_copy(node, self.nodes.__getitem__)
+        if layer is not None:
+            copied.target = self._register(str(node.target), self._cast(copy.deepcopy(layer)))
+        if node.op == "get_attr":
+            copied.target = str(node.target).replace(".", "_")
+            own = value.detach().clone()
+            self.constants[copied.target] = nn.Parameter(own) if isinstance(value, nn.Parameter) else own
         return value
 
     def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:
         conv = conv if self.batch_norm else conv.folded()
         module, norm = build_conv(conv), None
-        value = sparse_forward(module, x, conv.block)
+        value = sparse_forward(module, x, conv.pattern)
         if conv.norm is not None:
             norm = build_norm(conv, value[: self.measured])
+            if not _holds(norm, conv.norm.measured, self.target.dtype):
+                return self._conv(node, conv.folded(), x)
             value = norm(value)
         source = self.nodes[node.args[0]]  # type: ignore[index]
         new = self.graph.call_module(self._register(conv.name or str(node.target), self._cast(module)), (source,))
@@ -212,37 +190,49 @@ def build_norm(conv: Conv, value: Tensor) -> nn.BatchNorm2d:
     return module.eval()
 
 
+def _holds(norm: nn.BatchNorm2d, measured: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the measured rows still multiply by 1 when rounded to `dtype`: it may not hold their variance (RM.md 10).
+
+    float16 ends at 65504, a deviation of 256; a sixteenth is left free for the variances of further training.
+    """
+    rows = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    weight, bias, mean, variance = (row[measured].to(dtype).double() for row in rows)  # type: ignore[index]
+    limits = torch.finfo(dtype)
+    right = (weight / torch.sqrt(variance + norm.eps) - 1).abs() <= 4 * limits.eps
+    return bool((right & (variance <= limits.max / 16) & torch.isfinite(mean) & torch.isfinite(bias)).all())
+
+
 _WORTH = 2**16  # weights; smaller kernels run dense
 
 
-def sparse_forward(module: nn.Conv2d, x: Tensor, block: Block | None) -> Tensor:
-    """module(x), (N, C, H, W). Outside of `block` the kernel must be zero; it runs dense where that is no gain, or not so."""
+def sparse_forward(module: nn.Conv2d, x: Tensor, pattern: Pattern | None) -> Tensor:
+    """module(x), (N, C, H, W). Outside of `pattern` the kernel must be zero; it runs dense where that is no gain, or not so."""
     weight = module.weight
-    if block is None or weight.numel() < _WORTH or module.groups != 1 or module.padding_mode != "zeros":
+    if pattern is None or weight.numel() < _WORTH or module.groups != 1 or module.padding_mode != "zeros":
         return module(x)
     rows, columns = weight.shape[:2]
-    if len(block.pair_rows) > 4 * (rows + columns) or len(block.rows) * len(block.columns) > 0.7 * rows * columns:
+    if len(pattern.pair_rows) > 4 * (rows + columns) or len(pattern.rows) * len(pattern.columns) > 0.7 * rows * columns:
         return module(x)
-    own = _take(weight, block)
+    own = _take(weight, pattern)
     inside = torch.zeros(weight.shape[:2], dtype=torch.bool)
-    inside[block.rows[:, None], block.columns[None]] = True
-    beside = ~inside[block.pair_rows, block.pair_columns]
-    pairs = torch.unique(torch.stack([block.pair_rows[beside], block.pair_columns[beside]]), dim=1)
+    inside[pattern.rows[:, None], pattern.columns[None]] = True
+    beside = ~inside[pattern.pair_rows, pattern.pair_columns]
+    pairs = torch.unique(torch.stack([pattern.pair_rows[beside], pattern.pair_columns[beside]]), dim=1)
     taps = weight[pairs[0], pairs[1]]
     if torch.count_nonzero(own) + torch.count_nonzero(taps) != torch.count_nonzero(weight):
         return module(x)
-    part = F.conv2d(x[:, block.columns], own, None, module.stride, module.padding, module.dilation)
+    part = F.conv2d(x[:, pattern.columns], own, None, module.stride, module.padding, module.dilation)
     out = x.new_zeros(len(x), module.out_channels, *part.shape[2:])
-    out[:, block.rows] = part
+    out[:, pattern.rows] = part
     _add_taps(module, x, pairs[0], pairs[1], taps, out)
     return out if module.bias is None else out + module.bias[:, None, None]
 
 
-def _take(weight: Tensor, block: Block) -> Tensor:
-    rows, columns = len(block.rows), len(block.columns)
-    if int(block.rows[-1]) == rows - 1 and int(block.columns[-1]) == columns - 1:
+def _take(weight: Tensor, pattern: Pattern) -> Tensor:
+    rows, columns = len(pattern.rows), len(pattern.columns)
+    if int(pattern.rows[-1]) == rows - 1 and int(pattern.columns[-1]) == columns - 1:
         return weight[:rows, :columns].contiguous()
-    return weight[block.rows][:, block.columns]
+    return weight[pattern.rows][:, pattern.columns]
 
 
 def _add_taps(module: nn.Conv2d, x: Tensor, rows: Tensor, columns: Tensor, taps: Tensor, out: Tensor) -> None:

@@ -1,15 +1,30 @@
-"""Tensor maths of removal: linear layers as data, batch norms folded, kernels composed. Knows nothing of graphs."""
+"""Tensor maths of removal: linear layers as data, batch norms folded. Knows nothing of graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Pair = tuple[int, int]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Obstacle(Exception):
+    """Why a layer is no kernel, or an addition cannot go: its text is the reason. Raised and caught inside, never a user's error."""
+
+
+def or_none(ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """`ask(*args)`, or None where it meets an obstacle: for callers that try something else then."""
+    try:
+        return ask(*args, **kwargs)
+    except Obstacle:
+        return None
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ def to_measure(channels: int, like: Norm | None = None) -> Norm:
 
 
 @dataclass(frozen=True)
-class Block:
+class Pattern:
     """Where the weights of a dense kernel are that may not be zero: rows x columns, and single (out, in) pairs beside it."""
 
     rows: Tensor
@@ -83,7 +98,7 @@ class Conv:
     name: str = ""
     norm_name: str = ""
     rewritten: bool = False
-    block: Block | None = None
+    pattern: Pattern | None = None
 
     @property
     def out_channels(self) -> int:
@@ -164,13 +179,13 @@ def coordinates(conv: Conv) -> tuple[Tensor, Tensor]:
     return rows.expand_as(cols), cols
 
 
-def from_module(module: nn.Module, channels: int, name: str = "") -> Conv | str:
-    """A module as a linear layer, or the reason why it is none that can be written as one kernel."""
+def from_module(module: nn.Module, channels: int, name: str = "") -> Conv:
+    """A module that reads `channels` channels as a linear layer. Raises Obstacle where it cannot be written as one kernel."""
     if isinstance(module, nn.Conv2d) and plain(module, nn.Conv2d):
         return _from_conv(module, name)
     if isinstance(module, nn.BatchNorm2d) and plain(module, nn.BatchNorm2d):
         if module.running_mean is None:
-            return "a batch norm without running statistics"
+            raise Obstacle("a batch norm without running statistics")
         one = torch.ones(channels, 1, 1, dtype=torch.float64)
         conv = depthwise(one, torch.zeros(channels, dtype=torch.float64), Geometry(), name)
         return replace(conv, norm=norm_of(module), norm_name=name)
@@ -179,7 +194,7 @@ def from_module(module: nn.Module, channels: int, name: str = "") -> Conv | str:
         return depthwise(factor[:, None, None], torch.zeros(channels, dtype=torch.float64), Geometry(), name)
     if isinstance(module, nn.AvgPool2d) and plain(module, nn.AvgPool2d):
         return _from_average_pool(module, channels, name)
-    return f"{type(module).__name__} is no convolution, batch norm, average pool or scaling"
+    raise Obstacle(f"{type(module).__name__} is no convolution, batch norm, average pool or scaling")
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -200,14 +215,14 @@ class Scale(nn.Module):
         return x * (self.factor if len(self.factor) == 1 else self.factor[:, None, None])
 
 
-def _from_conv(module: nn.Conv2d, name: str) -> Conv | str:
+def _from_conv(module: nn.Conv2d, name: str) -> Conv:
     padding = module.padding
     if isinstance(padding, str):
         total = [
             d * (k - 1) if padding == "same" else 0 for d, k in zip(module.dilation, module.kernel_size, strict=True)
         ]
         if any(t % 2 for t in total):
-            return "a convolution with more padding on one side than on the other"
+            raise Obstacle("a convolution with more padding on one side than on the other")
         padding = (total[0] // 2, total[1] // 2)
     geometry = Geometry(
         _pair(module.kernel_size), _pair(module.stride), _pair(padding), _pair(module.dilation), module.padding_mode
@@ -217,11 +232,11 @@ def _from_conv(module: nn.Conv2d, name: str) -> Conv | str:
     return Conv(lambda: weight, bias, module.in_channels, geometry, module.groups, name=name)
 
 
-def _from_average_pool(module: nn.AvgPool2d, channels: int, name: str) -> Conv | str:
+def _from_average_pool(module: nn.AvgPool2d, channels: int, name: str) -> Conv:
     kernel, padding = _pair(module.kernel_size), _pair(module.padding)
     stride = kernel if module.stride is None else _pair(module.stride)
     if padding != (0, 0) and not module.count_include_pad:
-        return "an average pool that counts fewer pixels at the border (count_include_pad=False with padding)"
+        raise Obstacle("an average pool that counts fewer pixels at the border (count_include_pad=False with padding)")
     divisor = module.divisor_override or kernel[0] * kernel[1]
     taps = torch.full((channels, *kernel), 1.0 / divisor, dtype=torch.float64)
     return depthwise(taps, torch.zeros(channels, dtype=torch.float64), Geometry(kernel, stride, padding), name)

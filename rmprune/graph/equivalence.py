@@ -1,19 +1,23 @@
-"""Equivalence of two networks, in float64, on given inputs and on random ones that saturate activations. Rewrites nothing."""
+"""Equivalence of two networks on given inputs and on random ones that saturate activations: in float64, and in the dtype of the
+result. Rewrites nothing."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
+from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
+from rmprune.graph.randomness import RANDOM
 
 SCALES = (1.0, 10.0, 100.0)
 
@@ -51,33 +55,178 @@ def check_inputs(
     return tuple(inputs), [len(example_inputs[0][:given])] + [1] * random
 
 
-def relative_error(original: Any, result: Any, groups: list[int]) -> float:
-    """max |difference| / max |original|, the largest over groups of images and over outputs. Infinite where shapes differ.
+FLOOR = 1e-3  # of the largest |output|: the rounding of float64 goes with that
+HARDLY = 1e-9  # of it: what the inputs change no more than so is told from rounding no longer (to 1e-4 at the usual tolerance)
 
+
+def base_inputs(
+    example_inputs: tuple[Tensor, ...], limits: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[Tensor, ...]:
+    """One more random image of scale 1, in float64: what the outputs on the checked images are told from."""
+    return tuple(x[:1] for x in check_inputs(example_inputs, 0, 2, seed=1, limits=limits)[0])
+
+
+def relative_error(original: Any, result: Any, groups: list[int], base: Any = None) -> float:
+    """max |difference| / what the inputs change, the largest over groups of images and over outputs. Infinite where shapes differ.
+
+    What the inputs change in a group, for each output tensor: max - min over the group's images and `base` (the original's outputs
+    on one other image), at the entry where that is largest, so that a bias does not count (RM.md 10). At least FLOOR of the
+    largest |output|, since float64 rounding goes with that; and the largest itself where there is nothing to tell the image from.
     Where the original itself is not finite nothing is compared, except that it must be finite somewhere.
     """
-    first, second = ([t for t in tree_leaves(v) if isinstance(t, Tensor)] for v in (original, result))
+    first, second = _tensors(original), _tensors(result)
     if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
         return math.inf
     worst = 0.0
-    for a, b in zip(first, second, strict=True):
-        sizes = groups if a.dim() and len(a) == sum(groups) else [len(a)] if a.dim() else [1]
-        for x, y in zip(
-            a.reshape(-1, *a.shape[1:]).split(sizes), b.reshape(-1, *b.shape[1:]).split(sizes), strict=True
-        ):
-            worst = max(worst, _error(x.double(), y.double()))
+    for a, b, other in zip(first, second, _others(first, base), strict=True):
+        for x, y in zip(_parts(a, groups), _parts(b, groups), strict=True):
+            worst = max(worst, _error(x, y, _change(x, other)))
     return worst
 
 
-def _error(original: Tensor, result: Tensor) -> float:
+def hardly_depends(original: Any, groups: list[int], base: Any) -> bool:
+    """Whether the inputs change some output tensor by no more than HARDLY of its largest |entry|, in every group of images."""
+    tensors = _tensors(original)
+    pairs = [(_parts(tensor, groups), other) for tensor, other in zip(tensors, _others(tensors, base), strict=True)]
+    return any(not any(_depends(part, other) for part in parts) for parts, other in pairs)
+
+
+def _depends(part: Tensor, other: Tensor | None) -> bool:
+    return _change(part, other) > HARDLY * _largest(part)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """In float64 on the CPU."""
+    return [t.detach().cpu().double() for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _others(tensors: list[Tensor], base: Any) -> list[Tensor] | list[None]:
+    others = _tensors(base)
+    return others if len(others) == len(tensors) else [None] * len(tensors)
+
+
+def _parts(tensor: Tensor, groups: list[int]) -> tuple[Tensor, ...]:
+    """The groups, (images, entries) each; one of one image where the tensor does not hold image after image."""
+    if tensor.dim() == 0 or tensor.numel() == 0 or len(tensor) % sum(groups):
+        return (tensor.reshape(1, -1),)
+    return tensor.reshape(sum(groups), -1).split(groups)
+
+
+def _change(part: Tensor, other: Tensor | None) -> float:
+    """max over entries of max - min over images; infinite where no entry is finite in two of them."""
+    if other is not None and other.numel() == part.shape[1]:
+        part = torch.cat([part, other.reshape(1, -1)])
+    finite = torch.isfinite(part)
+    entries = finite.sum(0) > 1
+    if not entries.any():
+        return math.inf
+    low, high = torch.where(finite, part, math.inf).amin(0), torch.where(finite, part, -math.inf).amax(0)
+    return (high - low)[entries].max().item()
+
+
+def _largest(part: Tensor) -> float:
+    return part[torch.isfinite(part)].abs().max().item() if torch.isfinite(part).any() else 0.0
+
+
+def _error(original: Tensor, result: Tensor, change: float) -> float:
     finite = torch.isfinite(original)
     if not finite.any():
         return 0.0 if original.numel() == 0 else math.inf
     difference = (original - result)[finite].abs().max().item()
-    scale = original[finite].abs().max().item()
+    largest = _largest(original)
+    scale = min(largest, change) if math.isinf(change) else max(change, FLOOR * largest)
     if math.isnan(difference):
         return math.inf
     return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
+
+
+def maps_error(
+    reference: nn.Module, network: Network, checked: tuple[Tensor, ...], groups: list[int], other: tuple[Tensor, ...],
+    build: Callable[[Network, tuple[Tensor, ...]], Any],
+) -> tuple[float, str]:  # fmt: skip
+    """The relative error of the deepest maps that the inputs change, and their names; for outputs that hardly depend on the inputs.
+
+    Compared are maps (N, C, H, W) that both graphs have: what `reference` gives for them, and what `network`, made of it by
+    rewriting, does. Convolutions and batch norms are left out, since fusing moves what lies between them.
+    `other`: see `base_inputs`; `build`: a network and inputs -> its outputs in float64.
+    """
+    before = normalise(reference, checked)
+    kept = {node.name: (shape_of(node) or ())[1:] for node in network.graph.nodes}
+    maps = [node for node in before.graph.nodes if _is_map(before, node)]
+    shared = [node.name for node in maps if kept.get(node.name) == (shape_of(node) or ())[1:]]
+    two = tuple(torch.cat([x[-1:], y]) for x, y in zip(checked, other, strict=True))
+    seen = build(_with_outputs(before, shared), two)
+    dependent = {name for name, value in zip(shared, seen, strict=True) if _depends(value.reshape(2, -1), None)}
+    deepest: list[str] = []
+    above: set[fx.Node] = set()
+    for node in reversed(before.graph.nodes):
+        if any(user in above for user in node.users) or node.name in dependent:
+            deepest += [] if any(user in above for user in node.users) else [node.name]
+            above.add(node)
+    if not deepest:
+        return 0.0, ""
+    expected, base = (build(_with_outputs(before, deepest), x) for x in (checked, other))
+    found = build(_with_outputs(network, deepest), checked)
+    return relative_error(expected, found, groups, base), ", ".join(deepest)
+
+
+def _is_map(network: Network, node: fx.Node) -> bool:
+    linear = isinstance(network.layer(node), nn.Conv2d | nn.BatchNorm2d)
+    return node.op in ("call_module", "call_function", "call_method") and not linear and len(shape_of(node) or ()) == 4
+
+
+def _with_outputs(network: Network, names: list[str]) -> Network:
+    """The same layers, up to the nodes of these names, which are what it returns, in this order."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(network.graph, copies)
+    by_name = {node.name: copied for node, copied in copies.items()}
+    graph.output(tuple(by_name[name] for name in names))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return Network(graph, network.layers, network.constants)
+
+
+_ROUNDINGS = 16  # carrying copies through a clipping activation costs some
+
+
+@torch.no_grad()
+def own_dtype_error(
+    model: nn.Module, result: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any, base: Any, tolerance: float
+) -> tuple[float | None, str]:  # fmt: skip
+    """The relative error of `result` in its own dtype and device, on the first and last image, and what was not compared, if so.
+
+    Raises NotEquivalent where it is over 16 times the original's own rounding (`model` in the same dtype against its float64
+    outputs `expected`), over the cube root of the dtype's epsilon (5e-3 in float32, 0.1 in float16) and over `tolerance`.
+    """
+    target, twin, worst = target_of(model), eval_copy(model), None
+    for k in sorted({0, sum(groups) - 1}):
+        image = [x[k : k + 1].to(target.device, target.dtype if x.is_floating_point() else None) for x in checked]
+        # What does not hold image after image is compared as a whole: the original is off by as much.
+        wanted = [
+            t[k * len(one) : (k + 1) * len(one)] if t.dim() and len(t) == sum(groups) * len(one) else t
+            for t, one in zip(_tensors(expected), _tensors(base), strict=False)
+        ]
+        try:
+            own, found = (
+                relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
+            )
+        except RuntimeError as error:
+            return None, f"not compared in {target.dtype} on {target.device}, where it does not run: {error}"
+        if math.isinf(own):
+            continue
+        worst = max(worst or 0.0, found)
+        if not found <= max(_ROUNDINGS * own, torch.finfo(target.dtype).eps ** (1 / 3), tolerance):
+            raise NotEquivalent(
+                f"in {target.dtype} the new network is off by {found:.1e} of what the inputs change in the outputs, the original "
+                f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {target.dtype}: try "
+                "form='pair' or batch_norm=False, or use the network in a wider dtype"
+            )
+    return (
+        worst,
+        ""
+        if worst is not None
+        else f"not compared in {target.dtype}, where the outputs of the original itself are not finite",
+    )
 
 
 _WEIGHT_HOOKS = ("WeightNorm", "SpectralNorm")
@@ -85,8 +234,13 @@ _WEIGHT_HOOKS = ("WeightNorm", "SpectralNorm")
 
 def reference_copy(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode on the CPU, without the user's hooks. The argument is left alone."""
+    return eval_copy(model, lambda twin: twin.cpu().double())
+
+
+def eval_copy(model: nn.Module, cast: Callable[[nn.Module], nn.Module] = lambda twin: twin) -> nn.Module:
+    """A copy in eval mode, cast, without the user's hooks. The argument is left alone."""
     try:
-        twin = copy.deepcopy(model).cpu().double().eval()
+        twin = cast(copy.deepcopy(model)).eval()
     except RuntimeError as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error
     return freeze(twin).requires_grad_(False)
@@ -123,33 +277,40 @@ _COMPARABLE = 0.1  # of the error: then the network's own rounding explains it
 @torch.no_grad()
 def over_tolerance(
     model: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any, error: float, tolerance: float,
-    calibrated: bool = False,
+    calibrated: bool = False, base: Any = None, where: str = "the outputs",
 ) -> RmpruneError:  # fmt: skip
-    """The error to raise for a result that is off by `error` of the `expected` outputs on the `checked` inputs."""
+    """The error to raise for a result that is off by `error` of what the `checked` inputs change in the `expected` outputs.
+
+    `where`: what was compared. `base`: see `relative_error`.
+    """
     twin = reference_copy(model)
+    if not relative_error(expected, twin(*(x.clone() for x in checked)), groups, base) <= tolerance:
+        return UnsupportedModel(RANDOM)
     _, traced = materialise(normalise(twin, checked), checked, len(checked[0]), target_of(model), True)
-    if not relative_error(expected, traced, groups) <= tolerance:
+    if not relative_error(expected, traced, groups, base) <= tolerance:
         return UnsupportedModel(
             "the network does something that torch.fx does not see, such as an in-place operation on a value that has another "
             "name (y = x; y += z); write it out of place"
         )
-    said = f"the new network is off by {error:.1e} of the largest output, over the tolerance of {tolerance:.0e}; "
-    own = own_rounding(twin, checked, groups, expected)
+    said = f"the new network is off by {error:.1e} of what the inputs change in {where}, over the tolerance of {tolerance:.0e}; "
+    own = own_rounding(twin, checked, groups, expected, base)
     if own >= _COMPARABLE * error:
         return NotEquivalent(
             f"{said}the original itself is no more certain: one float64 rounding of its weights changes its output by {own:.1e} "
-            "(variances of batch norms near zero do that). Pass a tolerance above it if that is meant"
+            "of that (variances of batch norms near zero do that). Pass a tolerance above it if that is meant"
         )
     if calibrated:
         return NotEquivalent(f"{said}ranges='calibrated' is exact only on inputs like the examples: raise margin")
     return NotEquivalent(f"{said}a fault")
 
 
-def own_rounding(reference: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any) -> float:
+def own_rounding(
+    reference: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any, base: Any = None
+) -> float:
     """The relative change of the outputs when every weight moves to a neighbouring float64. Changes `reference`."""
     generator = torch.Generator().manual_seed(0)
     for weight in reference.parameters():
         if weight.is_floating_point():
             up = torch.rand(weight.shape, generator=generator) < 0.5
             weight.copy_(torch.nextafter(weight, torch.where(up, math.inf, -math.inf).to(weight)))
-    return relative_error(expected, reference(*(x.clone() for x in checked)), groups)
+    return relative_error(expected, reference(*(x.clone() for x in checked)), groups, base)

@@ -21,9 +21,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     Dropout and Identity go as well.
     """
     model = copy.deepcopy(model).eval()
-    if is_flat_sequential(model):
-        return _fold_chain(model)
-    graph = trace(model)
+    flat, graph = is_flat_sequential(model), trace(model)
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):
             _replace(model, name, stock_norm(module))
@@ -45,7 +43,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
                 _bypass(graph, node, source)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    return graph_module
+    return _chain(graph_module) if flat else graph_module
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -65,20 +63,13 @@ def _bypass(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _fold_chain(model: nn.Module) -> nn.Sequential:
-    calls = Counter(id(child) for child in model._modules.values())
+def _chain(graph_module: fx.GraphModule) -> nn.Sequential:
+    """The modules in the order of their calls, under their names; a module that is called again under the name of that call."""
     result = nn.Sequential()
-    last: str | None = None
-    for name, child in model._modules.items():
-        assert child is not None
-        if isinstance(child, nn.Identity | nn.Dropout | nn.Dropout2d):
-            continue
-        if last is not None and _foldable(result._modules[last], child) and calls[id(child)] == 1:
-            setattr(result, last, _fold(result._modules[last], child))
-            last = None
-            continue
-        result.add_module(name, child)
-        last = name if calls[id(child)] == 1 else None
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module":
+            name = str(node.target) if str(node.target) not in result._modules else node.name
+            result.add_module(name, graph_module.get_submodule(str(node.target)))
     return result.eval()
 
 

@@ -5,6 +5,7 @@ Two convolutions become one where their product is exact and, under the rule "ch
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from rmprune.graph.convolution import (
     coordinates,
     dense_weight,
     from_module,
+    or_none,
     to_measure,
     with_norm,
 )
@@ -32,14 +34,9 @@ def join_norms(network: Network) -> None:
         source = node.args[0] if node.args else None
         if not isinstance(layer, nn.BatchNorm2d) or not isinstance(source, fx.Node) or len(source.users) > 1:
             continue
-        before = network.layer(source)
-        if isinstance(before, nn.Conv2d):
-            found = from_module(before, before.in_channels, str(source.target))
-            if isinstance(found, str):
-                continue
-            before = found
-        norm = from_module(layer, layer.num_features, str(node.target))
-        if not isinstance(before, Conv) or before.norm is not None or isinstance(norm, str) or norm.norm is None:
+        before = _conv(network, source)
+        norm = or_none(from_module, layer, layer.num_features, str(node.target))
+        if before is None or before.norm is not None or norm is None or norm.norm is None:
             continue
         network.layers[str(source.target)] = with_norm(before, norm.norm, str(node.target))
         _drop(network, node, source)
@@ -68,21 +65,21 @@ def fuse_convolutions(network: Network, rule: str) -> int:
 
 def _conv(network: Network, node: fx.Node) -> Conv | None:
     layer = network.layer(node)
-    if isinstance(layer, Conv):
-        return layer
-    if isinstance(layer, nn.Conv2d):
-        found = linear_layer(network, node)
-        return found if isinstance(found, Conv) else None
-    return None
+    return or_none(linear_layer, network, node) if isinstance(layer, Conv | nn.Conv2d) else None
 
 
 def _product(first: Conv, second: Conv, source: fx.Node, node: fx.Node, rule: str) -> Conv | None:
-    product = compose(first, second)
-    if product is None:
+    first_folded, second_folded = first.folded(), second.folded()
+    geometry = product_geometry(first_folded, second_folded)
+    if geometry is None:
         return None
     size, out_size = spatial(source), spatial(node)
-    if rule == "cheaper" and product.macs(out_size) > first.macs(size) + second.macs(out_size):
+    inputs = first.in_channels // _common_groups(first, second)
+    macs = math.prod((second.out_channels, inputs, *geometry.kernel, *out_size))
+    if rule == "cheaper" and macs > first.macs(size) + second.macs(out_size):
         return None
+    product = compose(first_folded, second_folded)
+    assert product is not None
     norms = [conv.norm for conv in (second, first) if conv.norm is not None]
     norm = to_measure(product.out_channels, norms[0]) if norms else None
     return replace(product, norm=norm, norm_name=second.norm_name, rewritten=first.rewritten or second.rewritten)
@@ -99,6 +96,7 @@ def _bypass(network: Network, source: fx.Node, node: fx.Node) -> None:
     before = source.args[0]
     assert isinstance(before, fx.Node) and shape_of(before) is not None
     node.args = (before,)
+    node.meta.setdefault("block", source.meta.get("block", ""))
     network.layers.pop(str(source.target), None)
     network.graph.erase_node(source)
 
@@ -109,29 +107,28 @@ def compose(first: Conv, second: Conv) -> Conv | None:
     With second 1x1: W[o, i] = sum_m W2[o, m] W1[m, i]. With first 1x1 the taps are those of the second. Norms are folded in.
     """
     first, second = first.folded(), second.folded()
-    a, b = first.geometry, second.geometry
-    if b.pointwise:
-        geometry = replace(a, stride=(a.stride[0] * b.stride[0], a.stride[1] * b.stride[1]))
-    elif a.pointwise and not (b.padded and bool(first.bias.any())):
-        if b.padded and b.padding_mode != "zeros" and a.stride != (1, 1):
-            return None
-        geometry = Geometry(
-            b.kernel,
-            _times(a.stride, b.stride),
-            _times(a.stride, b.padding),
-            _times(a.stride, b.dilation),
-            b.padding_mode,
-        )
-        if b.padded and a.stride != (1, 1):
-            return None  # the coarse map may end before the fine one does
-    else:
+    geometry = product_geometry(first, second)
+    if geometry is None:
         return None
     groups = _common_groups(first, second)
     bias = second.bias + torch.einsum("omhw,m->o", dense_weight(second), first.bias)
     return Conv(
-        lambda: product_geometry(first, second, groups), bias, first.in_channels, geometry, groups, name=second.name,
+        lambda: _product_weight(first, second, groups), bias, first.in_channels, geometry, groups, name=second.name,
         norm_name=second.norm_name,
     )  # fmt: skip
+
+
+def product_geometry(first: Conv, second: Conv) -> Geometry | None:
+    """Where the product of two folded layers reads, or None where no single kernel is exact."""
+    a, b = first.geometry, second.geometry
+    if b.pointwise:
+        return replace(a, stride=_times(a.stride, b.stride))
+    if not a.pointwise or (b.padded and bool(first.bias.any())):
+        return None
+    if b.padded and a.stride != (1, 1):
+        return None  # the coarse map may end before the fine one does
+    stride, padding, dilation = (_times(a.stride, each) for each in (b.stride, b.padding, b.dilation))
+    return Geometry(b.kernel, stride, padding, dilation, b.padding_mode)
 
 
 def _times(a: Pair, b: Pair) -> Pair:
@@ -149,7 +146,8 @@ def _common_groups(first: Conv, second: Conv) -> int:
     return 1
 
 
-def product_geometry(first: Conv, second: Conv, groups: int) -> Tensor:
+def _product_weight(first: Conv, second: Conv, groups: int) -> Tensor:
+    """The kernel (out, in / groups, kh, kw) of the product of two folded layers."""
     a, b = first.weight(), second.weight()
     # One of the two is 1x1, so the taps of the product are those of the other.
     if second.groups == second.in_channels == second.out_channels:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rmprune.graph.convolution import Conv, Geometry, Pair, from_module, output_size
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size
+from rmprune.graph.run import Values, evaluate
 
-Layer = nn.Module | Conv
+NodeLayer = nn.Module | Conv
 GONE = (
     "Identity",
     "Dropout",
@@ -37,13 +38,21 @@ class Network:
     """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"]."""
 
     graph: fx.Graph
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, NodeLayer] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
 
-    def layer(self, node: fx.Node) -> Layer | None:
+    def layer(self, node: fx.Node) -> NodeLayer | None:
         return self.layers.get(str(node.target)) if node.op == "call_module" else None
 
-    def add(self, name: str, layer: Layer) -> str:
+    def own(self, node: fx.Node) -> Any:
+        """The layer of a call_module node, the tensor of a get_attr node (None where that is no tensor)."""
+        return self.layers[str(node.target)] if node.op == "call_module" else self.constants.get(str(node.target))
+
+    def value(self, node: fx.Node, values: Values) -> Any:
+        """The node's value, run as it stands; a convolution as data cannot be run."""
+        return evaluate(node, values.__getitem__, self.own)
+
+    def add(self, name: str, layer: NodeLayer) -> str:
         """Registers a layer under a free name like `name` and returns that name."""
         unique, count = name, 0
         while unique in self.layers:
@@ -61,54 +70,54 @@ def example_tuple(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, 
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
-def is_batch_norm(layer: Layer | None) -> bool:
+def is_batch_norm(layer: NodeLayer | None) -> bool:
     return isinstance(layer, _BatchNorm)
 
 
-def linear_layer(network: Network, node: fx.Node) -> Conv | str:
-    """The node as a linear layer, or why it is none."""
+def linear_layer(network: Network, node: fx.Node) -> Conv:
+    """The node as a linear layer. Raises Obstacle where it is none."""
     shape = shape_of(node)
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     before = shape_of(source) if source is not None else None
     if source is None or shape is None or before is None or len(shape) != 4 or len(before) != 4:
-        return f"{describe(network, node)} does not read one map (batch, channels, height, width)"
+        raise Obstacle(f"{describe(network, node)} does not read one map (batch, channels, height, width)")
     layer = network.layer(node)
     if isinstance(layer, Conv):
         return layer
-    if layer is None:
-        found: Conv | str = (
-            _crop(node, before[1]) if node.target is operator.getitem else _pad_channels(network, node, before[1])
-        )
-    else:
+    if layer is not None:
         found = from_module(layer, before[1], str(node.target))
-    if isinstance(found, Conv) and output_size(found.geometry, spatial(source)) != spatial(node):
-        return f"{node.target}: partial windows at the border of this input size (ceil_mode)"
+    elif node.target is operator.getitem:
+        found = _crop(node, before[1])
+    else:
+        found = _pad_channels(network, node, before[1])
+    if output_size(found.geometry, spatial(source)) != spatial(node):
+        raise Obstacle(f"{node.target}: partial windows at the border of this input size (ceil_mode)")
     return found
 
 
-def _crop(node: fx.Node, channels: int) -> Conv | str:
+def _crop(node: fx.Node, channels: int) -> Conv:
     """x[:, a:b, ::r, ::s]: some channels, subsampled."""
     index: Any = node.args[1]
     plain = isinstance(index, tuple) and 2 <= len(index) <= 4 and all(isinstance(i, slice) for i in index)
     if not plain or index[0] != slice(None) or any(i.start or i.stop is not None for i in index[2:]):
-        return "an indexing other than x[:, a:b, ::r, ::s]"
+        raise Obstacle("an indexing other than x[:, a:b, ::r, ::s]")
     if not all(isinstance(end, int | None) for i in index for end in (i.start, i.stop, i.step)):
-        return "an indexing that depends on the input"
+        raise Obstacle("an indexing that depends on the input")
     taken = torch.arange(channels)[index[1]]
     steps = [i.step or 1 for i in index[2:]] + [1] * (4 - len(index))
     weight = torch.eye(channels, dtype=torch.float64)[taken][:, :, None, None]
     return Conv(lambda: weight, _zeros(len(taken)), channels, Geometry(stride=(steps[0], steps[1])), name=node.name)
 
 
-def _pad_channels(network: Network, node: fx.Node, channels: int) -> Conv | str:
+def _pad_channels(network: Network, node: fx.Node, channels: int) -> Conv:
     """F.pad(x, (0, 0, 0, 0, a, b)): channels of zeros before and after."""
     arguments: list[Any] = list(node.args[1:]) + list(node.kwargs.values())
     pad = arguments[0] if arguments else None
     zeros = all(a in ("constant", 0, 0.0, None) for a in arguments[1:])
     if node.target is not torch.nn.functional.pad or not isinstance(pad, list | tuple) or len(pad) < 6 or not zeros:
-        return f"{describe(network, node)} is no linear layer that a kernel stands for"
+        raise Obstacle(f"{describe(network, node)} is no linear layer that a kernel stands for")
     if any(pad[:4]) or any(pad[6:]) or min(pad[4:6]) < 0:
-        return "a padding of more than channels"
+        raise Obstacle("a padding of more than channels")
     weight = torch.cat(
         [torch.zeros(pad[4], channels), torch.eye(channels), torch.zeros(pad[5], channels)]
     ).double()[:, :, None, None]  # fmt: skip

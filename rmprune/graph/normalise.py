@@ -13,6 +13,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.functional import COMMUTATIVE, modules_for
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
+from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
 from rmprune.graph.shapes import propagate_shapes
 
 
@@ -32,6 +33,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
 
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
+    drawn = draws()
     try:
         traced = _Tracer().trace(model)
     except Exception as error:
@@ -39,8 +41,11 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
             f"torch.fx cannot trace {type(model).__name__}: {error}. Control flow that depends on tensor values has to go, "
             "or a module with such code be made a leaf by moving it out of the network"
         ) from error
+    if draws() != drawn:
+        refuse_drawn(model, example_inputs)
     undo_in_place(traced, dict(model.named_modules()))
     network = _Normaliser(model, traced).run()
+    refuse_random(network)
     propagate_shapes(network, example_inputs)
     slice_pieces(network)
     return network

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.graph.activations import image
-from rmprune.graph.convolution import Conv, Geometry, from_module
-from rmprune.graph.network import Layer, Network, shape_of
+from rmprune.graph.convolution import Conv, Geometry, from_module, or_none
+from rmprune.graph.network import Network, NodeLayer, shape_of
+from rmprune.graph.run import run
 
 Range = tuple[Tensor, Tensor]
 _ROUNDING = 1e-12  # outward, relative: the rounding of the interval sums themselves
@@ -34,35 +35,47 @@ def unbounded(channels: int) -> Range:
 def annotate_ranges(network: Network, input_range: tuple[float, float] = (-math.inf, math.inf)) -> None:
     """Sets node.meta["range"] in one forward sweep. `input_range` bounds every element of every input."""
     for node in network.graph.nodes:
-        shape = shape_of(node)
-        if shape is None or len(shape) < 2:
-            continue
-        if node.op == "placeholder":
-            ends = torch.ones(shape[1], dtype=torch.float64)
-            found: Range | None = (ends * input_range[0], ends * input_range[1])
-        else:
-            found = _propagate(network, node)
-        low, high = unbounded(shape[1]) if found is None or len(found[0]) != shape[1] else found
-        node.meta["range"] = _outward(low, -1), _outward(high, 1)
+        annotate_range(network, node, input_range)
+
+
+def annotate_range(network: Network, node: fx.Node, input_range: tuple[float, float] = (-math.inf, math.inf)) -> None:
+    """Sets node.meta["range"] from the ranges of what the node reads, where it has a shape (N, C, ...)."""
+    shape = shape_of(node)
+    if shape is None or len(shape) < 2:
+        return
+    if node.op == "placeholder":
+        ends = torch.ones(shape[1], dtype=torch.float64)
+        found: Range | None = (ends * input_range[0], ends * input_range[1])
+    else:
+        found = _propagate(network, node)
+    low, high = unbounded(shape[1]) if found is None or len(found[0]) != shape[1] else found
+    node.meta["range"] = _outward(low, -1), _outward(high, 1)
 
 
 def _outward(end: Tensor, sign: int) -> Tensor:
-    """Exact zeros stay: sums of non-negative terms do not round below zero."""
+    """One end (C,) moved outward. Exact zeros stay: sums of non-negative terms do not round below zero."""
     return torch.nan_to_num(end + sign * _ROUNDING * end.abs(), nan=sign * math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _propagate(network: Network, node: fx.Node) -> Range | None:
+    """(low, high), (C,) each, of what the node makes of its sources' ranges; None where nothing is known."""
     inputs = [n for n in node.all_input_nodes if "range" in n.meta]
     if len(inputs) != len(node.all_input_nodes) or not inputs:
         return None
     if node.op == "call_module" and len(inputs) == 1:
-        return _through_layer(network.layer(node), inputs[0], node)
+        layer = network.layer(node)
+        if isinstance(layer, _READS_MAPS) and len(shape_of(inputs[0]) or ()) != 4:
+            return None  # an image without its batch: dimension 1 is its height
+        return _through_layer(layer, inputs[0], node)
     if node.op == "call_function" and node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target](node)
     return None
 
 
-def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range | None:
+_READS_MAPS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
+
+
+def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> Range | None:
     low, high = range_of(source)
     if isinstance(layer, nn.Linear) and len(shape_of(source) or ()) == 2:
         bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
@@ -86,20 +99,21 @@ def _through_layer(layer: Layer | None, source: fx.Node, node: fx.Node) -> Range
         found = image(layer, low, high)
         if found is not None:
             return found
-        conv = from_module(layer, len(low))
-        if isinstance(conv, str):
-            return None
-        return conv_range(conv, low, high)
+        conv = or_none(from_module, layer, len(low))
+        return None if conv is None else conv_range(conv, low, high)
     return None
 
 
 def _shuffled(end: Tensor, groups: int) -> Tensor:
-    """Channel g * (C / groups) + k goes to k * groups + g."""
+    """One end (C,): channel g * (C / groups) + k goes to k * groups + g."""
     return end.reshape(groups, -1).T.flatten()
 
 
 def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
-    """b + sum over taps of max(w * low, w * high), where a tap that reads zero padding sees [low, high] and 0."""
+    """b + sum over taps of max(w * low, w * high), where a tap that reads zero padding sees [low, high] and 0.
+
+    low, high: (in channels,); the result (out channels,) each.
+    """
     conv = conv.folded()
     weight, groups = conv.weight(), conv.groups
     padded = _reads_padding(conv.geometry)
@@ -116,6 +130,7 @@ def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
 
 
 def affine_range(weight: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Range:
+    """The range (out,) of weight (out, in) times a vector in [low, high] (in,), plus bias (out,)."""
     positive, negative = weight.clamp(min=0), weight.clamp(max=0)
     return (
         bias + _grouped(positive, low, 1) + _grouped(negative, high, 1),
@@ -124,7 +139,7 @@ def affine_range(weight: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Ran
 
 
 def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
-    """weight (out, in / groups) times end (in), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
+    """weight (out, in / groups) times end (in,), (out,), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
     rows = weight.reshape(groups, -1, weight.shape[1])
     ends = end.reshape(groups, weight.shape[1], 1)
     finite = rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)
@@ -141,13 +156,16 @@ def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
 
 
 def _reads_padding(geometry: Geometry) -> Tensor:
-    """Which taps read zero padding for some output pixel, on maps of some size: d t < p, or d t > d (k - 1) - p."""
+    """(kh, kw) bool: which taps read zero padding for some output pixel, on maps of some size: d t < p, or d t > d (k - 1) - p."""
     axes = []
     for k, d, p in zip(geometry.kernel, geometry.dilation, geometry.padding, strict=True):
         offset = torch.arange(k) * d
         axes.append((offset < p) | (offset > d * (k - 1) - p))
     found = axes[0][:, None] | axes[1][None]
     return found if geometry.padding_mode == "zeros" else torch.zeros_like(found)
+
+
+# Each of these gives the range (C,) of a call from those of its arguments, or None where it is called in another way.
 
 
 def _add(node: fx.Node) -> Range | None:
@@ -169,7 +187,7 @@ def _cat(node: fx.Node) -> Range | None:
 
 def _multiply(node: fx.Node) -> Range | None:
     tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-    if len(tensors) != 2 or tensors[0] is tensors[1]:
+    if len(tensors) != 2 or tensors[0] is tensors[1] or len({len(shape_of(t) or ()) for t in tensors}) != 1:
         return None
     ends = [range_of(t) for t in tensors]
     if len(ends[0][0]) != len(ends[1][0]):
@@ -181,10 +199,13 @@ def _multiply(node: fx.Node) -> Range | None:
 
 
 def _crop(node: fx.Node) -> Range | None:
-    index = node.args[1]
-    if isinstance(index, tuple) and len(index) >= 2 and index[1] == slice(None) and isinstance(node.args[0], fx.Node):
-        return range_of(node.args[0])
-    return None
+    index: Any = node.args[1]
+    plain = isinstance(index, tuple) and len(index) >= 2 and all(isinstance(i, slice) for i in index)
+    if not plain or any(isinstance(end, fx.Node) for end in (index[1].start, index[1].stop, index[1].step)):
+        return None
+    assert isinstance(node.args[0], fx.Node)
+    low, high = range_of(node.args[0])
+    return low[index[1]], high[index[1]]
 
 
 _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
@@ -202,30 +223,9 @@ _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
 
 def observe(network: Network, inputs: tuple[Tensor, ...]) -> None:
     """Runs the network and sets node.meta["seen"] = (low, high), one entry a channel, for every map."""
-    order = list(network.graph.nodes)
-    last = {source: node for node in order for source in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
-    given = iter(inputs)
-    for node in order:
-        if node.op == "output":
-            break
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        if node.op == "placeholder":
-            values[node] = next(given, node.args[0] if node.args else None)
-        elif node.op == "get_attr":
-            values[node] = network.constants[str(node.target)]
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            function = network.layer(node) if node.op == "call_module" else node.target
-            assert callable(function)
-            values[node] = function(*args, **kwargs)
-        value = values[node]
+    for node, value in run(network.graph, inputs, network.value):
         if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
             node.meta["seen"] = value.amin((0, 2, 3)), value.amax((0, 2, 3))
-        for source in node.all_input_nodes:
-            if last[source] is node:
-                values.pop(source, None)
 
 
 def tighten(network: Network, margin: float) -> None:
@@ -261,6 +261,6 @@ def may_shift(network: Network) -> bool:
 
 
 def constant(low: Tensor, high: Tensor) -> Tensor:
-    """Which channels are one number for every input: dead ones."""
+    """(C,) bool: which channels are one number for every input: dead ones."""
     width = high - low
     return torch.isfinite(width) & (width <= 8e-12 * torch.maximum(low.abs(), high.abs()))

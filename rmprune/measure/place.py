@@ -1,4 +1,4 @@
-"""Budgets in measured time: which cut meets them. Prunes for widths only.
+"""Budgets in measured time: where time counts, and the one search for the largest network within one. Prunes nothing itself.
 
 Time is a staircase in the widths, so nothing is believed here that was not measured: the networks that cuts of several sizes would give
 are built and measured, in turns with the original, where the time shall count (the first backend, thread number and batch size of the
@@ -6,10 +6,13 @@ settings).
 """
 
 import contextlib
+import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +24,10 @@ from rmprune.measure import measure_latencies
 logger = logging.getLogger("rmprune")
 CANDIDATES = 5  # networks measured in a round
 ATTEMPTS = 3  # measurements before a network counts as too slow
-ROUNDS = 3  # of measuring ever nearer to the budget: steps of up to 2.1 times, then 1.2, then 1.05
-MARGIN = (
-    0.985  # cuts aim this much below the budget, so that noise does not break it when the trained network is measured
-)
+STEP = 1.02  # times: sizes nearer to each other are not told apart
+ROUNDS = 5  # of measuring ever nearer to the budget, at most: steps of up to 2.1 times, then 1.2, then 1.05, ...
+MARGIN = 0.985  # searches aim so far below the budget: noise must not break it when the trained network is measured
+NEAR = 0.96  # of the budget: what takes as much as this is near enough
 
 
 @dataclass(frozen=True)
@@ -78,33 +81,113 @@ class Place:
         return least
 
 
+C = TypeVar("C", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Found(Generic[C]):
+    """What a search ended with, and its network's time relative to the original's; so many different networks were measured."""
+
+    candidate: C
+    ratio: float
+    networks: int
+
+
+def largest_within(
+    allowed: float,
+    at: Callable[[float], C | None],
+    size: Callable[[C], float],
+    measure: Callable[[Sequence[C]], Iterable[float]],
+    low: float,
+    high: float,
+    *,
+    first: Sequence[C] = (),
+    refuse: Callable[[float], InfeasibleBudget],
+) -> Found[C]:
+    """The largest candidate whose network was measured, twice, within `allowed` of the original's time.
+
+    `at(s)`: the candidate of size s, between `low` and `high` (None: there is none); two that are equal are one network. `size`: of a
+    candidate, in the same unit; time grows with it on the whole, not step by step. `measure`: times of several, relative to the
+    original's, in turns. `first`: what to begin with, in the place of sizes spread over the whole range.
+
+    Several sizes are measured at a time, ever closer to the largest with something in hand (MARGIN), until one comes near the budget
+    (NEAR) or no other is left. It is measured once more: one that was lucky counts as too slow from then on. The smallest needs
+    nothing in hand, and is judged by the best of several measurements. Raises `refuse(its time)` where that is over the budget.
+    """
+    tried: dict[C, float] = {}
+
+    def fitting() -> C | None:
+        return max((c for c, ratio in tried.items() if ratio <= MARGIN * allowed), key=size, default=None)
+
+    def confirmed(enough: float) -> Found[C] | None:
+        while (best := fitting()) is not None and tried[best] >= enough:
+            (tried[best],) = measure([best])
+            if tried[best] <= allowed:
+                return Found(best, tried[best], len(tried))
+        return None
+
+    def ahead() -> list[C]:
+        """Candidates not tried yet, of sizes in equal proportions from `low` to `high`; sizes too small to be had move `low` up."""
+        nonlocal low
+        while True:
+            sizes = [low * (high / low) ** (step / (CANDIDATES - 1)) for step in range(CANDIDATES)]
+            offers = [at(s) for s in sizes]
+            new = [c for c in dict.fromkeys(offers) if c is not None and c not in tried]
+            missing = list(itertools.takewhile(lambda offer: offer[1] is None, zip(sizes, offers, strict=True)))
+            if new or len(missing) in (0, CANDIDATES) or missing[-1][0] <= STEP * low:
+                return new
+            low = missing[-1][0]
+
+    for turn in range(ROUNDS):
+        new = list(dict.fromkeys(first)) if turn == 0 and first else ahead()
+        if not new:
+            break
+        tried.update(zip(new, measure(new), strict=True))
+        if (found := confirmed(NEAR * allowed)) is not None:
+            return found
+        if (best := fitting()) is not None:
+            low = size(best)
+        high = min((size(c) for c, ratio in tried.items() if ratio > MARGIN * allowed and size(c) > low), default=high)
+    if (found := confirmed(0.0)) is not None:
+        return found
+    if not tried:
+        raise refuse(1.0)
+    smallest, least = min(tried, key=size), math.inf
+    for _ in range(ATTEMPTS):
+        least = min(least, *measure([smallest]))
+        if least <= MARGIN * allowed:
+            break
+    if least > allowed:
+        raise refuse(least)
+    return Found(smallest, least, len(tried))
+
+
 def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allowed: float, place: Place) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
-    Raises InfeasibleBudget where even `cut(low)` is too slow.
+    A cut may raise InfeasibleBudget: a pruner that cannot go as far as the limits would let it. Raises it where even the smallest
+    network that can be had is too slow.
     """
-    best: float | None = None
-    for _ in range(ROUNDS):
-        grid = [low * (high / low) ** step for step in torch.linspace(0, 1, CANDIDATES).tolist()]
-        networks: dict[str, nn.Module] = {}
-        for r in grid:
-            with contextlib.suppress(InfeasibleBudget):  # a pruner that cannot go as far as the limits would let it
-                networks[f"{r:.4f}"] = cut(r)
-        measured = place.ratios(networks)
-        fitting = [r for r in grid if measured.get(f"{r:.4f}", math.inf) <= MARGIN * allowed]
-        if not fitting and best is None:
-            least = min((r for r in grid if f"{r:.4f}" in networks), default=high)
-            narrowest = networks.get(f"{least:.4f}")
-            took = 1.0 if narrowest is None else place.least_ratio(narrowest, MARGIN * allowed)
-            if took > allowed:  # within it there is nothing narrower to be had, with or without something in hand
-                raise infeasible(allowed, took, place)
-            fitting = [least]
-        best = max(fitting, default=best)
-        assert best is not None
-        low, high = best, min((r for r in grid if r > best), default=high)
-    assert best is not None
-    logger.info("latency_ratio %g on %s: a cut to %.3f of the network's own cost", allowed, place, best)
-    return best
+    networks: dict[float, nn.Module] = {}
+    firsts: dict[tuple[torch.Size, ...], float] = {}
+
+    @functools.cache
+    def at(ratio: float) -> float | None:
+        with contextlib.suppress(InfeasibleBudget):
+            network = cut(ratio)
+            same = firsts.setdefault(tuple(p.shape for p in network.parameters()), ratio)
+            networks.setdefault(same, network)
+            return same
+        return None
+
+    def measure(ratios: Sequence[float]) -> Iterable[float]:
+        return place.ratios({f"{ratio:.6f}": networks[ratio] for ratio in ratios}).values()
+
+    found = largest_within(
+        allowed, at, float, measure, low, high, refuse=lambda least: infeasible(allowed, least, place)
+    )
+    logger.info("latency_ratio %g on %s: a cut to %.3f of the network's own cost", allowed, place, found.candidate)
+    return found.candidate
 
 
 def infeasible(allowed: float, least: float, place: Place) -> InfeasibleBudget:

@@ -4,23 +4,17 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from rmprune.config import SlimConfig
-from rmprune.data.load import Dataset
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
-from rmprune.measure.place import Place
-from rmprune.methods.cutter import make_cutter
+from rmprune.methods.cutter import Cutter
 from rmprune.methods.refuse import Refusal, refusal
 from rmprune.methods.slim import met
-from rmprune.methods.table import Method, alternatives
 from rmprune.pruning import Budget
 from rmprune.runs.notes import read_notes, write_text
 from rmprune.training import evaluate
+from rmprune.training.job import Files, Job
 
 logger = logging.getLogger("rmprune")
 Verdicts = Mapping[str, Mapping[str, Any]]
@@ -28,37 +22,24 @@ Verdicts = Mapping[str, Mapping[str, Any]]
 
 
 def judge(
-    label: str,
-    method: Method,
-    start: Callable[[str], nn.Module],
-    budget: Budget,
-    config: SlimConfig,
-    data: Dataset,
-    original: nn.Module,
-    *,
-    checkpoint: Path,
-    device: torch.device,
+    candidates: Mapping[str, Callable[[], Cutter]], budget: Budget, job: Job[SlimConfig], files: Files
 ) -> Verdicts:
-    """How well each candidate of `method` predicts validation images: cut once to the budget, not fine-tuned.
+    """How well each candidate {method: makes its cutter} predicts validation images: cut once to the budget, not fine-tuned.
 
-    `start(name)`: the network that methods start from. Budgets in measured time are met as measured against `original`. What is found
-    is kept beside `checkpoint` and not looked for again. Raises InfeasibleBudget or UnsupportedModel where no candidate can.
+    What is found is kept beside the checkpoint of `files`, whose label the candidates go by, and not looked for again. Raises
+    InfeasibleBudget or UnsupportedModel where no candidate can.
     """
-    file = checkpoint.with_name(f"{label}-candidates.json")
+    file = files.note("candidates")
     verdicts: dict[str, dict[str, Any]] = read_notes(file)
-    timed = budget.latency_ratio is not None
-    place = Place.first(config.measure, original, data.train.example(1)) if timed else None
     refusals: dict[str, Refusal] = {}
-    for name, one in alternatives(method).items():
+    for name, make in candidates.items():
         if name in verdicts:
             continue
         logger.info("candidate %s", name)
         try:
-            cutter = make_cutter(start(one.start), one, config, data, place)
-            gradual = cutter.settings.gradual and config.finetune.epochs > 0
-            memory = checkpoint.with_name(f"{label}-{name}-measured.json")
-            network = cutter.once(cutter.network, met(budget, cutter, place, memory, gradual=gradual)).to(device)
-            loss = evaluate(network, data.validation, device=device).loss
+            cutter = make()
+            network = cutter.once(cutter.network, met(budget, cutter, files.named(f"{files.label}-{name}")))
+            loss = evaluate(network.to(job.device), job.data.validation, device=job.device).loss
             if not math.isfinite(loss):
                 raise UnsupportedModel(f"after the cut its loss is {loss}")
             verdicts[name] = {"loss": loss}
@@ -68,7 +49,7 @@ def judge(
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(verdicts))
     if not losses(verdicts):
-        raise refusal(f"no candidate of {label} can be had", refusals)
+        raise refusal(f"no candidate of {files.label} can be had", refusals)
     logger.info(
         "on validation images, before fine-tuning: %s", ", ".join(f"{n} {_shown(v)}" for n, v in verdicts.items())
     )

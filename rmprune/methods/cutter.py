@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.config import PruneConfig, SlimConfig
-from rmprune.data.load import Dataset
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place, find_ratio
@@ -22,22 +22,36 @@ from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
+from rmprune.training.job import Job
 
 FLOOR = 0.5  # every layer keeps at least this part of what an even cut would leave it
-IMPORTANCE_IMAGES = 2048  # training images that a one-cut importance is measured on
 
 
 @dataclass(frozen=True)
 class Cutter:
-    """How one method cuts one network. `cost`: what a budget in measured time is divided up by (milliseconds, or MACs)."""
+    """How one method cuts one network, which is on the job's device; networks that are cut from it are on the CPU.
+
+    `place`: where time counts, for budgets in measured time; `cost`: what such a budget is divided up by (milliseconds, or MACs).
+    """
 
     network: nn.Module
     structure: Structure
     example: Tensor
     method: Method
     settings: PruneConfig
-    data: Dataset
+    job: Job[SlimConfig]
+    place: Place | None = None
     cost: Cost | None = None
+
+    @property
+    def gradual(self) -> bool:
+        """Whether it cuts while training."""
+        return self.settings.gradual and self.job.config.finetune.epochs > 0
+
+    @property
+    def coupled(self) -> bool:
+        """Whether Torch-Pruning cuts."""
+        return self.method.pruner == "torch-pruning"
 
     def budget_at(self, budget: Budget, ratio: float) -> Budget:
         """`budget`, in measured time, as this ratio of the network's own cost, with the default floor."""
@@ -72,28 +86,29 @@ class Cutter:
         """
         settings = self.settings
         origin = None if settings.min_fraction is None else self.structure.units  # a limit that was asked for
-        if self.method.torch_pruning:
+        here = self.job.here(network)
+        if self.coupled:
             return prune_coupled(
-                network,
+                here,
                 self.example,
                 importance=settings.importance,
                 budget=budget,
-                data=importance_batches(self.data),
+                data=self.job.batches,
                 origin=origin,
-            )
+            ).cpu()
         return prune(
-            network,
+            here,
             self.example,
             importance=settings.importance if scores is None else scores,
             budget=budget,
-            data=importance_batches(self.data) if scores is None else None,
+            data=self.job.batches if scores is None else None,
             cost=self.cost,
             rank=settings.rank,
-            which=self.method.which,
+            which=self.method.widths,
             reconstruct=settings.reconstruct and scores is None,
             lookahead=self.lookahead,
             origin=origin,
-        )
+        ).cpu()
 
     def check(self, *, once: bool = True) -> None:
         """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images.
@@ -101,10 +116,11 @@ class Cutter:
         `once`: whether a network may be cut at once, although the settings say that it is cut while training.
         """
         settings = self.settings
-        if self.method.torch_pruning:
+        if self.coupled:
             check_importance(self.network, self.structure, settings.importance)
             return
-        IMPORTANCES[settings.importance](self.network, self.structure, list(self.data.train.batches(2, limit=2)))
+        two = list(self.job.data.train.batches(2, device=self.job.device, limit=2))
+        IMPORTANCES[settings.importance](self.network, self.structure, two)
         if settings.reconstruct and (once or not settings.gradual):
             with fitting():
                 read_program(self.network, self.structure)
@@ -128,29 +144,34 @@ class Cutter:
             meets=meets,
         )
 
-    def meeting(self, budget: Budget, place: Place, gradual: bool) -> float:
+    def meeting(self, budget: Budget) -> float:
         """The ratio for `budget_at` whose widths, as this network's importance chooses them now, were measured within the budget."""
-        assert budget.latency_ratio is not None
-        scores: Scores = {}
-        if not self.method.torch_pruning:  # which scores by itself
-            batches = importance_batches(self.data)
-            scores = score_groups(self.settings.importance, self.network, self.structure, batches)
+        assert self.place is not None and budget.latency_ratio is not None
 
         def cut(ratio: float) -> nn.Module:
             own = self.budget_at(budget, ratio)
-            if not gradual:
-                return self.once(self.network, own, scores=scores)
-            keep = allocate(self.structure, scores, own, self.cost, rank=self.settings.rank, lookahead=self.lookahead)
-            return shrink(self.network, keep, self.structure)[0]
+            if not self.gradual:
+                return self.once(self.network, own, scores=self.scores)
+            keep = allocate(
+                self.structure, self.scores, own, self.cost, rank=self.settings.rank, lookahead=self.lookahead
+            )
+            return shrink(self.network, keep, self.structure)[0].cpu()
 
-        return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, place)
+        return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, self.place)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The importance of this network's channels, measured once for all cuts that are tried; none where Torch-Pruning scores."""
+        if self.coupled:
+            return {}
+        return score_groups(self.settings.importance, self.network, self.structure, self.job.batches)
 
     def narrowest(self, budget: Budget) -> nn.Module:
         """The network of the least MACs that the limits of `budget` allow, whatever its weights."""
         own = dataclasses.replace(self, cost=None)
         flat = {name: torch.ones(units) for name, units in self.structure.units.items()}
         keep = allocate(self.structure, flat, own.budget_at(budget, own.least_ratio(budget)))
-        return shrink(self.network, keep, self.structure)[0]
+        return shrink(self.network, keep, self.structure)[0].cpu()
 
     def least_ratio(self, budget: Budget) -> float:
         """The least ratio (in steps of a twentieth) for `budget_at` that the limits allow. Raises InfeasibleBudget where all forbid it."""
@@ -171,23 +192,22 @@ class Cutter:
         return 1 if self.cost is None else 4
 
 
-def make_cutter(
-    network: nn.Module, method: Method, config: SlimConfig, data: Dataset, place: Place | None = None
-) -> Cutter:
-    """The method applied to this network. `place`: where time counts, for budgets in measured time."""
-    settings = dataclasses.replace(config.prune, **method.settings)
-    example = data.train.example(1)
+def make_cutter(network: nn.Module, method: Method, job: Job[SlimConfig], budget: Budget | None = None) -> Cutter:
+    """The method applied to this network; ready to measure where `budget` is in measured time."""
+    settings = dataclasses.replace(job.config.prune, **method.settings)
+    example = job.data.train.example(1)
     structure = find_structure(network, example)
-    if method.which == "inner":
+    if method.widths == "inner":
         structure = inner_only(structure)
+    place = None if budget is None or budget.latency_ratio is None else place_of(job)
     cost = None
-    if place is not None and settings.cost == "time" and not method.torch_pruning:
-        cache = config.directory / f"layer-times-{place.backend}-{place.threads}-{place.batch_size}.json"
+    if place is not None and settings.cost == "time" and method.pruner == "ours":
+        cache = job.config.directory / f"layer-times-{place.backend}-{place.threads}-{place.batch_size}.json"
         table = LatencyModel(place.backend, threads=place.threads, batch_size=place.batch_size, cache=cache)
         cost = TimeCost(table, network, structure, example)
-    return Cutter(network, structure, example, method, settings, data, cost)
+    return Cutter(job.here(network), structure, example.to(job.device), method, settings, job, place, cost)
 
 
-def importance_batches(data: Dataset) -> list[tuple[Tensor, Tensor]]:
-    """The training images that a one-cut importance is measured on."""
-    return list(data.train.batches(128, limit=IMPORTANCE_IMAGES))
+def place_of(job: Job[SlimConfig]) -> Place:
+    """Where time counts: the first configuration of the settings, relative to the trained original."""
+    return Place.first(job.config.measure, job.original, job.data.train.example(1))

@@ -6,63 +6,49 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from rmprune.config import SlimConfig
-from rmprune.data.load import Dataset
 from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
-from rmprune.measure.place import Place, infeasible
-from rmprune.methods.cutter import make_cutter
-from rmprune.methods.table import Method, alternatives
+from rmprune.measure.place import infeasible
+from rmprune.methods.cutter import make_cutter, place_of
+from rmprune.methods.table import METHODS, Collapse, Method, Residuals
 from rmprune.pruning import Budget
 from rmprune.pruning.time_cost import timed_layers
+from rmprune.training.job import Job
 
 logger = logging.getLogger("rmprune")
 Refusal = InfeasibleBudget | UnsupportedModel
 NOISE = 1.1  # before training a budget is refused only where it is missed by more than this
+Starts = Callable[[Collapse, Residuals], nn.Module]
+"""The network that methods of these choices prune."""
 
 
-def check_budgets(
-    networks: Callable[[Method], nn.Module],
-    original: nn.Module,
-    methods: dict[str, Method],
-    budgets: list[Budget],
-    config: SlimConfig,
-    data: Dataset,
-) -> None:
+def check_budgets(start: Starts, methods: dict[str, Method], budgets: list[Budget], job: Job[SlimConfig]) -> None:
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
-    `networks(method)`: what it prunes, with any weights. Of a method's candidates one that can do it is enough; with
-    `config.skip_infeasible` one method is enough for a budget.
+    Networks may have any weights. Of a method's candidates one that can do it is enough; with `skip_infeasible` one method is enough
+    for a budget.
     """
-    place = Place.first(config.measure, original, data.train.example(1))
     for budget in budgets:
         refusals: dict[str, Refusal] = {}
         for name, method in methods.items():
             try:
-                _check_any(name, method, networks, budget, config, data, place)
+                _check_any(name, method, start, budget, job)
             except InfeasibleBudget as error:
-                skip(name, error, config)
+                skip(name, error, job.config)
                 refusals[name] = error
         if len(refusals) == len(methods):
             raise refusal("no method can be had", refusals)
 
 
-def _check_any(
-    name: str,
-    method: Method,
-    networks: Callable[[Method], nn.Module],
-    budget: Budget,
-    config: SlimConfig,
-    data: Dataset,
-    place: Place,
-) -> None:
+def _check_any(name: str, method: Method, start: Starts, budget: Budget, job: Job[SlimConfig]) -> None:
     """The method itself, or one of its candidates."""
     if not method.candidates:
-        _check(networks(method), method, budget, config, data, place)
+        _check(method, start, budget, job)
         return
     refusals: dict[str, Refusal] = {}
-    for candidate, one in alternatives(method).items():
+    for candidate in method.candidates:
         try:
-            _check(networks(one), one, budget, config, data, place, candidate=True)
+            _check(METHODS[candidate], start, budget, job, candidate=True)
         except (InfeasibleBudget, UnsupportedModel) as error:
             refusals[candidate] = error
     if len(refusals) == len(method.candidates):
@@ -85,23 +71,16 @@ def refusal(summary: str, refusals: Mapping[str, Refusal]) -> Refusal:
     return kind(f"{summary}: " + "; ".join(f"{name}: {e}" for name, e in refusals.items()))
 
 
-def _check(
-    network: nn.Module,
-    method: Method,
-    budget: Budget,
-    config: SlimConfig,
-    data: Dataset,
-    place: Place,
-    *,
-    candidate: bool = False,
-) -> None:
-    cutter = make_cutter(network, method, config, data)
+def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], *, candidate: bool = False) -> None:
+    network = start(*method.start)
+    cutter = make_cutter(network, method, job)
     cutter.check(once=candidate or budget.latency_ratio is not None)
     if budget.latency_ratio is None:
         cutter.hook(cutter.floored(budget), steps=1, epochs=1)
         return
-    if cutter.settings.cost == "time" and not method.torch_pruning:
-        timed_layers(cutter.network, network_layers(cutter.network, cutter.example))
+    if cutter.settings.cost == "time" and not cutter.coupled:
+        timed_layers(network, network_layers(network, job.data.train.example(1)))
+    place = place_of(job)
     limit = NOISE * budget.latency_ratio
     if (least := place.least_ratio(cutter.narrowest(budget), limit)) > limit:
         raise infeasible(budget.latency_ratio, least, place)

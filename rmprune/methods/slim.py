@@ -4,124 +4,99 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from rmprune.config import SlimConfig, TrainConfig
-from rmprune.data.load import Dataset
+from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, MissedBudget
 from rmprune.measure import count_macs
-from rmprune.measure.place import MARGIN, Place, infeasible
-from rmprune.methods.cutter import Cutter, make_cutter
+from rmprune.measure.place import MARGIN, infeasible
+from rmprune.methods.cutter import Cutter, make_cutter, place_of
 from rmprune.methods.table import Method
-from rmprune.pruning import Budget, GradualPruner
+from rmprune.pruning import Budget
 from rmprune.removal import remove_where_faster
 from rmprune.runs.notes import remembered
-from rmprune.training import fit
+from rmprune.training.job import Files, Job, tune
 
 logger = logging.getLogger("rmprune")
-TIME_ATTEMPTS = 5  # further cuts where the trained network misses its budget in measured time
+TIME_ATTEMPTS = 5  # further cuts, at most, where the trained network misses its budget in measured time
 
 
 def slim_network(
-    network: nn.Module,
-    method: Method,
-    budget: Budget,
-    config: SlimConfig,
-    data: Dataset,
-    *,
-    seed: int,
-    device: torch.device,
-    teacher: nn.Module,
-    teacher_memory: Path,
-    checkpoint: Path,
-    log: Path,
-    label: str,
+    network: nn.Module, method: Method, budget: Budget, job: Job[SlimConfig], files: Files
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
 
-    With it the facts for its artifact and record: which residuals `mixed` removed.
-    Only a network that misses a budget in measured time at the end is cut again, with one epoch after each cut.
+    With it the facts for its artifact and record: which residuals `mixed` removed. Only a network that misses a budget in measured
+    time at the end is cut again, up to TIME_ATTEMPTS times, with one epoch after each cut. Raises InfeasibleBudget where limits
+    forbid the budget, MissedBudget where even these cuts do not meet it, UnsupportedModel where the method cannot cut this network.
     """
-    asked = budget
-    example, measured = data.train.example(1), checkpoint.with_name(f"{label}-measured.json")
-    timed = asked.latency_ratio is not None
-    place = Place.first(config.measure, teacher, example) if timed or method.mixed else None
-    cutter = make_cutter(network, method, config, data, place if timed else None)
-    gradual = cutter.settings.gradual and config.finetune.epochs > 0
-    meets: Callable[[nn.Module], float] | None = None
-    if timed:
-        assert place is not None and asked.latency_ratio is not None
-        allowed = MARGIN * asked.latency_ratio
-        meets = lambda network: place.ratio(network.cpu()) / allowed  # noqa: E731
-    budget = met(budget, cutter, place, measured, gradual=gradual)
+    config, data = job.config, job.data
+    timed = budget.latency_ratio is not None
+    cutter = make_cutter(network, method, job, budget)
+    cut_to = met(budget, cutter, files)
     hook = None
-    if gradual:
+    if cutter.gradual:
         steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
-        hook = cutter.hook(budget, steps=steps, epochs=config.finetune.epochs, meets=meets)
+        meets = functools.partial(_excess, cutter, budget) if timed else None
+        hook = cutter.hook(cut_to, steps=steps, epochs=config.finetune.epochs, meets=meets)
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to
-        network = cutter.once(network, budget)
-
-    def tune(network: nn.Module, train: TrainConfig, hook: GradualPruner | None, stage: str) -> nn.Module:
-        return fit(
-            network,
-            data,
-            train,
-            seed=seed,
-            device=device,
-            hook=hook,
-            teacher=teacher,
-            teacher_memory=teacher_memory,
-            checkpoint=checkpoint.with_name(f"{stage}.pt"),
-            log=log,
-            label=stage,
-        ).cpu()
-
-    network = tune(network, config.finetune, hook, label)
-    once = dataclasses.replace(config.finetune, epochs=1, warmup_epochs=0.0)
-    for attempt in range(1, TIME_ATTEMPTS + 2 if timed else 1):  # the promise is about the network as it was trained
-        assert place is not None and asked.latency_ratio is not None
-        take_time = functools.partial(place.least_ratio, network, asked.latency_ratio)
-        ratio = remembered(measured, f"after cut {attempt}", take_time) if attempt <= TIME_ATTEMPTS else take_time()
-        if ratio <= asked.latency_ratio:
-            logger.info("%s takes %.3f of the original's time on %s", label, ratio, place)
-            break
-        if attempt > TIME_ATTEMPTS:
-            raise MissedBudget(
-                f"latency_ratio={asked.latency_ratio:g} was not met on {place} after {TIME_ATTEMPTS} further cuts; "
-                "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"
-            )
-        budget = scaled(budget, 0.97 * asked.latency_ratio / ratio)
-        try:
-            smaller = cutter.once(network, budget)
-        except InfeasibleBudget:  # nothing left to cut: only a measurement that was off can help
-            if (ratio := take_time()) <= asked.latency_ratio:
-                break
-            raise MissedBudget(str(infeasible(asked.latency_ratio, ratio, place))) from None
-        logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
-        network = tune(smaller, once, None, f"{label}-again-{attempt}")
-    if not method.mixed:
+        network = cutter.once(cutter.network, cut_to)
+    network = tune(network, config.finetune, job, files, hook)
+    if timed:
+        network = _within_time(network, cutter, budget, cut_to, files)
+    if method.residuals != "faster":
         return network, {}
-    assert place is not None
-    limit = math.inf if asked.macs_ratio is None else asked.macs_ratio * (asked.reference_macs or math.inf)
+    limit = math.inf if budget.macs_ratio is None else budget.macs_ratio * (budget.reference_macs or math.inf)
+    example = data.train.example(2)
     removal = remove_where_faster(
-        network, data.train.example(2), place.ratios, lambda network: count_macs(network, example) <= limit
+        network, example, place_of(job).ratios, lambda network: count_macs(network, example[:1]) <= limit
     )
-    logger.info("%s: removed %s", label, ", ".join(removal.removed) or "no residual, none made it faster")
+    logger.info("%s: removed %s", files.label, ", ".join(removal.removed) or "no residual, none made it faster")
     return removal.model, {"removal": removal.facts}
 
 
-def met(budget: Budget, cutter: Cutter, place: Place | None, measured: Path, *, gradual: bool = False) -> Budget:
-    """What the cutter must be told so that the budget is met; one in measured time is looked for by measuring (`measured`: its memory)."""
+def met(budget: Budget, cutter: Cutter, files: Files) -> Budget:
+    """What the cutter must be told so that the budget is met. One in measured time is looked for by measuring, once for these files."""
     if budget.latency_ratio is None:
         return cutter.floored(budget)
-    assert place is not None
-    return cutter.budget_at(
-        budget, remembered(measured, "before", functools.partial(cutter.meeting, budget, place, gradual))
+    find = functools.partial(cutter.meeting, budget)
+    return cutter.budget_at(budget, remembered(files.note("measured"), "before", find))
+
+
+def _excess(cutter: Cutter, budget: Budget, network: nn.Module) -> float:
+    """The network's time relative to the budget, of which a little is kept in hand."""
+    assert cutter.place is not None and budget.latency_ratio is not None
+    return cutter.place.ratio(network.cpu()) / (MARGIN * budget.latency_ratio)
+
+
+def _within_time(network: nn.Module, cutter: Cutter, budget: Budget, cut_to: Budget, files: Files) -> nn.Module:
+    """The trained network, or one cut and trained further, that was measured within the budget: the promise is about what was trained."""
+    place, allowed, label = cutter.place, budget.latency_ratio, files.label
+    assert place is not None and allowed is not None
+    once = dataclasses.replace(cutter.job.config.finetune, epochs=1, warmup_epochs=0.0)
+    for attempt in range(1, TIME_ATTEMPTS + 2):
+        take_time = functools.partial(place.least_ratio, network, allowed)
+        last = attempt > TIME_ATTEMPTS  # measured anew each time the same command is run
+        ratio = take_time() if last else remembered(files.note("measured"), f"after cut {attempt}", take_time)
+        if ratio <= allowed:
+            logger.info("%s takes %.3f of the original's time on %s", label, ratio, place)
+            return network
+        if last:
+            break
+        cut_to = scaled(cut_to, 0.97 * allowed / ratio)
+        try:
+            smaller = cutter.once(network, cut_to)
+        except InfeasibleBudget:  # nothing left to cut: only a measurement that was off can help
+            if (ratio := take_time()) <= allowed:
+                return network
+            raise MissedBudget(str(infeasible(allowed, ratio, place))) from None
+        logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
+        network = tune(smaller, once, cutter.job, files.named(f"{label}-again-{attempt}"))
+    raise MissedBudget(
+        f"latency_ratio={allowed:g} was not met on {place} after {TIME_ATTEMPTS} further cuts; "
+        "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"
     )
 
 

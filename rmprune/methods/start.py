@@ -1,4 +1,4 @@
-"""The networks that methods start to prune, made of the trained one: by RM, by collapsing blocks, or both. Trains nothing."""
+"""The networks that methods start to prune, made of the trained one: blocks collapsed, residuals removed. Trains nothing."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.methods.table import Collapse, Residuals
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import Removal, plan_removal, remove_residuals
 
@@ -17,50 +18,26 @@ Examples = Callable[[int], Tensor]
 """So many training images [n, C, H, W]."""
 
 
-def plain(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
-    """RM on the trained network, with batch norms measured on training images."""
-    removal = remove_residuals(dense, examples(CALIBRATION_IMAGES))
-    return removal.model, {"removal": removal.facts}
+def start(
+    dense: nn.Module, collapse: Collapse, residuals: Residuals, examples: Examples
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that these choices make of the trained one, on its device, and the facts for its artifact.
 
-
-def collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
-    """Every block as one convolution, merged with its shortcut by RM: a plain chain."""
-    network, facts = collapsed_residual(dense, examples)
-    removal = remove_residuals(network, examples(CALIBRATION_IMAGES))
-    return removal.model, facts | {"removal": removal.facts}
-
-
-def collapsed_residual(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
-    """Every block as one convolution, residuals kept."""
-    found = collapse_blocks(dense, collapse_images(examples))
-    return found.model, {"collapsed": found.collapsed}
-
-
-def half_collapsed(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
-    """That half of the blocks that one convolution fits best, merged by RM; the others as they are, with their residuals."""
-    network, facts = half_collapsed_residual(dense, examples)
-    removal = merge_free(network, examples(CALIBRATION_IMAGES))
-    return removal.model, facts | {"removal": removal.facts}
-
-
-def half_collapsed_residual(dense: nn.Module, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
-    """That half of the blocks that one convolution fits best as one; all residuals kept."""
-    images = collapse_images(examples)
-    explained = collapse_blocks(dense, images).collapsed
-    best = sorted(explained, key=lambda name: -explained[name])[: math.ceil(len(explained) / 2)]
-    found = collapse_blocks(dense, images, keep=[name for name in explained if name not in best])
-    return found.model, {"collapsed": found.collapsed}
-
-
-STARTING: dict[str, Callable[[nn.Module, Examples], tuple[nn.Module, dict[str, Any]]]] = {
-    "dense": lambda dense, examples: (dense, {}),
-    "plain": plain,
-    "collapsed": collapsed,
-    "collapsed-residual": collapsed_residual,
-    "half-collapsed": half_collapsed,
-    "half-collapsed-residual": half_collapsed_residual,
-}
-"""By name: a new network and the facts for its artifact. Each raises UnsupportedModel where there is nothing for it to do."""
+    With "none" and "kept" it is `dense` itself. Raises UnsupportedModel where there is nothing to collapse or to remove.
+    """
+    network, facts = dense, {}
+    if collapse != "none":
+        images = collapse_images(examples)
+        found = collapse_blocks(dense, images)
+        if collapse == "half":
+            order = sorted(found.collapsed, key=lambda name: -found.collapsed[name])
+            found = collapse_blocks(dense, images, keep=set(order[math.ceil(len(order) / 2) :]))
+        network, facts["collapsed"] = found.model, found.collapsed
+    if residuals in ("removed", "merged"):
+        remove = merge_free if residuals == "merged" else remove_residuals
+        removal = remove(network, examples(CALIBRATION_IMAGES))
+        network, facts["removal"] = removal.model, removal.facts
+    return network, facts
 
 
 def merge_free(model: nn.Module, images: Tensor) -> Removal:

@@ -32,6 +32,12 @@ def create_network(name: str, *, num_classes: int, input_shape: tuple[int, int, 
     for key in settings:
         if not accepts(name, key):
             raise ConfigError(f"{name} has no setting {key}; leave --{key.replace('_', '-')} out")
+    if "width" in settings and not has_multiplier(name):
+        width = settings["width"]
+        require(
+            width == int(width), f"{name}: width is {width:g}, but there it is a number of channels, not a multiplier"
+        )
+        settings["width"] = int(width)
     if accepts(name, "small_images") and max(input_shape[1:]) <= SMALL_IMAGE:
         settings["small_images"] = True
     return create(name, num_classes=num_classes, in_channels=input_shape[0], **settings)
@@ -114,6 +120,12 @@ def accepts(name: str, setting: str) -> bool:
     """
     family = _family(name)
     return family is not None and setting in inspect.signature(family.build).parameters
+
+
+def has_multiplier(name: str) -> bool:
+    """Whether the network's `width` multiplies every width (MobileNet's), rather than being the channels of its first stage."""
+    family = _family(name)
+    return family is not None and inspect.signature(family.build).parameters["width"].annotation in (float, "float")
 
 
 def _family(name: str) -> Family | None:

@@ -19,7 +19,7 @@ from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalC
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
-from rmprune.removal import BlockReport, plan_removal, remove_residuals
+from rmprune.removal import BlockReport, Plan, plan_removal, remove_residuals
 
 logger = logging.getLogger("rmprune")
 CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
@@ -102,9 +102,10 @@ def network_arguments(config: NetworkConfig) -> list[str]:
     return found
 
 
-def plan_table(name: str, blocks: list[BlockReport], macs: int) -> Table:
-    """The blocks as a table; MACs and parameters are those of a block's own layers, for one image."""
-    table = Table(title=f"{name}: {macs / 1e6:,.1f} MMACs", pad_edge=False)
+def plan_table(name: str, blocks: Plan, macs: int) -> Table:
+    """The blocks as a table; MACs and parameters are those of a block's own layers, for one image; `macs`: of the network."""
+    change = f"{macs / 1e6:,.1f} → {(macs + blocks.macs_change) / 1e6:,.1f} MMACs"
+    table = Table(title=f"{name}: {change}", pad_edge=False)
     table.add_column("block", no_wrap=True)
     table.add_column("residual", overflow="fold", min_width=len("removable"))
     table.add_column("form and shortcut", overflow="fold")

@@ -16,7 +16,7 @@ from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
 from rmprune.config.toml import UNSET
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ArtifactError
-from rmprune.measure import calibration_images, check_available, measure_latencies
+from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
 from rmprune.measure.machine import environment
 from rmprune.runs import records
@@ -28,7 +28,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     """Measure again and replace the `latency` of every network in the records; returns the records' paths.
 
     A network that several runs share, or hold a copy of (the original of a sweep), is measured once. Ratios are taken to each
-    run's own original.
+    run's own original. Nothing is written before all is measured; a KeyboardInterrupt after that says how many records are.
     """
     paths = records.find_records(list(config.runs))
     found: dict[str, nn.Module] = {}
@@ -58,18 +58,29 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         calibration=None if data is None else calibration_images(data.train),
         split=None if data is None else data.test,
     )
-    for path in paths:
-        record = records.read_record(path)
-        for name, network in records.networks(record).items():
-            own = latencies[labels[network_directory(path.parent, name)]]
-            original = latencies[labels[network_directory(path.parent, "original")]]
-            network["latency"] = [
-                replace(latency.relative_to(base), reference="original").to_dict()
-                for latency, base in zip(own, original, strict=True)
-            ]
-        record["environment"] = environment()
-        records.write_record(path, record)
+    written: list[Path] = []
+    try:
+        for path in paths:
+            written.append(_renew(path, latencies, labels))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(written)} of {len(paths)} records hold the new times, the others are as they were"
+        ) from None
     return paths
+
+
+def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, str]) -> Path:
+    """Write the new times of its networks into a record."""
+    record = records.read_record(path)
+    for name, network in records.networks(record).items():
+        own = latencies[labels[network_directory(path.parent, name)]]
+        original = latencies[labels[network_directory(path.parent, "original")]]
+        network["latency"] = [
+            replace(latency.relative_to(base), reference="original").to_dict()
+            for latency, base in zip(own, original, strict=True)
+        ]
+    record["environment"] = environment()
+    return records.write_record(path, record)
 
 
 def _progress(networks: int, measure: MeasureConfig) -> Callable[[str], None]:

@@ -1,6 +1,7 @@
-"""What the pipelines share: one stage and its artifact, networks measured for a record, the device. No order of stages."""
+"""What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,26 @@ import torch
 from torch import nn
 
 from rmprune import artifact
-from rmprune.config import MeasureConfig
+from rmprune.artifact.weights import load_checkpoint_into
+from rmprune.config import AmcConfig, MeasureConfig, SlimConfig, TrainRunConfig, architecture
+from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
+from rmprune.measure.machine import environment
+from rmprune.methods.start import start
+from rmprune.methods.table import STARTS, Collapse, Residuals
+from rmprune.models.families import create_network
+from rmprune.runs import records
+from rmprune.runs.cells import Cell
 from rmprune.training import evaluate
+from rmprune.training.job import Files, Job, tune
+from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
+
+logger = logging.getLogger("rmprune")
+RunConfig = SlimConfig | AmcConfig | TrainRunConfig
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed")
+"""Facts of a network's artifact that the record repeats."""
 
 
 def stage(
@@ -28,10 +44,105 @@ def stage(
     return artifact.load(directory)
 
 
-def with_weights(network: nn.Module, trained: nn.Module) -> nn.Module:
-    """`network`, whose modules name its blocks, with the weights of its trained artifact, which is one flat graph."""
-    network.load_state_dict(trained.state_dict())
-    return network.eval()
+def make_dense(config: RunConfig, data: Dataset, seed: int, width: float | None = None) -> nn.Module:
+    """The network of a run before training, from its seed, or with the weights of --checkpoint. In eval mode.
+
+    `width`: in the place of the config's, and then without the checkpoint. Raises ConfigError for a setting that the network does
+    not take, ArtifactError for a checkpoint of another network.
+    """
+    settings = architecture(config) | ({} if width is None else {"width": width})
+    torch.manual_seed(seed)
+    model = create_network(config.model, num_classes=data.num_classes, input_shape=data.input_shape, **settings)
+    if isinstance(config, SlimConfig) and config.sparsity.shortcut_scales:
+        model = add_shortcut_scales(model, data.train.example(2))
+    checkpoint = getattr(config, "checkpoint", None)
+    if checkpoint is not None and width is None:
+        model = load_checkpoint_into(model, checkpoint, config.model)
+    return model.eval()
+
+
+def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
+    """The trained network that the cells of a seed share: `dense/`, trained (with sparsity) unless a checkpoint of it was given."""
+    config = job.config
+
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        model = make_dense(config, job.data, job.seed)
+        if getattr(config, "checkpoint", None) is None:
+            sparsity = getattr(config, "sparsity", None)
+            hook = ProximalL1(sparsity) if sparsity is not None and sparsity.strength else None
+            model = tune(model, config.train, job, Files.of(cell.shared, "dense"), hook)
+        return model, {"input_shape": list(job.data.input_shape)}
+
+    return stage(cell.shared / "dense", make)
+
+
+def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
+    """The trained network, which an artifact holds as one flat graph, with the modules that name its blocks."""
+    network = make_dense(job.config, job.data, job.seed)
+    network.load_state_dict(dense.state_dict())
+    return network
+
+
+def starting_network(
+    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: Collapse, residuals: Residuals
+) -> nn.Module:
+    """What methods of these choices prune: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
+    if (collapse, residuals) == ("none", "kept"):
+        return job.original
+    examples = job.data.train.example if collapse == "none" else job.examples  # fits of blocks take as many as pruning
+
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        network, facts = start(with_names(job.original, job), collapse, residuals, examples)
+        say(facts)
+        return network, facts
+
+    return stage(cell.shared / STARTS[collapse, residuals], make, onnx=job.data.train.example(1))
+
+
+def say(facts: Mapping[str, Any]) -> None:
+    """Log what was removed and collapsed, by an artifact's facts."""
+    if removal := facts.get("removal"):
+        gone, stay, error = len(removal["removed"]), len(removal["kept"]), removal["max_error"]
+        logger.info("removed %d residuals, kept %d; largest error %.1e", gone, stay, error)
+    if explained := facts.get("collapsed"):
+        least, most = min(explained.values()), max(explained.values())
+        logger.info("one convolution for %d blocks; it gives %.2f to %.2f of the variance", len(explained), least, most)
+
+
+def finish(
+    job: Job[RunConfig],
+    cell: Cell,
+    command: str,
+    networks: dict[str, nn.Module],
+    *,
+    methods: list[str],
+    removal: Mapping[str, Any] | None = None,
+    refused: Mapping[str, str] | None = None,
+) -> Path:
+    """Measure the networks of a cell, the trained one as "original", and write its record; returns its path.
+
+    `methods`: that made them; `removal`: the facts of RM on the trained network, where it was done; `refused`: {method: why not}.
+    """
+    logger.info("measuring %s", ", ".join(networks))
+    record: dict[str, Any] = {
+        "schema": records.SCHEMA,
+        "command": command,
+        "config": to_dict(job.config),
+        "seed": job.seed,
+        "model": job.config.model,
+        "dataset": job.config.data.dataset,
+        "input_shape": list(job.data.input_shape),
+        "method": ",".join(methods),
+        **({"budget": cell.budget} if cell.budget else {}),
+        "environment": environment(),
+        "removal": removal,
+        **measure_networks(networks, job.data, job.config.measure, job.device),
+        **({"refused": refused} if refused else {}),
+    }
+    for name in [name for name in networks if name not in ("original", "plain")]:
+        facts = {"method": name} | artifact.read_extra(cell.directory / name)
+        record[name] |= {note: facts[note] for note in NOTES if note in facts}
+    return records.write_record(cell.record, record)
 
 
 def measure_networks(

@@ -1,4 +1,4 @@
-"""The greedy search under a budget: costs kept up to date as groups shrink, blocks removed and given back. No limits."""
+"""Which channels go under a budget: a greedy, global descent, and the cost of a network at any widths. Changes no model."""
 
 import heapq
 import math
@@ -14,51 +14,56 @@ from rmprune.pruning.groups import Cost, Keep, Structure, channels, macs, total_
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
-    """Bool mask of the ``count`` largest scores; of equal ones, the first stay."""
+    """Bool mask of the `count` largest scores; of equal ones, the first stay."""
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[torch.argsort(scores, descending=True, stable=True)[:count]] = True
     return mask
 
 
 class Meter:
-    """The network's cost at any widths, kept up to date one group at a time."""
+    """The network's cost at any widths (units kept of each group); for a descent kept up to date one group at a time."""
 
     def __init__(self, structure: Structure, cost: Cost) -> None:
-        self.cost = cost
-        self.layers = structure.layers
-        self.units = dict(structure.units)
-        at = self.units
+        self.cost, self.layers = cost, structure.layers
+        self.units = at = dict(structure.units)
         self.fixed = [
             (x.cin - sum(at[g] * k for g, k in x.inputs), x.cout - sum(at[g] * k for g, k in x.outputs))
             for x in self.layers
         ]
-        self.touching: dict[str, list[int]] = {name: [] for name in self.units}
+        self.touching: dict[str, list[int]] = {name: [] for name in at}
         for i, layer in enumerate(self.layers):
             for name in {g for g, _ in (*layer.inputs, *layer.outputs)}:
                 self.touching[name].append(i)
-        self.costs = [self._layer(i) for i in range(len(self.layers))]
+        self._known: dict[tuple[int, int, int], float] = {}
+        self.costs = self.at(at)
         self.total = math.fsum(self.costs)
 
-    def _layer(self, i: int) -> float:
-        layer, units = self.layers[i], self.units
-        cin, cout = self.fixed[i]
+    def at(self, units: Mapping[str, int]) -> list[float]:
+        """The cost of every layer, in the structure's order, when the groups keep so many units."""
+        return [self._layer(i, units) for i in range(len(self.layers))]
+
+    def _layer(self, i: int, units: Mapping[str, int]) -> float:
+        layer, (cin, cout) = self.layers[i], self.fixed[i]
         for name, k in layer.inputs:
             cin += units[name] * k
         for name, k in layer.outputs:
             cout += units[name] * k
-        return self.cost(layer, cin, cout)
+        if (i, cin, cout) not in self._known:
+            self._known[i, cin, cout] = self.cost(layer, cin, cout)
+        return self._known[i, cin, cout]
 
     def change(self, name: str, units: int) -> float:
-        """How much the total would grow if this group had ``units``."""
+        """How much the total would grow if this group had `units`."""
         before, self.units[name] = self.units[name], units
-        difference = sum(self._layer(i) - self.costs[i] for i in self.touching[name])
+        difference = sum(self._layer(i, self.units) - self.costs[i] for i in self.touching[name])
         self.units[name] = before
         return difference
 
     def place(self, name: str, units: int) -> None:
+        """Let this group have `units` from now on."""
         self.units[name] = units
         for i in self.touching[name]:
-            self.costs[i] = self._layer(i)
+            self.costs[i] = self._layer(i, self.units)
         self.total = math.fsum(self.costs)
 
     def neighbours(self, name: str) -> set[str]:
@@ -120,7 +125,7 @@ class Search:
         return best
 
     def shrink_to(self, limit: float) -> bool:
-        """Remove until the total cost is at most ``limit``; False where nothing more may go."""
+        """Remove until the total cost is at most `limit`; False where nothing more may go."""
         version = dict.fromkeys(self.widths, 0)
         names = list(self.widths)
         heap = [(offer, 0, n) for n in names if (offer := self._offer(n, self.lookahead)) is not None]
@@ -198,11 +203,10 @@ def allocate_uniform(
     def widths(fraction: float) -> dict[str, int]:
         return {n: max((u for u in us if u <= fraction * whole[n] + 1e-9), default=us[0]) for n, us in allowed.items()}
 
+    meter = Meter(structure, target.cost)
+
     def cost(fraction: float) -> float:
-        meter = Meter(structure, target.cost)
-        for name, units in widths(fraction).items():
-            meter.place(name, units)
-        return meter.total
+        return math.fsum(meter.at(widths(fraction)))
 
     low, high = 0.0, 1.0
     if cost(low) > target.limit:
@@ -229,11 +233,11 @@ def allocate(
     """Keep masks {group: bool [units]} that meet the budget.
 
     Greedy: the block whose importance per cost saved is least goes next (the budget's cost; MACs where the budget
-    counts channels). ``rank="importance"``: importance per channel, the one global threshold of network slimming;
+    counts channels). `rank="importance"`: importance per channel, the one global threshold of network slimming;
     savings are recomputed as neighbours shrink; at the end blocks that still fit come back. Ties go by saving, then
-    by the order of groups and channels. ``lookahead``: how many blocks ahead to look where cost is not monotone in
-    width (measured times). ``origin``: units that the limits refer to, where the network has been cut before.
-    ``target`` overrides the budget's own.
+    by the order of groups and channels. `lookahead`: how many blocks ahead to look where cost is not monotone in
+    width (measured times). `origin`: units that the limits refer to, where the network has been cut before.
+    `target` overrides the budget's own.
 
     Raises InfeasibleBudget naming the limit that forbids it and the nearest budget that can be met.
     """
@@ -257,10 +261,8 @@ def even_fraction(structure: Structure, budget: Budget, cost: Cost | None = None
 
 def least_cost(structure: Structure, budget: Budget, cost: Cost, origin: Mapping[str, int] | None = None) -> float:
     """The cost with every group as narrow as the limits let it be."""
-    meter = Meter(structure, cost)
-    for group in structure.groups:
-        meter.place(group.name, allowed_units(group, budget, (origin or {}).get(group.name))[0])
-    return meter.total
+    least = {g.name: allowed_units(g, budget, (origin or {}).get(g.name))[0] for g in structure.groups}
+    return math.fsum(Meter(structure, cost).at(least))
 
 
 def explain(structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None = None) -> str:

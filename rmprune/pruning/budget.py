@@ -1,7 +1,4 @@
-"""Which channels go: a global, greedy allocation under a hard budget with per-layer limits and channel multiples.
-
-Changes no model.
-"""
+"""A hard budget with limits of each layer, and what both are in absolute numbers for one network. Chooses nothing."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +12,11 @@ from rmprune.pruning.groups import Cost, Group, Structure, channels, macs, total
 class Budget:
     """What must be met, and the limits of each layer. Exactly one of the three ratios is set.
 
-    ``ratio``: at least this fraction of the prunable channels is removed. ``macs_ratio``: at most this fraction of
-    ``reference_macs``, the MACs of the *original* network (None: of the network being pruned), stays.
-    ``latency_ratio``: at most this fraction of ``reference_ms`` stays, by the cost given to :func:`allocate`. Of
-    every layer at least ``min_channels`` and ``min_fraction`` and at most ``max_fraction`` of its channels stay, in
-    multiples of ``round_to`` (a layer with no multiple inside its limits stays whole).
+    `ratio`: at least this fraction of the prunable channels is removed. `macs_ratio`: at most this fraction of
+    `reference_macs`, the MACs of the *original* network (None: of the network being pruned), stays.
+    `latency_ratio`: at most this fraction of `reference_ms` stays, by the cost given to `allocate`. Of
+    every layer at least `min_channels` and `min_fraction` and at most `max_fraction` of its channels stay, in
+    multiples of `round_to` (a layer with no multiple inside its limits stays whole).
 
     >>> rmprune.Budget(macs_ratio=0.5, min_channels=4, round_to=8).name
     'macs_ratio'
@@ -64,7 +61,7 @@ class Budget:
         reference_macs: float | None = None,
         reference_ms: float | None = None,
     ) -> "Budget":
-        """One of ``config.budgets`` (name, value) with the config's limits, against the original network's figures."""
+        """One of `config.budgets` (name, value) with the config's limits, against the original network's figures."""
         return cls(
             **{name: value},
             reference_macs=reference_macs,
@@ -83,7 +80,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Target:
-    """A budget in absolute numbers: ``cost`` summed over the layers must not exceed ``limit``. ``whole``: what the
+    """A budget in absolute numbers: `cost` summed over the layers must not exceed `limit`. `whole`: what the
     ratio counts against.
     """
 
@@ -92,13 +89,13 @@ class Target:
     whole: float
 
     def as_ratio(self, budget: Budget, value: float) -> float:
-        """The setting of ``budget`` that ``value`` corresponds to."""
+        """The setting of `budget` that `value` corresponds to."""
         return 1 - value / self.whole if budget.ratio is not None else value / self.whole
 
 
 def resolve(structure: Structure, budget: Budget, cost: Cost | None = None) -> Target:
-    """The budget of this network in absolute numbers. ``cost`` replaces MACs for ``latency_ratio``, in the unit of
-    ``reference_ms``.
+    """The budget of this network in absolute numbers. `cost` replaces MACs for `latency_ratio`, in the unit of
+    `reference_ms`.
     """
     if budget.ratio is not None:
         whole = total_cost(structure, channels)
@@ -113,7 +110,7 @@ def resolve(structure: Structure, budget: Budget, cost: Cost | None = None) -> T
 
 
 def allowed_units(group: Group, budget: Budget, origin: int | None = None) -> list[int]:
-    """The numbers of units that a group may keep, ascending. Limits refer to its original size ``origin``."""
+    """The numbers of units that a group may keep, ascending. Limits refer to its original size `origin`."""
     k, whole = group.multiple, (origin or group.units) * group.multiple
     low = max(budget.min_channels, math.ceil(budget.min_fraction * whole - 1e-9), 1)
     high = max(low, math.floor(budget.max_fraction * whole + 1e-9))

@@ -19,11 +19,13 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.activations import rule_of
-from rmprune.graph.build import materialise, target_of
+from rmprune.graph.build import build_norm, materialise, target_of
+from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.equivalence import reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
+from rmprune.graph.run import Values, evaluate, run
 from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal.blocks import Block, additions, find_block
 
@@ -67,44 +69,48 @@ def collapse_blocks(model: nn.Module, images: Tensor, *, keep: Iterable[str] = (
     network = normalise(reference_copy(model), (images[:2].detach().cpu().double(),))
     annotate_ranges(network)
     left = set(keep)
-    found = {name: _judge(network, name, add) for name, add in additions(network)}
-    if left - found.keys():
-        raise ConfigError(f"keep: no block {', '.join(sorted(left - found.keys()))}; there are: {', '.join(found)}")
-    blocks = {block.add: block for name, block in found.items() if isinstance(block, Block) and name not in left}
-    kept = {name: "asked to stay" for name in found if name in left}
-    kept |= {name: reason for name, reason in found.items() if isinstance(reason, str) and name not in left}
+    found = additions(network)
+    names = [name for name, _ in found]
+    if left - set(names):
+        raise ConfigError(f"keep: no block {', '.join(sorted(left - set(names)))}; there are: {', '.join(names)}")
+    kept = {name: "asked to stay" for name in names if name in left}
+    blocks = {}
+    for name, add in found:
+        try:
+            if name not in left:
+                blocks[add] = _collapsible(network, name, add)
+        except Obstacle as obstacle:
+            kept[name] = str(obstacle)
     if not blocks:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
         raise UnsupportedModel(f"no block to collapse: {reasons or 'the network has no residual'}")
-    fitted = _Run(network, blocks).run(images.detach().cpu().float())
+    fitted = _fit_in_order(network, blocks, images.detach().cpu().float())
     for add, fit in fitted.items():
         _replace_branch(network, blocks[add], fit)
     result, _ = materialise(network, (images[:1].detach().cpu().double(),), 1, target_of(model), batch_norm=True)
     return Collapse(result, {blocks[add].name: fit.explained for add, fit in fitted.items()}, kept)
 
 
-def _judge(network: Network, name: str, add: fx.Node) -> Block | str:
-    """The block that ends in this addition, or why one convolution cannot stand for its branch."""
+def _collapsible(network: Network, name: str, add: fx.Node) -> Block:
+    """The block that ends in this addition. Raises Obstacle where one convolution cannot stand for its branch."""
     block = find_block(network, name, add)
-    if isinstance(block, str):
-        return block
     shape = shape_of(block.fork)
     assert shape is not None
     kernel, stride = _geometry(block)
     users = [network.layer(user) for user in add.users]
     if len(block.layers) < 2:
-        return "its branch is one layer already"
+        raise Obstacle("its branch is one layer already")
     if not users or not all(isinstance(layer, nn.Module) and rule_of(layer) is not None for layer in users):
-        return "no activation follows the addition: with one convolution the block would be linear"
+        raise Obstacle("no activation follows the addition: with one convolution the block would be linear")
     if shape[1] * kernel[0] * kernel[1] > INPUTS:
-        return f"its fit would have {shape[1] * kernel[0] * kernel[1]} unknowns a channel (at most {INPUTS})"
+        raise Obstacle(f"its fit would have {shape[1] * kernel[0] * kernel[1]} unknowns a channel (at most {INPUTS})")
     own = shape[1] * block.layers[-1].conv.out_channels * math.prod(kernel) * math.prod(block.layers[-1].out_size)
     branch = sum(layer.conv.macs(layer.out_size) for layer in block.layers)
     if own >= branch:
-        return f"one {kernel[0]}x{kernel[1]} convolution would cost {own / branch:.1f} times its branch's MACs"
+        raise Obstacle(f"one {kernel[0]}x{kernel[1]} convolution would cost {own / branch:.1f} times its branch's MACs")
     sizes = [(n + 2 * (k // 2) - k) // s + 1 for n, k, s in zip(shape[2:], kernel, stride, strict=True)]
     if sizes != list((shape_of(add) or ())[2:]):
-        return f"a {kernel[0]}x{kernel[1]} convolution of stride {stride} gives another size than its branch"
+        raise Obstacle(f"a {kernel[0]}x{kernel[1]} convolution of stride {stride} gives another size than its branch")
     return block
 
 
@@ -125,73 +131,41 @@ class _Fit:
     explained: float
 
 
-class _Run:
-    """Both networks through the same graph, side by side: the original's values, and those of the collapsed one so far."""
+@torch.no_grad()
+def _fit_in_order(network: Network, blocks: dict[fx.Node, Block], images: Tensor) -> dict[fx.Node, _Fit]:
+    """Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far."""
+    fitted: dict[fx.Node, _Fit] = {}
+    generator = torch.Generator().manual_seed(0)
 
-    def __init__(self, network: Network, blocks: dict[fx.Node, Block]) -> None:
-        self.network, self.blocks = network, blocks
-        self.generator = torch.Generator().manual_seed(0)
+    def own(node: fx.Node) -> Any:
+        found = copy.deepcopy(network.own(node))
+        return found.float() if isinstance(found, nn.Module) or found.is_floating_point() else found
 
-    @torch.no_grad()
-    def run(self, images: Tensor) -> dict[fx.Node, _Fit]:
-        original: dict[fx.Node, Any] = {}
-        collapsed: dict[fx.Node, Any] = {}
-        fitted: dict[fx.Node, _Fit] = {}
-        forks = {add: block.fork for add, block in self.blocks.items()}  # read once more, when its sum is there
-        waiting = {
-            node: len({*node.users, *(a for a, f in forks.items() if f is node)}) for node in self.network.graph.nodes
-        }
-        for node in self.network.graph.nodes:
-            if node.op == "output":
-                break
-            original[node] = self._value(node, original, images)
-            block = self.blocks.get(node)
-            if block is None:
-                collapsed[node] = self._value(node, collapsed, images)
-            else:
-                shortcut = collapsed[_operands(block)[1]]
-                fit = self._fit(block, collapsed[block.fork], original[node], shortcut)
-                fitted[node] = fit
-                collapsed[node] = shortcut + fit.norm(fit.conv(collapsed[block.fork]))
-            for source in {*node.all_input_nodes, *([forks[node]] if node in forks else [])}:
-                waiting[source] -= 1
-                if waiting[source] == 0:
-                    original[source] = collapsed[source] = None
-        return fitted
+    def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
+        original = evaluate(node, lambda n: values[n][0], own)
+        if node not in blocks:
+            return original, evaluate(node, lambda n: values[n][1], own)
+        read, shortcut = values[blocks[node].fork][1], values[_operands(blocks[node])[1]][1]
+        fit = fitted[node] = _fit(blocks[node], read, original, shortcut, generator)
+        return original, shortcut + fit.norm(fit.conv(read))
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any], images: Tensor) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-        if node.op == "placeholder":
-            return images
-        if node.op == "get_attr":
-            constant = self.network.constants[str(node.target)]
-            return constant.float() if constant.is_floating_point() else constant
-        if node.op == "call_module":
-            layer = self.network.layers[str(node.target)]
-            assert isinstance(layer, nn.Module)
-            return copy.deepcopy(layer).float()(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+    forks = {add: (block.fork,) for add, block in blocks.items()}  # read once more, when its sum is there
+    for _ in run(network.graph, ((images, images),), pair, forks):
+        pass
+    return fitted
 
-    def _fit(self, block: Block, read: Tensor, total: Tensor, shortcut: Tensor) -> _Fit:
-        """The convolution of `read` that comes nearest to what the shortcut leaves of the sum; batch norm: its own statistics."""
-        kernel, stride = _geometry(block)
-        channels, out = read.shape[1], total.shape[1]
-        conv = nn.Conv2d(channels, out, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
-        weight, bias, error = least_squares(conv, read, total - shortcut, self.generator)
-        conv.weight.copy_(weight)
-        explained = 1 - error / max(float(total.var((0, 2, 3)).sum()), 1e-30)
-        value = conv(read)
-        norm = nn.BatchNorm2d(out)
-        mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3), unbiased=False)
-        assert norm.running_mean is not None and norm.running_var is not None
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_(torch.sqrt(variance + norm.eps))
-        norm.bias.copy_(mean + bias)
-        return _Fit(conv.eval(), norm.eval(), explained)
+
+def _fit(block: Block, read: Tensor, total: Tensor, shortcut: Tensor, generator: torch.Generator) -> _Fit:
+    """The convolution of `read` (N, C, H, W) that comes nearest to what the shortcut leaves of the sum `total` (N, O, H', W')."""
+    kernel, stride = _geometry(block)
+    channels, out = read.shape[1], total.shape[1]
+    conv = nn.Conv2d(channels, out, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
+    weight, bias, error = least_squares(conv, read, total - shortcut, generator)
+    conv.weight.copy_(weight)
+    explained = 1 - error / max(float(total.var((0, 2, 3)).sum()), 1e-30)
+    measured = Conv(conv.weight.double, bias.double(), channels, norm=to_measure(out))
+    norm = build_norm(measured, conv(read))
+    return _Fit(conv.eval(), norm.float().eval(), explained)
 
 
 def _operands(block: Block) -> tuple[fx.Node, fx.Node]:

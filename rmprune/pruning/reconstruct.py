@@ -65,12 +65,14 @@ class _Normal:
         return cls(w, x_mean, y_mean, across @ centred, across @ ((y - y_mean) - centred @ w))
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        w = self.w
-        if math.isfinite(ridge):
-            strength = ridge * self.gram.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-12)
-            identity = torch.eye(self.gram.shape[1], dtype=self.gram.dtype, device=self.gram.device)
-            w = w + torch.linalg.solve(self.gram + strength * identity, self.slope)
+        w = self.w + _solve(self.gram, self.slope, ridge) if math.isfinite(ridge) else self.w
         return w, self.y_mean - self.x_mean @ w
+
+
+def _solve(gram: Tensor, slope: Tensor, ridge: float) -> Tensor:
+    """(gram + ridge * v)^-1 slope with v the mean of gram's diagonal: gram [..., d, d], slope [..., d, e], the result as slope."""
+    strength = (ridge * gram.diagonal(dim1=-2, dim2=-1).mean()).clamp(min=1e-30)
+    return torch.linalg.solve(gram + strength * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), slope)
 
 
 def _grouped(weight: Tensor, patches: Tensor, wanted: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +117,7 @@ def least_squares(
         centred[:columns, columns + 1 :],
         centred.diagonal()[columns + 1 :],
     )
-    ridge = (RIDGE * inputs.diagonal().mean()).clamp(min=1e-30)
-    weight = torch.linalg.solve(inputs + ridge * torch.eye(columns, dtype=torch.float64), cross)  # columns x outputs
+    weight = _solve(inputs, cross, RIDGE)  # columns x outputs
     error = spread - 2 * (weight * cross).sum(0) + (weight * (inputs @ weight)).sum(0)
     bias = mean[columns + 1 :] - mean[:columns] @ weight
     return weight.T.reshape(conv.weight.shape).to(read), bias.to(read), float(error.sum())

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from rmprune.graph.activations import rule_of
-from rmprune.graph.convolution import Conv, Pair, dense, identity, with_norm
+from rmprune.graph.convolution import Conv, Obstacle, Pair, dense, identity, or_none, with_norm
 from rmprune.graph.network import Network, describe, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
 from rmprune.removal.copies import Entries, entries_of
@@ -23,7 +23,7 @@ _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
-class Layer:
+class ChainLayer:
     """One convolution of the branch and the activation after it."""
 
     conv: Conv
@@ -31,11 +31,13 @@ class Layer:
     activation_name: str
     size: Pair  # of its input, in pixels
     out_size: Pair
+    range: Range  # of what the convolution emits, before the activation
+    seen: Range | None  # the same as the examples showed it
     split: int = 0  # the activation is applied to so many channels from the first on; 0: to all
 
 
 @dataclass(frozen=True)
-class Stage:
+class ShortcutStage:
     """One linear stage of the shortcut, the range of what it emits, and how large the examples showed it."""
 
     conv: Conv
@@ -62,8 +64,8 @@ class Block:
     name: str
     add: fx.Node
     fork: fx.Node
-    layers: tuple[Layer, ...]
-    stages: tuple[Stage, ...]
+    layers: tuple[ChainLayer, ...]
+    stages: tuple[ShortcutStage, ...]
     branch: tuple[fx.Node, ...]  # the nodes that `layers` were made of, in order
     way: tuple[fx.Node, ...]  # the same of `stages`
 
@@ -120,37 +122,29 @@ def _adds_maps(node: fx.Node) -> bool:
     )  # fmt: skip
 
 
-def find_block(network: Network, name: str, add: fx.Node) -> Block | str:
-    """The residual block that ends in this addition, or the reason why it is none that can be handled."""
+def find_block(network: Network, name: str, add: fx.Node) -> Block:
+    """The residual block that ends in this addition. Raises Obstacle where it ends none that can be handled."""
     first, second = add.args[0], add.args[1]
     assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
     if len(add.args) > 2 or add.kwargs.get("alpha", 1) != 1:
-        return "the addition scales its second operand (alpha)"
+        raise Obstacle("the addition scales its second operand (alpha)")
     if first is second:
-        return "adds a value to itself: no residual"
+        raise Obstacle("adds a value to itself: no residual")
     if shape_of(first) != shape_of(second) or len(shape_of(first) or ()) != 4:
-        return (
+        raise Obstacle(
             f"adds shapes {shape_of(first)} and {shape_of(second)}, not two equal maps (batch, channels, height, width)"
         )
     (source, chain), (other_source, other) = _walk(network, first), _walk(network, second)
     if source is not other_source:
-        order = {node: index for index, node in enumerate(network.graph.nodes)}
-        later = max((source, other_source), key=lambda n: order[n])
-        reason = linear_layer(network, later) if isinstance(network.layer(later), nn.Module) else ""
-        return why_no_fork(network, later, _in_chain(network, later), reason if isinstance(reason, str) else "")
+        raise Obstacle(why_no_fork(network, max(source, other_source)))
     if len(shape_of(source) or ()) != 4:
-        return "the fork is no map (batch, channels, height, width)"
+        raise Obstacle("the fork is no map (batch, channels, height, width)")
     linear = [all(_is_linear(network, node) for node in nodes) for nodes in (chain, other)]
     if not any(linear):
-        return "both ways hold an activation or another non-linear layer: neither is a shortcut"
+        raise Obstacle("both ways hold an activation or another non-linear layer: neither is a shortcut")
     swap = _reach(network, chain) < _reach(network, other) if all(linear) else linear[0]
     branch, shortcut = (other, chain) if swap else (chain, other)
-    layers = _layers(network, branch, source)
-    if isinstance(layers, str):
-        return layers
-    stages = _stages(network, shortcut)
-    if isinstance(stages, str):
-        return stages
+    layers, stages = _layers(network, branch), _stages(network, shortcut)
     return Block(name, add, source, tuple(layers), tuple(stages), tuple(branch), tuple(shortcut))
 
 
@@ -177,20 +171,18 @@ def _activation(network: Network, node: fx.Node) -> nn.Module | None:
 
 
 def _is_linear(network: Network, node: fx.Node) -> bool:
-    return isinstance(linear_layer(network, node), Conv)
+    return or_none(linear_layer, network, node) is not None
 
 
 def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
     """Of two linear ways, the branch is the one with more layers, then the larger kernel."""
     convs = [linear_layer(network, node) for node in nodes if not is_batch_norm(network.layer(node))]
-    return len(convs), max(
-        (c.geometry.kernel[0] * c.geometry.kernel[1] for c in convs if isinstance(c, Conv)), default=0
-    )
+    return len(convs), max((c.geometry.kernel[0] * c.geometry.kernel[1] for c in convs), default=0)
 
 
-def _layers(network: Network, nodes: list[fx.Node], fork: fx.Node) -> list[Layer] | str:
+def _layers(network: Network, nodes: list[fx.Node]) -> list[ChainLayer]:
     """The branch as convolutions with at most one activation after each, a convolution first and last."""
-    layers: list[Layer] = []
+    layers: list[ChainLayer] = []
     open_layer = False  # the last layer may still take an activation
     for node in nodes:
         source = node.args[0]
@@ -204,35 +196,33 @@ def _layers(network: Network, nodes: list[fx.Node], fork: fx.Node) -> list[Layer
             open_layer = False
             continue
         conv = linear_layer(network, node)
-        if isinstance(conv, str):
-            return conv
         if is_batch_norm(network.layer(node)) and open_layer and layers[-1].conv.norm is None:
             assert conv.norm is not None
-            layers[-1] = replace(layers[-1], conv=with_norm(layers[-1].conv, conv.norm, conv.norm_name))
+            normed = with_norm(layers[-1].conv, conv.norm, conv.norm_name)
+            layers[-1] = replace(layers[-1], conv=normed, range=range_of(node), seen=node.meta.get("seen"))
             continue
         if is_batch_norm(network.layer(node)):
             conv = dense(replace(conv, name=f"{conv.name}_in"))
-        layers.append(Layer(conv, None, "", size, out_size))
+        layers.append(ChainLayer(conv, None, "", size, out_size, range_of(node), node.meta.get("seen")))
         open_layer = True
     if not layers:
-        return "the branch holds no layer"
+        raise Obstacle("the branch holds no layer")
     if not open_layer:
         layers.append(_identity_layer(nodes[-1], f"{nodes[-1].target}_out"))
     return layers
 
 
-def _identity_layer(source: fx.Node, name: str) -> Layer:
+def _identity_layer(source: fx.Node, name: str) -> ChainLayer:
     shape = shape_of(source)
     assert shape is not None
-    return Layer(identity(shape[1], name), None, "", spatial(source), spatial(source))
+    size = spatial(source)
+    return ChainLayer(identity(shape[1], name), None, "", size, size, range_of(source), source.meta.get("seen"))
 
 
-def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage] | str:
-    stages: list[Stage] = []
+def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
+    stages: list[ShortcutStage] = []
     for node in nodes:
         conv = linear_layer(network, node)
-        if isinstance(conv, str):
-            return conv
         if is_batch_norm(network.layer(node)) and stages and stages[-1].conv.norm is None:
             assert conv.norm is not None
             stages[-1] = replace(
@@ -241,7 +231,7 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[Stage] | str:
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        stages.append(Stage(conv, spatial(source), range_of(node), size_seen(node)))
+        stages.append(ShortcutStage(conv, spatial(source), range_of(node), size_seen(node)))
     return stages
 
 
@@ -249,11 +239,8 @@ _GATES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _CONCATENATIONS = (torch.cat, torch.concat)
 
 
-def why_no_fork(network: Network, end: fx.Node, passable: bool, not_linear: str) -> str:
-    """Names what ends the walk back from an addition before branch and shortcut meet.
-
-    passable: it is a layer that could be walked through; not_linear: why it is no kernel, if it is a module.
-    """
+def why_no_fork(network: Network, end: fx.Node) -> str:
+    """Names what ends the walk back from an addition before branch and shortcut meet."""
     if end.target in _GATES:
         return (
             "its branch is multiplied by a value that is computed on the way (a gate, squeeze-and-excitation): the gate would "
@@ -263,12 +250,15 @@ def why_no_fork(network: Network, end: fx.Node, passable: bool, not_linear: str)
         return "its branch holds another residual that stays"
     if end.target in _CONCATENATIONS:
         return "its branch concatenates several ways: it is no chain of layers"
-    if passable and len(end.users) > 1:
+    if len(end.users) > 1 and _in_chain(network, end):
         return f"the output of {describe(network, end)} inside its branch is read elsewhere, too: the branch is no chain of layers"
     if end.op == "placeholder":
         return "its two ways start from different values: it adds maps of two sources"
-    if not_linear:
-        return f"its branch or shortcut holds a layer that no kernel stands for: {not_linear}"
+    if isinstance(network.layer(end), nn.Module):
+        try:
+            linear_layer(network, end)
+        except Obstacle as obstacle:
+            return f"its branch or shortcut holds a layer that no kernel stands for: {obstacle}"
     return (
         f"its branch or shortcut holds {describe(network, end)}, which is no layer of a kind that can be followed: no chain of "
         "layers leads back to the fork"

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, image
-from rmprune.graph.convolution import Block, Conv, Norm, coordinates, to_measure
+from rmprune.graph.convolution import Conv, Norm, Obstacle, Pattern, coordinates, to_measure
 from rmprune.removal.forms import Code, free
 from rmprune.removal.geometry import Taps
 
 
 @dataclass(frozen=True)
 class Side:
-    """Where a layer's own channels lie in a map of `total` channels."""
+    """Where a layer's own channels lie in a map of `total` channels. positions: (C,)."""
 
     positions: Tensor
     total: int
@@ -26,7 +26,8 @@ class Side:
 class Carry:
     """The value v (K channels) in a map: v[k] = sum of decode[r] * map[position[r]] over channel[r] == k, + constant[k].
 
-    group: the group that row r was put in, or ANYWHERE; low, high: its range; side: where the branch's own channels lie.
+    constant: (K,), all else (R,), one for each row that carries a part of v. group: the group that row r was put in, or ANYWHERE;
+    low, high: its range; side: where the branch's own channels lie; extra_groups: how many were added for copies.
     """
 
     channel: Tensor
@@ -42,7 +43,11 @@ class Carry:
 
 @dataclass(frozen=True)
 class Rows:
-    """New rows of one layer, before its activation. source: the old row that is copied as it is, or -1 where `scale` * v + `offset`."""
+    """New rows of one layer, before its activation, (R,) each.
+
+    source: the old row that is copied as it is, or -1 where row r is scale[r] * v[channel[r]] + offset[r]; decode, group, low, high:
+    as in Carry.
+    """
 
     channel: Tensor
     scale: Tensor
@@ -55,7 +60,7 @@ class Rows:
 
 
 def start(low: Tensor, high: Tensor, groups: int) -> Carry:
-    """The fork itself: every channel is its own copy, and also the branch's input."""
+    """The fork itself, with range low, high (C,): every channel is its own copy, and also the branch's input. groups: the first layer's."""
     channels = len(low)
     index = torch.arange(channels)
     group = index // (channels // groups) if groups > 1 else torch.full_like(index, ANYWHERE)
@@ -64,7 +69,7 @@ def start(low: Tensor, high: Tensor, groups: int) -> Carry:
 
 
 def passes_as_is(carry: Carry, rule: Rule | None, direct: Tensor) -> Tensor:
-    """Which channels keep their rows unchanged: all of them pass, and (direct) one copy would not do better."""
+    """(K,) bool: which channels keep their rows unchanged: all of them pass, and (direct, (K,) bool) one copy would not do better."""
     failing = torch.zeros(len(carry.constant), dtype=torch.bool)
     failing[carry.channel[~free(rule, carry.low, carry.high)]] = True
     several = torch.bincount(carry.channel, minlength=len(carry.constant)) > 1
@@ -72,10 +77,13 @@ def passes_as_is(carry: Carry, rule: Rule | None, direct: Tensor) -> Tensor:
 
 
 def new_rows(carry: Carry, code: Code, as_is: Tensor, wanted: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> Rows:
-    """One set of rows for each wanted (channel, group): copies of old rows for channels `as_is`, else by the code."""
+    """One set of rows for each wanted (channel, group), (P,) each: copies of old rows for channels `as_is`, else by the code.
+
+    as_is: (K,) bool; low, high: (K,), the range of the value.
+    """
     channel, group = wanted
     kept_channel, kept_group = channel[as_is[channel]], group[as_is[channel]]
-    i, r = join(kept_channel, carry.channel)
+    i, r = matches(kept_channel, carry.channel)
     fits = (carry.group[r] == ANYWHERE) | (kept_group[i] == ANYWHERE) | (carry.group[r] == kept_group[i])
     i, r = i[fits], r[fits]
     one = torch.ones(len(r), dtype=torch.float64)
@@ -83,7 +91,7 @@ def new_rows(carry: Carry, code: Code, as_is: Tensor, wanted: tuple[Tensor, Tens
         carry.channel[r], one, torch.zeros_like(one), carry.decode[r], kept_group[i], r, carry.low[r], carry.high[r]
     )  # fmt: skip
     coded_channel, coded_group = channel[~as_is[channel]], group[~as_is[channel]]
-    i, c = join(coded_channel, code.channel)
+    i, c = matches(coded_channel, code.channel)
     k, scale = code.channel[c], code.scale[c]
     ends = torch.stack([scale * low[k] + code.offset[c], scale * high[k] + code.offset[c]])
     coded = Rows(
@@ -94,7 +102,7 @@ def new_rows(carry: Carry, code: Code, as_is: Tensor, wanted: tuple[Tensor, Tens
     return Rows(*[getattr(both, f)[order] for f in Rows.__dataclass_fields__])
 
 
-def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries | str:
+def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries:
     """The kernel from the old rows to the new: copies, and scale * (value . decode) for the coded ones.
 
     value: the shortcut's kernel from v to the new value, over channels.
@@ -102,22 +110,23 @@ def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries | str:
     copied = rows.source >= 0
     index = torch.arange(len(rows.channel))
     coded = index[~copied]
-    i, e = join(rows.channel[coded], value.rows)
+    i, e = matches(rows.channel[coded], value.rows)
     target = coded[i]
     spread = spread_entries(
         Entries(target, value.columns[e], value.kernel[e] * rows.scale[target][:, None, None]), rows.group, carry
     )
-    if isinstance(spread, str):
-        return spread
     dirac = torch.zeros(int(copied.sum()), *value.kernel.shape[1:], dtype=torch.float64) + 1.0
     return Entries(
         torch.cat([index[copied], spread.rows]), torch.cat([rows.source[copied], spread.columns]), torch.cat([dirac, spread.kernel])
     )  # fmt: skip
 
 
-def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries | str:
-    """Entries over channels of v as entries over the carried rows. group: (targets,) where each target lies, or ANYWHERE."""
-    e, r = join(value.columns, carry.channel)
+def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries:
+    """Entries over channels of v as entries over the carried rows. group: (targets,) where each target lies, or ANYWHERE.
+
+    Raises Obstacle where a target would read a copy in another group.
+    """
+    e, r = matches(value.columns, carry.channel)
     if bool((carry.group != ANYWHERE).any()) and bool((group != ANYWHERE).any()):
         fits = carry.group[r] == group[value.rows[e]]
         reached = torch.zeros(len(value.columns), dtype=torch.bool)
@@ -125,7 +134,7 @@ def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries | str
         carried = torch.zeros(len(carry.constant), dtype=torch.bool)
         carried[carry.channel] = True
         if bool((carried[value.columns] & ~reached).any()):
-            return "a grouped convolution would have to read copies that lie in another group"
+            raise Obstacle("a grouped convolution would have to read copies that lie in another group")
         e, r = e[fits], r[fits]
     if len(e) == len(value.rows) and bool((carry.decode == 1).all()) and bool((e == torch.arange(len(e))).all()):
         return Entries(value.rows, r, value.kernel)  # one plain copy of each: nothing to multiply
@@ -133,7 +142,7 @@ def spread_entries(value: Entries, group: Tensor, carry: Carry) -> Entries | str
 
 
 def constant_part(value: Entries, carry: Carry, targets: int) -> Tensor:
-    """What the constants of v add to each target: sum over taps and channels of kernel * constant."""
+    """What the constants of v add to each target, (targets,): sum over taps and channels of kernel * constant."""
     total = torch.zeros(targets, dtype=torch.float64)
     return total.index_add_(0, value.rows, value.kernel.sum((1, 2)) * carry.constant[value.columns])
 
@@ -141,7 +150,7 @@ def constant_part(value: Entries, carry: Carry, targets: int) -> Tensor:
 def after_activation(
     activation: nn.Module | None, rule: Rule | None, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The range of rows behind the activation; a copy with slope 1 keeps its own."""
+    """The range (R,) of rows behind the activation; a copy with slope 1 keeps its own."""
     if activation is None or rule is None or rule.slopes:
         return low, high
     found = image(activation, low, high)
@@ -151,14 +160,14 @@ def after_activation(
 
 @dataclass(frozen=True)
 class Entries:
-    """A sparse kernel: entry e adds kernel[e] (kh, kw) at (rows[e], columns[e])."""
+    """A sparse kernel: entry e adds kernel[e] at (rows[e], columns[e]). rows, columns: (E,), kernel: (E, kh, kw)."""
 
     rows: Tensor
     columns: Tensor
     kernel: Tensor
 
 
-def join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def matches(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Index pairs (i, j) of all matches left[i] == right[j], in the order of `left`. Both hold indices, 0 and up."""
     size = max(int(left.max()) if len(left) else 0, int(right.max()) if len(right) else 0) + 1
     if len(right) == 0 or int(torch.bincount(right, minlength=size).max()) <= 1:
@@ -186,31 +195,32 @@ def entries_of(conv: Conv) -> Entries:
 
 
 def diagonal(channels: Tensor) -> Entries:
-    """The identity on some channels."""
+    """The identity on some channels (E,)."""
     return Entries(channels, channels, torch.ones(len(channels), 1, 1, dtype=torch.float64))
 
 
-def assemble(conv: Conv, before: Side, after: Side, groups: int, extra: Entries, taps: Taps) -> Conv | str:
+def assemble(conv: Conv, before: Side, after: Side, groups: int, extra: Entries, taps: Taps) -> Conv:
     """`conv` with its inputs at before.positions and its outputs at after.positions of larger maps, plus the extra entries.
 
     extra: rows and columns are positions in the maps, its kernels go to `taps`. Bias and norm of the own rows are kept, the
-    other rows get bias 0 and no norm. Returns a reason where an entry would cross groups.
+    other rows get bias 0 and no norm. Raises Obstacle where an entry would cross groups.
     """
     if before.total % groups or after.total % groups:
-        return "the reserved channels do not fill whole groups"
+        raise Obstacle("the reserved channels do not fill whole groups")
     width, height = before.total // groups, after.total // groups
     if bool((extra.rows // height != extra.columns // width).any()):
-        return "a grouped convolution would have to mix copies of different groups"
+        raise Obstacle("a grouped convolution would have to mix copies of different groups")
     bias = torch.zeros(after.total, dtype=torch.float64)
     bias[after.positions] = conv.bias
-    block = Block(after.positions, before.positions, extra.rows, extra.columns) if groups == 1 else None
+    pattern = Pattern(after.positions, before.positions, extra.rows, extra.columns) if groups == 1 else None
     return replace(
         conv, weight=_weight(conv, before, after, groups, extra, taps), bias=bias, in_channels=before.total, groups=groups,
-        norm=None, rewritten=True, block=block,
+        norm=None, rewritten=True, pattern=pattern,
     )  # fmt: skip
 
 
 def _weight(conv: Conv, before: Side, after: Side, groups: int, extra: Entries, taps: Taps) -> Callable[[], Tensor]:
+    """Builds the kernel (after.total, before.total / groups, kh, kw) of `assemble` when asked to."""
     width = before.total // groups
 
     def build() -> Tensor:
@@ -229,6 +239,7 @@ def _weight(conv: Conv, before: Side, after: Side, groups: int, extra: Entries, 
 
 
 def _contiguous(positions: Tensor) -> bool:
+    """Whether sorted positions (C,) are 0 to C - 1."""
     return len(positions) > 0 and int(positions[0]) == 0 and int(positions[-1]) == len(positions) - 1
 
 

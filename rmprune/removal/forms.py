@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rmprune.graph.activations import Rule
+from rmprune.graph.convolution import Obstacle
 from rmprune.graph.ranges import constant
 
 FORMS = ("auto", "shift", "pair", "slice")
@@ -48,10 +49,10 @@ def free(rule: Rule | None, low: Tensor, high: Tensor) -> Tensor:
     return (low >= bottom) & (high <= top)
 
 
-def encode(
+def cheapest_code(
     rule: Rule | None, low: Tensor, high: Tensor, needed: Tensor, form: str, size: float = math.inf
-) -> Code | str:  # fmt: skip
-    """The cheapest code for the channels in `needed`, or the reason why there is none.
+) -> Code:  # fmt: skip
+    """The cheapest code for the channels in `needed`. Raises Obstacle where there is none.
 
     low, high: (K,) ranges; needed: (K,) bool; form: auto, shift or pair (what a channel that is not free may use). size: how
     large values are in fact; "auto" takes a pair where the bounds are so loose that a shift would cost float32 its precision.
@@ -73,11 +74,11 @@ def encode(
     use_pair = carried & ~passes & pairable & (form in ("auto", "pair")) & ~use_shift
     missing = carried & ~passes & ~use_shift & ~use_pair
     if missing.any():
-        return _why(rule, low[missing], high[missing], form)
-    return _assemble(rule, carried & passes, use_shift, use_pair, shifted, pairs, value)
+        raise Obstacle(_why(rule, low[missing], high[missing], form))
+    return _rows_of_forms(rule, carried & passes, use_shift, use_pair, shifted, pairs, value)
 
 
-def _assemble(
+def _rows_of_forms(
     rule: Rule, passes: Tensor, use_shift: Tensor, use_pair: Tensor, shifted: _Choice, pairs: Tensor, value: Tensor
 ) -> Code:
     index = torch.arange(len(passes))

@@ -12,11 +12,11 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from rmprune.graph.convolution import Conv, to_measure
+from rmprune.graph.convolution import Conv, Obstacle, or_none, to_measure
 from rmprune.graph.fuse import compose
 from rmprune.graph.network import spatial
 from rmprune.graph.ranges import constant, range_of, size_seen
-from rmprune.removal.blocks import Block, Layer, Stage
+from rmprune.removal.blocks import Block, ChainLayer, ShortcutStage
 from rmprune.removal.copies import (
     ANYWHERE,
     Carry,
@@ -29,7 +29,7 @@ from rmprune.removal.copies import (
     start,
 )
 from rmprune.removal.geometry import Taps, chain_taps
-from rmprune.removal.reserve import State, Wire, reserve, wires
+from rmprune.removal.reserve import Sweep, Wire, reserve, wires
 
 _BOUNDS_HELP = (
     " (a copy takes two channels to pass its activation; with bounds, from ranges='calibrated' or input_range, form='shift' "
@@ -41,41 +41,48 @@ _BOUNDS_HELP = (
 class Schedule:
     """The plain chain of one block, not yet built: layers with their activations, forms used, channels reserved at most."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[ChainLayer, ...]
     forms: frozenset[str]
     reserved: int
 
     def macs(self) -> int:
         return sum(layer.conv.macs(layer.out_size) for layer in self.layers)
 
-    def params(self) -> int:
-        return sum(layer.conv.params() for layer in self.layers)
 
-
-def schedule(block: Block, form: str = "auto") -> Schedule | str:
-    """The cheapest exact plain chain for this block, or the reason why there is none."""
+def schedule(block: Block, form: str = "auto") -> Schedule:
+    """The cheapest exact plain chain for this block. Raises Obstacle where there is none."""
     layout = wires(block.layers)
-    if isinstance(layout, str):
-        return layout
     needed = _needed(block)
-    best, reasons = _cheapest(block, layout, needed, form)
-    if best is None and form == "auto":  # a shift may be what a padded shortcut kernel does not allow
-        best, _ = _cheapest(block, layout, needed, "pair")
-    return best if best is not None else reasons[0]
+    try:
+        return _cheapest(block, layout, needed, form)
+    except Obstacle:  # a shift may be what a padded shortcut kernel does not allow
+        pairs = or_none(_cheapest, block, layout, needed, "pair") if form == "auto" else None
+        if pairs is None:
+            raise
+        return pairs
 
 
-def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str) -> tuple[Schedule | None, list[str]]:
+def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str) -> Schedule:
+    """The chain of fewest MACs over all assignments. layout: of the maps between the layers; needed: see `_needed`.
+
+    Raises Obstacle where none is exact, with the reason of the first.
+    """
     best: Schedule | None = None
-    reasons: list[str] = []
+    first: Obstacle | None = None
     for assignment in _assignments(len(block.stages), len(block.layers)):
         if best is not None and _least_macs(block, assignment, needed) >= best.macs():
             continue
-        found = _build(block, assignment, layout, needed, form)
-        if isinstance(found, str):
-            reasons.append(found)
-        elif best is None or found.macs() < best.macs():
+        try:
+            found = _build(block, assignment, layout, needed, form)
+        except Obstacle as obstacle:
+            first = first or obstacle
+            continue
+        if best is None or found.macs() < best.macs():
             best = found
-    return best, reasons
+    if best is None:
+        assert first is not None
+        raise first
+    return best
 
 
 def _assignments(stages: int, layers: int) -> Iterator[tuple[int, ...]]:
@@ -99,7 +106,7 @@ def _least_macs(block: Block, assignment: tuple[int, ...], needed: list[Tensor])
 
 
 def _needed(block: Block) -> list[Tensor]:
-    """needed[j]: which channels of the value after j stages the merge reads in the end (RM.md 5)."""
+    """needed[j], (channels,) bool: which channels of the value after j stages the merge reads in the end (RM.md 5)."""
     channels = block.stages[-1].conv.out_channels if block.stages else block.layers[0].conv.in_channels
     needed = [torch.ones(channels, dtype=torch.bool)]
     for stage in reversed(block.stages):
@@ -110,71 +117,64 @@ def _needed(block: Block) -> list[Tensor]:
     return needed
 
 
-def _build(
-    block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str
-) -> Schedule | str:
+def _build(block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str) -> Schedule:
+    """The chain in which layer assignment[j] does stage j of the shortcut. Raises Obstacle where that is not exact."""
     groups = [[s for s, at in zip(block.stages, assignment, strict=True) if at == i] for i in range(len(block.layers))]
-    segments: list[Stage | None] = []
-    for group in groups:
-        segment = _segment(group)
-        if isinstance(segment, str):
-            return segment
-        segments.append(segment)
+    segments = [_segment(group) for group in groups]
     taps = _taps(block, segments)
-    if isinstance(taps, str):
-        return taps
     low, high = range_of(block.fork)
-    state = State(start(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
-    built: list[Layer] = []
+    sweep = Sweep(start(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
+    built: list[ChainLayer] = []
     forms: frozenset[str] = frozenset()
     reserved = 0
     for i, layer in enumerate(block.layers):
-        value, bias = _value(segments[i], needed[state.done], needed[state.done + len(groups[i])])
-        if taps[i].reads_padding and bool(state.carry.constant[value.columns].any()):
-            return "a shifted copy would meet zero padding where the shortcut's kernel reads it"
-        bias = bias + constant_part(value, state.carry, len(bias))
-        state.done += len(groups[i])
+        value, bias = _value(segments[i], needed[sweep.done], needed[sweep.done + len(groups[i])])
+        if taps[i].reads_padding and bool(sweep.carry.constant[value.columns].any()):
+            raise Obstacle("a shifted copy would meet zero padding where the shortcut's kernel reads it")
+        bias = bias + constant_part(value, sweep.carry, len(bias))
+        sweep.done += len(groups[i])
         if groups[i]:
-            state.range, state.seen = groups[i][-1].range, groups[i][-1].seen
+            sweep.range, sweep.seen = groups[i][-1].range, groups[i][-1].seen
         if i == len(block.layers) - 1:
-            merged = _merge(layer, state.carry, value, bias, taps[i])
-            if isinstance(merged, str):
-                return merged
-            return Schedule((*built, merged), forms, reserved)
+            return Schedule((*built, _merge(layer, sweep.carry, value, bias, taps[i])), forms, reserved)
         pairs = _merge_pairs(block, segments[-1]) if layout[i].interleaved and not any(groups[i + 1 : -1]) else None
-        found = reserve(
-            layer, state, value, bias, taps[i], layout[i], needed[state.done], form, pairs, segments[i] is None
-        )
-        if isinstance(found, str):
-            return found + (_BOUNDS_HELP if "pair" in forms and layer.conv.groups > 1 else "")
-        new, state.carry, used = found
+        try:
+            new, sweep.carry, used = reserve(
+                layer, sweep, value, bias, taps[i], layout[i], needed[sweep.done], form, pairs, segments[i] is None
+            )
+        except Obstacle as obstacle:
+            more = _BOUNDS_HELP if "pair" in forms and layer.conv.groups > 1 else ""
+            raise Obstacle(f"{obstacle}{more}") from None
         built.append(new)
         forms |= used
-        reserved = max(reserved, len(state.carry.channel))
+        reserved = max(reserved, len(sweep.carry.channel))
     raise AssertionError("a block has at least one layer")
 
 
-def _segment(stages: list[Stage]) -> Stage | str | None:
-    """Several stages as one folded one; None for none."""
+def _segment(stages: list[ShortcutStage]) -> ShortcutStage | None:
+    """Several stages as one folded one; None for none. Raises Obstacle where their product is no kernel."""
     if len(stages) <= 1:
         return stages[0] if stages else None
     product: Conv | None = stages[0].folded
     for stage in stages[1:]:
         product = None if product is None else compose(product, stage.folded)
-    return (
-        Stage(product, stages[0].size, stages[-1].range) if product else "its shortcut's stages do not multiply exactly"
-    )
+    if product is None:
+        raise Obstacle("its shortcut's stages do not multiply exactly")
+    return ShortcutStage(product, stages[0].size, stages[-1].range)
 
 
-def _taps(block: Block, segments: list[Stage | None]) -> tuple[Taps, ...] | str:
+def _taps(block: Block, segments: list[ShortcutStage | None]) -> tuple[Taps, ...]:
     """Where each layer's part of the shortcut goes in its kernel; the same on maps of every size."""
     layers = tuple(layer.conv.geometry for layer in block.layers)
     parts = tuple(None if segment is None else segment.conv.geometry for segment in segments)
     return chain_taps(layers, parts, spatial(block.fork))
 
 
-def _value(segment: Stage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
-    """The kernel from the carried value to the next one, only where it is needed, and its bias."""
+def _value(segment: ShortcutStage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
+    """The kernel (K', K) from the carried value to the next one, only where it is needed, and its bias (K',).
+
+    needed: (K,) bool, of the carried value; needed_after: (K',) bool.
+    """
     if segment is None:
         return diagonal(needed.nonzero().flatten()), torch.zeros(len(needed), dtype=torch.float64)
     entries = segment.entries
@@ -184,24 +184,21 @@ def _value(segment: Stage | None, needed: Tensor, needed_after: Tensor) -> tuple
     return entries, segment.folded.bias
 
 
-def _merge(layer: Layer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> Layer | str:
+def _merge(layer: ChainLayer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> ChainLayer:
+    """The last layer, which adds the shortcut's value up: `value` (C, K) of what is carried, and `bias` (C,)."""
     conv, channels = layer.conv, layer.conv.out_channels
     group = torch.full((channels,), ANYWHERE)
     if conv.groups > 1:
         group = torch.arange(channels) // (channels // conv.groups)
     entries = spread_entries(value, group, carry)
-    if isinstance(entries, str):
-        return entries
     extra = Entries(entries.rows, carry.position[entries.columns], entries.kernel)
     merged = assemble(conv.folded(), carry.side, Side(torch.arange(channels), channels), conv.groups, extra, taps)
-    if isinstance(merged, str):
-        return merged
     norm = to_measure(channels, conv.norm)
     return replace(layer, conv=replace(merged, bias=merged.bias + bias, norm=norm))
 
 
-def _merge_pairs(block: Block, segment: Stage | None) -> tuple[Tensor, Tensor]:
-    """The (channel, group) pairs that the groups of the last layer read."""
+def _merge_pairs(block: Block, segment: ShortcutStage | None) -> tuple[Tensor, Tensor]:
+    """The (channel, group) pairs, (P,) each, that the groups of the last layer read."""
     conv = block.layers[-1].conv
     if segment is None:
         rows = columns = torch.arange(conv.out_channels)

@@ -13,13 +13,23 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
-from rmprune.graph.equivalence import check_inputs, has_hooks, over_tolerance, reference_copy, relative_error
-from rmprune.graph.fuse import RULES, fuse_convolutions, join_norms
+from rmprune.graph.equivalence import (
+    base_inputs,
+    check_inputs,
+    hardly_depends,
+    has_hooks,
+    maps_error,
+    over_tolerance,
+    own_dtype_error,
+    reference_copy,
+    relative_error,
+)
+from rmprune.graph.fuse import RULES
 from rmprune.graph.network import Network, example_tuple
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.removal.forms import FORMS
-from rmprune.removal.rewrite import BlockReport, join_copies, remove_all
+from rmprune.removal.rewrite import BlockReport, Plan, remove_all
 
 RANGES = ("provable", "calibrated")
 Inputs = Tensor | tuple[Tensor, ...]
@@ -33,7 +43,10 @@ class Removal:
 
     model: eval mode, dtype, device and memory format of the original; a flat nn.Sequential where the graph is a chain.
     removed: names of the blocks whose residual is gone; kept: {name: reason} of the others.
-    max_error: largest |difference| to the original relative to its largest |output|, in float64.
+    max_error: largest |difference| to the original in float64, relative to what the inputs change in its outputs, or in the maps
+    before its head where the outputs hardly depend on the inputs (`note` says so); see `rmprune.graph.equivalence.relative_error`.
+    own_dtype_error: the same of `model` in its own dtype, rounding and all; None where that was not compared (`note` says why).
+    note: what to know of the comparison; empty as a rule.
 
     >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
     >>> removal = rmprune.remove_residuals(model, images, keep=["layer3.0"])
@@ -46,11 +59,14 @@ class Removal:
     kept: dict[str, str]
     max_error: float
     blocks: list[BlockReport]
+    own_dtype_error: float | None = None
+    note: str = ""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What an artifact and a record say of it."""
-        return {"removed": self.removed, "kept": self.kept, "max_error": self.max_error}
+        names = ("removed", "kept", "max_error", "own_dtype_error", "note")
+        return {name: getattr(self, name) for name in names}
 
 
 def remove_residuals(
@@ -65,10 +81,13 @@ def remove_residuals(
     pool with ceil_mode). keep: names of blocks to leave in. ranges: "provable" bounds hold for every input in `input_range`;
     "calibrated" ones are seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass
     an activation that is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice"
-    (one copy beside it; the result is no chain then). batch_norm: False folds every batch norm. fuse: "cheaper", "always" or
-    "never" multiply neighbouring convolutions. tolerance: on max_error.
+    (one copy beside it; the result is no chain then). batch_norm: False folds every batch norm, True
+    only new ones whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring
+    convolutions. tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype of `model` it may be off
+    by 16 times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
 
-    Raises UnsupportedModel (cannot be traced, or no residual can go), NotEquivalent (over tolerance), ConfigError (a bad setting).
+    Raises UnsupportedModel (cannot be traced, random in eval mode, or no residual can go), NotEquivalent (over tolerance, or off in
+    the dtype of `model`), ConfigError (a bad setting).
 
     >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
     >>> plain = rmprune.remove_residuals(model, images).model
@@ -79,50 +98,56 @@ def remove_residuals(
     inputs = example_tuple(example_inputs)
     reference = reference_copy(model)
     _refuse_changing_hooks(model, reference, inputs)
-    network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, progress)
+    network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
     if not removed:
         raise UnsupportedModel(_nothing(kept))
-    if not batch_norm:
-        join_norms(network)
-    if fuse != "never":
-        join_copies(network)
-    fuse_convolutions(network, fuse)
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
-    with torch.no_grad():
-        expected = reference(*(x.clone() for x in checked))  # it may write into its inputs
+    other = base_inputs(inputs, input_range)
+    with torch.no_grad():  # a network may write into its inputs
+        expected, base = (reference(*(x.clone() for x in each)) for each in (checked, other))
     del reference
-    result, found = materialise(network, checked, given, target_of(model), batch_norm)
-    error = relative_error(expected, found, groups)
+    target = target_of(model)
+    result, found = materialise(network, checked, given, target, batch_norm)
+    error, where, note = relative_error(expected, found, groups, base), "the outputs", ""
+    if error <= tolerance and hardly_depends(expected, groups, base):
+        build = lambda part, x: materialise(part, x, given, target, batch_norm)[1]  # noqa: E731
+        in_maps, names = maps_error(reference_copy(model), network, checked, groups, other, build)
+        error, where = max(error, in_maps), f"the outputs and the maps {names}"
+        note = (
+            f"the outputs hardly depend on the inputs; compared as well: {f'the maps {names}' if names else 'nothing'}"
+        )
     if not error <= tolerance:
-        raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside)
-    return Removal(result, removed, kept, error, reports)
+        raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside, base, where)
+    own, unseen = own_dtype_error(model, result, checked, groups, expected, base, tolerance)
+    return Removal(result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen))))
 
 
 def plan_removal(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
-) -> list[BlockReport]:  # fmt: skip
+) -> Plan:  # fmt: skip
     """What `remove_residuals` would do to each residual and what it would cost, without building anything.
+
+    Returns a list of a BlockReport for each residual, in order, with the change of the whole network's MACs and parameters.
 
     >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
     >>> [(block.name, block.removable, block.form, block.reserved) for block in rmprune.plan_removal(model, images)]
     [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
     """
     _check_settings(ranges, form, fuse, tolerance)
-    return _rewrite(
-        reference_copy(model), example_tuple(example_inputs), keep, ranges, form, margin, input_range, None
-    )[1]
+    inputs = example_tuple(example_inputs)
+    return _rewrite(reference_copy(model), inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None)[1]
 
 
 def _rewrite(
     reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str], ranges: str, form: str, margin: float,
-    input_range: tuple[float, float], progress: Callable[[str], None] | None,
-) -> tuple[Network, list[BlockReport]]:  # fmt: skip
+    input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
+) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
         network = normalise(reference, inputs)
         annotate_ranges(network, input_range)
@@ -132,7 +157,7 @@ def _rewrite(
             tighten(network, margin)
         elif may_shift(network):
             observe(network, tuple(x[:2] for x in doubles))
-        return network, remove_all(network, keep, form, progress)
+        return network, remove_all(network, keep, form, batch_norm, fuse, progress)
 
 
 def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:

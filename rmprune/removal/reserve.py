@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, rule_of
-from rmprune.graph.convolution import Conv
+from rmprune.graph.convolution import Conv, Obstacle
 from rmprune.graph.ranges import Range, constant
-from rmprune.removal.blocks import Layer
+from rmprune.removal.blocks import ChainLayer
 from rmprune.removal.copies import (
     ANYWHERE,
     Carry,
@@ -18,19 +18,23 @@ from rmprune.removal.copies import (
     Side,
     after_activation,
     assemble,
-    join,
+    matches,
     new_rows,
     passes_as_is,
     row_entries,
     spread_norm,
 )
-from rmprune.removal.forms import encode, free
+from rmprune.removal.forms import cheapest_code, free
 from rmprune.removal.geometry import Taps
 
 
 @dataclass
-class State:
-    """Where the sweep along the branch stands: what is carried, its range, and how many stages of the shortcut it has behind it."""
+class Sweep:
+    """Where the sweep along the branch stands.
+
+    carry: the value v of K channels in the map; range: (low, high) of v, (K,) each; seen: the largest |v| that the examples showed;
+    done: how many stages of the shortcut it has behind it.
+    """
 
     carry: Carry
     range: Range
@@ -39,15 +43,20 @@ class State:
 
 
 def reserve(
-    layer: Layer, state: State, value: Entries, bias: Tensor, taps: Taps, wire: Wire, needed: Tensor, form: str,
+    layer: ChainLayer, sweep: Sweep, value: Entries, bias: Tensor, taps: Taps, wire: Wire, needed: Tensor, form: str,
     merge_pairs: tuple[Tensor, Tensor] | None, identity: bool,
-) -> tuple[Layer, Carry, frozenset[str]] | str:  # fmt: skip
-    """One layer but the last, with the rows that carry the value on."""
-    conv, carry, (low, high) = layer.conv, state.carry, state.range
+) -> tuple[ChainLayer, Carry, frozenset[str]]:  # fmt: skip
+    """One layer but the last, with the rows that carry the value on; what the map holds then; the forms used.
+
+    value, bias: what the shortcut does to v here, a kernel (K', K) of entries and (K',); needed: (K',) bool, the channels that are read
+    later. merge_pairs: (channel, group) that the groups of the last layer read, (P,) each; identity: v itself is carried on.
+    Raises Obstacle where nothing carries it exactly.
+    """
+    conv, carry, (low, high) = layer.conv, sweep.carry, sweep.range
     rule = None if layer.activation is None else rule_of(layer.activation)
     sliced = form == "slice" and not bool(free(rule, low, high)[needed].all())
     if sliced and wire.interleaved:
-        return "between grouped convolutions the activation cannot be applied to a slice"
+        raise Obstacle("between grouped convolutions the activation cannot be applied to a slice")
     if sliced:
         rule = None  # copies pass beside it
     as_is = torch.zeros_like(needed)
@@ -55,28 +64,18 @@ def reserve(
         # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
         one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(needed)
         as_is = passes_as_is(carry, rule, one_will_do) & needed & ~constant(low, high)
-    code = encode(rule, low, high, needed & ~as_is, form, state.seen)
-    if isinstance(code, str):
-        return code
+    code = cheapest_code(rule, low, high, needed & ~as_is, form, sweep.seen)
     carried = as_is.clone()
     carried[code.channel] = True
     wanted = _wanted(conv, wire, carry, value, carried, merge_pairs)
-    if isinstance(wanted, str):
-        return wanted
     rows = new_rows(carry, code, as_is, wanted, low, high)
     entries = row_entries(rows, carry, value)
-    if isinstance(entries, str):
-        return entries
     in_tail = conv.groups > 1 and not wire.interleaved
     layout = lay_out(wire, conv.out_channels, rows.group, carry.extra_groups if in_tail else None)
-    if isinstance(layout, str):
-        return layout
     extra = Entries(layout.reserved[entries.rows], carry.position[entries.columns], entries.kernel)
     after = Side(layout.computed, layout.total)
     groups = conv.groups + (carry.extra_groups if in_tail else 0)
     new = assemble(conv, carry.side, after, groups, extra, taps)
-    if isinstance(new, str):
-        return new
     new = replace(new, norm=spread_norm(conv.norm, layout.computed, layout.total))
     new.bias[layout.reserved] = torch.where(rows.source >= 0, 0.0, rows.scale * bias[rows.channel] + rows.offset)
     kept = torch.where(as_is, carry.constant, code.constant) if identity else code.constant
@@ -89,33 +88,33 @@ def reserve(
         carry.side.positions
     ):  # x itself, in the first layer
         forms |= {"slope" if rule is not None and rule.slopes else "free"}
-    split = conv.out_channels if sliced else 0
-    activation = _with_slopes(layer.activation, rule, after)
-    return (
-        replace(layer, conv=new, activation=activation, split=split),
-        next_carry,
-        forms | ({"slice"} if sliced else set()),
-    )
+    shown = rows.scale.abs() * sweep.seen
+    wider = replace(
+        layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0,
+        range=layout.spread(layer.range, (rows.low, rows.high)),
+        seen=None if layer.seen is None else layout.spread(layer.seen, (rows.offset - shown, rows.offset + shown)),
+    )  # fmt: skip
+    return wider, next_carry, forms | ({"slice"} if sliced else set())
 
 
 def _wanted(
     conv: Conv, wire: Wire, carry: Carry, value: Entries, carried: Tensor, merge_pairs: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | str:
-    """Which (channel, group) pairs the map after this layer has to hold."""
+) -> tuple[Tensor, Tensor]:
+    """Which (channel, group) pairs, (P,) each, the map after this layer has to hold. carried: (K,) bool."""
     channels = carried.nonzero().flatten()
     if not wire.interleaved:
         return channels, torch.full_like(channels, ANYWHERE)
     if conv.groups == 1:
         if merge_pairs is None or len(carried) < int(merge_pairs[0].max()) + 1:
-            return "a shortcut stage between grouped convolutions"
+            raise Obstacle("a shortcut stage between grouped convolutions")
         found = merge_pairs
     else:
-        e, r = join(value.columns, carry.channel)
+        e, r = matches(value.columns, carry.channel)
         pairs = torch.unique(torch.stack([value.rows[e], carry.group[r]]), dim=1)
         found = (pairs[0], pairs[1])
     channel, group = found[0][carried[found[0]]], found[1][carried[found[0]]]
     if len(torch.unique(channel)) < len(channels) or bool((group == ANYWHERE).any()):
-        return "a grouped convolution would have to read copies that lie in another group"
+        raise Obstacle("a grouped convolution would have to read copies that lie in another group")
     return channel, group
 
 
@@ -146,21 +145,26 @@ class Wire:
 
 @dataclass(frozen=True)
 class Layout:
-    """Positions of the computed and the reserved channels in a map of `total` channels; the rest is filled with zeros."""
+    """Positions of the computed (C,) and the reserved (R,) channels in a map of `total` channels; the rest is filled with zeros."""
 
     computed: Tensor
     reserved: Tensor
     total: int
     extra_groups: int = 0
 
+    def spread(self, own: Range, copies: Range) -> Range:
+        """The range of the whole map, (total,) each end, from those of its computed and of its reserved channels."""
+        low, high = torch.zeros(2, self.total, dtype=torch.float64)
+        for end, mine, copied in zip((low, high), own, copies, strict=True):
+            end[self.computed], end[self.reserved] = mine, copied
+        return low, high
 
-def wires(layers: tuple[Layer, ...]) -> list[Wire] | str:
-    """The layout of the maps between the layers, or the reason why the groups do not fit together."""
+
+def wires(layers: tuple[ChainLayer, ...]) -> list[Wire]:
+    """The layout of the maps between the layers. Raises Obstacle where the groups do not fit together."""
     groups = [layer.conv.groups for layer in layers]
     inside: list[Wire] = []
     runs = _interleaved_runs(groups)
-    if isinstance(runs, str):
-        return runs
     for i in range(len(layers) - 1):
         number = max(runs[i], runs[i + 1])
         if number:
@@ -169,18 +173,18 @@ def wires(layers: tuple[Layer, ...]) -> list[Wire] | str:
         sides = [_extra(layers[i], out=True)] if groups[i] > 1 else []
         sides += [_extra(layers[i + 1], out=False)] if groups[i + 1] > 1 else []
         if len(set(sides)) > 1:
-            return "two grouped convolutions of different group widths in a row"
+            raise Obstacle("two grouped convolutions of different group widths in a row")
         inside.append(Wire(0, *sides[0]) if sides else Wire())
     return inside
 
 
-def _extra(layer: Layer, out: bool) -> tuple[int, int]:
+def _extra(layer: ChainLayer, out: bool) -> tuple[int, int]:
     """Lanes and width of an extra group on one side of a grouped layer that stands in the middle of a chain."""
     narrow, wide = layer.conv.in_channels // layer.conv.groups, layer.conv.out_channels // layer.conv.groups
     return min(narrow, wide), wide if out else narrow
 
 
-def _interleaved_runs(groups: list[int]) -> list[int] | str:
+def _interleaved_runs(groups: list[int]) -> list[int]:
     """For each layer the number of groups of its run, if the run of grouped layers touches the first or the last layer."""
     runs = [0] * len(groups)
     start = 0
@@ -190,13 +194,13 @@ def _interleaved_runs(groups: list[int]) -> list[int] | str:
             end += 1
         if end > start and (start == 0 or end == len(groups)) and len(groups) > 1:
             if len(set(groups[start:end])) > 1:
-                return "grouped convolutions in a row with different numbers of groups"
+                raise Obstacle("grouped convolutions in a row with different numbers of groups")
             runs[start:end] = groups[start:end]
         start = max(end, start + 1)
     return runs
 
 
-def lay_out(wire: Wire, computed: int, group: Tensor, extra_groups: int | None = None) -> Layout | str:
+def lay_out(wire: Wire, computed: int, group: Tensor, extra_groups: int | None = None) -> Layout:
     """Places `len(group)` reserved channels beside `computed` ones. group: (R,) the group each must lie in, or ANYWHERE.
 
     extra_groups: the number that the layer before already has; more cannot be made after it.
@@ -206,7 +210,7 @@ def lay_out(wire: Wire, computed: int, group: Tensor, extra_groups: int | None =
         return _interleave(wire.interleaved, computed, group)
     needed = -(-count // wire.lanes)
     if extra_groups is not None and needed > extra_groups:
-        return "a grouped convolution would have to emit more copies than it is given"
+        raise Obstacle("a grouped convolution would have to emit more copies than it is given")
     extra = needed if extra_groups is None else extra_groups
     index = torch.arange(count)
     reserved = computed + index // wire.lanes * wire.width + index % wire.lanes
@@ -214,6 +218,7 @@ def lay_out(wire: Wire, computed: int, group: Tensor, extra_groups: int | None =
 
 
 def _interleave(groups: int, computed: int, group: Tensor) -> Layout:
+    """In each group first its computed channels, then the reserved ones that lie in it by `group` (R,)."""
     own = computed // groups
     counts = torch.bincount(group, minlength=groups)
     width = own + (int(counts.max()) if len(group) else 0)

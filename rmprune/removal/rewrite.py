@@ -10,10 +10,13 @@ import torch
 from torch import fx, nn
 
 from rmprune.errors import ConfigError
-from rmprune.graph.convolution import Conv, Geometry, output_size
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, or_none
+from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.network import Network, linear_layer, shape_of, spatial
-from rmprune.removal.blocks import Block, Layer, additions, find_block
+from rmprune.graph.ranges import annotate_range
+from rmprune.removal.blocks import Block, ChainLayer, additions, find_block
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
+from rmprune.removal.cost import by_block, cost_of, parameters
 from rmprune.removal.geometry import chain_taps
 from rmprune.removal.plan import Schedule, schedule
 
@@ -22,9 +25,12 @@ from rmprune.removal.plan import Schedule, schedule
 class BlockReport:
     """One residual addition: whether it can go, how, and what its layers cost before and after.
 
-    macs are multiply-accumulates for one image of the given size; form is how copies pass the activations: `free` (already where
-    the activation is the identity), `shift`, `pair`, `slope`, `slice` (beside it), `linear` (no activation in between), or
-    several joined by `+`. note: a limit of the exactness that a user has to know.
+    macs are multiply-accumulates for one image of the given size, params the values of all parameters. `macs_after` and
+    `params_after` are those of the network that is built with these settings: a layer fused from two counts with the block of the
+    second, or else of the first; the layers of a block inside another count with the outer one, too.
+
+    form is how copies pass the activations: `free` (already where the activation is the identity), `shift`, `pair`, `slope`, `slice`
+    (beside it), `linear` (no activation in between), or several joined by `+`. note: a limit of the exactness that a user has to know.
     """
 
     name: str
@@ -40,10 +46,25 @@ class BlockReport:
     note: str = ""
 
 
+class Plan(list[BlockReport]):
+    """The reports in topological order. macs_change, params_change: what the whole network has more than the original after all."""
+
+    macs_change: int = 0
+    params_change: int = 0
+
+
 def remove_all(
-    network: Network, keep: Iterable[str], form: str, progress: Callable[[str], None] | None = None
-) -> list[BlockReport]:
-    """Rewrites every addition that can go, in topological order, and reports on each. Blocks named in `keep` are left."""
+    network: Network,
+    keep: Iterable[str],
+    form: str,
+    batch_norm: bool,
+    fuse: str,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Rewrites every addition that can go, in topological order, joins what can be joined, and reports on each addition.
+
+    Blocks named in `keep` are left. An obstacle met anywhere in finding or planning a block ends here, as its reason to stay.
+    """
     found = additions(network)
     kept = set(keep)
     unknown = kept - {name for name, _ in found} - {name.split("#")[0] for name, _ in found}
@@ -51,36 +72,53 @@ def remove_all(
         raise ConfigError(
             f"keep names no residual: {', '.join(sorted(unknown))}; there are {', '.join(n for n, _ in found) or 'none'}"
         )
-    reports = []
+    reports = Plan()
+    original = cost_of(network, network.graph.nodes)[0], parameters(network)
     for name, add in found:
         if name in kept or name.split("#")[0] in kept:
             reports.append(BlockReport(name, False, "kept, as asked for"))
             continue
-        block = find_block(network, name, add)
-        plan = block if isinstance(block, str) else schedule(block, form)
-        if isinstance(block, str) or isinstance(plan, str):
-            reports.append(_kept(name, block, plan))
+        block: Block | None = None
+        try:
+            block = find_block(network, name, add)
+            chain = schedule(block, form)
+        except Obstacle as obstacle:
+            reports.append(_kept(network, name, str(obstacle), block))
             continue
-        reports.append(_report(block, plan, _note(network, block)))
-        _replace(network, block, plan)
+        before, note = cost_of(network, block.nodes), _note(network, block)
+        after = cost_of(network, _replace(network, block, chain))
+        forms = "+".join(sorted(chain.forms)) or ("free" if chain.reserved else "linear")
+        costs = before[0], after[0], before[1], after[1]
+        reports.append(BlockReport(name, True, "", forms, block.shortcut, chain.reserved, *costs, note))
         if progress is not None:
             progress(name)
+    _join(network, reports, batch_norm, fuse)
+    final = cost_of(network, network.graph.nodes, batch_norm)
+    reports.macs_change, reports.params_change = final[0] - original[0], final[1] - original[1]
     return reports
 
 
-def _kept(name: str, block: Block | str, plan: Schedule | str) -> BlockReport:
-    assert isinstance(plan, str)
-    if isinstance(block, str):
-        return BlockReport(name, False, plan)
-    return BlockReport(name, False, plan, "", block.shortcut, 0, *_cost_before(block))
+def _kept(network: Network, name: str, reason: str, block: Block | None) -> BlockReport:
+    if block is None:
+        return BlockReport(name, False, reason)
+    macs, params = cost_of(network, block.nodes)
+    for node in block.nodes:
+        node.meta["block"] = name
+    return BlockReport(name, False, reason, "", block.shortcut, 0, macs, macs, params, params)
 
 
-def _report(block: Block, plan: Schedule, note: str) -> BlockReport:
-    macs, params = _cost_before(block)
-    forms = "+".join(sorted(plan.forms)) or ("free" if plan.reserved else "linear")
-    return BlockReport(
-        block.name, True, "", forms, block.shortcut, plan.reserved, macs, plan.macs(), params, plan.params(), note
-    )
+def _join(network: Network, reports: Plan, batch_norm: bool, fuse: str) -> None:
+    """Norms and neighbouring convolutions as one, as asked for; what that changes in a block's cost goes into its report."""
+    before = by_block(network)
+    if not batch_norm:
+        join_norms(network)
+    if fuse != "never":
+        join_copies(network)
+    fuse_convolutions(network, fuse)
+    after = by_block(network, batch_norm)
+    for index, report in enumerate(reports):
+        macs, params = (new - old for new, old in zip(after[report.name], before[report.name], strict=True))
+        reports[index] = replace(report, macs_after=report.macs_after + macs, params_after=report.params_after + params)
 
 
 def _note(network: Network, block: Block) -> str:
@@ -95,68 +133,47 @@ def _note(network: Network, block: Block) -> str:
     )
 
 
-def _cost_before(block: Block) -> tuple[int, int]:
-    """MACs and parameters of the block's own convolutions; layers that removal would insert are not there yet."""
-    own = {str(node.target) for node in block.nodes}
-    pairs = [(layer.conv, layer.out_size) for layer in block.layers if layer.conv.name in own]
-    pairs += [
-        (stage.conv, output_size(stage.conv.geometry, stage.size))
-        for stage in block.stages
-        if stage.conv.name in own and _weighs(stage.conv)
-    ]
-    return sum(conv.macs(size) for conv, size in pairs), sum(conv.params() for conv, _ in pairs)
-
-
-def _weighs(conv: Conv) -> bool:
-    return conv.groups < conv.in_channels or conv.groups == 1
-
-
-def _replace(network: Network, block: Block, plan: Schedule) -> None:
-    """The plain chain takes the place of branch, shortcut and addition; what nothing reads any more goes."""
+def _replace(network: Network, block: Block, chain: Schedule) -> list[fx.Node]:
+    """The plain chain, whose nodes are returned, takes the place of branch, shortcut and addition; what nothing reads any more goes."""
     for node in block.nodes:
         network.layers.pop(str(node.target), None)
-    current = block.fork
-    batch = (shape_of(block.fork) or (1,))[0]
+    made = [block.fork]
     with network.graph.inserting_before(block.add):
-        for layer in plan.layers:
-            current = _insert(network, current, layer, batch, block)
+        for layer in chain.layers:
+            made += _insert(network, made[-1], layer)
+    current = made[-1]
+    for node in made[1:]:
+        node.meta |= {"block": block.name, "nn_module_stack": block.add.meta.get("nn_module_stack", {})}
     current.meta.update({key: block.add.meta[key] for key in ("range", "seen") if key in block.add.meta})
     block.add.replace_all_uses_with(current)
     network.graph.erase_node(block.add)
     for node in sorted(block.nodes, reverse=True):
         network.graph.erase_node(node)
+    return made[1:]
 
 
-def _insert(network: Network, source: fx.Node, layer: Layer, batch: int, block: Block) -> fx.Node:
-    shape = (batch, layer.conv.out_channels, *layer.out_size)
-    target = network.add(layer.conv.name, replace(layer.conv))
-    node = network.graph.call_module(target, (source,))
-    node.meta = {"shape": shape, "nn_module_stack": block.add.meta.get("nn_module_stack", {})}
-    if layer.activation is None:
-        return node
-    if layer.split:
-        return _insert_beside(network, node, layer, shape)
-    node = network.graph.call_module(network.add(layer.activation_name, layer.activation), (node,))
-    node.meta = {"shape": shape, "nn_module_stack": block.add.meta.get("nn_module_stack", {})}
-    return node
-
-
-def _insert_beside(network: Network, source: fx.Node, layer: Layer, shape: tuple[int, ...]) -> fx.Node:
-    """cat(act(x[:, :split]), x[:, split:])"""
-    assert isinstance(layer.activation, nn.Module)
-    graph, every = network.graph, slice(None)
-    own = graph.call_function(operator.getitem, (source, (every, slice(None, layer.split))))
-    active = graph.call_module(network.add(layer.activation_name, layer.activation), (own,))
-    beside = graph.call_function(operator.getitem, (source, (every, slice(layer.split, None))))
-    joined = graph.call_function(torch.cat, ([active, beside], 1))
-    for node, channels in (
-        (own, layer.split),
-        (active, layer.split),
-        (beside, shape[1] - layer.split),
-        (joined, shape[1]),
-    ):
-        node.meta = {"shape": (shape[0], channels, *shape[2:]), "nn_module_stack": source.meta["nn_module_stack"]}
-    return joined
+def _insert(network: Network, source: fx.Node, layer: ChainLayer) -> list[fx.Node]:
+    """The convolution and its activation, if it has one: act(x), or cat(act(x[:, :split]), x[:, split:])."""
+    graph, every, channels = network.graph, slice(None), layer.conv.out_channels
+    conv = graph.call_module(network.add(layer.conv.name, replace(layer.conv)), (source,))
+    added = [(conv, channels)]
+    if layer.activation is not None:
+        own, split = conv, layer.split or channels
+        if layer.split:
+            own = graph.call_function(operator.getitem, (conv, (every, slice(None, split))))
+            added.append((own, split))
+        active = graph.call_module(network.add(layer.activation_name, layer.activation), (own,))
+        added.append((active, split))
+        if layer.split:
+            beside = graph.call_function(operator.getitem, (conv, (every, slice(split, None))))
+            joined = graph.call_function(torch.cat, ([active, beside], 1))
+            added += [(beside, channels - split), (joined, channels)]
+    conv.meta |= {"range": layer.range} | ({} if layer.seen is None else {"seen": layer.seen})
+    for node, count in added:
+        node.meta["shape"] = ((shape_of(source) or (1,))[0], count, *layer.out_size)
+        if node is not conv:
+            annotate_range(network, node)
+    return [node for node, _ in added]
 
 
 def join_copies(network: Network) -> int:
@@ -199,19 +216,14 @@ def _joined(network: Network, node: fx.Node) -> tuple[fx.Node, fx.Node, Conv] | 
             rows.append(first + torch.arange(channels))
             columns.append(copied)
         first += channels
-    taps = chain_taps((own.geometry,), (Geometry(padding_mode=own.geometry.padding_mode),), spatial(source))
-    if isinstance(taps, str) or not rows:
+    taps = or_none(chain_taps, (own.geometry,), (Geometry(padding_mode=own.geometry.padding_mode),), spatial(source))
+    if taps is None or not rows:
         return None
     index = torch.cat(rows)
     extra = Entries(index, torch.cat(columns), torch.ones(len(index), 1, 1, dtype=torch.float64))
-    layer = assemble(
-        own, Side(torch.arange(own.in_channels), own.in_channels), Side(positions, first), own.groups, extra, taps[0]
-    )
-    return (
-        None
-        if isinstance(layer, str)
-        else (source, convs[0], replace(layer, norm=spread_norm(own.norm, positions, first)))
-    )
+    before, after = Side(torch.arange(own.in_channels), own.in_channels), Side(positions, first)
+    layer = or_none(assemble, own, before, after, own.groups, extra, taps[0])
+    return None if layer is None else (source, convs[0], replace(layer, norm=spread_norm(own.norm, positions, first)))
 
 
 def _copied(network: Network, part: fx.Node, source: fx.Node) -> torch.Tensor | None:
@@ -220,8 +232,8 @@ def _copied(network: Network, part: fx.Node, source: fx.Node) -> torch.Tensor | 
         return torch.arange((shape_of(source) or (0, 0))[1])
     if part.op != "call_function" or part.args[0] is not source:
         return None
-    layer = linear_layer(network, part)
-    if not isinstance(layer, Conv) or layer.geometry != Geometry():
+    layer = or_none(linear_layer, network, part)
+    if layer is None or layer.geometry != Geometry():
         return None
     entries = entries_of(layer)
     plain = len(entries.rows) == layer.out_channels and bool((entries.kernel == 1).all()) and not bool(layer.bias.any())
@@ -233,7 +245,7 @@ def _replace_concatenation(network: Network, node: fx.Node, source: fx.Node, con
     network.layers.pop(str(conv.target), None)
     with network.graph.inserting_before(node):
         joined = network.graph.call_module(network.add(layer.name, layer), (source,))
-    joined.meta = dict(node.meta)
+    joined.meta = conv.meta | node.meta
     node.replace_all_uses_with(joined)
     network.graph.erase_node(node)
     for part in parts:

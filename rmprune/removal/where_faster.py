@@ -45,7 +45,9 @@ def remove_where_faster(
         """The shortest run of residuals that ends in this one and in which it can go."""
         runs = (names[first : last + 1] for first in range(last, -1, -1))
         return next(
-            run for run in runs if names[last] in _removable(plan_removal(model, example_inputs, keep=others(run)))
+            run
+            for run in runs
+            if names[last] in _removable(plan_removal(model, example_inputs, keep=others(run), fuse="never"))
         )
 
     paying: dict[str, float] = {}

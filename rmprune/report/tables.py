@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from rmprune.runs.records import networks, read_record
+from rmprune.runs.records import RENAMED, networks, read_record
 
 COLUMNS = [
     "model",
@@ -78,7 +78,7 @@ def method_of(record: dict[str, Any], network: str) -> str:
     found = networks(record)
     own = found[network].get("method")
     if isinstance(own, str):
-        return own
+        return RENAMED.get(own, own)
     if network in ("original", "plain"):
         return "dense" if network == "original" else "plain"
     parts = [part.strip() for part in record["method"].split(",")]

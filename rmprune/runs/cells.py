@@ -12,7 +12,7 @@ logger = logging.getLogger("rmprune")
 
 @dataclass(frozen=True)
 class Cell:
-    """One seed with one budget, `kind` (macs_ratio, ...) and `value`: a record of its own, in `directory`.
+    """One seed with one budget, `kind` (macs_ratio, ...; "": none) and `value`: a record of its own, in `directory`.
 
     `shared` holds what all cells of the seed have in common.
     """
@@ -27,6 +27,11 @@ class Cell:
     def record(self) -> Path:
         """Where the cell's record is, or will be."""
         return self.directory / records.RECORD
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """As a record says it."""
+        return {self.kind: self.value} if self.kind else {}
 
 
 def plan_cells(root: Path, seed: int, seeds: int, budgets: list[tuple[str, float]]) -> list[Cell]:

@@ -15,6 +15,8 @@ SCHEMA = 1
 RECORD = "record.json"
 STAGES = ("original", "plain", "pruned", "coupled")
 """The usual networks of a record, in the order of a report; any other entry with the same fields is a network too."""
+RENAMED = {"coupled-collapse": "residual-collapse", "coupled-half-collapse": "residual-half-collapse"}
+"""{name of a method in flags, settings, records and directories of before: its name now}. Neither of these uses Torch-Pruning."""
 _FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (int,),
     "command": (str,),

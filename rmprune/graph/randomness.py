@@ -1,0 +1,93 @@
+"""Calls that draw random numbers in eval mode, too: a network with one is no function, and nothing can be equal to it."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.network import Network, named
+
+RANDOM = (
+    "the network draws random numbers in eval mode: the same inputs give other outputs each time. Draw them only if self.training "
+    "(torch.rand and its kin), or keep fixed ones as a buffer"
+)
+_ALWAYS = {
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform", "random",
+    "poisson", "binomial", "multinomial", "exponential", "cauchy", "geometric", "log_normal", "gumbel_softmax",
+    "fractional_max_pool2d", "fractional_max_pool2d_with_indices",
+}  # fmt: skip
+_TRAINING = {
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "rrelu",
+    "stochastic_depth", "drop_block2d", "drop_block3d",
+}  # fmt: skip
+
+
+def refuse_random(network: Network) -> None:
+    """Raises UnsupportedModel that names the first random call that the outputs depend on, and what to write instead."""
+    for node in network.graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
+        layer = network.layer(node)
+        if isinstance(layer, nn.Module) and named(layer, ("FractionalMaxPool2d",)):
+            raise UnsupportedModel(
+                f"{node.target}: FractionalMaxPool2d draws its windows in eval mode, too: use another pool"
+            )
+        if node.op not in ("call_function", "call_method"):
+            continue
+        if name in _TRAINING and _active(node):
+            module = ", or use nn.Dropout" if "dropout" in name else ""
+            raise UnsupportedModel(
+                f"{_place(node)}: {name} is random in eval mode, too, as it is written (its training flag is True); write "
+                f"{name}(..., training=self.training){module}"
+            )
+        if name in _ALWAYS or (name == "scaled_dot_product_attention" and _attention_drops(node)):
+            raise UnsupportedModel(
+                f"{_place(node)}: {name} draws random numbers in eval mode, too; call it only if self.training (drop_path and "
+                "stochastic_depth take training=self.training), or keep fixed numbers as a buffer"
+            )
+
+
+def _place(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return f"{stack[-1][0]}.{node.name}" if stack and stack[-1][0] else node.name
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """By name, defaults filled in; calls without a Python signature (torch.dropout) name their last flag `train`."""
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        flags = [value for value in node.args if isinstance(value, bool)]
+        return {"p": next(iter(node.args[1:2]), 1), "training": flags[-1] if flags else True, **node.kwargs}
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _active(node: fx.Node) -> bool:
+    given = _arguments(node)
+    return bool(given.get("train", given.get("training", True))) and given.get("p", 1) != 0
+
+
+def _attention_drops(node: fx.Node) -> bool:
+    return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0))
+
+
+def draws() -> tuple[Any, ...]:
+    """Where the generators of torch (on the CPU) and of Python stand."""
+    return bytes(torch.get_rng_state().numpy()), random.getstate()
+
+
+@torch.no_grad()
+def refuse_drawn(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
+    """Raises UnsupportedModel where numbers that were drawn while `model` (float64) was traced, and so became fixed, reach its outputs."""
+    image = [x[:1].detach().cpu() for x in example_inputs]
+    image = [x.double() if x.is_floating_point() else x for x in image]
+    first, second = (tree_leaves(model(*(x.clone() for x in image))) for _ in range(2))
+    pairs = zip(first, second, strict=True)
+    if any(isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+        raise UnsupportedModel(RANDOM)

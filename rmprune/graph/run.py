@@ -1,0 +1,62 @@
+"""Runs a network node by node: what its values are and how long they live. What becomes of a value is the caller's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import fx
+
+from rmprune.errors import UnsupportedModel
+
+Values = Mapping[fx.Node, Any]
+
+
+def run(
+    graph: fx.Graph,
+    inputs: tuple[Any, ...],
+    value_of: Callable[[fx.Node, Values], Any],
+    later: Mapping[fx.Node, Iterable[fx.Node]] | None = None,
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Each node in order with its value, `value_of(node, values so far)`; last the output's, which is what the network returns.
+
+    A value is let go after its last reader; `later` names, for a node, what is read there besides its arguments.
+    Raises UnsupportedModel where there are more or fewer inputs than the graph takes.
+    """
+    reads = {node: (*node.all_input_nodes, *(later or {}).get(node, ())) for node in graph.nodes}
+    last = {source: node for node, sources in reads.items() for source in sources}
+    values = _bind(graph, inputs)
+    for node, sources in reads.items():
+        value = values[node] = value_of(node, values)
+        for source in sources:
+            if last[source] is node:
+                values.pop(source, None)
+        yield node, value
+
+
+def evaluate(node: fx.Node, value: Callable[[fx.Node], Any], own: Callable[[fx.Node], Any]) -> Any:
+    """What one node gives. value: the value of a node it reads, or of an input; own: its layer (call_module) or tensor (get_attr)."""
+    if node.op == "placeholder":
+        return value(node)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    if node.op == "output":
+        return args[0]
+    if node.op == "get_attr":
+        return own(node)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    function: Any = own(node) if node.op == "call_module" else node.target
+    return function(*args, **kwargs)
+
+
+def _bind(graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:
+    """{input: its value, or its default}."""
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) > len(places):
+        raise UnsupportedModel(f"the network takes fewer inputs than the {len(inputs)} given")
+    values = dict(zip(places, inputs, strict=False))
+    for node in places[len(inputs) :]:
+        if not node.args:
+            raise UnsupportedModel(f"the network takes an input {node.target!r} that example_inputs lack")
+        values[node] = node.args[0]
+    return values

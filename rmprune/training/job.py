@@ -1,0 +1,92 @@
+"""What every training of one cell shares, said once: the job, and the files of each training. It decides nothing."""
+
+import copy
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.config import TrainConfig
+from rmprune.data.load import Dataset
+from rmprune.training.loop import fit
+from rmprune.training.state import Hook
+
+Config = TypeVar("Config", covariant=True)
+IMAGES = 2048  # training images that importances are measured and layers fitted on, at most,
+BATCH = 128  # so many at a time
+
+
+@dataclass(frozen=True)
+class Job(Generic[Config]):
+    """One cell's settings, images, device and seed. `teacher`: the trained original, which fine-tuning follows and times are relative
+    to; `memory`: the folder that keeps its outputs (`rmprune.training.teacher`)."""
+
+    config: Config
+    data: Dataset
+    device: torch.device
+    seed: int
+    teacher: nn.Module | None = None
+    memory: Path | None = None
+
+    @cached_property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """(images [B, C, H, W], labels [B]) of the first IMAGES training images, on the device; loaded once and held."""
+        return list(self.data.train.batches(BATCH, device=self.device, limit=IMAGES))
+
+    def examples(self, count: int) -> Tensor:
+        """The first `count` of these images [count, C, H, W], or all."""
+        return torch.cat([x for x, _ in itertools.islice(self.batches, -(-count // BATCH))])[:count]
+
+    def here(self, network: nn.Module) -> nn.Module:
+        """The network on the device: itself where it is there already, else a copy."""
+        there = {tensor.device.type for tensor in network.parameters()} <= {self.device.type}
+        return network if there else copy.deepcopy(network).to(self.device)
+
+    @property
+    def original(self) -> nn.Module:
+        """The teacher, where there must be one."""
+        assert self.teacher is not None, "this job has no trained original"
+        return self.teacher
+
+
+@dataclass(frozen=True)
+class Files:
+    """What one training keeps: the file from which it goes on, the log that it adds to, and its name in both."""
+
+    checkpoint: Path
+    log: Path
+    label: str
+
+    @classmethod
+    def of(cls, directory: Path, label: str) -> "Files":
+        """Those of the training `label` in a run directory."""
+        return cls(directory / "checkpoint" / f"{label}.pt", directory / "log.jsonl", label)
+
+    def named(self, label: str) -> "Files":
+        """Those of another training in the same place."""
+        return Files(self.checkpoint.with_name(f"{label}.pt"), self.log, label)
+
+    def note(self, name: str) -> Path:
+        """A JSON file that belongs to this training, beside its checkpoint."""
+        return self.checkpoint.with_name(f"{self.label}-{name}.json")
+
+
+def tune(network: nn.Module, train: TrainConfig, job: Job[object], files: Files, hook: Hook | None = None) -> nn.Module:
+    """`fit` by a job: a trained copy in eval mode, on the CPU."""
+    return fit(
+        network,
+        job.data,
+        train,
+        seed=job.seed,
+        device=job.device,
+        hook=hook,
+        teacher=job.teacher,
+        teacher_memory=job.memory,
+        checkpoint=files.checkpoint,
+        log=files.log,
+        label=files.label,
+    ).cpu()

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+
+from rmprune.config import AmcConfig, DataConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
+from rmprune.config.toml import differences, from_toml, to_toml
+from rmprune.errors import ConfigError
+
+KINDS = {"slim": SlimConfig, "amc": AmcConfig, "train": TrainRunConfig}
+
+
+def config(**settings) -> SlimConfig:
+    return SlimConfig(prune=PruneConfig(macs_ratio=(0.5, 0.25)), **settings)
+
+
+def test_toml_there_and_back(tmp_path: Path) -> None:
+    first = config(
+        width=32,
+        method=("rm", "coupled"),
+        data=DataConfig(dataset="fashion-mnist", data_dir=Path("x/y")),
+        skip_infeasible=True,
+    )
+    (tmp_path / "config.toml").write_text(to_toml(first))
+    assert from_toml(SlimConfig, tmp_path / "config.toml") == first
+
+
+def test_where_to_run_is_no_setting() -> None:
+    assert "out" not in to_toml(config(out=Path("elsewhere"), overwrite=True))
+    assert differences(config(), config(out=Path("elsewhere"))) == []
+    assert differences(config(), config(skip_infeasible=True)) == []  # an interrupted run may go on with it
+    assert differences(config(), config(data=DataConfig(batch_size=32))) == ["data.batch_size: 64 -> 32"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("widht = 32\n[prune]\nratio = [0.5]", "unknown setting 'widht'; did you mean 'width'"),
+        ("[data]\ndatset = 'digits'", "unknown setting 'data.datset'; did you mean 'dataset'"),
+        ("width = 'wide'\n[prune]\nratio = [0.5]", "width"),
+        ("width = ", "cannot be read as TOML"),
+        ("[prune]\nratio = [1.5]", "ratio is 1.5; it must lie between 0 and 1"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        from_toml(SlimConfig, file)
+
+
+def test_one_value_is_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('method = "rm"\n[prune]\nratio = 0.5\n')
+    read = from_toml(SlimConfig, tmp_path / "c.toml")
+    assert read.method == ("rm",) and read.prune.ratio == (0.5,)
+
+
+def test_a_setting_switched_off_stays_off(tmp_path: Path) -> None:
+    first = config(finetune=TrainConfig(clip_norm=None))
+    (tmp_path / "config.toml").write_text(to_toml(first))
+    assert from_toml(SlimConfig, tmp_path / "config.toml") == first
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        from_toml(SlimConfig, Path("nowhere.toml"))
+
+
+def test_whole_numbers_are_fine_for_fractions(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\ncut_fraction = 1\n")
+    assert from_toml(SlimConfig, tmp_path / "c.toml").prune.cut_fraction == 1.0
+
+
+def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\n[finetune]\nepochs = 3\n")
+    read, default = from_toml(SlimConfig, tmp_path / "c.toml"), config()
+    assert read.finetune.epochs == 3 != default.finetune.epochs
+    assert read.finetune.warmup_epochs == default.finetune.warmup_epochs == 0
+    assert read.finetune.learning_rate == default.finetune.learning_rate
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "experiments").glob("*.toml")), ids=lambda f: f.stem
+)
+def test_every_published_experiment_can_be_read(file: Path) -> None:
+    kind = next(kind for command, kind in KINDS.items() if f"rmprune {command} --config" in file.read_text())
+    assert from_toml(kind, file).data.dataset

@@ -1,0 +1,12 @@
+"""One thread in each process: the suite runs in two of them side by side, and what its tests start inherits this."""
+
+import gc
+import os
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: every full collection, and each measurement of a time begins with one, passes it by."""
+    gc.collect()
+    gc.freeze()

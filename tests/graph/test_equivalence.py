@@ -1,0 +1,134 @@
+"""What two networks are compared by, and that a network which draws random numbers is refused as that."""
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from removal_nets import basic, conv, images, prepared
+from torch import Tensor, nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.equivalence import base_inputs, hardly_depends, relative_error
+from rmprune.pruning.collapse import collapse_blocks
+from rmprune.removal import plan_removal, remove_residuals
+
+
+def test_a_bias_on_the_output_does_not_count() -> None:
+    original = torch.tensor([[0.0, 1.0], [2.0, 1.5], [40.0, 1.0]], dtype=torch.float64)
+    wrong = original + torch.tensor([[0.0, 0.1], [0.0, 0.0], [0.0, 0.0]])
+    base = torch.zeros(1, 2, dtype=torch.float64)
+    assert relative_error(original, wrong, [2, 1], base) == pytest.approx(0.05)
+    shifted = relative_error(original + 1e3, wrong + 1e3, [2, 1], base + 1e3)
+    assert shifted == pytest.approx(0.05)
+
+
+def test_each_group_of_images_and_each_output_has_its_own_measure() -> None:
+    """A change of 0.1 counts where inputs change 1, beside images and outputs that change by 100."""
+    small, large = torch.tensor([[0.0], [1.0], [100.0]], dtype=torch.float64), torch.full((3, 1), 100.0)
+    base = (torch.zeros(1, 1), torch.zeros(1, 1))
+    off = torch.tensor([[0.1], [0.0], [0.0]])
+    assert relative_error((small, large), (small + off, large), [2, 1], base) == pytest.approx(0.1)
+    assert relative_error((large, small), (large, small + off), [2, 1], base) == pytest.approx(0.1)
+    assert relative_error((small, large), (small, large + off), [2, 1], base) == pytest.approx(0.001, rel=1e-4)
+
+
+def test_without_anything_to_tell_an_image_from_the_largest_value_is_the_measure() -> None:
+    one = torch.tensor([[4.0, -2.0]])
+    assert relative_error(one, one + torch.tensor([[0.0, 1.0]]), [1]) == 0.25
+    assert relative_error(torch.tensor(4.0), torch.tensor(5.0), [2, 1]) == 0.25
+    assert relative_error(torch.zeros(2, 1), torch.zeros(2, 1), [2]) == 0.0
+    assert relative_error(torch.zeros(2, 1), torch.ones(2, 1), [2]) == math.inf
+    assert relative_error(torch.tensor([[math.inf], [1.0]]), torch.tensor([[math.inf], [1.5]]), [2]) == 0.5
+
+
+def test_outputs_of_any_structure_are_compared() -> None:
+    """A list with one tensor an image has no counterpart in `base`; a tensor without a batch has no images."""
+    outputs, base = [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 3.0])], [torch.zeros(2)]
+    assert relative_error(outputs, [o + 1 for o in outputs], [1, 1], base) == pytest.approx(1.0)
+    assert not hardly_depends(outputs, [1, 1], base)
+    assert relative_error(torch.ones(7, 2), torch.ones(7, 2), [1, 1], torch.ones(7, 2)) == 0.0
+    assert relative_error(outputs, outputs[:1], [1, 1], base) == math.inf
+
+
+def test_outputs_that_hardly_depend_on_the_inputs_are_told() -> None:
+    outputs, base = torch.randn(3, 4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
+    assert not hardly_depends(outputs + 1e6, [2, 1], base + 1e6)
+    assert hardly_depends(outputs + 1e12, [2, 1], base + 1e12)
+    assert hardly_depends(torch.zeros(3, 4), [2, 1], torch.zeros(1, 4))
+    assert hardly_depends((outputs, torch.ones(3, 4)), [2, 1], (base, torch.ones(1, 4)))
+
+
+def test_the_other_image_is_none_of_those_that_are_checked_and_inside_the_limits() -> None:
+    (other,) = base_inputs((images(),), (-0.5, 0.25))
+    assert other.shape == (1, 3, 8, 8) and other.dtype == torch.float64
+    assert other.min() == -0.5 and other.max() == 0.25
+
+
+class Written(nn.Module):
+    """`function(self, x)`, as somebody might have written it in forward."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def network(function: Callable[[nn.Module, Tensor], Tensor] | nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    written = function if isinstance(function, nn.Module) else Written(function)
+    return prepared(conv(3, 6), nn.ReLU(), written, basic(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+
+
+RANDOM = {
+    "2.dropout: dropout .*training=self.training.*nn.Dropout": lambda m, x: F.dropout(x),
+    "2.dropout: dropout .*training=self.training.*": lambda m, x: F.dropout(x, 0.3, True, True),
+    "2.dropout: dropout .*training=self.training": lambda m, x: torch.dropout(x, 0.3, True),
+    "2.dropout2d: .*training=self.training": lambda m, x: F.dropout2d(x),
+    "2.alpha_dropout: .*training=self.training": lambda m, x: F.alpha_dropout(x, training=True),
+    "2.feature_alpha_dropout: .*training=self.training": lambda m, x: F.feature_alpha_dropout(x, training=True),
+    "2.rrelu: .*training=self.training": lambda m, x: F.rrelu(x, training=True),
+    "2.rand_like: .*only if self.training": lambda m, x: x + torch.rand_like(x),
+    "2.randn_like: .*only if self.training": lambda m, x: x * torch.randn_like(x),
+    "2.bernoulli: .*only if self.training": lambda m, x: x * torch.bernoulli(torch.sigmoid(x)),
+    "2.bernoulli_: .*stochastic_depth take": lambda m, x: torchvision.ops.stochastic_depth(x, 0.5, "row"),
+    "2.normal_: normal draws": lambda m, x: x + torch.zeros_like(x).normal_(),
+    "2: FractionalMaxPool2d": nn.FractionalMaxPool2d(2, output_size=4),
+    "the network draws random .* if self.training": lambda m, x: x + torch.rand(6, 1, 1, dtype=torch.float64),
+    "the network draws random .*buffer": lambda m, x: x * random.random(),
+}
+
+
+@pytest.mark.parametrize("said", RANDOM)
+def test_what_is_random_in_eval_mode_is_named(said: str) -> None:
+    model = network(RANDOM[said])
+    for call in (remove_residuals, plan_removal, collapse_blocks):
+        with pytest.raises(UnsupportedModel, match=f"^{said}"):
+            call(model, images())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.dropout(x, training=m.training),
+        lambda m, x: F.rrelu(x),
+        lambda m, x: torchvision.ops.stochastic_depth(x, 0.5, "row", training=m.training),
+        lambda m, x: (torch.rand(3), torch.rand_like(x), x)[2],
+    ],
+    ids=["dropout", "rrelu", "stochastic_depth", "drawn for nothing"],
+)
+def test_what_is_random_in_training_alone_is_not_refused(function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    assert remove_residuals(network(function), images()).removed == ["3"]
+
+
+def test_random_numbers_of_a_generator_of_its_own_are_told_from_a_fault() -> None:
+    """Nothing shows while the network is traced: only that it gives other outputs each time."""
+    own = torch.Generator().manual_seed(0)
+    model = network(lambda m, x: x + torch.rand(6, 1, 1, dtype=torch.float64, generator=own))
+    with pytest.raises(UnsupportedModel, match="draws random numbers in eval mode"):
+        remove_residuals(model, images())

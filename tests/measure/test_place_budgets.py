@@ -1,0 +1,42 @@
+"""Where time counts: one disturbed measurement refuses nothing, and the narrowest network needs nothing in hand."""
+
+import pytest
+import torch
+from slim_runs import QUICK
+
+from rmprune.errors import InfeasibleBudget
+from rmprune.measure.place import Place, find_ratio
+
+
+def test_one_disturbed_measurement_refuses_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.4, 0.3])
+    monkeypatch.setattr(Place, "ratios", lambda place, networks: {name: next(times) for name in networks})
+    network = torch.nn.Linear(1, 1)
+    place = Place.first(QUICK.measure, network, torch.zeros(1, 1))
+    assert place.least_ratio(network, 0.5) == 0.3
+
+    times = iter([1.4, 1.2, 1.3, 0.3])
+    assert place.least_ratio(network, 0.5) == 1.2  # three, then it is believed
+
+
+def test_the_narrowest_network_needs_nothing_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts aim a little below the budget; where the narrowest one is just within it, that is enough."""
+    monkeypatch.setattr(Place, "ratios", lambda place, networks: dict.fromkeys(networks, 0.495))
+    place = Place.first(QUICK.measure, torch.nn.Linear(1, 1), torch.zeros(1, 1))
+    assert find_ratio(lambda ratio: torch.nn.Linear(1, 1), 0.1, 0.999, 0.5, place) == pytest.approx(0.1)
+    with pytest.raises(InfeasibleBudget, match=r"takes 0\.49"):
+        find_ratio(lambda ratio: torch.nn.Linear(1, 1), 0.1, 0.999, 0.49, place)
+
+
+@pytest.mark.parametrize("allowed", [0.3, 0.5, 0.9])
+def test_the_search_ends_a_little_below_the_budget(allowed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is the square of the ratio: the network found takes no more than the budget, and less by a tenth at most."""
+
+    def cut(ratio: float) -> torch.nn.Module:
+        network = torch.nn.Linear(1, round(1000 * ratio))
+        network.time = ratio**2
+        return network
+
+    monkeypatch.setattr(Place, "ratios", lambda place, networks: {name: net.time for name, net in networks.items()})
+    place = Place.first(QUICK.measure, torch.nn.Linear(1, 1), torch.zeros(1, 1))
+    assert 0.9 * allowed < find_ratio(cut, 0.1, 0.999, allowed, place) ** 2 <= allowed

@@ -1,0 +1,107 @@
+"""What cannot be had is refused before anything is trained, and a comparison goes on without it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from slim_runs import QUICK, Small, by_parameters, noise
+
+import rmprune
+from rmprune.config import MeasureConfig, PruneConfig, TrainConfig
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
+from rmprune.measure.place import Place
+from rmprune.methods.cutter import make_cutter
+from rmprune.methods.table import METHODS
+from rmprune.pipelines import slim, stages
+from rmprune.pipelines.slim import run_slim
+from rmprune.report.build import build_report
+from rmprune.runs import records
+from rmprune.training.job import Job
+
+
+def test_a_table_of_the_processor_is_no_cost_of_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="measured on the CPU"):
+        replace(QUICK, prune=PruneConfig(latency_ratio=(0.5,), cost="time"), measure=MeasureConfig(device="cuda"))
+
+
+def test_a_budget_that_no_width_meets_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    prune = PruneConfig(latency_ratio=(0.3,), min_fraction=0.7, round_to=1)
+    with pytest.raises(InfeasibleBudget, match=r"the narrowest network .* takes 0\.[3-9]"):
+        run_slim(replace(QUICK, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prune = PruneConfig(macs_ratio=(0.35, 0.15), round_to=1)
+    short = replace(QUICK, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0), prune=prune)
+    config = replace(short, method=("inner", "residual"), out=tmp_path / "run")
+    with pytest.raises(InfeasibleBudget, match=r"^inner: macs_ratio 0\.15 .*--skip-infeasible$"):
+        run_slim(config, command="x")
+    assert not (tmp_path / "run").exists()
+    wide, narrow = run_slim(replace(config, skip_infeasible=True), command="x")
+    assert {"inner", "residual"} < set(records.read_record(wide)) and "refused" not in records.read_record(wide)
+    record = records.read_record(narrow)
+    assert set(records.networks(record)) == {"original", "residual"} and record["method"] == "residual"
+    assert list(record["refused"]) == ["inner"] and "macs_ratio 0.15" in record["refused"]["inner"]
+    assert "inner is left out: macs_ratio 0.15" in caplog.text
+    build_report(tmp_path / "run", tmp_path / "report", "x")
+    assert (
+        "resnet8 (width 4), seed 0, macs 0.15: without inner, as macs_ratio 0.15"
+        in (tmp_path / "report" / "index.html").read_text()
+    )
+    with pytest.raises(InfeasibleBudget, match=r"no method can be had: inner: macs_ratio 0\.15"):
+        run_slim(replace(config, method=("inner",), skip_infeasible=True, out=tmp_path / "no"), command="x")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "reason"),
+    [
+        ("squeezenet1_1", "coupled", "no batch norm"),
+        ("shufflenet_v2_x0_5", "residual", "Torch-Pruning cannot follow this network"),
+        ("convnext_tiny", "residual", "--no-reconstruct"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_training(
+    model: str, method: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = noise()
+    monkeypatch.setattr(slim, "load_dataset", lambda config: data)
+    monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
+    config = replace(QUICK, model=model, width=None, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
+    with pytest.raises(UnsupportedModel, match=reason):
+        run_slim(replace(config, out=tmp_path / "run"), command="x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_no_file_can_hold_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: Small(branching=True))
+    monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
+    with pytest.raises(UnsupportedModel, match="trace"):
+        run_slim(replace(QUICK, method=("uniform",), out=tmp_path / "run"), command="x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_cut_while_training_layers_must_be_fittable_only_where_a_cut_at_once_may_follow() -> None:
+    network = rmprune.models.create("convnext_tiny", num_classes=10).eval()
+    data = noise()
+    config = replace(QUICK, prune=replace(QUICK.prune, gradual=True))
+    cutter = make_cutter(network, METHODS["residual"], Job(config, data, torch.device("cpu"), 0))
+    cutter.check(once=False)
+    with pytest.raises(UnsupportedModel, match="--no-reconstruct"):
+        cutter.check(once=True)
+
+
+def test_a_share_of_each_network_s_own_channels_is_no_equal_cost(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="use --macs-ratio or --latency-ratio"):
+        run_slim(
+            replace(QUICK, method=("mixed-auto",), prune=PruneConfig(ratio=(0.5,)), out=tmp_path / "run"), command="x"
+        )

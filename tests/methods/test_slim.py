@@ -1,0 +1,109 @@
+"""One method: budgets in measured time and MACs are met, each way of cutting."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from slim_runs import QUICK, Small, by_parameters
+
+from rmprune.config import PruneConfig, TrainConfig
+from rmprune.errors import InfeasibleBudget
+from rmprune.measure.latency_model import LatencyModel
+from rmprune.measure.place import Place
+from rmprune.methods.slim import scaled
+from rmprune.pipelines import stages
+from rmprune.pipelines.slim import run_slim
+from rmprune.pruning import Budget
+from rmprune.runs import records
+
+IN_TIME = ("rm", "mixed", "coupled", "uniform", "inner")
+
+
+@pytest.fixture(scope="module")
+def in_time(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Time is made up (parameters of the network), so that the tests do not depend on the machine."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Place, "ratios", by_parameters)
+        prune = PruneConfig(latency_ratio=(0.6,), cuts=4, round_to=1)
+        run_slim(replace(QUICK, method=IN_TIME, prune=prune, out=out), command="x")
+    return out
+
+
+@pytest.mark.xdist_group("in time")  # one process makes the run
+@pytest.mark.parametrize("method", IN_TIME)
+def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
+    record = records.read_record(in_time)
+    found = record["pruned" if method == "rm" else method]
+    assert 0.3 < found["params"] / record["original"]["params"] <= 0.6
+
+
+@pytest.mark.xdist_group("in time")
+def test_budgets_in_time_are_met_without_an_epoch_that_other_methods_do_not_get(in_time: Path) -> None:
+    logs = [json.loads(line) for line in (in_time / "log.jsonl").read_text().splitlines()]
+    assert {line["label"] for line in logs if "label" in line} >= set(IN_TIME)
+    assert not any("again" in str(line) for line in logs)
+
+
+def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are made up: a layer takes as long as it has weights, a network as long as it has parameters."""
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    monkeypatch.setattr(
+        LatencyModel, "_measure", lambda self, layers: [layer.cin * layer.cout * 1e-3 for layer in layers]
+    )
+    prune = PruneConfig(latency_ratio=(0.6,), cost="time", cuts=4, round_to=1)
+    run_slim(replace(QUICK, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
+    table = json.loads((tmp_path / "run" / "layer-times-onnxruntime-1-1.json").read_text())
+    assert table["threads"] == 1 and len(table["layers"]) > 10
+
+
+@pytest.mark.parametrize("gradual", [True, False])
+def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
+    gradual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to cut when one measurement says 'too slow': training goes on, and the same command measures again."""
+    wrong = [1.2]
+
+    def once_wrong(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:
+        by_size = by_parameters(place, networks)
+        alone.append("network" in by_size)
+        return {name: ratio * (wrong[0] if sum(alone) > 1 else 1.0) for name, ratio in by_size.items()}
+
+    alone: list[bool] = []  # the first that no search measures is the narrowest one, before training
+    monkeypatch.setattr(Place, "ratios", once_wrong)
+    prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
+    config = replace(
+        QUICK, width=16, method=("residual",), skip_infeasible=True, prune=prune, out=tmp_path / "run"
+    )  # what is trained is not skipped for one measurement either
+    with pytest.raises(InfeasibleBudget, match=r"^latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
+        run_slim(config, command="x")
+    wrong[0] = 1.0
+    run_slim(config, command="x")
+    record = records.read_record(tmp_path / "run")
+    assert record["residual"]["params"] <= 0.55 * record["original"]["params"]
+
+
+def test_the_default_floor_forbids_no_budget(tmp_path: Path) -> None:
+    prune = PruneConfig(macs_ratio=(0.35,), round_to=1)
+    run_slim(
+        replace(QUICK, method=("inner",), finetune=TrainConfig(epochs=0), prune=prune, out=tmp_path / "r"), command="x"
+    )
+    record = records.read_record(tmp_path / "r")
+    assert 0.3 < record["inner"]["macs"] / record["original"]["macs"] <= 0.35
+
+
+def test_further_cuts_do_not_apply_the_upper_limit_again() -> None:
+    assert scaled(Budget(macs_ratio=0.5, max_fraction=0.8), 0.9) == Budget(macs_ratio=0.45)
+
+
+def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: Small(branching=False))
+    config = replace(QUICK, method=("coupled",), prune=PruneConfig(latency_ratio=(0.7,), round_to=1))
+    (path,) = run_slim(replace(config, train=TrainConfig(epochs=1), out=tmp_path / "run"), command="x")
+    record = records.read_record(path)
+    assert record["coupled"]["params"] <= 0.7 * record["original"]["params"]

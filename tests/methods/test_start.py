@@ -1,0 +1,53 @@
+"""Networks that methods start from: residuals removed and blocks collapsed, as the record says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from slim_runs import QUICK, convolutions
+
+import rmprune
+from rmprune.config import PruneConfig, TrainConfig
+from rmprune.errors import UnsupportedModel
+from rmprune.measure.place import Place
+from rmprune.pipelines.slim import run_slim
+from rmprune.runs import records
+
+
+def test_residuals_are_removed_only_within_a_budget_of_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "ratios", lambda place, networks: {n: 0.5 if n == "removed" else 1.0 for n in networks})
+    config = replace(QUICK, method=("mixed",), finetune=TrainConfig(epochs=0))
+    run_slim(replace(config, out=tmp_path / "macs"), command="x")
+    record = records.read_record(tmp_path / "macs")
+    assert record["mixed"]["macs"] <= 0.5 * record["original"]["macs"] and record["mixed"]["removal"]["removed"] == []
+    run_slim(replace(config, prune=PruneConfig(ratio=(0.3,), round_to=1), out=tmp_path / "ratio"), command="x")
+    assert records.read_record(tmp_path / "ratio")["mixed"]["removal"]["removed"] == [
+        "layer1.0",
+        "layer2.0",
+        "layer3.0",
+    ]
+
+
+def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -> None:
+    methods = ("rm-collapse", "mixed-collapse", "coupled-collapse", "coupled-half-collapse")
+    (path,) = run_slim(replace(QUICK, method=methods, out=tmp_path / "run"), command="x")
+    record = records.read_record(path)
+    assert set(records.networks(record)) == {"original", *methods} and record["removal"] is None
+    blocks = {"layer1.0", "layer2.0", "layer3.0"}
+    for name in ("coupled-collapse", "coupled-half-collapse"):
+        assert record[name].get("removal") is None
+    for name in ("rm-collapse", "mixed-collapse"):
+        assert record[name]["removal"]["removed"] and record[name]["removal"]["max_error"] < 1e-10
+    assert set(record["rm-collapse"]["collapsed"]) == set(record["coupled-collapse"]["collapsed"]) == blocks
+    kept = blocks - set(record["mixed-collapse"]["collapsed"])
+    assert record["coupled-half-collapse"]["collapsed"] == record["mixed-collapse"]["collapsed"]
+    explained = record["rm-collapse"]["collapsed"]
+    assert kept == {min(explained, key=lambda name: explained[name])}
+    sizes = {name: convolutions(rmprune.load(tmp_path / "run" / name)) for name in methods}
+    assert sizes["rm-collapse"] == 4 and sizes["coupled-collapse"] == 6  # two shortcuts are convolutions
+    assert sizes["mixed-collapse"] == 4 + 1 + (kept != {"layer1.0"}) and sizes["coupled-half-collapse"] == 4 + 1 + 2
+    for name in methods:
+        assert record[name]["macs"] <= 0.5 * record["original"]["macs"]
+    with pytest.raises(UnsupportedModel, match="no block to collapse"):
+        run_slim(replace(QUICK, model="preact_resnet8", method=("rm-collapse",), out=tmp_path / "no"), command="x")
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,152 @@
+"""The methods are what they were before they became a product of choices, under every name that they had."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rmprune import count_macs
+from rmprune.config import DataConfig, PruneConfig, SlimConfig
+from rmprune.data.load import Dataset, load_dataset
+from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.methods.choose import judge
+from rmprune.methods.cutter import make_cutter
+from rmprune.methods.start import start
+from rmprune.methods.table import METHODS, STARTS, find_methods
+from rmprune.models import create
+from rmprune.pruning import Budget
+from rmprune.report.tables import method_of
+from rmprune.training.job import Files, Job
+
+ONE_CUT = {"gradual": False}
+BEFORE: dict[str, dict[str, Any]] = {  # name: directory of the network that it prunes, and what else is not the default
+    "rm": {"start": "plain"},
+    "rm-collapse": {"start": "collapsed"},
+    "mixed-collapse": {"start": "half-collapsed"},
+    "coupled-collapse": {"start": "collapsed-residual"},
+    "coupled-half-collapse": {"start": "half-collapsed-residual"},
+    "mixed-auto": {"start": "dense", "candidates": ("residual", "mixed-collapse", "rm-collapse", "rm")},
+    "rm-slimming": {
+        "start": "plain",
+        "settings": {"gradual": False, "reconstruct": False, "importance": "batch_norm", "rank": "importance"},
+    },
+    "mixed": {"start": "dense", "residuals": "faster"},
+    "coupled": {"start": "dense", "pruner": "torch-pruning", "settings": ONE_CUT | {"importance": "batch_norm"}},
+    "coupled-taylor": {"start": "dense", "pruner": "torch-pruning", "settings": ONE_CUT | {"importance": "taylor"}},
+    "coupled-norm": {"start": "dense", "pruner": "torch-pruning", "settings": ONE_CUT | {"importance": "magnitude"}},
+    "residual": {"start": "dense"},
+    "inner": {"start": "dense", "widths": "inner"},
+    "uniform": {"start": "dense", "widths": "uniform", "settings": ONE_CUT | {"reconstruct": False}},
+}
+BLOCKS = ["layer1.0", "layer2.0", "layer3.0"]
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_every_name_of_before_means_what_it_meant(name: str) -> None:
+    (method,) = find_methods((name,)).values()
+    expected = {"widths": "free", "pruner": "ours", "settings": {}, "candidates": ()} | BEFORE[name]
+    found = {field: getattr(method, field) for field in expected}
+    assert found | {"start": STARTS[method.start], "settings": dict(method.settings)} == expected
+    assert (method.residuals == "faster") == (name == "mixed") and method.about
+
+
+def test_a_renamed_method_is_listed_by_its_name_and_a_run_keeps_the_one_it_began_with() -> None:
+    assert {"residual-collapse", "residual-half-collapse"} < set(METHODS) and len(METHODS) == len(BEFORE)
+    assert not {"coupled-collapse", "coupled-half-collapse"} & set(METHODS)
+    found = find_methods(("coupled-half-collapse", "rm"))
+    assert list(found) == ["coupled-half-collapse", "rm"]
+    assert found["coupled-half-collapse"] is METHODS["residual-half-collapse"]
+    with pytest.raises(ConfigError, match="unknown method 'collapse'; there are: rm, "):
+        find_methods(("collapse",))
+
+
+def test_reports_call_it_by_its_name_now() -> None:
+    network = {"accuracy": 0.5, "macs": 1, "params": 1, "latency": [], "method": "coupled-collapse"}
+    assert method_of({"original": network, "coupled-collapse": network}, "coupled-collapse") == "residual-collapse"
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_dataset(DataConfig(train_images=256))
+
+
+@pytest.fixture(scope="module")
+def dense(data: Dataset) -> nn.Module:
+    torch.manual_seed(0)
+    return create("resnet8", num_classes=10, in_channels=1, width=4).eval()
+
+
+def convolutions(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def test_the_networks_that_methods_start_from(data: Dataset, dense: nn.Module) -> None:
+    assert start(dense, "none", "kept", data.train.example) == (dense, {})
+    images = data.train.example(32)
+    for collapse, residuals in STARTS:
+        network, facts = start(dense, collapse, residuals, lambda count: images[:count])
+        removed = [] if residuals == "kept" else facts["removal"]["removed"]
+        explained = facts.get("collapsed", {})
+        assert len(explained) == {"none": 0, "half": math.ceil(len(BLOCKS) / 2), "all": len(BLOCKS)}[collapse]
+        assert [name.replace("_", ".") for name in removed] == (
+            [] if residuals == "kept" else list(explained) or BLOCKS
+        )
+        free = residuals == "kept" or collapse != "none"  # no reserved channels: never dearer
+        assert (count_macs(network, images[:1]) <= count_macs(dense, images[:1])) == free
+    with pytest.raises(UnsupportedModel, match="no residual can be removed without reserving channels"):
+        start(dense, "none", "merged", data.train.example)
+
+
+class Counting:
+    """A split that counts how often its images are loaded."""
+
+    def __init__(self, split: Any) -> None:
+        self.split, self.loaded = split, 0
+
+    def batches(self, size: int, **settings: Any) -> Iterator[Any]:
+        self.loaded += min(settings.get("limit") or len(self.split), len(self.split))
+        return self.split.batches(size, **settings)
+
+    def example(self, count: int, device: Any = "cpu") -> torch.Tensor:
+        self.loaded += count
+        return self.split.example(count, device)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+
+def test_images_are_loaded_once_for_all_candidates(data: Dataset, dense: nn.Module, tmp_path: Any) -> None:
+    split = Counting(data.train)
+    config = SlimConfig(prune=PruneConfig(macs_ratio=(0.6,), round_to=1), out=tmp_path)
+    job = Job(config, replace(data, train=split), torch.device("cpu"), 0, dense)  # type: ignore[arg-type]
+    budget = Budget(macs_ratio=0.6, reference_macs=count_macs(dense, data.train.example(1)))
+
+    def cutter(name: str) -> Any:
+        method = METHODS[name]
+        return make_cutter(start(dense, *method.start, job.examples)[0], method, job, budget)
+
+    candidates = {name: partial(cutter, name) for name in METHODS["mixed-auto"].candidates}
+    verdicts = judge(candidates, budget, job, Files.of(tmp_path, "mixed-auto"))
+    assert set(verdicts) == set(candidates)
+    assert split.loaded <= len(data.train) + 2 * len(candidates)  # besides them an example or two for each network
+
+
+def test_the_device_reaches_what_a_cutter_measures_and_fits(data: Dataset, dense: nn.Module) -> None:
+    """Stands for a GPU: the meta device, which computes nothing."""
+    job = Job(SlimConfig(prune=PruneConfig(macs_ratio=(0.6,))), data, torch.device("meta"), 0, dense)
+    cutter = make_cutter(dense, METHODS["residual"], job)
+    tensors = [cutter.example, *cutter.network.parameters(), *(x for batch in job.batches for x in batch)]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.device.type for tensor in dense.parameters()} == {"cpu"}  # a copy went there
+    assert job.examples(100).shape == (100, 1, 8, 8) and job.examples(10**6).shape[0] == len(data.train)
+
+
+def test_the_examples_of_a_job_are_the_first_training_images(data: Dataset) -> None:
+    job = Job(SlimConfig(prune=PruneConfig(macs_ratio=(0.6,))), data, torch.device("cpu"), 0)
+    for count in (1, 128, 200, 10**6):
+        assert torch.equal(job.examples(count), data.train.example(count))

@@ -1,0 +1,172 @@
+"""The whole job on the digits, in miniature: every method in one record, within its budget; what is done is not done again."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rmprune.amc.table import AMC_METHODS
+from rmprune.artifact import files as artifact
+from rmprune.config import AmcConfig, DataConfig, MeasureConfig, RemovalConfig, SearchConfig, TrainConfig
+from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.measure import count_macs
+from rmprune.measure.place import Place
+from rmprune.pipelines import amc as pipeline
+from rmprune.pipelines.amc import run_amc
+from rmprune.report.build import build_report
+from rmprune.runs import records
+
+pytestmark = pytest.mark.xdist_group("amc")  # one process makes the run that all of them read
+QUICK = AmcConfig(
+    width=0.5,
+    method=("rm-amc", "rm-random", "residual-amc", "uniform"),
+    data=DataConfig(train_images=256, batch_size=64),
+    train=TrainConfig(epochs=1),
+    finetune=TrainConfig(epochs=1, learning_rate=0.02, distillation=0.5),
+    search=SearchConfig(episodes=5, warm_up=3, images=64, calibration=64, importance="magnitude", multiple=4),
+    measure=MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(1,), seconds=0.02, min_rounds=3),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "amc"
+    assert run_amc(dataclasses.replace(QUICK, out=out), command="python -m rmprune amc") == [out / "record.json"]
+    return out
+
+
+def test_every_method_is_within_the_budget_of_the_original(run: Path) -> None:
+    record = records.read_record(run)
+    limit = 0.5 * record["original"]["macs"]
+    assert record["plain"]["macs"] > record["original"]["macs"]
+    assert record["budget"] == {"macs_ratio": 0.5}
+    assert len(record["removal"]["removed"]) == 4 and all(
+        name.startswith("features.") for name in record["removal"]["removed"]
+    )
+    for name in QUICK.method:
+        assert record[name]["macs"] <= limit
+        assert record[name]["method"] == name
+        assert count_macs(artifact.load(run / name), torch.zeros(1, 1, 8, 8)) == record[name]["macs"]
+        assert (run / name / "model.onnx").is_file()
+    kinds = {type(module).__name__ for module in artifact.load(run / "rm-amc").modules()}
+    assert kinds <= {
+        "Sequential",
+        "Conv2d",
+        "BatchNorm2d",
+        "ReLU6",
+        "AdaptiveAvgPool2d",
+        "Flatten",
+        "Linear",
+        "Dropout",
+    }
+
+
+def test_the_searches_are_in_the_record_and_logged(run: Path) -> None:
+    record = records.read_record(run)
+    for name in ("rm-amc", "rm-random", "residual-amc"):
+        lines = (run / "search" / name / "episodes.jsonl").read_text().splitlines()
+        assert [json.loads(line)["reward"] for line in lines] == [
+            e["reward"] for e in record[name]["search"]["episodes"]
+        ]
+        assert len(lines) == 5
+    assert record["uniform"]["search"]["width"] < 0.5
+
+
+def test_the_report_has_the_figure_of_the_search(run: Path, tmp_path: Path) -> None:
+    written = build_report(run, tmp_path, "x")
+    assert tmp_path / "search.png" in written
+    assert (tmp_path / "search.svg").stat().st_size > 5000
+    rows = (tmp_path / "results.csv").read_text()
+    assert all(f",{name}," in rows for name in QUICK.method)
+
+
+def test_an_interrupted_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its record and one network: that network alone is made again, from its saved search, and is the same."""
+    before = artifact.load(run / "rm-random").state_dict()
+    (run / "record.json").unlink()
+    (run / "rm-random").rename(run / "elsewhere")
+    monkeypatch.setattr("rmprune.pipelines.stages.tune", None)
+    monkeypatch.setattr(pipeline, "_remove", lambda job: pytest.fail("removed again"))
+    run_amc(dataclasses.replace(QUICK, out=run), command="again")
+    after = artifact.load(run / "rm-random").state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_gradual_cuts_end_at_the_policy(run: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        QUICK, method=("rm-uniform",), apply="gradual", prune_epochs=0.5, checkpoint=run / "dense", out=tmp_path / "run"
+    )
+    (record,) = run_amc(config, command="x")
+    found = records.read_record(record)
+    widths = {entry["group"]: entry["kept"] for entry in found["rm-uniform"]["search"]["widths"]}
+    model = artifact.load(tmp_path / "run" / "rm-uniform")
+    assert {name: model.get_submodule(name).out_channels for name in widths} == widths
+    assert found["rm-uniform"]["macs"] <= 0.5 * found["original"]["macs"]
+
+
+def test_a_policy_is_applied_although_nothing_is_fine_tuned(run: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        QUICK,
+        method=("rm-uniform",),
+        apply="gradual",
+        finetune=TrainConfig(epochs=0),
+        checkpoint=run / "dense",
+        out=tmp_path / "run",
+    )
+    found = records.read_record(run_amc(config, command="x")[0])
+    assert found["rm-uniform"]["macs"] <= 0.5 * found["original"]["macs"]
+
+
+def test_overwriting_with_an_impossible_budget_keeps_the_finished_run(run: Path) -> None:
+    impossible = dataclasses.replace(QUICK.search, lowest=0.9, budget=(0.2,))
+    with pytest.raises(InfeasibleBudget):
+        run_amc(dataclasses.replace(QUICK, search=impossible, out=run, overwrite=True), command="x")
+    assert (run / "record.json").is_file() and (run / "dense").is_dir()
+
+
+def test_mixed_removes_what_is_faster_and_affordable_without_changing_the_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removal_is_faster(place: Place, networks: dict[str, nn.Module]) -> dict[str, float]:
+        return {name: 0.5 if name == "removed" else 1.0 for name in networks}
+
+    monkeypatch.setattr(Place, "ratios", removal_is_faster)
+    narrow = dataclasses.replace(QUICK.search, budget=(0.9,), highest=0.5)  # leaves MACs for the copies
+    small = dataclasses.replace(QUICK, model="resnet8", width=8, train=TrainConfig(epochs=0))
+    for search, count in ((QUICK.search, 0), (narrow, 3)):
+        out = tmp_path / str(count)
+        config = dataclasses.replace(small, method=("residual-amc", "mixed-amc"), search=search, out=out)
+        record = records.read_record(run_amc(config, command="x")[0])
+        assert len(record["mixed-amc"]["removal"]["removed"]) == count and "removal" not in record["residual-amc"]
+        assert record["mixed-amc"]["macs"] <= search.budget[0] * record["original"]["macs"]
+        kept, removed = (artifact.load(out / name).double() for name in config.method)
+        x = 3 * torch.randn(16, 1, 8, 8, dtype=torch.float64)
+        assert (record["mixed-amc"]["macs"] > record["residual-amc"]["macs"]) == (count > 0)
+        torch.testing.assert_close(removed(x), kept(x), rtol=1e-4, atol=1e-4)  # both were saved in float32
+
+
+def test_a_budget_given_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="every value once"):
+        dataclasses.replace(QUICK.search, budget=(0.5, 0.6, 0.50))
+
+
+def test_refusals_come_before_training(tmp_path: Path) -> None:
+    impossible = dataclasses.replace(QUICK.search, lowest=0.9, budget=(0.2,))
+    measured = dataclasses.replace(QUICK.search, constraint="latency")
+    for change, error in (
+        ({"method": ("evolution",)}, ConfigError),
+        ({"search": impossible, "method": ("residual-amc",)}, InfeasibleBudget),
+        ({"search": dataclasses.replace(QUICK.search, budget=(0.1,)), "method": ("uniform",)}, InfeasibleBudget),
+        ({"model": "resnet20", "width": None, "free": 2}, ConfigError),
+        ({"search": dataclasses.replace(QUICK.search, warm_up=5)}, ConfigError),
+        ({"search": measured, "removal": RemovalConfig(keep=("nowhere",))}, ConfigError),
+        ({"search": measured, "model": "resnet20", "width": None, "method": ("uniform",)}, ConfigError),
+        ({"search": measured, "measure": dataclasses.replace(QUICK.measure, device="cuda")}, ConfigError),
+    ):
+        with pytest.raises(error):
+            run_amc(dataclasses.replace(QUICK, out=tmp_path / "run", **change), command="x")
+        assert not (tmp_path / "run").exists()
+    assert all(method.about for method in AMC_METHODS.values())

@@ -1,0 +1,113 @@
+"""The whole job on the digits, in miniature: one record, what was measured is what is kept, interrupted runs go on."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from slim_runs import QUICK
+
+import rmprune
+from rmprune.config import MeasureConfig, NetworkConfig, RemeasureConfig, TrainConfig
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.pipelines import slim, stages
+from rmprune.pipelines.convert import open_network
+from rmprune.pipelines.measure import run_measure
+from rmprune.pipelines.slim import run_slim
+from rmprune.runs import records
+
+pytestmark = pytest.mark.xdist_group("slim")  # one process makes the run that all of them read
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run_slim(replace(QUICK, out=out), command="python -m rmprune slim")
+    return out
+
+
+def test_the_record_says_what_was_promised(finished: Path) -> None:
+    record = records.read_record(finished)
+    assert record["removal"]["removed"] == ["layer1.0", "layer2.0", "layer3.0"] and record["removal"]["kept"] == {}
+    assert record["removal"]["max_error"] < 1e-10
+    assert set(records.networks(record)) == {"original", "plain", "pruned", "coupled"}
+    for name in ("pruned", "coupled"):
+        assert 0 < record[name]["macs"] <= 0.5 * record["original"]["macs"]
+    assert record["plain"]["accuracy"] == pytest.approx(record["original"]["accuracy"], abs=2 / 360)
+    assert {time["backend"] for time in record["pruned"]["latency"]} == {"eager", "onnxruntime"}
+
+
+def test_artifacts_are_what_was_measured(finished: Path) -> None:
+    pruned = rmprune.load(finished / "pruned")
+    assert isinstance(pruned, torch.nn.Sequential) and (finished / "pruned" / "model.onnx").is_file()
+    record = records.read_record(finished)
+    assert rmprune.count_macs(pruned, torch.zeros(1, 1, 8, 8)) == record["pruned"]["macs"]
+    assert rmprune.count_params(pruned) == record["pruned"]["params"]
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
+    before = (finished / "record.json").read_bytes()
+    with pytest.raises(ConfigError, match="finished"):
+        run_slim(replace(QUICK, out=finished), command="x")
+    with pytest.raises(ConfigError, match="other settings"):
+        run_slim(replace(QUICK, out=finished, seed=5), command="x")
+    assert (finished / "record.json").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out = stages.tune, tmp_path / "run"
+
+    def interrupted(*args: object, **kwargs: object) -> torch.nn.Module:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rmprune.methods.slim.tune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_slim(replace(QUICK, out=out), command="x")
+    assert (out / "dense").is_dir() and not (out / "record.json").exists()
+    monkeypatch.setattr("rmprune.methods.slim.tune", real)
+    run_slim(replace(QUICK, out=out), command="x")
+    first, second = (json.loads((run / "record.json").read_text()) for run in (finished, out))
+    for name in ("original", "plain", "pruned", "coupled"):
+        assert first[name]["accuracy"] == second[name]["accuracy"] and first[name]["macs"] == second[name]["macs"]
+
+
+def test_measuring_again_takes_ratios_to_each_run_s_own_original(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="rmprune")
+    wider = tmp_path / "wider"
+    settings = replace(QUICK, out=wider, width=8, method=("rm",), train=TrainConfig(epochs=0))
+    run_slim(replace(settings, finetune=TrainConfig(epochs=0)), command="x")
+    record = records.read_record(wider)
+    assert record["pruned"]["macs"] <= 0.5 * record["original"]["macs"]  # cut although there was nothing to train
+    narrow = [shutil.copytree(finished, tmp_path / name) for name in ("narrow", "copy")]
+    quick = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(2,), seconds=0.02, min_rounds=3)
+    paths = run_measure(RemeasureConfig((*narrow, wider), quick))
+    counts = {len(records.networks(records.read_record(run))) for run in (wider, finished)}
+    assert f"measuring {sum(counts)} networks, eager, 1 thread, batch 2: 1 of 1" in caplog.text  # copies once
+    for again in map(records.read_record, paths):
+        assert [time["batch_size"] for time in again["pruned"]["latency"]] == [2]
+        assert again["original"]["latency"][0]["ratio"] == 1
+        assert again["pruned"]["latency"][0]["reference"] == "original"
+    assert record["pruned"]["accuracy"] == records.read_record(wider)["pruned"]["accuracy"]
+
+
+def test_networks_of_a_run_say_the_size_of_their_images(finished: Path) -> None:
+    for name in ("dense", "plain", "pruned"):
+        assert open_network(NetworkConfig(str(finished / name)))[1].shape[1:] == (1, 8, 8)
+    assert open_network(NetworkConfig(str(finished / "dense"), image_size=12, in_channels=1))[1].shape[1:] == (
+        1,
+        12,
+        12,
+    )
+
+
+def test_a_damaged_stage_is_refused_before_it_is_done_again(tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "architecture.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        slim.stage(tmp_path / "dense", lambda: pytest.fail("trained for nothing"))

@@ -1,0 +1,109 @@
+"""The coupled baseline by Torch-Pruning: our budgets and limits held, streams pruned together, outputs untouched."""
+
+import pytest
+import torch
+from pruning_nets import batches, images, measured_macs, residual
+from torch import nn
+
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
+from rmprune.pruning import Budget, find_structure, prune_coupled
+
+
+@pytest.mark.parametrize("importance", ["batch_norm", "taylor", "magnitude"])
+@pytest.mark.parametrize("ratio", [0.6, 0.3])
+def test_macs_budget_is_hard_and_nearly_used(importance: str, ratio: float) -> None:
+    model, x = residual(), images()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    pruned = prune_coupled(model, x, importance=importance, budget=Budget(macs_ratio=ratio), data=batches(2))
+    whole = measured_macs(model, x)
+    assert 0.85 * ratio * whole <= measured_macs(pruned, x) <= ratio * whole
+    assert pruned(x).shape == (2, 5) and pruned[0][0].in_channels == 3
+    assert pruned[1].conv2.out_channels == pruned[0][0].out_channels  # the stream is one group
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in (*model.parameters(), *pruned.parameters()))
+
+
+def test_limits_and_multiples() -> None:
+    model, x = residual(16), images()
+    model[1].bn1.weight.data[:15] *= 1e-3  # Torch-Pruning would all but empty this layer
+    budget = Budget(macs_ratio=0.5, min_fraction=0.5, round_to=4)
+    pruned = prune_coupled(model, x, budget=budget)
+    units = find_structure(pruned, x).units
+    assert units["1.conv1"] == 8
+    assert all(u % 4 == 0 and u >= 0.5 * find_structure(model, x).units[n] for n, u in units.items())
+    assert measured_macs(pruned, x) <= 0.5 * measured_macs(model, x)
+
+
+def test_channel_budget_and_reference() -> None:
+    model, x = residual(), images()
+    pruned = prune_coupled(model, x, budget=Budget(ratio=0.5))
+    outputs = [sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)) for net in (model, pruned)]
+    assert outputs[1] <= 0.5 * outputs[0]
+    half = prune_coupled(model, x, budget=Budget(macs_ratio=0.9, reference_macs=measured_macs(model, x) / 2))
+    assert measured_macs(half, x) <= 0.45 * measured_macs(model, x)
+
+
+def test_mode_and_frozen_parameters_are_kept() -> None:
+    model = residual().train()
+    model[0][0].weight.requires_grad_(False)
+    pruned = prune_coupled(model, images(), budget=Budget(macs_ratio=0.5))
+    assert all(m.training for m in pruned.modules()) and all(m.training for m in model.modules())
+    assert not pruned[0][0].weight.requires_grad and pruned[1].conv1.weight.requires_grad
+
+
+def test_refusals() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"min_fraction=0\.5"):
+        prune_coupled(residual(), images(), budget=Budget(macs_ratio=0.1, min_fraction=0.5))
+    with pytest.raises(ConfigError, match="there are: batch_norm, taylor, magnitude"):
+        prune_coupled(residual(), images(), importance="random", budget=Budget(ratio=0.5))
+    with pytest.raises(ConfigError, match="pass data"):
+        prune_coupled(residual(), images(), importance="taylor", budget=Budget(ratio=0.5))
+
+
+def test_ties_are_broken() -> None:
+    """Torch-Pruning alone removes every channel that ties with its threshold: here all but one a layer."""
+    model, x = residual(), images()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    pruned = prune_coupled(model, x, budget=Budget(macs_ratio=0.4))
+    assert measured_macs(pruned, x) >= 0.35 * measured_macs(model, x)
+    widths = find_structure(pruned, x).units
+    shares = [widths[n] / u for n, u in find_structure(model, x).units.items()]
+    assert max(shares) - min(shares) < 0.2
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_no_budget_that_the_limits_allow_is_refused(round_to: int) -> None:
+    """Once Torch-Pruning is told to remove more than may go it removes nothing; the search must not take that for too little."""
+    model, x = residual(32), images()
+    whole = measured_macs(model, x)
+    for ratio in (0.9, 0.7, 0.5, 0.35, 0.3):
+        budget = Budget(macs_ratio=ratio, min_fraction=0.5, round_to=round_to)
+        assert 0.65 * ratio * whole < measured_macs(prune_coupled(model, x, budget=budget), x) <= ratio * whole
+
+
+def test_the_largest_part_that_may_stay_is_held() -> None:
+    model, x = residual(16), images()
+    pruned = prune_coupled(model, x, budget=Budget(macs_ratio=0.9, max_fraction=0.75))
+    units = find_structure(pruned, x).units
+    assert all(units[name] <= 0.75 * whole for name, whole in find_structure(model, x).units.items())
+
+
+def test_limits_refer_to_the_first_network() -> None:
+    model, x = residual(16), images()
+    origin = find_structure(model, x).units
+    once = prune_coupled(model, x, budget=Budget(macs_ratio=0.5, min_fraction=0.5), origin=origin)
+    twice = prune_coupled(once, x, budget=Budget(macs_ratio=0.75, min_fraction=0.5), origin=origin)
+    units = find_structure(twice, x).units
+    assert all(units[name] >= 0.5 * whole for name, whole in origin.items())
+
+
+def test_without_a_batch_norm_there_is_no_scale_to_rank_by() -> None:
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
+    head = nn.Sequential(*plain, nn.Linear(8, 5).double()).eval()
+    with pytest.raises(UnsupportedModel, match="no batch norm to rank channels by"):
+        prune_coupled(head, images(), budget=Budget(macs_ratio=0.5))
+    assert measured_macs(prune_coupled(head, images(), importance="magnitude", budget=Budget(ratio=0.5)), images()) > 0

@@ -1,0 +1,150 @@
+"""Groups of channels: chains by our own walk, branching networks by Torch-Pruning, and what is refused."""
+
+import pytest
+import torch
+from pruning_nets import Block, chain, conv, images, measured_macs, mobile_chain, randomise, residual
+from torch import nn
+
+from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.measure import count_macs
+from rmprune.pruning import Budget, prune, prune_coupled
+from rmprune.pruning.dead import _check
+from rmprune.pruning.find_groups import chain_structure, dependency_structure, find_structure
+from rmprune.pruning.groups import outputs, total_cost
+from rmprune.pruning.one_shot import check_outputs
+from rmprune.pruning.surgery import shrink
+
+
+def test_chain_groups_and_costs() -> None:
+    model, x = chain(), images()
+    structure = find_structure(model, x)
+    assert structure.units == {"0": 8, "3": 12, "6": 16}
+    assert structure.frozen == {"11": "its channels are the network's output"}
+    assert [m.layer for m in structure.group("3").members] == ["3", "4", "6"]
+    assert total_cost(structure) == measured_macs(model, x)
+
+
+def test_depthwise_tied_grouped_by_position_and_flattened() -> None:
+    structure = find_structure(mobile_chain(), images())
+    assert structure.units == {"0": 8, "6": 4, "9": 6}  # 12 and 18 channels in positions of 3 groups
+    assert {m.layer for m in structure.group("0").members} == {"0", "1", "3", "4", "5", "6"}
+    assert structure.group("6").members[0].index.tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    last = next(m for m in structure.group("9").members if m.layer == "12")
+    assert last.index.shape == (6, 3 * 16)
+    assert last.index[1, :17].tolist() == [*range(16, 32), 7 * 16]
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain])
+def test_own_walk_agrees_with_torch_pruning(build: object) -> None:
+    model, x = build(), images()  # type: ignore[operator]
+    ours, theirs = chain_structure(model, x), dependency_structure(model, x)
+    assert ours is not None
+
+    def content(structure: object) -> dict:
+        return {
+            frozenset((m.layer, m.side, tuple(map(tuple, m.index.sort(1).values.tolist()))) for m in g.members): g.units
+            for g in structure.groups  # type: ignore[attr-defined]
+        }
+
+    assert content(ours) == content(theirs)
+    assert set(ours.frozen) == set(theirs.frozen)
+
+
+def test_residual_streams_are_single_groups() -> None:
+    model, x = residual(), images()
+    structure = find_structure(model, x)
+    streams = {frozenset(g.producers) for g in structure.groups if len(g.producers) > 1}
+    assert streams == {frozenset({"0.0", "1.conv2"}), frozenset({"2.conv2", "2.shortcut.0", "3.conv2"})}
+    assert total_cost(structure) == measured_macs(model, x)
+    assert model.training is False and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain, residual])
+def test_description_follows_the_cut(build: object) -> None:
+    """shrunk(keep) describes what shrink(keep) returns."""
+    model, x = build(), images()  # type: ignore[operator]
+    structure = find_structure(model, x)
+    generator = torch.Generator().manual_seed(1)
+    keep = {}
+    for group in structure.groups:
+        keep[group.name] = torch.rand(group.units, generator=generator) < 0.6
+        keep[group.name][0] = True
+    smaller, _ = shrink(model, keep, structure)
+    described, found = structure.shrunk(keep), find_structure(smaller, x)
+    assert described.units == found.units
+    assert described.layers == found.layers
+    assert total_cost(described) == measured_macs(smaller, x)
+    for group in described.groups:
+        again = found.group(group.name)
+        for member in group.members:
+            match = next(m for m in again.members if (m.layer, m.side) == (member.layer, member.side))
+            assert torch.equal(member.index.sort(1).values, match.index.sort(1).values) and member.size == match.size
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = conv(3, 8), nn.GroupNorm(2, 8), conv(8, 4)
+        self.c = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.norm(self.a(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("find", [chain_structure, dependency_structure])
+def test_channels_that_a_norm_mixes_are_frozen_with_the_reason(find: object) -> None:
+    structure = find(Normalised().double(), images())  # type: ignore[operator]
+    assert structure.units == {"b": 4}
+    assert "norm" in structure.frozen["a"]
+
+
+def test_layer_used_twice_is_refused() -> None:
+    shared = conv(3, 3)
+    with pytest.raises(UnsupportedModel, match="used twice"):
+        find_structure(nn.Sequential(shared, nn.ReLU(), shared).double(), images())
+
+
+def test_nothing_to_prune_is_an_error() -> None:
+    with pytest.raises(UnsupportedModel, match="no channel can be pruned"):
+        find_structure(nn.Sequential(conv(3, 4), nn.ReLU()).double(), images())
+
+
+def test_network_whose_output_is_a_stream_keeps_it() -> None:
+    model = nn.Sequential(conv(3, 8), Block(8, 8)).double().eval()
+    structure = find_structure(model, images())
+    assert structure.units == {"1.conv1": 8}
+
+
+class Backbone(nn.Module):
+    """Returns two feature maps, of which the later stage reads the first as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())
+        self.first = nn.Sequential(conv(8, 12), nn.BatchNorm2d(12), nn.ReLU())
+        self.second = nn.Sequential(conv(12, 10), nn.BatchNorm2d(10), nn.ReLU(), conv(10, 16), nn.BatchNorm2d(16))
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        first = self.first(self.stem(x))
+        return {"maps": [first, self.second(first)]}
+
+
+def test_channels_that_are_returned_stay_although_they_are_read_too() -> None:
+    model, x = randomise(Backbone()).double().eval(), images()
+    assert set(find_structure(model, x).units) == {"stem.0", "second.0"}
+    for pruned in (
+        prune(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6)),
+        prune_coupled(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6)),
+    ):
+        assert count_macs(pruned, x[:1]) <= 0.6 * count_macs(model, x[:1])
+        assert [tuple(y.shape[1:]) for y in outputs(pruned, x)] == [(12, 8, 8), (16, 8, 8)]
+
+
+def test_a_fold_that_changes_a_returned_map_is_no_longer_silent() -> None:
+    model, x = randomise(Backbone()).double().eval(), images()
+    smaller = shrink(model, {"first.0": torch.arange(12) > 0}, dependency_structure(model, x))[0]
+    with pytest.raises(NotEquivalent):
+        _check(model, smaller, x)
+    with pytest.raises(UnsupportedModel, match="shape"):
+        check_outputs(model, smaller, x)

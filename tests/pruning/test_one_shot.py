@@ -1,0 +1,185 @@
+"""The public `prune`: hard budgets, dead channels first and free, compensation, and the argument left alone."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pruning_nets import Untraceable, batches, chain, images, kill, measured_macs, mobile_chain, residual
+from torch import nn
+
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
+from rmprune.measure.cost import count_macs
+from rmprune.pruning import Budget, find_structure, prune
+from rmprune.pruning.groups import total_cost
+from rmprune.pruning.importance import score_groups
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain, residual, Untraceable])
+@pytest.mark.parametrize("which", ["free", "inner", "uniform"])
+def test_macs_budget_is_met_by_the_pruned_network(build: object, which: str) -> None:
+    model, x = build(), images()  # type: ignore[operator]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    pruned = prune(model, x, importance="magnitude", budget=Budget(macs_ratio=0.6), which=which)  # type: ignore[arg-type]
+    assert measured_macs(pruned, x) <= 0.6 * measured_macs(model, x)
+    assert pruned(x).shape == model(x).shape
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert isinstance(pruned, type(model)) and pruned.training is model.training
+
+
+def test_ratio_counts_channels() -> None:
+    model, x = chain(), images()
+    pruned = prune(model, x, budget=Budget(ratio=0.5))
+    assert sum(find_structure(pruned, x).units.values()) == 18
+
+
+def test_the_cost_of_the_allocator_is_the_one_that_is_reported() -> None:
+    for build in (chain, mobile_chain, residual):
+        assert count_macs(build(), images(1)) == total_cost(find_structure(build(), images(1)))
+
+
+def test_dead_channels_go_first_and_for_nothing() -> None:
+    """As many channels as are dead: the pruned network computes the same."""
+    model, x = chain(kernel=1), images()
+    kill(model, "1", [0, 1, 6, 7], 0.6)
+    kill(model, "4", [1, 2, 3, 4, 9], -0.4)
+    pruned = prune(model, x, importance="random", budget=Budget(ratio=9 / 36))
+    assert find_structure(pruned, x).units == {"0": 4, "3": 7, "6": 16}
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_what_a_cut_leaves_unread_goes_too_and_the_budget_is_still_used() -> None:
+    """Half of layer 0 is read by one channel each: when that goes they go, which must not leave the budget unused."""
+    model, x = chain((24, 24, 24)), images()
+    model[3].weight.data[:, :12] = 0
+    model[3].weight.data[range(12), range(12)] = 1
+    table = {"0": torch.ones(24), "3": torch.cat([torch.zeros(12), torch.ones(12)]), "6": torch.ones(24)}
+    pruned = prune(model, x, importance=table, budget=Budget(macs_ratio=0.7), rank="importance")
+    assert 0.66 * measured_macs(model, x) <= measured_macs(pruned, x) <= 0.7 * measured_macs(model, x)
+    assert find_structure(pruned, x).units["0"] < 24 > find_structure(pruned, x).units["3"]
+
+
+def test_table_of_scores_follows_the_dead() -> None:
+    model, x = chain(kernel=1), images()
+    kill(model, "1", [0, 1], 0.6)
+    table = {"0": torch.arange(8), "3": torch.arange(12) + 100, "6": torch.arange(16) + 100}
+    pruned = prune(model, x, importance=table, budget=Budget(ratio=4 / 36))
+    assert torch.equal(pruned[0].weight, model[0].weight[4:])
+
+
+def test_limits_and_multiples_hold_with_dead_channels() -> None:
+    model, x = chain((16, 24, 32)), images()
+    kill(model, "1", list(range(13)), 0.0)
+    budget = Budget(macs_ratio=0.5, min_fraction=0.3, round_to=4)
+    pruned = prune(model, x, budget=budget)
+    units = find_structure(pruned, x).units
+    assert all(u % 4 == 0 for u in units.values()) and units["0"] >= 8 and units["3"] >= 8 and units["6"] >= 12
+    assert measured_macs(pruned, x) <= 0.5 * measured_macs(model, x)
+
+
+def test_compensation_keeps_the_mean() -> None:
+    """Folding the means of removed live channels brings the outputs nearer, and nothing else differs."""
+    model, data = chain((24, 24), kernel=1), batches(4)
+    x = torch.cat([x for x, _ in data])
+    errors = []
+    for compensate in (True, False):
+        pruned = prune(model, x, importance="random", budget=Budget(ratio=0.3), data=data, compensate=compensate)
+        with torch.no_grad():
+            errors.append(float((pruned(x) - model(x)).square().mean()))
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize(("build", "part"), [(chain, 0.5), (mobile_chain, 0.9), (residual, 0.7)])
+def test_reconstruction_brings_unseen_outputs_nearer_under_the_same_budget(
+    build: Callable[[], nn.Module], part: float
+) -> None:
+    model, x = build(), torch.cat([images(64, seed=100), images(64, seed=101)])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    errors = []
+    for reconstruct in (True, False):
+        budget = Budget(macs_ratio=0.6)
+        pruned = prune(model, x[:2], importance="random", budget=budget, data=batches(40), reconstruct=reconstruct)
+        assert measured_macs(pruned, x[:2]) <= 0.6 * measured_macs(model, x[:2])
+        assert all(p.requires_grad for p in pruned.parameters())
+        with torch.no_grad():
+            errors.append(float((pruned(x) - model(x)).square().mean()))
+    assert errors[0] < part * errors[1]
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_reconstruction_makes_up_exactly_for_channels_that_others_hold() -> None:
+    """Every second channel doubles its neighbour, whose readers' weights can be doubled in turn: nothing is lost."""
+    model, data = chain((8, 12)), batches(20)
+    with torch.no_grad():
+        model[0].weight[1::2] = model[0].weight[::2]
+        for tensor in (model[1].weight, model[1].bias, model[1].running_mean, model[1].running_var):
+            tensor[1::2] = tensor[::2]
+    table = {"0": torch.tensor([1.0, 0.0]).repeat(4), "3": torch.full((12,), 2.0)}
+    budget = Budget(ratio=4 / 20)
+    pruned = prune(model, data[0][0], importance=table, rank="importance", budget=budget, data=data, reconstruct=True)
+    assert find_structure(pruned, data[0][0]).units == {"0": 4, "3": 12}
+    with torch.no_grad():
+        assert float((pruned(images(3, seed=9)) - model(images(3, seed=9))).abs().max()) < 1e-2
+        assert (
+            float(
+                (
+                    prune(model, data[0][0], importance=table, rank="importance", budget=budget)(images(3, seed=9))
+                    - model(images(3, seed=9))
+                )
+                .abs()
+                .max()
+            )
+            > 0.1
+        )
+
+
+def test_reconstruction_where_a_cut_leaves_channels_unread() -> None:
+    """What goes with the cut is not fitted, so that it cannot come back and break the budget."""
+    model, data = chain((24, 24, 24)), batches(20)
+    model[3].weight.data[:, :12] = 0
+    model[3].weight.data[range(12), range(12)] = 1
+    kill(model, "4", [20, 21])
+    table = {"0": torch.ones(24), "3": torch.cat([torch.zeros(12), torch.ones(12)]), "6": torch.ones(24)}
+    x = data[0][0]
+    widths = []
+    for reconstruct in (True, False):
+        budget = Budget(macs_ratio=0.7)
+        pruned = prune(model, x, importance=table, budget=budget, rank="importance", data=data, reconstruct=reconstruct)
+        assert measured_macs(pruned, x) <= 0.7 * measured_macs(model, x)
+        widths.append(find_structure(pruned, x).units)
+    assert widths[0] == widths[1] and widths[0]["0"] < 24
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_kept(training: bool, reconstruct: bool) -> None:
+    model, budget = chain().train(training), Budget(macs_ratio=0.5)
+    pruned = prune(model, images(), importance="taylor", budget=budget, data=iter(batches(2)), reconstruct=reconstruct)
+    assert model.training is training and all(m.training is training for m in pruned.modules())
+
+
+def test_errors() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"min_fraction=0\.9"):
+        prune(chain(), images(), budget=Budget(macs_ratio=0.2, min_fraction=0.9))
+    with pytest.raises(ConfigError, match="which must be"):
+        prune(chain(), images(), budget=Budget(ratio=0.5), which="all")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="give some as data"):
+        prune(chain(), images(), budget=Budget(ratio=0.5), reconstruct=True)
+    with pytest.raises(UnsupportedModel, match="--no-reconstruct"):
+        prune(Untraceable(), images(), budget=Budget(ratio=0.5), data=batches(2), reconstruct=True)
+    with pytest.raises(ConfigError, match="no entry for 0"):
+        prune(chain(), images(), budget=Budget(ratio=0.5), importance={"nowhere": torch.ones(3)})
+
+
+def test_a_flat_result_of_stock_modules() -> None:
+    pruned = prune(chain(), images(), budget=Budget(macs_ratio=0.3))
+    assert type(pruned) is nn.Sequential
+    assert [type(m) for m in pruned] == [type(m) for m in chain()]
+
+
+def test_a_table_may_name_layers() -> None:
+    model, x = residual(), images()
+    norms = {n: torch.rand(m.num_features) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    groups = score_groups(norms, model, find_structure(model, x))
+    by_layer, by_group = (prune(model, x, importance=table, budget=Budget(macs_ratio=0.5)) for table in (norms, groups))
+    assert find_structure(by_layer, x).units == find_structure(by_group, x).units
+    assert torch.equal(by_layer(x), by_group(x))

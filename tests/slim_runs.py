@@ -1,0 +1,57 @@
+"""Runs of `slim` in miniature, with times made up where they are the budget."""
+
+import torch
+
+import rmprune
+from rmprune.config import MeasureConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.data.load import Dataset
+from rmprune.data.sources import Images
+from rmprune.data.splits import TensorSplit
+from rmprune.measure.place import Place
+
+QUICK = SlimConfig(
+    model="resnet8",
+    width=4,
+    method=("rm", "coupled"),
+    train=TrainConfig(epochs=2),
+    finetune=TrainConfig(epochs=2, learning_rate=0.02),
+    prune=PruneConfig(macs_ratio=(0.5,), cuts=4, round_to=1),
+    measure=MeasureConfig(threads=(1,), batch_sizes=(1,), seconds=0.02, min_rounds=3),
+)
+
+
+def by_parameters(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:
+    whole = rmprune.measure.count_params(place.original)
+    return {name: rmprune.measure.count_params(network) / whole for name, network in networks.items()}
+
+
+def noise() -> Dataset:
+    split = TensorSplit(
+        Images(torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8), torch.arange(40) % 10),
+        torch.full((3,), 128.0),
+        torch.full((3,), 64.0),
+        may_flip=False,
+    )
+    return Dataset("noise", 10, (3, 32, 32), split, split, split, QUICK.data)
+
+
+class Small(torch.nn.Module):
+    """A hidden linear layer without a batch norm; `branching` on data, which torch.fx cannot trace."""
+
+    def __init__(self, branching: bool) -> None:
+        super().__init__()
+        self.branching = branching
+        self.features = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 16, 3, bias=False), torch.nn.BatchNorm2d(16), torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        )  # fmt: skip
+        self.hidden, self.head = torch.nn.Linear(16, 24), torch.nn.Linear(24, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.branching and x.sum() > 1e9:
+            return torch.zeros(len(x), 10)
+        return self.head(torch.relu(self.hidden(self.features(x))))
+
+
+def convolutions(model: torch.nn.Module) -> int:
+    return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
