@@ -129,10 +129,6 @@ class AmcConfig(Architecture):
         require(len(self.method) > 0, "method is empty; give at least one, for example rm-amc")
         require(self.apply in ("once", "gradual"), f"apply is {self.apply!r}; use 'once' or 'gradual'")
         require(self.prune_epochs > 0, f"prune_epochs is {self.prune_epochs}; it must be positive")
-        require(
-            self.search.constraint != "latency" or self.measure.device == "cpu",
-            f"constraint='latency' is a table measured on the CPU; use another, or measure.device cpu, not {self.measure.device}",
-        )
 
     @property
     def directory(self) -> Path:

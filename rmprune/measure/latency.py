@@ -27,7 +27,17 @@ from torch import Tensor, nn
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.measure.accuracy import candidate_accuracy
-from rmprune.measure.backends import BACKENDS, Candidate, Run, check_backend, current, prepare, reduced, surroundings
+from rmprune.measure.backends import (
+    BACKENDS,
+    Candidate,
+    Run,
+    check_backend,
+    current,
+    needs_calibration,
+    prepare,
+    reduced,
+    surroundings,
+)
 from rmprune.measure.results import BUSY, Latency, quartiles
 
 logger = logging.getLogger("rmprune.measure")
@@ -115,6 +125,8 @@ def measure_latencies(
     """
     _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
     candidates = {name: Candidate(name, model, example_inputs, calibration) for name, model in models.items()}
+    if needs_calibration(backends) and calibration is None:
+        next(iter(candidates.values())).calibration  # noqa: B018  says what is missing, before anything is timed
     results: dict[str, list[Latency]] = {name: [] for name in models}
     for configuration in itertools.starmap(_Configuration, itertools.product(backends, [device], threads, batch_sizes)):
         if progress is not None:
@@ -123,6 +135,7 @@ def measure_latencies(
             results[name].append(latency)
     if split is not None:
         for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
+            logger.info("accuracy of %s on %s, %d images", name, backend, len(split))
             accuracy = candidate_accuracy(candidate, split, backend, device, max(threads))
             results[name] = [replace(r, accuracy=accuracy) if r.backend == backend else r for r in results[name]]
     if warn:

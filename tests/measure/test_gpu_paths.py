@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError
-from rmprune.measure import BACKENDS, check_available, measure_latencies, torch_backends
+from rmprune.config import AmcConfig, MeasureConfig, PruneConfig, SearchConfig, SlimConfig
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.measure import BACKENDS, LatencyModel, check_available, measure_latencies, torch_backends
 from rmprune.measure.backends import GPU_ONLY, Backend, Candidate, prepare, surroundings
 from rmprune.measure.candidate import Prepared, Setting
 
@@ -118,8 +121,11 @@ def test_a_provider_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPat
         prepare(Candidate("net", NET, X), "tensorrt", "cuda", 1, 1)
 
 
-def test_times_are_the_device_s_and_memory_is_above_what_was_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:  # every run takes the device 3 ms
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which a run of 'eager' takes 3 ms, and the memory that torch says it took."""
+
+    class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
@@ -132,6 +138,8 @@ def test_times_are_the_device_s_and_memory_is_above_what_was_held(monkeypatch: p
     runs = [0]
 
     def load(candidate: Candidate, setting: Setting) -> Prepared:
+        assert setting.device == "cuda"
+
         def run() -> None:
             runs[0] += 1
 
@@ -140,15 +148,35 @@ def test_times_are_the_device_s_and_memory_is_above_what_was_held(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a stand-in")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5 * 2**20)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12 * 2**20)
     monkeypatch.setitem(BACKENDS, "eager", Backend(load))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_times_are_the_device_s_and_memory_is_above_what_was_held() -> None:
     found = measure_latencies(
         {"net": NET}, X, backends=["eager"], threads=[1], batch_sizes=[6], device="cuda", seconds=0.0, min_rounds=4
     )["net"][0]
     assert found.device == "cuda" and found.median_ms == 3.0 and found.images_per_second == 2000
     assert found.peak_mib == 7.0 and found.to_dict()["peak_mib"] == 7.0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_table_of_layer_times_is_measured_on_the_device_and_names_it(tmp_path: Path) -> None:
+    table = LatencyModel("eager", threads=1, device="cuda", cache=tmp_path / "times.json", seconds=0.0, min_rounds=3)
+    assert table.predict(NET, X) == 3.0 and table.block == 8  # one layer, whose time holds the runtime's own
+    assert json.loads((tmp_path / "times.json").read_text())["gpu"] == "a stand-in"
+    with pytest.raises(ArtifactError, match="gpu"):
+        LatencyModel("eager", threads=1, cache=tmp_path / "times.json")
+
+
+def test_budgets_in_time_may_be_counted_on_a_gpu() -> None:
+    measure = MeasureConfig(device="cuda")
+    assert SlimConfig(measure=measure, prune=PruneConfig(latency_ratio=(0.5,), cost="time")).measure.device == "cuda"
+    assert AmcConfig(measure=measure, search=SearchConfig(constraint="latency")).measure.device == "cuda"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
