@@ -51,7 +51,9 @@ def networks(name: str, data: Dataset, settings: Settings) -> dict[str, nn.Modul
     torch.manual_seed(settings.seed)
     width = {} if settings.width is None else {"width": settings.width}
     net = rmprune.models.create(name, num_classes=data.num_classes, in_channels=data.input_shape[0], **width)
-    fit(net, data, TrainConfig(epochs=settings.epochs), seed=settings.seed, device=torch.device("cpu"), progress=False)
+    net = fit(
+        net, data, TrainConfig(epochs=settings.epochs), seed=settings.seed, device=torch.device("cpu"), progress=False
+    )
     x, found = data.train.example(16), {"residual": net.eval()}
     for form in settings.forms:
         try:
@@ -60,7 +62,7 @@ def networks(name: str, data: Dataset, settings: Settings) -> dict[str, nn.Modul
             print(f"{name}, {form}: {reason}")
     pruned = rmprune.prune(rmprune.remove_residuals(net, x, batch_norm=True).model, x, budget=rmprune.Budget(ratio=0.5))
     tuning = TrainConfig(epochs=settings.finetune_epochs, learning_rate=0.02, warmup_epochs=0.0)
-    fit(pruned, data, tuning, seed=settings.seed, device=torch.device("cpu"), progress=False)
+    pruned = fit(pruned, data, tuning, seed=settings.seed, device=torch.device("cpu"), progress=False)
     return found | {"pruned": pruned.eval()}
 
 
