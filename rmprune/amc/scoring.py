@@ -68,7 +68,7 @@ class Scorer:
         self.space, self.order, self.labels = space, dict(order), labels
         self.calibrator = Calibrator(model, space.structure, self.settings)
         self.model = self.calibrator.model
-        program = read_program(self.model, space.structure)
+        program = read_program(model, space.structure, calibration)
         with torch.inference_mode():
             x = self._prepare(calibration)
             self.calibrator.measure_reference(program.unshared(), x)

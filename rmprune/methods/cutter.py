@@ -16,7 +16,7 @@ from rmprune.methods.table import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
-from rmprune.pruning.coupled import check_importance
+from rmprune.pruning.coupled import check_coupled
 from rmprune.pruning.groups import Cost, Scores, Structure, inner_only, macs, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.one_shot import fitting
@@ -117,13 +117,13 @@ class Cutter:
         """
         settings = self.settings
         if self.coupled:
-            check_importance(self.network, self.structure, settings.importance)
+            check_coupled(self.network, self.structure, settings.importance, self.example)
             return
         two = list(self.job.data.train.batches(2, device=self.job.device, limit=2))
         IMPORTANCES[settings.importance](self.network, self.structure, two)
         if settings.reconstruct and (once or not settings.gradual):
             with fitting():
-                read_program(self.network, self.structure)
+                read_program(self.network, self.structure, self.example)
 
     def hook(
         self, budget: Budget, *, steps: int, epochs: int, meets: Callable[[nn.Module], float] | None = None

@@ -1,5 +1,7 @@
 """What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
+import contextlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from rmprune.config import AmcConfig, MeasureConfig, SlimConfig, TrainRunConfig,
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
 from rmprune.errors import ConfigError
+from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.measure.machine import environment
 from rmprune.methods.start import start
@@ -136,6 +139,7 @@ def finish(
         **({"budget": cell.budget} if cell.budget else {}),
         "environment": environment(),
         "removal": removal,
+        "training": training_log(cell.shared, cell.directory),
         **measure_networks(networks, job.data, job.config.measure, job.device),
         **({"refused": refused} if refused else {}),
     }
@@ -148,7 +152,7 @@ def finish(
 def measure_networks(
     networks: dict[str, nn.Module], data: Dataset, config: MeasureConfig, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Test accuracy (read here only), MACs, parameters and times of each network, as record entries."""
+    """Test accuracy (read here only), MACs, parameters, layers and times of each network, as record entries."""
     example = data.test.example(1)
     latencies = measure_latencies(
         networks,
@@ -168,10 +172,25 @@ def measure_networks(
             "accuracy": evaluate(model.to(device), data.test, device=device).accuracy,
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
+            **outline(model, example),
             "latency": [latency.to_dict() for latency in latencies[name]],
         }
         for name, model in networks.items()
     }
+
+
+def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
+    """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record.
+
+    Of an epoch that was trained twice, after an interruption, the last stays; a line that was cut short is left out.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for log in dict.fromkeys(directory / "log.jsonl" for directory in directories):
+        for line in log.read_text().splitlines() if log.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError):
+                epoch = json.loads(line)
+                found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
+    return {label: list(epochs.values()) for label, epochs in found.items()}
 
 
 def pick_device(name: str) -> torch.device:

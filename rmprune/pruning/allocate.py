@@ -16,7 +16,7 @@ from rmprune.pruning.groups import Cost, Keep, Structure, channels, macs, total_
 def keep_best(scores: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` largest scores; of equal ones, the first stay."""
     mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[torch.argsort(scores, descending=True, stable=True)[:count]] = True
+    mask[torch.argsort(scores.cpu(), descending=True, stable=True)[:count]] = True
     return mask
 
 

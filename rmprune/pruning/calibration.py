@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.pruning.groups import Keep, Layer, Structure, layer_masks
+from rmprune.pruning.groups import Keep, Layer, Structure, device_of, layer_masks
 from rmprune.pruning.program import Op, Program
 from rmprune.pruning.reconstruct import reconstruct, reconstruct_checked
 from rmprune.pruning.surgery import Slices, take, tensor_slices
@@ -40,19 +40,25 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Cut:
-    """A policy as indices: (layer, side) -> mask of what stays, and parameter -> its slices. Empty: nothing goes."""
+    """A policy as indices on the model's device: layer -> output channels that stay, parameter -> its slices. Empty: nothing goes."""
 
-    masks: Mapping[tuple[str, str], Tensor]
+    kept: Mapping[str, Tensor]
     slices: Mapping[str, Slices]
 
     @classmethod
     def of(cls, model: nn.Module, structure: Structure, keep: Keep) -> "Cut":
-        return cls(layer_masks(structure, keep), tensor_slices(model, structure, keep))
+        device, masks = device_of(model), layer_masks(structure, keep)
+        lost = {layer: mask for (layer, side), mask in masks.items() if side == "out" and not bool(mask.all())}
+        kept = {layer: mask.nonzero().flatten().to(device) for layer, mask in lost.items()}
+        slices = {
+            name: tuple((dim, index.to(device)) for dim, index in own)
+            for name, own in tensor_slices(model, structure, keep).items()
+        }
+        return cls(kept, slices)
 
     def outputs(self, layer: str) -> Tensor | None:
         """The output channels of a layer that stay; None where all do."""
-        mask = self.masks.get((layer, "out"))
-        return None if mask is None or bool(mask.all()) else mask.nonzero().flatten()
+        return self.kept.get(layer)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class Calibrator:
         if op.kind == "vector":
             x = values[op.inputs[0]]
             return F.prelu(x, self._taken(f"{op.layer}.weight", cut).to(x.dtype))
-        return program.call(op, self.model, values)
+        return program.call(op, values)
 
     def narrowed(self, op: Op, cut: Cut) -> Fitted:
         """The reference of an operation whose inputs no policy changes, with the channels that stay."""
@@ -197,7 +203,7 @@ class Calibrator:
         size = (int(y.shape[2]), int(y.shape[3])) if y.dim() == 4 else (1, 1)
         count = -(-self.settings.samples // len(y))
         generator = torch.Generator().manual_seed(len(self._positions))
-        at = sample_positions(len(y), size, count, generator)
+        at = sample_positions(len(y), size, count, generator).to(y.device)
         self._positions[op.name], self._wanted[op.name] = at, outputs_at(y, at)
 
     def _reconstructed(self, op: Op, x: Tensor, weight: Tensor, cut: Cut) -> Tensor:
@@ -254,6 +260,9 @@ class Positions:
     image: Tensor
     row: Tensor
     column: Tensor
+
+    def to(self, device: torch.device) -> "Positions":
+        return Positions(self.image.to(device), self.row.to(device), self.column.to(device))
 
 
 def sample_positions(images: int, size: tuple[int, int], count: int, generator: torch.Generator) -> Positions:

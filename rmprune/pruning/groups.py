@@ -17,28 +17,29 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 
+Side = Literal["out", "in", "tied"]
 Keep = dict[str, Tensor]
 """Group name -> bool [units]; True is what stays. A group that is absent stays whole."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One tensor dimension that shrinks with a group. ``index`` [units, k]: the channels of ``layer`` that unit u
-    owns, out of ``size``.
+    """One tensor dimension that shrinks with a group. `index` [units, k]: the channels of `layer` that unit u
+    owns, out of `size`.
 
-    ``side``: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
+    `side`: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
     PReLU, depthwise).
     """
 
     layer: str
-    side: Literal["out", "in", "tied"]
+    side: Side
     index: Tensor
     size: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that go together. ``units``: how many can be decided on; each is ``multiple`` channels of a producer
+    """Channels that go together. `units`: how many can be decided on; each is `multiple` channels of a producer
     (1 but for grouped convolutions, where the same position in every convolution group goes at once).
     """
 
@@ -53,7 +54,7 @@ class Group:
 
     @property
     def channels(self) -> int:
-        """Output channels of layers that one unit stands for, over all producers: the unit of ``Budget.ratio``."""
+        """Output channels of layers that one unit stands for, over all producers: the unit of `Budget.ratio`."""
         return sum(int(m.index.shape[1]) for m in self.members if m.side == "out")
 
     @property
@@ -66,15 +67,20 @@ class Group:
         return tuple(m for m in self.members if m.side == "in")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network computes: the device of its first parameter or buffer."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def outputs(model: nn.Module, example_inputs: Tensor) -> list[Tensor]:
-    """All tensors that the model returns, in eval mode: of one, a tuple, a dict, ..."""
+    """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
-        return [x for x in tree_leaves(model(example_inputs)) if isinstance(x, Tensor)]
+        return [x for x in tree_leaves(model(example_inputs.to(device_of(model)))) if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer: its shape, and which groups set its width. ``inputs`` / ``outputs``: (group,
+    """A convolution or linear layer: its shape, and which groups set its width. `inputs` / `outputs`: (group,
     channels a unit).
     """
 
@@ -100,7 +106,7 @@ Cost = Callable[[Layer, int, int], float]
 
 @dataclass(frozen=True)
 class Structure:
-    """Groups, the layers they size, and ``frozen``: {group or layer: why it is not pruned}."""
+    """Groups, the layers they size, and `frozen`: {group or layer: why it is not pruned}."""
 
     groups: tuple[Group, ...]
     layers: tuple[Layer, ...]
@@ -119,7 +125,7 @@ class Structure:
         return with_ports(Structure(groups, self.layers, {**self.frozen, **reasons}))
 
     def shrunk(self, keep: Mapping[str, Tensor]) -> "Structure":
-        """The description of the network that :func:`rmprune.pruning.surgery.shrink` returns for the same ``keep``."""
+        """The description of the network that `rmprune.pruning.surgery.shrink` returns for the same `keep`."""
         masks = layer_masks(self, keep)
         groups = tuple(_shrink_group(g, keep.get(g.name), masks) for g in self.groups)
         layers = []
@@ -141,7 +147,7 @@ def macs(layer: Layer, cin: int, cout: int) -> float:
 
 
 def channels(layer: Layer, cin: int, cout: int) -> float:
-    """Prunable output channels, the unit of ``Budget.ratio`` (a depthwise layer's are its producer's, and not counted
+    """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted
     twice).
     """
     return float(cout) if layer.outputs and layer.kind != "depthwise" else 0.0
@@ -154,7 +160,7 @@ def total_cost(structure: Structure, cost: Cost = macs) -> float:
 
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     """{(layer, "out" or "in"): bool mask over its channels}, for every layer that loses something or could. Checks
-    ``keep``.
+    `keep`.
     """
     units = structure.units
     for name, mask in keep.items():
@@ -192,7 +198,7 @@ def _shrink_group(group: Group, keep: Tensor | None, masks: Mapping[tuple[str, s
 
 
 def with_ports(structure: Structure) -> Structure:
-    """Fill in each layer's ``inputs`` and ``outputs`` from the groups."""
+    """Fill in each layer's `inputs` and `outputs` from the groups."""
     inputs: dict[str, list[tuple[str, int]]] = {}
     outputs: dict[str, list[tuple[str, int]]] = {}
     for group in structure.groups:
@@ -209,22 +215,8 @@ def with_ports(structure: Structure) -> Structure:
     return Structure(structure.groups, tuple(layers), structure.frozen)
 
 
-def tie_positions(group: Group, parts: int) -> Group:
-    """Tie the channels at the same position in each of ``parts`` equal blocks (what a convolution with
-    ``groups=parts`` needs).
-    """
-    if group.units % parts:
-        raise UnsupportedModel(f"{group.name}: {group.units} channels do not split into {parts} convolution groups")
-    size = group.units // parts
-
-    def tied(index: Tensor) -> Tensor:
-        return index.view(parts, size, -1).transpose(0, 1).reshape(size, -1)
-
-    return replace(group, units=size, members=tuple(replace(m, index=tied(m.index)) for m in group.members))
-
-
 def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> Layer | None:
-    """The :class:`Layer` of a Conv2d or Linear; None for every other module."""
+    """The `Layer` of a Conv2d or Linear; None for every other module."""
     if name not in shapes:
         return None
     before, after = shapes[name]
@@ -306,7 +298,7 @@ def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[t
             handles.append(module.register_forward_hook(recorder(name)))
     try:
         with evaluating(model), torch.no_grad():
-            model(example_inputs)
+            model(example_inputs.to(device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
@@ -325,7 +317,7 @@ Scores = dict[str, Tensor]
 
 
 def input_weights(module: nn.Module, values: Tensor) -> Tensor:
-    """[c_in]: the sum, for each input channel, of ``values`` shaped as the layer's weight (convolution groups taken
+    """[c_in]: the sum, for each input channel, of `values` shaped as the layer's weight (convolution groups taken
     apart).
     """
     if isinstance(module, nn.Conv2d) and module.groups > 1:
@@ -338,5 +330,5 @@ def gather(values: Tensor, member: Member) -> Tensor:
     return values.double().cpu()[member.index]
 
 
-def zero_scores(structure: Structure) -> Scores:
-    return {g.name: torch.zeros(g.units, dtype=torch.float64) for g in structure.groups}
+def zero_scores(structure: Structure, device: torch.device | None = None) -> Scores:
+    return {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}

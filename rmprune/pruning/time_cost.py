@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.trace import trace
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import Layer as Timed
 from rmprune.measure.layers import network_layers
-from rmprune.pruning.find_groups import trace_graph
 from rmprune.pruning.groups import Layer, Structure
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -69,7 +69,8 @@ def timed_layers(model: nn.Module, found: Sequence[Timed]) -> dict[str, Timed]:
     Raises UnsupportedModel for a network whose layers cannot be told apart.
     """
     weighted = [layer for layer in found if json.loads(layer.kind)["type"] in ("Conv2d", "Linear")]
-    names = _execution_order(model)
+    called = [str(node.target) for node in trace(model).nodes if node.op == "call_module"]
+    names = [name for name in called if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]
     if len(names) != len(weighted):
         raise UnsupportedModel(f"{len(names)} layers run, {len(weighted)} can be timed; use another constraint")
     return dict(zip(names, weighted, strict=True))
@@ -98,11 +99,3 @@ def _between(grid: list[int], width: int) -> list[tuple[int, float]]:
     low, high = grid[at - 1], grid[at]
     share = (width - low) / (high - low)
     return [(low, 1 - share), (high, share)] if share else [(low, 1.0)]
-
-
-def _execution_order(model: nn.Module) -> list[str]:
-    graph = trace_graph(model)
-    if graph is None:
-        raise UnsupportedModel(f"{type(model).__name__}: torch.fx cannot trace it; use another constraint")
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    return [name for name in called if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]

@@ -114,15 +114,20 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
 
 def frame(records: list[Path]) -> pd.DataFrame:
     """All rows of all records, in COLUMNS order; a run is named by its directory."""
-    found = [row for path in records for row in rows(read_record(path), run=str(path.parent))]
+    return frame_of({path: read_record(path) for path in records})
+
+
+def frame_of(records: dict[Path, dict[str, Any]]) -> pd.DataFrame:
+    """`frame` of records that are read already, by their files."""
+    found = [row for path, record in records.items() for row in rows(record, run=str(path.parent))]
     return pd.DataFrame(found, columns=COLUMNS)
 
 
 def relative(data: pd.DataFrame) -> pd.DataFrame:
     """One row per method, budget and configuration, means over seeds, everything against the dense network.
 
-    Columns: accuracy and its spread over seeds (standard deviation), accuracy_change (points), macs_ratio,
-    params_ratio, time ratio, median/q1/q3, seeds.
+    Columns: accuracy (0 to 1), its spread over seeds (standard deviation), its lowest and highest seed, accuracy_change
+    (points), macs, params and their ratios, time (median/q1/q3 in ms) and its ratio, seeds.
     """
     keys = ["model", "dataset", "method", "budget", *CONFIGURATION]
     dense = data[data.method == "dense"].set_index(["run", *CONFIGURATION])
@@ -138,6 +143,7 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         "accuracy_change",
         "macs",
         "macs_ratio",
+        "params",
         "params_ratio",
         "median_ms",
         "q1_ms",
@@ -151,9 +157,12 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         .agg(
             accuracy=("accuracy", "mean"),
             accuracy_spread=("accuracy", _spread),
+            accuracy_low=("accuracy", "min"),
+            accuracy_high=("accuracy", "max"),
             accuracy_change=("accuracy_change", "mean"),
             macs=("macs", "mean"),
             macs_ratio=("macs_ratio", "mean"),
+            params=("params", "mean"),
             params_ratio=("params_ratio", "mean"),
             median_ms=("median_ms", "mean"),
             q1_ms=("q1_ms", "mean"),

@@ -59,7 +59,7 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     ("model", "method", "reason"),
     [
         ("squeezenet1_1", "coupled", "no batch norm"),
-        ("shufflenet_v2_x0_5", "residual", "Torch-Pruning cannot follow this network"),
+        ("shufflenet_v2_x0_5", "coupled", "Torch-Pruning cannot follow this network"),
         ("convnext_tiny", "residual", "--no-reconstruct"),
     ],
 )
