@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import rmprune
 from rmprune.config import DataConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
@@ -19,6 +21,7 @@ from rmprune.measure import (
     measure_latencies,
 )
 from rmprune.measure.backends import Candidate, prepare, surroundings
+from rmprune.measure.quantise import onnx_int8
 from rmprune.training import evaluate
 
 ERROR = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.15}  # largest, of the largest output
@@ -104,6 +107,19 @@ def with_wide_channel(net: nn.Module) -> nn.Module:
         reader.weight.copy_(torch.cat([second.weight, torch.zeros(24, 1, 3, 3)], 1))
         reader.bias.copy_(second.bias)
     return nn.Sequential(wide, wider_norm, net[2], reader, *list(net)[4:]).eval()  # type: ignore[index,call-overload]
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_int8_takes_a_residual_network_whole_and_so_compares_fairly(residual: bool, tmp_path: Path) -> None:
+    net, x = rmprune.models.create("resnet8", num_classes=4, width=4).eval(), torch.randn(16, 3, 16, 16)
+    net = net if residual else rmprune.remove_residuals(net, x).model
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 3, str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(onnx_int8(Candidate("net", net, x, x)), options, providers=["CPUExecutionProvider"])
+    kernels = {node.op_type for node in importlib.import_module("onnx").load(tmp_path / "optimised.onnx").graph.node}
+    assert "QLinearConv" in kernels and ("QLinearAdd" in kernels) == residual
+    assert not kernels & {"Conv", "FusedConv", "Add", "Relu", "Gemm"}
 
 
 def test_int8_without_training_images_is_refused_by_name(trained: nn.Module, digits: Dataset) -> None:
