@@ -69,8 +69,9 @@ class Timing:
     def __init__(self, original: nn.Module, example: Tensor, config: MeasureConfig, cache: Path | None) -> None:
         self.original, self.example = original, example
         self.place = Place.first(config, original, example[:1])
+        place = self.place
         self.table = LatencyModel(
-            self.place.backend, threads=self.place.threads, batch_size=self.place.batch_size, cache=cache
+            place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
         )
 
     def measure(self, network: nn.Module, space: Space) -> Measure:
