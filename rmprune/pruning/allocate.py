@@ -108,6 +108,7 @@ class GreedySearch:
             self.price.place(name, units)
 
     def keep(self) -> Keep:
+        """The masks of the widths reached so far: the best-scored units of each group."""
         return {n: keep_best(s, self.meter.units[n]) for n, s in self.scores.items()}
 
     def _offer(self, name: str, lookahead: int) -> tuple[float, float, int, int] | None:

@@ -47,6 +47,7 @@ class Cut:
 
     @classmethod
     def of(cls, model: nn.Module, structure: Structure, keep: Keep) -> "Cut":
+        """The cut of these masks, as `shrink` would make it."""
         device, masks = device_of(model), layer_masks(structure, keep)
         lost = {layer: mask for (layer, side), mask in masks.items() if side == "out" and not bool(mask.all())}
         kept = {layer: mask.nonzero().flatten().to(device) for layer, mask in lost.items()}
@@ -262,6 +263,7 @@ class Positions:
     column: Tensor
 
     def to(self, device: torch.device) -> "Positions":
+        """The same on another device."""
         return Positions(self.image.to(device), self.row.to(device), self.column.to(device))
 
 

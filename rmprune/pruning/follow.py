@@ -288,6 +288,7 @@ _SEVERAL = _Several()
 
 
 def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, however it is nested."""
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 

@@ -64,6 +64,7 @@ class Group:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
+        """The members that read these channels."""
         return tuple(m for m in self.members if m.side == "in")
 
 
@@ -114,9 +115,11 @@ class Structure:
 
     @property
     def units(self) -> dict[str, int]:
+        """{group: how many units it has}."""
         return {g.name: g.units for g in self.groups}
 
     def group(self, name: str) -> Group:
+        """The group of this name."""
         return next(g for g in self.groups if g.name == name)
 
     def without(self, reasons: Mapping[str, str]) -> "Structure":
@@ -333,4 +336,5 @@ def member_values(values: Tensor, member: Member) -> Tensor:
 
 
 def zero_scores(structure: Structure, device: torch.device | None = None) -> Scores:
+    """A score of 0 for every unit."""
     return {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}
