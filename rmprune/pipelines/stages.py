@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from rmprune.artifact.weights import load_checkpoint_into
 from rmprune.config import AmcConfig, MeasureConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
-from rmprune.errors import ConfigError
+from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
-from rmprune.measure import count_macs, count_params, measure_latencies
+from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.measure.machine import environment
 from rmprune.methods.start import start
-from rmprune.methods.table import STARTS, Collapse, Residuals
+from rmprune.methods.table import STARTS, CollapsedBlocks, Residuals
 from rmprune.models.families import create_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
@@ -30,7 +31,7 @@ from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
 RunConfig = SlimConfig | AmcConfig | TrainRunConfig
-NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed")
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
 """Facts of a network's artifact that the record repeats."""
 
 
@@ -87,7 +88,7 @@ def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
 
 
 def starting_network(
-    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: Collapse, residuals: Residuals
+    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: CollapsedBlocks, residuals: Residuals
 ) -> nn.Module:
     """What methods of these choices prune: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
     if (collapse, residuals) == ("none", "kept"):
@@ -164,6 +165,8 @@ def measure_networks(
         seconds=config.seconds,
         min_rounds=config.min_rounds,
         reference="original",
+        calibration=calibration_images(data.train) if needs_calibration(config.backends) else None,
+        split=data.test,
     )
     return {
         name: {
@@ -189,6 +192,15 @@ def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
                 epoch = json.loads(line)
                 found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
     return {label: list(epochs.values()) for label, epochs in found.items()}
+
+
+def image_shape(known: Any, where: Path) -> tuple[int, int, int]:
+    """(C, H, W) as a file tells it; ArtifactError where it tells none, or more than 2**26 values, which take 256 MiB."""
+    if not isinstance(known, list) or len(known) != 3 or not all(type(size) is int and size > 0 for size in known):
+        raise ArtifactError(f"{where}: does not say the size of its images; make it again")
+    if math.prod(known) > 2**26:
+        raise ArtifactError(f"{where}: images of {known} values are larger than any that are read; make it again")
+    return known[0], known[1], known[2]
 
 
 def pick_device(name: str) -> torch.device:

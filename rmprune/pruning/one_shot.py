@@ -17,10 +17,11 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
-from rmprune.pruning.dead import Folded, add_to_bias, fold, response
+from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Keep, Structure, device_of, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Batches, Importance, on_device, score_groups
+from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
@@ -45,6 +46,7 @@ def prune(
     reconstruct: bool = False,
     lookahead: int = 1,
     origin: Mapping[str, int] | None = None,
+    prove: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
@@ -56,10 +58,11 @@ def prune(
     (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
     `rmprune.pruning.budget.allocate`. `which`: all groups by importance, those inside blocks only, or the
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
-    on networks with residuals as well (their streams are then pruned coupled).
+    on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
+    network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
 
-    Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned, or where layers
-    cannot be fitted.
+    Raises NotEquivalent where the cut took other columns than those that read what went, InfeasibleBudget where limits forbid
+    the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     >>> pruned = rmprune.prune(net, torch.randn(2, 3, 8, 8), importance="batch_norm", budget=rmprune.Budget(ratio=0.5))
@@ -79,7 +82,7 @@ def prune(
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
-    folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
+    folded = fold_dead(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
     model, structure = folded.model, folded.structure
     if isinstance(importance, Mapping):
         importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
@@ -97,10 +100,12 @@ def prune(
             keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
-        done = fold(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)
+        done = fold_dead(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)
         return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    if prove:
+        prove_cut(model, structure, keep, example_inputs)
     if reconstruct:
         with fitting():
             pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
