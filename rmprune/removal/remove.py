@@ -80,7 +80,8 @@ def remove_residuals(
     example_inputs: one batch, (N, C, H, W), a tuple of inputs or a dict of them by the names in forward; sets the sizes and the
     statistics of new batch norms (from its first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes,
     unless `note`, the result's or a block's, says otherwise (a pool with ceil_mode). keep: names of blocks to leave in.
-    ranges: "provable" bounds hold for every input in `input_range`; "calibrated" ones are seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass
+    ranges: "provable" bounds hold for every input in `input_range`; "calibrated" ones are seen on example_inputs and widened by
+    `margin` times their width, exact only inside. form: how copies pass
     an activation that is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice"
     (one copy beside it; the result is no chain then). batch_norm: False folds every batch norm, True
     only new ones whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring
