@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rmprune.artifact.onnx import onnx_bytes
 from rmprune.errors import ConfigError
 from rmprune.graph.fold import fold_batch_norms
+from rmprune.graph.inputs import as_tuple, only_input
 
 Form = TypeVar("Form")
 Run = Callable[[], object]
@@ -45,10 +46,19 @@ class Candidate:
     `calibration`: training images [N, C, H, W], which int8 needs to choose its ranges by.
     """
 
-    def __init__(self, name: str, model: nn.Module, example_inputs: Tensor, calibration: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Tensor, ...],
+        calibration: Tensor | None = None,
+    ) -> None:
         self.name = name
-        self.example_inputs = example_inputs.detach().float().cpu()[:1]
-        self.folded = fold_batch_norms(model).float().cpu().to(memory_format=torch.contiguous_format)
+        self.all_inputs = tuple(
+            x.detach().float().cpu()[:1] if x.is_floating_point() else x.cpu()[:1]
+            for x in as_tuple(model, example_inputs)
+        )
+        self.folded = fold_batch_norms(model, self.all_inputs).float().cpu().to(memory_format=torch.contiguous_format)
         self._calibration = calibration
         self._forms: dict[Callable[[Candidate], Any], Any] = {}
 
@@ -59,9 +69,18 @@ class Candidate:
         found: Form = self._forms[make]
         return found
 
+    @property
+    def example_inputs(self) -> Tensor:
+        """The first example, (1, C, H, W). Raises UnsupportedModel where the network takes several inputs."""
+        return only_input(self.all_inputs, "this backend")
+
     def inputs(self, batch_size: int) -> Tensor:
-        """The first example, `batch_size` times: (batch_size, C, H, W), float32."""
-        return self.example_inputs.repeat(batch_size, *[1] * (self.example_inputs.dim() - 1))
+        """The first example, `batch_size` times: (batch_size, C, H, W), float32. Raises as `example_inputs` does."""
+        return only_input(self.batch(batch_size), "this backend")
+
+    def batch(self, batch_size: int) -> tuple[Tensor, ...]:
+        """The first example of every input, `batch_size` times."""
+        return tuple(x.repeat(batch_size, *[1] * (x.dim() - 1)) for x in self.all_inputs)
 
     @property
     def calibration(self) -> Tensor:
@@ -81,4 +100,4 @@ def folded_form(candidate: Candidate) -> nn.Module:
 
 def onnx_form(candidate: Candidate) -> bytes:
     """ONNX, float32, batch size free."""
-    return onnx_bytes(candidate.folded, candidate.example_inputs)
+    return onnx_bytes(candidate.folded, candidate.all_inputs)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.graph.foreign import plain_module
-from rmprune.graph.inputs import as_tuple, only_input
+from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.measure.accuracy import candidate_accuracy
 from rmprune.measure.backends import (
     BACKENDS,
@@ -63,7 +63,7 @@ class _Configuration(NamedTuple):
 
 def measure_latency(
     model: nn.Module,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     *,
     backend: str = "onnxruntime",
     threads: int = 2,
@@ -72,20 +72,21 @@ def measure_latency(
     seconds: float = 2.0,
     min_rounds: int = 15,
 ) -> Latency:
-    """Time of one network: `example_inputs` (N, C, H, W), `batch_size` defaults to N. To compare networks, use
-    measure_latencies.
+    """Time of one network: `example_inputs` (N, C, H, W), or several inputs (eager and onnxruntime); `batch_size` defaults to N.
+    To compare networks, use measure_latencies.
 
     >>> net, x = nn.Conv2d(3, 8, 3), torch.randn(4, 3, 16, 16)
     >>> time = rmprune.measure_latency(net, x, backend="eager", threads=1, seconds=0.0, min_rounds=5)
     >>> time.batch_size, time.rounds, 0 < time.q1_ms <= time.median_ms <= time.q3_ms
     (4, 5, True)
     """
+    model = plain_module(model)
     results = measure_latencies(
         {"model": model},
         example_inputs,
         backends=[backend],
         threads=[threads],
-        batch_sizes=[batch_size or len(example_inputs)],
+        batch_sizes=[batch_size or len(as_tuple(model, example_inputs)[0])],
         device=device,
         seconds=seconds,
         min_rounds=min_rounds,
@@ -95,7 +96,7 @@ def measure_latency(
 
 def measure_latencies(
     models: dict[str, nn.Module],
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     *,
     backends: Sequence[str] = ("eager", "onnxruntime"),
     threads: Sequence[int] = (2,),
@@ -127,7 +128,7 @@ def measure_latencies(
     """
     _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
     models = {name: plain_module(model) for name, model in models.items()}
-    example_inputs = only_input(as_tuple(next(iter(models.values())), example_inputs), "measure_latency")
+    example_inputs = as_tuple(next(iter(models.values())), example_inputs)
     candidates = {name: Candidate(name, model, example_inputs, calibration) for name, model in models.items()}
     if needs_calibration(backends) and calibration is None:
         next(iter(candidates.values())).calibration  # noqa: B018  says what is missing, before anything is timed

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmprune.artifact.onnx import input_names
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
 
@@ -84,13 +85,18 @@ def onnx_runtime(
     session = onnxruntime.InferenceSession(candidate.form(form), options, providers=asked)
     if asked[0][0] not in session.get_providers():  # it goes on without one that does not load
         raise RuntimeError(f"{asked[0][0]} is installed and does not load")
-    feed = {"input": candidate.inputs(setting.batch_size).numpy()}
+    names = input_names(candidate.form(folded_form), len(candidate.all_inputs))
+    taken = {entry.name for entry in session.get_inputs()}  # one that nothing depends on is left out
+    feed = {
+        name: x.numpy() for name, x in zip(names, candidate.batch(setting.batch_size), strict=True) if name in taken
+    }
 
     def outputs(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
 
     if setting.device == "cpu":
         return Prepared(lambda: session.run(None, feed), outputs)
+    candidate.inputs(1)  # refuses several
     bound, index = session.io_binding(), _index(setting.device)
     bound.bind_ortvalue_input("input", onnxruntime.OrtValue.ortvalue_from_numpy(feed["input"], "cuda", index))
     bound.bind_output("output", "cuda", index)

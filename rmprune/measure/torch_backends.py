@@ -39,7 +39,13 @@ def eager(
     candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32, channels_last: bool = True
 ) -> Prepared:
     """PyTorch as it is. Threads are torch's own, set by the caller."""
-    return _prepared(*_on_device(candidate, setting, dtype, channels_last))
+    if len(candidate.all_inputs) == 1:
+        return _prepared(*_on_device(candidate, setting, dtype, channels_last))
+    model = copy.deepcopy(candidate.form(folded_form)).to(setting.device, dtype)
+    batch = [
+        x.to(setting.device, dtype if x.is_floating_point() else None) for x in candidate.batch(setting.batch_size)
+    ]
+    return Prepared(lambda: model(*batch), model)
 
 
 def torchscript(candidate: Candidate, setting: Setting) -> Prepared:

@@ -40,6 +40,11 @@ def test_several_inputs(inputs: Inputs, tmp_path: Path) -> None:
         block.removable for block in removal.blocks
     ]
     assert rmprune.count_macs(net, inputs) == 64 * 9 * (3 * 8 + 8 + 64 + 64) + 64 * 16
+    for backend in ("eager", "onnxruntime"):
+        time = rmprune.measure_latency(removal.model, inputs, backend=backend, seconds=0.0, min_rounds=1)
+        assert time.batch_size == 4 and time.median_ms > 0
+    with pytest.raises(UnsupportedModel, match="one input only"):
+        rmprune.measure_latency(removal.model, inputs, backend="torchscript", seconds=0.0, min_rounds=1)
     assert list(rmprune.collapse_blocks(net, inputs).collapsed) == ["add#2"]
     pruned = rmprune.prune(removal.model, inputs, importance="magnitude", budget=rmprune.Budget(macs_ratio=0.5))
     assert rmprune.count_macs(pruned, inputs) <= 0.5 * rmprune.count_macs(removal.model, inputs)
