@@ -7,8 +7,10 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, Shift
 from rmprune.graph.functional import COMMUTATIVE, is_size, modules_for
 from rmprune.graph.in_place import undo_in_place
@@ -47,6 +49,8 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     if pieces:
         slice_pieces(network)
         _as_layers(network)
+        network.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        _refuse_fixed_batch(network, decided, example_inputs)
     network.decided = decided
     return network
 
@@ -171,8 +175,10 @@ def plain_norm(module: Any) -> nn.BatchNorm2d:
 
 
 def _as_layers(network: Network) -> None:
-    """x - y as x + (-1) * y, and a number a channel that is added as a layer; `propagate_shapes` has run."""
+    """x - y as x + (-1) * y, a number a channel that is added as a layer, channels of zeros as padding; `propagate_shapes` has run."""
     for node in list(network.graph.nodes):
+        if node.target in (torch.cat, torch.concat):
+            _as_padding(network, node)
         if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
             continue
         first, second = node.args
@@ -188,6 +194,41 @@ def _as_layers(network: Network) -> None:
             node.target, node.args = operator.add, (first, negative)
         elif node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
             node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
+
+
+def _as_padding(network: Network, cat: fx.Node) -> None:
+    """cat([x, zeros], 1), the shortcut of ResNets for small images, as a padding of x with channels of zeros."""
+    parts = cat.args[0] if cat.args else None
+    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+    if not isinstance(parts, list | tuple) or dim not in (1, -3) or not all(len(shape_of(p) or ()) == 4 for p in parts):
+        return
+    live = [place for place, part in enumerate(parts) if not _is_zero(network, part)]
+    if len(live) == 1 and len(parts) > 1:
+        channels = [(shape_of(part) or (0, 0))[1] for part in parts]
+        before, after = sum(channels[: live[0]]), sum(channels[live[0] + 1 :])
+        cat.target, cat.args, cat.kwargs = F.pad, (parts[live[0]], (0, 0, 0, 0, before, after)), {}
+
+
+def _is_zero(network: Network, node: fx.Node) -> bool:
+    if node.target in (torch.zeros_like, torch.zeros, "new_zeros"):
+        return True
+    layer, constant = network.layer(node), network.constants.get(str(node.target)) if node.op == "get_attr" else None
+    zeros = layer.factor if isinstance(layer, Scale) else constant
+    return zeros is not None and not bool(zeros.any())
+
+
+def _refuse_fixed_batch(network: Network, decided: list[str], inputs: tuple[Tensor, ...]) -> None:
+    """Sizes that decide may be those of the batch; then it runs for batches of this size only, and nothing can be checked."""
+    if not decided:
+        return
+    try:
+        propagate_shapes(network, tuple(torch.cat([x, x[:1]]) for x in inputs))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"the code asks for sizes ({'; '.join(decided)}), and so the size of the batch is written into the network: {error}; "
+            "make what depends on it of tensors (zeros_like, new_zeros, x.view(-1, ...))"
+        ) from error
+    propagate_shapes(network, inputs)
 
 
 def _one_a_channel(constant: Tensor, node: fx.Node) -> bool:

@@ -54,7 +54,8 @@ def _value(network: Network, node: fx.Node, values: Values) -> Any:
         known = _known_shape(network, node, values)
         if known is not None:
             return torch.empty(known, dtype=values[node.all_input_nodes[0]].dtype, device="meta")
-        return evaluate(node, values.__getitem__, lambda n: _own(network.own(n)))
+        with torch.device("meta"):  # also for what the code makes of sizes alone
+            return evaluate(node, values.__getitem__, lambda n: _own(network.own(n)))
     except Exception as error:
         shapes = [tuple(values[n].shape) for n in node.all_input_nodes if isinstance(values[n], Tensor)]
         raise UnsupportedModel(f"{node.target}: fails on inputs of shape {shapes}: {error}") from error

@@ -69,7 +69,7 @@ class Tracer(fx.Tracer):
             if node.target is getattr and node.args[1] in _PLACES:
                 self.values[node] = getattr(self.inputs[0], str(node.args[1]))
             else:
-                with _untraced():
+                with _untraced(), torch.device("meta"):
                     self.values[node] = evaluate(node, self.values.__getitem__, self._own)
         except Exception:  # the user's own function, or an operator without a rule for shapes
             return
@@ -132,6 +132,31 @@ def _untraced() -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = ours  # type: ignore[method-assign]
+
+
+_FACTORIES = ("zeros", "ones", "full", "empty", "arange")
+
+
+@contextlib.contextmanager
+def _recorded_factories(tracer: Tracer) -> Iterator[None]:
+    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph."""
+
+    def recorded(make: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", make, args, kwargs)
+            return make(*args, **kwargs)
+
+        return call
+
+    own = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, make in own.items():
+            setattr(torch, name, recorded(make))
+        yield
+    finally:
+        for name, make in own.items():
+            setattr(torch, name, make)
 
 
 class _Known(fx.Proxy):
@@ -204,7 +229,8 @@ def follow(
         tracer.inputs = known
         try:
             fixed = _fixed(model, None if inputs is None else len(inputs))
-            graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
+            with _recorded_factories(tracer):
+                graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
             return _cleaned(graph, fixed), list(tracer.decided)
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))

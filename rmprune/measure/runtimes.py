@@ -86,10 +86,9 @@ def onnx_runtime(
     if asked[0][0] not in session.get_providers():  # it goes on without one that does not load
         raise RuntimeError(f"{asked[0][0]} is installed and does not load")
     names = input_names(candidate.form(folded_form), len(candidate.all_inputs))
-    taken = {entry.name for entry in session.get_inputs()}  # one that nothing depends on is left out
-    feed = {
-        name: x.numpy() for name, x in zip(names, candidate.batch(setting.batch_size), strict=True) if name in taken
-    }
+    feed = {name: x.numpy() for name, x in zip(names, candidate.batch(setting.batch_size), strict=True)}
+    if len(names) > 1:  # one that nothing depends on is left out
+        feed = {entry.name: feed[entry.name] for entry in session.get_inputs()}
 
     def outputs(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])

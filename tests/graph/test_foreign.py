@@ -53,6 +53,47 @@ def test_wrappers_are_taken_off(wrap: Any, call: str, tmp_path: Path) -> None:
     assert CALLS[call](wrap(Res()).eval(), X, tmp_path)
 
 
+def test_distributed_data_parallel_is_taken_off(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net = nn.parallel.DistributedDataParallel(Res().eval())
+        assert set(rmprune.load(rmprune.save(net, tmp_path / "net")).state_dict()) == set(Res().state_dict())
+        assert rmprune.remove_residuals(net, X).removed and rmprune.count_macs(net, X) == rmprune.count_macs(Res(), X)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_network_compiled_in_place_is_taken(call: str, tmp_path: Path) -> None:
+    net = Res().eval()
+    net.compile()
+    assert CALLS[call](net, X, tmp_path)
+
+
+class Shared(nn.Module):
+    """One norm after both convolutions, or one kernel in both."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 3), (3, 3), (3, 2)))
+        self.norm_one = self.norm_two = nn.BatchNorm2d(3)
+        if not norm:
+            self.two.weight, self.norm_two = self.one.weight, nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm_one(self.one(x)))
+        return self.head(torch.relu(self.norm_two(self.two(y)) + y))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_what_is_shared_is_followed_or_refused_by_name(norm: bool, tmp_path: Path) -> None:
+    net = Shared(norm).eval()
+    assert torch.allclose(rmprune.remove_residuals(net, X).model(X), net(X), atol=1e-5)
+    assert torch.equal(rmprune.load(rmprune.save(net, tmp_path / "net"))(X), net(X))
+    with pytest.raises(rmprune.RmpruneError, match="norm_|one.*two|two.*one"):
+        rmprune.prune(net, X, importance="magnitude", budget=rmprune.Budget(macs_ratio=0.5))
+
+
 def test_wrappers_inside_are_taken_off_in_a_copy() -> None:
     net = nn.Sequential(nn.DataParallel(Res()), nn.ReLU()).eval()
     plain = plain_module(net)

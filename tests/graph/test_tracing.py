@@ -106,6 +106,44 @@ def test_joins_are_removed(kind: str) -> None:
         assert "test_tracing.py line" in removal.note
 
 
+class Cifar(nn.Module):
+    """A block that doubles its channels, with a shortcut of zeros."""
+
+    def __init__(self, zeros: Callable[[Tensor], Tensor], first: bool) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head, self.zeros, self.first = nn.Conv2d(8, 2, 1), zeros, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        short = x[:, :, ::2, ::2]
+        zeros = self.zeros(short)
+        short = torch.cat([zeros, short], dim=1) if self.first else torch.cat((short, zeros), 1)
+        return self.head(torch.relu(self.two(torch.relu(self.one(x))) + short))  # type: ignore[no-any-return]
+
+
+ZEROS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mul": lambda x: x.mul(0),
+    "times": lambda x: 0 * x,
+    "like": torch.zeros_like,
+    "new": lambda x: x.new_zeros(x.shape),
+    "made": lambda x: torch.zeros(x.size(0), 4, x.size(2), x.size(3), dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ZEROS)
+def test_a_shortcut_of_zeros_is_removed(kind: str, first: bool) -> None:
+    net = Cifar(ZEROS[kind], first).eval()
+    removal = rmprune.remove_residuals(net, X)
+    assert len(removal.removed) == 1 and torch.allclose(removal.model(X), net(X), atol=1e-4)
+
+
+def test_a_batch_size_that_is_written_in_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"size of the batch is written into the network"):
+        rmprune.remove_residuals(Cifar(lambda x: x.reshape(int(x.size(0)), 4, 4, 4), True).eval(), X)
+
+
 @pytest.mark.parametrize("join", [extended, split_by_width, split_by_widths, unbound])
 def test_pieces_of_a_fixed_number_are_traced(join: Join, tmp_path: Path) -> None:
     """They are no chain of layers, which removal says; pruning and artifacts take them."""
