@@ -34,6 +34,8 @@ from rmprune.measure.backends import BACKENDS, Candidate, prepare, surroundings
 from rmprune.measure.latency import measure_latencies, quiet_process, timed_rounds
 from rmprune.measure.layers import Layer, neighbours, network_layers
 from rmprune.measure.machine import environment
+from rmprune.runs.reading import read_json
+from rmprune.runs.writing import write_text
 
 logger = logging.getLogger("rmprune.measure")
 SCHEMA = 1
@@ -204,21 +206,15 @@ class LatencyModel:
             "fit": self.fit,
             "layers": [[*layer, ms] for layer, ms in self.table.items()],
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content, indent=0))
-            temporary.replace(path)
-        except OSError as error:
-            raise ArtifactError(f"{path}: the latency table cannot be written ({error.strerror})") from error
+        write_text(path, json.dumps(content, indent=0))
 
     def _read(self, path: Path) -> None:
+        content = read_json(path, missing="there is no such file", damaged="delete it to measure again")
         try:
-            content = json.loads(path.read_text())
             table = {Layer(str(kind), int(cin), int(cout)): float(ms) for kind, cin, cout, ms in content["layers"]}
             a, b = map(float, content["fit"])
             overhead = float(content["overhead_ms"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ArtifactError(f"{path}: not a latency table, or damaged; delete it to measure again") from error
         for name, value in self._settings().items():
             if content.get(name) != value:

@@ -1,7 +1,7 @@
 """How one method cuts one network: its budget, one cut, or the hook that cuts while training. Trains and measures nothing itself."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from rmprune.methods.table import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
-from rmprune.pruning.coupled import check_coupled
+from rmprune.pruning.coupled import check_coupled, loss_gradients
 from rmprune.pruning.groups import Cost, Scores, Structure, inner_only, macs, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.one_shot import fitting
@@ -94,7 +94,9 @@ class Cutter:
                 importance=settings.importance,
                 budget=budget,
                 data=self.job.batches,
+                gradients=self.gradients if network is self.network else None,
                 origin=origin,
+                prove=scores is None,
             ).cpu()
         return prune(
             here,
@@ -108,6 +110,7 @@ class Cutter:
             reconstruct=settings.reconstruct and scores is None,
             lookahead=self.lookahead,
             origin=origin,
+            prove=scores is None,
         ).cpu()
 
     def check(self, *, once: bool = True) -> None:
@@ -165,6 +168,12 @@ class Cutter:
         if self.coupled:
             return {}
         return score_groups(self.settings.importance, self.network, self.structure, self.job.batches)
+
+    @cached_property
+    def gradients(self) -> Mapping[str, Tensor] | None:
+        """What Torch-Pruning's Taylor importance ranks this network's channels by, computed once for all its cuts; else None."""
+        taylor = self.coupled and self.settings.importance == "taylor"
+        return loss_gradients(self.network, self.job.batches) if taylor else None
 
     def narrowest(self, budget: Budget) -> nn.Module:
         """The network of the least MACs that the limits of `budget` allow, whatever its weights."""

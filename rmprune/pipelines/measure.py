@@ -19,6 +19,7 @@ from rmprune.errors import ArtifactError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
 from rmprune.measure.machine import environment
+from rmprune.pipelines.stages import image_shape
 from rmprune.runs import records
 
 logger = logging.getLogger("rmprune")
@@ -107,6 +108,8 @@ def _identity(directory: Path) -> str:
 def network_directory(run: Path, name: str) -> Path:
     """Where a run keeps a network: `original` is called dense/ on disk; dense/ and plain/ may lie one level up, shared by cells."""
     folder = "dense" if name == "original" else name
+    if not name.isprintable() or Path(folder).name != folder or folder in ("", ".."):
+        raise ArtifactError(f"{run}: its record has a network {name[:80]!r}, which names no folder of it; run it again")
     for place in (run / folder, run.parent / folder):
         if artifact.is_artifact(place):
             return place
@@ -135,7 +138,4 @@ def dataset_of(paths: list[Path]) -> Dataset:
 
 def example_shape(path: Path) -> tuple[int, int, int]:
     """(C, H, W) of the images of a run's data set."""
-    shape = records.read_record(path).get("input_shape")
-    if not isinstance(shape, list) or len(shape) != 3:
-        raise ArtifactError(f"{path}: does not say the size of its images; run it again")
-    return shape[0], shape[1], shape[2]
+    return image_shape(records.read_record(path).get("input_shape"), path)

@@ -79,7 +79,7 @@ def _run_cell(cell: Cell, methods: dict[str, Method], job: Job[SlimConfig], comm
     removal: dict[str, Any] | None = None
     if any(method.start == ("none", "removed") for method in methods.values()):
         networks["plain"] = starts("none", "removed")
-        removal = artifact.read_extra(cell.shared / "plain")["removal"]
+        removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
     refused: dict[str, Refusal] = {}
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rmprune.artifact.weights import load_checkpoint_into
 from rmprune.config import AmcConfig, MeasureConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
-from rmprune.errors import ConfigError
+from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.measure.machine import environment
@@ -30,7 +31,7 @@ from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
 RunConfig = SlimConfig | AmcConfig | TrainRunConfig
-NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed")
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
 """Facts of a network's artifact that the record repeats."""
 
 
@@ -191,6 +192,15 @@ def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
                 epoch = json.loads(line)
                 found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
     return {label: list(epochs.values()) for label, epochs in found.items()}
+
+
+def image_shape(known: Any, where: Path) -> tuple[int, int, int]:
+    """(C, H, W) as a file tells it; ArtifactError where it tells none, or more than 2**26 values, which take 256 MiB."""
+    if not isinstance(known, list) or len(known) != 3 or not all(type(size) is int and size > 0 for size in known):
+        raise ArtifactError(f"{where}: does not say the size of its images; make it again")
+    if math.prod(known) > 2**26:
+        raise ArtifactError(f"{where}: images of {known} values are larger than any that are read; make it again")
+    return known[0], known[1], known[2]
 
 
 def pick_device(name: str) -> torch.device:

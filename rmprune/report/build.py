@@ -20,6 +20,7 @@ from rmprune.report.payload import payload
 from rmprune.report.search_figure import search_figure
 from rmprune.report.tables import frame_of, refusals, summary_tables
 from rmprune.runs.records import read_record
+from rmprune.runs.writing import write_text
 
 logger = logging.getLogger("rmprune")
 COMMAND = "command.txt"
@@ -41,7 +42,7 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         written = [out_dir / "results.csv"]
-        data.to_csv(written[0], index=False)
+        write_text(written[0], data.to_csv(index=False))
         if not data.empty:
             styles = looks(ranked(data))  # as on the page
             for title, stem, part in _parts(data):
@@ -51,8 +52,7 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
                 stem = "search" if len(records) == 1 else f"search-{number + 1}"
                 written += save_figure(figure, out_dir / stem)
         for name, text in (("index.html", page(payload(data, records, left_out, command))), (COMMAND, command + "\n")):
-            (out_dir / name).write_text(text, encoding="utf-8")
-            written.append(out_dir / name)
+            written.append(write_text(out_dir / name, text))
     except OSError as error:
         raise ArtifactError(
             f"{out_dir}: the report cannot be written ({error.strerror}); choose another --out"

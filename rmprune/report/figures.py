@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from rmprune.report.looks import Look, looks, ranked
 from rmprune.report.tables import CONFIGURATION, configuration_label, measured_apart, milliseconds, relative
+from rmprune.runs.writing import whole
 
 STYLE: Any = {
     "font.size": 10,
@@ -71,9 +72,9 @@ def accuracy_against_time(data: pd.DataFrame, title: str, styles: dict[str, Look
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """Writes `stem`.png (160 dots per inch) and `stem`.svg; the same data give the same files."""
     paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(paths[0], dpi=160)
-        figure.savefig(paths[1], metadata={"Date": None})
+    with matplotlib.rc_context(STYLE), whole(paths[0]) as png, whole(paths[1]) as svg:
+        figure.savefig(png, dpi=160, format="png")
+        figure.savefig(svg, metadata={"Date": None}, format="svg")
     return paths
 
 

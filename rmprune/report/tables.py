@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from rmprune.runs.records import RENAMED, networks, read_record
@@ -66,7 +67,9 @@ def model_of(record: dict[str, Any]) -> str:
     name = record.get("model") or find_setting(config, "model")
     own = [(key, find_setting(config, key)) for key in ("depth", "reserve_ratio", "width", "free")]
     said = [
-        f"{key.replace('_', ' ')} {value:g}" for key, value in own if value is not None and (key, value) != ("free", 1)
+        f"{key.replace('_', ' ')} {value:g}"
+        for key, value in own
+        if isinstance(value, int | float) and (key, value) != ("free", 1)
     ]
     return f"{name} ({', '.join(said)})" if said else str(name)
 
@@ -232,19 +235,21 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
         cost.add_column(heading, justify="left" if heading == "network" else "right")
     for name, network in found.items():
         change = (network["accuracy"] - original["accuracy"]) * 100
-        cells = [name, f"{network['accuracy']:.2%}", "" if name == "original" else f"{change:+.2f}"]
+        cells = [escape(name), f"{network['accuracy']:.2%}", "" if name == "original" else f"{change:+.2f}"]
         for field in ("macs", "params"):
             cells += [amount(network[field]), f"{network[field] / original[field]:.2f}x"]
         cost.add_row(*cells)
     places = {_place(_key(latency)) for latency in original["latency"]}
     where = f" on {next(iter(places))}" if len(places) == 1 else ""
-    time = Table(title=f"Measured time{where} (ms for a batch, median)", title_justify="left", title_style="bold")
+    time = Table(
+        title=f"Measured time{escape(where)} (ms for a batch, median)", title_justify="left", title_style="bold"
+    )
     time.add_column("measured with")
     for name in found:
-        time.add_column(name, justify="right")
+        time.add_column(escape(name), justify="right")
     times = {name: {_key(latency): latency for latency in network["latency"]} for name, network in found.items()}
     for key, base in times["original"].items():
-        cells = [configuration_label(key, with_place=len(places) > 1)]
+        cells = [escape(configuration_label(key, with_place=len(places) > 1))]
         for own in times.values():
             latency = own.get(key)
             if latency is None:

@@ -46,10 +46,8 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     assert list(record["refused"]) == ["inner"] and "macs_ratio 0.15" in record["refused"]["inner"]
     assert "inner is left out: macs_ratio 0.15" in caplog.text
     build_report(tmp_path / "run", tmp_path / "report", "x")
-    assert (
-        "resnet8 (width 4), seed 0, macs 0.15: without inner, as macs_ratio 0.15"
-        in (tmp_path / "report" / "index.html").read_text()
-    )
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "resnet8 (width 4)" in page and "macs 0.15: without inner, as macs_ratio 0.15" in page
     with pytest.raises(InfeasibleBudget, match=r"no method can be had: inner: macs_ratio 0\.15"):
         run_slim(replace(config, method=("inner",), skip_infeasible=True, out=tmp_path / "no"), command="x")
     assert not (tmp_path / "no").exists()
