@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmprune.amc.agent import AgentConfig
 from rmprune.amc.environment import Environment
-from rmprune.amc.scoring import Scorer, Settings, importance_order
+from rmprune.amc.scoring import Scorer, ScoringSettings, importance_order
 from rmprune.amc.search import Search, SearchMethod, SearchResult, Watcher
 from rmprune.amc.space import COSTS, Limits, Space, Widths
 from rmprune.config import AmcConfig, MeasureConfig, SearchConfig
@@ -165,7 +165,7 @@ def make_scorer(network: nn.Module, space: Space, job: Job[AmcConfig]) -> Scorer
     config, network = job.config.search, job.here(network)
     scores = score_groups(config.importance, network, space.structure, job.batches)
     images, labels = first_images(job.data.validation, config.images, job.device)
-    settings = Settings(dtype=compute_dtype(config.precision, job.device), reconstruct=config.reconstruct)
+    settings = ScoringSettings(dtype=compute_dtype(config.precision, job.device), reconstruct=config.reconstruct)
     calibration = first_images(job.data.train, config.calibration, job.device)[0]
     return Scorer(network, space, importance_order(scores), calibration, images, labels, settings)
 

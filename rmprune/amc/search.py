@@ -59,6 +59,7 @@ class SearchResult:
 
     @property
     def best(self) -> Episode:
+        """The episode of the largest reward; of equal ones the first."""
         return max(self.episodes, key=lambda episode: (episode.reward, -episode.episode))
 
     @property

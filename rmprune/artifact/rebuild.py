@@ -208,6 +208,7 @@ def _get_module(root: nn.Module, path: Any, where: str) -> nn.Module:
 
 
 def get_tensor(root: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer at `path`; ArtifactError where there is none."""
     owner, _, name = path.rpartition(".")
     module = _get_module(root, owner, path)
     tensor = module._parameters.get(name, module._buffers.get(name))

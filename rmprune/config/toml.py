@@ -45,6 +45,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_toml(config: Any) -> str:
+    """The settings as TOML text, enough for `from_toml` to read the same config back."""
     return tomli_w.dumps(to_dict(config))
 
 

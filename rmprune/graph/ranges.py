@@ -24,11 +24,13 @@ _ROUNDING = 1e-12  # outward, relative: the rounding of the interval sums themse
 
 
 def range_of(node: fx.Node) -> Range:
+    """The bounds of what a node gives: (low, high), float64 [channels] each."""
     found: Range = node.meta["range"]
     return found
 
 
 def unbounded(channels: int) -> Range:
+    """Bounds that say nothing: (-inf, inf), float64 [channels] each."""
     end = torch.full((channels,), math.inf, dtype=torch.float64)
     return -end, end
 

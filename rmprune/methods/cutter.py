@@ -24,7 +24,7 @@ from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
 
-FLOOR = 0.5  # every layer keeps at least this part of what an even cut would leave it
+LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut would leave it
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Cutter:
         if self.settings.min_fraction is not None:
             return budget
         target = resolve(self.structure, budget, self.cost)
-        floor = min(FLOOR * even_fraction(self.structure, budget, self.cost), budget.max_fraction)
+        floor = min(LEAST_FRACTION * even_fraction(self.structure, budget, self.cost), budget.max_fraction)
         while floor > 0.01:
             own = dataclasses.replace(budget, min_fraction=floor)
             if least_cost(self.structure, own, target.cost) <= target.limit:

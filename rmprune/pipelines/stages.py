@@ -21,7 +21,7 @@ from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.measure.machine import environment
 from rmprune.methods.start import start
-from rmprune.methods.table import STARTS, Collapse, Residuals
+from rmprune.methods.table import STARTS, CollapsedBlocks, Residuals
 from rmprune.models.families import create_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
@@ -88,7 +88,7 @@ def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
 
 
 def starting_network(
-    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: Collapse, residuals: Residuals
+    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: CollapsedBlocks, residuals: Residuals
 ) -> nn.Module:
     """What methods of these choices prune: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
     if (collapse, residuals) == ("none", "kept"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.pruning.groups import Keep, Layer, Structure, device_of, layer_masks
+from rmprune.pruning.groups import Keep, SizedLayer, Structure, device_of, layer_masks
 from rmprune.pruning.program import Op, Program
 from rmprune.pruning.reconstruct import reconstruct, reconstruct_checked
 from rmprune.pruning.surgery import Slices, take, tensor_slices
@@ -23,7 +23,7 @@ from rmprune.pruning.surgery import Slices, take, tensor_slices
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
 
 
-class Settings(Protocol):
+class FitSettings(Protocol):
     """dtype: of all convolutions; reconstruct: fit layers by least squares, each on about `samples` output positions;
     own_statistics: batch norms keep the network's, moved only as far as the means before them move.
     """
@@ -47,6 +47,7 @@ class Cut:
 
     @classmethod
     def of(cls, model: nn.Module, structure: Structure, keep: Keep) -> "Cut":
+        """The cut of these masks, as `shrink` would make it."""
         device, masks = device_of(model), layer_masks(structure, keep)
         lost = {layer: mask for (layer, side), mask in masks.items() if side == "out" and not bool(mask.all())}
         kept = {layer: mask.nonzero().flatten().to(device) for layer, mask in lost.items()}
@@ -78,7 +79,7 @@ class Fitted:
 class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
-    def __init__(self, model: nn.Module, structure: Structure, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, settings: FitSettings) -> None:
         self.model = _eval_copy(model)
         self.layers = {layer.name: layer for layer in structure.layers}
         self.settings = settings
@@ -214,7 +215,7 @@ class Calibrator:
         return fit(weight, patches_at(x, layer, at), wanted, groups)[0]
 
 
-def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(layer: SizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's operation with these weights; a linear layer computes in their precision."""
     if layer.kind == "linear":
         return F.linear(x.to(weight.dtype), weight, bias)
@@ -223,7 +224,7 @@ def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
 
 
-def fold(fit: Fitted, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+def fold_scale(fit: Fitted, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
     """(weight with the scale in it, scale, shift): convolution weights in `dtype`, linear ones in their own precision."""
     if fit.weight is None:
         return None, fit.scale.to(dtype), fit.shift.to(dtype)
@@ -245,7 +246,7 @@ def _affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return y * scale.to(y.dtype).view(shape) + shift.to(y.dtype).view(shape)
 
 
-def _precision(layer: Layer, x: Tensor, weight: Tensor) -> torch.dtype:
+def _precision(layer: SizedLayer, x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype if layer.kind == "linear" else x.dtype
 
 
@@ -262,6 +263,7 @@ class Positions:
     column: Tensor
 
     def to(self, device: torch.device) -> "Positions":
+        """The same on another device."""
         return Positions(self.image.to(device), self.row.to(device), self.column.to(device))
 
 
@@ -281,7 +283,7 @@ def outputs_at(y: Tensor, at: Positions) -> Tensor:
     return (y[at.image, :, at.row, at.column] if y.dim() == 4 else y[at.image]).float()
 
 
-def patches_at(x: Tensor, layer: Layer, at: Positions) -> Tensor:
+def patches_at(x: Tensor, layer: SizedLayer, at: Positions) -> Tensor:
     """[S, c, kh*kw]: what the layer reads at each of its output positions, its zero padding included."""
     if x.dim() == 2:
         return x[at.image, :, None].float()

@@ -45,10 +45,10 @@ def fold_dead_channels(
     `limits`: keep at least what these per-layer limits and multiples ask for. Raises UnsupportedModel where
     torch.fx cannot follow the model, NotEquivalent if the result differs on `example_inputs`.
     """
-    return fold(model, example_inputs, limits=limits, structure=structure).model  # type: ignore[return-value]
+    return fold_dead(model, example_inputs, limits=limits, structure=structure).model  # type: ignore[return-value]
 
 
-def fold(
+def fold_dead(
     model: nn.Module,
     example_inputs: Tensor,
     *,

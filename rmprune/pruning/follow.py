@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, plain
 from rmprune.graph.network import Network, describe, is_batch_norm, named, shape_of
-from rmprune.pruning.groups import Side, is_depthwise
+from rmprune.pruning.groups import MemberSide, is_depthwise
 from rmprune.pruning.labels import Channels, compact, nobody, thin, varying
 from rmprune.pruning.reading import Reading
 
@@ -58,7 +58,7 @@ class Walk:
     def __init__(self, reading: Reading, whole: Mapping[str, str]) -> None:
         self.reading, self.network, self.whole = reading, reading.network, whole
         self.channels = Channels()
-        self.members: dict[tuple[str, Side], Tensor] = {}
+        self.members: dict[tuple[str, MemberSide], Tensor] = {}
         self.layers: dict[fx.Node, str] = {}  # convolutions and linear layers; their input and output shapes
         self.shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
         self.values: dict[fx.Node, Any] = {}
@@ -158,7 +158,7 @@ class Walk:
             )
         self.layers[node], self.shapes[name] = name, (labels[0].shape, torch.Size(shape_of(node) or ()))
 
-    def _member(self, name: str, side: Side, vector: Tensor) -> None:
+    def _member(self, name: str, side: MemberSide, vector: Tensor) -> None:
         known = self.members.setdefault((name, side), vector)
         if known is not vector:
             self.channels.unite(known, vector, f"{name}, which is used twice, has channels that stay beside them")
@@ -288,6 +288,7 @@ _SEVERAL = _Several()
 
 
 def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, however it is nested."""
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 

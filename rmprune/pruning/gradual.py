@@ -23,7 +23,7 @@ from rmprune.pruning.groups import Cost, Keep, Structure, total_cost
 from rmprune.pruning.importance import TaylorSum, score_groups
 from rmprune.pruning.surgery import shrink
 
-NEAR = 1.3  # times the budget: from there on the network is measured before each further cut
+MEASURED_FROM = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
 
 
@@ -146,7 +146,7 @@ class GradualPruner:
 
     def _suffices(self, state: Training) -> bool:
         """Whether the network, near the end of its cuts, already meets what the budget stands for."""
-        near = total_cost(self.structure, self.target.cost) <= NEAR * self.target.limit
+        near = total_cost(self.structure, self.target.cost) <= MEASURED_FROM * self.target.limit
         return self.meets is not None and near and self.meets(copy.deepcopy(state.model)) <= 1
 
     def _measure(self, state: Training) -> None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 
-Side = Literal["out", "in", "tied"]
+MemberSide = Literal["out", "in", "tied"]
 Keep = dict[str, Tensor]
 """Group name -> bool [units]; True is what stays. A group that is absent stays whole."""
 
@@ -32,7 +32,7 @@ class Member:
     """
 
     layer: str
-    side: Side
+    side: MemberSide
     index: Tensor
     size: int
 
@@ -64,6 +64,7 @@ class Group:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
+        """The members that read these channels."""
         return tuple(m for m in self.members if m.side == "in")
 
 
@@ -79,7 +80,7 @@ def outputs(model: nn.Module, example_inputs: Tensor) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Layer:
+class SizedLayer:
     """A convolution or linear layer: its shape, and which groups set its width. `inputs` / `outputs`: (group,
     channels a unit).
     """
@@ -100,7 +101,7 @@ class Layer:
     outputs: tuple[tuple[str, int], ...] = ()
 
 
-Cost = Callable[[Layer, int, int], float]
+Cost = Callable[[SizedLayer, int, int], float]
 """cost(layer, cin, cout): what the layer costs at these widths (MACs, milliseconds, ...)."""
 
 
@@ -109,14 +110,16 @@ class Structure:
     """Groups, the layers they size, and `frozen`: {group or layer: why it is not pruned}."""
 
     groups: tuple[Group, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[SizedLayer, ...]
     frozen: Mapping[str, str]
 
     @property
     def units(self) -> dict[str, int]:
+        """{group: how many units it has}."""
         return {g.name: g.units for g in self.groups}
 
     def group(self, name: str) -> Group:
+        """The group of this name."""
         return next(g for g in self.groups if g.name == name)
 
     def without(self, reasons: Mapping[str, str]) -> "Structure":
@@ -138,7 +141,7 @@ class Structure:
         return Structure(groups, tuple(layers), self.frozen)
 
 
-def macs(layer: Layer, cin: int, cout: int) -> float:
+def macs(layer: SizedLayer, cin: int, cout: int) -> float:
     """Multiply-accumulates of one image: k_h k_w c_in c_out / groups at every output position (a depthwise layer: k_h
     k_w c_out).
     """
@@ -146,7 +149,7 @@ def macs(layer: Layer, cin: int, cout: int) -> float:
     return float(taps * cout) if layer.kind == "depthwise" else taps * cin * cout / layer.groups
 
 
-def channels(layer: Layer, cin: int, cout: int) -> float:
+def channels(layer: SizedLayer, cin: int, cout: int) -> float:
     """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted
     twice).
     """
@@ -215,8 +218,10 @@ def with_ports(structure: Structure) -> Structure:
     return Structure(structure.groups, tuple(layers), structure.frozen)
 
 
-def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> Layer | None:
-    """The `Layer` of a Conv2d or Linear; None for every other module."""
+def describe_layer(
+    name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]
+) -> SizedLayer | None:
+    """The `SizedLayer` of a Conv2d or Linear; None for every other module."""
     if name not in shapes:
         return None
     before, after = shapes[name]
@@ -225,7 +230,7 @@ def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torc
         if isinstance(padding, str):
             same = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
             padding = (same[0], same[1]) if padding == "same" else (0, 0)
-        return Layer(
+        return SizedLayer(
             name,
             "depthwise" if is_depthwise(module) else "conv",
             module.in_channels,
@@ -242,7 +247,7 @@ def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torc
     if isinstance(module, nn.Linear):
         tokens = (1, after[1:-1].numel())
         sizes = ((1, 1), (1, 1), (0, 0), (1, 1))
-        return Layer(
+        return SizedLayer(
             name, "linear", module.in_features, module.out_features, *sizes, 1, tokens, tokens, module.bias is not None
         )
     return None
@@ -325,10 +330,11 @@ def input_weights(module: nn.Module, values: Tensor) -> Tensor:
     return values.sum(dim=(0, 2, 3)) if values.dim() > 2 else values.sum(0)
 
 
-def gather(values: Tensor, member: Member) -> Tensor:
+def member_values(values: Tensor, member: Member) -> Tensor:
     """[units, k] of a vector over the channels of the member's layer."""
     return values.double().cpu()[member.index]
 
 
 def zero_scores(structure: Structure, device: torch.device | None = None) -> Scores:
+    """A score of 0 for every unit."""
     return {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}

@@ -20,8 +20,8 @@ from rmprune.pruning.groups import (
     Structure,
     device_of,
     evaluating,
-    gather,
     input_weights,
+    member_values,
     weight_of,
     zero_scores,
 )
@@ -41,7 +41,7 @@ def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None =
         for member in group.members:
             module = model.get_submodule(member.layer)
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.weight is not None:
-                found.append(gather(module.weight.detach().abs(), member).mean(1))
+                found.append(member_values(module.weight.detach().abs(), member).mean(1))
         if not found:
             raise UnsupportedModel(
                 f"{group.name}: no batch norm to rank its channels by; use importance='taylor', "
@@ -60,7 +60,7 @@ def magnitude(model: nn.Module, structure: Structure, batches: Batches | None = 
         for member in group.members:
             if member.side == "out":
                 norms = weight_of(model, member.layer).detach().flatten(1).norm(dim=1)
-                total += gather(norms, member).square().sum(1).sqrt()
+                total += member_values(norms, member).square().sum(1).sqrt()
         return total
 
     return {group.name: score(group) for group in structure.groups}
@@ -132,7 +132,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
             variance = (square_in / n_in - (sum_in / n_in).square()).clamp(min=0)
             total = (square_out / n_out - (sum_out / n_out).square()).clamp(min=0).sum().clamp(min=1e-30)
             weights = input_weights(consumers[member.layer], weight_of(model, member.layer).detach().double().square())
-            scores[group.name] += gather(variance * weights / total, member).sum(1)
+            scores[group.name] += member_values(variance * weights / total, member).sum(1)
     return {name: score.sqrt() for name, score in scores.items()}
 
 
@@ -175,7 +175,7 @@ def score_groups(
 def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     if group.name in table and len(table[group.name]) == group.units:
         return table[group.name]
-    found = [gather(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
+    found = [member_values(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
     if not found:
         raise ConfigError(
             f"the importance table has no entry for {group.name} (or {', '.join(m.layer for m in group.members)})"

@@ -85,6 +85,7 @@ def varying(x: Tensor) -> list[int]:
 
 
 def nobody(shape: Sequence[int]) -> Tensor:
+    """Labels of this shape that say: no channel that could go."""
     return torch.zeros((), dtype=torch.int64).expand(tuple(shape))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
-from rmprune.pruning.dead import Folded, add_to_bias, fold, response
+from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Keep, Structure, device_of, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Batches, Importance, on_device, score_groups
@@ -80,7 +80,7 @@ def prune(
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
-    folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
+    folded = fold_dead(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
     model, structure = folded.model, folded.structure
     if isinstance(importance, Mapping):
         importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
@@ -98,7 +98,7 @@ def prune(
             keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
-        done = fold(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)
+        done = fold_dead(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)
         return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))

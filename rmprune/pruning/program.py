@@ -44,6 +44,7 @@ class Op:
 
     @property
     def name(self) -> str:
+        """The name of its node, by which others read its value."""
         return self.node.name
 
 

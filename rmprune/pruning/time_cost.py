@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.trace import trace
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.measure.layers import Layer as Timed
-from rmprune.measure.layers import network_layers
-from rmprune.pruning.groups import Layer, Structure
+from rmprune.measure.layers import TimedLayer, network_layers
+from rmprune.pruning.groups import SizedLayer, Structure
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Fractions of a layer's width near which it is measured."""
@@ -53,7 +52,7 @@ class TimeCost:
         self._scale, self._each = table.fit
         self.constant = (table.overhead or 0.0) + sum(self._scale * table.layer_ms(x) + self._each for x in others)
 
-    def __call__(self, layer: Layer, cin: int, cout: int) -> float:
+    def __call__(self, layer: SizedLayer, cin: int, cout: int) -> float:
         into, out = self.grids[layer.name]
         timed = self.timed[layer.name]
         total = 0.0
@@ -63,7 +62,7 @@ class TimeCost:
         return self._scale * total + self._each
 
 
-def timed_layers(model: nn.Module, found: Sequence[Timed]) -> dict[str, Timed]:
+def timed_layers(model: nn.Module, found: Sequence[TimedLayer]) -> dict[str, TimedLayer]:
     """{name: its layer in `found`, the network_layers of this network} of convolutions and linear layers.
 
     Raises UnsupportedModel for a network whose layers cannot be told apart.
@@ -82,7 +81,7 @@ def calibrate(table: LatencyModel, networks: Mapping[str, nn.Module], example_in
     return dict(zip(compared["model"], compared["measured_ms"].astype(float), strict=True))
 
 
-def _grid(layer: Layer) -> tuple[list[int], list[int]]:
+def _grid(layer: SizedLayer) -> tuple[list[int], list[int]]:
     """(input widths, output widths); one and the same list for a depthwise layer. Of grouped ones what their groups divide."""
     out = grid_widths(layer.cout, bool(layer.outputs))
     if layer.kind == "depthwise":

@@ -99,7 +99,7 @@ class SilentJournal(Journal):
         self._bar = self._writer = None
 
     def epoch(self, record: dict[str, Any]) -> None:
-        pass
+        """Nothing: another process writes the log."""
 
 
 def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:

@@ -11,7 +11,7 @@ from torch_pruning_reader import dependency_structure
 
 import rmprune
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Layer, Structure
+from rmprune.pruning.groups import SizedLayer, Structure
 
 QUIET = {"googlenet": {"init_weights": False, "aux_logits": False}}
 THEIRS = (
@@ -30,7 +30,7 @@ def units(structure: Structure) -> set[frozenset[tuple[str, str, int]]]:
     }
 
 
-def bare(structure: Structure) -> list[Layer]:
+def bare(structure: Structure) -> list[SizedLayer]:
     return [replace(layer, inputs=(), outputs=()) for layer in structure.layers]
 
 
