@@ -30,7 +30,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.measure.backends import BACKENDS, Candidate, prepare
+from rmprune.measure.backends import BACKENDS, Candidate, prepare, surroundings
 from rmprune.measure.latency import measure_latencies, quiet_process, timed_rounds
 from rmprune.measure.layers import Layer, neighbours, network_layers
 from rmprune.measure.machine import environment
@@ -57,19 +57,20 @@ class LatencyModel:
         *,
         threads: int = 2,
         batch_size: int = 1,
+        device: str = "cpu",
         cache: str | os.PathLike[str] | None = None,
         seconds: float = 0.05,
         min_rounds: int = 7,
     ) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
-        self.backend, self.threads, self.batch_size = backend, threads, batch_size
+        self.backend, self.threads, self.batch_size, self.device = backend, threads, batch_size, device
         self.seconds, self.min_rounds = seconds, min_rounds
         self.cache = None if cache is None else Path(cache)
         self.table: dict[Layer, float] = {}
         self.overhead: float | None = None
         self.fit: tuple[float, float] = (1.0, 0.0)
-        self.block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+        self.block = 16 if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
         if self.cache is not None and self.cache.exists():
             self._read(self.cache)
 
@@ -167,6 +168,7 @@ class LatencyModel:
             backends=[self.backend],
             threads=[self.threads],
             batch_sizes=[self.batch_size],
+            device=self.device,
             seconds=seconds,
         )
         return {name: found[0].median_ms for name, found in results.items()}
@@ -176,18 +178,17 @@ class LatencyModel:
         moves.
         """
         runs = {}
-        with quiet_process(self.threads), torch.inference_mode():
+        with quiet_process(self.threads), surroundings(self.backend, self.device), torch.inference_mode():
             for layer in layers:
                 module, x = layer.build(self.batch_size)
                 candidate = Candidate(str(layer), module, x)
-                runs[str(layer)] = prepare(candidate, self.backend, "cpu", self.threads, self.batch_size)
-            times, _ = timed_rounds(runs, "cpu", self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
+                runs[str(layer)] = prepare(candidate, self.backend, self.device, self.threads, self.batch_size)
+            times, _ = timed_rounds(runs, self.device, self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
         return [float(np.quantile(times[str(layer)], 0.25)) for layer in layers]
 
     def _settings(self) -> dict[str, Any]:
         here = environment()
-        packages = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-        package = packages.get(self.backend, "torch")
+        package = next(iter(BACKENDS[self.backend].packages), "torch")
         return {
             "schema": SCHEMA,
             "backend": self.backend,
@@ -195,6 +196,7 @@ class LatencyModel:
             "batch_size": self.batch_size,
             "processor": here["processor"],
             "instructions": here["instructions"],
+            "gpu": None if self.device == "cpu" else torch.cuda.get_device_name(self.device),
             "version": f"{package} {here['versions'].get(package)}",
         }
 

@@ -96,6 +96,7 @@ class Cutter:
                 data=self.job.batches,
                 gradients=self.gradients if network is self.network else None,
                 origin=origin,
+                prove=scores is None,
             ).cpu()
         return prune(
             here,
@@ -109,6 +110,7 @@ class Cutter:
             reconstruct=settings.reconstruct and scores is None,
             lookahead=self.lookahead,
             origin=origin,
+            prove=scores is None,
         ).cpu()
 
     def check(self, *, once: bool = True) -> None:
@@ -210,7 +212,9 @@ def make_cutter(network: nn.Module, method: Method, job: Job[SlimConfig], budget
     cost = None
     if place is not None and settings.cost == "time" and method.pruner == "ours":
         cache = job.config.directory / f"layer-times-{place.backend}-{place.threads}-{place.batch_size}.json"
-        table = LatencyModel(place.backend, threads=place.threads, batch_size=place.batch_size, cache=cache)
+        table = LatencyModel(
+            place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
+        )
         cost = TimeCost(table, network, structure, example)
     return Cutter(job.here(network), structure, example.to(job.device), method, settings, job, place, cost)
 

@@ -18,7 +18,7 @@ from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
-from rmprune.measure import count_macs, count_params, measure_latencies
+from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.measure.machine import environment
 from rmprune.methods.start import start
 from rmprune.methods.table import STARTS, Collapse, Residuals
@@ -31,7 +31,7 @@ from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
 RunConfig = SlimConfig | AmcConfig | TrainRunConfig
-NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed")
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
 """Facts of a network's artifact that the record repeats."""
 
 
@@ -165,6 +165,8 @@ def measure_networks(
         seconds=config.seconds,
         min_rounds=config.min_rounds,
         reference="original",
+        calibration=calibration_images(data.train) if needs_calibration(config.backends) else None,
+        split=data.test,
     )
     return {
         name: {

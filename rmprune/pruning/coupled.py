@@ -8,6 +8,8 @@ and the wrapper that puts protected channels out of reach.
 
 import contextlib
 import copy
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
@@ -23,6 +25,8 @@ from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Structure, device_of, evaluating
 from rmprune.pruning.importance import Batches, on_device
 from rmprune.pruning.one_shot import check_outputs
+from rmprune.pruning.prove import prove_slices
+from rmprune.pruning.surgery import Slices
 from rmprune.training.convolutions import TrainableConvolutions
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,6 +49,7 @@ def prune_coupled(
     cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
     attempts: int = 14,
+    prove: bool = True,
 ) -> M:
     """A new network pruned globally by Torch-Pruning with its group-aware `importance` (batch_norm, taylor,
     magnitude).
@@ -52,7 +57,10 @@ def prune_coupled(
     The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
     tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed; or these `gradients`
     themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
-    where the network was cut before. Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel where the
+    where the network was cut before. `prove`: the cut is compared with the whole network in float64
+    (`rmprune.pruning.prove`; NotEquivalent where it is wrong).
+
+    Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel where the
     importance has nothing to go by, or where Torch-Pruning cannot follow the network.
     """
     if importance not in COUPLED_IMPORTANCES:
@@ -71,11 +79,13 @@ def prune_coupled(
     allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
     least = {name: found[0] for name, found in allowed.items()}
     most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
-    best: tuple[float, nn.Module] | None = None
+    best: tuple[float, nn.Module, dict[str, Slices]] | None = None
     low, high = 0.0, 1.0
     for _ in range(attempts):
         ratio = (low + high) / 2
-        candidate = _attempt(model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio)
+        candidate, slices = _attempt(
+            model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
+        )
         value = measured_cost(candidate, structure, target.cost)
         units = {g.name: _widths(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
         if any(units[name] < least[name] for name in units):
@@ -85,10 +95,12 @@ def prune_coupled(
         else:
             high = ratio
             if best is None or value > best[0]:
-                best = (value, candidate)
+                best = (value, candidate, slices)
     if best is None:
         raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
     check_outputs(model, best[1], example_inputs)
+    if prove:
+        prove_slices(model, best[1], best[2], example_inputs, "Torch-Pruning's cut")
     return best[1]  # type: ignore[return-value]
 
 
@@ -148,7 +160,8 @@ def _attempt(
     least: Mapping[str, int],
     round_to: int,
     ratio: float,
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Slices]]:
+    """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
     twin = copy.deepcopy(model)
     parameters = dict(twin.named_parameters())
     frozen = [p for p in parameters.values() if not p.requires_grad]
@@ -171,14 +184,45 @@ def _attempt(
             ignored_layers=[twin.get_submodule(name) for name in staying],
             round_to=round_to if round_to > 1 else None,
         )
-        pruner.step()
-    for parameter in twin.parameters():
-        parameter.grad = None
+        groups = pruner.step(interactive=True)
+        first = next(groups, None)  # all is ranked by now
+        _number(twin)
+        for group in itertools.chain([] if first is None else [first], groups):
+            group.prune()
     if frozen:
         unfrozen = {name for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in twin.named_parameters():
             parameter.requires_grad_(name in unfrozen)
-    return twin
+    return twin, _renumbered(twin, model)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    both = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in both if tensor.dim() and tensor.is_floating_point()}
+
+
+def _number(twin: nn.Module) -> None:
+    """Every entry becomes its own position: what is cut now says what it was."""
+    for tensor in _tensors(twin).values():
+        tensor.grad = None
+        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
+
+
+def _renumbered(twin: nn.Module, model: nn.Module) -> dict[str, Slices]:
+    """Puts the entries of `model` back where their positions are, and says which indices of each tensor are left."""
+    slices: dict[str, Slices] = {}
+    whole = _tensors(model)
+    for name, tensor in _tensors(twin).items():
+        at, shape = tensor.data.long(), whole[name].shape
+        left = []
+        for dim in range(min(2, at.dim())):
+            if at.shape[dim] < shape[dim]:
+                along = at.movedim(dim, 0).flatten(1)[:, 0] if at.dim() > 1 else at
+                left.append((dim, along // math.prod(shape[dim + 1 :]) % shape[dim]))
+        if left:
+            slices[name] = tuple(left)
+        tensor.data = whole[name].detach().flatten()[at]
+    return slices
 
 
 class _Protecting:

@@ -20,6 +20,7 @@ from rmprune.pruning.dead import Folded, add_to_bias, fold, response
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Keep, Structure, device_of, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Batches, Importance, on_device, score_groups
+from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
@@ -44,6 +45,7 @@ def prune(
     reconstruct: bool = False,
     lookahead: int = 1,
     origin: Mapping[str, int] | None = None,
+    prove: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
@@ -55,10 +57,11 @@ def prune(
     (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
     `rmprune.pruning.budget.allocate`. `which`: all groups by importance, those inside blocks only, or the
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
-    on networks with residuals as well (their streams are then pruned coupled).
+    on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
+    network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
 
-    Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned, or where layers
-    cannot be fitted.
+    Raises NotEquivalent where the cut took other columns than those that read what went, InfeasibleBudget where limits forbid
+    the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     >>> pruned = rmprune.prune(net, torch.randn(2, 3, 8, 8), importance="batch_norm", budget=rmprune.Budget(ratio=0.5))
@@ -99,6 +102,8 @@ def prune(
         return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    if prove:
+        prove_cut(model, structure, keep, example_inputs)
     if reconstruct:
         with fitting():
             pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)

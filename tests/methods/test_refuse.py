@@ -8,7 +8,7 @@ import torch
 from slim_runs import QUICK, Small, by_parameters, noise
 
 import rmprune
-from rmprune.config import MeasureConfig, PruneConfig, TrainConfig
+from rmprune.config import PruneConfig, TrainConfig
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.place import Place
 from rmprune.methods.cutter import make_cutter
@@ -18,11 +18,6 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.report.build import build_report
 from rmprune.runs import records
 from rmprune.training.job import Job
-
-
-def test_a_table_of_the_processor_is_no_cost_of_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="measured on the CPU"):
-        replace(QUICK, prune=PruneConfig(latency_ratio=(0.5,), cost="time"), measure=MeasureConfig(device="cuda"))
 
 
 def test_a_budget_that_no_width_meets_is_refused_before_training(

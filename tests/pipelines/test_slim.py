@@ -88,7 +88,7 @@ def test_measuring_again_takes_ratios_to_each_run_s_own_original(
     quick = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(2,), seconds=0.02, min_rounds=3)
     paths = run_measure(RemeasureConfig((*narrow, wider), quick))
     counts = {len(records.networks(records.read_record(run))) for run in (wider, finished)}
-    assert f"measuring {sum(counts)} networks, eager, 1 thread, batch 2: 1 of 1" in caplog.messages[-1]  # copies once
+    assert f"measuring {sum(counts)} networks, eager, 1 thread, batch 2: 1 of 1" in caplog.text  # copies once
     for again in map(records.read_record, paths):
         assert [time["batch_size"] for time in again["pruned"]["latency"]] == [2]
         assert again["original"]["latency"][0]["ratio"] == 1

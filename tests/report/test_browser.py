@@ -256,7 +256,9 @@ def test_layers_curves_and_what_was_left_out(page: Any) -> None:
 def test_phone_dark_and_print(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     narrow = re.compile(r"(\d{1,2}|[12]\d\d|3[0-8]\d)(\.\d+)?")
-    expect(page.locator("#chart svg").first).to_have_attribute("width", narrow)  # the page's policy forbids a polled script
+    expect(page.locator("#chart svg").first).to_have_attribute(
+        "width", narrow
+    )  # the page's policy forbids a polled script
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     heights = page.eval_on_selector_all(
         "#controls label:has(input), #controls select, #methods button", "all => all.map(e => e.offsetHeight)"
