@@ -59,10 +59,20 @@ def onnx_int8(candidate: Candidate) -> bytes:
 
 
 def openvino_int8(candidate: Candidate) -> Any:
-    """OpenVINO's network in int8 by NNCF's post-training quantisation: weights per channel, activations per tensor, biases corrected."""
+    """OpenVINO's network in int8 by NNCF's post-training quantisation: weights per channel, activations per tensor, biases corrected.
+
+    Ranges are between the least and greatest value seen, as for ONNX Runtime. By itself NNCF takes the mean of the images' extremes and
+    clips the rest: 12 points of a pruned ResNet-20's accuracy on the digits, which its residual network did not lose.
+    """
     images = [image[None].numpy() for image in candidate.calibration]
     with silence():
         nncf = importlib.import_module("nncf")
+        ranges = importlib.import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
         nncf.set_log_level(logging.ERROR)
-        dataset = nncf.Dataset(images)
-        return nncf.quantize(candidate.form(openvino_form).clone(), dataset, subset_size=len(images))
+        return nncf.quantize(
+            candidate.form(openvino_form).clone(),
+            nncf.Dataset(images),
+            preset=nncf.QuantizationPreset.MIXED,  # unsigned where nothing is negative
+            subset_size=len(images),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
+        )

@@ -122,6 +122,18 @@ def test_int8_takes_a_residual_network_whole_and_so_compares_fairly(residual: bo
     assert not kernels & {"Conv", "FusedConv", "Add", "Relu", "Gemm"}
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime-int8", "openvino-int8"])
+def test_ranges_hold_the_greatest_value_seen(backend: str) -> None:
+    skip_unless_here(backend)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[5] *= 20  # one bright image: a mean of extremes would clip it
+    with torch.inference_mode():
+        found = prepare(Candidate("net", net, x, x), backend, "cpu", 1, 1).outputs(x[5:6])
+        expected = net(x[5:6])
+    assert float((found - expected).abs().max() / expected.abs().max()) < 0.05
+
+
 def test_int8_without_training_images_is_refused_by_name(trained: nn.Module, digits: Dataset) -> None:
     for calibration in (None, torch.empty(0, 1, 8, 8)):
         with pytest.raises(ConfigError, match=r"int8 needs training images .* 'model'"):
