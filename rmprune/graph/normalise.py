@@ -200,7 +200,9 @@ def _as_padding(network: Network, cat: fx.Node) -> None:
     """cat([x, zeros], 1), the shortcut of ResNets for small images, as a padding of x with channels of zeros."""
     parts = cat.args[0] if cat.args else None
     dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
-    if not isinstance(parts, list | tuple) or dim not in (1, -3) or not all(len(shape_of(p) or ()) == 4 for p in parts):
+    if not isinstance(parts, list | tuple) or dim not in (1, -3):
+        return
+    if not all(isinstance(part, fx.Node) and len(shape_of(part) or ()) == 4 for part in parts):
         return
     live = [place for place, part in enumerate(parts) if not _is_zero(network, part)]
     if len(live) == 1 and len(parts) > 1:
