@@ -12,28 +12,23 @@ from itertools import takewhile
 import torch
 from torch import fx, nn
 
-from rmprune.graph.activations import rule_of
-from rmprune.graph.convolution import Conv, Obstacle, Pair, dense, identity, or_none, with_norm
+from rmprune.graph.convolution import Conv, Obstacle, Pair, or_none, with_norm
 from rmprune.graph.network import Network, describe, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
+from rmprune.removal.chain import (
+    MULTIPLICATIONS,
+    ChainLayer,
+    find_gate,
+    identity_layer,
+    in_chain,
+    is_linear,
+    layers_of,
+    walk,
+)
 from rmprune.removal.copies import Entries, entries_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-
-
-@dataclass(frozen=True)
-class ChainLayer:
-    """One convolution of the branch and the activation after it."""
-
-    conv: Conv
-    activation: nn.Module | None
-    activation_name: str
-    size: Pair  # of its input, in pixels
-    out_size: Pair
-    range: Range  # of what the convolution emits, before the activation
-    seen: Range | None  # the same as the examples showed it
-    split: int = 0  # the activation is applied to so many channels from the first on; 0: to all
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def additions(network: Network) -> list[tuple[str, fx.Node]]:
 
 def _common_name(network: Network, add: fx.Node) -> str:
     """layer1_0_conv1, layer1_0_bn1, layer1_0_conv2 -> layer1_0; "add" where the names share nothing."""
-    ways = [_walk(network, operand)[1] for operand in add.args[:2] if isinstance(operand, fx.Node)]
+    ways = [walk(network, operand)[1] for operand in add.args[:2] if isinstance(operand, fx.Node)]
     targets = [str(node.target) for way in ways for node in way if node.op == "call_module"]
     words = zip(*(re.split(r"[._]", target) for target in targets), strict=False)
     shared = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, words)]
@@ -134,44 +129,19 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block:
         raise Obstacle(
             f"adds shapes {shape_of(first)} and {shape_of(second)}, not two equal maps (batch, channels, height, width)"
         )
-    (source, chain), (other_source, other) = _walk(network, first), _walk(network, second)
+    (source, chain), (other_source, other) = walk(network, first), walk(network, second)
     if source is not other_source:
         raise Obstacle(why_no_fork(network, max(source, other_source)))
     if len(shape_of(source) or ()) != 4:
         raise Obstacle("the fork is no map (batch, channels, height, width)")
-    linear = [all(_is_linear(network, node) for node in nodes) for nodes in (chain, other)]
+    linear = [all(is_linear(network, node) for node in nodes) for nodes in (chain, other)]
     if not any(linear):
         raise Obstacle("both ways hold an activation or another non-linear layer: neither is a shortcut")
     swap = _reach(network, chain) < _reach(network, other) if all(linear) else linear[0]
     branch, shortcut = (other, chain) if swap else (chain, other)
     layers, stages = _layers(network, branch), _stages(network, shortcut)
-    return Block(name, add, source, tuple(layers), tuple(stages), tuple(branch), tuple(shortcut))
-
-
-def _walk(network: Network, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Back from an operand along layers that nothing else reads, to the first value that is read more than once."""
-    chain: list[fx.Node] = []
-    while len(node.users) == 1 and _in_chain(network, node):
-        chain.append(node)
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    return node, chain[::-1]
-
-
-def _in_chain(network: Network, node: fx.Node) -> bool:
-    if not node.args or not isinstance(node.args[0], fx.Node) or len(node.all_input_nodes) != 1:
-        return False
-    return _is_linear(network, node) or isinstance(_activation(network, node), nn.Module)
-
-
-def _activation(network: Network, node: fx.Node) -> nn.Module | None:
-    layer = network.layer(node)
-    return layer if isinstance(layer, nn.Module) and rule_of(layer) is not None else None
-
-
-def _is_linear(network: Network, node: fx.Node) -> bool:
-    return or_none(linear_layer, network, node) is not None
+    nodes = _with_gates(network, branch)
+    return Block(name, add, source, tuple(layers), tuple(stages), nodes, tuple(shortcut))
 
 
 def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
@@ -181,42 +151,19 @@ def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
 
 
 def _layers(network: Network, nodes: list[fx.Node]) -> list[ChainLayer]:
-    """The branch as convolutions with at most one activation after each, a convolution first and last."""
-    layers: list[ChainLayer] = []
-    open_layer = False  # the last layer may still take an activation
-    for node in nodes:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        activation = _activation(network, node)
-        size, out_size = spatial(source), spatial(node)
-        if activation is not None:
-            if not open_layer:
-                layers.append(_identity_layer(source, f"{node.target}_in"))
-            layers[-1] = replace(layers[-1], activation=activation, activation_name=str(node.target))
-            open_layer = False
-            continue
-        conv = linear_layer(network, node)
-        if is_batch_norm(network.layer(node)) and open_layer and layers[-1].conv.norm is None:
-            assert conv.norm is not None
-            normed = with_norm(layers[-1].conv, conv.norm, conv.norm_name)
-            layers[-1] = replace(layers[-1], conv=normed, range=range_of(node), seen=node.meta.get("seen"))
-            continue
-        if is_batch_norm(network.layer(node)):
-            conv = dense(replace(conv, name=f"{conv.name}_in"))
-        layers.append(ChainLayer(conv, None, "", size, out_size, range_of(node), node.meta.get("seen")))
-        open_layer = True
+    """The branch as layers, a convolution first and last."""
+    layers, open_layer = layers_of(network, nodes)
     if not layers:
         raise Obstacle("the branch holds no layer")
     if not open_layer:
-        layers.append(_identity_layer(nodes[-1], f"{nodes[-1].target}_out"))
+        layers.append(identity_layer(nodes[-1], f"{nodes[-1].name}_out"))
     return layers
 
 
-def _identity_layer(source: fx.Node, name: str) -> ChainLayer:
-    shape = shape_of(source)
-    assert shape is not None
-    size = spatial(source)
-    return ChainLayer(identity(shape[1], name), None, "", size, size, range_of(source), source.meta.get("seen"))
+def _with_gates(network: Network, nodes: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes of a chain and of the gates over it, in order."""
+    gates = [find_gate(network, node) for node in nodes]
+    return tuple(sorted({*nodes, *(inner for gate in gates if gate is not None for inner in gate.nodes)}))
 
 
 def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
@@ -250,7 +197,7 @@ def why_no_fork(network: Network, end: fx.Node) -> str:
         return "its branch holds another residual that stays"
     if end.target in _CONCATENATIONS:
         return "its branch concatenates several ways: it is no chain of layers"
-    if len(end.users) > 1 and _in_chain(network, end):
+    if len(end.users) > 1 and in_chain(network, end):
         return f"the output of {describe(network, end)} inside its branch is read elsewhere, too: the branch is no chain of layers"
     if end.op == "placeholder":
         return "its two ways start from different values: it adds maps of two sources"

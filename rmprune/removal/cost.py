@@ -16,7 +16,7 @@ Cost = tuple[int, int]
 
 
 def cost_of(network: Network, nodes: Iterable[fx.Node], batch_norm: bool = True) -> Cost:
-    """(MACs of the convolutions, parameters) of these nodes; batch_norm=False: built without the norms of convolutions as data."""
+    """(MACs of the convolutions and linear layers, parameters) of these nodes; batch_norm=False: built without the norms of convolutions as data."""
     own = {(node.op, node.target): node for node in nodes if node.op in ("call_module", "get_attr")}
     costs = [_cost(network, node, batch_norm) for node in own.values()]
     return sum(macs for macs, _ in costs), sum(params for _, params in costs)
@@ -31,7 +31,7 @@ def _cost(network: Network, node: fx.Node, batch_norm: bool) -> Cost:
         return 0, layer.numel()
     if not isinstance(layer, nn.Module):
         return 0, 0
-    macs = layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d) else 0
+    macs = layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d | nn.Linear) else 0
     return macs, sum(parameter.numel() for parameter in layer.parameters())
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import fx, nn
 
 from rmprune.errors import ConfigError
-from rmprune.graph.convolution import Conv, Geometry, Obstacle, or_none
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, or_none
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.network import Network, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import annotate_range
-from rmprune.removal.blocks import Block, ChainLayer, additions, find_block
+from rmprune.removal.blocks import Block, additions, find_block
+from rmprune.removal.chain import ChainLayer
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
 from rmprune.removal.cost import by_block, cost_of, parameters
 from rmprune.removal.geometry import chain_taps
@@ -153,27 +154,35 @@ def _replace(network: Network, block: Block, chain: Schedule) -> list[fx.Node]:
 
 
 def _insert(network: Network, source: fx.Node, layer: ChainLayer) -> list[fx.Node]:
-    """The convolution and its activation, if it has one: act(x), or cat(act(x[:, :split]), x[:, split:])."""
+    """The convolution, and what follows it on all channels, y = gate(act(x)), or on its own: cat(gate(act(x[:, :split])), x[:, split:])."""
     graph, every, channels = network.graph, slice(None), layer.conv.out_channels
+    batch, own = (shape_of(source) or (1,))[0], layer.split or channels
     conv = graph.call_module(network.add(layer.conv.name, replace(layer.conv)), (source,))
-    added = [(conv, channels)]
+    conv.meta |= {"range": layer.range, "shape": (batch, channels, *layer.out_size)}
+    conv.meta |= {} if layer.seen is None else {"seen": layer.seen}
+    added = [conv]
+
+    def add(node: fx.Node, count: int, size: Pair = layer.out_size) -> fx.Node:
+        node.meta["shape"] = (batch, count, *size)
+        annotate_range(network, node)
+        added.append(node)
+        return node
+
+    if layer.split:
+        add(graph.call_function(operator.getitem, (conv, (every, slice(None, own)))), own)
     if layer.activation is not None:
-        own, split = conv, layer.split or channels
-        if layer.split:
-            own = graph.call_function(operator.getitem, (conv, (every, slice(None, split))))
-            added.append((own, split))
-        active = graph.call_module(network.add(layer.activation_name, layer.activation), (own,))
-        added.append((active, split))
-        if layer.split:
-            beside = graph.call_function(operator.getitem, (conv, (every, slice(split, None))))
-            joined = graph.call_function(torch.cat, ([active, beside], 1))
-            added += [(beside, channels - split), (joined, channels)]
-    conv.meta |= {"range": layer.range} | ({} if layer.seen is None else {"seen": layer.seen})
-    for node, count in added:
-        node.meta["shape"] = ((shape_of(source) or (1,))[0], count, *layer.out_size)
-        if node is not conv:
-            annotate_range(network, node)
-    return [node for node, _ in added]
+        add(graph.call_module(network.add(layer.activation_name, layer.activation), (added[-1],)), own)
+    if layer.gate is not None:
+        gated = added[-1]
+        add(graph.call_module(network.add(layer.gate.pool_name, layer.gate.pool), (gated,)), own, (1, 1))
+        for inner in layer.gate.layers:
+            added += _insert(network, added[-1], inner)
+        add(graph.call_function(operator.mul, (gated, added[-1])), own)
+    if layer.split and len(added) > 2:
+        active, rest = added[-1], slice(own, None)
+        beside = add(graph.call_function(operator.getitem, (conv, (every, rest))), channels - own)
+        add(graph.call_function(torch.cat, ([active, beside], 1)), channels)
+    return added
 
 
 def join_copies(network: Network) -> int:
