@@ -24,7 +24,7 @@ from rmprune.removal.copies import (
     row_entries,
     spread_norm,
 )
-from rmprune.removal.forms import cheapest_code, free
+from rmprune.removal.forms import Shift, cheapest_code, free
 from rmprune.removal.geometry import Taps
 
 
@@ -60,16 +60,19 @@ def reserve(
         raise Obstacle("between grouped convolutions activation and gate cannot be applied to a slice")
     if sliced:
         rule = None  # copies pass beside it
-    as_is = torch.zeros_like(needed)
+    as_is, move = torch.zeros_like(needed), Shift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
     if identity:
         # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
         one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(needed)
-        as_is = passes_as_is(carry, rule, one_will_do) & needed & ~constant(low, high)
+        # It cannot put a pair together either, but may shift each of the two, where a copy has one place.
+        shiftable = conv.groups > 1 and not wire.interleaved and form in ("auto", "shift")
+        passing, move = passes_as_is(carry, rule, one_will_do, shiftable)
+        as_is = passing & needed & ~constant(low, high)
     code = cheapest_code(rule, low, high, needed & ~as_is, form, sweep.seen)
     carried = as_is.clone()
     carried[code.channel] = True
     wanted = _wanted(conv, wire, carry, value, carried, merge_pairs)
-    rows = new_rows(carry, code, as_is, wanted, low, high)
+    rows = new_rows(carry, code, as_is, move, wanted, low, high)
     entries = row_entries(rows, carry, value)
     in_tail = conv.groups > 1 and not wire.interleaved
     layout = lay_out(wire, conv.out_channels, rows.group, carry.extra_groups if in_tail else None)
@@ -78,8 +81,10 @@ def reserve(
     groups = conv.groups + (carry.extra_groups if in_tail else 0)
     new = assemble(conv, carry.side, after, groups, extra, taps)
     new = replace(new, norm=spread_norm(conv.norm, layout.computed, layout.total))
-    new.bias[layout.reserved] = torch.where(rows.source >= 0, 0.0, rows.scale * bias[rows.channel] + rows.offset)
+    new.bias[layout.reserved] = torch.where(rows.source >= 0, 0.0, rows.scale * bias[rows.channel]) + rows.offset
     kept = torch.where(as_is, carry.constant, code.constant) if identity else code.constant
+    moved = rows.source >= 0
+    kept = kept.index_add(0, rows.channel[moved], -rows.decode[moved] * rows.offset[moved])
     next_carry = Carry(
         rows.channel, rows.decode, layout.reserved, rows.group, kept, *after_activation(layer.activation, rule, rows.low, rows.high),
         after, layout.extra_groups,
@@ -89,6 +94,8 @@ def reserve(
         carry.side.positions
     ):  # x itself, in the first layer
         forms |= {"slope" if rule is not None and rule.slopes else "free"}
+    if bool((rows.offset[moved] != 0).any()):
+        forms |= {"shift"}
     gate = layer.gate
     if gate is not None and not sliced and len(rows.channel):
         gate, forms = _open_gate(gate, after), forms | {"gate"}
