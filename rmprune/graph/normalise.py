@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.convolution import Scale
 from rmprune.graph.functional import COMMUTATIVE, modules_for
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
@@ -48,6 +49,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
     refuse_random(network)
     propagate_shapes(network, example_inputs)
     slice_pieces(network)
+    pad_zeros(network)
     return network
 
 
@@ -70,10 +72,7 @@ class _Normaliser:
                 self._call(node)
             else:
                 self._keep(node)
-        for node in reversed(list(self.network.graph.nodes)):
-            if not node.users and node.op not in ("output", "placeholder"):
-                self.network.graph.erase_node(node)
-                self.network.layers.pop(str(node.target), None)
+        _drop_unread(self.network)
         return self.network
 
     def _module(self, node: fx.Node) -> None:
@@ -159,6 +158,37 @@ def _plain_norm(module: Any) -> nn.BatchNorm2d:
         if getattr(module, name) is not None:
             setattr(plain, name, nn.Parameter(getattr(module, name), requires_grad=False))
     return plain.eval()
+
+
+def _drop_unread(network: Network) -> None:
+    for node in reversed(list(network.graph.nodes)):
+        if not node.users and node.op not in ("output", "placeholder"):
+            network.graph.erase_node(node)
+            network.layers.pop(str(node.target), None)
+
+
+def pad_zeros(network: Network) -> None:
+    """Rewrites cat([x, zeros], 1), the CIFAR shortcut without weights (RM.md 3), as channels padded to x, in place."""
+    for node in list(network.graph.nodes):
+        parts = list(node.args[0]) if node.target in (torch.cat, torch.concat) and node.args else []
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        filled = [i for i, part in enumerate(parts) if not _is_zero(network, part)]
+        if dim not in (1, -3) or len(shape_of(node) or ()) != 4 or len(filled) != 1 or len(parts) < 2:
+            continue
+        counts, at = [(shape_of(part) or (0, 0))[1] for part in parts], filled[0]
+        padding = (0, 0, 0, 0, sum(counts[:at]), sum(counts[at + 1 :]))
+        with network.graph.inserting_before(node):
+            padded = network.graph.call_function(nn.functional.pad, (parts[at], padding))
+        padded.meta = dict(node.meta)
+        node.replace_all_uses_with(padded)
+        network.graph.erase_node(node)
+        _drop_unread(network)
+
+
+def _is_zero(network: Network, node: fx.Node) -> bool:
+    """Whether a node is zeros, whatever the input: torch.zeros_like(x), x.new_zeros(...), 0 * x."""
+    layer = network.layer(node)
+    return node.target in (torch.zeros_like, "new_zeros") or (isinstance(layer, Scale) and not bool(layer.factor.any()))
 
 
 def slice_pieces(network: Network) -> None:
