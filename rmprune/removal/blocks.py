@@ -182,16 +182,41 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
     return stages
 
 
-_GATES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _CONCATENATIONS = (torch.cat, torch.concat)
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node is made of weights alone, whatever the input."""
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(_is_weight, node.all_input_nodes)))
+
+
+def _holds_layer_norm(network: Network, node: fx.Node) -> bool:
+    """Whether a LayerNorm lies on the way back from here to the first value that is read more than once."""
+    while len(node.users) == 1:
+        if isinstance(network.layer(node), nn.LayerNorm) or node.target is nn.functional.layer_norm:
+            return True
+        sources = [source for source in node.all_input_nodes if not _is_weight(source)]
+        if len(sources) != 1:
+            return False
+        node = sources[0]
+    return False
 
 
 def why_no_fork(network: Network, end: fx.Node) -> str:
     """Names what ends the walk back from an addition before branch and shortcut meet."""
-    if end.target in _GATES:
+    if _holds_layer_norm(network, end):
         return (
-            "its branch is multiplied by a value that is computed on the way (a gate, squeeze-and-excitation): the gate would "
-            "multiply the reserved copies too, which need a factor of exactly 1"
+            "its branch holds a LayerNorm, whose mean and variance are over all channels: copies among them would change the others, "
+            "and come out bounded, as no multiple of themselves; beside it they take a concatenation of what the addition adds, "
+            "so nothing is gained"
+        )
+    if end.target in MULTIPLICATIONS and any(_is_weight(source) for source in end.all_input_nodes):
+        return "its branch is scaled by weights computed on the way, which no kernel stands for"
+    if end.target in MULTIPLICATIONS:
+        return (
+            "its branch is multiplied by a value that is computed on the way and is no gate that can be followed: one number a "
+            "channel, of a pool of the very map that it multiplies (AdaptiveAvgPool2d(1), mean((2, 3))), by convolutions, linear "
+            "layers and activations"
         )
     if end.target in _ADDITIONS:
         return "its branch holds another residual that stays"
