@@ -121,7 +121,9 @@ def _is_reshape(network: Network, node: fx.Node) -> bool:
     before, after = (shape_of(source) or () if isinstance(source, fx.Node) else ()), shape_of(node) or ()
     if len(before) < 2 or before[:2] != after[:2] or any(size != 1 for size in before[2:]):
         return False
-    reshapes = node.target in _RESHAPES or isinstance(network.layer(node), nn.Flatten)
+    index = node.args[1] if node.target is operator.getitem else None
+    whole = isinstance(index, tuple) and all(part in (None, slice(None)) for part in index)  # y[:, :, None, None]
+    reshapes = node.target in _RESHAPES or isinstance(network.layer(node), nn.Flatten) or whole
     return node.target in _EXPANDS or (reshapes and all(size == 1 for size in after[2:]))
 
 
