@@ -192,18 +192,26 @@ def _is_zero(network: Network, node: fx.Node) -> bool:
 
 
 def slice_pieces(network: Network) -> None:
-    """Rewrites each such piece as x[:, a:b], in place; `propagate_shapes` has run."""
+    """Rewrites each piece of a split as x[:, a:b], and x[:, :n] that takes all as x, in place; `propagate_shapes` has run."""
     for node in list(network.graph.nodes):
         index = node.args[1] if node.target is operator.getitem else None
+        if isinstance(index, tuple) and isinstance(node.args[0], fx.Node) and _takes_all(node.args[0], node, index):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
         if not isinstance(index, int) or not isinstance(node.args[0], fx.Node):
             continue
         ends = _ends(node.args[0])
         if ends is not None and -len(ends) < index < len(ends):
             index %= len(ends)
             node.args = (node.args[0].args[0], (slice(None), slice(ends[index - 1] if index else 0, ends[index])))
-    for node in reversed(list(network.graph.nodes)):
-        if node.target in _CUTS and not node.users:
-            network.graph.erase_node(node)
+    _drop_unread(network)
+
+
+def _takes_all(source: fx.Node, node: fx.Node, index: tuple[Any, ...]) -> bool:
+    """Whether x[:, :n] takes all that there is, as GhostNet's does."""
+    channels = len(index) > 1 and isinstance(index[1], slice) and index[1].step in (None, 1)
+    rest = all(part == slice(None) for part in (*index[:1], *index[2:]))  # a crop may take all at this size alone
+    return channels and rest and shape_of(node) is not None and shape_of(source) == shape_of(node)
 
 
 _CUTS = ("split", torch.split, "chunk", torch.chunk)

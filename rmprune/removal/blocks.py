@@ -12,13 +12,14 @@ from itertools import takewhile
 import torch
 from torch import fx, nn
 
-from rmprune.graph.convolution import Conv, Obstacle, Pair, or_none, with_norm
+from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
 from rmprune.graph.network import Network, describe, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
 from rmprune.removal.chain import (
+    CONCATENATIONS,
     MULTIPLICATIONS,
     ChainLayer,
-    find_gate,
+    find_detour,
     identity_layer,
     in_chain,
     is_linear,
@@ -140,7 +141,7 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block:
     swap = _reach(network, chain) < _reach(network, other) if all(linear) else linear[0]
     branch, shortcut = (other, chain) if swap else (chain, other)
     layers, stages = _layers(network, branch), _stages(network, shortcut)
-    nodes = _with_gates(network, branch)
+    nodes = _with_detours(network, branch)
     return Block(name, add, source, tuple(layers), tuple(stages), nodes, tuple(shortcut))
 
 
@@ -160,10 +161,10 @@ def _layers(network: Network, nodes: list[fx.Node]) -> list[ChainLayer]:
     return layers
 
 
-def _with_gates(network: Network, nodes: list[fx.Node]) -> tuple[fx.Node, ...]:
-    """The nodes of a chain and of the gates over it, in order."""
-    gates = [find_gate(network, node) for node in nodes]
-    return tuple(sorted({*nodes, *(inner for gate in gates if gate is not None for inner in gate.nodes)}))
+def _with_detours(network: Network, nodes: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes of a chain and of the detours over it, in order."""
+    detours = [find_detour(network, node) for node in nodes]
+    return tuple(sorted({*nodes, *(inner for detour in detours if detour is not None for inner in detour.nodes)}))
 
 
 def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
@@ -180,9 +181,6 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
         assert isinstance(source, fx.Node)
         stages.append(ShortcutStage(conv, spatial(source), range_of(node), size_seen(node)))
     return stages
-
-
-_CONCATENATIONS = (torch.cat, torch.concat)
 
 
 def _is_weight(node: fx.Node) -> bool:
@@ -220,7 +218,7 @@ def why_no_fork(network: Network, end: fx.Node) -> str:
         )
     if end.target in _ADDITIONS:
         return "its branch holds another residual that stays"
-    if end.target in _CONCATENATIONS:
+    if end.target in CONCATENATIONS:
         return "its branch concatenates several ways: it is no chain of layers"
     if len(end.users) > 1 and in_chain(network, end):
         return f"the output of {describe(network, end)} inside its branch is read elsewhere, too: the branch is no chain of layers"

@@ -1,4 +1,4 @@
-"""A way through the graph as a chain of layers: convolutions, activations, and gates over them. Changes nothing."""
+"""A way through the graph as a chain of layers: convolutions, activations, gates and tails over them. Changes nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from rmprune.graph.network import Network, is_batch_norm, linear_layer, shape_of
 from rmprune.graph.ranges import Range, range_of
 
 MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+CONCATENATIONS = (torch.cat, torch.concat)
 _RESHAPES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", torch.flatten, torch.reshape, torch.unsqueeze)
 _EXPANDS = ("expand", "expand_as")
 
 
 @dataclass(frozen=True)
 class ChainLayer:
-    """One convolution of the branch, the activation after it, and the gate that multiplies what comes out (RM.md 3)."""
+    """One convolution of the branch, the activation after it, the gate that multiplies what comes out (RM.md 3), and a tail.
+
+    A tail is layers that what came out goes through once more, to stand behind itself: cat(y, tail(y)), as in GhostNet.
+    """
 
     conv: Conv
     activation: nn.Module | None
@@ -32,6 +36,12 @@ class ChainLayer:
     seen: Range | None  # the same as the examples showed it
     split: int = 0  # activation and gate are applied to so many channels from the first on; 0: to all
     gate: Gate | None = None
+    tail: tuple[ChainLayer, ...] = ()
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is one convolution and one activation, and no more."""
+        return self.gate is None and not self.tail
 
 
 @dataclass(frozen=True)
@@ -44,11 +54,14 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class GateNodes:
-    """The multiplication y * g(y) in the graph: y, and what g is made of, in order. layers: without pool, reshapes and sizes."""
+class Detour:
+    """The node y * g(y), where g starts with `pool`, or cat(y, g(y)), without: its y, and what g is made of, in order.
+
+    layers: without pool, reshapes and sizes.
+    """
 
     source: fx.Node
-    pool: fx.Node
+    pool: fx.Node | None
     layers: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
 
@@ -58,12 +71,12 @@ def walk(network: Network, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     chain: list[fx.Node] = []
     readers = set(node.users) if len(node.users) == 1 else set()
     while set(node.users) <= readers:
-        gate = find_gate(network, node)
-        if gate is None and not in_chain(network, node):
+        detour = find_detour(network, node)
+        if detour is None and not in_chain(network, node):
             break
         chain.append(node)
-        readers = {node, *(gate.nodes if gate is not None else ())}
-        source = node.args[0] if gate is None else gate.source
+        readers = {node, *(detour.nodes if detour is not None else ())}
+        source = node.args[0] if detour is None else detour.source
         assert isinstance(source, fx.Node)
         node = source
     return node, chain[::-1]
@@ -85,15 +98,35 @@ def _activation(network: Network, node: fx.Node) -> nn.Module | None:
     return layer if isinstance(layer, nn.Module) and rule_of(layer) is not None else None
 
 
-def find_gate(network: Network, node: fx.Node) -> GateNodes | None:
-    """The gate whose multiplication this node is, whichever factor comes first; None where it is none that can be followed."""
-    if node.target not in MULTIPLICATIONS or len(node.args) != 2 or len(node.all_input_nodes) != 2:
+def find_detour(network: Network, node: fx.Node) -> Detour | None:
+    """The gate whose multiplication this node is, or the tail whose concatenation; None where it is none that can be followed."""
+    if len(node.all_input_nodes) != 2:
         return None
     first, second = node.all_input_nodes
-    return _gate(network, node, first, second) or _gate(network, node, second, first)
+    if node.target in MULTIPLICATIONS and len(node.args) == 2:
+        return _gate(network, node, first, second) or _gate(network, node, second, first)
+    joined = node.target in CONCATENATIONS and over_channels(node) and list(node.args[0]) == [first, second]  # type: ignore[arg-type]
+    return _tail(network, first, second) if joined else None
 
 
-def _gate(network: Network, node: fx.Node, source: fx.Node, factor: fx.Node) -> GateNodes | None:
+def over_channels(node: fx.Node) -> bool:
+    """Whether a concatenation joins the channels of maps."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    return dim in (1, -3) and len(shape_of(node) or ()) == 4
+
+
+def _tail(network: Network, source: fx.Node, end: fx.Node) -> Detour | None:
+    nodes: list[fx.Node] = []
+    while end is not source:
+        if len(end.users) != 1 or not in_chain(network, end):
+            return None
+        nodes.insert(0, end)
+        assert isinstance(end.args[0], fx.Node)
+        end = end.args[0]
+    return Detour(source, None, tuple(nodes), tuple(nodes))
+
+
+def _gate(network: Network, node: fx.Node, source: fx.Node, factor: fx.Node) -> Detour | None:
     shape, own = shape_of(node) or (), shape_of(factor) or ()
     if len(shape) != 4 or shape_of(source) != shape or len(own) != 4 or own[:2] != shape[:2]:
         return None
@@ -105,7 +138,7 @@ def _gate(network: Network, node: fx.Node, source: fx.Node, factor: fx.Node) -> 
         pool = network.layer(current)
         if isinstance(pool, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d) and spatial(current) == (1, 1):
             nodes += _sizes(source, nodes)
-            found = GateNodes(source, current, tuple(layers[::-1]), tuple(sorted(nodes)))
+            found = Detour(source, current, tuple(layers[::-1]), tuple(sorted(nodes)))
             return found if current.args[0] is source else None
         if in_chain(network, current):
             layers.append(current)
@@ -140,20 +173,17 @@ def _sizes(source: fx.Node, readers: list[fx.Node]) -> list[fx.Node]:
 
 
 def layers_of(network: Network, nodes: list[fx.Node]) -> tuple[list[ChainLayer], bool]:
-    """The chain as convolutions with at most one activation and one gate after each; whether it ends in a bare convolution."""
+    """The chain as convolutions with at most one activation, gate and tail after each; whether it ends in a bare convolution."""
     layers: list[ChainLayer] = []
     open_layer = False  # the last layer may still take an activation
     for node in nodes:
-        gate, activation = find_gate(network, node), _activation(network, node)
-        source = node.args[0] if gate is None else gate.source
+        detour, activation = find_detour(network, node), _activation(network, node)
+        source = node.args[0] if detour is None else detour.source
         assert isinstance(source, fx.Node)
-        if gate is not None:
-            if not layers or layers[-1].gate is not None:
+        if detour is not None:
+            if not layers or layers[-1].tail or (detour.pool is not None and layers[-1].gate is not None):
                 layers.append(identity_layer(source, f"{node.name}_in"))
-            pool = network.layer(gate.pool)
-            assert isinstance(pool, nn.Module)
-            inner = tuple(layers_of(network, list(gate.layers))[0])
-            layers[-1] = replace(layers[-1], gate=Gate(pool, str(gate.pool.target), inner))
+            layers[-1] = _with_detour(network, layers[-1], detour)
             open_layer = False
             continue
         if activation is not None:
@@ -170,11 +200,18 @@ def layers_of(network: Network, nodes: list[fx.Node]) -> tuple[list[ChainLayer],
             continue
         if is_batch_norm(network.layer(node)):
             conv = dense(replace(conv, name=f"{conv.name}_in"))
-        layers.append(
-            ChainLayer(conv, None, "", spatial(source), spatial(node), range_of(node), node.meta.get("seen"))
-        )
+        layers.append(ChainLayer(conv, None, "", spatial(source), spatial(node), range_of(node), node.meta.get("seen")))
         open_layer = True
     return layers, open_layer
+
+
+def _with_detour(network: Network, layer: ChainLayer, detour: Detour) -> ChainLayer:
+    inner = tuple(layers_of(network, list(detour.layers))[0])
+    if detour.pool is None:
+        return replace(layer, tail=inner)
+    pool = network.layer(detour.pool)
+    assert isinstance(pool, nn.Module)
+    return replace(layer, gate=Gate(pool, str(detour.pool.target), inner))
 
 
 def identity_layer(source: fx.Node, name: str) -> ChainLayer:

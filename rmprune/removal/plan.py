@@ -12,7 +12,7 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from rmprune.graph.convolution import Conv, Obstacle, or_none, to_measure
+from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.fuse import compose
 from rmprune.graph.network import spatial
 from rmprune.graph.ranges import constant, range_of, size_seen
@@ -57,7 +57,7 @@ def schedule(block: Block, form: str = "auto") -> Schedule:
     forms = [form]
     if form == "auto":  # a shift may be what a padded shortcut kernel does not allow
         forms.append("pair")
-    if form == "auto" and any(layer.gate is not None for layer in block.layers):  # no stock chain in any case
+    if form == "auto" and not all(layer.stock for layer in block.layers):  # no plain chain in any case
         forms.append("slice")
     first: Obstacle | None = None
     for each in forms:

@@ -58,6 +58,8 @@ def reserve(
     sliced |= layer.gate is not None and _unit(layer.gate) is None
     if sliced and wire.interleaved:
         raise Obstacle("between grouped convolutions activation and gate cannot be applied to a slice")
+    if layer.tail and wire.interleaved:
+        raise Obstacle("between grouped convolutions nothing can be concatenated")
     if sliced:
         rule = None  # copies pass beside it
     as_is, move = torch.zeros_like(needed), Shift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
@@ -85,9 +87,11 @@ def reserve(
     kept = torch.where(as_is, carry.constant, code.constant) if identity else code.constant
     moved = rows.source >= 0
     kept = kept.index_add(0, rows.channel[moved], -rows.decode[moved] * rows.offset[moved])
+    behind = layer.tail[-1].conv.out_channels if layer.tail else 0  # of the branch, before the copies
+    own = torch.arange(conv.out_channels + behind) if behind else layout.computed
     next_carry = Carry(
-        rows.channel, rows.decode, layout.reserved, rows.group, kept, *after_activation(layer.activation, rule, rows.low, rows.high),
-        after, layout.extra_groups,
+        rows.channel, rows.decode, layout.reserved + behind, rows.group, kept,
+        *after_activation(layer.activation, rule, rows.low, rows.high), Side(own, layout.total + behind), layout.extra_groups,
     )  # fmt: skip
     forms = code.forms
     if as_is.any() and carry.side.total == len(carry.channel) == len(
@@ -105,7 +109,7 @@ def reserve(
         range=layout.spread(layer.range, (rows.low, rows.high)),
         seen=None if layer.seen is None else layout.spread(layer.seen, (rows.offset - shown, rows.offset + shown)),
     )  # fmt: skip
-    return wider, next_carry, forms | ({"slice"} if sliced else set())
+    return wider, next_carry, forms | ({"slice"} if sliced or (behind and len(rows.channel)) else set())
 
 
 def _wanted(

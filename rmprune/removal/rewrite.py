@@ -15,7 +15,7 @@ from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.network import Network, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import annotate_range
 from rmprune.removal.blocks import Block, additions, find_block
-from rmprune.removal.chain import ChainLayer
+from rmprune.removal.chain import CONCATENATIONS, ChainLayer, over_channels
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
 from rmprune.removal.cost import by_block, cost_of, parameters
 from rmprune.removal.geometry import chain_taps
@@ -154,9 +154,12 @@ def _replace(network: Network, block: Block, chain: Schedule) -> list[fx.Node]:
 
 
 def _insert(network: Network, source: fx.Node, layer: ChainLayer) -> list[fx.Node]:
-    """The convolution, and what follows it on all channels, y = gate(act(x)), or on its own: cat(gate(act(x[:, :split])), x[:, split:])."""
+    """The nodes of a layer: its convolution, and what follows it on all channels or, where it is split, on its own alone.
+
+    y = gate(act(x)), or y = gate(act(x[:, :split])) with x[:, split:] beside it; with a tail, cat(y, tail(y), copies).
+    """
     graph, every, channels = network.graph, slice(None), layer.conv.out_channels
-    batch, own = (shape_of(source) or (1,))[0], layer.split or channels
+    batch = (shape_of(source) or (1,))[0]
     conv = graph.call_module(network.add(layer.conv.name, replace(layer.conv)), (source,))
     conv.meta |= {"range": layer.range, "shape": (batch, channels, *layer.out_size)}
     conv.meta |= {} if layer.seen is None else {"seen": layer.seen}
@@ -168,20 +171,37 @@ def _insert(network: Network, source: fx.Node, layer: ChainLayer) -> list[fx.Nod
         added.append(node)
         return node
 
-    if layer.split:
-        add(graph.call_function(operator.getitem, (conv, (every, slice(None, own)))), own)
+    def cut(node: fx.Node, at: int) -> tuple[fx.Node, list[fx.Node]]:
+        """The channels of a node before and from `at` on; nothing beside where that are all."""
+        count = (shape_of(node) or (0, 0))[1]
+        if at in (0, count):
+            return node, []
+        first, rest = (
+            add(graph.call_function(operator.getitem, (node, (every, part))), number)
+            for part, number in ((slice(None, at), at), (slice(at, None), count - at))
+        )
+        return first, [rest]
+
+    current, beside = cut(conv, layer.split)
+    own = layer.split or channels
     if layer.activation is not None:
-        add(graph.call_module(network.add(layer.activation_name, layer.activation), (added[-1],)), own)
+        current = add(graph.call_module(network.add(layer.activation_name, layer.activation), (current,)), own)
     if layer.gate is not None:
-        gated = added[-1]
-        add(graph.call_module(network.add(layer.gate.pool_name, layer.gate.pool), (gated,)), own, (1, 1))
+        add(graph.call_module(network.add(layer.gate.pool_name, layer.gate.pool), (current,)), own, (1, 1))
         for inner in layer.gate.layers:
             added += _insert(network, added[-1], inner)
-        add(graph.call_function(operator.mul, (gated, added[-1])), own)
-    if layer.split and len(added) > 2:
-        active, rest = added[-1], slice(own, None)
-        beside = add(graph.call_function(operator.getitem, (conv, (every, rest))), channels - own)
-        add(graph.call_function(torch.cat, ([active, beside], 1)), channels)
+        current = add(graph.call_function(operator.mul, (current, added[-1])), own)
+    parts = [current]
+    if layer.tail:
+        current, copies = cut(current, layer.tail[0].conv.in_channels)
+        beside, end = beside + copies, current
+        for inner in layer.tail:
+            added += _insert(network, end, inner)
+            end = added[-1]
+        parts = [current, end]
+    if len(parts + beside) > 1:
+        total = sum((shape_of(part) or (0, 0))[1] for part in parts + beside)
+        add(graph.call_function(torch.cat, (parts + beside, 1)), total)
     return added
 
 
@@ -189,17 +209,12 @@ def join_copies(network: Network) -> int:
     """cat(x[:, :k], conv(x)) -> one convolution, wherever it is exact; returns how many concatenations went."""
     count = 0
     for node in list(network.graph.nodes):
-        if node.op == "call_function" and node.target in (torch.cat, torch.concat) and _over_channels(node):
+        if node.op == "call_function" and node.target in CONCATENATIONS and over_channels(node):
             found = _joined(network, node)
             if found is not None:
                 _replace_concatenation(network, node, *found)
                 count += 1
     return count
-
-
-def _over_channels(node: fx.Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    return dim in (1, -3) and len(shape_of(node) or ()) == 4
 
 
 def _joined(network: Network, node: fx.Node) -> tuple[fx.Node, fx.Node, Conv] | None:

@@ -93,7 +93,9 @@ def test_a_gate_between_layers_is_exactly_one_on_the_copies(last: str, dtype: to
 
 @pytest.mark.parametrize("way", ["view", "mean", "unsqueeze"])
 def test_a_gate_of_linear_layers(way: str) -> None:
-    model = prepared(*stem(), Residual(nn.Sequential(branch(conv_bn(6, 8), nn.Sequential()), LinearSqueeze(8, way), *conv_bn(8, 6))))
+    model = prepared(
+        *stem(), Residual(nn.Sequential(branch(conv_bn(6, 8), nn.Sequential()), LinearSqueeze(8, way), *conv_bn(8, 6)))
+    )
     removal = removed(model)
     assert "gate" in removal.blocks[0].form
     before = plan_removal(model, images())[0].macs_before
@@ -113,7 +115,9 @@ def test_inverted_bottlenecks_with_hardswish_stay_stock() -> None:
 
 def test_what_no_copy_passes_is_gated_on_its_slice() -> None:
     """As in EfficientNet: two SiLU with a depthwise convolution between them. One copy beside each, and the gate is the original's."""
-    body = nn.Sequential(*conv_bn(4, 8, 1), nn.SiLU(), *conv_bn(8, 8, 3, groups=8), nn.SiLU(), Squeeze(8, inner=nn.SiLU()))
+    body = nn.Sequential(
+        *conv_bn(4, 8, 1), nn.SiLU(), *conv_bn(8, 8, 3, groups=8), nn.SiLU(), Squeeze(8, inner=nn.SiLU())
+    )
     model = prepared(*conv_bn(3, 4), Residual(nn.Sequential(body, *conv_bn(8, 4, 1))))
     removal = removed(model)
     assert removal.blocks[0].form == "free+slice" and removal.blocks[0].reserved == 4 and cats(removal) == 2
@@ -168,8 +172,14 @@ def test_a_shape_read_elsewhere_keeps_the_gate() -> None:
 OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "a number a pixel": (lambda y: y * torch.sigmoid(y.mean(1, keepdim=True)), "no gate that can be followed"),
     "every value": (lambda y: y * torch.sigmoid(y), "no gate that can be followed"),
-    "another value's pool": (lambda y: y * torch.sigmoid(F.adaptive_avg_pool2d(2 * y, 1)), "no gate that can be followed"),
-    "channels mixed": (lambda y: y * torch.sigmoid(F.adaptive_avg_pool2d(y, 1).flip(1)), "no gate that can be followed"),
+    "another value's pool": (
+        lambda y: y * torch.sigmoid(F.adaptive_avg_pool2d(2 * y, 1)),
+        "no gate that can be followed",
+    ),
+    "channels mixed": (
+        lambda y: y * torch.sigmoid(F.adaptive_avg_pool2d(y, 1).flip(1)),
+        "no gate that can be followed",
+    ),
 }
 
 
