@@ -16,7 +16,7 @@ Cost = tuple[int, int]
 
 
 def cost_of(network: Network, nodes: Iterable[fx.Node], batch_norm: bool = True) -> Cost:
-    """(MACs of the convolutions and linear layers, parameters) of these nodes; batch_norm=False: built without the norms of convolutions as data."""
+    """(MACs of convolutions and linear layers, parameters) of these nodes; batch_norm=False: without norms of convolutions as data."""
     own = {(node.op, node.target): node for node in nodes if node.op in ("call_module", "get_attr")}
     costs = [_cost(network, node, batch_norm) for node in own.values()]
     return sum(macs for macs, _ in costs), sum(params for _, params in costs)

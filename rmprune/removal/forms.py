@@ -103,7 +103,10 @@ def _rows_of_forms(
 
 
 def shift(rule: Rule, low: Tensor, high: Tensor) -> Shift:
-    """For rows with values in [low, high]: a * v + b inside the identity interval: a a power of two, at most 1; b the offset nearest to 0. NaN where impossible."""
+    """a * v + b inside the identity interval, for rows v in [low, high]; NaN where impossible.
+
+    a is a power of two, at most 1; b the offset nearest to 0.
+    """
     nan = torch.full_like(low, math.nan)
     bottom, top = rule.low, rule.high
     if bottom >= top:

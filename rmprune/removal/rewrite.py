@@ -31,7 +31,8 @@ class BlockReport:
     second, or else of the first; the layers of a block inside another count with the outer one, too.
 
     form is how copies pass the activations: `free` (already where the activation is the identity), `shift`, `pair`, `slope`, `slice`
-    (beside it), `linear` (no activation in between), or several joined by `+`. note: a limit of the exactness that a user has to know.
+    (beside it, by slices and a concatenation), `linear` (no activation in between), and `gate` where they pass a gate that is
+    exactly 1 for them; or several joined by `+`. note: a limit of the exactness that a user has to know.
     """
 
     name: str

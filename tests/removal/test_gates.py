@@ -152,7 +152,9 @@ def test_a_gate_over_a_block() -> None:
     assert len(removed(model).removed) == 2
 
 
-def test_a_shape_read_elsewhere_keeps_the_gate() -> None:
+def test_a_shape_read_elsewhere() -> None:
+    """The gate cannot go, for its size nodes are read by what stays."""
+
     class Elsewhere(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -162,11 +164,7 @@ def test_a_shape_read_elsewhere_keeps_the_gate() -> None:
             y = self.body(x)
             return (self.squeeze(y) + x) * y.size(1)
 
-    model = prepared(*stem(), Elsewhere())
-    try:
-        assert worst_error(remove_residuals(model, images()), model) < 1e-11
-    except UnsupportedModel as error:
-        assert "read elsewhere" in str(error)
+    refused(prepared(*stem(), Elsewhere()), "read elsewhere")
 
 
 OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -217,6 +215,47 @@ def test_layer_norm_is_the_reason_and_layer_scale_no_gate() -> None:
     refused(prepared(*stem(), Next()), "LayerNorm, whose mean and variance are over all channels")
     reason = plan_removal(prepared(*stem(), Next()), images())[0].reason
     assert "gate" not in reason
+
+
+class Ghost(nn.Module):
+    """GhostNet's module: a 1x1 convolution, and a depthwise one of what it gives, side by side."""
+
+    def __init__(self, inputs: int, outputs: int, act: type[nn.Module]) -> None:
+        super().__init__()
+        half = outputs // 2
+        self.outputs = outputs
+        self.first = nn.Sequential(*conv_bn(inputs, half, 1), act())
+        self.cheap = nn.Sequential(*conv_bn(half, half, 3, groups=half), act())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return torch.cat([y, self.cheap(y)], dim=1)[:, : self.outputs, :, :]
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_ghost_modules(squeeze: bool) -> None:
+    """What a convolution makes stands beside what is made of it; the copies go by, as one part of the concatenation more."""
+    middle = [Squeeze(8, nn.Hardsigmoid())] if squeeze else []
+    body = nn.Sequential(Ghost(6, 8, nn.ReLU), *middle, Ghost(8, 6, nn.Identity))
+    removal = removed(prepared(*conv_bn(3, 6), Residual(body)))
+    gated = "gate+" if squeeze else ""
+    assert removal.blocks[0].form == f"free+{gated}pair+slice" and cats(removal) == 2
+
+
+def test_a_ghost_module_with_stride_and_a_shortcut_of_its_own() -> None:
+    body = nn.Sequential(Ghost(6, 8, nn.ReLU), *conv_bn(8, 8, 3, 2, groups=8), Ghost(8, 10, nn.Identity))
+    shortcut = nn.Sequential(*conv_bn(6, 6, 3, 2, groups=6), *conv_bn(6, 10, 1))
+    removed(prepared(*stem(), Residual(body, shortcut)))
+
+
+def test_a_crop_that_takes_all_at_this_size_alone() -> None:
+    class Crop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :6, :8, :8]
+
+    model = prepared(*stem(), Crop(), basic(6), nn.AdaptiveAvgPool2d(1))
+    removal = remove_residuals(model, images())
+    assert worst_error(removal, model, size=11) < 1e-11
 
 
 SHORTCUTS: dict[str, Callable[[Tensor], Tensor]] = {
