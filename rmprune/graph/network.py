@@ -61,6 +61,13 @@ class Network:
         self.layers[unique] = layer
         return unique
 
+    def drop_unread(self) -> None:
+        """Takes out what nothing reads."""
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op not in ("output", "placeholder"):
+                self.graph.erase_node(node)
+                self.layers.pop(str(node.target), None)
+
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return node.meta.get("shape")

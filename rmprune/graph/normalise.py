@@ -16,6 +16,7 @@ from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
 from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
 from rmprune.graph.shapes import propagate_shapes
+from rmprune.graph.written_out import name_activations
 
 
 class _Tracer(fx.Tracer):
@@ -50,6 +51,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
     propagate_shapes(network, example_inputs)
     slice_pieces(network)
     pad_zeros(network)
+    name_activations(network)
     return network
 
 
@@ -72,7 +74,7 @@ class _Normaliser:
                 self._call(node)
             else:
                 self._keep(node)
-        _drop_unread(self.network)
+        self.network.drop_unread()
         return self.network
 
     def _module(self, node: fx.Node) -> None:
@@ -160,13 +162,6 @@ def _plain_norm(module: Any) -> nn.BatchNorm2d:
     return plain.eval()
 
 
-def _drop_unread(network: Network) -> None:
-    for node in reversed(list(network.graph.nodes)):
-        if not node.users and node.op not in ("output", "placeholder"):
-            network.graph.erase_node(node)
-            network.layers.pop(str(node.target), None)
-
-
 def pad_zeros(network: Network) -> None:
     """Rewrites cat([x, zeros], 1), the CIFAR shortcut without weights (RM.md 3), as channels padded to x, in place."""
     for node in list(network.graph.nodes):
@@ -182,7 +177,7 @@ def pad_zeros(network: Network) -> None:
         padded.meta = dict(node.meta)
         node.replace_all_uses_with(padded)
         network.graph.erase_node(node)
-        _drop_unread(network)
+        network.drop_unread()
 
 
 def _is_zero(network: Network, node: fx.Node) -> bool:
@@ -204,7 +199,7 @@ def slice_pieces(network: Network) -> None:
         if ends is not None and -len(ends) < index < len(ends):
             index %= len(ends)
             node.args = (node.args[0].args[0], (slice(None), slice(ends[index - 1] if index else 0, ends[index])))
-    _drop_unread(network)
+    network.drop_unread()
 
 
 def _takes_all(source: fx.Node, node: fx.Node, index: tuple[Any, ...]) -> bool:

@@ -36,6 +36,7 @@ class ChainLayer:
     seen: Range | None  # the same as the examples showed it
     split: int = 0  # activation and gate are applied to so many channels from the first on; 0: to all
     gate: Gate | None = None
+    gate_first: bool = False  # the gate stands before the activation
     tail: tuple[ChainLayer, ...] = ()
 
     @property
@@ -187,9 +188,13 @@ def layers_of(network: Network, nodes: list[fx.Node]) -> tuple[list[ChainLayer],
             open_layer = False
             continue
         if activation is not None:
-            if not open_layer:
+            gated = (
+                bool(layers) and layers[-1].activation is None and layers[-1].gate is not None and not layers[-1].tail
+            )
+            if not open_layer and not gated:
                 layers.append(identity_layer(source, f"{node.target}_in"))
-            layers[-1] = replace(layers[-1], activation=activation, activation_name=str(node.target))
+            named = replace(layers[-1], activation=activation, activation_name=str(node.target))
+            layers[-1] = replace(named, gate_first=gated)
             open_layer = False
             continue
         conv = linear_layer(network, node)

@@ -80,11 +80,12 @@ def remove_residuals(
     first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes, unless a block's `note` says otherwise (a
     pool with ceil_mode). keep: names of blocks to leave in. ranges: "provable" bounds hold for every input in `input_range`;
     "calibrated" ones are seen on example_inputs and widened by `margin` times their width, exact only inside. form: how copies pass
-    an activation that is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice"
-    (one copy beside it; the result is no chain then; "auto" takes it only in blocks with a gate or a concatenation). batch_norm: False folds every batch norm, True
-    only new ones whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring
-    convolutions. tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype of `model` it may be off
-    by 16 times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
+    an activation that is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies),
+    "slice" (one copy beside it; the result is no chain then; "auto" takes it only in blocks with a gate or a concatenation).
+    batch_norm: False folds every batch norm, True only new ones whose variances the dtype of `model` cannot hold. fuse:
+    "cheaper", "always" or "never" multiply neighbouring convolutions. tolerance: on max_error, relative to what the inputs
+    change in the outputs; in the dtype of `model` it may be off by 16 times the original's own rounding (see
+    `rmprune.graph.equivalence.own_dtype_error`).
 
     Raises UnsupportedModel (cannot be traced, random in eval mode, or no residual can go), NotEquivalent (over tolerance, or off in
     the dtype of `model`), ConfigError (a bad setting).

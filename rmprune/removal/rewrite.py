@@ -183,15 +183,22 @@ def _insert(network: Network, source: fx.Node, layer: ChainLayer) -> list[fx.Nod
         )
         return first, [rest]
 
-    current, beside = cut(conv, layer.split)
-    own = layer.split or channels
-    if layer.activation is not None:
-        current = add(graph.call_module(network.add(layer.activation_name, layer.activation), (current,)), own)
-    if layer.gate is not None:
+    def activated(current: fx.Node) -> fx.Node:
+        if layer.activation is None:
+            return current
+        return add(graph.call_module(network.add(layer.activation_name, layer.activation), (current,)), own)
+
+    def gated(current: fx.Node) -> fx.Node:
+        if layer.gate is None:
+            return current
         add(graph.call_module(network.add(layer.gate.pool_name, layer.gate.pool), (current,)), own, (1, 1))
         for inner in layer.gate.layers:
-            added += _insert(network, added[-1], inner)
-        current = add(graph.call_function(operator.mul, (current, added[-1])), own)
+            added.extend(_insert(network, added[-1], inner))
+        return add(graph.call_function(operator.mul, (current, added[-1])), own)
+
+    current, beside = cut(conv, layer.split)
+    own = layer.split or channels
+    current = activated(gated(current)) if layer.gate_first else gated(activated(current))
     parts = [current]
     if layer.tail:
         current, copies = cut(current, layer.tail[0].conv.in_channels)

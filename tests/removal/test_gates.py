@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from removal_nets import Residual, basic, branch, conv_bn, images, prepared, refused, removed, stem, worst_error
 from torch import Tensor, fx, nn
 
-from rmprune.errors import UnsupportedModel
+from rmprune.graph.normalise import normalise
 from rmprune.removal import Removal, plan_removal, remove_residuals
 
 
@@ -169,7 +169,7 @@ def test_a_shape_read_elsewhere() -> None:
 
 OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "a number a pixel": (lambda y: y * torch.sigmoid(y.mean(1, keepdim=True)), "no gate that can be followed"),
-    "every value": (lambda y: y * torch.sigmoid(y), "no gate that can be followed"),
+    "every value": (lambda y: y * torch.tanh(y), "no gate that can be followed"),
     "another value's pool": (
         lambda y: y * torch.sigmoid(F.adaptive_avg_pool2d(2 * y, 1)),
         "no gate that can be followed",
@@ -256,6 +256,42 @@ def test_a_crop_that_takes_all_at_this_size_alone() -> None:
     model = prepared(*stem(), Crop(), basic(6), nn.AdaptiveAvgPool2d(1))
     removal = remove_residuals(model, images())
     assert worst_error(removal, model, size=11) < 1e-11
+
+
+WRITTEN: dict[str, tuple[Callable[[Tensor], Tensor], type[nn.Module]]] = {
+    "divided": (lambda x: F.relu6(x + 3.0) / 6.0, nn.Hardsigmoid),
+    "multiplied": (lambda x: (3 + x).clamp(0, 6) * (1 / 6), nn.Hardsigmoid),
+    "hard swish": (lambda x: x * (F.relu6(x + 3) / 6), nn.Hardswish),
+    "swish": (lambda x: torch.sigmoid(x) * x, nn.SiLU),
+    "by five": (lambda x: F.relu6(x + 3) / 5, nn.ReLU6),
+    "another's": (lambda x: torch.sigmoid(x) * (2 * x), nn.Sigmoid),
+}
+
+
+class Written(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.code = WRITTEN[name][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(x)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_activations_written_out_are_named(name: str) -> None:
+    network = normalise(nn.Sequential(nn.Conv2d(3, 4, 1), Written(name)).double(), (images(),))
+    kinds = {type(network.layer(node)) for node in network.graph.nodes}
+    assert WRITTEN[name][1] in kinds
+    assert len(kinds & {nn.Hardsigmoid, nn.Hardswish, nn.SiLU}) == (name not in ("by five", "another's"))
+
+
+def test_a_block_of_a_mobilenet_v3_as_code_on_the_web_has_it() -> None:
+    swish = Written("hard swish")
+    body = nn.Sequential(
+        *conv_bn(4, 8, 1), swish, *conv_bn(8, 8, 3, groups=8), Squeeze(8, Written("divided")), swish, *conv_bn(8, 4, 1)
+    )
+    removal = removed(prepared(*conv_bn(3, 4), Residual(body)))
+    assert removal.blocks[0].form == "gate+pair+shift"
 
 
 SHORTCUTS: dict[str, Callable[[Tensor], Tensor]] = {
