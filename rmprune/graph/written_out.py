@@ -13,7 +13,7 @@ from rmprune.graph.network import Network
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _DIVIDES = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
 _MULTIPLIES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_TIMES_X: dict[type[nn.Module], type[nn.Module]] = {nn.Hardsigmoid: nn.Hardswish, nn.Sigmoid: nn.SiLU}
+_TIMES_X: dict[object, type[nn.Module]] = {nn.Hardsigmoid: nn.Hardswish, nn.Sigmoid: nn.SiLU}
 
 
 def name_activations(network: Network) -> None:
