@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import rmprune
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.measure.layers import Layer, network_layers
+from rmprune.measure.layers import TimedLayer, network_layers
 from rmprune.measure.machine import environment
 from rmprune.pruning import find_structure, shrink
 from rmprune.pruning.allocate import keep_best
@@ -81,7 +81,7 @@ def networks() -> dict[str, tuple[dict[str, nn.Module], dict[str, nn.Module]]]:
     }
 
 
-def layers_of(parts: tuple[dict[str, nn.Module], ...], x: Tensor) -> list[Layer]:
+def layers_of(parts: tuple[dict[str, nn.Module], ...], x: Tensor) -> list[TimedLayer]:
     """The layers of all these networks."""
     return [layer for part in parts for network in part.values() for layer in network_layers(network, x)]
 

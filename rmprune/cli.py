@@ -1,12 +1,16 @@
 """The command line: one small function for each subcommand, flags and help generated from the configs. The work is done elsewhere."""
 
+import contextlib
+import importlib.metadata
+import io
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
@@ -30,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"rmprune {importlib.metadata.version('rmprune')}")
+        return
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         _fail(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
@@ -56,14 +63,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"rmprune: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def _overview() -> str:
     lines = (f"  {name:9}{(function.__doc__ or '').splitlines()[0]}" for name, function in COMMANDS.items())
-    return "usage: python -m rmprune COMMAND [flags]     (COMMAND --help lists the flags)\n\n" + "\n".join(lines)
+    return (
+        "usage: python -m rmprune COMMAND [flags]     (COMMAND --help lists the flags, --version says which this is)\n\n"
+        + "\n".join(lines)
+    )
 
 
 def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
@@ -79,7 +89,27 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
         default = from_toml(kind, Path(arguments[at + 1]))
         arguments = arguments[:at] + arguments[at + 2 :]
     description = (COMMANDS[command].__doc__ or "") + "\n\n--config FILE reads settings from TOML first."
-    return tyro.cli(kind, args=arguments, default=default, prog=f"python -m rmprune {command}", description=description)
+    prog, said = f"python -m rmprune {command}", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, default=default, prog=prog, description=description)
+    except SystemExit as stopped:
+        if not stopped.code:  # --help
+            raise
+        _fail(f"{_one_line(said.getvalue())} ({prog} --help lists the flags)")
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box about a flag, without the help of that flag: the message, and the flag that may have been meant."""
+    box = re.sub(r"\x1b\[[\d;]*m", "", box).replace("─", "-")  # colours, on a terminal
+    boxed = [line.strip("│")[1:] for line in box.splitlines() if line.startswith("│")]
+    parts = re.split("-{10,}", "\n".join(boxed) if boxed else box)
+    words = (
+        parts[0] if boxed else "".join(parts[1:2])
+    )  # without UTF-8 it draws no box, and the title is a part of its own
+    message = " ".join(row.strip() for row in words.splitlines() if not row.startswith(" " * 8)).strip().rstrip(".")
+    meant = re.search(r"Perhaps you meant:[\s│]+(--\S+)", box)
+    return (message or " ".join(box.split())) + (f"; did you mean {meant.group(1)}?" if meant else "")
 
 
 def _command_line(command: str, arguments: list[str]) -> str:
@@ -166,6 +196,13 @@ def report(arguments: list[str]) -> None:
     run_report(config, command=_command_line("report", arguments))
 
 
+def doctor(arguments: list[str]) -> None:
+    """what is installed, which backends work here, what the processor can do, whether the machine is quiet enough to time"""
+    from rmprune.pipelines.doctor import run_doctor
+
+    run_doctor(_parse(settings.DoctorConfig, arguments, "doctor"))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (slim, amc, train, inspect, convert, measure, report)
+    function.__name__: function for function in (slim, amc, train, inspect, convert, measure, report, doctor)
 }

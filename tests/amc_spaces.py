@@ -6,7 +6,7 @@ from torch import nn
 from rmprune.amc.environment import Environment
 from rmprune.amc.space import Limits, Space
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Layer, Structure, macs
+from rmprune.pruning.groups import SizedLayer, Structure, macs
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -47,7 +47,7 @@ def structure(model: nn.Module) -> Structure:
     return find_structure(model, X)
 
 
-def jagged(layer: Layer, cin: int, cout: int) -> float:
+def jagged(layer: SizedLayer, cin: int, cout: int) -> float:
     """A measured-time-like cost: not monotone, widths off the multiples of 8 are dearer."""
     return macs(layer, cin, cout) * (1.0 if cin % 8 == 0 and cout % 8 == 0 else 1.6) + 50
 

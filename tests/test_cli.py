@@ -144,3 +144,44 @@ def test_torchrun_is_refused(
 def test_the_module_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "rmprune", "nothing"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "unknown command" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/data"), "Permission denied: '/data'"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "take a smaller width, batch size"),
+        (MemoryError(), "take a smaller width, batch size"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_clear_error(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "train", fails)
+    assert status("train") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(arguments: list[str]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setitem(COMMANDS, "train", fails)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(("train",))
+
+
+def test_inspect_says_what_stays_and_why_and_convert_what_was_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(("inspect", "mobilenet_v3_small", "--image-size", "32"))
+    printed = capsys.readouterr().out
+    assert "stays (" in printed and "stays" in printed.split("next: ")[0]
+    main(("convert", "resnet8", "--width", "4", "--keep", "layer1.0", "--out", str(tmp_path / "plain")))
+    printed = capsys.readouterr().out
+    assert "2 residuals removed, 1 kept" in printed and "kept layer1.0: " in printed
+    assert status("inspect", str(tmp_path)) == 2 and "not an artifact of rmprune" in capsys.readouterr().err
+    assert status("inspect", "resnet8", "--image-size", "0") == 2 and "at least 1" in capsys.readouterr().err

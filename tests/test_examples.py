@@ -30,6 +30,7 @@ CONFIGS: dict[str, type[Any]] = {
     "convert": config.ConvertConfig,
     "measure": config.RemeasureConfig,
     "report": config.ReportConfig,
+    "doctor": config.DoctorConfig,
 }
 
 

@@ -57,6 +57,7 @@ def test_the_report_reads_records_settings_and_errors_alone() -> None:
     read = {other for module in imported if room_of(module) == "report" for other in imported[module]}
     assert {other for other in read if room_of(other) != "report"} <= {
         "rmprune.runs.records",
+        "rmprune.runs.writing",
         "rmprune.config",
         "rmprune.errors",
     }

@@ -76,6 +76,7 @@ class Replay:
         return min(self.seen, len(self.rows))
 
     def add(self, state: Tensor, action: float, reward: float, following: Tensor, last: bool) -> None:
+        """Keep one transition: state and following state [features], action and reward as numbers; the oldest goes when it is full."""
         self.rows[self.seen % len(self.rows)] = torch.cat(
             [state, following, torch.tensor([action, reward, float(last)])]
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmprune.amc.agent import AgentConfig
 from rmprune.amc.environment import Environment
-from rmprune.amc.scoring import Scorer, Settings, importance_order
+from rmprune.amc.scoring import Scorer, ScoringSettings, importance_order
 from rmprune.amc.search import Search, SearchMethod, SearchResult, Watcher
 from rmprune.amc.space import COSTS, Limits, Space, Widths
 from rmprune.config import AmcConfig, MeasureConfig, SearchConfig
@@ -23,6 +23,7 @@ from rmprune.measure.place import Place, largest_within
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Structure, describe_layer, record_shapes
 from rmprune.pruning.importance import score_groups
+from rmprune.pruning.prove import prove_groups
 from rmprune.pruning.surgery import shrink
 from rmprune.pruning.time_cost import TimeCost, calibrate
 from rmprune.runs.notes import remembered
@@ -68,8 +69,9 @@ class Timing:
     def __init__(self, original: nn.Module, example: Tensor, config: MeasureConfig, cache: Path | None) -> None:
         self.original, self.example = original, example
         self.place = Place.first(config, original, example[:1])
+        place = self.place
         self.table = LatencyModel(
-            self.place.backend, threads=self.place.threads, batch_size=self.place.batch_size, cache=cache
+            place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
         )
 
     def measure(self, network: nn.Module, space: Space) -> Measure:
@@ -132,6 +134,7 @@ def choose(
     the directory holds another search.
     """
     config = job.config.search
+    cut_error = prove_groups(network, space.structure, job.data.train.example(2))  # once for all that the search cuts
     scorer = make_scorer(network, space, job)
     search = Search(
         Environment(space, scorer.accuracy, reward=config.reward),
@@ -153,7 +156,8 @@ def choose(
         verified = Verified(**found | {"widths": tuple(found["widths"])})
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
-    return Chosen(scorer.build(verified.widths).cpu(), widths, _facts(result, space, verified, accuracy, goal.ratio))
+    facts = _facts(result, space, verified, accuracy, goal.ratio) | {"cut_error": cut_error}
+    return Chosen(scorer.build(verified.widths).cpu(), widths, facts)
 
 
 def make_scorer(network: nn.Module, space: Space, job: Job[AmcConfig]) -> Scorer:
@@ -161,7 +165,7 @@ def make_scorer(network: nn.Module, space: Space, job: Job[AmcConfig]) -> Scorer
     config, network = job.config.search, job.here(network)
     scores = score_groups(config.importance, network, space.structure, job.batches)
     images, labels = first_images(job.data.validation, config.images, job.device)
-    settings = Settings(dtype=compute_dtype(config.precision, job.device), reconstruct=config.reconstruct)
+    settings = ScoringSettings(dtype=compute_dtype(config.precision, job.device), reconstruct=config.reconstruct)
     calibration = first_images(job.data.train, config.calibration, job.device)[0]
     return Scorer(network, space, importance_order(scores), calibration, images, labels, settings)
 

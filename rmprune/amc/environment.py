@@ -12,7 +12,7 @@ from typing import Literal
 
 from rmprune.amc.space import Space, Widths
 from rmprune.errors import ConfigError
-from rmprune.pruning.groups import Layer
+from rmprune.pruning.groups import SizedLayer
 
 Features = tuple[float, ...]
 RewardKind = Literal["accuracy", "error_log_cost"]
@@ -111,7 +111,7 @@ def _fixed_features(space: Space, index: int) -> tuple[float, ...]:
     costs = space.layer_costs(space.whole)
     share = sum(costs[i] for i in space.touching(index)) / space.full_cost
 
-    def relative(what: Callable[[Layer], int]) -> float:
+    def relative(what: Callable[[SizedLayer], int]) -> float:
         return math.log1p(what(producer)) / math.log1p(max(what(layer) for layer in layers.values()))
 
     return (

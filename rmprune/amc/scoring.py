@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.amc.space import Space, Widths
-from rmprune.pruning.calibration import Calibrator, Cut, convolve, fold
+from rmprune.pruning.calibration import Calibrator, Cut, convolve, fold_scale
 from rmprune.pruning.groups import Scores
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.refit import written
 from rmprune.pruning.surgery import shrink
 
-Values = dict[str, Tensor]
-Folded = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
+Maps = dict[str, Tensor]
+FoldedLayers = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScoringSettings:
     """How to score. dtype: of all convolutions; chunk: images at a time; reconstruct: fit layers by least squares, each on
     about `samples` output positions; own_statistics: keep batch norms' own; cache_bytes: most memory for what no policy changes."""
 
@@ -62,13 +62,13 @@ class Scorer:
         calibration: Tensor,
         images: Tensor,
         labels: Tensor,
-        settings: Settings | None = None,
+        settings: ScoringSettings | None = None,
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = settings or ScoringSettings()
         self.space, self.order, self.labels = space, dict(order), labels
         self.calibrator = Calibrator(model, space.structure, self.settings)
         self.model = self.calibrator.model
-        program = read_program(self.model, space.structure)
+        program = read_program(model, space.structure, calibration)
         with torch.inference_mode():
             x = self._prepare(calibration)
             self.calibrator.measure_reference(program.unshared(), x)
@@ -89,7 +89,7 @@ class Scorer:
         with torch.inference_mode():
             cut = Cut.of(self.model, self.space.structure, self.space.keep(widths, self.order))
             fitted = self.calibrator.fit(self.program, self._taken(self.calibration, cut), cut)
-            folded = {name: fold(fit, self.settings.dtype) for name, fit in fitted.items()}
+            folded = {name: fold_scale(fit, self.settings.dtype) for name, fit in fitted.items()}
             return torch.cat([self._predict(values, folded, cut) for values in self.inputs])
 
     def build(self, widths: Widths) -> nn.Module:
@@ -104,19 +104,19 @@ class Scorer:
     def _prepare(self, x: Tensor) -> Tensor:
         return x.to(self.settings.dtype, memory_format=torch.channels_last)
 
-    def _static_values(self, program: Program, x: Tensor) -> Values:
+    def _static_values(self, program: Program, x: Tensor) -> Maps:
         """The values on the frontier for these images, with all channels, laid out so that channels are quick to take."""
         cut, fitted = Cut({}, {}), self.calibrator.reference
-        folded = {name: fold(fit, self.settings.dtype) for name, fit in fitted.items()}
-        values: Values = {program.ops[0].name: x}
+        folded = {name: fold_scale(fit, self.settings.dtype) for name, fit in fitted.items()}
+        values: Maps = {program.ops[0].name: x}
         for op in program.ops[1:]:
             if op.static:
                 values[op.name] = self._apply(program, op, values, folded, cut)
         return {op.name: values[op.name].contiguous(memory_format=torch.channels_last) for op in program.frontier}
 
-    def _taken(self, values: Values, cut: Cut) -> Values:
+    def _taken(self, values: Maps, cut: Cut) -> Maps:
         """The frontier's values with the channels that a policy keeps; always a copy, never the cache itself."""
-        found: Values = {}
+        found: Maps = {}
         for op in self.program.frontier:
             value, index = values[op.name], cut.outputs(op.origin)
             if index is not None:
@@ -124,7 +124,7 @@ class Scorer:
             found[op.name] = value.clone() if index is None else value
         return found
 
-    def _predict(self, cached: Values, folded: Folded, cut: Cut) -> Tensor:
+    def _predict(self, cached: Maps, folded: FoldedLayers, cut: Cut) -> Tensor:
         values = self._taken(cached, cut)
         for op in self.program.ops:
             if not op.static:
@@ -133,7 +133,7 @@ class Scorer:
                     del values[name]
         return values[self.program.result]
 
-    def _apply(self, program: Program, op: Op, values: Values, folded: Folded, cut: Cut) -> Tensor:
+    def _apply(self, program: Program, op: Op, values: Maps, folded: FoldedLayers, cut: Cut) -> Tensor:
         if op.kind == "layer":
             weight, _, bias = folded[op.name]
             assert weight is not None

@@ -5,7 +5,6 @@ JSON, the episodes and the scored policies), and `episodes.jsonl`, one line an e
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from rmprune.amc.agent import Agent, AgentConfig, Step, truncated_normal
 from rmprune.amc.environment import FEATURES, Environment
 from rmprune.amc.space import Widths
 from rmprune.errors import ArtifactError, ConfigError
+from rmprune.runs.writing import append_line, whole, write_text
 
 SearchMethod = Literal["agent", "random", "uniform"]
 SEARCHES: dict[str, str] = {
@@ -59,6 +59,7 @@ class SearchResult:
 
     @property
     def best(self) -> Episode:
+        """The episode of the largest reward; of equal ones the first."""
         return max(self.episodes, key=lambda episode: (episode.reward, -episode.episode))
 
     @property
@@ -145,8 +146,7 @@ class Search:
         episode = Episode(number, source, widths, reward, accuracy, cost, sigma if plan is None else 0.0, seconds)
         self.result.episodes.append(episode)
         if self.directory is not None:
-            with (self.directory / LOG_FILE).open("a") as log:
-                log.write(json.dumps(asdict(episode)) + "\n")
+            append_line(self.directory / LOG_FILE, json.dumps(asdict(episode)))
 
     def _walk(self, plan: tuple[float, ...] | None) -> list[Step]:
         """Through the environment once, by a plan or by the agent's actions; what was executed."""
@@ -200,9 +200,8 @@ class Search:
         }
         tensors: dict[str, Tensor] = {f"agent.{name}": value for name, value in self.agent.state_dict().items()}
         tensors["random"] = self.generator.get_state()
-        partial = self.directory / f".{STATE_FILE}.{os.getpid()}.partial"
-        save_file(tensors, partial, metadata={"search": json.dumps(facts)})
-        partial.replace(self.directory / STATE_FILE)
+        with whole(self.directory / STATE_FILE) as work:
+            save_file(tensors, work, metadata={"search": json.dumps(facts)})
 
     def _load(self, path: Path) -> None:
         if not path.exists():
@@ -229,6 +228,4 @@ class Search:
 
     def _rewrite_log(self, path: Path) -> None:
         """The log holds the episodes of the state: those after it will be played again."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(json.dumps(asdict(episode)) + "\n" for episode in self.result.episodes))
-        partial.replace(path)
+        write_text(path, "".join(json.dumps(asdict(episode)) + "\n" for episode in self.result.episodes))

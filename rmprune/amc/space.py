@@ -14,13 +14,13 @@ from torch import Tensor
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.allocate import Meter
 from rmprune.pruning.budget import Budget, allowed_units
-from rmprune.pruning.groups import Cost, Group, Keep, Layer, Structure, macs
+from rmprune.pruning.groups import Cost, Group, Keep, SizedLayer, Structure, macs
 
 Widths = tuple[int, ...]
 """Units kept of every group, in the space's order."""
 
 
-def params(layer: Layer, cin: int, cout: int) -> float:
+def params(layer: SizedLayer, cin: int, cout: int) -> float:
     """Parameters of a layer at these widths once batch norms are folded: its weights and one bias for each output."""
     if layer.kind == "depthwise":
         return layer.kernel[0] * layer.kernel[1] * cout + cout

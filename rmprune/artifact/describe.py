@@ -42,7 +42,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     names = list(model._modules) if flat else _called_layers(model, graph)
     layers = _describe_layers(model, names)
     nodes = [] if graph is None else [_describe_node(node, model) for node in graph.nodes]
-    tensors = [] if graph is None else _describe_tensors(model, graph)
+    tensors = [] if graph is None else _describe_tensors(model, graph, layers)
     description: dict[str, Any] = {
         "kind": "sequential" if flat else "graph",
         "training": model.training,
@@ -110,11 +110,16 @@ def _describe_layer(path: str, module: nn.Module) -> dict[str, Any]:
     return {"type": kind, "args": args}
 
 
-def _describe_tensors(model: nn.Module, graph: fx.Graph) -> list[dict[str, Any]]:
-    """Parameters and buffers that the graph reads directly."""
+def _describe_tensors(model: nn.Module, graph: fx.Graph, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameters and buffers that the graph reads directly, without those of layers that it also calls."""
     found = []
+    of_layers = {
+        f"{layer['name']}.{name}" for layer in layers for name in model.get_submodule(layer["name"]).state_dict()
+    }
     persistent = set(model.state_dict(keep_vars=True))
     for path in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
+        if path in of_layers:
+            continue
         owner, _, name = path.rpartition(".")
         tensor = getattr(model.get_submodule(owner), name)
         if not isinstance(tensor, Tensor) or not MODULE_PATH.fullmatch(path):

@@ -7,20 +7,20 @@ A directory is written beside its place and renamed, so what stands under the na
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmprune.artifact.describe import describe, file_tensors
 from rmprune.artifact.onnx import export_onnx
-from rmprune.artifact.rebuild import build, get_tensor, set_tensor
+from rmprune.artifact.rebuild import build, fill
+from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
 from rmprune.errors import ArtifactError
+from rmprune.runs.reading import read_json
+from rmprune.runs.writing import whole
 
 SCHEMA = 1
 ARCHITECTURE, WEIGHTS, ONNX = "architecture.json", "model.safetensors", "model.onnx"
@@ -48,23 +48,11 @@ def save(
     path = Path(path)
     description = describe(model)
     _check_target(path, overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise ArtifactError(
-            f"{path.parent}: cannot write there ({error.strerror}); choose another directory"
-        ) from error
-    try:
+    with whole(path) as work:
+        work.mkdir()
         _write(model, description, work, extra or {})
         if example_inputs is not None:
             export_onnx(model, example_inputs, work / ONNX)
-        work.chmod(0o777 & ~_umask())
-        _rename(work, path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: writing failed ({error.strerror or error}); nothing was changed") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return path
 
 
@@ -84,39 +72,36 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     try:
         model = build(content.get("description"), device="meta")
     except ArtifactError as error:
-        raise ArtifactError(f"{path / ARCHITECTURE}: {error}") from error
-    tensors = _read_weights(path, str(content.get("sha256")))
-    expected = file_tensors(model, content["description"])
-    for name in [*(expected.keys() - tensors.keys()), *(tensors.keys() - expected.keys())]:
+        raise ArtifactError(f"{path / ARCHITECTURE}: {str(error)[:500]}") from error
+    most = 8 * sum(tensor.numel() for tensor in file_tensors(model, content["description"]).values()) + LARGEST_HEADER
+    tensors = _read_weights(path, str(content.get("sha256")), most)
+    last = content.get("channels_last")
+    channels_last = {name for name in last if isinstance(name, str)} if isinstance(last, list) else set()
+    for (
+        name,
+        tensor,
+    ) in tensors.items():  # out of the mapped file: kernels round otherwise on memory that is not aligned
+        order = _channels_last(tensor) if name in channels_last and tensor.dim() in (4, 5) else torch.contiguous_format
+        tensors[name] = torch.empty_like(tensor, memory_format=order).copy_(tensor)
+    try:
+        unknown = tensors.keys() - fill(model, content["description"], tensors)
+        for name in sorted(unknown)[:1]:
+            raise ArtifactError(f"there is no tensor {name[:80]} in {ARCHITECTURE}")
+    except ArtifactError as error:
         raise ArtifactError(
-            f"{path}: {ARCHITECTURE} and {WEIGHTS} do not belong together (tensor {name}); copy both again"
-        )
-    channels_last = content.get("channels_last")
-    for name, blank in expected.items():
-        tensor = tensors[name].clone()  # out of the mapped file: kernels round otherwise on memory that is not aligned
-        if tensor.shape != blank.shape:
-            raise ArtifactError(
-                f"{path / WEIGHTS}: {name} has shape {tuple(tensor.shape)}, expected {tuple(blank.shape)}; copy both "
-                "files again"
-            )
-        if tensor.is_floating_point() != blank.is_floating_point():
-            raise ArtifactError(
-                f"{path / WEIGHTS}: {name} is {tensor.dtype}, expected {blank.dtype}; copy both files again"
-            )
-        if isinstance(channels_last, list) and name in channels_last:
-            tensor = torch.empty_like(tensor, memory_format=_channels_last(tensor)).copy_(tensor)
-        if isinstance(blank, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=blank.requires_grad)
-        set_tensor(model, name, tensor)
-    for name, first in content["description"]["tied"]:
-        set_tensor(model, name, get_tensor(model, first))
+            f"{path / WEIGHTS}: {error}; {ARCHITECTURE} and {WEIGHTS} do not belong together, copy both again"
+        ) from error
     return model
 
 
-def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `extra` that `save` was given; ArtifactError where `path` is no artifact."""
-    extra = _read_architecture(Path(path)).get("extra")
-    return extra if isinstance(extra, dict) else {}
+def read_extra(path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
+    """The `extra` that `save` was given; ArtifactError where `path` is no artifact, or lacks one of the `needed` keys."""
+    found = _read_architecture(Path(path)).get("extra")
+    extra = found if isinstance(found, dict) else {}
+    for key in needed:
+        if key not in extra:
+            raise ArtifactError(f"{Path(path) / ARCHITECTURE}: its extra has no {key!r}; make the artifact again")
+    return extra
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
@@ -176,29 +161,6 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{path}: exists already; pass overwrite=True (--overwrite) to replace it")
 
 
-def _rename(work: Path, path: Path) -> None:
-    """Puts `work` in the place of `path`; if the last step fails, what stood there stands there again."""
-    if not path.exists():
-        work.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / "old"
-    try:
-        path.rename(old)
-        try:
-            work.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -210,36 +172,34 @@ def _read_architecture(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path}: there is no such directory; an artifact is a directory with {ARCHITECTURE} and {WEIGHTS}"
         )
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{file}: missing; this is not an rmprune artifact, or its copy is incomplete") from error
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); copy or write the artifact again") from error
+    content = read_json(
+        file,
+        missing="missing; this is not an rmprune artifact, or its copy is incomplete",
+        damaged="copy or write the artifact again",
+    )
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ArtifactError(f"{file}: not written by rmprune; write it with rmprune.save")
     if content.get("schema") != SCHEMA:
         raise ArtifactError(
-            f"{file}: schema {content.get('schema')!r}, this version reads {SCHEMA}; update rmprune or write it again"
+            f"{file}: schema {str(content.get('schema'))[:80]}, this version reads {SCHEMA}; update rmprune or write it again"
         )
     return content
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, sha256: str, most: int) -> dict[str, Tensor]:
+    """The tensors of an artifact; a file of more than `most` bytes is not even looked through."""
     file = path / WEIGHTS
     try:
-        digest = _sha256(file)
+        if file.exists() and (not file.is_file() or file.stat().st_size > most):
+            raise ValueError(f"not a regular file of at most {most} bytes")
+        if _sha256(file) != sha256:
+            raise ValueError(f"its SHA-256 is not the one in {ARCHITECTURE}")
+        return read_safetensors(file)
     except FileNotFoundError as error:
         raise ArtifactError(f"{file}: missing; copy the whole directory") from error
     except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
-    if digest != sha256:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise ArtifactError(
-            f"{file}: damaged or from another artifact (its SHA-256 is not the one in {ARCHITECTURE}); copy it again"
-        )
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); copy or write the artifact again") from error
+            f"{file}: damaged or from another artifact ({error}); copy or write the artifact again"
+        ) from error

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ArtifactError, NotEquivalent, UnsupportedModel
+from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
+from rmprune.runs.writing import whole
 
 OPSET = 17
 ROUNDINGS = 4.0  # two float32 runs of one network differ by this many times its `rounding` at most
@@ -48,15 +49,8 @@ def export_onnx(
             f"{path}: ONNX Runtime differs from PyTorch by {error:.1e} of the largest output (limit {tolerance:.1e}); "
             "no file written"
         )
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as failure:
-        raise ArtifactError(f"{path}: cannot write the ONNX file ({failure.strerror})") from failure
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with whole(path) as work:
+        work.write_bytes(data)
     return error
 
 

@@ -7,11 +7,14 @@ names that torch.fx writes into the code it generates must be plain identifiers.
 
 import keyword
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.artifact.describe import file_tensors
+from rmprune.artifact.tensors import first_line, is_plain
 from rmprune.errors import ArtifactError
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
@@ -20,8 +23,10 @@ from rmprune.graph.vocabulary import (
     IDENTIFIER,
     LAYERS,
     MAX_CHANNELS,
+    MAX_ENTRIES,
     METHODS,
     MODULE_PATH,
+    TENSOR_DTYPES,
     TENSOR_TYPES,
 )
 
@@ -41,8 +46,11 @@ def build(description: Any, *, device: torch.device | str = "cpu") -> nn.Module:
             _put(root, layer["name"], _build_layer(root, layer, bool(description["training"])))
         for entry in description["tensors"]:
             _put(root, entry["name"], _build_tensor(entry))
+    tied = {path for path, _ in description["tied"]}
     for path, first in description["tied"]:
         tensor = get_tensor(root, first)
+        if first in tied:
+            raise ArtifactError(f"tensor {path} is tied to {first}, which is tied itself; write the artifact again")
         if tensor.shape != get_tensor(root, path).shape:
             raise ArtifactError(f"tied tensors {path} and {first} differ in shape; write the artifact again")
         set_tensor(root, path, tensor)
@@ -52,6 +60,32 @@ def build(description: Any, *, device: torch.device | str = "cpu") -> nn.Module:
         root.training = bool(description["training"])
         return root
     return _graph_module(root, _build_graph(root, description["nodes"]), bool(description["training"]))
+
+
+def fill(model: nn.Module, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> set[str]:
+    """Puts `tensors` (by path) into the network that `build` made of `description` on the meta device; returns the paths used.
+
+    Every name, shape and type is compared, and nothing allocated. ArtifactError names the first that is missing or differs.
+    """
+    blanks = file_tensors(model, description)
+    for name, blank in blanks.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ArtifactError(f"there is no tensor {name} among the weights")
+        if not is_plain(tensor) or tensor.shape != blank.shape:
+            raise ArtifactError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(blank.shape)}")
+        if tensor.dtype != blank.dtype and not (tensor.dtype in TENSOR_DTYPES and _are_floating(tensor, blank)):
+            raise ArtifactError(f"{name} is {tensor.dtype}, expected {blank.dtype}")
+        if isinstance(blank, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=blank.requires_grad)
+        set_tensor(model, name, tensor)
+    for path, first in description["tied"]:
+        set_tensor(model, path, get_tensor(model, first))
+    return set(blanks)
+
+
+def _are_floating(*tensors: Tensor) -> bool:
+    return all(tensor.is_floating_point() for tensor in tensors)
 
 
 def _graph_module(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
@@ -84,7 +118,7 @@ def _check_fields(description: Any) -> None:
         if not isinstance(description.get(name), kind):
             raise ArtifactError(f"the description has no valid {name!r}; it is damaged or not from rmprune")
     if description["kind"] not in ("sequential", "graph"):
-        raise ArtifactError(f"the description is of kind {description['kind']!r}, not 'sequential' or 'graph'")
+        raise ArtifactError(f"the description is of kind {description['kind'][:80]!r}, not 'sequential' or 'graph'")
     for name in ("layers", "tensors", "nodes"):
         for entry in description[name]:
             if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
@@ -92,6 +126,9 @@ def _check_fields(description: Any) -> None:
     for entry in (*description["layers"], *description["tensors"]):
         if not MODULE_PATH.fullmatch(entry["name"]):
             raise ArtifactError(f"{entry['name'][:80]!r} is not a valid name; the description is damaged")
+    entries = sum(len(description[name]) for name in ("layers", "tensors", "nodes", "tied", "frozen"))
+    if entries > MAX_ENTRIES:
+        raise ArtifactError(f"the description has {entries} entries, more than the {MAX_ENTRIES} that are read")
     if not all(isinstance(t, list) and len(t) == 2 and all(isinstance(p, str) for p in t) for t in description["tied"]):
         raise ArtifactError("'tied' does not hold pairs of names; the description is damaged")
     if not all(isinstance(p, str) for p in description["frozen"]):
@@ -103,7 +140,10 @@ def _check_fields(description: Any) -> None:
 def _build_layer(root: nn.Module, layer: dict[str, Any], training: bool) -> nn.Module:
     where = f"layer {layer['name']}"
     if "same_as" in layer:
-        return _get_module(root, layer["same_as"], where)
+        same = _get_module(root, layer["same_as"], where)
+        if type(same).__name__ not in LAYERS:
+            raise ArtifactError(f"{where}: {str(layer['same_as'])[:80]!r} is not a layer; the description is damaged")
+        return same
     spec = LAYERS.get(str(layer.get("type")))
     if spec is None:
         raise ArtifactError(
@@ -119,8 +159,8 @@ def _build_layer(root: nn.Module, layer: dict[str, Any], training: bool) -> nn.M
             raise ArtifactError(f"{where}: {name}={str(args[name])[:80]} is out of range")
     try:
         module = spec.make(args)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ArtifactError(f"{where}: {layer['type']} refuses its arguments ({error})") from error
+    except Exception as error:  # constructors of layers assert, divide and index
+        raise ArtifactError(f"{where}: {layer['type']} refuses its arguments ({first_line(error)})") from error
     return module.train(bool(layer.get("training", training)))
 
 
@@ -143,9 +183,11 @@ def _put(root: nn.Module, path: str, thing: nn.Module | tuple[Tensor, str]) -> N
     *owners, name = path.split(".")
     module = root
     for owner in owners:
-        if owner not in module._modules:
+        if owner not in module._modules and not hasattr(module, owner):
             module.add_module(owner, nn.Module())
         module = _get_module(module, owner, path)
+    if isinstance(thing, nn.Module) and any(inner is module for inner in thing.modules()):
+        raise ArtifactError(f"{path}: the layer would lie within itself; the description is damaged")
     if hasattr(module, name):
         raise ArtifactError(f"{path}: the name is taken; the description is damaged")
     if isinstance(thing, nn.Module):
@@ -166,6 +208,7 @@ def _get_module(root: nn.Module, path: Any, where: str) -> nn.Module:
 
 
 def get_tensor(root: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer at `path`; ArtifactError where there is none."""
     owner, _, name = path.rpartition(".")
     module = _get_module(root, owner, path)
     tensor = module._parameters.get(name, module._buffers.get(name))
@@ -222,7 +265,7 @@ def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
         elif op == "call_function":
             if target not in FUNCTIONS:
                 raise ArtifactError(f"{where}: {target[:80]!r} is not a function that an artifact may call")
-            if target == "getattr" and (len(args) != 2 or args[1] not in ATTRIBUTES):
+            if target == "getattr" and (len(args) != 2 or str(args[1]) not in ATTRIBUTES):
                 raise ArtifactError(f"{where}: only {', '.join(sorted(ATTRIBUTES))} may be read from a tensor")
         else:
             raise ArtifactError(f"{where}: {str(op)[:80]!r} is not an operation at this place")
@@ -256,8 +299,8 @@ def decode(value: Any, nodes: dict[str, torch.fx.Node], where: str) -> Any:
             return float(inner)
         if kind == "ellipsis":
             return Ellipsis
-        if kind == "dtype" and inner in TENSOR_TYPES:
+        if kind == "dtype" and isinstance(inner, str) and inner in TENSOR_TYPES:
             return TENSOR_TYPES[inner]
-        if kind == "memory_format" and inner in FORMATS:
+        if kind == "memory_format" and isinstance(inner, str) and inner in FORMATS:
             return FORMATS[inner]
     raise ArtifactError(f"{where}: {str(value)[:80]!r} is not an argument this version of rmprune can read")

@@ -1,13 +1,12 @@
 """A network from what a user names: a model name, an artifact directory, or a file of weights for a named model. Nothing is executed."""
 
+import pickle
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rmprune import artifact
+from rmprune.artifact.tensors import first_line, is_plain, read_pickled, read_safetensors
 from rmprune.errors import ArtifactError
 
 
@@ -27,7 +26,7 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
     ]
     if wrong:
         raise ArtifactError(
-            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0]})"
+            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0][:80]})"
         )
     model.load_state_dict(state)
     return model
@@ -36,22 +35,20 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file or of a state dict that torch.save wrote (also under the key state_dict or model)."""
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise ArtifactError(f"{path}: cannot be read as weights ({_first_line(error)})") from None
-    except Exception as error:  # torch raises pickle.UnpicklingError for anything beyond tensors
-        raise ArtifactError(f"{path}: not a plain state dict ({_first_line(error)}); save model.state_dict()") from None
+        content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+    except pickle.UnpicklingError as error:
+        raise ArtifactError(
+            f"{path}: not a plain state dict ({first_line(error)}), and nothing in it is run; load it where it was made, and save "
+            "model.state_dict()"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read as weights ({first_line(error)}); copy or save it again") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise ArtifactError(f"{path}: not a state dict (name -> tensor); save model.state_dict()")
+    for key, value in content.items():
+        if not is_plain(value) or value.is_complex():
+            raise ArtifactError(f"{path}: {key[:80]} is no plain tensor; save the state_dict() of a plain model")
     return {key.removeprefix("module."): value for key, value in content.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0] or type(error).__name__

@@ -6,7 +6,7 @@ The command line generates its flags from these classes: a field's docstring is 
 from rmprune.config.amc import AmcConfig, SearchConfig
 from rmprune.config.data import DataConfig
 from rmprune.config.fields import require
-from rmprune.config.measure import MeasureConfig
+from rmprune.config.measure import DoctorConfig, MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.runs import (
     ConvertConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "AmcConfig",
     "ConvertConfig",
     "DataConfig",
+    "DoctorConfig",
     "InspectConfig",
     "MeasureConfig",
     "NetworkConfig",

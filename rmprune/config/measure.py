@@ -15,7 +15,8 @@ class MeasureConfig:
     """How the time of networks is measured: every combination of backend, threads and batch size."""
 
     backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("onnxruntime", "eager")
-    """Runtimes: eager, onnxruntime, openvino, torchscript, compile."""
+    """Runtimes: eager, onnxruntime, openvino, torchscript, compile, onnxruntime-int8, ...; `python -m rmprune doctor` lists those that
+    work here."""
     threads: Numbers = (2,)
     """Threads of the runtime."""
     batch_sizes: Annotated[Numbers, tyro.conf.arg(name="batch-size")] = (1, 32)
@@ -34,3 +35,24 @@ class MeasureConfig:
         require(min(self.batch_sizes) >= 1, f"batch_sizes is {self.batch_sizes}; each must be at least 1")
         require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
         require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")
+
+    def require_judge(self) -> None:
+        """Raise ConfigError where the first backend, on which searches and budgets count time, is int8: they measure untrained networks."""
+        require(
+            not self.backends[0].endswith("-int8"),
+            f"time is counted on the first backend, {self.backends[0]}, and networks on the way have no int8 form; name another first, "
+            f"as in --measure.backend onnxruntime,{self.backends[0]}",
+        )
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What to look at; nothing is written."""
+
+    backends: Annotated[Names, tyro.conf.arg(name="backend")] = ()
+    """Backends to try (default: all)."""
+    seconds: float = 2.0
+    """Time spent on finding out whether the machine is quiet."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")

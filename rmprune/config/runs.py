@@ -65,15 +65,12 @@ class SlimConfig(Architecture):
     """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
+        self.measure.require_judge()
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require_seed("seed", self.seed)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
-        require(
-            self.prune.cost == "macs" or self.measure.device == "cpu",
-            f"cost='time' is a table measured on the CPU; use cost='macs', or measure.device cpu, not {self.measure.device}",
-        )
         require(
             len(self.prune.budgets) > 0,
             "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1",

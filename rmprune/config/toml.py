@@ -13,6 +13,10 @@ from rmprune.errors import ConfigError
 
 Config = TypeVar("Config")
 UNSET = "none"  # TOML has no null
+LARGEST = (
+    2**18
+)  # bytes of a config; the reader's memory grows with the square of a key's dots, so those are counted too
+MOST_DOTS = 300  # on a line
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -41,20 +45,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_toml(config: Any) -> str:
+    """The settings as TOML text, enough for `from_toml` to read the same config back."""
     return tomli_w.dumps(to_dict(config))
 
 
 def from_toml(kind: type[Config], path: Path) -> Config:
     """Read a config of dataclass `kind` from TOML. Settings left out keep the defaults of `kind`, stage by stage.
 
-    Raises ConfigError where the file is missing, is not TOML, or holds an unknown or wrongly typed setting.
+    Raises ConfigError that names the file where it is missing, is not TOML, or holds an unknown setting or a wrong value.
     """
-    try:
-        values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such config file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+    values = _read(path)
     _refuse_unknown(kind, values, path)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if isinstance(values.get(field.name), dict) and dataclasses.is_dataclass(field.default):
@@ -63,10 +63,25 @@ def from_toml(kind: type[Config], path: Path) -> Config:
         return dacite.from_dict(
             kind,
             _as_python(kind, values),
-            dacite.Config(strict=True, cast=[tuple, Path], type_hooks={float: _as_float}),
+            dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path}),
         )
-    except dacite.DaciteError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    except (dacite.DaciteError, ConfigError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ConfigError(f"{path}: {str(error)[:500]}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tables and values of a TOML file; ConfigError where it is none, or where reading it would cost too much."""
+    try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
+            raise ValueError(f"not a regular file of at most {LARGEST} bytes")
+        text = path.read_text(encoding="utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError(f"a line with more than {MOST_DOTS} dots")
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such config file") from None
+    except (OSError, ValueError, RecursionError) as error:  # all of tomllib's are ValueErrors
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
 
 
 def _as_python(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +102,12 @@ def _as_python(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
 def _as_float(value: Any) -> Any:
     """TOML's 1 is a fine value for a float; its "1" and true are not."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _as_path(value: Any) -> Path:
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise ValueError(f"{str(value)[:80]!r} is not a path")
+    return Path(value)
 
 
 def _refuse_unknown(kind: Any, values: dict[str, Any], path: Path, table: str = "") -> None:

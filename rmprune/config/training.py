@@ -7,7 +7,7 @@ from typing import Literal
 
 from rmprune.config.fields import changeable, require, require_finite
 
-Schedule = Literal["cosine", "constant"]
+RateSchedule = Literal["cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -19,7 +19,7 @@ class TrainConfig:
     """Passes over the training images."""
     learning_rate: float = 0.1
     """Peak learning rate."""
-    schedule: Schedule = "cosine"
+    schedule: RateSchedule = "cosine"
     """After the warm-up: cosine (down to 0) or constant."""
     warmup_epochs: float = 1.0
     """Epochs in which the learning rate climbs to its peak; fractions are fine."""

@@ -59,6 +59,7 @@ class FolderSplit(Split):
         shard: tuple[int, int] = (0, 1),
         limit: int | None = None,
     ) -> Iterator[Batch]:
+        """As `Split.batches`: images are read, cropped and scaled by loader processes."""
         device = torch.device(device)
         plan = (  # made batch by batch, as the loader asks for it
             [(int(indices[i]), batch_seed(batch_seed(shuffle_seed or 0, number), int(i))) for i in mine]

@@ -96,6 +96,7 @@ class TensorSplit(Split):
         shard: tuple[int, int] = (0, 1),
         limit: int | None = None,
     ) -> Iterator[Batch]:
+        """As `Split.batches`: the whole split lies on the device and is augmented there, a batch at a time."""
         images, labels = self._on(torch.device(device))
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
         for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit):

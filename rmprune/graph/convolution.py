@@ -39,10 +39,12 @@ class Geometry:
 
     @property
     def pointwise(self) -> bool:
+        """Whether each output position reads its own input position alone."""
         return self.kernel == (1, 1) and self.padding == (0, 0)
 
     @property
     def padded(self) -> bool:
+        """Whether the border reads zeros (or what `padding_mode` puts there)."""
         return self.padding != (0, 0)
 
 
@@ -102,9 +104,11 @@ class Conv:
 
     @property
     def out_channels(self) -> int:
+        """Rows of its weight."""
         return len(self.bias)
 
     def weight_count(self) -> int:
+        """Entries of its weight: out_channels * in_channels / groups * kernel."""
         kernel = self.geometry.kernel
         return self.out_channels * (self.in_channels // self.groups) * kernel[0] * kernel[1]
 
@@ -113,6 +117,7 @@ class Conv:
         return self.weight_count() * out_size[0] * out_size[1]
 
     def params(self) -> int:
+        """Parameters of the module it becomes: the weight, and a bias or the scale and shift of a batch norm."""
         return self.weight_count() + self.out_channels * (1 if self.norm is None else 2)
 
     def folded(self) -> Conv:

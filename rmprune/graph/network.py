@@ -42,6 +42,7 @@ class Network:
     constants: dict[str, Tensor] = field(default_factory=dict)
 
     def layer(self, node: fx.Node) -> NodeLayer | None:
+        """The layer that a node calls; None where it calls none."""
         return self.layers.get(str(node.target)) if node.op == "call_module" else None
 
     def own(self, node: fx.Node) -> Any:
@@ -70,14 +71,17 @@ class Network:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of what a node gives for the example inputs; None where that is no tensor."""
     return node.meta.get("shape")
 
 
 def example_tuple(example_inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """One input or several as a tuple."""
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
 def is_batch_norm(layer: NodeLayer | None) -> bool:
+    """Whether a layer is a batch norm of torch, of any rank."""
     return isinstance(layer, _BatchNorm)
 
 
@@ -145,6 +149,7 @@ def _zeros(count: int) -> torch.Tensor:
 
 
 def spatial(node: fx.Node) -> Pair:
+    """(height, width) of what a node gives; (1, 1) where that is no map."""
     shape = shape_of(node)
     return (shape[2], shape[3]) if shape is not None and len(shape) == 4 else (1, 1)
 

@@ -30,8 +30,11 @@ class _Tracer(fx.Tracer):
         return inherited or super().is_leaf_module(m, module_qualified_name)
 
 
-def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
+def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: bool = True) -> Network:
     """Traces a float64 eval-mode network (`reference_copy`) into stock modules, with shapes.
+
+    `pieces`: write what `chunk` and `split` give as slices of these sizes, cat(x, zeros) as padded channels and activations that code
+    writes out as modules (False: leave them, which other sizes follow).
 
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
@@ -49,9 +52,10 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Network:
     network = _Normaliser(model, traced).run()
     refuse_random(network)
     propagate_shapes(network, example_inputs)
-    slice_pieces(network)
-    pad_zeros(network)
-    name_activations(network)
+    if pieces:
+        slice_pieces(network)
+        pad_zeros(network)
+        name_activations(network)
     return network
 
 
@@ -144,16 +148,17 @@ def _stock(module: nn.Module) -> list[nn.Module]:
     if named(module, GONE):
         return []
     if named(module, ("BatchNormAct2d",)):
-        return [_plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
+        return [plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
     if named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")):
-        return [_plain_norm(module)]
+        return [plain_norm(module)]
     if getattr(module, "inplace", False):
         module = copy.copy(module)
         module.inplace = False  # type: ignore[assignment]
     return [module]
 
 
-def _plain_norm(module: Any) -> nn.BatchNorm2d:
+def plain_norm(module: Any) -> nn.BatchNorm2d:
+    """A stock batch norm with the tensors of timm's, or of one whose numbers are frozen."""
     plain = nn.BatchNorm2d(len(module.running_mean), eps=module.eps, dtype=torch.float64)
     plain.running_mean, plain.running_var = module.running_mean, module.running_var
     for name in ("weight", "bias"):

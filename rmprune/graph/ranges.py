@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.activations import image
-from rmprune.graph.convolution import Conv, Geometry, from_module, or_none
-from rmprune.graph.network import Network, NodeLayer, shape_of
+from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, or_none
+from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.run import run
 
 Range = tuple[Tensor, Tensor]
@@ -23,22 +24,34 @@ _ROUNDING = 1e-12  # outward, relative: the rounding of the interval sums themse
 
 
 def range_of(node: fx.Node) -> Range:
+    """The bounds of what a node gives: (low, high), float64 [channels] each."""
     found: Range = node.meta["range"]
     return found
 
 
 def unbounded(channels: int) -> Range:
+    """Bounds that say nothing: (-inf, inf), float64 [channels] each."""
     end = torch.full((channels,), math.inf, dtype=torch.float64)
     return -end, end
 
 
-def annotate_ranges(network: Network, input_range: tuple[float, float] = (-math.inf, math.inf)) -> None:
-    """Sets node.meta["range"] in one forward sweep. `input_range` bounds every element of every input."""
+def annotate_ranges(
+    network: Network, input_range: tuple[float, float] = (-math.inf, math.inf), rounding: float = _ROUNDING
+) -> None:
+    """Sets node.meta["range"] in one forward sweep. `input_range` bounds every element of every input.
+
+    `rounding`: how far ends are moved outward, relative; with 0 the ends of a constant are one and the same number.
+    """
     for node in network.graph.nodes:
-        annotate_range(network, node, input_range)
+        annotate_range(network, node, input_range, rounding)
 
 
-def annotate_range(network: Network, node: fx.Node, input_range: tuple[float, float] = (-math.inf, math.inf)) -> None:
+def annotate_range(
+    network: Network,
+    node: fx.Node,
+    input_range: tuple[float, float] = (-math.inf, math.inf),
+    rounding: float = _ROUNDING,
+) -> None:
     """Sets node.meta["range"] from the ranges of what the node reads, where it has a shape (N, C, ...)."""
     shape = shape_of(node)
     if shape is None or len(shape) < 2:
@@ -49,12 +62,13 @@ def annotate_range(network: Network, node: fx.Node, input_range: tuple[float, fl
     else:
         found = _propagate(network, node)
     low, high = unbounded(shape[1]) if found is None or len(found[0]) != shape[1] else found
-    node.meta["range"] = _outward(low, -1), _outward(high, 1)
+    node.meta["range"] = _outward(low, -rounding, -math.inf), _outward(high, rounding, math.inf)
 
 
-def _outward(end: Tensor, sign: int) -> Tensor:
+def _outward(end: Tensor, by: float, unknown: float) -> Tensor:
     """One end (C,) moved outward. Exact zeros stay: sums of non-negative terms do not round below zero."""
-    return torch.nan_to_num(end + sign * _ROUNDING * end.abs(), nan=sign * math.inf, posinf=math.inf, neginf=-math.inf)
+    moved = end + by * end.abs() if by else end
+    return torch.nan_to_num(moved, nan=unknown, posinf=math.inf, neginf=-math.inf)
 
 
 def _propagate(network: Network, node: fx.Node) -> Range | None:
@@ -78,17 +92,19 @@ _READS_MAPS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.A
 def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> Range | None:
     low, high = range_of(source)
     if isinstance(layer, nn.Linear) and len(shape_of(source) or ()) == 2:
-        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
-        return affine_range(layer.weight.double(), bias.double(), low, high)
+        weight = layer.weight.detach().double().cpu()
+        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu()
+        return affine_range(weight, bias.double(), low, high)
     if isinstance(layer, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AdaptiveMaxPool2d):
         return low, high
     if isinstance(layer, nn.Upsample):
         return None if layer.mode == "bicubic" else (low, high)  # its weights are negative in part: it overshoots
     if isinstance(layer, nn.ChannelShuffle):
         return _shuffled(low, layer.groups), _shuffled(high, layer.groups)
-    if type(layer) is nn.AvgPool2d and layer.divisor_override is None:
-        padded = layer.padding not in (0, (0, 0), [0, 0]) and layer.count_include_pad
-        return (low.clamp(max=0), high.clamp(min=0)) if padded else (low, high)
+    if type(layer) is nn.AvgPool2d:
+        return _averaged(layer, low, high)
+    if is_batch_norm(layer) and type(layer) is not nn.BatchNorm2d:
+        return _normalised(layer, low, high)  # type: ignore[arg-type]
     if isinstance(layer, nn.Flatten):
         before, after = shape_of(source), shape_of(node)
         if before is not None and after is not None and len(after) == 2 and layer.start_dim == 1:
@@ -102,6 +118,29 @@ def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> R
         conv = or_none(from_module, layer, len(low))
         return None if conv is None else conv_range(conv, low, high)
     return None
+
+
+def _averaged(pool: nn.AvgPool2d, low: Tensor, high: Tensor) -> Range:
+    """Windows that reach over the border have fewer terms than they are divided by: as if zeros were averaged in."""
+    fixed, padded = pool.divisor_override, pool.padding not in (0, (0, 0), [0, 0])
+    if fixed is not None:
+        kernel = pool.kernel_size if isinstance(pool.kernel_size, tuple | list) else [pool.kernel_size] * 2
+        factor = math.prod(kernel) / fixed
+        low, high = low * factor, high * factor
+    fewer = padded and pool.count_include_pad if fixed is None else padded or pool.ceil_mode
+    return (low.clamp(max=0), high.clamp(min=0)) if fewer else (low, high)
+
+
+def _normalised(norm: _BatchNorm, low: Tensor, high: Tensor) -> Range:
+    """Batch norms of vectors and volumes; without running statistics only what a scale of 0 makes constant is known."""
+    if norm.running_mean is None:
+        one, (low, high) = torch.ones_like(low), unbounded(len(low))
+        scale = one if norm.weight is None else norm.weight.detach().double().cpu()
+        shift = 0 * one if norm.bias is None else norm.bias.detach().double().cpu()
+    else:
+        scale, shift = norm_of(norm).scale_shift()
+    ends = [torch.where(scale == 0, 0.0, scale * end) + shift for end in (low, high)]
+    return torch.minimum(*ends), torch.maximum(*ends)
 
 
 def _shuffled(end: Tensor, groups: int) -> Tensor:
@@ -145,10 +184,10 @@ def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
     finite = rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)
     result = finite.reshape(-1)
     if torch.isinf(ends).any():
-        up, down = (ends == math.inf).double(), (ends == -math.inf).double()
-        plus, minus = (rows > 0).double(), (rows < 0).double()
-        rises = (plus @ up + minus @ down).reshape(-1) > 0
-        falls = (plus @ down + minus @ up).reshape(-1) > 0
+        up, down = (ends == math.inf).mT, (ends == -math.inf).mT
+        plus, minus = rows > 0, rows < 0
+        rises = ((plus & up) | (minus & down)).any(-1).reshape(-1)
+        falls = ((plus & down) | (minus & up)).any(-1).reshape(-1)
         result = torch.where(rises, math.inf, result)
         result = torch.where(falls, -math.inf, result)
         result = torch.where(rises & falls, math.nan, result)
@@ -170,6 +209,10 @@ def _reads_padding(geometry: Geometry) -> Tensor:
 
 def _add(node: fx.Node) -> Range | None:
     tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    numbers = [a for a in node.args[:2] if isinstance(a, int | float)]
+    if len(tensors) == len(numbers) == 1 and not node.kwargs:
+        low, high = range_of(tensors[0])
+        return low + numbers[0], high + numbers[0]
     if len(tensors) != 2 or node.kwargs.get("alpha", 1) != 1 or shape_of(tensors[0]) != shape_of(tensors[1]):
         return None
     (low, high), (other_low, other_high) = range_of(tensors[0]), range_of(tensors[1])
@@ -183,6 +226,13 @@ def _cat(node: fx.Node) -> Range | None:
         return None
     ranges = [range_of(part) for part in parts if isinstance(part, fx.Node)]
     return torch.cat([low for low, _ in ranges]), torch.cat([high for _, high in ranges])
+
+
+def _divide(node: fx.Node) -> Range | None:
+    if len(node.args) != 2 or not isinstance(node.args[1], int | float) or node.args[1] == 0 or node.kwargs:
+        return None
+    low, high = (end / node.args[1] for end in range_of(node.all_input_nodes[0]))
+    return torch.minimum(low, high), torch.maximum(low, high)
 
 
 def _multiply(node: fx.Node) -> Range | None:
@@ -217,6 +267,8 @@ _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
     operator.mul: _multiply,
     operator.imul: _multiply,
     torch.mul: _multiply,
+    operator.truediv: _divide,
+    torch.div: _divide,
     operator.getitem: _crop,
 }
 

@@ -18,9 +18,14 @@ from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MODULE_PATH = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+MODULE_PATH = re.compile(
+    r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}"
+)  # deeper, and recursion would end somewhere
 MAX_CHANNELS = 2**24
 MAX_EXTENT = 2**16
+MAX_ENTRIES = (
+    50_000  # layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000
+)
 Check = Callable[[Any], bool]
 
 
@@ -28,7 +33,9 @@ def _is_int(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _ints(low: int, high: int = MAX_EXTENT, length: tuple[int, ...] = (1, 2, 3, 4, 6), none: bool = False) -> Check:
+def _ints(low: int, high: int = MAX_EXTENT, length: tuple[int, ...] = (), none: bool = False) -> Check:
+    """A whole number in this range, or a list of as many as `length` allows."""
+
     def check(value: Any) -> bool:
         if isinstance(value, list):
             return len(value) in length and all(_is_int(v, low, high) or (none and v is None) for v in value)
@@ -52,7 +59,6 @@ def _either(*checks: Check) -> Check:
 _flag = _one_of(True, False)
 _channels = _ints(1, MAX_CHANNELS)
 _extent = _ints(1)
-_padding = _ints(0)
 _scale = _either(
     _real(1e-6, MAX_EXTENT), _one_of(None), lambda v: isinstance(v, list) and all(map(_real(1e-6, MAX_EXTENT), v))
 )
@@ -83,18 +89,18 @@ class LayerSpec:
         return self.cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def _conv(transposed: bool = False) -> dict[str, Check]:
-    padding = _padding if transposed else _either(_padding, _one_of("same", "valid"))
+def _conv(axes: int, transposed: bool = False) -> dict[str, Check]:
+    extent, padding = _ints(1, length=(axes,)), _ints(0, length=(axes,))
     args = {
         "in_channels": _channels,
         "out_channels": _channels,
-        "kernel_size": _extent,
-        "stride": _extent,
-        "padding": padding,
+        "kernel_size": extent,
+        "stride": extent,
+        "padding": padding if transposed else _either(padding, _one_of("same", "valid")),
     }
     if transposed:
-        args["output_padding"] = _padding
-    args |= {"dilation": _extent, "groups": _channels, "bias": _flag}
+        args["output_padding"] = padding
+    args |= {"dilation": extent, "groups": _channels, "bias": _flag}
     return args | {
         "padding_mode": _one_of("zeros") if transposed else _one_of("zeros", "reflect", "replicate", "circular")
     }
@@ -110,31 +116,43 @@ _batch_norm: dict[str, Check] = {
 _inplace: dict[str, Check] = {"inplace": _flag}
 _dropout: dict[str, Check] = {"p": _real(0, 1), "inplace": _flag}
 _dim: dict[str, Check] = {"dim": _either(_ints(-8, 8), _one_of(None))}
-_max_pool: dict[str, Check] = {
-    "kernel_size": _extent,
-    "stride": _extent,
-    "padding": _padding,
-    "dilation": _extent,
-    "return_indices": _one_of(False),
-    "ceil_mode": _flag,
-}
-_avg_pool1d: dict[str, Check] = {
-    "kernel_size": _extent,
-    "stride": _extent,
-    "padding": _padding,
-    "ceil_mode": _flag,
-    "count_include_pad": _flag,
-}
-_avg_pool = _avg_pool1d | {"divisor_override": _ints(1, none=True)}
-_adaptive: dict[str, Check] = {"output_size": _ints(1, none=True)}
-_pad: dict[str, Check] = {"padding": _ints(-MAX_EXTENT)}
+
+
+def _max_pool(axes: int) -> dict[str, Check]:
+    extent = _ints(1, length=(1, axes))
+    return {
+        "kernel_size": extent,
+        "stride": extent,
+        "padding": _ints(0, length=(1, axes)),
+        "dilation": extent,
+        "return_indices": _one_of(False),
+        "ceil_mode": _flag,
+    }
+
+
+def _avg_pool(axes: int) -> dict[str, Check]:
+    extent = _ints(1, length=(1, axes))
+    return {
+        "kernel_size": extent,
+        "stride": extent,
+        "padding": _ints(0, length=(1, axes)),
+        "ceil_mode": _flag,
+        "count_include_pad": _flag,
+    }
+
+
+def _adaptive(axes: int) -> dict[str, Check]:
+    return {"output_size": _ints(1, length=(axes,), none=True)}
+
+
+_pad: dict[str, Check] = {"padding": _ints(-MAX_EXTENT, length=(4,))}
 LAYERS: dict[str, LayerSpec] = {
     spec.cls.__name__: spec
     for spec in (
-        LayerSpec(nn.Conv1d, _conv()),
-        LayerSpec(nn.Conv2d, _conv()),
-        LayerSpec(nn.Conv3d, _conv()),
-        LayerSpec(nn.ConvTranspose2d, _conv(transposed=True)),
+        LayerSpec(nn.Conv1d, _conv(1)),
+        LayerSpec(nn.Conv2d, _conv(2)),
+        LayerSpec(nn.Conv3d, _conv(3)),
+        LayerSpec(nn.ConvTranspose2d, _conv(2, transposed=True)),
         LayerSpec(nn.Linear, {"in_features": _channels, "out_features": _channels, "bias": _flag}),
         LayerSpec(nn.BatchNorm1d, _batch_norm),
         LayerSpec(nn.BatchNorm2d, _batch_norm),
@@ -144,7 +162,12 @@ LAYERS: dict[str, LayerSpec] = {
         ),
         LayerSpec(
             nn.LayerNorm,
-            {"normalized_shape": _channels, "eps": _real(0, 1e6), "elementwise_affine": _flag, "bias": _flag},
+            {
+                "normalized_shape": _ints(1, MAX_CHANNELS, length=(1, 2, 3, 4)),
+                "eps": _real(0, 1e6),
+                "elementwise_affine": _flag,
+                "bias": _flag,
+            },
         ),
         LayerSpec(nn.ReLU, _inplace),
         LayerSpec(nn.ReLU6, _inplace),
@@ -166,14 +189,14 @@ LAYERS: dict[str, LayerSpec] = {
         LayerSpec(nn.Threshold, {"threshold": _real(), "value": _real(), "inplace": _flag}),
         LayerSpec(nn.Softmax, _dim),
         LayerSpec(nn.LogSoftmax, _dim),
-        LayerSpec(nn.MaxPool1d, _max_pool),
-        LayerSpec(nn.MaxPool2d, _max_pool),
-        LayerSpec(nn.AvgPool1d, _avg_pool1d),
-        LayerSpec(nn.AvgPool2d, _avg_pool),
-        LayerSpec(nn.AdaptiveAvgPool1d, _adaptive),
-        LayerSpec(nn.AdaptiveAvgPool2d, _adaptive),
-        LayerSpec(nn.AdaptiveMaxPool1d, _adaptive | {"return_indices": _one_of(False)}),
-        LayerSpec(nn.AdaptiveMaxPool2d, _adaptive | {"return_indices": _one_of(False)}),
+        LayerSpec(nn.MaxPool1d, _max_pool(1)),
+        LayerSpec(nn.MaxPool2d, _max_pool(2)),
+        LayerSpec(nn.AvgPool1d, _avg_pool(1)),
+        LayerSpec(nn.AvgPool2d, _avg_pool(2) | {"divisor_override": _ints(1, none=True)}),
+        LayerSpec(nn.AdaptiveAvgPool1d, _adaptive(1)),
+        LayerSpec(nn.AdaptiveAvgPool2d, _adaptive(2)),
+        LayerSpec(nn.AdaptiveMaxPool1d, _adaptive(1) | {"return_indices": _one_of(False)}),
+        LayerSpec(nn.AdaptiveMaxPool2d, _adaptive(2) | {"return_indices": _one_of(False)}),
         LayerSpec(nn.ZeroPad2d, _pad),
         LayerSpec(nn.ConstantPad2d, _pad | {"value": _real()}),
         LayerSpec(nn.ReflectionPad2d, _pad),
@@ -188,7 +211,7 @@ LAYERS: dict[str, LayerSpec] = {
         LayerSpec(
             nn.Upsample,
             {
-                "size": _ints(1, none=True),
+                "size": _ints(1, length=(1, 2, 3), none=True),
                 "scale_factor": _scale,
                 "mode": _one_of("nearest", "linear", "bilinear", "bicubic", "trilinear", "nearest-exact"),
                 "align_corners": _one_of(None, True, False),

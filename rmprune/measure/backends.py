@@ -1,169 +1,171 @@
-"""How each runtime executes a network: one function for each, from a folded network and an input to a callable. No
-timing here.
+"""Every backend by name: what it needs, in which number format it computes, where it runs. The adapters lie in torch_backends,
+runtimes and quantise; no timing here.
 
-Packages are imported when their backend is asked for; `check_backend` names the pip command where one is missing.
+To add one: a function from (Candidate, Setting) to Prepared, and a line in BACKENDS.
 """
 
 import contextlib
-import copy
 import importlib.util
-import warnings
-from collections.abc import Callable
-from functools import cached_property
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
 
-from rmprune.artifact.onnx import onnx_bytes
 from rmprune.errors import ConfigError, RmpruneError
-from rmprune.graph.fold import fold_batch_norms
-from rmprune.graph.trace import trace
+from rmprune.measure.candidate import Candidate, Prepared, Run, Setting, folded_form, onnx_form
+from rmprune.measure.machine import has_instruction
+from rmprune.measure.quantise import onnx_int8, openvino_int8
+from rmprune.measure.runtimes import (
+    Provider,
+    cpu_or_cuda,
+    dnnl,
+    missing_provider,
+    ncnn,
+    ncnn_form,
+    onnx_runtime,
+    openvino,
+    openvino_form,
+    tensorrt,
+    tensorrt_float16,
+    xnnpack,
+)
+from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, tf32, torchscript
 
-Run = Callable[[], object]
-PACKAGES = ("onnxruntime", "openvino")  # backends that are packages of the same name
-
-
-class Candidate:
-    """A network made ready for measuring: eval mode, float32, batch norms folded; its ONNX form is made once, when
-    asked for.
-    """
-
-    def __init__(self, name: str, model: nn.Module, example_inputs: Tensor) -> None:
-        self.name = name
-        self.example_inputs = example_inputs.detach().float().cpu()[:1]
-        self.folded = fold_batch_norms(model).float().cpu()
-
-    @cached_property
-    def onnx(self) -> bytes:
-        plain = copy.deepcopy(self.folded).cpu().to(memory_format=torch.contiguous_format)
-        return onnx_bytes(plain, self.example_inputs)
-
-    def inputs(self, batch_size: int) -> Tensor:
-        """The first example, `batch_size` times: (batch_size, C, H, W), float32."""
-        return self.example_inputs.repeat(batch_size, *[1] * (self.example_inputs.dim() - 1))
-
-
-def _torch_module(candidate: Candidate, batch_size: int, device: str) -> tuple[nn.Module, Tensor]:
-    """Network and input on `device`, in channels-last order where there is such an order."""
-    x = candidate.inputs(batch_size).to(device)
-    model = candidate.folded.to(device)
-    if x.dim() == 4:
-        return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    return model, x
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Candidate",
+    "Run",
+    "check_backend",
+    "current",
+    "needs_calibration",
+    "prepare",
+    "surroundings",
+]
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # as /proc/cpuinfo calls them (x86, x86, ARM)
 
 
-def eager(candidate: Candidate, device: str, threads: int, batch_size: int) -> Run:
-    """PyTorch as it is, channels-last. Threads are torch's own, set by the caller."""
-    model, x = _torch_module(candidate, batch_size, device)
-    return lambda: model(x)
+@dataclass(frozen=True)
+class Backend:
+    """`form` is what would be deployed, made before any clock starts; `load` brings it into the runtime."""
+
+    load: Callable[[Candidate, Setting], Prepared]
+    form: Callable[[Candidate], Any] = folded_form
+    number_format: str = "float32"
+    """float32, tf32, bfloat16, float16 or int8."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    packages: tuple[str, ...] = ()
+    """Modules that have to be there; pip knows them by the same names."""
+    providers: Callable[[str], list[Provider]] | None = None
+    """ONNX Runtime's, for those that are its."""
 
 
-def torchscript(candidate: Candidate, device: str, threads: int, batch_size: int) -> Run:
-    """A frozen torch.jit trace, channels-last."""
-    model, x = _torch_module(candidate, batch_size, device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript announces its own end
-        traced = torch.jit.freeze(torch.jit.trace(model, x, check_trace=False))
-        for _ in range(3):  # its profiling runs
-            traced(x)
-
-    def run() -> object:
-        return traced(x)
-
-    return run
+def _torch(load: Callable[..., Prepared], number_format: str, *devices: str, **options: Any) -> Backend:
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(number_format)
+    options |= {} if dtype is None else {"dtype": dtype}
+    return Backend(partial(load, **options), number_format=number_format, devices=devices)
 
 
-def compiled(candidate: Candidate, device: str, threads: int, batch_size: int) -> Run:
-    """torch.compile with its defaults, channels-last; on a CPU it needs a C++ compiler."""
-    model, x = _torch_module(candidate, batch_size, device)
-    # A forward function of its own: candidates that share one would pay for each other's guards and recompilations.
-    function = torch.compile(fx.GraphModule(model, trace(model)))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            function(x)
-    except Exception as error:  # whatever the compiler chain raises
-        raise ConfigError(
-            f"backend 'compile': torch.compile fails here ({str(error).strip().splitlines()[0][:150]}); install a C++ "
-            "compiler (apt install g++), or measure with another backend"
-        ) from error
-    return lambda: function(x)
+def _onnx(providers: Callable[[str], list[Provider]], *devices: str, number_format: str = "float32") -> Backend:
+    form = onnx_int8 if number_format == "int8" else onnx_form
+    load = partial(onnx_runtime, form=form, providers=providers)
+    return Backend(load, form, number_format, devices, ("onnxruntime",), providers)
 
 
-def onnx_runtime(candidate: Candidate, device: str, threads: int, batch_size: int) -> Run:
-    """ONNX Runtime, its own threads, static batch size.
-
-    Its threads spin while a run lasts, as they do by default, and stop when it ends (force_spinning_stop): left to spin
-    on, they would take the cores from the candidate measured next.
-    """
-    onnxruntime = importlib.import_module("onnxruntime")
-    gpu = ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)})
-    provider = gpu if device.startswith("cuda") else "CPUExecutionProvider"
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_free_dimension_override_by_name("batch", batch_size)
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(candidate.onnx, options, providers=[provider])
-    feed = {"input": candidate.inputs(batch_size).numpy()}
-    return lambda: session.run(None, feed)
-
-
-def openvino(candidate: Candidate, device: str, threads: int, batch_size: int) -> Run:
-    """OpenVINO on the CPU, latency hint, one stream, static batch size, float32 (it would take bfloat16 by itself)."""
-    ov = importlib.import_module("openvino")
-    core = ov.Core()
-    network = core.read_model(candidate.onnx)
-    x = candidate.inputs(batch_size).numpy()
-    network.reshape(list(x.shape))
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    settings["INFERENCE_PRECISION_HINT"] = "f32"
-    request = core.compile_model(network, "CPU", settings).create_infer_request()
-    request.set_input_tensor(ov.Tensor(x))
-    return lambda: request.infer()
-
-
-BACKENDS: dict[str, Callable[[Candidate, str, int, int], Run]] = {
-    "eager": eager,
-    "onnxruntime": onnx_runtime,
-    "openvino": openvino,
-    "torchscript": torchscript,
-    "compile": compiled,
+BACKENDS: dict[str, Backend] = {
+    "eager": _torch(eager, "float32", "cpu", "cuda"),
+    "onnxruntime": _onnx(cpu_or_cuda, "cpu", "cuda"),
+    "openvino": Backend(openvino, openvino_form, "float32", ("cpu",), ("openvino",)),
+    "torchscript": _torch(torchscript, "float32", "cpu", "cuda"),
+    "compile": _torch(compiled, "float32", "cpu", "cuda"),
+    "ncnn": Backend(ncnn, ncnn_form, "float32", ("cpu",), ("ncnn", "pnnx")),
+    "onnxruntime-int8": _onnx(cpu_or_cuda, "cpu", number_format="int8"),
+    "openvino-int8": Backend(
+        partial(openvino, form=openvino_int8), openvino_int8, "int8", ("cpu",), ("openvino", "nncf")
+    ),
+    "eager-contiguous": _torch(eager, "float32", "cpu", "cuda", channels_last=False),
+    "eager-bfloat16": _torch(eager, "bfloat16", "cpu", "cuda"),
+    "compile-bfloat16": _torch(compiled, "bfloat16", "cpu", "cuda"),
+    "openvino-bfloat16": Backend(
+        partial(openvino, precision="bf16"), openvino_form, "bfloat16", ("cpu",), ("openvino",)
+    ),
+    "onnxruntime-dnnl": _onnx(dnnl, "cpu"),
+    "onnxruntime-xnnpack": _onnx(xnnpack, "cpu"),
+    "eager-tf32": _torch(eager, "tf32", "cuda"),
+    "eager-float16": _torch(eager, "float16", "cuda"),
+    "compile-float16": _torch(compiled, "float16", "cuda"),
+    "cudagraph": _torch(cuda_graph, "float32", "cuda"),
+    "cudagraph-tf32": _torch(cuda_graph, "tf32", "cuda"),
+    "cudagraph-bfloat16": _torch(cuda_graph, "bfloat16", "cuda"),
+    "cudagraph-float16": _torch(cuda_graph, "float16", "cuda"),
+    "tensorrt": _onnx(tensorrt, "cuda"),
+    "tensorrt-float16": _onnx(tensorrt_float16, "cuda", number_format="float16"),
 }
+
+GPU_ONLY = tuple(name for name, backend in BACKENDS.items() if "cpu" not in backend.devices)
+"""Backends that nothing but a GPU runs. Besides these a GPU alone runs: `latency._cuda_ms` and `_gpu_peak_mib`, `torch_backends.cuda_graph`
+and `tf32`, the bound inputs of `runtimes.onnx_runtime`, and `runtimes.tensorrt`. Tests stand in for the device; none of it was run on one.
+"""
 
 
 def check_backend(backend: str, device: str) -> None:
-    """ConfigError where a backend is unknown, not installed, or cannot run on this device."""
+    """ConfigError where a backend is unknown, not installed, or cannot run on this device; it says what to do."""
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
-    if backend in PACKAGES and importlib.util.find_spec(backend) is None:
-        raise ConfigError(f"backend {backend!r} is not installed; pip install {backend}")
-    if device == "cpu":
-        return
-    if backend == "openvino":
-        raise ConfigError(f"backend 'openvino' measures on the CPU only, not on {device}; leave it out")
-    if backend == "onnxruntime":
-        onnxruntime = importlib.import_module(backend)
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise ConfigError(
-                f"backend 'onnxruntime' cannot use {device} here; pip install onnxruntime-gpu, or use eager"
-            )
+    entry = BACKENDS[backend]
+    missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"backend {backend!r} is not installed; pip install {' '.join(missing)}")
+    if device.partition(":")[0] not in entry.devices:
+        only = "CPU" if entry.devices == ("cpu",) else "GPU (device cuda)"
+        raise ConfigError(f"backend {backend!r} measures on the {only} only, not on {device}; leave it out")
+    if device == "cpu" and entry.number_format == "bfloat16" and not has_instruction(*BFLOAT16):
+        raise ConfigError(
+            f"backend {backend!r}: this processor has no bfloat16 instructions ({', '.join(BFLOAT16)}), it would only be imitated; "
+            "leave it out"
+        )
+    lacking = None if entry.providers is None else missing_provider(entry.providers, device)
+    if lacking is not None:
+        remedy = "pip install onnxruntime-gpu, or use eager" if device != "cpu" else f"install a build with {lacking}"
+        raise ConfigError(f"backend {backend!r} cannot use {device} here, onnxruntime has no {lacking}; {remedy}")
 
 
-def current(device: str) -> contextlib.AbstractContextManager[object]:
-    """Makes a GPU (cuda, cuda:N) the one that streams, events and synchronisation are of; nothing for the CPU."""
-    return torch.cuda.device(device) if device.startswith("cuda:") else contextlib.nullcontext()
+def needs_calibration(backends: Sequence[str]) -> bool:
+    """Whether one of these chooses ranges by training images."""
+    return any(name in BACKENDS and BACKENDS[name].number_format == "int8" for name in backends)
 
 
-def prepare(candidate: Candidate, backend: str, device: str, threads: int, batch_size: int) -> Run:
-    """A callable that runs `candidate` once; ConfigError where the backend does not exist here or cannot take the
-    network.
+def reduced(backends: Sequence[str]) -> list[str]:
+    """Those whose number format may cost accuracy."""
+    return [name for name in backends if name in BACKENDS and BACKENDS[name].number_format != "float32"]
+
+
+@contextlib.contextmanager
+def surroundings(backend: str, device: str) -> Any:
+    """What has to hold from preparing to the last run: the current GPU, and TF32 as the number format says."""
+    with (
+        current(device),
+        tf32(BACKENDS[backend].number_format == "tf32") if device != "cpu" else contextlib.nullcontext(),
+    ):
+        yield
+
+
+def prepare(candidate: Candidate, backend: str, device: str, threads: int, batch_size: int) -> Prepared:
+    """`candidate` in its runtime; ConfigError where the backend does not exist here or cannot take the network.
+
+    Run it under `surroundings`.
     """
     check_backend(backend, device)
+    entry = BACKENDS[backend]
     try:
-        with current(device):
-            return BACKENDS[backend](candidate, device, threads, batch_size)
+        with surroundings(backend, device):
+            candidate.form(entry.form)
+            start = time.perf_counter()
+            prepared = entry.load(candidate, Setting(device, threads, batch_size))
+            return Prepared(prepared.run, prepared.outputs, (time.perf_counter() - start) * 1e3)
     except RmpruneError:
         raise
     except Exception as error:  # each runtime has its own errors

@@ -1,70 +1,52 @@
 """Measured time of networks, fairly: all candidates in one process, in turns, under the same threads and batch. No cost
 models here.
 
-How: batch norms folded, eval mode, inference mode, channels-last in PyTorch, float32, static batch size. For each
-configuration (backend, threads, batch size) all candidates are made ready and warmed up; then come rounds. In a round
-each candidate has one turn, in an order shuffled anew. A turn is one run that is not counted (it brings back caches
-that the candidate before has taken, and outlasts threads that still spin) and then as many as fill about 5 ms, whose
-mean is the turn's time. Rounds go on until the time budget is spent, and there are at least `min_rounds`.
+How: batch norms folded, eval mode, inference mode, the number format of the backend, static batch size. For each
+configuration (backend, threads, batch size) all candidates are made ready and warmed up until they get no faster; then come
+rounds. In a round each candidate has one turn, in an order shuffled anew. A turn is one run that is not counted (it brings
+back caches that the candidate before has taken, and outlasts threads that still spin) and then as many as fill about 5 ms,
+whose mean is the turn's time. Rounds go on until the time budget is spent, and there are at least `min_rounds`.
 
-Reported: median and quartiles over rounds, and the ratio to the reference candidate round by round. The ratio is the
-better comparison: a machine that slows down for a while slows both.
+Reported: median and quartiles over rounds, the ratio to the reference candidate round by round with a bootstrap interval
+(the better comparison: a machine that slows down for a while slows both), and apart from these the time to the first output.
 """
 
 import contextlib
 import gc
 import itertools
+import logging
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
-from rmprune.measure.backends import Candidate, Run, check_backend, current, prepare
+from rmprune.measure.accuracy import candidate_accuracy
+from rmprune.measure.backends import (
+    BACKENDS,
+    Candidate,
+    Run,
+    check_backend,
+    current,
+    needs_calibration,
+    prepare,
+    reduced,
+    surroundings,
+)
+from rmprune.measure.results import BUSY, Latency, quartiles
 
+logger = logging.getLogger("rmprune.measure")
 TURN_SECONDS = 0.005
-WARMUP_SECONDS = 0.2
+WARMUP_SECONDS = 3.0  # at most
 WARMUP_RUNS = 3
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time of one network under one configuration, for a whole batch, in milliseconds; `ratio` is time over the
-    reference's.
-    """
-
-    backend: str
-    device: str
-    threads: int
-    batch_size: int
-    median_ms: float
-    q1_ms: float
-    q3_ms: float
-    runs: int
-    """Runs counted, over all rounds."""
-    rounds: int
-    reference: str | None = None
-    ratio: float | None = None
-    ratio_q1: float | None = None
-    ratio_q3: float | None = None
-
-    times_ms: tuple[float, ...] = field(default=(), repr=False, compare=False)
-    """Mean time of each round; networks measured together share their rounds."""
-
-    def relative_to(self, other: "Latency") -> "Latency":
-        """The same with the ratio to `other`, round by round; both must come from one call of measure_latencies."""
-        pairs = zip(self.times_ms, other.times_ms, strict=True)
-        q1, ratio, q3 = _quartiles([own / base for own, base in pairs])
-        return replace(self, ratio=ratio, ratio_q1=q1, ratio_q3=q3)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a record holds it; what does not apply is left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None and key != "times_ms"}
+WINDOW_SECONDS = 0.02
+SETTLED = 5  # windows in a row that are no faster than the fastest before them
+FASTER = 0.98
 
 
 class _Configuration(NamedTuple):
@@ -122,13 +104,18 @@ def measure_latencies(
     reference: str | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    calibration: Tensor | None = None,
+    split: Split | None = None,
+    warn: bool = True,
 ) -> dict[str, list[Latency]]:
     """Times of all `models` under every configuration, interleaved; the module's first lines say how.
 
     `seconds` is the time budget for each model and configuration (rounds may run over it to reach `min_rounds`).
-    `reference` names the model that ratios are taken to. `progress` is told each configuration as it starts. Models are
-    left alone; torch's number of threads and the garbage collector are put back. Raises ConfigError for an unknown or
-    missing backend, device or reference, UnsupportedModel where torch.fx cannot trace a model.
+    `reference` names the model that ratios are taken to. `progress` is told each configuration as it starts. `calibration`:
+    training images [N, C, H, W], without which int8 is refused. With a `split`, `accuracy` on it is measured in every number format
+    but float32. Models are left alone; torch's number of threads and the garbage collector are put back. A spread that says the
+    machine was busy is warned of in the log (`warn`). Raises ConfigError for an unknown or missing backend, device or reference,
+    UnsupportedModel where torch.fx cannot trace a model.
 
     >>> nets, x = {"narrow": nn.Conv2d(3, 4, 3), "wide": nn.Conv2d(3, 8, 3)}, torch.randn(1, 3, 16, 16)
     >>> place = {"backends": ["eager"], "threads": [1], "batch_sizes": [1], "seconds": 0.0, "min_rounds": 5}
@@ -137,21 +124,59 @@ def measure_latencies(
     (1.0, True)
     """
     _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
-    candidates = [Candidate(name, model, example_inputs) for name, model in models.items()]
+    candidates = {name: Candidate(name, model, example_inputs, calibration) for name, model in models.items()}
+    if needs_calibration(backends) and calibration is None:
+        next(iter(candidates.values())).calibration  # noqa: B018  says what is missing, before anything is timed
     results: dict[str, list[Latency]] = {name: [] for name in models}
     for configuration in itertools.starmap(_Configuration, itertools.product(backends, [device], threads, batch_sizes)):
         if progress is not None:
             progress(str(configuration))
-        with quiet_process(configuration.threads), torch.inference_mode():
-            runs = {c.name: prepare(c, *configuration) for c in candidates}
-            turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
-        for name, times in turns.items():
-            results[name].append(_summary(configuration, times, repeats[name]))
+        for name, latency in _measure_configuration(candidates, configuration, seconds, min_rounds, seed).items():
+            results[name].append(latency)
+    if split is not None:
+        for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
+            logger.info("accuracy of %s on %s, %d images", name, backend, len(split))
+            accuracy = candidate_accuracy(candidate, split, backend, device, max(threads))
+            results[name] = [replace(r, accuracy=accuracy) if r.backend == backend else r for r in results[name]]
+    if warn:
+        _warn_if_busy(results)
     if reference is not None:
         for name, latencies in results.items():
             pairs = zip(latencies, results[reference], strict=True)
             results[name] = [replace(own.relative_to(base), reference=reference) for own, base in pairs]
     return results
+
+
+def _measure_configuration(
+    candidates: Mapping[str, Candidate], configuration: _Configuration, seconds: float, min_rounds: int, seed: int
+) -> dict[str, Latency]:
+    backend, device, threads, _ = configuration
+    runs: dict[str, Run] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    with quiet_process(threads), surroundings(backend, device), torch.inference_mode():
+        for name, candidate in candidates.items():
+            prepared = runs[name] = prepare(candidate, *configuration)
+            start = time.perf_counter()
+            prepared()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            facts[name] = {"first_ms": prepared.load_ms + (time.perf_counter() - start) * 1e3}
+            if device != "cpu" and not BACKENDS[backend].packages:
+                facts[name]["peak_mib"] = _gpu_peak_mib(prepared)
+        turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
+    return {name: _summary(configuration, times, repeats[name], facts[name]) for name, times in turns.items()}
+
+
+def _warn_if_busy(results: Mapping[str, list[Latency]]) -> None:
+    times = [(latency.spread, name, latency) for name, latencies in results.items() for latency in latencies]
+    busy = [time for time in times if time[0] > BUSY]
+    if busy:
+        spread, name, worst = max(busy, key=lambda time: time[0])
+        logger.warning(
+            "the machine was busy: %d of %d times spread widely (worst: half of those of %s on %s, batch %d, over %.0f %% of the "
+            "median); measure again when it is quiet",
+            *(len(busy), len(times), name, worst.backend, worst.batch_size, 100 * spread),
+        )
 
 
 def check_available(backends: Sequence[str], device: str) -> None:
@@ -198,14 +223,14 @@ def quiet_process(threads: int) -> Iterator[None]:
 
 
 def timed_rounds(
-    runs: dict[str, Run],
+    runs: Mapping[str, Run],
     device: str,
     seconds: float,
     min_rounds: int,
     order: random.Random,
     warmup: float = WARMUP_SECONDS,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Mean milliseconds of every turn, by candidate and round, and the runs in a turn of each."""
+    """Mean milliseconds of every turn, by candidate and round, and the runs in a turn of each; `warmup` seconds at most before."""
     timer = _cuda_ms if device.startswith("cuda") else _cpu_ms
     turns: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -220,13 +245,21 @@ def timed_rounds(
     return turns, repeats
 
 
-def _warm_up(run: Run, timer: Callable[[Run, int], float], seconds: float) -> float:
-    """Runs until caches, allocators and just-in-time compilers have settled; returns the shortest time seen, in ms."""
-    end = time.perf_counter() + seconds
-    times = [timer(run, 1) for _ in range(WARMUP_RUNS)]
-    while time.perf_counter() < end:
-        times.append(timer(run, 1))
-    return min(times)
+def _warm_up(run: Run, timer: Callable[[Run, int], float], limit: float) -> float:
+    """Runs until caches, allocators, clocks and just-in-time compilers have settled: until SETTLED windows of time in a row bring
+    no run that is faster than the fastest so far, or for `limit` seconds. Returns the shortest time, in ms.
+
+    The least time is watched, not the spread: other load cannot make a run faster, so a busy machine settles too.
+    """
+    end = time.perf_counter() + limit
+    least, idle = min(timer(run, 1) for _ in range(WARMUP_RUNS)), 0
+    while idle < SETTLED and time.perf_counter() < end:
+        window, found = min(end, time.perf_counter() + WINDOW_SECONDS), [timer(run, 1)]
+        while time.perf_counter() < window:
+            found.append(timer(run, 1))
+        idle = 0 if min(found) < FASTER * least else idle + 1
+        least = min(least, *found)
+    return least
 
 
 def _cpu_ms(run: Run, repeats: int) -> float:
@@ -247,15 +280,17 @@ def _cuda_ms(run: Run, repeats: int) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return q1, median, q3
+def _gpu_peak_mib(run: Run) -> float:
+    """What PyTorch's allocator holds at most during one run above what it held before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _summary(configuration: _Configuration, times: list[float], repeats: int) -> Latency:
-    q1, median, q3 = _quartiles(times)
+def _summary(configuration: _Configuration, times: list[float], repeats: int, facts: dict[str, Any]) -> Latency:
+    q1, median, q3 = quartiles(times)
     return Latency(
         **configuration._asdict(),
         median_ms=median,
@@ -263,5 +298,7 @@ def _summary(configuration: _Configuration, times: list[float], repeats: int) ->
         q3_ms=q3,
         runs=repeats * len(times),
         rounds=len(times),
+        number_format=BACKENDS[configuration.backend].number_format,
         times_ms=tuple(times),
+        **facts,
     )

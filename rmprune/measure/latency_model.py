@@ -30,10 +30,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.measure.backends import BACKENDS, Candidate, prepare
+from rmprune.measure.backends import BACKENDS, Candidate, prepare, surroundings
 from rmprune.measure.latency import measure_latencies, quiet_process, timed_rounds
-from rmprune.measure.layers import Layer, neighbours, network_layers
+from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.measure.machine import environment
+from rmprune.runs.reading import read_json
+from rmprune.runs.writing import write_text
 
 logger = logging.getLogger("rmprune.measure")
 SCHEMA = 1
@@ -55,19 +57,20 @@ class LatencyModel:
         *,
         threads: int = 2,
         batch_size: int = 1,
+        device: str = "cpu",
         cache: str | os.PathLike[str] | None = None,
         seconds: float = 0.05,
         min_rounds: int = 7,
     ) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
-        self.backend, self.threads, self.batch_size = backend, threads, batch_size
+        self.backend, self.threads, self.batch_size, self.device = backend, threads, batch_size, device
         self.seconds, self.min_rounds = seconds, min_rounds
         self.cache = None if cache is None else Path(cache)
-        self.table: dict[Layer, float] = {}
+        self.table: dict[TimedLayer, float] = {}
         self.overhead: float | None = None
         self.fit: tuple[float, float] = (1.0, 0.0)
-        self.block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+        self.block = 16 if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
         if self.cache is not None and self.cache.exists():
             self._read(self.cache)
 
@@ -77,7 +80,7 @@ class LatencyModel:
         """
         return self.predict_layers(network_layers(model, example_inputs))
 
-    def predict_layers(self, layers: Iterable[Layer]) -> float:
+    def predict_layers(self, layers: Iterable[TimedLayer]) -> float:
         """As `predict`, for layers from `network_layers`, whose widths a search may have changed
         (`layer._replace(cout=24)`).
         """
@@ -86,13 +89,13 @@ class LatencyModel:
         a, b = self.fit
         return max(a * sum(map(self.layer_ms, layers)) + b * len(layers) + (self.overhead or 0.0), 1e-6)
 
-    def layer_ms(self, layer: Layer) -> float:
+    def layer_ms(self, layer: TimedLayer) -> float:
         """Milliseconds of one layer inside a network, interpolated where its widths were not measured themselves."""
         self.require([layer])
         points = [(weight, self.table[point]) for point, weight in _corners(layer, self.block) if weight > 0]
         return max(sum(weight * ms for weight, ms in points) - (self.overhead or 0.0), 0.0)
 
-    def require(self, layers: Iterable[Layer]) -> None:
+    def require(self, layers: Iterable[TimedLayer]) -> None:
         """Measures what `layers` need and the table lacks, in turns, and writes the cache."""
         needed = dict.fromkeys(
             p for layer in layers for p, weight in _corners(layer, self.block) if weight > 0 and p not in self.table
@@ -103,7 +106,7 @@ class LatencyModel:
         if not missing:
             return
         order, found = random.Random(0), dict.fromkeys(missing, math.inf)
-        parts: list[list[Layer]] = []
+        parts: list[list[TimedLayer]] = []
         for _ in range(_PASSES):  # apart in time and in other company: a burst of load hits one of them
             order.shuffle(missing)
             parts += (missing[start : start + _AT_ONCE] for start in range(0, len(missing), _AT_ONCE))
@@ -114,7 +117,7 @@ class LatencyModel:
         if self.cache is not None:
             self._write(self.cache)
 
-    def _shown(self, parts: list[list[Layer]], layers: int) -> Iterator[list[Layer]]:
+    def _shown(self, parts: list[list[TimedLayer]], layers: int) -> Iterator[list[TimedLayer]]:
         """The parts, with a bar and the time left where they are many; one log line where there is no terminal."""
         console, title = Console(stderr=True), f"timing {layers} layer shapes one by one on {self.backend}"
         many = len(parts) > _PASSES
@@ -165,27 +168,27 @@ class LatencyModel:
             backends=[self.backend],
             threads=[self.threads],
             batch_sizes=[self.batch_size],
+            device=self.device,
             seconds=seconds,
         )
         return {name: found[0].median_ms for name, found in results.items()}
 
-    def _measure(self, layers: list[Layer]) -> list[float]:
+    def _measure(self, layers: list[TimedLayer]) -> list[float]:
         """Milliseconds of layers alone, measured in turns: the first quartile, which a burst of other load hardly
         moves.
         """
         runs = {}
-        with quiet_process(self.threads), torch.inference_mode():
+        with quiet_process(self.threads), surroundings(self.backend, self.device), torch.inference_mode():
             for layer in layers:
                 module, x = layer.build(self.batch_size)
                 candidate = Candidate(str(layer), module, x)
-                runs[str(layer)] = prepare(candidate, self.backend, "cpu", self.threads, self.batch_size)
-            times, _ = timed_rounds(runs, "cpu", self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
+                runs[str(layer)] = prepare(candidate, self.backend, self.device, self.threads, self.batch_size)
+            times, _ = timed_rounds(runs, self.device, self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
         return [float(np.quantile(times[str(layer)], 0.25)) for layer in layers]
 
     def _settings(self) -> dict[str, Any]:
         here = environment()
-        packages = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
-        package = packages.get(self.backend, "torch")
+        package = next(iter(BACKENDS[self.backend].packages), "torch")
         return {
             "schema": SCHEMA,
             "backend": self.backend,
@@ -193,6 +196,7 @@ class LatencyModel:
             "batch_size": self.batch_size,
             "processor": here["processor"],
             "instructions": here["instructions"],
+            "gpu": None if self.device == "cpu" else torch.cuda.get_device_name(self.device),
             "version": f"{package} {here['versions'].get(package)}",
         }
 
@@ -202,21 +206,15 @@ class LatencyModel:
             "fit": self.fit,
             "layers": [[*layer, ms] for layer, ms in self.table.items()],
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(content, indent=0))
-            temporary.replace(path)
-        except OSError as error:
-            raise ArtifactError(f"{path}: the latency table cannot be written ({error.strerror})") from error
+        write_text(path, json.dumps(content, indent=0))
 
     def _read(self, path: Path) -> None:
+        content = read_json(path, missing="there is no such file", damaged="delete it to measure again")
         try:
-            content = json.loads(path.read_text())
-            table = {Layer(str(kind), int(cin), int(cout)): float(ms) for kind, cin, cout, ms in content["layers"]}
+            table = {TimedLayer(str(kind), int(cin), int(cout)): float(ms) for kind, cin, cout, ms in content["layers"]}
             a, b = map(float, content["fit"])
             overhead = float(content["overhead_ms"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ArtifactError(f"{path}: not a latency table, or damaged; delete it to measure again") from error
         for name, value in self._settings().items():
             if content.get(name) != value:
@@ -239,19 +237,21 @@ def _fit(rows: Any, targets: Any) -> tuple[float, float]:
     return float(solution[0]), float(solution[1])
 
 
-_EMPTY = Layer('{"activation": null, "add": false, "args": {"inplace": false}, "size": [1, 1], "type": "ReLU"}', 1, 1)
+_EMPTY = TimedLayer(
+    '{"activation": null, "add": false, "args": {"inplace": false}, "size": [1, 1], "type": "ReLU"}', 1, 1
+)
 
 
-def _corners(layer: Layer, block: int) -> list[tuple[Layer, float]]:
+def _corners(layer: TimedLayer, block: int) -> list[tuple[TimedLayer, float]]:
     """The measured layers around `layer` and their weights in a bilinear interpolation."""
     kind = json.loads(layer.kind)
     groups = kind["args"].get("groups", 1)
     if groups not in (1, "depthwise"):
         return [(layer, 1.0)]
     if groups == "depthwise" or kind["type"] not in ("Conv2d", "Linear"):
-        return [(Layer(layer.kind, w, w), weight) for w, weight in _between(layer.cin, block)]
+        return [(TimedLayer(layer.kind, w, w), weight) for w, weight in _between(layer.cin, block)]
     return [
-        (Layer(layer.kind, cin, cout), u * v)
+        (TimedLayer(layer.kind, cin, cout), u * v)
         for cin, u in _between(layer.cin, block)
         for cout, v in _between(layer.cout, block)
     ]

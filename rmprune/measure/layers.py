@@ -34,7 +34,7 @@ _ADDITIONS = ("operator.add", "operator.iadd", "torch.add")
 _RELUS = ("F.relu", "F.relu_", "torch.relu", "torch.relu_")
 
 
-class Layer(NamedTuple):
+class TimedLayer(NamedTuple):
     """One step of a network as it is executed: a layer with the addition and activation that runtimes fuse into it.
 
     `kind` is JSON and holds everything but the widths: type, arguments, input size without channels, activation, and
@@ -75,7 +75,7 @@ class _AddConstant(nn.Module):
         return torch.add(x, self.get_buffer("residual"))
 
 
-def network_layers(model: nn.Module, example_inputs: Tensor) -> list[Layer]:
+def network_layers(model: nn.Module, example_inputs: Tensor) -> list[TimedLayer]:
     """The layers of `model` for images of `example_inputs`' size, in order: batch norms folded, additions and
     activations fused.
 
@@ -89,11 +89,11 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[Layer]:
     return _read_graph(graph_module)
 
 
-def _read_graph(module: fx.GraphModule) -> list[Layer]:
+def _read_graph(module: fx.GraphModule) -> list[TimedLayer]:
     modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     done: set[fx.Node] = set()
-    layers: list[Layer] = []
+    layers: list[TimedLayer] = []
     for node in module.graph.nodes:
         own = modules[node.target] if node.op == "call_module" else None
         if node in done or isinstance(own, _FREE) or (own is None and not _is_addition(node)):
@@ -109,7 +109,7 @@ def _read_graph(module: fx.GraphModule) -> list[Layer]:
     return layers
 
 
-def _layer(own: nn.Module | None, shape: tuple[int, ...], cout: int, activation: Any, add: bool) -> Layer:
+def _layer(own: nn.Module | None, shape: tuple[int, ...], cout: int, activation: Any, add: bool) -> TimedLayer:
     kind: dict[str, Any] = {"type": None, "args": {}, "size": list(shape[2:]), "activation": activation, "add": add}
     if own is not None:
         args = LAYERS[type(own).__name__].read(own)
@@ -119,7 +119,7 @@ def _layer(own: nn.Module | None, shape: tuple[int, ...], cout: int, activation:
         if isinstance(own, nn.Conv2d) and own.groups == own.in_channels == own.out_channels > 1:
             args["groups"] = "depthwise"
         kind |= {"type": type(own).__name__, "args": args}
-    return Layer(json.dumps(kind, sort_keys=True), shape[1], cout)
+    return TimedLayer(json.dumps(kind, sort_keys=True), shape[1], cout)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

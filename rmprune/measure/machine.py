@@ -1,5 +1,6 @@
 """The machine and the versions that a figure was measured with, for records and caches."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -9,13 +10,16 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("rmprune", "torch", "torchvision", "torch-pruning", "timm", "numpy", "onnx", "onnxruntime", "openvino")
+PACKAGES = (
+    *("rmprune", "torch", "torchvision", "torch-pruning", "timm", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu"),
+    *("openvino", "nncf", "ncnn", "pnnx"),
+)
 
 
 def environment() -> dict[str, Any]:
     """Where this process runs: versions, processor, its vector instructions, cores, torch's threads, GPU."""
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -29,6 +33,22 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def has_instruction(*names: str) -> bool:
+    """Whether the processor has one of these instruction sets, as /proc/cpuinfo calls them (False where there is none)."""
+    return bool(instructions() & set(names))
+
+
+@functools.cache
+def instructions() -> frozenset[str]:
+    """The instruction sets of the processor: "avx2", "avx512_vnni", "amx_bf16", ...; empty where there is no /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    found = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(found, []))
 
 
 def _processor() -> str:

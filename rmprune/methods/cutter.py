@@ -1,7 +1,7 @@
 """How one method cuts one network: its budget, one cut, or the hook that cuts while training. Trains and measures nothing itself."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from rmprune.methods.table import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
-from rmprune.pruning.coupled import check_importance
+from rmprune.pruning.coupled import check_coupled, loss_gradients
 from rmprune.pruning.groups import Cost, Scores, Structure, inner_only, macs, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.one_shot import fitting
@@ -24,7 +24,7 @@ from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
 
-FLOOR = 0.5  # every layer keeps at least this part of what an even cut would leave it
+LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut would leave it
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Cutter:
         if self.settings.min_fraction is not None:
             return budget
         target = resolve(self.structure, budget, self.cost)
-        floor = min(FLOOR * even_fraction(self.structure, budget, self.cost), budget.max_fraction)
+        floor = min(LEAST_FRACTION * even_fraction(self.structure, budget, self.cost), budget.max_fraction)
         while floor > 0.01:
             own = dataclasses.replace(budget, min_fraction=floor)
             if least_cost(self.structure, own, target.cost) <= target.limit:
@@ -94,7 +94,9 @@ class Cutter:
                 importance=settings.importance,
                 budget=budget,
                 data=self.job.batches,
+                gradients=self.gradients if network is self.network else None,
                 origin=origin,
+                prove=scores is None,
             ).cpu()
         return prune(
             here,
@@ -108,6 +110,7 @@ class Cutter:
             reconstruct=settings.reconstruct and scores is None,
             lookahead=self.lookahead,
             origin=origin,
+            prove=scores is None,
         ).cpu()
 
     def check(self, *, once: bool = True) -> None:
@@ -117,13 +120,13 @@ class Cutter:
         """
         settings = self.settings
         if self.coupled:
-            check_importance(self.network, self.structure, settings.importance)
+            check_coupled(self.network, self.structure, settings.importance, self.example)
             return
         two = list(self.job.data.train.batches(2, device=self.job.device, limit=2))
         IMPORTANCES[settings.importance](self.network, self.structure, two)
         if settings.reconstruct and (once or not settings.gradual):
             with fitting():
-                read_program(self.network, self.structure)
+                read_program(self.network, self.structure, self.example)
 
     def hook(
         self, budget: Budget, *, steps: int, epochs: int, meets: Callable[[nn.Module], float] | None = None
@@ -166,6 +169,12 @@ class Cutter:
             return {}
         return score_groups(self.settings.importance, self.network, self.structure, self.job.batches)
 
+    @cached_property
+    def gradients(self) -> Mapping[str, Tensor] | None:
+        """What Torch-Pruning's Taylor importance ranks this network's channels by, computed once for all its cuts; else None."""
+        taylor = self.coupled and self.settings.importance == "taylor"
+        return loss_gradients(self.network, self.job.batches) if taylor else None
+
     def narrowest(self, budget: Budget) -> nn.Module:
         """The network of the least MACs that the limits of `budget` allow, whatever its weights."""
         own = dataclasses.replace(self, cost=None)
@@ -203,7 +212,9 @@ def make_cutter(network: nn.Module, method: Method, job: Job[SlimConfig], budget
     cost = None
     if place is not None and settings.cost == "time" and method.pruner == "ours":
         cache = job.config.directory / f"layer-times-{place.backend}-{place.threads}-{place.batch_size}.json"
-        table = LatencyModel(place.backend, threads=place.threads, batch_size=place.batch_size, cache=cache)
+        table = LatencyModel(
+            place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
+        )
         cost = TimeCost(table, network, structure, example)
     return Cutter(job.here(network), structure, example.to(job.device), method, settings, job, place, cost)
 

@@ -10,7 +10,7 @@ from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
 from rmprune.methods.cutter import make_cutter, place_of
-from rmprune.methods.table import METHODS, Collapse, Method, Residuals
+from rmprune.methods.table import METHODS, CollapsedBlocks, Method, Residuals
 from rmprune.pruning import Budget
 from rmprune.pruning.time_cost import timed_layers
 from rmprune.training.job import Job
@@ -18,7 +18,7 @@ from rmprune.training.job import Job
 logger = logging.getLogger("rmprune")
 Refusal = InfeasibleBudget | UnsupportedModel
 NOISE = 1.1  # before training a budget is refused only where it is missed by more than this
-Starts = Callable[[Collapse, Residuals], nn.Module]
+Starts = Callable[[CollapsedBlocks, Residuals], nn.Module]
 """The network that methods of these choices prune."""
 
 

@@ -15,6 +15,7 @@ from rmprune.measure.place import MARGIN, infeasible
 from rmprune.methods.cutter import Cutter, make_cutter, place_of
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget
+from rmprune.pruning.prove import prove_groups
 from rmprune.removal import remove_where_faster
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Files, Job, tune
@@ -28,13 +29,15 @@ def slim_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
 
-    With it the facts for its artifact and record: which residuals `mixed` removed. Only a network that misses a budget in measured
-    time at the end is cut again, up to TIME_ATTEMPTS times, with one epoch after each cut. Raises InfeasibleBudget where limits
-    forbid the budget, MissedBudget where even these cuts do not meet it, UnsupportedModel where the method cannot cut this network.
+    With it the facts for its artifact and record: the error of cuts of its groups (`prove_groups`), which residuals `mixed`
+    removed. Only a network that misses a budget in measured time at the end is cut again, up to TIME_ATTEMPTS times, with one
+    epoch after each cut. Raises InfeasibleBudget where limits forbid the budget, MissedBudget where even these cuts do not
+    meet it, UnsupportedModel where the method cannot cut this network.
     """
     config, data = job.config, job.data
     timed = budget.latency_ratio is not None
     cutter = make_cutter(network, method, job, budget)
+    facts: dict[str, Any] = {"cut_error": prove_groups(cutter.network, cutter.structure, cutter.example)}
     cut_to = met(budget, cutter, files)
     hook = None
     if cutter.gradual:
@@ -47,14 +50,14 @@ def slim_network(
     if timed:
         network = _within_time(network, cutter, budget, cut_to, files)
     if method.residuals != "faster":
-        return network, {}
+        return network, facts
     limit = math.inf if budget.macs_ratio is None else budget.macs_ratio * (budget.reference_macs or math.inf)
     example = data.train.example(2)
     removal = remove_where_faster(
         network, example, place_of(job).ratios, lambda network: count_macs(network, example[:1]) <= limit
     )
     logger.info("%s: removed %s", files.label, ", ".join(removal.removed) or "no residual, none made it faster")
-    return removal.model, {"removal": removal.facts}
+    return removal.model, facts | {"removal": removal.facts}
 
 
 def met(budget: Budget, cutter: Cutter, files: Files) -> Budget:

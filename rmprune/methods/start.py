@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.methods.table import Collapse, Residuals
+from rmprune.methods.table import CollapsedBlocks, Residuals
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import Removal, plan_removal, remove_residuals
 
@@ -19,7 +19,7 @@ Examples = Callable[[int], Tensor]
 
 
 def start(
-    dense: nn.Module, collapse: Collapse, residuals: Residuals, examples: Examples
+    dense: nn.Module, collapse: CollapsedBlocks, residuals: Residuals, examples: Examples
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network that these choices make of the trained one, on its device, and the facts for its artifact.
 

@@ -7,12 +7,12 @@ from typing import Any, Literal, NamedTuple
 from rmprune.errors import ConfigError
 from rmprune.runs.records import RENAMED
 
-Collapse = Literal["none", "half", "all"]
+CollapsedBlocks = Literal["none", "half", "all"]
 """Blocks that become one convolution: none, that half of them that it fits best, or all."""
 Residuals = Literal["kept", "removed", "merged", "faster"]
 """Kept; removed by RM; merged by RM where that reserves no channel; or, once the network is pruned, removed where it is then faster."""
 
-STARTS: dict[tuple[Collapse, Residuals], str] = {
+STARTS: dict[tuple[CollapsedBlocks, Residuals], str] = {
     ("none", "kept"): "dense",
     ("none", "removed"): "plain",
     ("all", "removed"): "collapsed",
@@ -31,7 +31,7 @@ class Method(NamedTuple):
     """
 
     about: str
-    collapse: Collapse = "none"
+    collapse: CollapsedBlocks = "none"
     residuals: Residuals = "kept"
     widths: Literal["free", "inner", "uniform"] = "free"
     pruner: Literal["ours", "torch-pruning"] = "ours"
@@ -39,7 +39,7 @@ class Method(NamedTuple):
     candidates: tuple[str, ...] = ()
 
     @property
-    def start(self) -> tuple[Collapse, Residuals]:
+    def start(self) -> tuple[CollapsedBlocks, Residuals]:
         """Of the network that it prunes; removing what then makes it faster comes after."""
         return self.collapse, "kept" if self.residuals == "faster" else self.residuals
 

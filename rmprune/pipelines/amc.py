@@ -105,7 +105,7 @@ def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
     removal: dict[str, Any] | None = None
     if any(AMC_METHODS[name].plain for name in config.method):
         networks["plain"] = stage(cell.shared / "plain", functools.partial(_remove, job), onnx=example[:1])
-        removal = artifact.read_extra(cell.shared / "plain")["removal"]
+        removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
     timing = None
     if config.search.constraint == "latency":
         timing = Timing(dense, example, config.measure, cache=cell.shared / "latency.json")

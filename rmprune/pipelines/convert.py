@@ -19,6 +19,7 @@ from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalC
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
+from rmprune.pipelines.stages import image_shape
 from rmprune.removal import BlockReport, Plan, plan_removal, remove_residuals
 
 logger = logging.getLogger("rmprune")
@@ -31,9 +32,10 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     path = Path(config.model)
     if artifact.is_artifact(path):
         model = artifact.load(path).eval()
-        known = artifact.read_extra(path).get("input_shape")
+        told = artifact.read_extra(path).get("input_shape")
+        known = None if told is None else image_shape(told, path)
         _refuse_named_settings(config, known is None or config.in_channels == known[0])
-        shape = _shape_from(config) if known is None else tuple(known)
+        shape = known or _shape_from(config)
         if known is not None and config.image_size is not None:
             shape = (known[0], *_shape_from(config)[1:])
     elif path.exists() and path.is_dir():

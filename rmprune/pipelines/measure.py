@@ -4,7 +4,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -12,10 +12,14 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.artifact.files import ARCHITECTURE
-from rmprune.config import MeasureConfig, RemeasureConfig
+from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
+from rmprune.config.toml import UNSET
+from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ArtifactError
-from rmprune.measure import Latency, measure_latencies
+from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
+from rmprune.measure.backends import reduced
 from rmprune.measure.machine import environment
+from rmprune.pipelines.stages import image_shape
 from rmprune.runs import records
 
 logger = logging.getLogger("rmprune")
@@ -40,6 +44,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     shapes = {path: example_shape(path) for path in paths}
     if len(set(shapes.values())) > 1:
         raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
+    check_available(config.measure.backends, config.measure.device)
+    data = dataset_of(paths) if reduced(config.measure.backends) else None
     latencies = measure_latencies(
         found,
         torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
@@ -50,6 +56,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         seconds=config.measure.seconds,
         min_rounds=config.measure.min_rounds,
         progress=_progress(len(found), config.measure),
+        calibration=None if data is None else calibration_images(data.train),
+        split=None if data is None else data.test,
     )
     written: list[Path] = []
     try:
@@ -100,15 +108,34 @@ def _identity(directory: Path) -> str:
 def network_directory(run: Path, name: str) -> Path:
     """Where a run keeps a network: `original` is called dense/ on disk; dense/ and plain/ may lie one level up, shared by cells."""
     folder = "dense" if name == "original" else name
+    if not name.isprintable() or Path(folder).name != folder or folder in ("", ".."):
+        raise ArtifactError(f"{run}: its record has a network {name[:80]!r}, which names no folder of it; run it again")
     for place in (run / folder, run.parent / folder):
         if artifact.is_artifact(place):
             return place
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 
 
+def dataset_of(paths: list[Path]) -> Dataset:
+    """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
+    are several, or a record does not say which.
+    """
+    found = [records.read_record(path)["config"].get("data") for path in paths]
+    for path, values in zip(paths, found, strict=True):
+        if not isinstance(values, dict):
+            raise ArtifactError(
+                f"{path}: does not say which data set its accuracy is of; measure with backends of float32 only"
+            )
+    if len({tuple(str(values.get(name)) for name in ("dataset", "data_dir", "image_size")) for values in found}) > 1:
+        raise ArtifactError(
+            "these runs are of different data sets; in int8, bfloat16 or float16 measure one data set at a time"
+        )
+    known = {field.name for field in fields(DataConfig)}
+    values = {name: None if value == UNSET else value for name, value in found[0].items() if name in known}
+    folder = values.get("data_dir")
+    return load_dataset(DataConfig(**values | {"data_dir": None if folder is None else Path(folder)}))
+
+
 def example_shape(path: Path) -> tuple[int, int, int]:
     """(C, H, W) of the images of a run's data set."""
-    shape = records.read_record(path).get("input_shape")
-    if not isinstance(shape, list) or len(shape) != 3:
-        raise ArtifactError(f"{path}: does not say the size of its images; run it again")
-    return shape[0], shape[1], shape[2]
+    return image_shape(records.read_record(path).get("input_shape"), path)

@@ -22,7 +22,7 @@ from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
 from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
-from rmprune.methods.table import METHODS, STARTS, Collapse, Method, Residuals, find_methods
+from rmprune.methods.table import METHODS, STARTS, CollapsedBlocks, Method, Residuals, find_methods
 from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, stage, starting_network
 from rmprune.pruning import Budget
 from rmprune.runs.cells import Cell, plan_cells, unfinished
@@ -62,7 +62,7 @@ def _refuse_early(methods: dict[str, Method], job: Job[SlimConfig]) -> None:
     budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 
     @functools.cache
-    def network(collapse: Collapse, residuals: Residuals) -> nn.Module:
+    def network(collapse: CollapsedBlocks, residuals: Residuals) -> nn.Module:
         return start(dense, collapse, residuals, lambda images: example[:images])[0]
 
     check_budgets(network, methods, budgets, replace(job, teacher=dense))
@@ -79,7 +79,7 @@ def _run_cell(cell: Cell, methods: dict[str, Method], job: Job[SlimConfig], comm
     removal: dict[str, Any] | None = None
     if any(method.start == ("none", "removed") for method in methods.values()):
         networks["plain"] = starts("none", "removed")
-        removal = artifact.read_extra(cell.shared / "plain")["removal"]
+        removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
     refused: dict[str, Refusal] = {}
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():

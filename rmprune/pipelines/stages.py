@@ -1,6 +1,9 @@
 """What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
+import contextlib
+import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,12 @@ from rmprune.artifact.weights import load_checkpoint_into
 from rmprune.config import AmcConfig, MeasureConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
-from rmprune.errors import ConfigError
-from rmprune.measure import count_macs, count_params, measure_latencies
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.graph.outline import outline
+from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.measure.machine import environment
 from rmprune.methods.start import start
-from rmprune.methods.table import STARTS, Collapse, Residuals
+from rmprune.methods.table import STARTS, CollapsedBlocks, Residuals
 from rmprune.models.families import create_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
@@ -27,7 +31,7 @@ from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
 RunConfig = SlimConfig | AmcConfig | TrainRunConfig
-NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed")
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
 """Facts of a network's artifact that the record repeats."""
 
 
@@ -84,7 +88,7 @@ def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
 
 
 def starting_network(
-    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: Collapse, residuals: Residuals
+    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: CollapsedBlocks, residuals: Residuals
 ) -> nn.Module:
     """What methods of these choices prune: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
     if (collapse, residuals) == ("none", "kept"):
@@ -136,6 +140,7 @@ def finish(
         **({"budget": cell.budget} if cell.budget else {}),
         "environment": environment(),
         "removal": removal,
+        "training": training_log(cell.shared, cell.directory),
         **measure_networks(networks, job.data, job.config.measure, job.device),
         **({"refused": refused} if refused else {}),
     }
@@ -148,7 +153,7 @@ def finish(
 def measure_networks(
     networks: dict[str, nn.Module], data: Dataset, config: MeasureConfig, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Test accuracy (read here only), MACs, parameters and times of each network, as record entries."""
+    """Test accuracy (read here only), MACs, parameters, layers and times of each network, as record entries."""
     example = data.test.example(1)
     latencies = measure_latencies(
         networks,
@@ -160,16 +165,42 @@ def measure_networks(
         seconds=config.seconds,
         min_rounds=config.min_rounds,
         reference="original",
+        calibration=calibration_images(data.train) if needs_calibration(config.backends) else None,
+        split=data.test,
     )
     return {
         name: {
             "accuracy": evaluate(model.to(device), data.test, device=device).accuracy,
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
+            **outline(model, example),
             "latency": [latency.to_dict() for latency in latencies[name]],
         }
         for name, model in networks.items()
     }
+
+
+def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
+    """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record.
+
+    Of an epoch that was trained twice, after an interruption, the last stays; a line that was cut short is left out.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for log in dict.fromkeys(directory / "log.jsonl" for directory in directories):
+        for line in log.read_text().splitlines() if log.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError):
+                epoch = json.loads(line)
+                found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
+    return {label: list(epochs.values()) for label, epochs in found.items()}
+
+
+def image_shape(known: Any, where: Path) -> tuple[int, int, int]:
+    """(C, H, W) as a file tells it; ArtifactError where it tells none, or more than 2**26 values, which take 256 MiB."""
+    if not isinstance(known, list) or len(known) != 3 or not all(type(size) is int and size > 0 for size in known):
+        raise ArtifactError(f"{where}: does not say the size of its images; make it again")
+    if math.prod(known) > 2**26:
+        raise ArtifactError(f"{where}: images of {known} values are larger than any that are read; make it again")
+    return known[0], known[1], known[2]
 
 
 def pick_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from rmprune.pruning.groups import Cost, Keep, Structure, channels, macs, total_
 def keep_best(scores: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` largest scores; of equal ones, the first stay."""
     mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[torch.argsort(scores, descending=True, stable=True)[:count]] = True
+    mask[torch.argsort(scores.cpu(), descending=True, stable=True)[:count]] = True
     return mask
 
 
@@ -71,7 +71,7 @@ class Meter:
         return {g for i in self.touching[name] for g, _ in (*self.layers[i].inputs, *self.layers[i].outputs)}
 
 
-class Search:
+class GreedySearch:
     """The greedy descent and the filling-up after it."""
 
     def __init__(
@@ -108,6 +108,7 @@ class Search:
             self.price.place(name, units)
 
     def keep(self) -> Keep:
+        """The masks of the widths reached so far: the best-scored units of each group."""
         return {n: keep_best(s, self.meter.units[n]) for n, s in self.scores.items()}
 
     def _offer(self, name: str, lookahead: int) -> tuple[float, float, int, int] | None:
@@ -245,7 +246,7 @@ def allocate(
         raise ConfigError(f"rank must be 'per_cost' or 'importance', got {rank!r}")
     target = target or resolve(structure, budget, cost)
     widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
-    search = Search(structure, importance, target.cost, widths, rank, lookahead)
+    search = GreedySearch(structure, importance, target.cost, widths, rank, lookahead)
     if not search.shrink_to(target.limit):
         raise InfeasibleBudget(explain(structure, budget, target, origin))
     search.fill(target.limit)

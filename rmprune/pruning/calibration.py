@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.pruning.groups import Keep, Layer, Structure, layer_masks
+from rmprune.pruning.groups import Keep, SizedLayer, Structure, device_of, layer_masks
 from rmprune.pruning.program import Op, Program
 from rmprune.pruning.reconstruct import reconstruct, reconstruct_checked
 from rmprune.pruning.surgery import Slices, take, tensor_slices
@@ -23,7 +23,7 @@ from rmprune.pruning.surgery import Slices, take, tensor_slices
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
 
 
-class Settings(Protocol):
+class FitSettings(Protocol):
     """dtype: of all convolutions; reconstruct: fit layers by least squares, each on about `samples` output positions;
     own_statistics: batch norms keep the network's, moved only as far as the means before them move.
     """
@@ -40,19 +40,26 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Cut:
-    """A policy as indices: (layer, side) -> mask of what stays, and parameter -> its slices. Empty: nothing goes."""
+    """A policy as indices on the model's device: layer -> output channels that stay, parameter -> its slices. Empty: nothing goes."""
 
-    masks: Mapping[tuple[str, str], Tensor]
+    kept: Mapping[str, Tensor]
     slices: Mapping[str, Slices]
 
     @classmethod
     def of(cls, model: nn.Module, structure: Structure, keep: Keep) -> "Cut":
-        return cls(layer_masks(structure, keep), tensor_slices(model, structure, keep))
+        """The cut of these masks, as `shrink` would make it."""
+        device, masks = device_of(model), layer_masks(structure, keep)
+        lost = {layer: mask for (layer, side), mask in masks.items() if side == "out" and not bool(mask.all())}
+        kept = {layer: mask.nonzero().flatten().to(device) for layer, mask in lost.items()}
+        slices = {
+            name: tuple((dim, index.to(device)) for dim, index in own)
+            for name, own in tensor_slices(model, structure, keep).items()
+        }
+        return cls(kept, slices)
 
     def outputs(self, layer: str) -> Tensor | None:
         """The output channels of a layer that stay; None where all do."""
-        mask = self.masks.get((layer, "out"))
-        return None if mask is None or bool(mask.all()) else mask.nonzero().flatten()
+        return self.kept.get(layer)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Fitted:
 class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
-    def __init__(self, model: nn.Module, structure: Structure, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, settings: FitSettings) -> None:
         self.model = _eval_copy(model)
         self.layers = {layer.name: layer for layer in structure.layers}
         self.settings = settings
@@ -106,7 +113,7 @@ class Calibrator:
         if op.kind == "vector":
             x = values[op.inputs[0]]
             return F.prelu(x, self._taken(f"{op.layer}.weight", cut).to(x.dtype))
-        return program.call(op, self.model, values)
+        return program.call(op, values)
 
     def narrowed(self, op: Op, cut: Cut) -> Fitted:
         """The reference of an operation whose inputs no policy changes, with the channels that stay."""
@@ -197,7 +204,7 @@ class Calibrator:
         size = (int(y.shape[2]), int(y.shape[3])) if y.dim() == 4 else (1, 1)
         count = -(-self.settings.samples // len(y))
         generator = torch.Generator().manual_seed(len(self._positions))
-        at = sample_positions(len(y), size, count, generator)
+        at = sample_positions(len(y), size, count, generator).to(y.device)
         self._positions[op.name], self._wanted[op.name] = at, outputs_at(y, at)
 
     def _reconstructed(self, op: Op, x: Tensor, weight: Tensor, cut: Cut) -> Tensor:
@@ -208,7 +215,7 @@ class Calibrator:
         return fit(weight, patches_at(x, layer, at), wanted, groups)[0]
 
 
-def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(layer: SizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's operation with these weights; a linear layer computes in their precision."""
     if layer.kind == "linear":
         return F.linear(x.to(weight.dtype), weight, bias)
@@ -217,7 +224,7 @@ def convolve(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
 
 
-def fold(fit: Fitted, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+def fold_scale(fit: Fitted, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
     """(weight with the scale in it, scale, shift): convolution weights in `dtype`, linear ones in their own precision."""
     if fit.weight is None:
         return None, fit.scale.to(dtype), fit.shift.to(dtype)
@@ -239,7 +246,7 @@ def _affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return y * scale.to(y.dtype).view(shape) + shift.to(y.dtype).view(shape)
 
 
-def _precision(layer: Layer, x: Tensor, weight: Tensor) -> torch.dtype:
+def _precision(layer: SizedLayer, x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype if layer.kind == "linear" else x.dtype
 
 
@@ -254,6 +261,10 @@ class Positions:
     image: Tensor
     row: Tensor
     column: Tensor
+
+    def to(self, device: torch.device) -> "Positions":
+        """The same on another device."""
+        return Positions(self.image.to(device), self.row.to(device), self.column.to(device))
 
 
 def sample_positions(images: int, size: tuple[int, int], count: int, generator: torch.Generator) -> Positions:
@@ -272,7 +283,7 @@ def outputs_at(y: Tensor, at: Positions) -> Tensor:
     return (y[at.image, :, at.row, at.column] if y.dim() == 4 else y[at.image]).float()
 
 
-def patches_at(x: Tensor, layer: Layer, at: Positions) -> Tensor:
+def patches_at(x: Tensor, layer: SizedLayer, at: Positions) -> Tensor:
     """[S, c, kh*kw]: what the layer reads at each of its output positions, its zero padding included."""
     if x.dim() == 2:
         return x[at.image, :, None].float()

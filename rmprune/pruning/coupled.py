@@ -6,8 +6,11 @@ MACs; it removes all channels that tie with the threshold; it rounds widths down
 and the wrapper that puts protected channels out of reach.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -19,9 +22,11 @@ from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.pruning.allocate import explain
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Structure, evaluating
-from rmprune.pruning.importance import Batches
+from rmprune.pruning.groups import Cost, Structure, device_of, evaluating
+from rmprune.pruning.importance import Batches, on_device
 from rmprune.pruning.one_shot import check_outputs
+from rmprune.pruning.prove import prove_slices
+from rmprune.pruning.surgery import Slices
 from rmprune.training.convolutions import TrainableConvolutions
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,34 +45,47 @@ def prune_coupled(
     importance: str = "batch_norm",
     budget: Budget,
     data: Batches | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
     cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
     attempts: int = 14,
+    prove: bool = True,
 ) -> M:
-    """A new network pruned globally by Torch-Pruning with its group-aware ``importance`` (batch_norm, taylor,
+    """A new network pruned globally by Torch-Pruning with its group-aware `importance` (batch_norm, taylor,
     magnitude).
 
-    The pruning ratio is searched by bisection until the cost is within the budget and as near to it as ``attempts``
-    tell. ``taylor`` needs ``data``: (images, labels) batches whose gradients are summed. ``origin``: units that limits
-    refer to, where the network was cut before. Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel
-    where the importance has nothing to go by.
+    The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
+    tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed; or these `gradients`
+    themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
+    where the network was cut before. `prove`: the cut is compared with the whole network in float64
+    (`rmprune.pruning.prove`; NotEquivalent where it is wrong).
+
+    Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel where the
+    importance has nothing to go by, or where Torch-Pruning cannot follow the network.
     """
     if importance not in COUPLED_IMPORTANCES:
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
-    if importance == "taylor" and data is None:
+    if importance == "taylor" and data is None and gradients is None:
         raise ConfigError("importance 'taylor' is measured on images: pass data, (images, labels) batches")
-    structure = find_structure(model, example_inputs)
+    structure = _in_order(find_structure(model, example_inputs))
+    example_inputs = example_inputs.to(device_of(model))
     target = resolve(structure, budget, cost)
-    check_importance(model, structure, importance)
-    gradients = _gradients(model, data) if importance == "taylor" and data is not None else {}
+    check_coupled(model, structure, importance, example_inputs)
+    if importance != "taylor":
+        gradients = {}
+    elif gradients is None:
+        assert data is not None
+        gradients = loss_gradients(model, data)
     allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
     least = {name: found[0] for name, found in allowed.items()}
     most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
-    best: tuple[float, nn.Module] | None = None
+    best: tuple[float, nn.Module, dict[str, Slices]] | None = None
     low, high = 0.0, 1.0
     for _ in range(attempts):
         ratio = (low + high) / 2
-        candidate = _attempt(model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio)
+        candidate, slices = _attempt(
+            model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
+        )
         value = measured_cost(candidate, structure, target.cost)
         units = {g.name: _widths(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
         if any(units[name] < least[name] for name in units):
@@ -77,26 +95,60 @@ def prune_coupled(
         else:
             high = ratio
             if best is None or value > best[0]:
-                best = (value, candidate)
+                best = (value, candidate, slices)
     if best is None:
         raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
     check_outputs(model, best[1], example_inputs)
+    if prove:
+        prove_slices(model, best[1], best[2], example_inputs, "Torch-Pruning's cut")
     return best[1]  # type: ignore[return-value]
 
 
+def _in_order(structure: Structure) -> Structure:
+    """Without the groups that Torch-Pruning would cut wrongly, and not say so: it follows neither what reorders channels nor
+    what takes a layer's outputs apart.
+    """
+    grouped = {layer.name for layer in structure.layers if layer.kind == "conv" and layer.groups > 1}
+    moved = {}
+    for group in structure.groups:
+        whole = all(m.side != "out" or m.index.numel() == m.size for m in group.members)
+        straight = all(bool((m.index.flatten().diff() > 0).all()) for m in group.members)
+        if not whole or not (straight or any(m.layer in grouped for m in group.members)):
+            moved[group.name] = "its channels are reordered or taken apart, which Torch-Pruning does not follow"
+    return structure.without(moved) if moved else structure
+
+
 def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
-    """The cost of a network whose layers carry the names of ``structure`` but have widths of their own."""
+    """The cost of a network whose layers carry the names of `structure` but have widths of their own."""
     return sum(cost(layer, *_widths(pruned.get_submodule(layer.name))) for layer in structure.layers)
 
 
-def check_importance(model: nn.Module, structure: Structure, importance: str) -> None:
-    """UnsupportedModel where no channel can be ranked: Torch-Pruning would cut nothing and not say why."""
+def check_coupled(model: nn.Module, structure: Structure, importance: str, example_inputs: Tensor) -> None:
+    """UnsupportedModel where no channel can be ranked (Torch-Pruning would cut nothing and not say why), or the network not followed."""
     tied = {member.layer for group in structure.groups for member in group.members if member.side == "tied"}
     norms = any(isinstance(model.get_submodule(name), nn.BatchNorm1d | nn.BatchNorm2d) for name in tied)
     if importance == "batch_norm" and structure.groups and not norms:
         raise UnsupportedModel(
             "coupled pruning by batch-norm scale: there is no batch norm to rank channels by; use coupled-taylor or coupled-norm"
         )
+    twin = copy.deepcopy(model).requires_grad_(True)
+    with _following(model), evaluating(twin), torch.enable_grad():
+        list(
+            tp.DependencyGraph()
+            .build_dependency(twin, example_inputs.to(device_of(model)), verbose=False)
+            .get_all_groups()
+        )
+
+
+@contextlib.contextmanager
+def _following(model: nn.Module) -> Iterator[None]:
+    """Whatever Torch-Pruning raises on a network that it does not know becomes an UnsupportedModel."""
+    try:
+        yield
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: Torch-Pruning cannot follow this network ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _attempt(
@@ -104,11 +156,12 @@ def _attempt(
     example_inputs: Tensor,
     structure: Structure,
     importance: str,
-    gradients: dict[str, Tensor],
+    gradients: Mapping[str, Tensor],
     least: Mapping[str, int],
     round_to: int,
     ratio: float,
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, Slices]]:
+    """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
     twin = copy.deepcopy(model)
     parameters = dict(twin.named_parameters())
     frozen = [p for p in parameters.values() if not p.requires_grad]
@@ -119,25 +172,57 @@ def _attempt(
     for group in structure.groups:
         floors |= dict.fromkeys(group.producers, (least[group.name], group.multiple))
     names = {module: name for name, module in twin.named_modules()}
-    ignored = [twin.get_submodule(name) for name in structure.frozen]
-    with evaluating(twin), torch.enable_grad():
+    going = {name for group in structure.groups for name in group.producers}
+    staying = [x.name for x in structure.layers if x.kind != "depthwise" and x.name not in going]
+    with _following(model), evaluating(twin), torch.enable_grad():
         pruner = tp.pruner.BasePruner(
             twin,
             example_inputs,
             importance=_Protecting(COUPLED_IMPORTANCES[importance](), floors, names),
             global_pruning=True,
             pruning_ratio=ratio,
-            ignored_layers=ignored,
+            ignored_layers=[twin.get_submodule(name) for name in staying],
             round_to=round_to if round_to > 1 else None,
         )
-        pruner.step()
-    for parameter in twin.parameters():
-        parameter.grad = None
+        groups = pruner.step(interactive=True)
+        first = next(groups, None)  # all is ranked by now
+        _number(twin)
+        for group in itertools.chain([] if first is None else [first], groups):
+            group.prune()
     if frozen:
         unfrozen = {name for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in twin.named_parameters():
             parameter.requires_grad_(name in unfrozen)
-    return twin
+    return twin, _renumbered(twin, model)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    both = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in both if tensor.dim() and tensor.is_floating_point()}
+
+
+def _number(twin: nn.Module) -> None:
+    """Every entry becomes its own position: what is cut now says what it was."""
+    for tensor in _tensors(twin).values():
+        tensor.grad = None
+        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
+
+
+def _renumbered(twin: nn.Module, model: nn.Module) -> dict[str, Slices]:
+    """Puts the entries of `model` back where their positions are, and says which indices of each tensor are left."""
+    slices: dict[str, Slices] = {}
+    whole = _tensors(model)
+    for name, tensor in _tensors(twin).items():
+        at, shape = tensor.data.long(), whole[name].shape
+        left = []
+        for dim in range(min(2, at.dim())):
+            if at.shape[dim] < shape[dim]:
+                along = at.movedim(dim, 0).flatten(1)[:, 0] if at.dim() > 1 else at
+                left.append((dim, along // math.prod(shape[dim + 1 :]) % shape[dim]))
+        if left:
+            slices[name] = tuple(left)
+        tensor.data = whole[name].detach().flatten()[at]
+    return slices
 
 
 class _Protecting:
@@ -170,12 +255,12 @@ class _Protecting:
         return folded.flatten()
 
 
-def _gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
-    """Gradients of the mean cross entropy in eval mode, summed over batches; the model's own are left alone."""
+def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
+    """{parameter: gradient of the mean cross entropy in eval mode, summed over batches}; the model's own are left alone."""
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
-        for x, y in data:
+        for x, y in on_device(data, device_of(model)):
             F.cross_entropy(twin(x), y).backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 

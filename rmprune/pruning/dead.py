@@ -2,26 +2,21 @@
 
 import copy
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.errors import NotEquivalent
+from rmprune.graph.network import shape_of
+from rmprune.graph.ranges import annotate_ranges, range_of
 from rmprune.pruning.budget import Budget, allowed_units
-from rmprune.pruning.find_groups import (
-    BATCH_NORMS,
-    find_structure,
-    is_channelwise,
-    is_flatten,
-    is_global_mean,
-    trace_graph,
-)
+from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Group, Keep, Structure, input_weights, outputs, weight_of
+from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.surgery import shrink
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,13 +24,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Folded:
-    """``model`` without its dead channels; ``keep``: which units of the original structure it still has;
-    ``structure``: of ``model``.
+    """`model` without its dead channels; `keep`: which units of the original structure it still has;
+    `structure` and `constants`: of `model`.
     """
 
     model: nn.Module
     keep: Keep
     structure: Structure
+    constants: "Constants"
 
 
 def fold_dead_channels(
@@ -44,33 +40,31 @@ def fold_dead_channels(
     """A new network, equal in eval mode, without channels that are constant or that nobody reads, to a fixpoint.
 
     A constant c (batch-norm scale 0, or computed from constants alone) goes into its reader's batch norm or bias:
-    ``W[:, c].sum() * c``, exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all
+    `W[:, c].sum() * c`, exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all
     constants of such a layer have the same border, so they are merged into the weights of one of them, which stays.
-    ``limits``: keep at least what these per-layer limits and multiples ask for. Raises UnsupportedModel where
-    torch.fx cannot follow the model, NotEquivalent if the result differs on ``example_inputs``.
+    `limits`: keep at least what these per-layer limits and multiples ask for. Raises UnsupportedModel where
+    torch.fx cannot follow the model, NotEquivalent if the result differs on `example_inputs`.
     """
-    return fold(model, example_inputs, limits=limits, structure=structure).model  # type: ignore[return-value]
+    return fold_dead(model, example_inputs, limits=limits, structure=structure).model  # type: ignore[return-value]
 
 
-def fold(
+def fold_dead(
     model: nn.Module,
     example_inputs: Tensor,
     *,
     limits: Budget | None = None,
     structure: Structure | None = None,
     origin: Mapping[str, int] | None = None,
+    reading: Reading | None = None,
 ) -> Folded:
-    """:func:`fold_dead_channels` with the masks and the new structure. ``origin``: units the limits refer to."""
-    structure = structure or find_structure(model, example_inputs)
+    """`fold_dead_channels` with the masks and the new structure. `origin`: units the limits refer to; `reading`: as in `find_constants`."""
+    reading = reading or read(model, example_inputs, values=True)
+    structure = structure or find_structure(model, example_inputs, reading=reading)
     origin = dict(origin or structure.units)
     kept = {g.name: torch.arange(g.units) for g in structure.groups}
     sizes, result = structure.units, model
     while True:
-        constants = find_constants(result)
-        if constants is None:
-            raise UnsupportedModel(
-                f"{type(model).__name__}: torch.fx cannot follow it, so its constant channels cannot be told"
-            )
+        constants = find_constants(result, reading)
         keep, merged = _dead_units(result, structure, constants, limits, origin)
         if not keep:
             break
@@ -83,11 +77,11 @@ def fold(
     else:
         _check(model, result, example_inputs)
     masks = {n: torch.zeros(sizes[n], dtype=torch.bool).index_fill(0, index, True) for n, index in kept.items()}
-    return Folded(result, masks, structure)
+    return Folded(result, masks, structure, constants)
 
 
 def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | None) -> None:
-    """Add ``delta`` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one,
+    """Add `delta` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one,
     else its bias.
     """
     module = model.get_submodule(layer)
@@ -105,8 +99,8 @@ def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | Non
 
 @dataclass(frozen=True)
 class Constants:
-    """``inputs``: {Conv2d or Linear: [c_in] float64, the constant of each input channel, NaN where it is none}.
-    ``followers``: {such a layer: the batch norm that alone reads its output}."""
+    """`inputs`: {Conv2d or Linear: [c_in] float64, the constant of each input channel, NaN where it is none}.
+    `followers`: {such a layer: the batch norm that alone reads its output}."""
 
     inputs: Mapping[str, Tensor]
     followers: Mapping[str, str]
@@ -232,20 +226,34 @@ def _check(model: nn.Module, result: nn.Module, example_inputs: Tensor) -> None:
             )
 
 
-POOLS = (nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+def find_constants(model: nn.Module, reading: Reading) -> Constants:
+    """Constants of every layer's inputs: the channels whose interval, for every input of the network, is a point.
+
+    `reading`: of this network with its values, or of one from which it was cut.
+    """
+    network = reading.of(model)
+    annotate_ranges(network, rounding=0.0)  # so that the two ends of a constant are one number
+    inputs = {}
+    for node in network.graph.nodes:
+        layer, name = network.layer(node), reading.name(node)
+        if name is None or not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        source = node.all_input_nodes[0]
+        size, dims = (layer.in_channels, 4) if isinstance(layer, nn.Conv2d) else (layer.in_features, 2)
+        inputs[name] = torch.full((size,), torch.nan, dtype=torch.float64)
+        if len(shape_of(source) or ()) == dims:  # else what it reads are not the channels that ranges speak of
+            low, high = range_of(source)
+            inputs[name] = torch.where(low == high, low, torch.nan)
+    return Constants(inputs, followers(reading))
 
 
-def find_constants(model: nn.Module) -> Constants | None:
-    """Constants of every layer's input; None where torch.fx cannot follow the model."""
-    graph = trace_graph(model)
-    if graph is None:
-        return None
-    values: dict[fx.Node, Tensor | None] = {}
-    inputs: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for node in graph.nodes:
-            values[node] = _propagate(node, model, values, inputs)
-    return Constants(inputs, _followers(graph, model))
+def followers(reading: Reading) -> dict[str, str]:
+    """{convolution or linear layer: the batch norm with statistics that alone reads its output}."""
+    found = {}
+    for norm, layer in reading.joined_norms().items():
+        if getattr(reading.network.layer(norm), "running_mean", None) is not None:
+            found[str(reading.name(layer))] = str(reading.name(norm))
+    return found
 
 
 def is_padded(conv: nn.Module) -> bool:
@@ -258,7 +266,7 @@ def is_padded(conv: nn.Module) -> bool:
 
 
 def response(layer: nn.Module, values: Tensor) -> Tensor:
-    """[c_out]: what the layer adds to its outputs for constant inputs ``values`` [c_in], away from the border; no
+    """[c_out]: what the layer adds to its outputs for constant inputs `values` [c_in], away from the border; no
     bias.
     """
     if isinstance(layer, nn.Conv2d):
@@ -266,107 +274,3 @@ def response(layer: nn.Module, values: Tensor) -> Tensor:
         return F.conv2d(values.double().to(taps.device)[None, :, None, None], taps, groups=layer.groups).flatten()
     assert isinstance(layer, nn.Linear)
     return layer.weight.double() @ values.double().to(layer.weight.device)
-
-
-def _propagate(
-    node: fx.Node, model: nn.Module, values: Mapping[fx.Node, Tensor | None], inputs: dict[str, Tensor]
-) -> Tensor | None:
-    """[channels] float64 with NaN for "not constant", or None where nothing is known."""
-    if node.op in ("placeholder", "get_attr", "output") or not node.all_input_nodes:
-        return None
-    if node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add) and not node.kwargs:
-        a, b = (values[x] if isinstance(x, fx.Node) else x for x in node.args)
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return a + b if a.shape == b.shape else None
-        pair = (a, b) if isinstance(a, Tensor) else (b, a)
-        return pair[0] + pair[1] if isinstance(pair[0], Tensor) and isinstance(pair[1], int | float) else None
-    if node.op == "call_function" and node.target is torch.cat:
-        parts = [values[a] for a in node.all_input_nodes]
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        known = [p for p in parts if p is not None]
-        inputs_once = isinstance(node.args[0], list | tuple) and len(node.args[0]) == len(parts)
-        return torch.cat(known) if dim == 1 and inputs_once and len(known) == len(parts) else None
-    if len(node.all_input_nodes) != 1:
-        return None
-    before = values[node.all_input_nodes[0]]
-    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        return _through_layer(str(node.target), module, before, inputs)
-    if isinstance(module, BATCH_NORMS):
-        return _through_batch_norm(module, before)
-    if before is None:
-        return None
-    if is_flatten(node, model) or isinstance(module, POOLS) or _is_pool(node):
-        return before
-    if isinstance(module, nn.AvgPool2d):
-        padded = any(p != 0 for p in torch.nn.modules.utils._pair(module.padding)) and module.count_include_pad
-        return torch.where(before == 0, before, torch.nan) if padded else before
-    if isinstance(module, nn.PReLU):
-        return torch.where(before > 0, before, module.weight.double().cpu() * before)
-    if is_channelwise(node, model):
-        return _through_function(node, module, before)
-    return None
-
-
-def _is_pool(node: fx.Node) -> bool:
-    return is_global_mean(node) or node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.max_pool2d)
-
-
-def _through_layer(name: str, layer: nn.Conv2d | nn.Linear, before: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
-    size = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-    if before is None or size % len(before):
-        before = torch.full((size,), torch.nan, dtype=torch.float64)
-    before = before.repeat_interleave(size // len(before))  # flattened: a run of H*W features a channel
-    inputs[name] = before
-    varies = before.isnan() | ((before != 0) & is_padded(layer))
-    weight = layer.weight.detach().abs()
-    if isinstance(layer, nn.Conv2d):
-        reach = F.conv2d(varies.to(weight)[None, :, None, None], weight.sum((2, 3), keepdim=True), groups=layer.groups)
-        touched = reach.flatten() != 0
-    else:
-        touched = weight @ varies.to(weight) != 0
-    out = response(layer, torch.where(varies, 0.0, before)).cpu()
-    if layer.bias is not None:
-        out = out + layer.bias.detach().double().cpu()
-    return torch.where(touched.cpu(), torch.nan, out)
-
-
-def _through_batch_norm(bn: nn.BatchNorm1d | nn.BatchNorm2d, before: Tensor | None) -> Tensor:
-    size = bn.num_features
-    before = torch.full((size,), torch.nan, dtype=torch.float64) if before is None or len(before) != size else before
-    scale = torch.ones(size, dtype=torch.float64) if bn.weight is None else bn.weight.detach().double().cpu()
-    shift = torch.zeros(size, dtype=torch.float64) if bn.bias is None else bn.bias.detach().double().cpu()
-    if bn.running_mean is None or bn.running_var is None:
-        return torch.where(scale == 0, shift, torch.nan)
-    mean, var = bn.running_mean.double().cpu(), bn.running_var.double().cpu()
-    return torch.where(scale == 0, shift, (before - mean) / (var + bn.eps).sqrt() * scale + shift)
-
-
-def _through_function(node: fx.Node, module: nn.Module | None, before: Tensor) -> Tensor | None:
-    """Apply an elementwise node to the constants; NaN is kept by mask, for not every function passes it on."""
-    known = torch.where(before.isnan(), 0.0, before)[None, :, None, None]
-    if isinstance(module, nn.Dropout | nn.Dropout2d) or node.target in (F.dropout, "contiguous"):
-        return before
-    if module is not None:
-        after = module(known.clone())
-    elif node.op == "call_method":
-        after = getattr(known.clone(), str(node.target))(*node.args[1:], **node.kwargs)
-    elif callable(node.target) and node.target is not F.avg_pool2d:
-        arguments = [known.clone() if isinstance(a, fx.Node) else a for a in node.args]
-        after = node.target(*arguments, **node.kwargs)
-    else:
-        return None
-    return torch.where(before.isnan(), before, after.flatten())
-
-
-def _followers(graph: fx.Graph, model: nn.Module) -> dict[str, str]:
-    found = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(model.get_submodule(str(node.target)), nn.Conv2d | nn.Linear):
-            continue
-        users = list(node.users)
-        if len(users) == 1 and users[0].op == "call_module":
-            follower = model.get_submodule(str(users[0].target))
-            if isinstance(follower, BATCH_NORMS) and follower.running_mean is not None:
-                found[str(node.target)] = str(users[0].target)
-    return found

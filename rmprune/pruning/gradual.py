@@ -23,11 +23,11 @@ from rmprune.pruning.groups import Cost, Keep, Structure, total_cost
 from rmprune.pruning.importance import TaylorSum, score_groups
 from rmprune.pruning.surgery import shrink
 
-NEAR = 1.3  # times the budget: from there on the network is measured before each further cut
+MEASURED_FROM = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
 
 
-class State(Protocol):
+class Training(Protocol):
     """What the hook needs of `rmprune.training.TrainState`."""
 
     model: nn.Module
@@ -38,16 +38,16 @@ class State(Protocol):
 
 
 class GradualPruner:
-    """A hook for `rmprune.training.fit`: cuts ``state.model`` and slices the momentum of ``state.optimizer``.
+    """A hook for `rmprune.training.fit`: cuts `state.model` and slices the momentum of `state.optimizer`.
 
-    Every ``every`` steps the least important channels go, so that the cost falls geometrically from the present one
-    to the budget within ``prune_epochs``; then training goes on without it. The last cut meets the budget, hard. Every
-    cut leaves multiples of ``round_to``, so that none is rounded at the end; limits refer to the network at the start.
-    ``importance``: taylor, or one that needs no data, taken at each cut. ``decay``: the share of the old scores that
-    survives a cut (0: each cut sees the steps since the last one). ``structure``: what may be pruned, by default all
-    of :func:`find_structure`. ``meets``: measures a network against what the budget stands for. Near the budget no
+    Every `every` steps the least important channels go, so that the cost falls geometrically from the present one
+    to the budget within `prune_epochs`; then training goes on without it. The last cut meets the budget, hard. Every
+    cut leaves multiples of `round_to`, so that none is rounded at the end; limits refer to the network at the start.
+    `importance`: taylor, or one that needs no data, taken at each cut. `decay`: the share of the old scores that
+    survives a cut (0: each cut sees the steps since the last one). `structure`: what may be pruned, by default all
+    of `find_structure`. `meets`: measures a network against what the budget stands for. Near the budget no
     cut is made that it does not ask for; where it says r above 1 after the last one, the budget is divided by r, as
-    far as the limits allow, and ``every`` steps later there is one more. Give the model and one image batch at the
+    far as the limits allow, and `every` steps later there is one more. Give the model and one image batch at the
     start.
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
@@ -88,7 +88,7 @@ class GradualPruner:
         flat = {name: torch.ones(units) for name, units in self.first.units.items()}
         self._allocate(flat, final=True)  # refuse an impossible budget now
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, state: Training) -> None:
         """After a training step: add its gradients, and cut where it is time."""
         if self.unmeasured:  # Ctrl-C fell into the measuring
             self._measure(state)
@@ -118,8 +118,8 @@ class GradualPruner:
         if self.unmeasured:
             self._measure(state)
 
-    def planned_cuts(self, state: State) -> int:
-        """How many cuts there will be; the last one lies at ``prune_epochs``, or at the last step if training is
+    def planned_cuts(self, state: Training) -> int:
+        """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is
         shorter.
         """
         steps = min(round(self.prune_epochs * state.steps_per_epoch), state.total_steps)
@@ -144,12 +144,12 @@ class GradualPruner:
             lookahead=self.lookahead,
         )
 
-    def _suffices(self, state: State) -> bool:
+    def _suffices(self, state: Training) -> bool:
         """Whether the network, near the end of its cuts, already meets what the budget stands for."""
-        near = total_cost(self.structure, self.target.cost) <= NEAR * self.target.limit
+        near = total_cost(self.structure, self.target.cost) <= MEASURED_FROM * self.target.limit
         return self.meets is not None and near and self.meets(copy.deepcopy(state.model)) <= 1
 
-    def _measure(self, state: State) -> None:
+    def _measure(self, state: Training) -> None:
         """After the last cut: plan another where the network takes too much and the limits leave something to cut."""
         assert self.meets is not None
         excess = self.meets(copy.deepcopy(state.model))
@@ -159,7 +159,7 @@ class GradualPruner:
             self.target, self.done = replace(self.target, limit=limit), False
         self.unmeasured = False
 
-    def _cut(self, state: State, keep: Keep) -> None:
+    def _cut(self, state: Training, keep: Keep) -> None:
         model, optimizer = shrink(state.model, keep, self.structure, state.optimizer)
         assert optimizer is not None
         state.model, state.optimizer = model, optimizer
@@ -167,7 +167,7 @@ class GradualPruner:
         self.kept = {name: index[keep[name]] for name, index in self.kept.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers from which :meth:`load_state_dict` goes on exactly."""
+        """Tensors and numbers from which `load_state_dict` goes on exactly."""
         scores = {name: score.clone() for name, score in self.scores.scores.items()}
         state = {"cuts": self.cuts, "done": self.done, "unmeasured": self.unmeasured, "limit": self.target.limit}
         return state | {"kept": dict(self.kept), "scores": scores}
@@ -183,12 +183,6 @@ class GradualPruner:
         self.scores.reset(self.first.shrunk(masks), scores)
         self.cuts, self.done, self.unmeasured = int(saved["cuts"]), bool(saved["done"]), bool(saved.get("unmeasured"))
         self.target = replace(self.target, limit=float(saved["limit"]))
-
-    def resized(self, model: nn.Module) -> nn.Module:
-        """The full-size network cut as this hook's state says (its weights for the caller to load)."""
-        units = self.first.units
-        masks = {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i, True) for n, i in self.kept.items()}
-        return shrink(model, masks, self.first)[0]
 
 
 class PolicyPruner(GradualPruner):

@@ -17,28 +17,29 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 
+MemberSide = Literal["out", "in", "tied"]
 Keep = dict[str, Tensor]
 """Group name -> bool [units]; True is what stays. A group that is absent stays whole."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One tensor dimension that shrinks with a group. ``index`` [units, k]: the channels of ``layer`` that unit u
-    owns, out of ``size``.
+    """One tensor dimension that shrinks with a group. `index` [units, k]: the channels of `layer` that unit u
+    owns, out of `size`.
 
-    ``side``: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
+    `side`: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
     PReLU, depthwise).
     """
 
     layer: str
-    side: Literal["out", "in", "tied"]
+    side: MemberSide
     index: Tensor
     size: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that go together. ``units``: how many can be decided on; each is ``multiple`` channels of a producer
+    """Channels that go together. `units`: how many can be decided on; each is `multiple` channels of a producer
     (1 but for grouped convolutions, where the same position in every convolution group goes at once).
     """
 
@@ -53,7 +54,7 @@ class Group:
 
     @property
     def channels(self) -> int:
-        """Output channels of layers that one unit stands for, over all producers: the unit of ``Budget.ratio``."""
+        """Output channels of layers that one unit stands for, over all producers: the unit of `Budget.ratio`."""
         return sum(int(m.index.shape[1]) for m in self.members if m.side == "out")
 
     @property
@@ -63,18 +64,24 @@ class Group:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
+        """The members that read these channels."""
         return tuple(m for m in self.members if m.side == "in")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network computes: the device of its first parameter or buffer."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def outputs(model: nn.Module, example_inputs: Tensor) -> list[Tensor]:
-    """All tensors that the model returns, in eval mode: of one, a tuple, a dict, ..."""
+    """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
-        return [x for x in tree_leaves(model(example_inputs)) if isinstance(x, Tensor)]
+        return [x for x in tree_leaves(model(example_inputs.to(device_of(model)))) if isinstance(x, Tensor)]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A convolution or linear layer: its shape, and which groups set its width. ``inputs`` / ``outputs``: (group,
+class SizedLayer:
+    """A convolution or linear layer: its shape, and which groups set its width. `inputs` / `outputs`: (group,
     channels a unit).
     """
 
@@ -94,23 +101,25 @@ class Layer:
     outputs: tuple[tuple[str, int], ...] = ()
 
 
-Cost = Callable[[Layer, int, int], float]
+Cost = Callable[[SizedLayer, int, int], float]
 """cost(layer, cin, cout): what the layer costs at these widths (MACs, milliseconds, ...)."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Groups, the layers they size, and ``frozen``: {group or layer: why it is not pruned}."""
+    """Groups, the layers they size, and `frozen`: {group or layer: why it is not pruned}."""
 
     groups: tuple[Group, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[SizedLayer, ...]
     frozen: Mapping[str, str]
 
     @property
     def units(self) -> dict[str, int]:
+        """{group: how many units it has}."""
         return {g.name: g.units for g in self.groups}
 
     def group(self, name: str) -> Group:
+        """The group of this name."""
         return next(g for g in self.groups if g.name == name)
 
     def without(self, reasons: Mapping[str, str]) -> "Structure":
@@ -119,7 +128,7 @@ class Structure:
         return with_ports(Structure(groups, self.layers, {**self.frozen, **reasons}))
 
     def shrunk(self, keep: Mapping[str, Tensor]) -> "Structure":
-        """The description of the network that :func:`rmprune.pruning.surgery.shrink` returns for the same ``keep``."""
+        """The description of the network that `rmprune.pruning.surgery.shrink` returns for the same `keep`."""
         masks = layer_masks(self, keep)
         groups = tuple(_shrink_group(g, keep.get(g.name), masks) for g in self.groups)
         layers = []
@@ -132,7 +141,7 @@ class Structure:
         return Structure(groups, tuple(layers), self.frozen)
 
 
-def macs(layer: Layer, cin: int, cout: int) -> float:
+def macs(layer: SizedLayer, cin: int, cout: int) -> float:
     """Multiply-accumulates of one image: k_h k_w c_in c_out / groups at every output position (a depthwise layer: k_h
     k_w c_out).
     """
@@ -140,8 +149,8 @@ def macs(layer: Layer, cin: int, cout: int) -> float:
     return float(taps * cout) if layer.kind == "depthwise" else taps * cin * cout / layer.groups
 
 
-def channels(layer: Layer, cin: int, cout: int) -> float:
-    """Prunable output channels, the unit of ``Budget.ratio`` (a depthwise layer's are its producer's, and not counted
+def channels(layer: SizedLayer, cin: int, cout: int) -> float:
+    """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted
     twice).
     """
     return float(cout) if layer.outputs and layer.kind != "depthwise" else 0.0
@@ -154,7 +163,7 @@ def total_cost(structure: Structure, cost: Cost = macs) -> float:
 
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     """{(layer, "out" or "in"): bool mask over its channels}, for every layer that loses something or could. Checks
-    ``keep``.
+    `keep`.
     """
     units = structure.units
     for name, mask in keep.items():
@@ -192,7 +201,7 @@ def _shrink_group(group: Group, keep: Tensor | None, masks: Mapping[tuple[str, s
 
 
 def with_ports(structure: Structure) -> Structure:
-    """Fill in each layer's ``inputs`` and ``outputs`` from the groups."""
+    """Fill in each layer's `inputs` and `outputs` from the groups."""
     inputs: dict[str, list[tuple[str, int]]] = {}
     outputs: dict[str, list[tuple[str, int]]] = {}
     for group in structure.groups:
@@ -209,22 +218,10 @@ def with_ports(structure: Structure) -> Structure:
     return Structure(structure.groups, tuple(layers), structure.frozen)
 
 
-def tie_positions(group: Group, parts: int) -> Group:
-    """Tie the channels at the same position in each of ``parts`` equal blocks (what a convolution with
-    ``groups=parts`` needs).
-    """
-    if group.units % parts:
-        raise UnsupportedModel(f"{group.name}: {group.units} channels do not split into {parts} convolution groups")
-    size = group.units // parts
-
-    def tied(index: Tensor) -> Tensor:
-        return index.view(parts, size, -1).transpose(0, 1).reshape(size, -1)
-
-    return replace(group, units=size, members=tuple(replace(m, index=tied(m.index)) for m in group.members))
-
-
-def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]) -> Layer | None:
-    """The :class:`Layer` of a Conv2d or Linear; None for every other module."""
+def describe_layer(
+    name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]
+) -> SizedLayer | None:
+    """The `SizedLayer` of a Conv2d or Linear; None for every other module."""
     if name not in shapes:
         return None
     before, after = shapes[name]
@@ -233,7 +230,7 @@ def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torc
         if isinstance(padding, str):
             same = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
             padding = (same[0], same[1]) if padding == "same" else (0, 0)
-        return Layer(
+        return SizedLayer(
             name,
             "depthwise" if is_depthwise(module) else "conv",
             module.in_channels,
@@ -250,7 +247,7 @@ def describe_layer(name: str, module: nn.Module, shapes: Mapping[str, tuple[torc
     if isinstance(module, nn.Linear):
         tokens = (1, after[1:-1].numel())
         sizes = ((1, 1), (1, 1), (0, 0), (1, 1))
-        return Layer(
+        return SizedLayer(
             name, "linear", module.in_features, module.out_features, *sizes, 1, tokens, tokens, module.bias is not None
         )
     return None
@@ -306,7 +303,7 @@ def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[t
             handles.append(module.register_forward_hook(recorder(name)))
     try:
         with evaluating(model), torch.no_grad():
-            model(example_inputs)
+            model(example_inputs.to(device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
@@ -325,7 +322,7 @@ Scores = dict[str, Tensor]
 
 
 def input_weights(module: nn.Module, values: Tensor) -> Tensor:
-    """[c_in]: the sum, for each input channel, of ``values`` shaped as the layer's weight (convolution groups taken
+    """[c_in]: the sum, for each input channel, of `values` shaped as the layer's weight (convolution groups taken
     apart).
     """
     if isinstance(module, nn.Conv2d) and module.groups > 1:
@@ -333,10 +330,11 @@ def input_weights(module: nn.Module, values: Tensor) -> Tensor:
     return values.sum(dim=(0, 2, 3)) if values.dim() > 2 else values.sum(0)
 
 
-def gather(values: Tensor, member: Member) -> Tensor:
+def member_values(values: Tensor, member: Member) -> Tensor:
     """[units, k] of a vector over the channels of the member's layer."""
     return values.double().cpu()[member.index]
 
 
-def zero_scores(structure: Structure) -> Scores:
-    return {g.name: torch.zeros(g.units, dtype=torch.float64) for g in structure.groups}
+def zero_scores(structure: Structure, device: torch.device | None = None) -> Scores:
+    """A score of 0 for every unit."""
+    return {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}

@@ -7,13 +7,24 @@ across layers and across reserved and computed channels; see each function for t
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.pruning.groups import Group, Scores, Structure, evaluating, gather, input_weights, weight_of, zero_scores
+from rmprune.pruning.groups import (
+    Group,
+    Scores,
+    Structure,
+    device_of,
+    evaluating,
+    input_weights,
+    member_values,
+    weight_of,
+    zero_scores,
+)
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
@@ -30,7 +41,7 @@ def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None =
         for member in group.members:
             module = model.get_submodule(member.layer)
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.weight is not None:
-                found.append(gather(module.weight.detach().abs(), member).mean(1))
+                found.append(member_values(module.weight.detach().abs(), member).mean(1))
         if not found:
             raise UnsupportedModel(
                 f"{group.name}: no batch norm to rank its channels by; use importance='taylor', "
@@ -49,7 +60,7 @@ def magnitude(model: nn.Module, structure: Structure, batches: Batches | None = 
         for member in group.members:
             if member.side == "out":
                 norms = weight_of(model, member.layer).detach().flatten(1).norm(dim=1)
-                total += gather(norms, member).square().sum(1).sqrt()
+                total += member_values(norms, member).square().sum(1).sqrt()
         return total
 
     return {group.name: score(group) for group in structure.groups}
@@ -70,7 +81,7 @@ def taylor(model: nn.Module, structure: Structure, batches: Batches | None = Non
     positions of activation * gradient| in each batch, summed over batches. Exact to first order for any
     activation: read at the consumers' inputs.
     """
-    scores = zero_scores(structure)
+    scores = zero_scores(structure, device_of(model))
     for effects, _ in _effects(model, structure, batches, "taylor"):
         for name, effect in effects.items():
             scores[name] += effect.sum(0).abs()
@@ -81,7 +92,7 @@ def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | No
     """The same, image by image: sqrt(mean of the squared effect) (Molchanov et al. 2019). Effects of opposite sign do
     not cancel, which is the better choice on a trained network, where they nearly do.
     """
-    scores, images = zero_scores(structure), 0
+    scores, images = zero_scores(structure, device_of(model)), 0
     for effects, count in _effects(model, structure, batches, "taylor_squared"):
         images += count
         for name, effect in effects.items():
@@ -94,9 +105,9 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     that read it, over the standard deviation of what the layer puts out (the mean is no loss: it can be folded
     into the bias). Summed in squares over consumers.
     """
-    data = _need(batches, "activation")
+    data = _need(batches, "activation", model)
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
-    moments: dict[str, list[Tensor]] = {}
+    moments: dict[str, list[Any]] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -121,7 +132,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
             variance = (square_in / n_in - (sum_in / n_in).square()).clamp(min=0)
             total = (square_out / n_out - (sum_out / n_out).square()).clamp(min=0).sum().clamp(min=1e-30)
             weights = input_weights(consumers[member.layer], weight_of(model, member.layer).detach().double().square())
-            scores[group.name] += gather(variance * weights / total, member).sum(1)
+            scores[group.name] += member_values(variance * weights / total, member).sum(1)
     return {name: score.sqrt() for name, score in scores.items()}
 
 
@@ -162,9 +173,9 @@ def score_groups(
 
 
 def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
-    if group.name in table:
+    if group.name in table and len(table[group.name]) == group.units:
         return table[group.name]
-    found = [gather(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
+    found = [member_values(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
     if not found:
         raise ConfigError(
             f"the importance table has no entry for {group.name} (or {', '.join(m.layer for m in group.members)})"
@@ -172,18 +183,23 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def _need(batches: Batches | None, name: str) -> Batches:
+def _need(batches: Batches | None, name: str, model: nn.Module) -> Batches:
     if batches is None:
         raise ConfigError(f"importance {name!r} is measured on images: pass data, (images, labels) batches")
-    return batches
+    return on_device(batches, device_of(model))
 
 
-def _moments(x: Tensor, *, linear: bool) -> tuple[Tensor, Tensor, Tensor]:
+def on_device(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches where the network is; those that are there already are not copied."""
+    return ((x.to(device), y.to(device)) for x, y in batches)
+
+
+def _moments(x: Tensor, *, linear: bool) -> tuple[int, Tensor, Tensor]:
     """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of what a linear
     layer reads and writes).
     """
     flat = (x.reshape(-1, x.shape[-1]).t() if linear else x.transpose(0, 1)).flatten(1).double()
-    return torch.tensor(float(flat.shape[1])), flat.sum(1).cpu(), flat.square().sum(1).cpu()
+    return flat.shape[1], flat.sum(1), flat.square().sum(1)
 
 
 @contextmanager
@@ -213,7 +229,10 @@ def _effects(
     """For each batch: {group: [images, units], sum over positions of activation * gradient of the mean cross
     entropy}, and its size.
     """
-    data = _need(batches, name)
+    data = _need(batches, name, model)
+    at = {
+        g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups
+    }  # where a group's channels lie in what its readers read
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     with evaluating(model), _captured_inputs(modules) as seen:
         for x, y in data:
@@ -228,18 +247,15 @@ def _effects(
                 if product.dim() > 2:  # positions: before the channels in what a linear layer reads, else behind them
                     linear = isinstance(modules[n], nn.Linear)
                     product = product.flatten(1, -2).sum(1) if linear else product.flatten(2).sum(2)
-                effects[n] = product.cpu()
+                effects[n] = product
             yield (
-                {
-                    g.name: torch.stack([effects[m.layer][:, m.index].sum(2) for m in g.consumers]).sum(0)
-                    for g in structure.groups
-                },
+                {g: torch.stack([effects[layer][:, i].sum(2) for layer, i in at[g]]).sum(0) for g in at},
                 len(x),
             )
 
 
 class TaylorSum:
-    """Taylor scores from the gradients that ordinary training leaves behind: call :meth:`update` after backward, no
+    """Taylor scores from the gradients that ordinary training leaves behind: call `update` after backward, no
     extra pass.
 
     The effect of removing input channel c of a layer is sum(W[:, c] * dL/dW[:, c]), which equals sum(activation *
@@ -251,7 +267,7 @@ class TaylorSum:
         self.reset(structure)
 
     def reset(self, structure: Structure, scores: Mapping[str, Tensor] | None = None) -> None:
-        """Start over for this structure, from ``scores`` where given."""
+        """Start over for this structure, from `scores` where given."""
         self.structure = structure
         self.scores = (
             zero_scores(structure) if scores is None else {n: scores[n].double().clone() for n in structure.units}

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, resolve
-from rmprune.pruning.dead import add_to_bias, find_constants, fold, response
+from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
-from rmprune.pruning.importance import Batches, Importance, score_groups
+from rmprune.pruning.groups import Cost, Keep, Structure, device_of, evaluating, inner_only, outputs, total_cost
+from rmprune.pruning.importance import Batches, Importance, on_device, score_groups
+from rmprune.pruning.prove import prove_cut
+from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
 
@@ -43,21 +45,23 @@ def prune(
     reconstruct: bool = False,
     lookahead: int = 1,
     origin: Mapping[str, int] | None = None,
+    prove: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
 
-    ``importance``: a name of :data:`rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
-    [channels]}, or a callable. ``data``: (images, labels) batches, for importances that are measured and, with
-    ``compensate``, for folding the mean of each removed live channel into its readers (the least-squares intercept);
-    re-iterable if both. ``reconstruct``: instead, fit every layer of the result to the uncut network's by least squares on
-    (part of) ``data``. ``cost`` and ``lookahead``: for ``latency_ratio``, see
-    :func:`rmprune.pruning.budget.allocate`. ``which``: all groups by importance, those inside blocks only, or the
-    same fraction of each. ``origin``: units that limits refer to, where the network was cut before. Works
-    on networks with residuals as well (their streams are then pruned coupled).
+    `importance`: a name of `rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
+    [channels]}, or a callable. `data`: (images, labels) batches, for importances that are measured and, with
+    `compensate`, for folding the mean of each removed live channel into its readers (the least-squares intercept);
+    re-iterable if both. `reconstruct`: instead, fit every layer of the result to the uncut network's by least squares on
+    (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
+    `rmprune.pruning.budget.allocate`. `which`: all groups by importance, those inside blocks only, or the
+    same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
+    on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
+    network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
 
-    Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where no channel can be pruned, or where layers
-    cannot be fitted.
+    Raises NotEquivalent where the cut took other columns than those that read what went, InfeasibleBudget where limits forbid
+    the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     >>> pruned = rmprune.prune(net, torch.randn(2, 3, 8, 8), importance="batch_norm", budget=rmprune.Budget(ratio=0.5))
@@ -68,26 +72,23 @@ def prune(
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
-    structure = find_structure(plain, example_inputs)
+    reading = read(plain, example_inputs, values=True)
+    structure = find_structure(plain, example_inputs, reading=reading)
     if which == "inner":
         structure = inner_only(structure)
     origin = {**structure.units, **(origin or {})}
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
-    model: nn.Module = plain
-    try:
-        folded = fold(plain, example_inputs, limits=budget, structure=structure, origin=origin)
-    except UnsupportedModel:  # torch.fx cannot follow it: dead channels are pruned as any other
-        folded = None
-    if folded is not None:
-        model, structure = folded.model, folded.structure
-        if isinstance(importance, Mapping):
-            importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
+    folded = fold_dead(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
+    model, structure = folded.model, folded.structure
+    if isinstance(importance, Mapping):
+        importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
     if data is not None and not isinstance(data, list | tuple):
         data = list(data)
     scores = score_groups(importance, model, structure, data)
-    means = removed_means(model, structure, data) if compensate and not reconstruct else {}
+    means = removed_means(folded, data) if compensate and not reconstruct else {}
+    norms = folded.constants.followers
 
     def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
         aim = replace(target, limit=limit)
@@ -95,14 +96,14 @@ def prune(
             keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
         else:
             keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
-        result = shrink(compensated(model, structure, keep, means), keep, structure)[0]
+        result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
-        if folded is not None:
-            done = fold(result, example_inputs, limits=budget, structure=after, origin=origin)
-            result, after, keep = done.model, done.structure, _both(keep, done.keep)
-        return total_cost(after, target.cost), (result, keep)
+        done = fold_dead(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)
+        return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    if prove:
+        prove_cut(model, structure, keep, example_inputs)
     if reconstruct:
         with fitting():
             pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
@@ -139,7 +140,7 @@ def fitting_images(data: Batches) -> Tensor:
 
 
 def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float) -> T:
-    """The cut whose cost comes nearest to ``limit`` from below.
+    """The cut whose cost comes nearest to `limit` from below.
 
     A cut can leave others unread (a reserved copy whose merge is gone), which then go as well: where that saves more
     than was asked for, aim higher.
@@ -160,31 +161,30 @@ def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float)
     return best
 
 
-def removed_means(model: nn.Module, structure: Structure, data: Batches | None) -> dict[str, Tensor]:
-    """{layer: [c_in], the mean of each input channel}: measured on ``data``; without it only constants are known."""
+def removed_means(folded: Folded, data: Batches | None) -> dict[str, Tensor]:
+    """{layer: [c_in], the mean of each input channel}: measured on `data`; without it only constants are known."""
     if data is not None:
-        return mean_inputs(model, {m.layer for g in structure.groups for m in g.consumers}, data)
-    constants = find_constants(model)
-    return {} if constants is None else {n: v.nan_to_num(0.0) for n, v in constants.inputs.items()}
+        return mean_inputs(folded.model, {m.layer for g in folded.structure.groups for m in g.consumers}, data)
+    return {n: v.nan_to_num(0.0) for n, v in folded.constants.inputs.items()}
 
 
-def compensated(model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor]) -> nn.Module:
-    """A copy in which the mean contribution of the removed channels is in their readers' batch norms or biases."""
+def compensated(
+    model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor], norms: Mapping[str, str]
+) -> nn.Module:
+    """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases."""
     if not any(bool(v.any()) for v in means.values()):
         return model
-    constants = find_constants(model)
-    followers = {} if constants is None else constants.followers
     result = copy.deepcopy(model)
     for group in structure.groups:
         gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
         for member in group.consumers if bool(gone.any()) else ():
-            if member.layer not in means or (member.layer not in followers and _has_no_bias(result, member.layer)):
+            if member.layer not in means or (member.layer not in norms and _has_no_bias(result, member.layer)):
                 continue
             value = torch.zeros(member.size, dtype=torch.float64)
             index = member.index[gone].flatten()
             value[index] = means[member.layer][index]
             delta = response(result.get_submodule(member.layer), value)
-            add_to_bias(result, member.layer, delta, followers.get(member.layer))
+            add_to_bias(result, member.layer, delta, norms.get(member.layer))
     return result
 
 
@@ -197,7 +197,8 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             x = x.transpose(0, 1).flatten(1) if isinstance(module, nn.Conv2d) else x.reshape(-1, x.shape[-1]).t()
-            sums[name] = sums.get(name, torch.zeros(())) + x.double().sum(1).cpu()
+            total = x.double().sum(1)
+            sums[name] = total if name not in sums else sums[name] + total
             counts[name] = counts.get(name, 0) + x.shape[1]
 
         return hook
@@ -205,12 +206,12 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
     try:
         with evaluating(model), torch.no_grad():
-            for x, _ in data:
+            for x, _ in on_device(data, device_of(model)):
                 model(x)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: total.cpu() / counts[name] for name, total in sums.items()}
 
 
 def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Tensor) -> None:

@@ -9,8 +9,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rmprune.errors import UnsupportedModel
-from rmprune.pruning.find_groups import BATCH_NORMS, is_flatten, is_global_mean, trace_graph
+from rmprune.graph.convolution import Scale
+from rmprune.graph.network import Network, is_batch_norm, shape_of
+from rmprune.graph.run import evaluate
+from rmprune.pruning.follow import ELEMENTWISE, operation
 from rmprune.pruning.groups import Structure
+from rmprune.pruning.reading import Reading, read
 
 IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.ReLU: F.relu_,
@@ -40,6 +44,7 @@ class Op:
 
     @property
     def name(self) -> str:
+        """The name of its node, by which others read its value."""
         return self.node.name
 
 
@@ -50,6 +55,7 @@ class Program:
     alias: batch-norm nodes that are part of their layer's operation -> that operation.
     """
 
+    network: Network
     ops: tuple[Op, ...]
     result: str
     frontier: tuple[Op, ...]
@@ -60,95 +66,84 @@ class Program:
         ops = (replace(op, static=False) for op in self.ops[1:])
         return replace(self, ops=(self.ops[0], *ops), frontier=(self.ops[0],))
 
-    def call(self, op: Op, model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
-        """Run an operation of kind "call" as it stands in the graph, on these values."""
+    def call(self, op: Op, values: Mapping[str, Tensor]) -> Tensor:
+        """Run an operation of kind "call", which has no tensors of its own, on these values."""
 
         def value(node: fx.Node) -> Any:
             return values[self.alias.get(node.name, node.name)]
 
-        args, kwargs = fx.map_arg(op.node.args, value), fx.map_arg(op.node.kwargs, value)
-        target: Any = op.node.target
-        if op.fresh and type(model.get_submodule(target)) in IN_PLACE:
-            return IN_PLACE[type(model.get_submodule(target))](values[op.inputs[0]])
-        if op.node.op == "call_module":
-            return model.get_submodule(target)(*args, **kwargs)
-        if op.node.op == "call_method":
-            return getattr(args[0], target)(*args[1:], **kwargs)
-        return target(*args, **kwargs)
+        layer = self.network.layer(op.node)
+        if isinstance(layer, Scale):
+            return values[op.inputs[0]] * float(layer.factor)  # a number has no precision of its own
+        if op.fresh and type(layer) in IN_PLACE:
+            return IN_PLACE[type(layer)](values[op.inputs[0]])  # type: ignore[index]
+        found: Tensor = evaluate(op.node, value, self.network.layer)
+        return found
 
 
-def read_program(model: nn.Module, structure: Structure) -> Program:
+def read_program(model: nn.Module, structure: Structure, example_inputs: Tensor) -> Program:
     """The program of a network with one input and one output. Raises UnsupportedModel where it is not such a network."""
-    graph = trace_graph(model)
-    if graph is None:
-        raise UnsupportedModel(f"{type(model).__name__}: torch.fx cannot trace it; its layers cannot be fitted")
-    nodes = list(graph.nodes)
+    reading = read(model, example_inputs)
+    nodes = list(reading.network.graph.nodes)
     if sum(node.op == "placeholder" for node in nodes) != 1 or not isinstance(nodes[-1].args[0], fx.Node):
         raise UnsupportedModel(f"{type(model).__name__}: fitting layers needs a network with one input and one output")
-    joined = _joined_norms(nodes, model)
-    norms = {layer: norm.target for norm, layer in joined.items()}
-    alias: dict[str, str] = {}
-    ops: list[Op] = []
-    for node in nodes[:-1]:
-        if node in joined:  # its value is that of its layer's operation
-            alias[node.name] = joined[node].name
-        else:
-            ops.append(_read_op(node, model, norms, alias))
+    joined = reading.joined_norms()
+    norms = {layer: str(reading.name(norm)) for norm, layer in joined.items()}
+    alias = {norm.name: layer.name for norm, layer in joined.items()}  # its value is that of its layer's operation
+    ops = [_read_op(node, reading, norms, alias) for node in nodes[:-1] if node not in joined]
     result = alias.get(nodes[-1].args[0].name, nodes[-1].args[0].name)
-    ops = _mark_dead(_mark_static(ops, model, structure), result)
+    ops = _mark_dead(_mark_static(ops, reading, structure), result)
     readers = {name for op in ops if not op.static for name in op.inputs} | {result}
-    return Program(tuple(ops), result, tuple(op for op in ops if op.static and op.name in readers), alias)
+    frontier = tuple(op for op in ops if op.static and op.name in readers)
+    return Program(reading.network, tuple(ops), result, frontier, alias)
 
 
-def _joined_norms(nodes: list[fx.Node], model: nn.Module) -> dict[fx.Node, fx.Node]:
-    """{batch-norm node: the layer's node before it}, where nothing else reads that layer."""
-    found = {}
-    for node in nodes:
-        if node.op != "call_module" or not isinstance(model.get_submodule(str(node.target)), BATCH_NORMS):
-            continue
-        (before,) = node.all_input_nodes
-        is_layer = before.op == "call_module" and isinstance(
-            model.get_submodule(str(before.target)), nn.Conv2d | nn.Linear
-        )
-        if is_layer and len(before.users) == 1:
-            found[node] = before
-    return found
-
-
-def _read_op(node: fx.Node, model: nn.Module, norms: Mapping[fx.Node, Any], alias: Mapping[str, str]) -> Op:
+def _read_op(node: fx.Node, reading: Reading, norms: Mapping[fx.Node, str], alias: Mapping[str, str]) -> Op:
     inputs = tuple(alias.get(n.name, n.name) for n in node.all_input_nodes)
     if node.op == "placeholder":
         return Op(node, "input", ())
     if node.op == "get_attr":
         raise UnsupportedModel(f"{node.target}: a tensor that belongs to no layer; fitting layers cannot follow it")
-    if node.op == "call_module":
-        name, module = str(node.target), model.get_submodule(str(node.target))
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if isinstance(module, nn.Conv2d) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
-                raise UnsupportedModel(f"{name}: fitting layers needs zero padding given as numbers")
-            return Op(node, "layer", inputs, layer=name, norm=str(norms.get(node, "")))
-        if isinstance(module, BATCH_NORMS):
-            return Op(node, "norm", inputs, norm=name)
-        if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-            return Op(node, "vector", inputs, layer=name)
-        if any(True for _ in module.parameters()):
-            raise UnsupportedModel(f"{name}: fitting layers cannot follow {type(module).__name__} layers")
+    layer, name = reading.network.layer(node), reading.name(node)
+    if name is not None and isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
+            raise UnsupportedModel(f"{name}: fitting layers needs zero padding given as numbers")
+        return Op(node, "layer", inputs, layer=name, norm=norms.get(node, ""))
+    if name is not None and is_batch_norm(layer):
+        return Op(node, "norm", inputs, norm=name)
+    if name is not None and isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
+        return Op(node, "vector", inputs, layer=name)
+    number = isinstance(layer, Scale) and layer.factor.numel() == 1 and not layer.factor.is_meta
+    if isinstance(layer, nn.Module) and not number and any(True for _ in (*layer.parameters(), *layer.buffers())):
+        if name is None:
+            raise UnsupportedModel(f"{node.target}: a tensor that belongs to no layer; fitting layers cannot follow it")
+        raise UnsupportedModel(f"{name}: fitting layers cannot follow {type(layer).__name__} layers")
     return Op(node, "call", inputs)
 
 
-def _mark_static(ops: list[Op], model: nn.Module, structure: Structure) -> list[Op]:
+def _mark_static(ops: list[Op], reading: Reading, structure: Structure) -> list[Op]:
     reads_pruned = {m.layer for group in structure.groups for m in group.members if m.side == "in"}
     static: dict[str, str] = {}
     marked = []
     for op in ops:
-        flat = is_flatten(op.node, model) or is_global_mean(op.node) or op.node.op == "call_method"
-        linear = bool(op.layer) and isinstance(model.get_submodule(op.layer), nn.Linear)
         if op.kind == "input":
             static[op.name] = ""
-        elif all(name in static for name in op.inputs) and op.layer not in reads_pruned and not (flat or linear):
+        elif (
+            all(name in static for name in op.inputs) and op.layer not in reads_pruned and _keeps_channels(op, reading)
+        ):
             static[op.name] = op.layer if op.kind == "layer" else static[op.inputs[0]]
         marked.append(replace(op, static=op.name in static, origin=static.get(op.name, "")))
     return marked
+
+
+def _keeps_channels(op: Op, reading: Reading) -> bool:
+    """Whether a map goes in and a map comes out, whose channels are those of the layer or of what went in."""
+    shapes = [shape_of(node) or () for node in (op.node, *op.node.all_input_nodes)]
+    if any(len(shape) != 4 for shape in shapes) or op.kind != "call":
+        return all(len(shape) == 4 for shape in shapes)
+    if reading.network.layer(op.node) is None:
+        return operation(op.node, reading.network) in ELEMENTWISE and len(set(shapes)) == 1
+    return len(shapes) == 2 and shapes[0][1] == shapes[1][1]
 
 
 def _mark_dead(ops: list[Op], result: str) -> list[Op]:

@@ -1,104 +1,99 @@
 """Proof that a cut removed what it says: the smaller network against the whole one, in float64. Cuts nothing itself.
 
-A cut takes channels from the layers that make them (producers) and the columns that read them (readers). It is right where
+A cut takes rows from the layers that make channels and columns from the layers that read them. It is right where
 
-(a) the smaller network equals the whole one with those columns set to zero: what was left reads what it read before, and
-(b) the latter does not change when the producers of these channels get other weights: nothing else read them.
+(a) the smaller network equals the whole one with those columns set to zero: what is left reads what it read before, and
+(b) the latter does not change when those rows get other weights: nothing else read what they make.
+
+The weights do not matter, the cut does: what folding and fitting change afterwards is theirs to check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent
-from rmprune.graph.equivalence import check_inputs, reference_copy, relative_error
+from rmprune.graph.equivalence import base_inputs, check_inputs, reference_copy, relative_error
 from rmprune.pruning.groups import Structure
-from rmprune.pruning.surgery import shrink
+from rmprune.pruning.surgery import Slices, shrink, tensor_slices
 
-IMAGES = 2  # of the examples, and
-RANDOM = 1  # of noise beside them
-TOLERANCE = 1e-9  # of (a), relative; (b) is exact up to the order of sums
+TOLERANCE = 1e-9  # of (a) and (b), relative to what the inputs change in the outputs
+GIVEN, DRAWN = 2, 1  # images of the examples, and random ones
 
 
-@torch.no_grad()
-def prove_cut(
-    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example_inputs: Tensor, *,
-    tolerance: float = TOLERANCE,
-) -> float:  # fmt: skip
+def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example_inputs: Tensor) -> float:
     """The largest error of (a) and (b) for the network that `shrink(model, keep, structure)` gives, relative, in float64.
 
-    example_inputs: (N, C, H, W); its first images are used, and random ones. The weights do not matter, the cut does: what folding
-    and fitting change afterwards is theirs to check. Three forward passes of three images.
-
-    Raises NotEquivalent over `tolerance`, with the group whose removal alone already fails.
+    example_inputs: (N, C, H, W), of which two are used, and a random one: three forward passes of three images.
+    Raises NotEquivalent over TOLERANCE, with the name of the group whose removal alone already fails.
     """
     if all(bool(mask.all()) for mask in keep.values()):
         return 0.0
     twin = reference_copy(model)
-    (images,), sizes = check_inputs((example_inputs,), IMAGES, RANDOM)
-    worst, failed = _errors(twin, structure, keep, images, sizes)
-    if not worst <= tolerance:
-        for name, mask in keep.items():  # rare: the reader wants to know which
-            alone, why = _errors(twin, structure, {name: mask}, images, sizes)
-            if not alone <= tolerance:
-                raise NotEquivalent(f"{name}: {why} ({alone:.1e}); leave it whole with ignore=[{name!r}]")
-        raise NotEquivalent(f"the cut as a whole: {failed} ({worst:.1e})")
-    return worst
+    own = {name: mask.cpu() for name, mask in keep.items()}
+
+    def error(cut: Mapping[str, Tensor]) -> tuple[float, str]:
+        return _error(twin, shrink(twin, cut, structure)[0], tensor_slices(twin, structure, cut), example_inputs)
+
+    worst, why = error(own)
+    if worst <= TOLERANCE:
+        return worst
+    for name, mask in own.items():  # rare: the reader wants to know which
+        alone, what = error({name: mask})
+        if not alone <= TOLERANCE:
+            raise NotEquivalent(f"{name}: {what} ({alone:.1e}); a fault, nothing was cut")
+    raise NotEquivalent(f"the cut as a whole: {why} ({worst:.1e}); a fault, nothing was cut")
 
 
 def prove_groups(model: nn.Module, structure: Structure, example_inputs: Tensor) -> float:
-    """`prove_cut` for a cut of every other unit of all groups: for networks that are then cut many times."""
-    keep = {g.name: torch.arange(g.units) % 2 == 0 for g in structure.groups if g.units > 1}
+    """`prove_cut` for every other unit of all groups: for a network that is then cut many times (a search, cuts while training)."""
+    keep = {g.name: torch.arange(g.units) % 2 == 0 for g in structure.groups}
     return prove_cut(model, structure, keep, example_inputs)
 
 
-def _errors(
-    twin: nn.Module, structure: Structure, keep: Mapping[str, Tensor], images: Tensor, sizes: list[int]
+def prove_slices(
+    model: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Tensor, by: str
+) -> float:
+    """`prove_cut` for a cut that somebody else made (`by`): `slices` say what is left of each parameter and buffer."""
+    worst, why = _error(reference_copy(model), reference_copy(smaller), slices, example_inputs)
+    if not worst <= TOLERANCE:
+        raise NotEquivalent(f"{by}: {why} ({worst:.1e}); leave such layers whole, or prune by another method")
+    return worst
+
+
+@torch.no_grad()
+def _error(
+    twin: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Tensor
 ) -> tuple[float, str]:
-    """The larger of the errors of (a) and (b), and what it means."""
-    silent = _without_readers(twin, structure, keep)
-    expected = silent(images.clone())
+    """The larger of the errors of (a) and (b), and what it means. `twin` is the whole network in float64, left alone."""
+    (images,), sizes = check_inputs((example_inputs,), GIVEN, DRAWN)
+    (other,) = base_inputs((example_inputs,))
+    silent = copy.deepcopy(twin)
+    _fill(silent, slices, 1, lambda gone: torch.zeros_like(gone))
+    expected, base = silent(images.clone()), silent(other.clone())
     try:
-        smaller = shrink(twin, dict(keep), structure)[0](images.clone())
+        found = smaller(images.clone())
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
         return float("inf"), f"the smaller network does not run: {str(error).splitlines()[0][:200]}"
-    cut = relative_error(expected, smaller, sizes)
-    _disturb_producers(silent, structure, keep)
-    others = relative_error(expected, silent(images.clone()), sizes)
-    if cut > TOLERANCE:
+    cut = relative_error(expected, found, sizes, base)
+    if not cut <= TOLERANCE:
         return cut, "the smaller network differs from the whole one without the columns that read the removed channels"
+    generator = torch.Generator().manual_seed(0)  # from 0.5 on: a variance stays one
+    _fill(silent, slices, 0, lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5)
+    others = relative_error(expected, silent(images.clone()), sizes, base)
     return max(cut, others), "something else than the layers that were cut reads the removed channels"
 
 
-def _without_readers(twin: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> nn.Module:
-    """A copy whose columns that read removed channels are zero."""
-    silent = reference_copy(twin)
-    for group in structure.groups:
-        for member in group.consumers if group.name in keep else ():
-            weight = silent.get_submodule(member.layer).weight
-            assert isinstance(weight, Tensor)
-            groups = getattr(silent.get_submodule(member.layer), "groups", 1)
-            columns = member.index[~keep[group.name].cpu()].flatten()
-            rows, width = weight.shape[0] // groups, weight.shape[1]
-            for column in columns.tolist():  # column c is column c % width of convolution group c // width
-                first = column // width * rows
-                weight[first : first + rows, column % width] = 0
-    return silent
-
-
-def _disturb_producers(silent: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> None:
-    """Other weights for whatever makes the removed channels, in place."""
-    generator = torch.Generator().manual_seed(0)
-    for group in structure.groups:
-        for member in group.members if group.name in keep else ():
-            if member.side == "in":
-                continue
-            rows = member.index[~keep[group.name].cpu()].flatten()
-            module = silent.get_submodule(member.layer)
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if tensor.dim() and tensor.is_floating_point():
-                    noise = torch.rand(tensor[rows].shape, generator=generator, dtype=tensor.dtype) + 0.5
-                    tensor[rows] = noise  # positive: a variance stays one
+def _fill(model: nn.Module, slices: Mapping[str, Slices], dim: int, value: Callable[[Tensor], Tensor]) -> None:
+    """Puts `value(what goes)` in the place of what goes along a dimension of its tensors, in place: 1 columns, 0 rows."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, own in slices.items():
+        for along, kept in own:
+            if along == dim and tensors[name].is_floating_point():
+                goes = torch.ones(tensors[name].shape[dim], dtype=torch.bool).index_fill(0, kept.cpu(), False)
+                at = (slice(None),) * dim + (goes,)
+                tensors[name][at] = value(tensors[name][at])

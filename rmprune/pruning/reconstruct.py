@@ -100,12 +100,12 @@ def least_squares(
     columns = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
     each = min(wanted[0, 0].numel(), -(-max(40_000, POSITIONS * columns) // len(read)))
     size = columns + 1 + conv.out_channels  # inputs, 1, outputs
-    moments = torch.zeros(size, size, dtype=torch.float64)
+    moments = torch.zeros(size, size, dtype=torch.float64, device=read.device)
     for images, targets in zip(read.split(64), wanted.split(64), strict=True):
         taps = F.unfold(images, conv.kernel_size, padding=conv.padding, stride=conv.stride)  # type: ignore[arg-type]
-        where = torch.randperm(taps.shape[2], generator=generator)[:each]
+        where = torch.randperm(taps.shape[2], generator=generator)[:each].to(read.device)
         rows = torch.cat(
-            [taps[:, :, where], torch.ones(len(images), 1, len(where)), targets.flatten(2)[:, :, where]], 1
+            [taps[:, :, where], taps.new_ones(len(images), 1, len(where)), targets.flatten(2)[:, :, where]], 1
         )
         rows = rows.transpose(1, 2).reshape(-1, size)
         moments += (rows.T @ rows).double()

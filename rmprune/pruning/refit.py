@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.pruning.calibration import Calibrator, Cut, Fitted
-from rmprune.pruning.groups import Keep, Structure
+from rmprune.pruning.groups import Keep, Structure, device_of
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.surgery import shrink
 
@@ -30,9 +30,9 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     """
     dtype = images.dtype if images.is_floating_point() else torch.float32
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
-    program = read_program(calibrator.model, structure).unshared()
+    program = read_program(model, structure, images).unshared()
     with torch.inference_mode():
-        x = images.to(memory_format=torch.channels_last)
+        x = images.to(device_of(model), memory_format=torch.channels_last)
         calibrator.measure_reference(program, x)
         cut = Cut.of(calibrator.model, structure, keep)
         fitted = calibrator.fit(program, {program.ops[0].name: x}, cut)

@@ -21,7 +21,7 @@ def shrink(
 ) -> tuple[M, O | None]:
     """A new module without the channels whose mask is False, and a new optimiser on its parameters.
 
-    ``keep``: {group of ``structure``: bool [units]}, True stays. Momentum and other state of a parameter's shape is
+    `keep`: {group of `structure`: bool [units]}, True stays. Momentum and other state of a parameter's shape is
     sliced with the same indices as the parameter; hyper-parameters and step counts stay. The arguments are left
     alone. Gradients that exist are sliced too. Slicing is our own and not Torch-Pruning's: one index per tensor
     serves weights, gradients and optimiser state alike.

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.trace import trace
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.measure.layers import Layer as Timed
-from rmprune.measure.layers import network_layers
-from rmprune.pruning.find_groups import trace_graph
-from rmprune.pruning.groups import Layer, Structure
+from rmprune.measure.layers import TimedLayer, network_layers
+from rmprune.pruning.groups import SizedLayer, Structure
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Fractions of a layer's width near which it is measured."""
@@ -53,7 +52,7 @@ class TimeCost:
         self._scale, self._each = table.fit
         self.constant = (table.overhead or 0.0) + sum(self._scale * table.layer_ms(x) + self._each for x in others)
 
-    def __call__(self, layer: Layer, cin: int, cout: int) -> float:
+    def __call__(self, layer: SizedLayer, cin: int, cout: int) -> float:
         into, out = self.grids[layer.name]
         timed = self.timed[layer.name]
         total = 0.0
@@ -63,13 +62,14 @@ class TimeCost:
         return self._scale * total + self._each
 
 
-def timed_layers(model: nn.Module, found: Sequence[Timed]) -> dict[str, Timed]:
+def timed_layers(model: nn.Module, found: Sequence[TimedLayer]) -> dict[str, TimedLayer]:
     """{name: its layer in `found`, the network_layers of this network} of convolutions and linear layers.
 
     Raises UnsupportedModel for a network whose layers cannot be told apart.
     """
     weighted = [layer for layer in found if json.loads(layer.kind)["type"] in ("Conv2d", "Linear")]
-    names = _execution_order(model)
+    called = [str(node.target) for node in trace(model).nodes if node.op == "call_module"]
+    names = [name for name in called if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]
     if len(names) != len(weighted):
         raise UnsupportedModel(f"{len(names)} layers run, {len(weighted)} can be timed; use another constraint")
     return dict(zip(names, weighted, strict=True))
@@ -81,7 +81,7 @@ def calibrate(table: LatencyModel, networks: Mapping[str, nn.Module], example_in
     return dict(zip(compared["model"], compared["measured_ms"].astype(float), strict=True))
 
 
-def _grid(layer: Layer) -> tuple[list[int], list[int]]:
+def _grid(layer: SizedLayer) -> tuple[list[int], list[int]]:
     """(input widths, output widths); one and the same list for a depthwise layer. Of grouped ones what their groups divide."""
     out = grid_widths(layer.cout, bool(layer.outputs))
     if layer.kind == "depthwise":
@@ -98,11 +98,3 @@ def _between(grid: list[int], width: int) -> list[tuple[int, float]]:
     low, high = grid[at - 1], grid[at]
     share = (width - low) / (high - low)
     return [(low, 1 - share), (high, share)] if share else [(low, 1.0)]
-
-
-def _execution_order(model: nn.Module) -> list[str]:
-    graph = trace_graph(model)
-    if graph is None:
-        raise UnsupportedModel(f"{type(model).__name__}: torch.fx cannot trace it; use another constraint")
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    return [name for name in called if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]

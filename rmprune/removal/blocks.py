@@ -50,6 +50,7 @@ class ShortcutStage:
 
     @cached_property
     def entries(self) -> Entries:
+        """The non-zero entries of its kernel, batch norm folded in."""
         return entries_of(self.folded)
 
 
@@ -67,10 +68,12 @@ class Block:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes of branch and shortcut, which go with the block."""
         return (*self.branch, *self.way)
 
     @property
     def shortcut(self) -> str:
+        """The shortcut in words: "identity", or its layers."""
         return " + ".join(_describe(stage.conv) for stage in self.stages) or "identity"
 
 

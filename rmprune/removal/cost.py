@@ -10,19 +10,19 @@ from dataclasses import replace
 from torch import fx, nn
 
 from rmprune.graph.convolution import Conv
-from rmprune.graph.network import Network, spatial
+from rmprune.graph.network import Network, shape_of, spatial
 
-Cost = tuple[int, int]
+BlockCost = tuple[int, int]
 
 
-def cost_of(network: Network, nodes: Iterable[fx.Node], batch_norm: bool = True) -> Cost:
+def cost_of(network: Network, nodes: Iterable[fx.Node], batch_norm: bool = True) -> BlockCost:
     """(MACs of convolutions and linear layers, parameters) of these nodes; batch_norm=False: without norms of convolutions as data."""
     own = {(node.op, node.target): node for node in nodes if node.op in ("call_module", "get_attr")}
     costs = [_cost(network, node, batch_norm) for node in own.values()]
     return sum(macs for macs, _ in costs), sum(params for _, params in costs)
 
 
-def _cost(network: Network, node: fx.Node, batch_norm: bool) -> Cost:
+def _cost(network: Network, node: fx.Node, batch_norm: bool) -> BlockCost:
     layer = network.own(node)
     if isinstance(layer, Conv):
         conv = layer if batch_norm else replace(layer, norm=None)
@@ -31,11 +31,13 @@ def _cost(network: Network, node: fx.Node, batch_norm: bool) -> Cost:
         return 0, layer.numel()
     if not isinstance(layer, nn.Module):
         return 0, 0
-    macs = layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d | nn.Linear) else 0
+    macs = layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d) else 0
+    if isinstance(layer, nn.Linear):
+        macs = layer.weight.numel() * math.prod((shape_of(node) or ())[1:-1])
     return macs, sum(parameter.numel() for parameter in layer.parameters())
 
 
-def by_block(network: Network, batch_norm: bool = True) -> dict[str, Cost]:
+def by_block(network: Network, batch_norm: bool = True) -> dict[str, BlockCost]:
     """The cost of each block's layers, by node.meta["block"], and of the rest under ""; nothing for other names."""
     nodes: dict[str, list[fx.Node]] = defaultdict(list)
     for node in network.graph.nodes:

@@ -47,6 +47,7 @@ class Schedule:
     reserved: int
 
     def macs(self) -> int:
+        """Multiply-accumulates of the chain for one image."""
         return sum(layer.conv.macs(layer.out_size) for layer in self.layers)
 
 

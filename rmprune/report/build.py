@@ -1,5 +1,6 @@
 """A report written: tables, figures and the page of records, in files and on the screen. Reads records alone."""
 
+import logging
 import re
 import shlex
 import sys
@@ -11,46 +12,47 @@ from rich.console import Console
 
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
-from rmprune.report.comparable import refuse_mixtures
 from rmprune.report.figures import accuracy_against_time, save_figure
+from rmprune.report.gather import gather
+from rmprune.report.looks import looks, ranked
 from rmprune.report.page import page
+from rmprune.report.payload import payload
 from rmprune.report.search_figure import search_figure
-from rmprune.report.tables import frame, refusals, summary_tables
-from rmprune.runs.records import find_records, read_record
+from rmprune.report.tables import frame_of, refusals, summary_tables
+from rmprune.runs.records import read_record
+from rmprune.runs.writing import write_text
 
+logger = logging.getLogger("rmprune")
 COMMAND = "command.txt"
 
 
 def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = None) -> list[Path]:
-    """Writes results.csv, a figure (PNG and SVG) for each model and data set, index.html and command.txt; returns their
-    paths.
+    """Writes results.csv, a figure (PNG and SVG) for each model and data set and each search, index.html and command.txt;
+    returns their paths.
 
-    `paths`: record files, run directories, or directories that hold runs. Raises ArtifactError where a path holds no
-    record, a record is damaged, records would be averaged that differ in more than their seed, or `out_dir` cannot be
-    written.
+    `paths`: record files, run directories, or directories that hold runs. What cannot be reported with the rest (no record, a
+    damaged or newer one, one that would be averaged with another but differs in more than its seed) is left out, with a warning
+    and a line on the page. Raises ArtifactError where nothing is left, or `out_dir` cannot be written.
     """
-    records = find_records([paths] if isinstance(paths, Path) else list(paths))
-    refuse_mixtures(records)
-    data = frame(records)
+    records, left_out = gather([paths] if isinstance(paths, Path) else list(paths))
+    for line in left_out:
+        logger.warning("left out: %s", line)
+    data = frame_of(records)
     command = command or shlex.join(sys.argv)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         written = [out_dir / "results.csv"]
-        data.to_csv(written[0], index=False)
-        svgs = {}
+        write_text(written[0], data.to_csv(index=False))
         if not data.empty:
+            styles = looks(ranked(data))  # as on the page
             for title, stem, part in _parts(data):
-                figure_paths = save_figure(accuracy_against_time(part, title), out_dir / stem)
-                svgs[title] = figure_paths[1]
-                written += figure_paths
-        for number, record in enumerate(records):
-            if (figure := search_figure(read_record(record))) is not None:
+                written += save_figure(accuracy_against_time(part, title, styles), out_dir / stem)
+        for number, record in enumerate(records.values()):
+            if (figure := search_figure(record)) is not None:
                 stem = "search" if len(records) == 1 else f"search-{number + 1}"
                 written += save_figure(figure, out_dir / stem)
-        read = [read_record(record) for record in records]
-        for name, text in (("index.html", page(data, svgs, read, command)), (COMMAND, command + "\n")):
-            (out_dir / name).write_text(text)
-            written.append(out_dir / name)
+        for name, text in (("index.html", page(payload(data, records, left_out, command))), (COMMAND, command + "\n")):
+            written.append(write_text(out_dir / name, text))
     except OSError as error:
         raise ArtifactError(
             f"{out_dir}: the report cannot be written ({error.strerror}); choose another --out"

@@ -1,11 +1,10 @@
-"""Rows of one method and budget are averaged over seeds; records that differ in more than their seed are refused here."""
+"""Rows of one method and budget are averaged over seeds; records that differ in more than their seed are found here."""
 
 from pathlib import Path
 from typing import Any
 
-from rmprune.errors import ArtifactError
 from rmprune.report.tables import budget_of, find_setting, method_of, model_of
-from rmprune.runs.records import networks, read_record
+from rmprune.runs.records import networks
 
 _OWN = {
     "seed",
@@ -35,33 +34,43 @@ _BEFORE = frozenset({"data", "train", "sparsity", "checkpoint"})
 """Settings that the network before pruning depends on."""
 
 
-def refuse_mixtures(records: list[Path]) -> None:
-    """Raise ArtifactError for two records whose networks of the same model, data, method and budget had other settings."""
+def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
+    """Records whose networks would be averaged with an earlier record's of the same model, data, method and budget, but had
+    other settings; and why. The earlier record stays.
+    """
     first: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
-    for path in records:
-        record = read_record(path)
-        for name in networks(record):
-            dense = name in ("original", "plain")
-            parts = _BEFORE | {"removal"} if name == "plain" else _BEFORE
-            config = {key: record["config"].get(key) for key in parts} if dense else record["config"]
-            key = (
-                model_of(record),
-                record.get("dataset") or find_setting(record["config"], "dataset"),
-                method_of(record, name),
-                "" if dense else budget_of(record),
-            )
-            mine = flat(config)
-            if key[2] in _BY_TIME or key[3].startswith("latency"):
-                mine |= counted_at(record["config"])
-            other, settings = first.setdefault(key, (path, mine))
+    found: dict[Path, str] = {}
+    for path, record in records.items():
+        settings = _settings(record)
+        for key, mine in settings.items():
+            other, theirs = first.get(key, (path, mine))
             unread = _UNREAD if key[2] in _TORCH_PRUNING else frozenset()
-            for setting in sorted((settings.keys() | mine.keys()) - unread):
-                before, now = settings.get(setting), mine.get(setting)
-                if before != now:
-                    raise ArtifactError(
-                        f"{other} and {path} would be averaged as seeds of {key[2]}, but differ in {setting} ({before} and {now}); "
-                        "report them one by one"
+            for setting in sorted((theirs.keys() | mine.keys()) - unread):
+                before, now = theirs.get(setting), mine.get(setting)
+                if before != now and path not in found:
+                    found[path] = (
+                        f"{other} and {path} would be averaged as seeds of {key[2]}, but differ in {setting} "
+                        f"({before} and {now}); report them one by one"
                     )
+        if path not in found:
+            first = {key: (path, mine) for key, mine in settings.items()} | first
+    return found
+
+
+def _settings(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """(model, data, method, budget) of each network of a record -> the settings that it depends on."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name in networks(record):
+        dense = name in ("original", "plain")
+        parts = _BEFORE | {"removal"} if name == "plain" else _BEFORE
+        config = {key: record["config"].get(key) for key in parts} if dense else record["config"]
+        method, budget = method_of(record, name), "" if dense else budget_of(record)
+        mine = flat(config)
+        if method in _BY_TIME or budget.startswith("latency"):
+            mine |= counted_at(record["config"])
+        dataset = record.get("dataset") or find_setting(record["config"], "dataset")
+        found[model_of(record), dataset, method, budget] = mine
+    return found
 
 
 def counted_at(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rmprune.report.figures import STYLE
+from rmprune.report.looks import COLOURS
 from rmprune.runs.records import networks
 
 _SOURCES = {  # colour and label of where a policy came from
     "warm-up": ("#7f7f7f", "warm-up (random)"),
     "random": ("#7f7f7f", "random"),
-    "agent": ("#0072B2", "agent"),
-    "refined": ("#E69F00", "best so far, varied"),
-    "uniform": ("#009E73", "uniform"),
+    "agent": (COLOURS[0], "agent"),
+    "refined": (COLOURS[1], "best so far, varied"),
+    "uniform": (COLOURS[2], "uniform"),
 }
 
 
@@ -56,7 +57,7 @@ def _draw_rewards(ax: Axes, search: dict[str, Any]) -> None:
 def _draw_widths(ax: Axes, search: dict[str, Any]) -> None:
     places = range(len(search["widths"]))
     ax.bar(places, [layer["whole"] for layer in search["widths"]], color="#e4e4e4", label="before")
-    ax.bar(places, [layer["kept"] for layer in search["widths"]], color="#0072B2", label="kept")
+    ax.bar(places, [layer["kept"] for layer in search["widths"]], color=COLOURS[0], label="kept")
     ax.set_xticks(list(places), [layer["group"] for layer in search["widths"]], rotation=90, fontsize=6)
     ax.set_ylabel("channels")
     ax.legend(loc="upper left", fontsize=8)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from rmprune.runs.records import RENAMED, networks, read_record
@@ -66,7 +67,9 @@ def model_of(record: dict[str, Any]) -> str:
     name = record.get("model") or find_setting(config, "model")
     own = [(key, find_setting(config, key)) for key in ("depth", "reserve_ratio", "width", "free")]
     said = [
-        f"{key.replace('_', ' ')} {value:g}" for key, value in own if value is not None and (key, value) != ("free", 1)
+        f"{key.replace('_', ' ')} {value:g}"
+        for key, value in own
+        if isinstance(value, int | float) and (key, value) != ("free", 1)
     ]
     return f"{name} ({', '.join(said)})" if said else str(name)
 
@@ -114,15 +117,20 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
 
 def frame(records: list[Path]) -> pd.DataFrame:
     """All rows of all records, in COLUMNS order; a run is named by its directory."""
-    found = [row for path in records for row in rows(read_record(path), run=str(path.parent))]
+    return frame_of({path: read_record(path) for path in records})
+
+
+def frame_of(records: dict[Path, dict[str, Any]]) -> pd.DataFrame:
+    """`frame` of records that are read already, by their files."""
+    found = [row for path, record in records.items() for row in rows(record, run=str(path.parent))]
     return pd.DataFrame(found, columns=COLUMNS)
 
 
 def relative(data: pd.DataFrame) -> pd.DataFrame:
     """One row per method, budget and configuration, means over seeds, everything against the dense network.
 
-    Columns: accuracy and its spread over seeds (standard deviation), accuracy_change (points), macs_ratio,
-    params_ratio, time ratio, median/q1/q3, seeds.
+    Columns: accuracy (0 to 1), its spread over seeds (standard deviation), its lowest and highest seed, accuracy_change
+    (points), macs, params and their ratios, time (median/q1/q3 in ms) and its ratio, seeds.
     """
     keys = ["model", "dataset", "method", "budget", *CONFIGURATION]
     dense = data[data.method == "dense"].set_index(["run", *CONFIGURATION])
@@ -138,6 +146,7 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         "accuracy_change",
         "macs",
         "macs_ratio",
+        "params",
         "params_ratio",
         "median_ms",
         "q1_ms",
@@ -151,9 +160,12 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         .agg(
             accuracy=("accuracy", "mean"),
             accuracy_spread=("accuracy", _spread),
+            accuracy_low=("accuracy", "min"),
+            accuracy_high=("accuracy", "max"),
             accuracy_change=("accuracy_change", "mean"),
             macs=("macs", "mean"),
             macs_ratio=("macs_ratio", "mean"),
+            params=("params", "mean"),
             params_ratio=("params_ratio", "mean"),
             median_ms=("median_ms", "mean"),
             q1_ms=("q1_ms", "mean"),
@@ -223,19 +235,21 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
         cost.add_column(heading, justify="left" if heading == "network" else "right")
     for name, network in found.items():
         change = (network["accuracy"] - original["accuracy"]) * 100
-        cells = [name, f"{network['accuracy']:.2%}", "" if name == "original" else f"{change:+.2f}"]
+        cells = [escape(name), f"{network['accuracy']:.2%}", "" if name == "original" else f"{change:+.2f}"]
         for field in ("macs", "params"):
             cells += [amount(network[field]), f"{network[field] / original[field]:.2f}x"]
         cost.add_row(*cells)
     places = {_place(_key(latency)) for latency in original["latency"]}
     where = f" on {next(iter(places))}" if len(places) == 1 else ""
-    time = Table(title=f"Measured time{where} (ms for a batch, median)", title_justify="left", title_style="bold")
+    time = Table(
+        title=f"Measured time{escape(where)} (ms for a batch, median)", title_justify="left", title_style="bold"
+    )
     time.add_column("measured with")
     for name in found:
-        time.add_column(name, justify="right")
+        time.add_column(escape(name), justify="right")
     times = {name: {_key(latency): latency for latency in network["latency"]} for name, network in found.items()}
     for key, base in times["original"].items():
-        cells = [configuration_label(key, with_place=len(places) > 1)]
+        cells = [escape(configuration_label(key, with_place=len(places) > 1))]
         for own in times.values():
             latency = own.get(key)
             if latency is None:

@@ -11,7 +11,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.notes import write_text
+from rmprune.runs.writing import sweep, write_text
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
@@ -51,6 +51,8 @@ def _prepare(
             raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
+        if known.is_file():
+            sweep(directory)
         if known.is_file() and overwritten is not None:
             _clear(directory, config, known, overwritten)
         elif known.is_file():

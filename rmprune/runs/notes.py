@@ -1,12 +1,13 @@
 """Small JSON and text files of a run, written whole or not at all, and what was found once remembered there."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rmprune.errors import ArtifactError
+from rmprune.runs.reading import read_json
+from rmprune.runs.writing import write_text
 
 
 def remembered(file: Path, key: str, find: Callable[[], Any]) -> Any:
@@ -18,24 +19,16 @@ def remembered(file: Path, key: str, find: Callable[[], Any]) -> Any:
     known = read_notes(file)
     if key not in known:
         known[key] = find()
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(known))
     return known[key]
 
 
 def read_notes(file: Path) -> dict[str, Any]:
     """The JSON object in a file of a run, empty where there is no such file. Raises ArtifactError for a damaged one."""
-    try:
-        known = json.loads(file.read_text()) if file.is_file() else {}
-        if not isinstance(known, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise ArtifactError(f"{file}: damaged ({error}); choose another --out, or --overwrite the run") from None
+    if not file.exists():
+        return {}
+    damaged = "choose another --out, or --overwrite the run"
+    known = read_json(file, missing="gone meanwhile", damaged=damaged)
+    if not isinstance(known, dict):
+        raise ArtifactError(f"{file}: damaged (not a JSON object); {damaged}")
     return known
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)

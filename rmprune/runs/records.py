@@ -2,7 +2,6 @@
 live in artifacts.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rmprune.errors import ArtifactError
+from rmprune.runs.reading import read_json
+from rmprune.runs.writing import write_text
 
 SCHEMA = 1
 RECORD = "record.json"
@@ -90,9 +91,9 @@ def _check_network(name: str, entry: dict[str, Any]) -> None:
         for field in ("threads", "batch_size"):
             if not _is_count(latency.get(field)):
                 raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a positive whole number")
-        for field in ("median_ms", "q1_ms", "q3_ms"):
+        for field in ("median_ms", "q1_ms", "q3_ms", *({"ratio"} & latency.keys())):
             if not _is_number(latency.get(field)) or latency[field] <= 0:
-                raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a time in milliseconds")
+                raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a positive number")
 
 
 def _is_number(value: Any) -> bool:
@@ -106,24 +107,14 @@ def _is_count(value: Any) -> bool:
 def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     """Checks `record` (see `check_record`) and writes it as JSON, whole or not at all; returns the path."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
         check_record(record)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: the record cannot be written as JSON ({error})") from error
     except ArtifactError as error:
-        raise ArtifactError(f"{path}: not written, {error}") from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written ({error.strerror}); choose another directory") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+        raise ArtifactError(f"{path}: not written, {str(error)[:500]}") from error
+    return write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -141,17 +132,13 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     file = path / RECORD if path.is_dir() else path
+    record = read_json(
+        file, missing="there is no such record; is the run finished?", damaged="run again, or leave it out"
+    )
     try:
-        record = json.loads(file.read_text())
         check_record(record)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{file}: there is no such record; is the run finished?") from error
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); run again, or leave it out") from error
     except ArtifactError as error:
-        raise ArtifactError(f"{file}: not a valid record: {error}") from error
+        raise ArtifactError(f"{file}: not a valid record: {str(error)[:500]}") from error
     return dict(record)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +15,13 @@ import torch
 from torch import nn
 
 from rmprune.artifact.describe import describe
-from rmprune.artifact.rebuild import build
+from rmprune.artifact.rebuild import build, fill
+from rmprune.artifact.tensors import first_line, is_plain, read_pickled
 from rmprune.config import TrainConfig
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError
+from rmprune.runs.reading import parse_json
+from rmprune.runs.writing import whole
 
 _FORMAT = 1
 _FREE_SETTINGS = ("checkpoint_seconds", "tensorboard")  # these do not change what is trained
@@ -27,30 +30,23 @@ _DATA_SETTINGS = ("batch_size", "validation", "split_seed", "train_images", "aug
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values, so that `path` always holds either the old checkpoint or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+    with whole(path) as work, work.open("wb") as file:  # given a path, torch would hide what the disk said
+        try:
             torch.save({"format": _FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise ArtifactError(
-            f"{path}: the checkpoint cannot be written ({error}); free some space or pass another folder"
-        ) from error
+        except RuntimeError as error:  # torch noticed first; what the disk said stands behind it
+            disk = error.__context__
+            raise (disk if isinstance(disk, OSError) else OSError(first_line(error))) from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint (on the CPU). Raises `ArtifactError` when it is damaged, or no checkpoint of this program."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(f"{path} is damaged or no checkpoint ({reason}); delete it to start again") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        content = read_pickled(path)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        raise ArtifactError(
+            f"{path} is damaged or no checkpoint ({first_line(error)}); delete it to start again"
+        ) from None
+    if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] != _FORMAT:
         raise ArtifactError(f"{path} is no checkpoint of this version; delete it to start again")
     return content
 
@@ -83,9 +79,24 @@ def architecture_of(model: nn.Module) -> str:
     return json.dumps(describe(model))
 
 
-def rebuild(architecture: str) -> nn.Module:
-    """The model whose `architecture_of` this is; its weights are in the checkpoint."""
-    return build(json.loads(architecture))
+def constants_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of such a model that its state_dict leaves out."""
+    kept = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
+
+
+def rebuild(architecture: str, tensors: Mapping[str, Any]) -> nn.Module:
+    """The model whose `architecture_of` this is, with its weights and constants among `tensors`.
+
+    Raises ValueError where the two do not belong together, before memory is taken.
+    """
+    description = parse_json(architecture)
+    try:
+        model = build(description, device="meta")
+        fill(model, description, tensors)
+    except ArtifactError as error:
+        raise ValueError(str(error)) from error
+    return model
 
 
 def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -93,10 +104,11 @@ def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[st
     for key in sorted({*found, *expected}):
         if found.get(key) != expected.get(key):
             there, here = found.get(key), expected.get(key)
+            name = str(key)[:80]
             detail = (
-                f"{key} differs"
+                f"{name} differs"
                 if max(len(str(there)), len(str(here))) > 60
-                else f"{key} is {there} there, {here} here"
+                else f"{name} is {there} there, {here} here"
             )
             raise ArtifactError(
                 f"{path} belongs to another run ({detail}); run with those settings, or delete it to start again"
@@ -113,10 +125,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, dict[str, Any]]) -> None:
-    """Give a fresh optimizer of the same kind what `optimizer_state` returned."""
+    """Give a fresh optimizer of the same kind what `optimizer_state` returned. Raises ValueError where it fits no such parameter."""
     for name, parameter in model.named_parameters():
-        if name in saved:
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if isinstance(value, torch.Tensor) else value
-                for key, value in saved[name].items()
-            }
+        for key, value in saved.get(name, {}).items():
+            if value is not None and not (is_plain(value) and value.shape in (parameter.shape, ())):
+                raise ValueError(f"the optimizer's {key} of {name} has another shape")
+            optimizer.state[parameter][key] = None if value is None else value.to(parameter.device)
+
+
+def check_progress(saved: Mapping[str, Any], total_steps: int) -> None:
+    """Raise ValueError unless step, sums and time of a checkpoint can be those of a training of this length."""
+    step, seconds, totals = saved["step"], saved["seconds"], saved["totals"]
+    if type(step) is not int or not 0 <= step <= total_steps:
+        raise ValueError(f"step {str(step)[:80]} of {total_steps}")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{str(seconds)[:80]} seconds")
+    if not is_plain(totals) or totals.shape != (3,) or totals.dtype != torch.float64 or not bool((totals >= 0).all()):
+        raise ValueError("its sums of loss, hits and images are none")

@@ -17,7 +17,7 @@ from rmprune.training.state import Hook
 
 Config = TypeVar("Config", covariant=True)
 IMAGES = 2048  # training images that importances are measured and layers fitted on, at most,
-BATCH = 128  # so many at a time
+IMPORTANCE_BATCH = 128  # so many at a time
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Job(Generic[Config]):
     @cached_property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """(images [B, C, H, W], labels [B]) of the first IMAGES training images, on the device; loaded once and held."""
-        return list(self.data.train.batches(BATCH, device=self.device, limit=IMAGES))
+        return list(self.data.train.batches(IMPORTANCE_BATCH, device=self.device, limit=IMAGES))
 
     def examples(self, count: int) -> Tensor:
         """The first `count` of these images [count, C, H, W], or all."""
-        return torch.cat([x for x, _ in itertools.islice(self.batches, -(-count // BATCH))])[:count]
+        return torch.cat([x for x, _ in itertools.islice(self.batches, -(-count // IMPORTANCE_BATCH))])[:count]
 
     def here(self, network: nn.Module) -> nn.Module:
         """The network on the device: itself where it is there already, else a copy."""

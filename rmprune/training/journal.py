@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rmprune.errors import ArtifactError, ConfigError
+from rmprune.errors import ConfigError
+from rmprune.runs.writing import append_line, write_text
 
 _LOGGER = logging.getLogger("rmprune.training")
 _REFRESH_SECONDS = 0.2
@@ -65,12 +66,7 @@ class Journal:
         """Append a finished epoch to the log. Raises `ArtifactError` where the log cannot be written."""
         record = {"label": self.label, **record}
         if self.log is not None:
-            try:
-                self.log.parent.mkdir(parents=True, exist_ok=True)
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise ArtifactError(f"{self.log} cannot be written ({error}); pass another folder") from error
+            append_line(self.log, json.dumps(record))
         if self._writer is not None:
             for key, value in record.items():
                 if isinstance(value, float):
@@ -103,7 +99,7 @@ class SilentJournal(Journal):
         self._bar = self._writer = None
 
     def epoch(self, record: dict[str, Any]) -> None:
-        pass
+        """Nothing: another process writes the log."""
 
 
 def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:
@@ -118,9 +114,7 @@ def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:
             continue
         if not isinstance(record, dict) or record.get("label") != label or record.get("epoch", 0) <= done_epochs:
             kept.append(line + "\n")
-    temporary = log.with_name(log.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(log)
+    write_text(log, "".join(kept))
 
 
 def _tensorboard_writer(log: Path | None, label: str) -> Any:

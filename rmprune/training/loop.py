@@ -289,6 +289,7 @@ class _Training:
                 "fingerprint": self.fingerprint,
                 "step": self.state.step,
                 "architecture": files.architecture_of(model) if changed else None,
+                "constants": files.constants_of(model) if changed else {},
                 "model": model.state_dict(),
                 "optimizer": files.optimizer_state(self.state.optimizer, model),
                 "totals": self.totals,
@@ -308,8 +309,9 @@ class _Training:
         saved = files.load_checkpoint(path)
         try:
             files.check_fingerprint(path, saved["fingerprint"], self.fingerprint)
+            files.check_progress(saved, self.state.total_steps)
             if saved["architecture"] is not None:
-                self.adopt(files.rebuild(saved["architecture"]))
+                self.adopt(files.rebuild(saved["architecture"], saved.get("constants", {}) | saved["model"]))
             self.state.model.load_state_dict(saved["model"])
             files.restore_optimizer(self.state.optimizer, self.state.model, saved["optimizer"])
             self.state.step, self.seconds = int(saved["step"]), float(saved["seconds"])
@@ -320,6 +322,8 @@ class _Training:
             torch.set_rng_state(saved["random"])
             if saved["random_cuda"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(saved["random_cuda"], self.device)
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        except RmpruneError:
+            raise
+        except Exception as error:  # whatever its parts, the hook's state among them, make of damaged values
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ArtifactError(f"{path} does not fit this training ({reason}); delete it to start again") from error

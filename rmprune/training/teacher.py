@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmprune.data.load import Dataset
+from rmprune.errors import ArtifactError
+from rmprune.runs.writing import whole
 
 LARGEST = 256 * 2**20  # bytes of an epoch's outputs that are still worth keeping
 
@@ -70,14 +71,8 @@ class Teacher:
 
     def _write(self, epoch: int) -> None:
         """Keep the epoch; a full disk costs only the time that this would have saved."""
-        path = self._file(epoch)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError, SafetensorError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"outputs": torch.stack(self.heard)}, temporary)
-            temporary.replace(path)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(ArtifactError), whole(self._file(epoch)) as work:
+            save_file({"outputs": torch.stack(self.heard)}, work)
 
 
 def _digest(network: nn.Module, asked: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rmprune.amc.space import Limits, Space, Widths
 from rmprune.errors import InfeasibleBudget
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner
-from rmprune.pruning.groups import Layer, macs
+from rmprune.pruning.groups import SizedLayer, macs
 
 
 def chain(*widths: int) -> nn.Sequential:
@@ -122,7 +122,7 @@ def test_policy_reached_by_small_cuts_while_training() -> None:
 def test_cost_of_one_layer_depends_on_both_widths() -> None:
     seen: list[tuple[str, int, int]] = []
 
-    def spy(layer: Layer, cin: int, cout: int) -> float:
+    def spy(layer: SizedLayer, cin: int, cout: int) -> float:
         seen.append((layer.name, cin, cout))
         return macs(layer, cin, cout)
 

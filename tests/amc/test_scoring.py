@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rmprune.amc.scoring import Scorer, Settings, importance_order
+from rmprune.amc.scoring import Scorer, ScoringSettings, importance_order
 from rmprune.amc.space import Limits, Space
 from rmprune.errors import UnsupportedModel
 from rmprune.pruning.find_groups import find_structure
@@ -117,7 +117,9 @@ def scorer(model: nn.Module, **settings) -> Scorer:  # type: ignore[no-untyped-d
     found = space(model)
     order = importance_order(magnitude(model, found.structure))
     labels = torch.arange(50) % 10
-    return Scorer(model, found, order, CALIBRATION, VALIDATION, labels, Settings(dtype=torch.float64, **settings))
+    return Scorer(
+        model, found, order, CALIBRATION, VALIDATION, labels, ScoringSettings(dtype=torch.float64, **settings)
+    )
 
 
 def policies(found: Space) -> list[tuple[int, ...]]:
@@ -221,7 +223,7 @@ def test_reconstruction_brings_outputs_nearer(name: str) -> None:
     widths = tuple(max(w for w in allowed if w <= 0.75 * allowed[-1]) for allowed in found.allowed)
     errors = {}
     for on in (False, True):
-        settings = Settings(dtype=torch.float64, reconstruct=on)
+        settings = ScoringSettings(dtype=torch.float64, reconstruct=on)
         fast = Scorer(model, found, order, images(600, 4), VALIDATION, torch.zeros(50), settings)
         errors[on] = (fast.outputs(widths) - expected).square().mean().item()
     assert errors[True] < 0.75 * errors[False]
@@ -234,7 +236,7 @@ def test_bfloat16_is_near() -> None:
     outputs = []
     for dtype in (torch.float32, torch.bfloat16):
         fast = Scorer(
-            model, found, order, CALIBRATION.float(), VALIDATION.float(), torch.zeros(50), Settings(dtype=dtype)
+            model, found, order, CALIBRATION.float(), VALIDATION.float(), torch.zeros(50), ScoringSettings(dtype=dtype)
         )
         outputs.append(fast.outputs(found.lowest))
         assert outputs[-1].dtype == torch.float32
@@ -253,8 +255,10 @@ def test_what_cannot_be_read_is_refused_by_name() -> None:
             return x + y
 
     structure = space(network("v1")).structure
-    with pytest.raises(UnsupportedModel, match="one input"):
-        read_program(TwoInputs(), structure)
+    with pytest.raises(UnsupportedModel, match="takes an input 'y'"):
+        read_program(TwoInputs(), structure, CALIBRATION)
     with pytest.raises(UnsupportedModel, match="LayerNorm"):
-        read_program(nn.Sequential(nn.Conv2d(3, 8, 1), nn.LayerNorm([8, 8, 8])), structure)
-    assert all(a.name != b.name for a, b in itertools.combinations(read_program(network("v1"), structure).ops, 2))
+        read_program(nn.Sequential(nn.Conv2d(3, 8, 1), nn.LayerNorm([8, 8, 8])), structure, CALIBRATION)
+    assert all(
+        a.name != b.name for a, b in itertools.combinations(read_program(network("v1"), structure, CALIBRATION).ops, 2)
+    )

@@ -1,11 +1,14 @@
 """What a description may say is checked before anything is built."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from artifact_nets import net
-from torch import nn
+from torch import Tensor, nn
 
 from rmprune.artifact.describe import describe
 from rmprune.artifact.files import load, save
@@ -50,3 +53,43 @@ def test_huge_layers_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
     (path / "architecture.json").write_text(text.replace('"in_features": 4', '"in_features": 16000000'))
     with pytest.raises(ArtifactError, match="has shape"):
         load(path)
+
+
+def flat_with_a_dot(description: dict) -> None:
+    description.update(kind="sequential")  # whose layers are named stem.0 and so on
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(layers=3), "no valid 'layers'"),
+        (lambda d: d.update(kind="tree"), "of kind 'tree'"),
+        (lambda d: d["nodes"].append({"op": "output"}), "an entry without a name"),
+        (lambda d: d["tensors"].append({"name": "../x", "shape": [1], "dtype": "float32"}), "not a valid name"),
+        (lambda d: d["tensors"].append({"name": "x", "shape": [-1], "dtype": "float32"}), "shape, type or kind"),
+        (lambda d: d["tied"].append(["a"]), "pairs of names"),
+        (lambda d: d["frozen"].append(3), "does not hold names"),
+        (flat_with_a_dot, "a dot in its name"),
+        (lambda d: d["nodes"].pop(), "does not end in an output"),
+    ],
+)
+def test_a_description_that_is_no_network_is_refused(change: Callable[[dict], None], words: str) -> None:
+    description = json.loads(json.dumps(describe(net())))
+    change(description)
+    with pytest.raises(ArtifactError, match=words):
+        build(description)
+
+
+class Arguments(nn.Module):
+    """Every kind of argument that a node may have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.softmax(x, 1, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+        y = F.pad(y, (0, 1, 0, 1), value=float("inf")).clamp(max=9.0)
+        return torch.cat([y[..., 1:], y[:, :, :, :-1]], dim=1)
+
+
+def test_every_kind_of_argument_comes_back() -> None:
+    model, x = Arguments(), torch.randn(2, 3, 4, 4)
+    loaded = build(json.loads(json.dumps(describe(model), allow_nan=False)))
+    assert torch.equal(loaded(x), model(x)) and loaded(x).dtype == torch.float64

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError
 from rmprune.measure.latency_model import LatencyModel, _corners
-from rmprune.measure.layers import Layer, neighbours, network_layers
+from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 
 X = torch.zeros(1, 3, 16, 16)
 
@@ -29,9 +29,9 @@ def chain(*widths: int) -> nn.Sequential:
 class Fake(LatencyModel):
     """Measures by formula: a thousandth of a millisecond for each pair of channels, 0.5 for the runtime."""
 
-    measured: list[Layer]
+    measured: list[TimedLayer]
 
-    def _measure(self, layers: list[Layer]) -> list[float]:
+    def _measure(self, layers: list[TimedLayer]) -> list[float]:
         self.measured = [*getattr(self, "measured", []), *layers]
         return [0.5 + (layer.cin * layer.cout / 1000 if "Conv2d" in layer.kind else 0.0) for layer in layers]
 

@@ -8,7 +8,7 @@ import torch
 from slim_runs import QUICK, Small, by_parameters, noise
 
 import rmprune
-from rmprune.config import MeasureConfig, PruneConfig, TrainConfig
+from rmprune.config import PruneConfig, TrainConfig
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.place import Place
 from rmprune.methods.cutter import make_cutter
@@ -18,11 +18,6 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.report.build import build_report
 from rmprune.runs import records
 from rmprune.training.job import Job
-
-
-def test_a_table_of_the_processor_is_no_cost_of_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="measured on the CPU"):
-        replace(QUICK, prune=PruneConfig(latency_ratio=(0.5,), cost="time"), measure=MeasureConfig(device="cuda"))
 
 
 def test_a_budget_that_no_width_meets_is_refused_before_training(
@@ -51,10 +46,8 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     assert list(record["refused"]) == ["inner"] and "macs_ratio 0.15" in record["refused"]["inner"]
     assert "inner is left out: macs_ratio 0.15" in caplog.text
     build_report(tmp_path / "run", tmp_path / "report", "x")
-    assert (
-        "resnet8 (width 4), seed 0, macs 0.15: without inner, as macs_ratio 0.15"
-        in (tmp_path / "report" / "index.html").read_text()
-    )
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "resnet8 (width 4)" in page and "macs 0.15: without inner, as macs_ratio 0.15" in page
     with pytest.raises(InfeasibleBudget, match=r"no method can be had: inner: macs_ratio 0\.15"):
         run_slim(replace(config, method=("inner",), skip_infeasible=True, out=tmp_path / "no"), command="x")
     assert not (tmp_path / "no").exists()
@@ -64,7 +57,7 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     ("model", "method", "reason"),
     [
         ("squeezenet1_1", "coupled", "no batch norm"),
-        ("shufflenet_v2_x0_5", "residual", "Torch-Pruning cannot follow this network"),
+        ("shufflenet_v2_x0_5", "coupled", "Torch-Pruning cannot follow this network"),
         ("convnext_tiny", "residual", "--no-reconstruct"),
     ],
 )

@@ -32,7 +32,6 @@ def in_time(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.xdist_group("in time")  # one process makes the run
 @pytest.mark.parametrize("method", IN_TIME)
 def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
     record = records.read_record(in_time)
@@ -40,7 +39,6 @@ def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
     assert 0.3 < found["params"] / record["original"]["params"] <= 0.6
 
 
-@pytest.mark.xdist_group("in time")
 def test_budgets_in_time_are_met_without_an_epoch_that_other_methods_do_not_get(in_time: Path) -> None:
     logs = [json.loads(line) for line in (in_time / "log.jsonl").read_text().splitlines()]
     assert {line["label"] for line in logs if "label" in line} >= set(IN_TIME)

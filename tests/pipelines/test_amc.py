@@ -19,7 +19,6 @@ from rmprune.pipelines.amc import run_amc
 from rmprune.report.build import build_report
 from rmprune.runs import records
 
-pytestmark = pytest.mark.xdist_group("amc")  # one process makes the run that all of them read
 QUICK = AmcConfig(
     width=0.5,
     method=("rm-amc", "rm-random", "residual-amc", "uniform"),

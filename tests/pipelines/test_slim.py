@@ -10,15 +10,15 @@ import torch
 from slim_runs import QUICK
 
 import rmprune
+from rmprune.cli import main
 from rmprune.config import MeasureConfig, NetworkConfig, RemeasureConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pipelines import slim, stages
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import run_slim
+from rmprune.report.build import build_report
 from rmprune.runs import records
-
-pytestmark = pytest.mark.xdist_group("slim")  # one process makes the run that all of them read
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,25 @@ def test_measuring_again_takes_ratios_to_each_run_s_own_original(
     quick = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(2,), seconds=0.02, min_rounds=3)
     paths = run_measure(RemeasureConfig((*narrow, wider), quick))
     counts = {len(records.networks(records.read_record(run))) for run in (wider, finished)}
-    assert f"measuring {sum(counts)} networks, eager, 1 thread, batch 2: 1 of 1" in caplog.messages[-1]  # copies once
+    assert f"measuring {sum(counts)} networks, eager, 1 thread, batch 2: 1 of 1" in caplog.text  # copies once
     for again in map(records.read_record, paths):
         assert [time["batch_size"] for time in again["pruned"]["latency"]] == [2]
         assert again["original"]["latency"][0]["ratio"] == 1
         assert again["pruned"]["latency"][0]["reference"] == "original"
     assert record["pruned"]["accuracy"] == records.read_record(wider)["pruned"]["accuracy"]
+
+
+def test_measure_renews_the_report_and_names_the_next_command(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    build_report(run, run / "report", "x")
+    flags = "--backend eager --threads 1 --batch-size 4 --seconds 0 --min-rounds 3"
+    main(("measure", str(run), *flags.split()))
+    printed = capsys.readouterr().out
+    assert f"figure: {run / 'report' / 'accuracy-time.png'}" in printed.replace("\n", "")
+    assert f"python -m rmprune report {run} --out reports" in printed
+    assert [time["batch_size"] for time in records.read_record(run)["pruned"]["latency"]] == [4]
 
 
 def test_networks_of_a_run_say_the_size_of_their_images(finished: Path) -> None:

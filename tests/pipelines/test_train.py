@@ -16,7 +16,6 @@ from rmprune.pipelines.stages import make_dense
 from rmprune.pipelines.train import run_train
 from rmprune.runs import records
 
-pytestmark = pytest.mark.xdist_group("train")  # one process makes the run that all of them read
 MEASURE = (
     "--measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 --measure.min-rounds 3"
 )
@@ -55,6 +54,9 @@ def test_the_record_tells_what_was_trained_and_deployed(finished: Path) -> None:
     assert record["removal"]["max_error"] <= 1e-10
     assert record["plain"]["accuracy"] == pytest.approx(record["original"]["accuracy"], abs=2 / 360)
     assert record["plain"]["latency"][0]["reference"] == "original"
+    assert len(record["training"]["dense"]) == 1 and record["training"]["dense"][0]["epoch"] == 1
+    assert record["original"]["residuals"] and record["plain"]["residuals"] == []
+    assert [layer["cout"] for layer in record["plain"]["layers"]][-1] == 10
     config = TrainRunConfig(depth=13, reserve_ratio=0.5, width=4, data=DataConfig())
     network = make_dense(config, load_dataset(config.data), 0)
     assert isinstance(network, RepVGG) and network.stages[1][1].reserved == 4

@@ -13,7 +13,7 @@ from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.allocate import Meter, allocate, allocate_uniform, least_cost
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Layer, Structure, channels, inner_only, macs, total_cost
+from rmprune.pruning.groups import SizedLayer, Structure, channels, inner_only, macs, total_cost
 
 
 def plain_structure(widths: tuple[int, ...], kernel: int = 3) -> Structure:
@@ -172,7 +172,7 @@ def test_latency_needs_a_cost_and_uses_it() -> None:
     """On a staircase of measured times look-ahead crosses the plateaus, on which a single step saves nothing."""
     structure = plain_structure((24, 24))
 
-    def staircase(layer: Layer, cin: int, cout: int) -> float:
+    def staircase(layer: SizedLayer, cin: int, cout: int) -> float:
         return math.ceil(cin / 8) * math.ceil(cout / 8) * 0.25
 
     scores = random_scores(structure, 0)
@@ -229,7 +229,7 @@ def test_no_hump_of_measured_times_hides_a_budget_that_can_be_met(lookahead: int
     """Widths between the narrowest and the whole take longer than the whole: by themselves, and in pairs of neighbours."""
     structure = find_structure(chain((16, 16, 16)), images())
 
-    def cost(layer: Layer, cin: int, cout: int) -> float:
+    def cost(layer: SizedLayer, cin: int, cout: int) -> float:
         widths = (cin,) if layer.kind == "linear" else (cin, cout)
         return 1.0 + 2 * (cin != cout) + sum((w > 4) + 3 * (4 < w < 16) for w in widths)
 

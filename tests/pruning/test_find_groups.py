@@ -1,15 +1,16 @@
-"""Groups of channels: chains by our own walk, branching networks by Torch-Pruning, and what is refused."""
+"""Groups of channels: what they are in chains and branching networks, and what is refused."""
 
 import pytest
 import torch
 from pruning_nets import Block, chain, conv, images, measured_macs, mobile_chain, randomise, residual
 from torch import nn
+from torch_pruning_reader import dependency_structure
 
 from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.pruning import Budget, prune, prune_coupled
 from rmprune.pruning.dead import _check
-from rmprune.pruning.find_groups import chain_structure, dependency_structure, find_structure
+from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import outputs, total_cost
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.surgery import shrink
@@ -32,22 +33,6 @@ def test_depthwise_tied_grouped_by_position_and_flattened() -> None:
     last = next(m for m in structure.group("9").members if m.layer == "12")
     assert last.index.shape == (6, 3 * 16)
     assert last.index[1, :17].tolist() == [*range(16, 32), 7 * 16]
-
-
-@pytest.mark.parametrize("build", [chain, mobile_chain])
-def test_own_walk_agrees_with_torch_pruning(build: object) -> None:
-    model, x = build(), images()  # type: ignore[operator]
-    ours, theirs = chain_structure(model, x), dependency_structure(model, x)
-    assert ours is not None
-
-    def content(structure: object) -> dict:
-        return {
-            frozenset((m.layer, m.side, tuple(map(tuple, m.index.sort(1).values.tolist()))) for m in g.members): g.units
-            for g in structure.groups  # type: ignore[attr-defined]
-        }
-
-    assert content(ours) == content(theirs)
-    assert set(ours.frozen) == set(theirs.frozen)
 
 
 def test_residual_streams_are_single_groups() -> None:
@@ -91,9 +76,8 @@ class Normalised(nn.Module):
         return self.c(torch.relu(self.b(torch.relu(self.norm(self.a(x))))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("find", [chain_structure, dependency_structure])
-def test_channels_that_a_norm_mixes_are_frozen_with_the_reason(find: object) -> None:
-    structure = find(Normalised().double(), images())  # type: ignore[operator]
+def test_channels_that_a_norm_mixes_are_frozen_with_the_reason() -> None:
+    structure = find_structure(Normalised().double(), images())
     assert structure.units == {"b": 4}
     assert "norm" in structure.frozen["a"]
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent
 from rmprune.models import create
-from rmprune.pruning import find_structure
+from rmprune.pruning import Budget, coupled, find_structure, one_shot, prune, prune_coupled
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.prove import prove_cut, prove_groups
+from rmprune.pruning.surgery import take
 
 
 def chain() -> nn.Sequential:
@@ -95,3 +96,49 @@ def test_a_network_that_does_not_run_any_more_is_found() -> None:
     wrong = changed(structure, "0", lambda m: None if m.side == "in" else m)
     with pytest.raises(NotEquivalent, match="does not run"):
         prove_cut(chain(), wrong, {"0": torch.tensor([True, False, True, False])}, IMAGES)
+
+
+def test_prune_proves_its_cut_and_leaves_it_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_structure(chain(), IMAGES)
+    wrong = changed(found, "0", lambda m: replace(m, index=m.index.flip(0)) if m.side == "in" else m)
+    monkeypatch.setattr(one_shot, "find_structure", lambda *_, **__: wrong)
+    table = {"0": torch.tensor([4.0, 3.0, 2.0, 1.0]), "3": torch.ones(4), "5": torch.ones(6)}
+    cut = {"importance": table, "budget": Budget(ratio=0.2), "compensate": False, "rank": "importance"}
+    with pytest.raises(NotEquivalent, match=r"^0: .*a fault"):
+        prune(chain(), IMAGES, **cut)
+    assert prune(chain(), IMAGES, **cut, prove=False)[0].out_channels < 8
+
+
+class Flipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)).flip(1))))
+
+
+def test_torch_pruning_goes_through_the_same_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the channels behind a flip for those before it; our own filter of such groups is taken away here."""
+    torch.manual_seed(0)
+    model = Flipped().eval()
+    monkeypatch.setattr(coupled, "_in_order", lambda structure: structure)
+    with pytest.raises(NotEquivalent, match=r"^Torch-Pruning's cut: the smaller network differs"):
+        prune_coupled(model, IMAGES, importance="magnitude", budget=Budget(ratio=0.4))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2"])
+def test_what_torch_pruning_left_is_told_from_its_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create(name, num_classes=5, **({} if name == "resnet8" else {"small_images": True})).eval()
+    seen = []
+    real = coupled.prove_slices
+    monkeypatch.setattr(coupled, "prove_slices", lambda *args: seen.append((args[1], args[2], real(*args))))
+    pruned = prune_coupled(model, torch.randn(2, 3, 16, 16), importance="batch_norm", budget=Budget(ratio=0.4))
+    ((smaller, slices, error),) = seen
+    assert smaller is pruned and error < 1e-12
+    whole, left = model.state_dict(), pruned.state_dict()
+    cut = {name for name in left if left[name].shape != whole[name].shape}
+    assert cut and cut == set(slices)
+    assert all(torch.equal(take(whole[name], slices.get(name, ())), left[name]) for name in left)
+    assert {value.dtype for value in left.values() if value.dim()} == {torch.float32}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rmprune.pruning.calibration import outputs_at, patches_at, sample_positions
-from rmprune.pruning.groups import Layer, describe_layer, record_shapes
+from rmprune.pruning.groups import SizedLayer, describe_layer, record_shapes
 from rmprune.pruning.reconstruct import reconstruct
 
 CASES = {
@@ -17,14 +17,14 @@ CASES = {
 }
 
 
-def described(conv: nn.Conv2d, x: torch.Tensor) -> Layer:
+def described(conv: nn.Conv2d, x: torch.Tensor) -> SizedLayer:
     model = nn.Sequential(conv)
     layer = describe_layer("0", conv, record_shapes(model, x))
     assert layer is not None
     return layer
 
 
-def everywhere(layer: Layer, images: int):  # type: ignore[no-untyped-def]
+def everywhere(layer: SizedLayer, images: int):  # type: ignore[no-untyped-def]
     return sample_positions(images, layer.output_size, 10_000, torch.Generator().manual_seed(0))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.measure.layers import Layer, network_layers
+from rmprune.measure.layers import TimedLayer, network_layers
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.time_cost import TimeCost, grid_widths, timed_layers
 
@@ -20,14 +20,14 @@ class Table(LatencyModel):
 
     def __init__(self) -> None:
         super().__init__("eager")
-        self.asked: set[Layer] = set()
+        self.asked: set[TimedLayer] = set()
         self.fit = (1.5, 0.25)
         self.overhead = 2.0
 
-    def require(self, layers: Iterable[Layer]) -> None:
+    def require(self, layers: Iterable[TimedLayer]) -> None:
         self.asked |= set(layers)
 
-    def layer_ms(self, layer: Layer) -> float:
+    def layer_ms(self, layer: TimedLayer) -> float:
         kind = json.loads(layer.kind)["type"]
         return 0.1 + layer.cin * layer.cout * 1e-3 + layer.cout * 1e-2 if kind in ("Conv2d", "Linear") else 0.5
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rmprune.pruning.coupled import _gradients
+from rmprune.pruning.coupled import loss_gradients
 from rmprune.training.convolutions import NARROW, TrainableConvolutions
 from rmprune.training.precision import autocast
 
@@ -58,7 +58,7 @@ def test_scores_by_gradients_are_computed_so_too() -> None:
     x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
     model(x)
     with Convolutions() as computed:
-        _gradients(model, [(x, y)])
+        loss_gradients(model, [(x, y)])
     assert len(computed.seen) == 2 and not computed.dangerous
 
 

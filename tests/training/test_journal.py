@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_nets import CONFIG, blobs, tiny_net
+from training_nets import CONFIG, Stop, blobs, records, tiny_net
 
-from rmprune.errors import ConfigError
+from rmprune.errors import ArtifactError, ConfigError
 from rmprune.training import fit
 
 
@@ -26,3 +26,26 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     fit(tiny_net(), blobs(), dataclasses.replace(CONFIG, epochs=1), seed=0, label="dense")
     shown = capsys.readouterr()
     assert "dense" in shown.err and "images/s" in shown.err and not shown.out
+
+
+def test_tensorboard_is_written_beside_the_log(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    config = dataclasses.replace(CONFIG, tensorboard=True, epochs=1)
+    fit(tiny_net(), blobs(), config, seed=0, log=tmp_path / "log.jsonl", label="dense")
+    (events,) = (tmp_path / "tensorboard" / "dense").iterdir()
+    assert b"dense/validation_accuracy" in events.read_bytes()
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path):
+    with pytest.raises(ArtifactError, match=r"cannot be written .* pass another folder"):
+        fit(tiny_net(), blobs(), CONFIG, seed=0, log=tmp_path)
+
+
+def test_a_line_that_was_cut_short_goes_when_training_goes_on(tmp_path: Path):
+    log, checkpoint = tmp_path / "log.jsonl", tmp_path / "c.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_net(), blobs(), CONFIG, seed=0, hook=Stop(12), checkpoint=checkpoint, log=log)
+    with log.open("a") as file:
+        file.write('{"label": "other", "epoch": 9}\n{"epoch": 3, "lo')
+    fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=checkpoint, log=log)
+    assert [record["epoch"] for record in records(log)] == [1, 2, 9, 3]

@@ -1,0 +1,79 @@
+"""A network's outline for a record: its layers with their widths, and where residuals are added. Weights are not in it."""
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.graph.trace import trace
+
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_ADDING_METHODS = ("add", "add_")
+
+
+def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
+    """JSON of the convolutions and linear layers of `model` in the order they run, for images of (N, C, H, W).
+
+    `layers`: name, type, input and output channels (`cin`, `cout`), `kernel`, `stride`, `groups` and the output's `size`
+    [H, W]. `residuals`: for every addition the positions in `layers` of the last layer before it splits (`from`, -1 for
+    the input), of the last one before it is added (`to`), and of the layers on the shortcut.
+    Raises UnsupportedModel where torch.fx cannot trace the network.
+    """
+    graph, modules = trace(model), dict(model.named_modules())
+    weighted = {n: modules[str(n.target)] for n in graph.nodes if n.op == "call_module" and _is_weighted(modules, n)}
+    sizes = _output_sizes(model, example_inputs, list(weighted.values()))
+    places = {node: place for place, node in enumerate(weighted)}
+    before: dict[fx.Node, int] = {}  # the layers that a node depends on, itself included, as bits
+    residuals = []
+    for node in graph.nodes:
+        sources = [before[source] for source in node.all_input_nodes]
+        before[node] = 0
+        for bits in sources:
+            before[node] |= bits
+        if node in places:
+            before[node] |= 1 << places[node]
+        elif len(sources) == 2 and (node.target in _ADDITIONS or node.target in _ADDING_METHODS):
+            short, long = sorted(sources, key=lambda bits: (bits & ~(sources[0] & sources[1])).bit_count())
+            shared = short & long
+            residuals.append({"from": _last(shared), "to": _last(short | long), "shortcut": _ones(short & ~shared)})
+    layers = [_layer(str(n.target), own, sizes[own]) for n, own in weighted.items()]
+    return {"layers": layers, "residuals": residuals}
+
+
+def _is_weighted(modules: dict[str, nn.Module], node: fx.Node) -> bool:
+    return isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
+
+
+def _output_sizes(model: nn.Module, x: Tensor, layers: list[nn.Module]) -> dict[nn.Module, list[int]]:
+    """[H, W] of what each layer puts out, empty for a linear layer, from one pass of one image."""
+    sizes: dict[nn.Module, list[int]] = {}
+
+    def note(layer: nn.Module, _: Any, out: Tensor) -> None:
+        sizes[layer] = list(out.shape[2:])
+
+    hooks = [layer.register_forward_hook(note) for layer in dict.fromkeys(layers)]
+    try:
+        with torch.no_grad():
+            model(x[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+def _layer(name: str, own: Any, size: list[int]) -> dict[str, Any]:
+    facts = {"name": name, "type": type(own).__name__, "size": size}
+    if isinstance(own, nn.Linear):
+        return facts | {"cin": own.in_features, "cout": own.out_features}
+    widths = {"cin": own.in_channels, "cout": own.out_channels, "groups": own.groups}
+    return facts | widths | {"kernel": list(own.kernel_size), "stride": list(own.stride)}
+
+
+def _last(bits: int) -> int:
+    return bits.bit_length() - 1
+
+
+def _ones(bits: int) -> list[int]:
+    return [place for place, bit in zip(itertools.count(), reversed(bin(bits)[2:]), strict=False) if bit == "1"]

@@ -1,0 +1,83 @@
+"""Accuracy of a network as a backend computes it, number format and all. No training, no timing."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.data.splits import Split
+from rmprune.errors import ConfigError
+from rmprune.measure.backends import Candidate, prepare, surroundings
+
+BATCH = 64
+CALIBRATION = 256  # images; more move the least and greatest values hardly
+
+
+def calibration_images(training: Split, count: int = CALIBRATION) -> Tensor:
+    """`count` training images (all, if fewer), float32 [N, C, H, W], drawn with a fixed seed from the whole split."""
+    count = min(count, len(training))
+    return next(training.batches(count, shuffle_seed=0))[0]
+
+
+def backend_accuracy(
+    model: nn.Module,
+    split: Split,
+    backend: str,
+    *,
+    device: str = "cpu",
+    threads: int = 2,
+    batch_size: int = BATCH,
+    calibration: Tensor | None = None,
+    limit: int | None = None,
+) -> float:
+    """Accuracy (0 to 1) on the split's first `limit` images (all by default), computed by `backend` in its number format.
+
+    `calibration`: training images [N, C, H, W] for int8. Raises ConfigError as `measure_latencies` does, and where int8 gets none.
+    """
+    return candidate_accuracy(
+        Candidate("model", model, split.example(1), calibration), split, backend, device, threads, batch_size, limit
+    )
+
+
+def candidate_accuracy(
+    candidate: Candidate,
+    split: Split,
+    backend: str,
+    device: str = "cpu",
+    threads: int = 2,
+    batch_size: int = BATCH,
+    limit: int | None = None,
+) -> float:
+    """The same for a network that is made ready."""
+    correct, before = 0, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    seen = min(len(split), len(split) if limit is None else limit)
+    if not seen:
+        raise ConfigError("there is no image to measure accuracy on; give a limit of at least 1")
+    batch_size = min(batch_size, seen)
+    try:
+        with surroundings(backend, device), torch.inference_mode():
+            prepared = prepare(candidate, backend, device, threads, batch_size)
+            for x, y in split.batches(batch_size, limit=seen):
+                full = torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])])  # the batch size is fixed
+                correct += int((prepared.outputs(full)[: len(x)].argmax(1) == y).sum())
+    finally:
+        torch.set_num_threads(before)
+    return correct / seen
+
+
+def accuracies(
+    models: Mapping[str, nn.Module],
+    split: Split,
+    backends: list[str],
+    *,
+    calibration: Tensor | None = None,
+    threads: int = 2,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Accuracy by network and backend, on the CPU; each network is folded, exported and quantised once."""
+    found: dict[str, dict[str, float]] = {}
+    for name, model in models.items():
+        candidate = Candidate(name, model, split.example(1), calibration)
+        found[name] = {b: candidate_accuracy(candidate, split, b, threads=threads, limit=limit) for b in backends}
+    return found

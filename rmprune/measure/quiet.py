@@ -1,0 +1,60 @@
+"""Whether this machine is quiet enough to time on: one network against its own copy, and the spread of its times."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rmprune.measure.latency import measure_latencies
+from rmprune.measure.results import BUSY
+
+STEADY = 0.05
+
+
+@dataclass(frozen=True)
+class Quietness:
+    """`spread`: the middle half of the times over their median; `ratio`: time of a network over its own copy's, with its 95 % interval."""
+
+    spread: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    load: float | None
+    """Processes that wanted a core in the last minute, on average; None where the system does not say."""
+
+    @property
+    def verdict(self) -> str:
+        """quiet, restless or busy."""
+        return "quiet" if self.spread <= STEADY else "restless" if self.spread <= BUSY else "busy"
+
+    def __str__(self) -> str:
+        advice = {
+            "quiet": "quiet: fit to measure on",
+            "restless": "restless: ratios hold, single times less so",
+            "busy": "busy: end other work before measuring",
+        }
+        load = "" if self.load is None else f"; load {self.load:.1f}"
+        return (
+            f"{advice[self.verdict]} (half of the times lie within {100 * self.spread:.1f} % of their median; a network against its own "
+            f"copy {self.ratio:.3f}, {self.ratio_low:.3f} to {self.ratio_high:.3f}{load})"
+        )
+
+
+def quietness(seconds: float = 2.0, threads: int = 1) -> Quietness:
+    """Measures a small network in turns with its copy, eager on the CPU, for about `seconds`."""
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()).eval()
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = measure_latencies(
+        {"net": net, "copy": net},
+        x,
+        backends=["eager"],
+        threads=[threads],
+        batch_sizes=[1],
+        seconds=seconds / 2,
+        min_rounds=9,
+        reference="copy",
+        warn=False,
+    )["net"][0]
+    ratio, low, high = (float(value or 1.0) for value in (found.ratio, found.ratio_low, found.ratio_high))
+    return Quietness(found.spread, ratio, low, high, os.getloadavg()[0] if hasattr(os, "getloadavg") else None)

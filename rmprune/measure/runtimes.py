@@ -1,0 +1,195 @@
+"""Runtimes beside PyTorch: ONNX Runtime with its providers, OpenVINO, ncnn. Packages are imported when asked for; no timing here."""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmprune.errors import UnsupportedModel
+from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
+
+Provider = tuple[str, dict[str, Any]]
+
+
+def cpu_or_cuda(device: str) -> list[Provider]:
+    """ONNX Runtime's own CPU provider, or its CUDA one in true float32 (by itself it takes TF32)."""
+    if device == "cpu":
+        return [("CPUExecutionProvider", {})]
+    return [("CUDAExecutionProvider", {"device_id": _index(device), "use_tf32": 0})]
+
+
+def tensorrt(device: str) -> list[Provider]:
+    """TensorRT in float32; CUDA takes what it lacks."""
+    return [
+        ("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": False}),
+        *cpu_or_cuda(device),
+    ]
+
+
+def tensorrt_float16(device: str) -> list[Provider]:
+    """TensorRT, float16 where it likes."""
+    return [("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": True}), *cpu_or_cuda(device)]
+
+
+def dnnl(device: str) -> list[Provider]:
+    """oneDNN."""
+    return [("DnnlExecutionProvider", {})]
+
+
+def xnnpack(device: str) -> list[Provider]:
+    """XNNPACK."""
+    return [("XnnpackExecutionProvider", {})]
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def missing_provider(providers: Callable[[str], list[Provider]], device: str) -> str | None:
+    """The first provider that this build of ONNX Runtime lacks."""
+    present = importlib.import_module("onnxruntime").get_available_providers()
+    return next((name for name, _ in providers(device) if name not in present), None)
+
+
+def onnx_runtime(
+    candidate: Candidate,
+    setting: Setting,
+    *,
+    form: Callable[[Candidate], bytes] = onnx_form,
+    providers: Callable[[str], list[Provider]] = cpu_or_cuda,
+) -> Prepared:
+    """ONNX Runtime, its own threads, static batch size; on a GPU input and output stay there, and each run waits for its end.
+
+    Its threads spin while a run lasts, as they do by default, and stop when it ends (force_spinning_stop): left to spin
+    on, they would take the cores from the candidate measured next.
+    """
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = setting.threads
+    options.inter_op_num_threads = 1
+    options.add_free_dimension_override_by_name("batch", setting.batch_size)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    asked = providers(setting.device)
+    session = onnxruntime.InferenceSession(candidate.form(form), options, providers=asked)
+    if asked[0][0] not in session.get_providers():  # it goes on without one that does not load
+        raise RuntimeError(f"{asked[0][0]} is installed and does not load")
+    feed = {"input": candidate.inputs(setting.batch_size).numpy()}
+
+    def outputs(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+    if setting.device == "cpu":
+        return Prepared(lambda: session.run(None, feed), outputs)
+    bound, index = session.io_binding(), _index(setting.device)
+    bound.bind_ortvalue_input("input", onnxruntime.OrtValue.ortvalue_from_numpy(feed["input"], "cuda", index))
+    bound.bind_output("output", "cuda", index)
+    return Prepared(lambda: session.run_with_iobinding(bound), outputs)
+
+
+def openvino_form(candidate: Candidate) -> Any:
+    """OpenVINO's reading of the ONNX form, float32, batch size free."""
+    return importlib.import_module("openvino").Core().read_model(candidate.form(onnx_form))
+
+
+def openvino(
+    candidate: Candidate,
+    setting: Setting,
+    *,
+    form: Callable[[Candidate], Any] = openvino_form,
+    precision: str = "f32",
+) -> Prepared:
+    """OpenVINO on the CPU, latency hint, one stream, static batch size, the number format that is asked for (it would take
+    bfloat16 by itself).
+    """
+    ov = importlib.import_module("openvino")
+    x = candidate.inputs(setting.batch_size).numpy()
+    network = candidate.form(form).clone()
+    network.reshape(list(x.shape))
+    settings = {"INFERENCE_NUM_THREADS": setting.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    settings["INFERENCE_PRECISION_HINT"] = precision
+    request = ov.Core().compile_model(network, "CPU", settings).create_infer_request()
+    request.set_input_tensor(ov.Tensor(x))
+
+    def outputs(images: Tensor) -> Tensor:
+        found = request.infer([images.numpy()])[0].copy()
+        request.set_input_tensor(ov.Tensor(x))
+        return torch.from_numpy(found)
+
+    return Prepared(lambda: request.infer(), outputs)
+
+
+def ncnn_form(candidate: Candidate) -> tuple[str, bytes]:
+    """ncnn's two files, text and weights, as pnnx converts them from a torch.jit trace; float32."""
+    program = Path(str(importlib.util.find_spec("pnnx").origin)).with_name("pnnx")  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript announces its own end
+        file = Path(folder) / "network.pt"
+        torch.jit.trace(candidate.form(folded_form), candidate.example_inputs, check_trace=False).save(str(file))
+        shape = "[" + ",".join(map(str, candidate.example_inputs.shape)) + "]f32"
+        command = [str(program), file.name, f"inputshape={shape}", "fp16=0"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        text, weights = file.with_name("network.ncnn.param"), file.with_name("network.ncnn.bin")
+        if done.returncode or not text.exists():
+            raise UnsupportedModel(
+                f"pnnx cannot convert {candidate.name!r} to ncnn: {(done.stderr or done.stdout)[-200:]}"
+            )
+        return text.read_text(), weights.read_bytes()
+
+
+def ncnn(candidate: Candidate, setting: Setting) -> Prepared:
+    """ncnn on the CPU, float32. It takes one image at a time, so a batch is so many runs."""
+    ncnn = importlib.import_module("ncnn")
+    net = ncnn.Net()
+    net.opt.num_threads = setting.threads
+    net.opt.use_vulkan_compute = False
+    for name in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
+        setattr(net.opt, name, False)
+    text, weights = candidate.form(ncnn_form)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in (("param", text.encode()), ("bin", weights)):
+            (Path(folder) / name).write_bytes(content)
+        if net.load_param(f"{folder}/param") or net.load_model(f"{folder}/bin"):
+            raise UnsupportedModel(f"ncnn cannot load {candidate.name!r}: it lacks a layer")
+    (entry,), (end,) = net.input_names(), net.output_names()
+
+    def one(image: Any) -> Any:
+        extractor = net.create_extractor()
+        extractor.input(entry, image)
+        return extractor.extract(end)[1]
+
+    def mats(images: Tensor) -> list[Any]:
+        return [ncnn.Mat(image).clone() for image in np.ascontiguousarray(images.numpy())]
+
+    own = mats(candidate.inputs(setting.batch_size))
+
+    def run() -> None:
+        for image in own:
+            one(image)  # its memory is the network's: nothing to hand out
+
+    return Prepared(
+        run,
+        lambda images: torch.stack([torch.from_numpy(np.array(one(image))) for image in mats(images)]),
+    )
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """No warnings and no bars of packages that talk while they work."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield

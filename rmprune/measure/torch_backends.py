@@ -1,0 +1,107 @@
+"""PyTorch's own ways to execute a network: eager, torch.jit, torch.compile, CUDA graphs. No timing here."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.errors import ConfigError
+from rmprune.graph.trace import trace
+from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form
+
+
+def _on_device(
+    candidate: Candidate, setting: Setting, dtype: torch.dtype, channels_last: bool
+) -> tuple[nn.Module, Tensor]:
+    """A copy of the network and its input on the device, in channels-last order if wanted and where there is such an order."""
+    x = candidate.inputs(setting.batch_size).to(setting.device, dtype)
+    model = copy.deepcopy(candidate.form(folded_form)).to(setting.device, dtype)
+    if x.dim() == 4 and channels_last:
+        return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return model, x
+
+
+def _prepared(function: Callable[[Tensor], Tensor], x: Tensor) -> Prepared:
+    """Of a function from images to outputs; `x` says where and how they lie."""
+
+    def outputs(images: Tensor) -> Tensor:
+        order = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else None
+        images = images.to(x.device, x.dtype).contiguous(memory_format=order or torch.contiguous_format)
+        return function(images).float().cpu()
+
+    return Prepared(lambda: function(x), outputs)
+
+
+def eager(
+    candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32, channels_last: bool = True
+) -> Prepared:
+    """PyTorch as it is. Threads are torch's own, set by the caller."""
+    return _prepared(*_on_device(candidate, setting, dtype, channels_last))
+
+
+def torchscript(candidate: Candidate, setting: Setting) -> Prepared:
+    """A frozen torch.jit trace, channels-last."""
+    model, x = _on_device(candidate, setting, torch.float32, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript announces its own end
+        traced = torch.jit.freeze(torch.jit.trace(model, x, check_trace=False))
+        for _ in range(3):  # its profiling runs
+            traced(x)
+    return _prepared(traced, x)
+
+
+def compiled(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32) -> Prepared:
+    """torch.compile with its defaults, channels-last; on a CPU it needs a C++ compiler."""
+    model, x = _on_device(candidate, setting, dtype, True)
+    # A forward function of its own: candidates that share one would pay for each other's guards and recompilations.
+    function = torch.compile(fx.GraphModule(model, trace(model)))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            function(x)
+    except Exception as error:  # whatever the compiler chain raises
+        raise ConfigError(
+            f"backend 'compile': torch.compile fails here ({str(error).strip().splitlines()[0][:150]}); install a C++ "
+            "compiler (apt install g++), or measure with another backend"
+        ) from error
+    return _prepared(function, x)
+
+
+def cuda_graph(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32) -> Prepared:
+    """Eager's kernels recorded once and replayed in one call (a CUDA graph), channels-last."""
+    model, x = _on_device(candidate, setting, dtype, True)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # allocations and the choice of kernels must be over before the recording
+        for _ in range(3):
+            model(x)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+
+    def outputs(images: Tensor) -> Tensor:
+        x.copy_(images)
+        graph.replay()
+        return y.float().cpu()
+
+    return Prepared(graph.replay, outputs)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 convolutions and matrix products on a GPU may round their factors to TF32's 10 bits; put back after."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def current(device: str) -> contextlib.AbstractContextManager[object]:
+    """Makes a GPU (cuda, cuda:N) the one that streams, events and synchronisation are of; nothing for the CPU."""
+    return torch.cuda.device(device) if device.startswith("cuda:") else contextlib.nullcontext()

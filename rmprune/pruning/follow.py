@@ -1,0 +1,316 @@
+"""Which channel each element of each value belongs to, followed through a normalised graph. `find_groups` makes groups of it.
+
+A layer numbers its output channels anew; operations that only move data are run on the numbers themselves; sums of two maps tie
+the channels that meet; whatever is unknown, or needs channels in their number or order, leaves those it touches whole, and says why.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.convolution import Scale, plain
+from rmprune.graph.network import Network, describe, is_batch_norm, named, shape_of
+from rmprune.pruning.groups import MemberSide, is_depthwise
+from rmprune.pruning.labels import Channels, compact, nobody, thin, varying
+from rmprune.pruning.reading import Reading
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What operations and stock modules do to channels, by their names without underscores: relu_, F.relu and nn.ReLU are one.
+ELEMENTWISE = _names("""
+    add sub rsub mul div truediv truedivide floordiv iadd isub imul itruediv multiply subtract divide maximum minimum pow neg abs exp
+    expm1 log log1p sqrt rsqrt square sign erf sin cos reciprocal clamp clip clampmin clampmax eq ne lt le gt ge relu relu6 hardtanh
+    hardswish hardsigmoid leakyrelu prelu silu gelu elu selu celu mish sigmoid tanh softplus softsign logsigmoid threshold hardshrink
+    softshrink tanhshrink dropout dropout1d dropout2d stochasticdepth contiguous clone detach to float double half typeas zeroslike
+    oneslike scale
+""")
+SPATIAL = _names("""
+    maxpool1d maxpool2d maxpool3d avgpool1d avgpool2d avgpool3d lppool2d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d
+    adaptivemaxpool1d adaptivemaxpool2d maxpool2dsame avgpool2dsame upsample interpolate zeropad2d constantpad2d reflectionpad2d
+    replicationpad2d
+""")
+REDUCTIONS = _names("mean sum amax amin")
+MOVES = _names("""
+    view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis chunk split tensorsplit narrow select getitem
+    cat concat concatenate stack flip roll expand expandas viewas repeat repeatinterleave indexselect squeeze unsqueeze unbind
+    pixelshuffle pixelunshuffle channelshuffle getattr size dim ndimension numel nelement
+""")
+INDEXING = _names("getitem indexselect repeatinterleave")  # whose tensors other than the first say which elements
+
+
+class Walk:
+    """The labels of every value, and who has which: `members` {(layer, "out" | "in" | "tied"): labels of its channels}.
+
+    `whole`: {module: why it cannot be sliced}.
+    """
+
+    def __init__(self, reading: Reading, whole: Mapping[str, str]) -> None:
+        self.reading, self.network, self.whole = reading, reading.network, whole
+        self.channels = Channels()
+        self.members: dict[tuple[str, MemberSide], Tensor] = {}
+        self.layers: dict[fx.Node, str] = {}  # convolutions and linear layers; their input and output shapes
+        self.shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.moves: list[fx.Node] = []  # and what only computes sizes
+        for node in self.network.graph.nodes:
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda n: tree_map_only(Tensor, self.again, self.values[n])
+            )
+            labels = tensors_in((args, kwargs))
+            found = self._value(node, args, kwargs, labels)
+            if isinstance(found, Tensor) and tuple(found.shape) != shape_of(node):
+                found = self._unknown(node, labels)
+            self.values[node] = found
+
+    def _value(self, node: fx.Node, args: Any, kwargs: Any, labels: list[Tensor]) -> Any:
+        if node.op == "output":
+            many = len(labels) > 1
+            why = "its channels are among the network's outputs" if many else "its channels are the network's output"
+            return self._fenced(labels, why)
+        if node.op in ("placeholder", "get_attr"):
+            shape = shape_of(node)
+            return self.network.constants.get(str(node.target)) if shape is None else nobody(shape)
+        if not labels and node.op != "call_module":
+            self.moves.append(node)
+            return tree_map_only(Tensor, lambda x: nobody(x.shape), self.run(node, args, kwargs))
+        layer, name = self.network.layer(node), operation(node, self.network)
+        if isinstance(layer, nn.Module):
+            found = self._layer(node, layer, labels)
+            if found is not None:
+                return found
+        if name in ELEMENTWISE and shape_of(node) is not None:
+            return self._joined(node, labels)
+        if name in MOVES and (name not in INDEXING or not tensors_in((args[1:], kwargs))):
+            return self._moved(node, args, kwargs, name)
+        if len(labels) == 1 and name in REDUCTIONS:
+            return self._reduced(node, args, kwargs)
+        if len(labels) == 1 and name in SPATIAL:
+            return self._spatial(node, labels[0])
+        if len(labels) == 1 and name == "pad":
+            return self._padded(node, args, kwargs)
+        return self._unknown(node, labels)
+
+    # Layers
+
+    def _layer(self, node: fx.Node, layer: nn.Module, labels: list[Tensor]) -> Any:
+        """What a layer with tensors of its own makes of its input; None for one that has none but a number."""
+        name = self.reading.owner(layer)
+        sized = isinstance(layer, nn.Conv2d | nn.Linear) or is_batch_norm(layer)
+        if not sized and not any(t.numel() > 1 for t in (*layer.parameters(), *layer.buffers())):
+            return None
+        if name is None:
+            return self._unknown(node, labels, "a free-standing parameter has these channels")
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            self._note(node, name, labels)
+        size = _in_channels(layer)
+        if name in self.whole:
+            return self._unknown(node, labels, f"{name}: {self.whole[name]}")
+        if size is None or len(labels) != 1:
+            kind = type(layer).__name__
+            does = "normalises over channels" if "Norm" in kind else "has these channels and cannot be sliced"
+            return self._unknown(node, labels, f"{name} ({kind}) {does}")
+        x = labels[0]
+        dim = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        batched = x.dim() == 4 or (x.dim() > 1 and not isinstance(layer, nn.Conv2d))
+        if not batched or x.shape[dim] != size or set(varying(x)) - {dim}:
+            self.channels.stay(x, f"{name} reads its channels as positions")
+            x = nobody(x.shape)
+        vector = x[tuple(slice(None) if d == dim else 0 for d in range(x.dim()))]
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            return self._weighted(node, name, layer, vector)
+        self._member(name, "tied", vector)
+        return self.again(x)
+
+    def _weighted(self, node: fx.Node, name: str, layer: nn.Conv2d | nn.Linear, vector: Tensor) -> Tensor:
+        after = shape_of(node)
+        assert after is not None
+        if is_depthwise(layer):
+            self._member(name, "tied", vector)
+            out = self.channels.root[vector]
+        else:
+            self._member(name, "in", vector)
+            out = self.channels.new(len(layer.weight))
+            self._member(name, "out", out)
+            groups = getattr(layer, "groups", 1)
+            for side in (vector, out) if groups > 1 else ():  # the same position of every convolution group
+                parts = side.reshape(groups, -1)
+                why = f"{name}, a grouped convolution, reads channels that stay beside them"
+                self.channels.unite(parts[:1].expand_as(parts), parts, why)
+            out = self.channels.root[out]
+        ends = (1,) * (len(after) - 2)
+        return compact((out if isinstance(layer, nn.Linear) else out.view(-1, *ends)).expand(after))
+
+    def _note(self, node: fx.Node, name: str, labels: list[Tensor]) -> None:
+        if name in self.shapes:
+            raise UnsupportedModel(
+                f"{name} is used twice in one forward pass; give each use its own layer before pruning"
+            )
+        self.layers[node], self.shapes[name] = name, (labels[0].shape, torch.Size(shape_of(node) or ()))
+
+    def _member(self, name: str, side: MemberSide, vector: Tensor) -> None:
+        known = self.members.setdefault((name, side), vector)
+        if known is not vector:
+            self.channels.unite(known, vector, f"{name}, which is used twice, has channels that stay beside them")
+
+    # Other operations
+
+    def _joined(self, node: fx.Node, labels: list[Tensor]) -> Tensor:
+        """Elementwise: where two values meet, their channels go together."""
+        shape = shape_of(node)
+        assert shape is not None
+        free = any(n.op == "get_attr" for n in node.all_input_nodes)
+        why = "a free-standing parameter has these channels" if free else "they meet channels that stay whole"
+        padded = [x[(None,) * (len(shape) - x.dim())] for x in labels]
+        kept = []
+        for x in padded:  # one value for all channels of another: it can neither be tied to them nor go
+            across = {d for y in padded for d in varying(y)}
+            if any(x.shape[d] == 1 != shape[d] for d in across):
+                self.channels.stay(x, f"{describe(self.network, node)} spreads them over other channels")
+            else:
+                kept.append(x.expand(shape))
+        found = compact(kept[0]) if kept else nobody(shape)
+        for x in kept[1:]:
+            first, second = found, x
+            for dim in range(len(shape)):
+                if shape[dim] > 1 and first.stride(dim) == second.stride(dim) == 0:
+                    first, second = first.narrow(dim, 0, 1), second.narrow(dim, 0, 1)
+            self.channels.unite(first, second, why)
+        return self.again(found)
+
+    def _reduced(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        x, shape = args[0], shape_of(node)
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        dims = list(range(x.dim())) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+        if shape is None or {d % x.dim() for d in dims} & set(varying(x)):
+            return self._unknown(node, [x])
+        keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
+        for dim in sorted((d % x.dim() for d in dims), reverse=True):
+            x = x.narrow(dim, 0, 1) if keep else x.select(dim, 0)
+        return x
+
+    def _spatial(self, node: fx.Node, x: Tensor) -> Any:
+        """Pools and the like: each channel of a map for itself."""
+        shape = shape_of(node)
+        if shape is None or len(shape) != x.dim() or shape[:2] != x.shape[:2] or set(varying(x)) - {0, 1}:
+            return self._unknown(node, [x])
+        for dim in range(2, x.dim()):
+            x = x.narrow(dim, 0, 1)
+        return x.expand(shape)
+
+    def _padded(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Zeros, or whatever else, around each channel; and channels of zeros before and after."""
+        pad = args[1] if len(args) > 1 else kwargs["pad"]
+        around = 2 * (args[0].dim() - 2)
+        if len(pad) <= around:
+            return self._spatial(node, args[0])
+        if any(pad[:around]):
+            return self._unknown(node, [args[0]])
+        return self._moved(node, args, kwargs)
+
+    def _moved(self, node: fx.Node, args: Any, kwargs: Any, name: str = "") -> Any:
+        self.moves.append(node)
+        if name == "channelshuffle" and node.op == "call_module":
+            parts = args[0].unflatten(1, (self.network.layers[str(node.target)].groups, -1))
+            self.channels.unite(parts[:, :1].expand_as(parts), parts, "they are shuffled with channels that stay whole")
+        found = self.run(node, args, kwargs)
+        if (
+            name in ("chunk", "split", "tensorsplit") and found[0].shape == found[-1].shape
+        ):  # equal pieces stay so where each loses as much
+            for part in found[1:]:
+                self.channels.unite(found[0], part, "they are taken apart from channels that stay whole")
+        return tree_map_only(Tensor, lambda x: self._tied(self.again(x)), found)
+
+    def _tied(self, x: Tensor) -> Tensor:
+        """Labels that change along one dimension alone, so that channels can be cut out: others are tied, as few as can be."""
+        dims = varying(x)
+        if len(dims) < 2:
+            return x
+
+        def tie(channels: Channels, dim: int) -> int:
+            rows = thin(x).movedim(dim, 0).flatten(1)
+            channels.unite(rows[:, :1].expand_as(rows), rows, "they lie beside channels that stay whole")
+            return len(channels.root[rows].unique())
+
+        def left(dim: int) -> int:
+            trial = Channels()
+            trial.root, trial._why = self.channels.root.clone(), self.channels._why.clone()
+            return tie(trial, dim)
+
+        tie(self.channels, max(dims, key=left))
+        return self.again(x)
+
+    def again(self, x: Tensor) -> Tensor:
+        """Labels as they are now: channels that go together have one number."""
+        return compact(self.channels.root[thin(x)].expand(x.shape))
+
+    def _unknown(self, node: fx.Node, labels: list[Tensor], why: str | None = None) -> Any:
+        return self._fenced(labels, why or f"{describe(self.network, node)} mixes them", shape_of(node))
+
+    def _fenced(self, labels: list[Tensor], why: str, shape: tuple[int, ...] | None = None) -> Any:
+        for x in labels:
+            self.channels.stay(x, why)
+        return _SEVERAL if shape is None else nobody(shape)
+
+    def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """A node that only moves data or computes sizes, on labels or on numbers."""
+        if any(value is _SEVERAL for value in tree_leaves((args, kwargs))):
+            shape = shape_of(node)
+            return _SEVERAL if shape is None else nobody(shape)
+        if node.op == "call_module":
+            layer = self.network.layer(node)
+            assert isinstance(layer, nn.Module)
+            return layer(*args)
+        if node.op == "call_method":
+            name = "reshape" if node.target == "view" else str(node.target)  # labels are expanded: no view goes through
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        if node.target is F.pad:
+            return F.pad(args[0], args[1] if len(args) > 1 else kwargs["pad"])  # what is around belongs to no channel
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+class _Several:
+    """The results of an operation that returns several; what reads them is known by its shape."""
+
+
+_SEVERAL = _Several()
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, however it is nested."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def _in_channels(layer: nn.Module) -> int | None:
+    """How many channels a layer that can be sliced reads; None for any other."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels if plain(layer, nn.Conv2d) or named(layer, ("Conv2dSame",)) else None
+    if isinstance(layer, nn.Linear):
+        return layer.in_features if type(layer).forward is nn.Linear.forward else None
+    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+        return layer.num_features
+    return layer.num_parameters if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 else None
+
+
+def operation(node: fx.Node, network: Network) -> str:
+    """The name of an operation or module of torch without underscores, `add` for +, add_ and torch.add; "" for others."""
+    if node.op == "call_method":
+        return str(node.target).replace("_", "")
+    if node.op == "call_module":
+        layer = network.layer(node)
+        stock = isinstance(layer, Scale) or type(layer).__module__.split(".")[0] in ("torch", "timm")
+        return type(layer).__name__.lower() if stock else ""
+    name = getattr(node.target, "__name__", "")
+    stock = node.target is getattr or any(getattr(m, name, None) is node.target for m in (torch, F, operator))
+    return name.replace("_", "") if stock or name == "stochastic_depth" else ""

@@ -1,0 +1,67 @@
+"""Files from outside, looked at before they are read: regular files of a bounded size, JSON without duplicate keys or deep nesting."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rmprune.errors import ArtifactError
+
+LARGEST = 2**24  # bytes of text that a file may have; a network of a thousand layers describes itself in one million
+LONGEST = 20  # digits of a whole number: as many as fit into a float and 64 bits
+DEEPEST = 64  # lists in lists; beyond it Python's own recursion ends somewhere
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """The text (UTF-8) of a regular file. Raises OSError where it cannot be read, ValueError where it is not such a file."""
+    if path.exists() and not path.is_file():  # a pipe or a device would never end
+        raise ValueError("not a regular file")
+    size = path.stat().st_size
+    if size > largest:
+        raise ValueError(f"{size} bytes, more than the {largest} that such a file may have")
+    return path.read_text(encoding="utf-8")
+
+
+def parse_json(text: str) -> Any:
+    """The value that a JSON text describes. Raises ValueError where it is none, says a key twice, or nests deeper than DEEPEST."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_bounded)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if any(isinstance(inner, dict | list) for inner in level):
+        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    return value
+
+
+def read_json(path: Path, *, missing: str, damaged: str) -> Any:
+    """The value in a JSON file. Raises ArtifactError that names the file, with `missing` or `damaged` as what to do."""
+    try:
+        return parse_json(read_text(path))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: {missing}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); {damaged}") from error
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > LONGEST:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} stands twice")
+    return found

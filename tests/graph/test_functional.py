@@ -1,0 +1,92 @@
+"""Calls of functions are the layers they stand for: a network written with them becomes stock modules, equal in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from removal_nets import Residual, basic, conv, conv_bn, images, prepared, worst_error
+from torch import Tensor, nn
+
+from rmprune.removal import remove_residuals
+
+
+class Written(nn.Module):
+    """A residual block and a head that hold their parameters themselves and call functions."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.first, self.second, self.last = conv(3, 6), conv(6, 6), nn.BatchNorm2d(6), nn.Linear(6 * 16, 4)
+        self.slope = nn.Parameter(torch.rand(6) + 0.5)
+        self.flatten = flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = F.conv2d(x, self.first.weight, self.first.bias, padding=1)
+        norm = self.second
+        y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        y = F.prelu(F.relu(y + x), self.slope)
+        return F.linear(self.flatten(F.avg_pool2d(y, 2)), self.last.weight, self.last.bias)
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x.view(x.size()[0], -1),
+        lambda x: x.reshape(x.shape[0], -1),
+        lambda x: torch.flatten(x, 1),
+    ],
+)
+def test_functions_become_stock_modules(flatten: Callable[[Tensor], Tensor]) -> None:
+    model, x = prepared(Written(flatten)), images()
+    removal = remove_residuals(model, x)
+    kinds = {type(module) for module in removal.model}
+    assert type(removal.model) is nn.Sequential and {nn.PReLU, nn.Linear, nn.Flatten, nn.AvgPool2d} <= kinds | {
+        nn.Conv2d
+    }
+    assert worst_error(removal, model) < 1e-12
+
+
+class Shifted(nn.Module):
+    """Adds tensors of its own: one that is trained and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = basic()
+        self.stem, self.trained = conv(3, 6), nn.Parameter(torch.randn(1, 6, 8, 8))
+        self.register_buffer("fixed", torch.randn(1, 6, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(torch.relu(self.stem(x))) + self.trained + self.fixed
+
+
+def test_tensors_of_the_network_itself_are_carried_over_as_what_they_are() -> None:
+    model, x = prepared(Shifted()), images()
+    removal = remove_residuals(model, x)
+    assert removal.removed == ["0.block"]
+    assert (removal.model(x) - model(x)).abs().max() < 1e-12
+    parameters = [p for p in removal.model.parameters() if p.shape == (1, 6, 8, 8)]
+    held = [b for b in removal.model.buffers() if b.shape == (1, 6, 8, 8)]
+    assert torch.equal(parameters[0], model[0].trained) and torch.equal(held[0], model[0].fixed)
+    assert len(parameters) == len(held) == 1
+
+
+def frozen() -> nn.Module:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    return FrozenBatchNorm2d(6)
+
+
+def with_activation() -> nn.Module:
+    return pytest.importorskip("timm").layers.BatchNormAct2d(6)
+
+
+@pytest.mark.parametrize("norm", [frozen, with_activation, lambda: nn.SyncBatchNorm(6)])
+def test_kin_of_batch_norm_are_batch_norms(norm: Callable[[], nn.Module]) -> None:
+    odd = norm()
+    for tensor, low in ((odd.weight, 0.5), (odd.bias, -0.5), (odd.running_mean, -0.5), (odd.running_var, 0.5)):
+        nn.init.uniform_(tensor.data, low, low + 1)
+    model = prepared(*conv_bn(3, 6), nn.ReLU(), Residual(nn.Sequential(conv(6, 6), odd, nn.ReLU(), *conv_bn(6, 6))))
+    removal = remove_residuals(model, images())
+    assert len(removal.removed) == 1 and worst_error(removal, model) < 1e-12

@@ -1,0 +1,98 @@
+"""`measure` writes accuracy in each number format into the records, and nothing else of them changes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import rmprune
+from rmprune.config import (
+    AmcConfig,
+    DataConfig,
+    MeasureConfig,
+    PruneConfig,
+    RemeasureConfig,
+    SlimConfig,
+    TrainConfig,
+    TrainRunConfig,
+)
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.measure import backend_accuracy, calibration_images
+from rmprune.pipelines.measure import dataset_of, run_measure
+from rmprune.pipelines.train import run_train
+from rmprune.runs.records import read_record, write_record
+
+QUICK = MeasureConfig(("eager",), (1,), (1,), seconds=0.0, min_rounds=3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "train"
+    short = TrainConfig(epochs=1)
+    run_train(
+        TrainRunConfig("resnet20", width=4, train=short, measure=QUICK, out=out, data=DataConfig(train_images=256)),
+        command="x",
+    )
+    return out
+
+
+def test_accuracy_in_int8_lands_in_the_record_beside_the_times(run: Path) -> None:
+    before = read_record(run)
+    config = replace(QUICK, backends=("eager", "onnxruntime-int8"), batch_sizes=(1, 2))
+    (path,) = run_measure(RemeasureConfig((run,), config))
+    after, data = read_record(path), dataset_of([path])
+    for name in ("original", "plain"):
+        times = after[name]["latency"]
+        assert [(time["backend"], time["batch_size"]) for time in times] == [
+            *(("eager", 1), ("eager", 2), ("onnxruntime-int8", 1), ("onnxruntime-int8", 2))
+        ]
+        assert all("accuracy" not in time and time["number_format"] == "float32" for time in times[:2])
+        assert all(time["number_format"] == "int8" and time["first_ms"] > 0 for time in times[2:])
+        assert all(time["ratio_low"] <= time["ratio"] <= time["ratio_high"] for time in times)
+        network = rmprune.load(run / ("dense" if name == "original" else name))
+        images = calibration_images(data.train)
+        assert times[2]["accuracy"] == backend_accuracy(network, data.test, "onnxruntime-int8", calibration=images)
+    for entry in (before, after):
+        for name in ("original", "plain"):
+            entry[name].pop("latency")
+        entry.pop("environment")
+    assert before == after
+
+
+def test_runs_that_cannot_say_their_data_are_refused_for_int8_alone(run: Path, tmp_path: Path) -> None:
+    record = read_record(run)
+    for folder, config in (("none", {}), ("other", {"data": {"dataset": "cifar10"}})):
+        write_record(tmp_path / folder / "record.json", record | {"config": config})
+    with pytest.raises(ArtifactError, match="which data set its accuracy is of"):
+        dataset_of([tmp_path / "none" / "record.json"])
+    with pytest.raises(ArtifactError, match="one data set at a time"):
+        dataset_of([run / "record.json", tmp_path / "other" / "record.json"])
+
+
+def test_a_backend_that_cannot_be_had_leaves_the_record_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (run / "record.json").read_bytes()
+    with pytest.raises(ConfigError, match="GPU"):
+        run_measure(RemeasureConfig((run,), replace(QUICK, backends=("cudagraph",))))
+    assert (run / "record.json").read_bytes() == before and json.loads(before)
+
+
+def test_int8_is_measured_and_judges_nothing() -> None:
+    first = replace(QUICK, backends=("openvino-int8", "eager"))
+    for config in (
+        lambda: SlimConfig(measure=first, prune=PruneConfig(latency_ratio=(0.5,))),
+        lambda: AmcConfig(measure=first),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"counted on the first backend, openvino-int8, .* onnxruntime,openvino-int8"
+        ):
+            config()
+    SlimConfig(measure=replace(first, backends=("eager", "openvino-int8")), prune=PruneConfig(latency_ratio=(0.5,)))
+
+
+def test_training_measures_accuracy_in_int8_too(tmp_path: Path) -> None:
+    config = TrainRunConfig("resnet20", width=4, train=TrainConfig(epochs=0), out=tmp_path / "run")
+    config = replace(config, measure=replace(QUICK, backends=("onnxruntime-int8",)))
+    run_train(replace(config, data=DataConfig(train_images=64)), command="x")
+    times = read_record(tmp_path / "run")["plain"]["latency"]
+    assert times[0]["number_format"] == "int8" and 0 <= times[0]["accuracy"] <= 1
