@@ -18,7 +18,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary place beside `path`, to write a file or make a folder at; it takes the place of `path` when the block ends well.
 
     Missing folders above are made. Where anything fails (a full disk, a folder that cannot be written), what stood at `path`
-    stands there as it was, nothing else is left, and an error of the disk becomes an ArtifactError.
+    stands there as it was, nothing but empty folders is left, and an error of the disk becomes an ArtifactError.
     """
     path = Path(path)
     work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

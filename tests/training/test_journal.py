@@ -37,7 +37,7 @@ def test_tensorboard_is_written_beside_the_log(tmp_path: Path):
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path):
-    with pytest.raises(ArtifactError, match=r"cannot be written .* pass another folder"):
+    with pytest.raises(ArtifactError, match=r"cannot be written .* choose another folder"):
         fit(tiny_net(), blobs(), CONFIG, seed=0, log=tmp_path)
 
 
