@@ -75,6 +75,14 @@ class Network:
         self.layers[unique] = layer
         return unique
 
+    def drop_unread(self, *, layers: bool = True) -> None:
+        """Takes out what nothing reads; layers among it only if `layers`."""
+        stay = ("output", "placeholder") if layers else ("output", "placeholder", "call_module")
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op not in stay:
+                self.graph.erase_node(node)
+                self.layers.pop(str(node.target), None)
+
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of what a node gives for the example inputs; None where that is no tensor."""
@@ -87,10 +95,12 @@ def is_batch_norm(layer: NodeLayer | None) -> bool:
 
 
 def linear_layer(network: Network, node: fx.Node) -> Conv:
-    """The node as a linear layer. Raises Obstacle where it is none."""
+    """The node as a linear layer; of vectors (N, C), as one of 1x1 maps. Raises Obstacle where it is none."""
     shape = shape_of(node)
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     before = shape_of(source) if source is not None else None
+    if isinstance(network.layer(node), nn.Linear) and len(shape or ()) == 2:
+        return _pointwise(network.layer(node), str(node.target))
     if source is None or shape is None or before is None or len(shape) != 4 or len(before) != 4:
         raise Obstacle(f"{describe(network, node)} does not read one map (batch, channels, height, width)")
     layer = network.layer(node)
@@ -105,6 +115,13 @@ def linear_layer(network: Network, node: fx.Node) -> Conv:
     if output_size(found.geometry, spatial(source)) != spatial(node):
         raise Obstacle(f"{node.target}: partial windows at the border of this input size (ceil_mode)")
     return found
+
+
+def _pointwise(layer: Any, name: str) -> Conv:
+    """A linear layer on vectors as a 1x1 convolution."""
+    weight = layer.weight.detach().double().cpu()[:, :, None, None]
+    bias = _zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().cpu()
+    return Conv(lambda: weight, bias, weight.shape[1], name=name)
 
 
 def _crop(node: fx.Node, channels: int) -> Conv:

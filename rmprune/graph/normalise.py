@@ -7,7 +7,6 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
@@ -18,6 +17,7 @@ from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
 from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
 from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.tracer import Tracer, follow
+from rmprune.graph.written_out import name_activations
 
 
 class _Tracer(Tracer):
@@ -34,7 +34,8 @@ class _Tracer(Tracer):
 def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: bool = True) -> Network:
     """Traces a float64 eval-mode network (`reference_copy`) into stock modules, with shapes.
 
-    `pieces`: write what `chunk` and `split` give as slices of these sizes (False: leave them, which other sizes follow).
+    `pieces`: write what `chunk` and `split` give as slices of these sizes, cat(x, zeros) as padded channels and activations that code
+    writes out as modules (False: leave them, which other sizes follow).
 
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
@@ -49,7 +50,9 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     if pieces:
         slice_pieces(network)
         _as_layers(network)
-        network.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        pad_zeros(network)
+        name_activations(network)
+        network.drop_unread()
         _refuse_fixed_batch(network, decided, example_inputs)
     network.decided = decided
     return network
@@ -73,14 +76,7 @@ class _Normaliser:
                 self._call(node)
             else:
                 self._keep(node)
-        for node in reversed(list(self.network.graph.nodes)):
-            if (
-                not node.users
-                and node.op not in ("output", "placeholder")
-                and not (unread and node.op == "call_module")
-            ):
-                self.network.graph.erase_node(node)
-                self.network.layers.pop(str(node.target), None)
+        self.network.drop_unread(layers=not unread)
         return self.network
 
     def _module(self, node: fx.Node) -> None:
@@ -175,10 +171,8 @@ def plain_norm(module: Any) -> nn.BatchNorm2d:
 
 
 def _as_layers(network: Network) -> None:
-    """x - y as x + (-1) * y, a number a channel that is added as a layer, channels of zeros as padding; `propagate_shapes` has run."""
+    """x - y as x + (-1) * y, and a number a channel that is added as a layer; `propagate_shapes` has run."""
     for node in list(network.graph.nodes):
-        if node.target in (torch.cat, torch.concat):
-            _as_padding(network, node)
         if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
             continue
         first, second = node.args
@@ -194,29 +188,6 @@ def _as_layers(network: Network) -> None:
             node.target, node.args = operator.add, (first, negative)
         elif node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
             node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
-
-
-def _as_padding(network: Network, cat: fx.Node) -> None:
-    """cat([x, zeros], 1), the shortcut of ResNets for small images, as a padding of x with channels of zeros."""
-    parts = cat.args[0] if cat.args else None
-    dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
-    if not isinstance(parts, list | tuple) or dim not in (1, -3):
-        return
-    if not all(isinstance(part, fx.Node) and len(shape_of(part) or ()) == 4 for part in parts):
-        return
-    live = [place for place, part in enumerate(parts) if not _is_zero(network, part)]
-    if len(live) == 1 and len(parts) > 1:
-        channels = [(shape_of(part) or (0, 0))[1] for part in parts]
-        before, after = sum(channels[: live[0]]), sum(channels[live[0] + 1 :])
-        cat.target, cat.args, cat.kwargs = F.pad, (parts[live[0]], (0, 0, 0, 0, before, after)), {}
-
-
-def _is_zero(network: Network, node: fx.Node) -> bool:
-    if node.target in (torch.zeros_like, torch.zeros, "new_zeros"):
-        return True
-    layer, constant = network.layer(node), network.constants.get(str(node.target)) if node.op == "get_attr" else None
-    zeros = layer.factor if isinstance(layer, Scale) else constant
-    return zeros is not None and not bool(zeros.any())
 
 
 def _refuse_fixed_batch(network: Network, decided: list[str], inputs: tuple[Tensor, ...]) -> None:
@@ -238,19 +209,54 @@ def _one_a_channel(constant: Tensor, node: fx.Node) -> bool:
     return constant.dim() in (3, 4) and constant.shape[-3:] == (shape[1], 1, 1) and constant.numel() == shape[1]
 
 
+def pad_zeros(network: Network) -> None:
+    """Rewrites cat([x, zeros], 1), the CIFAR shortcut without weights (RM.md 3), as channels padded to x, in place."""
+    for node in list(network.graph.nodes):
+        parts = list(node.args[0]) if node.target in (torch.cat, torch.concat) and node.args else []
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+        filled = [i for i, part in enumerate(parts) if not _is_zero(network, part)]
+        if dim not in (1, -3) or len(shape_of(node) or ()) != 4 or len(filled) != 1 or len(parts) < 2:
+            continue
+        counts, at = [(shape_of(part) or (0, 0))[1] for part in parts], filled[0]
+        padding = (0, 0, 0, 0, sum(counts[:at]), sum(counts[at + 1 :]))
+        with network.graph.inserting_before(node):
+            padded = network.graph.call_function(nn.functional.pad, (parts[at], padding))
+        padded.meta = dict(node.meta)
+        node.replace_all_uses_with(padded)
+        network.graph.erase_node(node)
+        network.drop_unread()
+
+
+def _is_zero(network: Network, node: fx.Node) -> bool:
+    """Whether a node is zeros, whatever the input: torch.zeros_like(x), x.new_zeros(...), 0 * x, a buffer of zeros."""
+    if node.target in (torch.zeros_like, torch.zeros, "new_zeros"):
+        return True
+    layer, constant = network.layer(node), network.constants.get(str(node.target)) if node.op == "get_attr" else None
+    zeros = layer.factor if isinstance(layer, Scale) else constant
+    return zeros is not None and not bool(zeros.any())
+
+
 def slice_pieces(network: Network) -> None:
-    """Rewrites each such piece as x[:, a:b], in place; `propagate_shapes` has run."""
+    """Rewrites each piece of a split as x[:, a:b], and x[:, :n] that takes all as x, in place; `propagate_shapes` has run."""
     for node in list(network.graph.nodes):
         index = node.args[1] if node.target is operator.getitem else None
+        if isinstance(index, tuple) and isinstance(node.args[0], fx.Node) and _takes_all(node.args[0], node, index):
+            node.replace_all_uses_with(node.args[0])
+            network.graph.erase_node(node)
         if not isinstance(index, int) or not isinstance(node.args[0], fx.Node):
             continue
         ends = _ends(node.args[0])
         if ends is not None and -len(ends) < index < len(ends):
             index %= len(ends)
             node.args = (node.args[0].args[0], (slice(None), slice(ends[index - 1] if index else 0, ends[index])))
-    for node in reversed(list(network.graph.nodes)):
-        if node.target in _CUTS and not node.users:
-            network.graph.erase_node(node)
+    network.drop_unread()
+
+
+def _takes_all(source: fx.Node, node: fx.Node, index: tuple[Any, ...]) -> bool:
+    """Whether x[:, :n] takes all that there is, as GhostNet's does."""
+    channels = len(index) > 1 and isinstance(index[1], slice) and index[1].step in (None, 1)
+    rest = all(part == slice(None) for part in (*index[:1], *index[2:]))  # a crop may take all at this size alone
+    return channels and rest and shape_of(node) is not None and shape_of(source) == shape_of(node)
 
 
 _CUTS = ("split", torch.split, "chunk", torch.chunk)

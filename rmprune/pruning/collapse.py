@@ -101,6 +101,10 @@ def _collapsible(network: Network, name: str, add: fx.Node) -> Block:
     shape = shape_of(block.fork)
     assert shape is not None
     kernel, stride = _geometry(block)
+    if not all(layer.stock for layer in block.layers):
+        raise Obstacle(
+            "its branch holds a gate (squeeze-and-excitation) or a concatenation, which no convolution stands for"
+        )
     users = [network.layer(user) for user in add.users]
     if len(block.layers) < 2:
         raise Obstacle("its branch is one layer already")

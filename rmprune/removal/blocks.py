@@ -12,28 +12,24 @@ from itertools import takewhile
 import torch
 from torch import fx, nn
 
-from rmprune.graph.activations import rule_of
-from rmprune.graph.convolution import Conv, Obstacle, Pair, dense, identity, or_none, with_norm
+from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
 from rmprune.graph.network import Network, describe, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
+from rmprune.removal.chain import (
+    CONCATENATIONS,
+    MULTIPLICATIONS,
+    ChainLayer,
+    find_detour,
+    identity_layer,
+    in_chain,
+    is_linear,
+    layers_of,
+    walk,
+)
 from rmprune.removal.copies import Entries, entries_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
-
-
-@dataclass(frozen=True)
-class ChainLayer:
-    """One convolution of the branch and the activation after it."""
-
-    conv: Conv
-    activation: nn.Module | None
-    activation_name: str
-    size: Pair  # of its input, in pixels
-    out_size: Pair
-    range: Range  # of what the convolution emits, before the activation
-    seen: Range | None  # the same as the examples showed it
-    split: int = 0  # the activation is applied to so many channels from the first on; 0: to all
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def additions(network: Network) -> list[tuple[str, fx.Node]]:
 
 def _common_name(network: Network, add: fx.Node) -> str:
     """layer1_0_conv1, layer1_0_bn1, layer1_0_conv2 -> layer1_0; "add" where the names share nothing."""
-    ways = [_walk(network, operand)[1] for operand in add.args[:2] if isinstance(operand, fx.Node)]
+    ways = [walk(network, operand)[1] for operand in add.args[:2] if isinstance(operand, fx.Node)]
     targets = [str(node.target) for way in ways for node in way if node.op == "call_module"]
     words = zip(*(re.split(r"[._]", target) for target in targets), strict=False)
     shared = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, words)]
@@ -137,44 +133,19 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block:
         raise Obstacle(
             f"adds shapes {shape_of(first)} and {shape_of(second)}, not two equal maps (batch, channels, height, width)"
         )
-    (source, chain), (other_source, other) = _walk(network, first), _walk(network, second)
+    (source, chain), (other_source, other) = walk(network, first), walk(network, second)
     if source is not other_source:
         raise Obstacle(why_no_fork(network, max(source, other_source)))
     if len(shape_of(source) or ()) != 4:
         raise Obstacle("the fork is no map (batch, channels, height, width)")
-    linear = [all(_is_linear(network, node) for node in nodes) for nodes in (chain, other)]
+    linear = [all(is_linear(network, node) for node in nodes) for nodes in (chain, other)]
     if not any(linear):
         raise Obstacle("both ways hold an activation or another non-linear layer: neither is a shortcut")
     swap = _reach(network, chain) < _reach(network, other) if all(linear) else linear[0]
     branch, shortcut = (other, chain) if swap else (chain, other)
     layers, stages = _layers(network, branch), _stages(network, shortcut)
-    return Block(name, add, source, tuple(layers), tuple(stages), tuple(branch), tuple(shortcut))
-
-
-def _walk(network: Network, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Back from an operand along layers that nothing else reads, to the first value that is read more than once."""
-    chain: list[fx.Node] = []
-    while len(node.users) == 1 and _in_chain(network, node):
-        chain.append(node)
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    return node, chain[::-1]
-
-
-def _in_chain(network: Network, node: fx.Node) -> bool:
-    if not node.args or not isinstance(node.args[0], fx.Node) or len(node.all_input_nodes) != 1:
-        return False
-    return _is_linear(network, node) or isinstance(_activation(network, node), nn.Module)
-
-
-def _activation(network: Network, node: fx.Node) -> nn.Module | None:
-    layer = network.layer(node)
-    return layer if isinstance(layer, nn.Module) and rule_of(layer) is not None else None
-
-
-def _is_linear(network: Network, node: fx.Node) -> bool:
-    return or_none(linear_layer, network, node) is not None
+    nodes = _with_detours(network, branch)
+    return Block(name, add, source, tuple(layers), tuple(stages), nodes, tuple(shortcut))
 
 
 def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
@@ -184,42 +155,19 @@ def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
 
 
 def _layers(network: Network, nodes: list[fx.Node]) -> list[ChainLayer]:
-    """The branch as convolutions with at most one activation after each, a convolution first and last."""
-    layers: list[ChainLayer] = []
-    open_layer = False  # the last layer may still take an activation
-    for node in nodes:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        activation = _activation(network, node)
-        size, out_size = spatial(source), spatial(node)
-        if activation is not None:
-            if not open_layer:
-                layers.append(_identity_layer(source, f"{node.target}_in"))
-            layers[-1] = replace(layers[-1], activation=activation, activation_name=str(node.target))
-            open_layer = False
-            continue
-        conv = linear_layer(network, node)
-        if is_batch_norm(network.layer(node)) and open_layer and layers[-1].conv.norm is None:
-            assert conv.norm is not None
-            normed = with_norm(layers[-1].conv, conv.norm, conv.norm_name)
-            layers[-1] = replace(layers[-1], conv=normed, range=range_of(node), seen=node.meta.get("seen"))
-            continue
-        if is_batch_norm(network.layer(node)):
-            conv = dense(replace(conv, name=f"{conv.name}_in"))
-        layers.append(ChainLayer(conv, None, "", size, out_size, range_of(node), node.meta.get("seen")))
-        open_layer = True
+    """The branch as layers, a convolution first and last."""
+    layers, open_layer = layers_of(network, nodes)
     if not layers:
         raise Obstacle("the branch holds no layer")
     if not open_layer:
-        layers.append(_identity_layer(nodes[-1], f"{nodes[-1].target}_out"))
+        layers.append(identity_layer(nodes[-1], f"{nodes[-1].name}_out"))
     return layers
 
 
-def _identity_layer(source: fx.Node, name: str) -> ChainLayer:
-    shape = shape_of(source)
-    assert shape is not None
-    size = spatial(source)
-    return ChainLayer(identity(shape[1], name), None, "", size, size, range_of(source), source.meta.get("seen"))
+def _with_detours(network: Network, nodes: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """The nodes of a chain and of the detours over it, in order."""
+    detours = [find_detour(network, node) for node in nodes]
+    return tuple(sorted({*nodes, *(inner for detour in detours if detour is not None for inner in detour.nodes)}))
 
 
 def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
@@ -238,22 +186,44 @@ def _stages(network: Network, nodes: list[fx.Node]) -> list[ShortcutStage]:
     return stages
 
 
-_GATES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_CONCATENATIONS = (torch.cat, torch.concat)
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node is made of weights alone, whatever the input."""
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(_is_weight, node.all_input_nodes)))
+
+
+def _holds_layer_norm(network: Network, node: fx.Node) -> bool:
+    """Whether a LayerNorm lies on the way back from here to the first value that is read more than once."""
+    while len(node.users) == 1:
+        if isinstance(network.layer(node), nn.LayerNorm) or node.target is nn.functional.layer_norm:
+            return True
+        sources = [source for source in node.all_input_nodes if not _is_weight(source)]
+        if len(sources) != 1:
+            return False
+        node = sources[0]
+    return False
 
 
 def why_no_fork(network: Network, end: fx.Node) -> str:
     """Names what ends the walk back from an addition before branch and shortcut meet."""
-    if end.target in _GATES:
+    if _holds_layer_norm(network, end):
         return (
-            "its branch is multiplied by a value that is computed on the way (a gate, squeeze-and-excitation): the gate would "
-            "multiply the reserved copies too, which need a factor of exactly 1"
+            "its branch holds a LayerNorm, whose mean and variance are over all channels: copies among them would change the others, "
+            "and come out bounded, as no multiple of themselves; beside it they take a concatenation of what the addition adds, "
+            "so nothing is gained"
+        )
+    if end.target in MULTIPLICATIONS and any(_is_weight(source) for source in end.all_input_nodes):
+        return "its branch is scaled by weights computed on the way, which no kernel stands for"
+    if end.target in MULTIPLICATIONS:
+        return (
+            "its branch is multiplied by a value that is computed on the way and is no gate that can be followed: one number a "
+            "channel, of a pool of the very map that it multiplies (AdaptiveAvgPool2d(1), mean((2, 3))), by convolutions, linear "
+            "layers and activations"
         )
     if end.target in _ADDITIONS:
         return "its branch holds another residual that stays"
-    if end.target in _CONCATENATIONS:
+    if end.target in CONCATENATIONS:
         return "its branch concatenates several ways: it is no chain of layers"
-    if len(end.users) > 1 and _in_chain(network, end):
+    if len(end.users) > 1 and in_chain(network, end):
         return f"the output of {describe(network, end)} inside its branch is read elsewhere, too: the branch is no chain of layers"
     if end.op == "placeholder":
         return "its two ways start from different values: it adds maps of two sources"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, image
 from rmprune.graph.convolution import Conv, Norm, Obstacle, Pattern, coordinates, to_measure
-from rmprune.removal.forms import Code, free
+from rmprune.removal.forms import Code, Shift, free, shift
 from rmprune.removal.geometry import Taps
 
 
@@ -45,8 +45,8 @@ class Carry:
 class Rows:
     """New rows of one layer, before its activation, (R,) each.
 
-    source: the old row that is copied as it is, or -1 where row r is scale[r] * v[channel[r]] + offset[r]; decode, group, low, high:
-    as in Carry.
+    Row r is scale[r] * u + offset[r], where u is the old row source[r], or v[channel[r]] where source[r] is -1; decode, group, low,
+    high: as in Carry.
     """
 
     channel: Tensor
@@ -68,27 +68,39 @@ def start(low: Tensor, high: Tensor, groups: int) -> Carry:
     return Carry(index, one, index, group, torch.zeros_like(one), low, high, Side(index, channels))
 
 
-def passes_as_is(carry: Carry, rule: Rule | None, direct: Tensor) -> Tensor:
-    """(K,) bool: which channels keep their rows unchanged: all of them pass, and (direct, (K,) bool) one copy would not do better."""
-    failing = torch.zeros(len(carry.constant), dtype=torch.bool)
-    failing[carry.channel[~free(rule, carry.low, carry.high)]] = True
+def passes_as_is(carry: Carry, rule: Rule | None, direct: Tensor, shiftable: bool) -> tuple[Tensor, Shift]:
+    """(K,) bool: which channels keep their rows: all of them pass, and (direct, (K,) bool) one copy would not do better.
+
+    With it what each old row (R,) is moved by: where `shiftable`, rows of a channel that has several may be shifted one by one.
+    """
     several = torch.bincount(carry.channel, minlength=len(carry.constant)) > 1
-    return ~failing & ~(several & direct)
+    passes = free(rule, carry.low, carry.high)
+    move = Shift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
+    if rule is not None and shiftable:
+        found = shift(rule, carry.low, carry.high)
+        moved = ~passes & several[carry.channel] & torch.isfinite(found.scale)
+        move = Shift(torch.where(moved, found.scale, move.scale), torch.where(moved, found.offset, move.offset))
+        passes = passes | moved
+    failing = torch.zeros_like(several)
+    failing[carry.channel[~passes]] = True
+    return ~failing & ~(several & direct), move
 
 
-def new_rows(carry: Carry, code: Code, as_is: Tensor, wanted: tuple[Tensor, Tensor], low: Tensor, high: Tensor) -> Rows:
+def new_rows(
+    carry: Carry, code: Code, as_is: Tensor, move: Shift, wanted: tuple[Tensor, Tensor], low: Tensor, high: Tensor
+) -> Rows:  # fmt: skip
     """One set of rows for each wanted (channel, group), (P,) each: copies of old rows for channels `as_is`, else by the code.
 
-    as_is: (K,) bool; low, high: (K,), the range of the value.
+    as_is, move: see `passes_as_is`; low, high: (K,), the range of the value.
     """
     channel, group = wanted
     kept_channel, kept_group = channel[as_is[channel]], group[as_is[channel]]
     i, r = matches(kept_channel, carry.channel)
     fits = (carry.group[r] == ANYWHERE) | (kept_group[i] == ANYWHERE) | (carry.group[r] == kept_group[i])
     i, r = i[fits], r[fits]
-    one = torch.ones(len(r), dtype=torch.float64)
+    by, plus = move.scale[r], move.offset[r]
     kept = Rows(
-        carry.channel[r], one, torch.zeros_like(one), carry.decode[r], kept_group[i], r, carry.low[r], carry.high[r]
+        carry.channel[r], by, plus, carry.decode[r] / by, kept_group[i], r, by * carry.low[r] + plus, by * carry.high[r] + plus
     )  # fmt: skip
     coded_channel, coded_group = channel[~as_is[channel]], group[~as_is[channel]]
     i, c = matches(coded_channel, code.channel)
@@ -115,7 +127,7 @@ def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries:
     spread = spread_entries(
         Entries(target, value.columns[e], value.kernel[e] * rows.scale[target][:, None, None]), rows.group, carry
     )
-    dirac = torch.zeros(int(copied.sum()), *value.kernel.shape[1:], dtype=torch.float64) + 1.0
+    dirac = rows.scale[copied][:, None, None].expand(-1, *value.kernel.shape[1:])
     return Entries(
         torch.cat([index[copied], spread.rows]), torch.cat([rows.source[copied], spread.columns]), torch.cat([dirac, spread.kernel])
     )  # fmt: skip

@@ -10,13 +10,13 @@ from dataclasses import replace
 from torch import fx, nn
 
 from rmprune.graph.convolution import Conv
-from rmprune.graph.network import Network, spatial
+from rmprune.graph.network import Network, shape_of, spatial
 
 BlockCost = tuple[int, int]
 
 
 def cost_of(network: Network, nodes: Iterable[fx.Node], batch_norm: bool = True) -> BlockCost:
-    """(MACs of the convolutions, parameters) of these nodes; batch_norm=False: built without the norms of convolutions as data."""
+    """(MACs of convolutions and linear layers, parameters) of these nodes; batch_norm=False: without norms of convolutions as data."""
     own = {(node.op, node.target): node for node in nodes if node.op in ("call_module", "get_attr")}
     costs = [_cost(network, node, batch_norm) for node in own.values()]
     return sum(macs for macs, _ in costs), sum(params for _, params in costs)
@@ -32,6 +32,8 @@ def _cost(network: Network, node: fx.Node, batch_norm: bool) -> BlockCost:
     if not isinstance(layer, nn.Module):
         return 0, 0
     macs = layer.weight.numel() * math.prod(spatial(node)) if isinstance(layer, nn.Conv2d) else 0
+    if isinstance(layer, nn.Linear):
+        macs = layer.weight.numel() * math.prod((shape_of(node) or ())[1:-1])
     return macs, sum(parameter.numel() for parameter in layer.parameters())
 
 

@@ -34,7 +34,9 @@ class Code:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Shift:
+    """scale * v + offset, one each a row."""
+
     scale: Tensor
     offset: Tensor
 
@@ -66,7 +68,7 @@ def cheapest_code(
         one = torch.ones(len(channel), dtype=torch.float64)
         name = "slope" if rule is not None and rule.slopes else "free"
         return Code(channel, one, torch.zeros_like(one), one, value, frozenset([name] if len(channel) else []))
-    shifted, pairs = _shift(rule, low, high), _pair_scale(rule, low, high)
+    shifted, pairs = shift(rule, low, high), _pair_scale(rule, low, high)
     shiftable, pairable = torch.isfinite(shifted.scale), torch.isfinite(pairs)
     use_shift = carried & ~passes & shiftable & (form in ("auto", "shift"))
     if form == "auto":
@@ -79,7 +81,7 @@ def cheapest_code(
 
 
 def _rows_of_forms(
-    rule: Rule, passes: Tensor, use_shift: Tensor, use_pair: Tensor, shifted: _Choice, pairs: Tensor, value: Tensor
+    rule: Rule, passes: Tensor, use_shift: Tensor, use_pair: Tensor, shifted: Shift, pairs: Tensor, value: Tensor
 ) -> Code:
     index = torch.arange(len(passes))
     one = torch.ones(len(passes), dtype=torch.float64)
@@ -100,24 +102,28 @@ def _rows_of_forms(
     return Code(channel[order], scale[order], offset[order], decode[order], constant, frozenset(names))
 
 
-def _shift(rule: Rule, low: Tensor, high: Tensor) -> _Choice:
-    """a * v + b inside the identity interval: a a power of two, at most 1; b the offset nearest to 0. NaN where impossible."""
+def shift(rule: Rule, low: Tensor, high: Tensor) -> Shift:
+    """a * v + b inside the identity interval, for rows v in [low, high]; NaN where impossible.
+
+    a is a power of two, at most 1; b the offset nearest to 0.
+    """
     nan = torch.full_like(low, math.nan)
     bottom, top = rule.low, rule.high
     if bottom >= top:
-        return _Choice(nan, nan)
-    margin = 1e-5 * torch.maximum(low.abs(), high.abs()).clamp(min=1e-30)
+        return Shift(nan, nan)
+    size = torch.where(torch.isinf(high), low.abs(), torch.maximum(low.abs(), high.abs()))
+    margin = 1e-5 * size.clamp(min=1e-30)
     low, high = low - margin, torch.where(torch.isinf(high), high, high + margin)
     if math.isinf(top):
         offset = torch.ceil((bottom - low).clamp(min=0.0) / _GRID) * _GRID
         possible = torch.isfinite(low)
-        return _Choice(torch.where(possible, 1.0, nan), torch.where(possible, offset, nan))
+        return Shift(torch.where(possible, 1.0, nan), torch.where(possible, offset, nan))
     possible = torch.isfinite(low) & torch.isfinite(high)
     width = torch.where(possible, high - low, 1.0).clamp(min=1e-30)
     scale = torch.exp2(torch.floor(torch.log2((top - bottom) / width))).clamp(max=1.0)
     least, most = bottom - scale * low, top - scale * high
     offset = torch.where(least > 0, _up(least, most), torch.where(most < 0, -_up(-most, -least), 0.0))
-    return _Choice(torch.where(possible, scale, nan), torch.where(possible, offset, nan))
+    return Shift(torch.where(possible, scale, nan), torch.where(possible, offset, nan))
 
 
 def _up(least: Tensor, most: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from rmprune.graph.convolution import Conv, Obstacle, or_none, to_measure
+from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.fuse import compose
 from rmprune.graph.network import spatial
 from rmprune.graph.ranges import constant, range_of, size_seen
-from rmprune.removal.blocks import Block, ChainLayer, ShortcutStage
+from rmprune.removal.blocks import Block, ShortcutStage
+from rmprune.removal.chain import ChainLayer
 from rmprune.removal.copies import (
     ANYWHERE,
     Carry,
@@ -51,16 +52,22 @@ class Schedule:
 
 
 def schedule(block: Block, form: str = "auto") -> Schedule:
-    """The cheapest exact plain chain for this block. Raises Obstacle where there is none."""
+    """The cheapest exact plain chain for this block. Raises Obstacle where there is none, with the reason of `form` itself."""
     layout = wires(block.layers)
     needed = _needed(block)
-    try:
-        return _cheapest(block, layout, needed, form)
-    except Obstacle:  # a shift may be what a padded shortcut kernel does not allow
-        pairs = or_none(_cheapest, block, layout, needed, "pair") if form == "auto" else None
-        if pairs is None:
-            raise
-        return pairs
+    forms = [form]
+    if form == "auto":  # a shift may be what a padded shortcut kernel does not allow
+        forms.append("pair")
+    if form == "auto" and not all(layer.stock for layer in block.layers):  # no plain chain in any case
+        forms.append("slice")
+    first: Obstacle | None = None
+    for each in forms:
+        try:
+            return _cheapest(block, layout, needed, each)
+        except Obstacle as obstacle:
+            first = first or obstacle
+    assert first is not None
+    raise first
 
 
 def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str) -> Schedule:

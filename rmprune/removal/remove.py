@@ -79,14 +79,14 @@ def remove_residuals(
     model: wrappers (DataParallel, torch.compile) are taken off, weights that are computed (weight norm, masks) made permanent.
     example_inputs: one batch, (N, C, H, W), a tuple of inputs or a dict of them by the names in forward; sets the sizes and the
     statistics of new batch norms (from its first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes,
-    unless `note`, the result's or a block's, says otherwise (a pool with ceil_mode). keep: names of blocks to leave in.
-    ranges: "provable" bounds hold for every input in `input_range`; "calibrated" ones are seen on example_inputs and widened by
-    `margin` times their width, exact only inside. form: how copies pass
-    an activation that is not the identity on their range: "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice"
-    (one copy beside it; the result is no chain then). batch_norm: False folds every batch norm, True
-    only new ones whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring
-    convolutions. tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype of `model` it may be off
-    by 16 times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
+    unless `note`, the result's or a block's, says otherwise (a pool with ceil_mode). keep: names of blocks to leave in. ranges:
+    "provable" bounds hold for every input in `input_range`; "calibrated" ones are seen on example_inputs and widened by
+    `margin` times their width, exact only inside. form: how copies pass an activation that is not the identity on their range:
+    "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice" (one copy beside it; the result is no chain then;
+    "auto" takes it only in blocks with a gate or a concatenation). batch_norm: False folds every batch norm, True only new ones
+    whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring convolutions.
+    tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype of `model` it may be off by 16
+    times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
 
     Raises UnsupportedModel (cannot be traced, random in eval mode, or no residual can go), NotEquivalent (over tolerance, or off in
     the dtype of `model`), ConfigError (a bad setting).

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, rule_of
-from rmprune.graph.convolution import Conv, Obstacle
+from rmprune.graph.convolution import Conv, Obstacle, dense
 from rmprune.graph.ranges import Range, constant
-from rmprune.removal.blocks import ChainLayer
+from rmprune.removal.chain import ChainLayer, Gate
 from rmprune.removal.copies import (
     ANYWHERE,
     Carry,
@@ -24,7 +24,7 @@ from rmprune.removal.copies import (
     row_entries,
     spread_norm,
 )
-from rmprune.removal.forms import cheapest_code, free
+from rmprune.removal.forms import Shift, cheapest_code, free
 from rmprune.removal.geometry import Taps
 
 
@@ -55,20 +55,26 @@ def reserve(
     conv, carry, (low, high) = layer.conv, sweep.carry, sweep.range
     rule = None if layer.activation is None else rule_of(layer.activation)
     sliced = form == "slice" and not bool(free(rule, low, high)[needed].all())
+    sliced |= layer.gate is not None and _unit(layer.gate) is None
     if sliced and wire.interleaved:
-        raise Obstacle("between grouped convolutions the activation cannot be applied to a slice")
+        raise Obstacle("between grouped convolutions activation and gate cannot be applied to a slice")
+    if layer.tail and wire.interleaved:
+        raise Obstacle("between grouped convolutions nothing can be concatenated")
     if sliced:
         rule = None  # copies pass beside it
-    as_is = torch.zeros_like(needed)
+    as_is, move = torch.zeros_like(needed), Shift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
     if identity:
         # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
         one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(needed)
-        as_is = passes_as_is(carry, rule, one_will_do) & needed & ~constant(low, high)
+        # It cannot put a pair together either, but may shift each of the two, where a copy has one place.
+        shiftable = conv.groups > 1 and not wire.interleaved and form in ("auto", "shift")
+        passing, move = passes_as_is(carry, rule, one_will_do, shiftable)
+        as_is = passing & needed & ~constant(low, high)
     code = cheapest_code(rule, low, high, needed & ~as_is, form, sweep.seen)
     carried = as_is.clone()
     carried[code.channel] = True
     wanted = _wanted(conv, wire, carry, value, carried, merge_pairs)
-    rows = new_rows(carry, code, as_is, wanted, low, high)
+    rows = new_rows(carry, code, as_is, move, wanted, low, high)
     entries = row_entries(rows, carry, value)
     in_tail = conv.groups > 1 and not wire.interleaved
     layout = lay_out(wire, conv.out_channels, rows.group, carry.extra_groups if in_tail else None)
@@ -77,24 +83,33 @@ def reserve(
     groups = conv.groups + (carry.extra_groups if in_tail else 0)
     new = assemble(conv, carry.side, after, groups, extra, taps)
     new = replace(new, norm=spread_norm(conv.norm, layout.computed, layout.total))
-    new.bias[layout.reserved] = torch.where(rows.source >= 0, 0.0, rows.scale * bias[rows.channel] + rows.offset)
+    new.bias[layout.reserved] = torch.where(rows.source >= 0, 0.0, rows.scale * bias[rows.channel]) + rows.offset
     kept = torch.where(as_is, carry.constant, code.constant) if identity else code.constant
+    moved = rows.source >= 0
+    kept = kept.index_add(0, rows.channel[moved], -rows.decode[moved] * rows.offset[moved])
+    behind = layer.tail[-1].conv.out_channels if layer.tail else 0  # of the branch, before the copies
+    own = torch.arange(conv.out_channels + behind) if behind else layout.computed
     next_carry = Carry(
-        rows.channel, rows.decode, layout.reserved, rows.group, kept, *after_activation(layer.activation, rule, rows.low, rows.high),
-        after, layout.extra_groups,
+        rows.channel, rows.decode, layout.reserved + behind, rows.group, kept,
+        *after_activation(layer.activation, rule, rows.low, rows.high), Side(own, layout.total + behind), layout.extra_groups,
     )  # fmt: skip
     forms = code.forms
     if as_is.any() and carry.side.total == len(carry.channel) == len(
         carry.side.positions
     ):  # x itself, in the first layer
         forms |= {"slope" if rule is not None and rule.slopes else "free"}
+    if bool((rows.offset[moved] != 0).any()):
+        forms |= {"shift"}
+    gate = layer.gate
+    if gate is not None and not sliced and len(rows.channel):
+        gate, forms = _open_gate(gate, after), forms | {"gate"}
     shown = rows.scale.abs() * sweep.seen
     wider = replace(
-        layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0,
+        layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0, gate=gate,
         range=layout.spread(layer.range, (rows.low, rows.high)),
         seen=None if layer.seen is None else layout.spread(layer.seen, (rows.offset - shown, rows.offset + shown)),
     )  # fmt: skip
-    return wider, next_carry, forms | ({"slice"} if sliced else set())
+    return wider, next_carry, forms | ({"slice"} if sliced or (behind and len(rows.channel)) else set())
 
 
 def _wanted(
@@ -128,6 +143,37 @@ def _with_slopes(activation: nn.Module | None, rule: Rule | None, side: Side) ->
     slopes[side.positions] = activation.weight.detach().double().expand(len(side.positions))
     wider.weight = nn.Parameter(slopes)
     return wider
+
+
+_ONE = 40.0  # sigmoid(40) is exactly 1.0, from 17 on in float32 and from 37 on in float64; so are the clipped ones
+
+
+def _unit(gate: Gate) -> float | None:
+    """What the last layer of a gate has to emit for a factor of exactly 1; None where nothing does, or its rows are tied in groups."""
+    last = gate.layers[-1] if gate.layers else None
+    if last is None or last.conv.groups > 1:
+        return None
+    if last.activation is None:
+        return 1.0
+    value = torch.full((1, last.conv.out_channels, 1, 1), _ONE, dtype=torch.float64)
+    return _ONE if bool((last.activation(value) == 1).all()) else None
+
+
+def _open_gate(gate: Gate, side: Side) -> Gate:
+    """The gate over a larger map: it reads the branch's own channels alone, and is exactly 1 on the others (RM.md 3)."""
+    layers = list(gate.layers)
+    unit = _unit(gate)
+    assert unit is not None
+    for i, layer in enumerate(layers):
+        conv = dense(layer.conv.folded()) if i == 0 else layer.conv.folded()
+        sides = [Side(torch.arange(count), count) for count in (conv.in_channels, conv.out_channels)]
+        before, after = side if i == 0 else sides[0], side if i == len(layers) - 1 else sides[1]
+        nothing = Entries(torch.arange(0), torch.arange(0), torch.zeros(0, 1, 1, dtype=torch.float64))
+        wider = assemble(conv, before, after, conv.groups, nothing, Taps(torch.arange(1), torch.arange(1), False))
+        ends = torch.full((3, after.total), unit, dtype=torch.float64)  # bias, and the range of what it emits
+        ends[:, after.positions] = torch.stack([conv.bias, *layer.range])
+        layers[i] = replace(layer, conv=replace(wider, bias=ends[0]), range=(ends[1], ends[2]), seen=None)
+    return replace(gate, layers=tuple(layers))
 
 
 @dataclass(frozen=True)

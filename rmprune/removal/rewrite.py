@@ -10,11 +10,12 @@ import torch
 from torch import fx, nn
 
 from rmprune.errors import ConfigError
-from rmprune.graph.convolution import Conv, Geometry, Obstacle, or_none
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, or_none
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.network import Network, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import annotate_range
-from rmprune.removal.blocks import Block, ChainLayer, additions, find_block
+from rmprune.removal.blocks import Block, additions, find_block
+from rmprune.removal.chain import CONCATENATIONS, ChainLayer, over_channels
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
 from rmprune.removal.cost import by_block, cost_of, parameters
 from rmprune.removal.geometry import chain_taps
@@ -30,7 +31,8 @@ class BlockReport:
     second, or else of the first; the layers of a block inside another count with the outer one, too.
 
     form is how copies pass the activations: `free` (already where the activation is the identity), `shift`, `pair`, `slope`, `slice`
-    (beside it), `linear` (no activation in between), or several joined by `+`. note: a limit of the exactness that a user has to know.
+    (beside it, by slices and a concatenation), `linear` (no activation in between), and `gate` where they pass a gate that is
+    exactly 1 for them; or several joined by `+`. note: a limit of the exactness that a user has to know.
     """
 
     name: str
@@ -153,44 +155,74 @@ def _replace(network: Network, block: Block, chain: Schedule) -> list[fx.Node]:
 
 
 def _insert(network: Network, source: fx.Node, layer: ChainLayer) -> list[fx.Node]:
-    """The convolution and its activation, if it has one: act(x), or cat(act(x[:, :split]), x[:, split:])."""
+    """The nodes of a layer: its convolution, and what follows it on all channels or, where it is split, on its own alone.
+
+    y = gate(act(x)), or y = gate(act(x[:, :split])) with x[:, split:] beside it; with a tail, cat(y, tail(y), copies).
+    """
     graph, every, channels = network.graph, slice(None), layer.conv.out_channels
+    batch = (shape_of(source) or (1,))[0]
     conv = graph.call_module(network.add(layer.conv.name, replace(layer.conv)), (source,))
-    added = [(conv, channels)]
-    if layer.activation is not None:
-        own, split = conv, layer.split or channels
-        if layer.split:
-            own = graph.call_function(operator.getitem, (conv, (every, slice(None, split))))
-            added.append((own, split))
-        active = graph.call_module(network.add(layer.activation_name, layer.activation), (own,))
-        added.append((active, split))
-        if layer.split:
-            beside = graph.call_function(operator.getitem, (conv, (every, slice(split, None))))
-            joined = graph.call_function(torch.cat, ([active, beside], 1))
-            added += [(beside, channels - split), (joined, channels)]
-    conv.meta |= {"range": layer.range} | ({} if layer.seen is None else {"seen": layer.seen})
-    for node, count in added:
-        node.meta["shape"] = ((shape_of(source) or (1,))[0], count, *layer.out_size)
-        if node is not conv:
-            annotate_range(network, node)
-    return [node for node, _ in added]
+    conv.meta |= {"range": layer.range, "shape": (batch, channels, *layer.out_size)}
+    conv.meta |= {} if layer.seen is None else {"seen": layer.seen}
+    added = [conv]
+
+    def add(node: fx.Node, count: int, size: Pair = layer.out_size) -> fx.Node:
+        node.meta["shape"] = (batch, count, *size)
+        annotate_range(network, node)
+        added.append(node)
+        return node
+
+    def cut(node: fx.Node, at: int) -> tuple[fx.Node, list[fx.Node]]:
+        """The channels of a node before and from `at` on; nothing beside where that are all."""
+        count = (shape_of(node) or (0, 0))[1]
+        if at in (0, count):
+            return node, []
+        first, rest = (
+            add(graph.call_function(operator.getitem, (node, (every, part))), number)
+            for part, number in ((slice(None, at), at), (slice(at, None), count - at))
+        )
+        return first, [rest]
+
+    def activated(current: fx.Node) -> fx.Node:
+        if layer.activation is None:
+            return current
+        return add(graph.call_module(network.add(layer.activation_name, layer.activation), (current,)), own)
+
+    def gated(current: fx.Node) -> fx.Node:
+        if layer.gate is None:
+            return current
+        add(graph.call_module(network.add(layer.gate.pool_name, layer.gate.pool), (current,)), own, (1, 1))
+        for inner in layer.gate.layers:
+            added.extend(_insert(network, added[-1], inner))
+        return add(graph.call_function(operator.mul, (current, added[-1])), own)
+
+    current, beside = cut(conv, layer.split)
+    own = layer.split or channels
+    current = activated(gated(current)) if layer.gate_first else gated(activated(current))
+    parts = [current]
+    if layer.tail:
+        current, copies = cut(current, layer.tail[0].conv.in_channels)
+        beside, end = beside + copies, current
+        for inner in layer.tail:
+            added += _insert(network, end, inner)
+            end = added[-1]
+        parts = [current, end]
+    if len(parts + beside) > 1:
+        total = sum((shape_of(part) or (0, 0))[1] for part in parts + beside)
+        add(graph.call_function(torch.cat, (parts + beside, 1)), total)
+    return added
 
 
 def join_copies(network: Network) -> int:
     """cat(x[:, :k], conv(x)) -> one convolution, wherever it is exact; returns how many concatenations went."""
     count = 0
     for node in list(network.graph.nodes):
-        if node.op == "call_function" and node.target in (torch.cat, torch.concat) and _over_channels(node):
+        if node.op == "call_function" and node.target in CONCATENATIONS and over_channels(node):
             found = _joined(network, node)
             if found is not None:
                 _replace_concatenation(network, node, *found)
                 count += 1
     return count
-
-
-def _over_channels(node: fx.Node) -> bool:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    return dim in (1, -3) and len(shape_of(node) or ()) == 4
 
 
 def _joined(network: Network, node: fx.Node) -> tuple[fx.Node, fx.Node, Conv] | None:

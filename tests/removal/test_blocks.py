@@ -59,20 +59,6 @@ def test_a_block_around_one_that_stays_says_so() -> None:
     assert removal.removed == ["4"] and removal.kept["3"] == "its branch holds another residual that stays"
 
 
-def test_gates_are_refused_by_name() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = branch(conv_bn(6, 6), conv_bn(6, 6))
-            self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.Sigmoid())
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.body(x)
-            return torch.relu(y * self.gate(y) + x)
-
-    refused(prepared(*stem(), Gated()), "squeeze-and-excitation")
-
-
 REASONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "slice": (lambda y: torch.relu(y)[:, :, 1:, 1:-1], r"a slice, x\[:, :, 1:, 1:-1\]"),
     "method": (lambda y: y.permute(0, 1, 3, 2), r"a call of x\.permute\(\.\.\.\)"),
