@@ -177,7 +177,7 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inspect_says_what_stays_and_why_and_convert_what_was_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(("inspect", "mobilenet_v3_small", "--image-size", "32"))
+    main(("inspect", "resnet8", "--width", "4", "--keep", "layer1.0"))
     printed = capsys.readouterr().out
     assert "stays (" in printed and "stays" in printed.split("next: ")[0]
     main(("convert", "resnet8", "--width", "4", "--keep", "layer1.0", "--out", str(tmp_path / "plain")))
