@@ -1,8 +1,9 @@
 """The layout is a promise: imports point one way, module by module, and the public names are there."""
 
+import ast
 from pathlib import Path
 
-from imports import cycles, module_imports, room_imports, room_of
+from imports import cycles, module_imports, modules, room_imports, room_of
 
 import rmprune
 
@@ -71,3 +72,40 @@ def test_removal_knows_no_pruning_and_the_graph_knows_nobody() -> None:
 def test_public_names() -> None:
     for name in rmprune.__all__:
         assert getattr(rmprune, name) is not None
+
+
+SHARED = {"logger", "Config", "SCHEMA", "NAMES", "PATTERN", "BATCH"}
+"""Names that mean the same wherever they stand: the package's logger, any config, a file's version, a family's names, a batch."""
+
+
+def defined(path: Path) -> dict[str, ast.stmt]:
+    """Public names that a module defines, with their statements; type variables of one letter are no names."""
+    found: dict[str, ast.stmt] = {}
+    for node in ast.parse(path.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = (
+            [node.name]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            else [getattr(t, "id", "_") for t in targets]
+        )
+        found |= {name: node for name in names if not name.startswith("_") and len(name) > 1}
+    return found
+
+
+def test_one_word_has_one_meaning() -> None:
+    where: dict[str, list[str]] = {}
+    for module, path in modules(PACKAGE).items():
+        for name in defined(path):
+            if name not in SHARED and room_of(module) not in ("cli", "pipelines"):
+                where.setdefault(name, []).append(module)
+    assert not {name: found for name, found in where.items() if len(found) > 1}
+
+
+def test_every_public_function_says_what_it_gives() -> None:
+    silent = [
+        f"{module}.{name}"
+        for module, path in modules(PACKAGE).items()
+        for name, node in defined(path).items()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not ast.get_docstring(node)
+    ]
+    assert not silent, silent

@@ -21,9 +21,9 @@ from rmprune.graph.vocabulary import (
     FUNCTION_NAMES,
     IDENTIFIER,
     LAYERS,
-    METHODS,
     MODULE_PATH,
     TENSOR_DTYPES,
+    TENSOR_METHODS,
     TENSOR_TYPES,
     TRAINING_FLAG,
 )
@@ -155,7 +155,7 @@ def _describe_node(node: fx.Node, model: nn.Module) -> dict[str, Any]:
                 "name"
             )
         target = name
-    elif node.op == "call_method" and target not in METHODS:
+    elif node.op == "call_method" and target not in TENSOR_METHODS:
         raise UnsupportedModel(f"{place(node)}: the tensor method {target!r} is not one an artifact can hold")
     elif node.op == "placeholder" and not IDENTIFIER.fullmatch(str(target)):
         raise UnsupportedModel(f"input {target!r}: give the forward pass named inputs, not {target}")

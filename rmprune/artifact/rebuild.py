@@ -24,9 +24,9 @@ from rmprune.graph.vocabulary import (
     LAYERS,
     MAX_CHANNELS,
     MAX_ENTRIES,
-    METHODS,
     MODULE_PATH,
     TENSOR_DTYPES,
+    TENSOR_METHODS,
     TENSOR_TYPES,
 )
 
@@ -260,7 +260,7 @@ def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
         elif op == "get_attr":
             get_tensor(root, target)
         elif op == "call_method":
-            if target not in METHODS or not args or not isinstance(args[0], fx.Node):
+            if target not in TENSOR_METHODS or not args or not isinstance(args[0], fx.Node):
                 raise ArtifactError(f"{where}: {target[:80]!r} is not a tensor method that an artifact may call")
         elif op == "call_function":
             if target not in FUNCTIONS:

@@ -13,7 +13,7 @@ from rmprune.errors import ConfigError
 
 Config = TypeVar("Config")
 UNSET = "none"  # TOML has no null
-LARGEST = (
+LARGEST_TOML = (
     2**18
 )  # bytes of a config; the reader's memory grows with the square of a key's dots, so those are counted too
 MOST_DOTS = 300  # on a line
@@ -72,8 +72,8 @@ def from_toml(kind: type[Config], path: Path) -> Config:
 def _read(path: Path) -> dict[str, Any]:
     """The tables and values of a TOML file; ConfigError where it is none, or where reading it would cost too much."""
     try:
-        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
-            raise ValueError(f"not a regular file of at most {LARGEST} bytes")
+        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_TOML):
+            raise ValueError(f"not a regular file of at most {LARGEST_TOML} bytes")
         text = path.read_text(encoding="utf-8")
         if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
             raise ValueError(f"a line with more than {MOST_DOTS} dots")

@@ -21,7 +21,7 @@ from rmprune.graph.shapes import blank_inputs, on_meta
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where the result lives."""
 
     dtype: torch.dtype
@@ -29,20 +29,20 @@ class Target:
     channels_last: bool
 
 
-def target_of(model: nn.Module) -> Target:
+def target_of(model: nn.Module) -> Destination:
     """dtype, device and memory format of a model, by its floating-point parameters."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     if not tensors:
-        return Target(torch.float32, torch.device("cpu"), False)
+        return Destination(torch.float32, torch.device("cpu"), False)
     maps = [t for t in tensors if t.dim() == 4 and min(t.shape[1:]) > 1]
     last = bool(maps) and all(
         t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in maps
     )
-    return Target(tensors[0].dtype, tensors[0].device, last)
+    return Destination(tensors[0].dtype, tensors[0].device, last)
 
 
 def materialise(
-    network: Network, inputs: tuple[Tensor, ...], measured: int, target: Target, batch_norm: bool
+    network: Network, inputs: tuple[Tensor, ...], measured: int, target: Destination, batch_norm: bool
 ) -> tuple[nn.Module, Any]:
     """The network as a module, and its outputs in float64 on `inputs`.
 
@@ -71,7 +71,7 @@ def _shapes(outputs: Any) -> str:
 
 
 class _Builder:
-    def __init__(self, network: Network, measured: int, target: Target, batch_norm: bool) -> None:
+    def __init__(self, network: Network, measured: int, target: Destination, batch_norm: bool) -> None:
         self.network, self.measured, self.target, self.batch_norm = network, measured, target, batch_norm
         self.graph = fx.Graph()
         self.nodes: dict[fx.Node, fx.Node] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size
-from rmprune.graph.run import Values, evaluate
+from rmprune.graph.run import Values, node_value
 
 NodeLayer = nn.Module | Conv
 GONE = (
@@ -64,7 +64,7 @@ class Network:
 
     def value(self, node: fx.Node, values: Values) -> Any:
         """The node's value, run as it stands; a convolution as data cannot be run."""
-        return evaluate(node, values.__getitem__, self.own)
+        return node_value(node, values.__getitem__, self.own)
 
     def add(self, name: str, layer: NodeLayer) -> str:
         """Registers a layer under a free name like `name` and returns that name."""
@@ -102,7 +102,7 @@ def linear_layer(network: Network, node: fx.Node) -> Conv:
     if isinstance(network.layer(node), nn.Linear) and len(shape or ()) == 2:
         return _pointwise(network.layer(node), str(node.target))
     if source is None or shape is None or before is None or len(shape) != 4 or len(before) != 4:
-        raise Obstacle(f"{describe(network, node)} does not read one map (batch, channels, height, width)")
+        raise Obstacle(f"{in_words(network, node)} does not read one map (batch, channels, height, width)")
     layer = network.layer(node)
     if isinstance(layer, Conv):
         return layer
@@ -144,7 +144,7 @@ def _pad_channels(network: Network, node: fx.Node, channels: int) -> Conv:
     pad = arguments[0] if arguments else None
     zeros = all(a in ("constant", 0, 0.0, None) for a in arguments[1:])
     if node.target is not torch.nn.functional.pad or not isinstance(pad, list | tuple) or len(pad) < 6 or not zeros:
-        raise Obstacle(f"{describe(network, node)} is no linear layer that a kernel stands for")
+        raise Obstacle(f"{in_words(network, node)} is no linear layer that a kernel stands for")
     if any(pad[:4]) or any(pad[6:]) or min(pad[4:6]) < 0:
         raise Obstacle("a padding of more than channels")
     weight = torch.cat(
@@ -163,7 +163,7 @@ def spatial(node: fx.Node) -> Pair:
     return (shape[2], shape[3]) if shape is not None and len(shape) == 4 else (1, 1)
 
 
-def describe(network: Network, node: fx.Node) -> str:
+def in_words(network: Network, node: fx.Node) -> str:
     """A node as code: "a MaxPool2d", "a slice, x[:, 8:]", "a call of x.permute(...)"."""
     layer = network.layer(node)
     if isinstance(layer, Conv):

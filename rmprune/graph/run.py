@@ -34,7 +34,7 @@ def run(
         yield node, value
 
 
-def evaluate(node: fx.Node, value: Callable[[fx.Node], Any], own: Callable[[fx.Node], Any]) -> Any:
+def node_value(node: fx.Node, value: Callable[[fx.Node], Any], own: Callable[[fx.Node], Any]) -> Any:
     """What one node gives. value: the value of a node it reads, or of an input; own: its layer (call_module) or tensor (get_attr)."""
     if node.op == "placeholder":
         return value(node)

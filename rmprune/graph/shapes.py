@@ -13,7 +13,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.convolution import from_module, or_none, output_size
 from rmprune.graph.network import Network
-from rmprune.graph.run import Values, evaluate, run
+from rmprune.graph.run import Values, node_value, run
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,7 +55,7 @@ def _value(network: Network, node: fx.Node, values: Values) -> Any:
         if known is not None:
             return torch.empty(known, dtype=values[node.all_input_nodes[0]].dtype, device="meta")
         with torch.device("meta"):  # also for what the code makes of sizes alone
-            return evaluate(node, values.__getitem__, lambda n: _own(network.own(n)))
+            return node_value(node, values.__getitem__, lambda n: _own(network.own(n)))
     except Exception as error:
         shapes = [tuple(values[n].shape) for n in node.all_input_nodes if isinstance(values[n], Tensor)]
         raise UnsupportedModel(f"{node.target}: fails on inputs of shape {shapes}: {error}") from error

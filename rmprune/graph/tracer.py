@@ -18,7 +18,7 @@ from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.run import evaluate
+from rmprune.graph.run import node_value
 from rmprune.graph.shapes import blank, blank_inputs, floating_dtype, on_meta
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
@@ -70,7 +70,7 @@ class Tracer(fx.Tracer):
                 self.values[node] = getattr(self.inputs[0], str(node.args[1]))
             else:
                 with _untraced(), torch.device("meta"):
-                    self.values[node] = evaluate(node, self.values.__getitem__, self._own)
+                    self.values[node] = node_value(node, self.values.__getitem__, self._own)
         except Exception:  # the user's own function, or an operator without a rule for shapes
             return
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.values[node])) and self._of_sizes(node):

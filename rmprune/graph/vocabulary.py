@@ -255,7 +255,7 @@ FUNCTION_NAMES: dict[Any, str] = {function: name for name, function in FUNCTIONS
 # Functions whose `training` argument tracing freezes to what it was at that moment: allowed only where it was False.
 TRAINING_FLAG = {F.dropout: 2, F.dropout2d: 2, F.batch_norm: 5, stochastic_depth: 3}
 ATTRIBUTES = frozenset({"shape", "ndim", "T"})
-METHODS = frozenset(
+TENSOR_METHODS = frozenset(
     _words("""
     view reshape flatten mean sum amax amin max min size dim numel relu relu_ sigmoid sigmoid_ tanh softmax log_softmax
     add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt abs exp log clamp clamp_ clip permute transpose contiguous

@@ -11,14 +11,14 @@ from rmprune.measure.candidate import Candidate, onnx_form
 from rmprune.measure.machine import has_instruction
 from rmprune.measure.runtimes import openvino_form, silence
 
-BATCH = 16  # calibration images that pass at once
+CALIBRATION_BATCH = 16  # calibration images that pass at once
 
 
 class _Reader:
     """Calibration batches as ONNX Runtime asks for them."""
 
     def __init__(self, candidate: Candidate) -> None:
-        self._batches: Iterator[Any] = iter(candidate.calibration.split(BATCH))
+        self._batches: Iterator[Any] = iter(candidate.calibration.split(CALIBRATION_BATCH))
 
     def get_next(self) -> dict[str, Any] | None:
         batch = next(self._batches, None)
@@ -68,7 +68,9 @@ def openvino_int8(candidate: Candidate) -> Any:
     with silence():
         nncf = importlib.import_module("nncf")
         ranges = importlib.import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
-        nncf.set_log_level(logging.ERROR)
+        logging.getLogger("nncf").setLevel(
+            logging.ERROR
+        )  # its own function quietens the handlers that it shares with us
         return nncf.quantize(
             candidate.form(openvino_form).clone(),
             nncf.Dataset(images),

@@ -26,7 +26,7 @@ from rmprune.graph.inputs import Inputs, as_given, to_double
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
-from rmprune.graph.run import Values, evaluate, run
+from rmprune.graph.run import Values, node_value, run
 from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal.blocks import Block, additions, find_block
 
@@ -150,9 +150,9 @@ def _fit_in_order(network: Network, blocks: dict[fx.Node, Block], inputs: tuple[
         return found.float() if isinstance(found, nn.Module) or found.is_floating_point() else found
 
     def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
-        original = evaluate(node, lambda n: values[n][0], own)
+        original = node_value(node, lambda n: values[n][0], own)
         if node not in blocks:
-            return original, evaluate(node, lambda n: values[n][1], own)
+            return original, node_value(node, lambda n: values[n][1], own)
         read, shortcut = values[blocks[node].fork][1], values[_operands(blocks[node])[1]][1]
         fit = fitted[node] = _fit(blocks[node], read, original, shortcut, generator)
         return original, shortcut + fit.norm(fit.conv(read))

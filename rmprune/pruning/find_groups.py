@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs
-from rmprune.graph.network import describe
+from rmprune.graph.network import in_words
 from rmprune.pruning.follow import Walk, tensors_in
 from rmprune.pruning.groups import Group, Member, Structure, describe_layer, with_ports
 from rmprune.pruning.labels import compact, select, thin, varying
@@ -158,7 +158,7 @@ def _same(found: Any, wanted: Any) -> bool:
 
 def _leave(walk: Walk, node: fx.Node) -> None:
     """Leave whole what a misfit touches: its result, or else what it reads, or else everything."""
-    why = f"{describe(walk.network, node)} is written for this number of channels"
+    why = f"{in_words(walk.network, node)} is written for this number of channels"
     read_by_it = [walk.values[n] for n in node.all_input_nodes]
     for values in (walk.values[node], read_by_it, torch.arange(len(walk.channels.root))):
         if max((walk.channels.stay(x, why) for x in tensors_in(values)), default=False):

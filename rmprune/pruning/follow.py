@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, plain
-from rmprune.graph.network import Network, describe, is_batch_norm, named, shape_of
+from rmprune.graph.network import Network, in_words, is_batch_norm, named, shape_of
 from rmprune.pruning.groups import MemberSide, is_depthwise
 from rmprune.pruning.labels import Channels, compact, nobody, thin, varying
 from rmprune.pruning.reading import Reading
@@ -176,7 +176,7 @@ class Walk:
         for x in padded:  # one value for all channels of another: it can neither be tied to them nor go
             across = {d for y in padded for d in varying(y)}
             if any(x.shape[d] == 1 != shape[d] for d in across):
-                self.channels.stay(x, f"{describe(self.network, node)} spreads them over other channels")
+                self.channels.stay(x, f"{in_words(self.network, node)} spreads them over other channels")
             else:
                 kept.append(x.expand(shape))
         found = compact(kept[0]) if kept else nobody(shape)
@@ -255,7 +255,7 @@ class Walk:
         return compact(self.channels.root[thin(x)].expand(x.shape))
 
     def _unknown(self, node: fx.Node, labels: list[Tensor], why: str | None = None) -> Any:
-        return self._fenced(labels, why or f"{describe(self.network, node)} mixes them", shape_of(node))
+        return self._fenced(labels, why or f"{in_words(self.network, node)} mixes them", shape_of(node))
 
     def _fenced(self, labels: list[Tensor], why: str, shape: tuple[int, ...] | None = None) -> Any:
         for x in labels:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale
 from rmprune.graph.network import Network, is_batch_norm, shape_of
-from rmprune.graph.run import evaluate
+from rmprune.graph.run import node_value
 from rmprune.pruning.follow import ELEMENTWISE, operation
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.reading import Reading, read
@@ -77,7 +77,7 @@ class Program:
             return values[op.inputs[0]] * float(layer.factor)  # a number has no precision of its own
         if op.fresh and type(layer) in IN_PLACE:
             return IN_PLACE[type(layer)](values[op.inputs[0]])  # type: ignore[index]
-        found: Tensor = evaluate(op.node, value, self.network.layer)
+        found: Tensor = node_value(op.node, value, self.network.layer)
         return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
-from rmprune.graph.network import Network, describe, is_batch_norm, linear_layer, shape_of, spatial
+from rmprune.graph.network import Network, in_words, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
 from rmprune.removal.chain import (
     CONCATENATIONS,
@@ -224,7 +224,7 @@ def why_no_fork(network: Network, end: fx.Node) -> str:
     if end.target in CONCATENATIONS:
         return "its branch concatenates several ways: it is no chain of layers"
     if len(end.users) > 1 and in_chain(network, end):
-        return f"the output of {describe(network, end)} inside its branch is read elsewhere, too: the branch is no chain of layers"
+        return f"the output of {in_words(network, end)} inside its branch is read elsewhere, too: the branch is no chain of layers"
     if end.op == "placeholder":
         return "its two ways start from different values: it adds maps of two sources"
     if isinstance(network.layer(end), nn.Module):
@@ -233,6 +233,6 @@ def why_no_fork(network: Network, end: fx.Node) -> str:
         except Obstacle as obstacle:
             return f"its branch or shortcut holds a layer that no kernel stands for: {obstacle}"
     return (
-        f"its branch or shortcut holds {describe(network, end)}, which is no layer of a kind that can be followed: no chain of "
+        f"its branch or shortcut holds {in_words(network, end)}, which is no layer of a kind that can be followed: no chain of "
         "layers leads back to the fork"
     )

@@ -91,6 +91,7 @@ def in_chain(network: Network, node: fx.Node) -> bool:
 
 
 def is_linear(network: Network, node: fx.Node) -> bool:
+    """Whether a node is a convolution, or another layer that a kernel stands for."""
     return or_none(linear_layer, network, node) is not None
 
 

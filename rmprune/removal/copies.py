@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, image
 from rmprune.graph.convolution import Conv, Norm, Obstacle, Pattern, coordinates, to_measure
-from rmprune.removal.forms import Code, Shift, free, shift
+from rmprune.removal.forms import Code, CodeShift, free, shift
 from rmprune.removal.geometry import Taps
 
 
@@ -59,7 +59,7 @@ class Rows:
     high: Tensor
 
 
-def start(low: Tensor, high: Tensor, groups: int) -> Carry:
+def first_copies(low: Tensor, high: Tensor, groups: int) -> Carry:
     """The fork itself, with range low, high (C,): every channel is its own copy, and also the branch's input. groups: the first layer's."""
     channels = len(low)
     index = torch.arange(channels)
@@ -68,18 +68,18 @@ def start(low: Tensor, high: Tensor, groups: int) -> Carry:
     return Carry(index, one, index, group, torch.zeros_like(one), low, high, Side(index, channels))
 
 
-def passes_as_is(carry: Carry, rule: Rule | None, direct: Tensor, shiftable: bool) -> tuple[Tensor, Shift]:
+def passes_as_is(carry: Carry, rule: Rule | None, direct: Tensor, shiftable: bool) -> tuple[Tensor, CodeShift]:
     """(K,) bool: which channels keep their rows: all of them pass, and (direct, (K,) bool) one copy would not do better.
 
     With it what each old row (R,) is moved by: where `shiftable`, rows of a channel that has several may be shifted one by one.
     """
     several = torch.bincount(carry.channel, minlength=len(carry.constant)) > 1
     passes = free(rule, carry.low, carry.high)
-    move = Shift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
+    move = CodeShift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
     if rule is not None and shiftable:
         found = shift(rule, carry.low, carry.high)
         moved = ~passes & several[carry.channel] & torch.isfinite(found.scale)
-        move = Shift(torch.where(moved, found.scale, move.scale), torch.where(moved, found.offset, move.offset))
+        move = CodeShift(torch.where(moved, found.scale, move.scale), torch.where(moved, found.offset, move.offset))
         passes = passes | moved
     failing = torch.zeros_like(several)
     failing[carry.channel[~passes]] = True
@@ -87,7 +87,7 @@ def passes_as_is(carry: Carry, rule: Rule | None, direct: Tensor, shiftable: boo
 
 
 def new_rows(
-    carry: Carry, code: Code, as_is: Tensor, move: Shift, wanted: tuple[Tensor, Tensor], low: Tensor, high: Tensor
+    carry: Carry, code: Code, as_is: Tensor, move: CodeShift, wanted: tuple[Tensor, Tensor], low: Tensor, high: Tensor
 ) -> Rows:  # fmt: skip
     """One set of rows for each wanted (channel, group), (P,) each: copies of old rows for channels `as_is`, else by the code.
 
@@ -190,12 +190,12 @@ def matches(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         return index, found[index]
     order = torch.argsort(right, stable=True)
     sorted_right = right[order]
-    start = torch.searchsorted(sorted_right, left)
-    count = torch.searchsorted(sorted_right, left, right=True) - start
+    first_copies = torch.searchsorted(sorted_right, left)
+    count = torch.searchsorted(sorted_right, left, right=True) - first_copies
     index = torch.arange(len(left)).repeat_interleave(count)
     first = torch.cumsum(count, 0) - count
     within = torch.arange(len(index)) - first[index]
-    return index, order[start[index] + within]
+    return index, order[first_copies[index] + within]
 
 
 def entries_of(conv: Conv) -> Entries:

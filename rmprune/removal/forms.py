@@ -34,7 +34,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Shift:
+class CodeShift:
     """scale * v + offset, one each a row."""
 
     scale: Tensor
@@ -81,7 +81,7 @@ def cheapest_code(
 
 
 def _rows_of_forms(
-    rule: Rule, passes: Tensor, use_shift: Tensor, use_pair: Tensor, shifted: Shift, pairs: Tensor, value: Tensor
+    rule: Rule, passes: Tensor, use_shift: Tensor, use_pair: Tensor, shifted: CodeShift, pairs: Tensor, value: Tensor
 ) -> Code:
     index = torch.arange(len(passes))
     one = torch.ones(len(passes), dtype=torch.float64)
@@ -102,7 +102,7 @@ def _rows_of_forms(
     return Code(channel[order], scale[order], offset[order], decode[order], constant, frozenset(names))
 
 
-def shift(rule: Rule, low: Tensor, high: Tensor) -> Shift:
+def shift(rule: Rule, low: Tensor, high: Tensor) -> CodeShift:
     """a * v + b inside the identity interval, for rows v in [low, high]; NaN where impossible.
 
     a is a power of two, at most 1; b the offset nearest to 0.
@@ -110,20 +110,20 @@ def shift(rule: Rule, low: Tensor, high: Tensor) -> Shift:
     nan = torch.full_like(low, math.nan)
     bottom, top = rule.low, rule.high
     if bottom >= top:
-        return Shift(nan, nan)
+        return CodeShift(nan, nan)
     size = torch.where(torch.isinf(high), low.abs(), torch.maximum(low.abs(), high.abs()))
     margin = 1e-5 * size.clamp(min=1e-30)
     low, high = low - margin, torch.where(torch.isinf(high), high, high + margin)
     if math.isinf(top):
         offset = torch.ceil((bottom - low).clamp(min=0.0) / _GRID) * _GRID
         possible = torch.isfinite(low)
-        return Shift(torch.where(possible, 1.0, nan), torch.where(possible, offset, nan))
+        return CodeShift(torch.where(possible, 1.0, nan), torch.where(possible, offset, nan))
     possible = torch.isfinite(low) & torch.isfinite(high)
     width = torch.where(possible, high - low, 1.0).clamp(min=1e-30)
     scale = torch.exp2(torch.floor(torch.log2((top - bottom) / width))).clamp(max=1.0)
     least, most = bottom - scale * low, top - scale * high
     offset = torch.where(least > 0, _up(least, most), torch.where(most < 0, -_up(-most, -least), 0.0))
-    return Shift(torch.where(possible, scale, nan), torch.where(possible, offset, nan))
+    return CodeShift(torch.where(possible, scale, nan), torch.where(possible, offset, nan))
 
 
 def _up(least: Tensor, most: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Taps:
     reads_padding: bool
 
 
-def place(segment: Geometry, source: Grid, layer: Geometry, wire: Grid, out_size: Pair) -> Taps:
+def tap_grid(segment: Geometry, source: Grid, layer: Geometry, wire: Grid, out_size: Pair) -> Taps:
     """The taps of `layer` that do what `segment` does. Raises Obstacle where there are none."""
     (rows, above), (columns, beside) = (_axis(segment, source, layer, wire, out_size[axis], axis) for axis in (0, 1))
     padded = above or beside
@@ -115,7 +115,7 @@ def _chain(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], siz
         if min(out) < 1:
             return None
         try:
-            taps.append(place(geometry, Grid(source_step, there), layer, Grid(step, here), out))
+            taps.append(tap_grid(geometry, Grid(source_step, there), layer, Grid(step, here), out))
         except Obstacle:
             if not _end_equal(layers, parts, size):
                 return None

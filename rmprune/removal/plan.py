@@ -26,8 +26,8 @@ from rmprune.removal.copies import (
     assemble,
     constant_part,
     diagonal,
+    first_copies,
     spread_entries,
-    start,
 )
 from rmprune.removal.geometry import Taps, chain_taps
 from rmprune.removal.reserve import Sweep, Wire, reserve, wires
@@ -131,7 +131,7 @@ def _build(block: Block, assignment: tuple[int, ...], layout: list[Wire], needed
     segments = [_segment(group) for group in groups]
     taps = _taps(block, segments)
     low, high = range_of(block.fork)
-    sweep = Sweep(start(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
+    sweep = Sweep(first_copies(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
     built: list[ChainLayer] = []
     forms: frozenset[str] = frozenset()
     reserved = 0

@@ -24,7 +24,7 @@ from rmprune.removal.copies import (
     row_entries,
     spread_norm,
 )
-from rmprune.removal.forms import Shift, cheapest_code, free
+from rmprune.removal.forms import CodeShift, cheapest_code, free
 from rmprune.removal.geometry import Taps
 
 
@@ -62,7 +62,7 @@ def reserve(
         raise Obstacle("between grouped convolutions nothing can be concatenated")
     if sliced:
         rule = None  # copies pass beside it
-    as_is, move = torch.zeros_like(needed), Shift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
+    as_is, move = torch.zeros_like(needed), CodeShift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
     if identity:
         # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
         one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(needed)

@@ -6,12 +6,14 @@ from typing import Any
 
 from rmprune.errors import ArtifactError
 
-LARGEST = 2**24  # bytes of text that a file may have; a network of a thousand layers describes itself in one million
+LARGEST_JSON = (
+    2**24
+)  # bytes of text that a file may have; a network of a thousand layers describes itself in one million
 LONGEST = 20  # digits of a whole number: as many as fit into a float and 64 bits
 DEEPEST = 64  # lists in lists; beyond it Python's own recursion ends somewhere
 
 
-def read_text(path: Path, largest: int = LARGEST) -> str:
+def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
     """The text (UTF-8) of a regular file. Raises OSError where it cannot be read, ValueError where it is not such a file."""
     if path.exists() and not path.is_file():  # a pipe or a device would never end
         raise ValueError("not a regular file")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Geometry, Obstacle
 from rmprune.removal import remove_residuals
-from rmprune.removal.geometry import Grid, place
+from rmprune.removal.geometry import Grid, tap_grid
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_dilation_instead_of_stride() -> None:
 def test_place_by_hand() -> None:
     """A 1x1 stride-2 shortcut sits at the centre of a 3x3 stride-2 kernel with padding 1, and at no tap of one without."""
     fork = Grid((1, 1), (8, 8))
-    found = place(Geometry((1, 1), (2, 2)), fork, Geometry((3, 3), (2, 2), (1, 1)), fork, (4, 4))
+    found = tap_grid(Geometry((1, 1), (2, 2)), fork, Geometry((3, 3), (2, 2), (1, 1)), fork, (4, 4))
     assert found.rows.tolist() == [1] and found.columns.tolist() == [1] and not found.reads_padding
-    pool = place(Geometry((2, 2), (2, 2)), fork, Geometry((3, 3), (2, 2), (1, 1)), fork, (4, 4))
+    pool = tap_grid(Geometry((2, 2), (2, 2)), fork, Geometry((3, 3), (2, 2), (1, 1)), fork, (4, 4))
     assert pool.rows.tolist() == [1, 2]
     with pytest.raises(Obstacle, match="grid"):
-        place(Geometry(), fork, Geometry((3, 3), (1, 1), (1, 1), (2, 2)), fork, (6, 6))
+        tap_grid(Geometry(), fork, Geometry((3, 3), (1, 1), (1, 1), (2, 2)), fork, (6, 6))

@@ -14,7 +14,7 @@ from rmprune.graph.equivalence import reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, observe, range_of, tighten
-from rmprune.graph.run import Values, evaluate, run
+from rmprune.graph.run import Values, node_value, run
 from rmprune.removal import remove_residuals
 from rmprune.removal.blocks import additions, find_block
 from rmprune.removal.rewrite import remove_all
@@ -87,7 +87,7 @@ def value_of(network: Network) -> Callable[[fx.Node, Values], Any]:
         layer = network.own(node)
         return build_conv(layer.folded()) if isinstance(layer, Conv) else layer
 
-    return lambda node, values: evaluate(node, values.__getitem__, own)
+    return lambda node, values: node_value(node, values.__getitem__, own)
 
 
 @pytest.mark.parametrize("form", ["auto", "slice"])

@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from rmprune.errors import UnsupportedModel
 from rmprune.removal import Removal, remove_residuals
 
-DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "100"))
+DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "40"))
 TOLERANCE = 1e-9
 OPTIONS = st.one_of(
     st.just({}),

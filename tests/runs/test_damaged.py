@@ -13,7 +13,7 @@ from rmprune.errors import ArtifactError
 from rmprune.measure import LatencyModel
 from rmprune.pipelines.measure import network_directory
 from rmprune.runs.notes import read_notes
-from rmprune.runs.reading import DEEPEST, LARGEST, parse_json
+from rmprune.runs.reading import DEEPEST, LARGEST_JSON, parse_json
 from rmprune.runs.records import read_record, write_record
 
 
@@ -78,7 +78,7 @@ def read_times(path: Path) -> None:
         ('{"a":' * 200 + "1" + "}" * 200, "nested deeper"),
         ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
         ('{"a": ' + "1" * 5_000 + "}", "a number of 5000 digits"),
-        (" " * (LARGEST + 1), "more than"),
+        (" " * (LARGEST_JSON + 1), "more than"),
         ("\udcff", "utf-8"),
     ],
 )
