@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.pruning.allocate import explain
+from rmprune.pruning.batches import Batches, batches_of, class_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Structure, device_of, evaluating
-from rmprune.pruning.importance import Batches, on_device
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices
 from rmprune.pruning.surgery import Slices
@@ -260,8 +259,8 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
-        for x, y in on_device(data, device_of(model)):
-            F.cross_entropy(twin(x), y).backward()
+        for x, y in batches_of(data, model):
+            class_loss(twin(x), y).backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 
 

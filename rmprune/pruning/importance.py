@@ -5,15 +5,15 @@ across layers and across reserved and computed channels; see each function for t
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError, DataError, UnsupportedModel
+from rmprune.pruning.batches import Batches, batches_of, class_loss
 from rmprune.pruning.groups import (
     Group,
     Scores,
@@ -26,7 +26,6 @@ from rmprune.pruning.groups import (
     zero_scores,
 )
 
-Batches = Iterable[tuple[Tensor, Tensor]]
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
 
 
@@ -139,6 +138,8 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
 IMPORTANCES: Mapping[str, Importance] = {
     f.__name__: f for f in (batch_norm, taylor, taylor_squared, magnitude, activation, random)
 }
+MEASURED = ("taylor", "taylor_squared", "activation")
+"""Those that need images."""
 
 
 def score_groups(
@@ -169,6 +170,10 @@ def score_groups(
             )
             raise ConfigError(f"importance of {group.name}: expected {group.units} finite numbers, got {seen}")
         checked[group.name] = score.detach().double().cpu()
+    if importance in MEASURED and checked and not any(bool(score.any()) for score in checked.values()):
+        raise DataError(
+            f"importance {importance!r}: every score is 0 on these images; they, or their labels, tell nothing apart"
+        )
     return checked
 
 
@@ -183,15 +188,10 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def _need(batches: Batches | None, name: str, model: nn.Module) -> Batches:
+def _need(batches: Batches | None, name: str, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     if batches is None:
         raise ConfigError(f"importance {name!r} is measured on images: pass data, (images, labels) batches")
-    return on_device(batches, device_of(model))
-
-
-def on_device(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches where the network is; those that are there already are not copied."""
-    return ((x.to(device), y.to(device)) for x, y in batches)
+    return batches_of(batches, model)
 
 
 def _moments(x: Tensor, *, linear: bool) -> tuple[int, Tensor, Tensor]:
@@ -238,7 +238,7 @@ def _effects(
         for x, y in data:
             seen.clear()
             with torch.enable_grad():
-                loss = F.cross_entropy(model(x), y)
+                loss = class_loss(model(x), y)
                 names = list(seen)
                 gradients = torch.autograd.grad(loss, [seen[n] for n in names])
             effects = {}

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.pruning.allocate import allocate, allocate_uniform
+from rmprune.pruning.batches import Batches, batches_of
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Keep, Structure, device_of, evaluating, inner_only, outputs, total_cost
-from rmprune.pruning.importance import Batches, Importance, on_device, score_groups
+from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
+from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
@@ -136,7 +137,7 @@ def _both(keep: Keep, further: Keep) -> Keep:
 
 def fitting_images(data: Batches) -> Tensor:
     """The first images of the batches that layers are fitted on: fewer where they are large, since all their maps are held."""
-    images = torch.cat([x for x, _ in data])
+    images = torch.cat([x for x, *_ in data])
     pixels = math.prod(images.shape[2:])
     return images[: max(64, min(FITTING_IMAGES, FITTING_PIXELS // pixels))]
 
@@ -208,7 +209,7 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
     try:
         with evaluating(model), torch.no_grad():
-            for x, _ in on_device(data, device_of(model)):
+            for x, _ in batches_of(data, model):
                 model(x)
     finally:
         for handle in handles:
