@@ -64,7 +64,7 @@ def class_loss(outputs: Any, labels: Tensor) -> Tensor:
         raise DataError(
             f"data: labels are {labels.dtype} of shape {tuple(labels.shape)}, not class numbers [N]; {way_out}"
         )
-    least, most = int(labels.min()), int(labels.max())
+    least, most = (0, 0) if labels.is_meta else (int(labels.min()), int(labels.max()))
     if least < 0 or most >= outputs.shape[1]:
         raise DataError(f"data: labels from {least} to {most}, but the network has {outputs.shape[1]} classes")
     return F.cross_entropy(outputs, labels.long())
