@@ -3,8 +3,9 @@
     python experiments/removal_depth.py            # writes reports/removal-depth/{depth.csv,depth.png,command.txt}
 
 The time is that of `remove_residuals` as a user calls it, its check in float64 included, in a process that did nothing else. All
-errors are to the original in float64, relative to its largest output: of removal itself (error_float64), and of what float32 does to
-the original, to the plain network, and to the plain network in ONNX Runtime (batch norms folded).
+errors are to the original in float64: of removal itself (error_float64, relative to what the inputs change in the outputs), and,
+relative to its largest output, of what float32 does to the original, to the plain network, and to the plain network in ONNX Runtime
+(batch norms folded).
 """
 
 import multiprocessing
