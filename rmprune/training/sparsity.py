@@ -97,12 +97,6 @@ class ProximalL1:
         soft_threshold_(self._scales, pull + _ROUNDING)
 
 
-def fraction_zero(scales: Mapping[str, Tensor]) -> float:
-    """The share of scales that are exactly 0."""
-    total = sum(scale.numel() for scale in scales.values())
-    return sum(int((scale == 0).sum()) for scale in scales.values()) / max(1, total)
-
-
 def add_shortcut_scales(model: nn.Module, example_inputs: Tensor) -> nn.Module:
     """A new model in which every identity shortcut of an addition passes through a trained scale per channel.
 

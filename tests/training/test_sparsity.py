@@ -1,5 +1,7 @@
 """The proximal pull on scales, which scales it meets, and scales on shortcuts."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,14 @@ from rmprune.training.sparsity import (
     ProximalL1,
     add_shortcut_scales,
     batch_norm_scales,
-    fraction_zero,
     shortcut_scales,
     soft_threshold_,
 )
+
+
+def fraction_zero(scales: Mapping[str, Tensor]) -> float:
+    """The share of scales that are exactly 0."""
+    return sum(int((scale == 0).sum()) for scale in scales.values()) / sum(scale.numel() for scale in scales.values())
 
 
 def random_statistics(model: nn.Module) -> nn.Module:
