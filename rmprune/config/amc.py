@@ -13,7 +13,7 @@ from rmprune.config.data import DataConfig
 from rmprune.config.fields import Fractions, Names, require, require_finite, require_seed, transient
 from rmprune.config.measure import MeasureConfig
 from rmprune.config.pruning import ImportanceName
-from rmprune.config.runs import Architecture, RemovalConfig
+from rmprune.config.runs import Architecture, RemovalConfig, require_start
 from rmprune.config.training import Precision, TrainConfig
 
 Constraint = Literal["macs", "latency", "params"]
@@ -120,6 +120,7 @@ class AmcConfig(Architecture):
 
     def __post_init__(self) -> None:
         self.measure.require_judge()
+        require_start(self)
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(self.width is None or self.width > 0, f"width is {self.width}; it must be above 0")
         require(self.free >= 1, f"free is {self.free}; it must be at least 1")

@@ -25,12 +25,30 @@ def architecture(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What some networks can be asked for besides their width."""
+    """What networks can be asked for besides their width, and the weights that they start from."""
 
     depth: int | None = None
     """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
     reserve_ratio: float | None = None
     """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
+    weights: str | None = None
+    """Start from pretrained weights: imagenet (torchvision's or timm's own, by the network's name) or a .safetensors, .pt or .pth file.
+    A head of other classes is replaced. Training then goes gently, unless told otherwise: fewer epochs, small steps for what the weights
+    know and larger ones for the new head, and a weak pull of the sparsity."""
+    weights_by_order: bool = False
+    """Tensors of the file belong to the network's in their order, whatever their names; shapes must agree."""
+
+
+def require_start(config: Any) -> None:
+    """Raise `ConfigError` where the settings of a start from weights contradict each other."""
+    require(
+        not config.weights_by_order or config.weights not in (None, "imagenet"),
+        "weights_by_order says how a file is read; give --weights FILE, or leave it out",
+    )
+    require(
+        config.weights is None or getattr(config, "checkpoint", None) is None,
+        "weights (training starts there) and checkpoint (trained already) are both set; give one of them",
+    )
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ class SlimConfig(Architecture):
 
     def __post_init__(self) -> None:
         self.measure.require_judge()
+        require_start(self)
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require_seed("seed", self.seed)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
@@ -104,6 +123,7 @@ class TrainRunConfig(Architecture):
 
     def __post_init__(self) -> None:
         require_seed("seed", self.seed)
+        require_start(self)
         require(self.train.distillation == 0, "there is no teacher here; leave --distillation at 0")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
 
@@ -129,6 +149,9 @@ class NetworkConfig(Architecture):
     """Base width, for networks that have one."""
     checkpoint: Path | None = None
     """Trained weights for a named network: an artifact directory, or a .safetensors, .pt or .pth file."""
+
+    def __post_init__(self) -> None:
+        require_start(self)
 
 
 @dataclass(frozen=True)
