@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import module_around
-from rmprune.graph.trace import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FORMATS,

@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import is_size, module_around
 from rmprune.graph.functional import COMMUTATIVE, modules_for
+from rmprune.graph.fx_tracer import Tracer, follow
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, WHOLE, Network, named
 from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
 from rmprune.graph.shapes import propagate_shapes
-from rmprune.graph.tracer import Tracer, follow
 from rmprune.graph.written_out import as_layers
 
 

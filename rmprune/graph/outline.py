@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.graph.calls import ADDITIONS
-from rmprune.graph.trace import trace
+from rmprune.graph.listed import trace
 
 
 def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
