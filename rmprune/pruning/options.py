@@ -6,9 +6,10 @@ from torch import nn
 
 from rmprune.graph.convolution import Obstacle
 from rmprune.graph.equivalence import reference_copy
-from rmprune.graph.inputs import Inputs, as_given, to_double
+from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
+from rmprune.graph.shapes import to_double
 from rmprune.pruning.collapse import Fit, collapsible, new_layers, replace_branch
 from rmprune.pruning.plan import CHOICES, Choice, Options
 from rmprune.removal import plan_removal
