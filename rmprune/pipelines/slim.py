@@ -36,7 +36,7 @@ from rmprune.pipelines.stages import (
 )
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out
-from rmprune.pruning.plan import SlimPlan, fingerprint
+from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
 from rmprune.runs.records import RENAMED
@@ -144,7 +144,7 @@ def _slim(
     network, more = slim_network(starts(method.start), method, budget, job, files)
     begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
     facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
-    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), network=fingerprint(job.original))
+    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), network=layers_digest(job.original))
     return network, facts | more | {"plan": plan.to_dict()}
 
 

@@ -18,7 +18,7 @@ from rmprune.pruning.groups import Structure, weight_of
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.one_shot import fitting, fitting_images
 from rmprune.pruning.options import block_names, block_options
-from rmprune.pruning.plan import Choice, SlimPlan, fingerprint, flat
+from rmprune.pruning.plan import Choice, SlimPlan, flat_name, layers_digest
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import shrink
@@ -106,7 +106,7 @@ def carry_out(
     network, facts = carry_out_blocks(model, choices, lambda count: images[:count], fuse=plan.fuse)
     structure = find_structure(network, images[:2])
     result = cut_to(network, structure, plan.units(structure), data, importance, reconstruct)
-    whole = SlimPlan(choices, widths_of(structure, result), plan.fuse, fingerprint(model))
+    whole = SlimPlan(choices, widths_of(structure, result), plan.fuse, layers_digest(model))
     return result, facts | {"plan": whole.to_dict()}
 
 
@@ -136,5 +136,5 @@ def widths_of(structure: Structure, network: nn.Module) -> dict[str, int]:
     found = {}
     for group in structure.groups:
         member = next(m for m in group.members if m.side != "in")
-        found[flat(group.name)] = len(weight_of(network, member.layer)) // int(member.index.shape[1])
+        found[flat_name(group.name)] = len(weight_of(network, member.layer)) // int(member.index.shape[1])
     return found

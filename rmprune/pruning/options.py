@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.convolution import Obstacle, or_none
 from rmprune.graph.equivalence import reference_copy
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.graph.shapes import to_double
 from rmprune.pruning.collapse import Fit, collapsible, new_layers, replace_branch
-from rmprune.pruning.plan import CHOICES, Choice, Options
+from rmprune.pruning.plan import CHOICES, Choice, Options, flat_name
 from rmprune.removal import plan_removal
 from rmprune.removal.blocks import Block, additions, find_block
 from rmprune.removal.rewrite import remove_all
@@ -62,3 +62,16 @@ def block_names(model: nn.Module, example_inputs: Inputs) -> list[str]:
     model, inputs = as_given(model, example_inputs)
     network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
     return [name for name, _ in additions(network)]
+
+
+def block_layers(model: nn.Module, example_inputs: Inputs) -> dict[str, frozenset[str]]:
+    """{block: its layers, branch and shortcut, by flat names}, of the blocks that can be followed."""
+    model, inputs = as_given(model, example_inputs)
+    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    annotate_ranges(network)
+    found = {}
+    for name, add in additions(network):
+        block = or_none(find_block, network, name, add)
+        if block is not None:
+            found[name] = frozenset(flat_name(str(node.target)) for node in block.nodes if node.op == "call_module")
+    return found

@@ -27,14 +27,14 @@ _FUSE = ("cheaper", "always", "never")
 PLAN_SCHEMA = 1
 
 
-def flat(name: str) -> str:
+def flat_name(name: str) -> str:
     """A module's name as a flat network has it: layer1.0.conv1 -> layer1_0_conv1."""
-    return name.replace(".", "_")
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def fingerprint(model: nn.Module) -> str:
+def layers_digest(model: nn.Module) -> str:
     """What two networks of the same layers have in common, whatever their weights: a digest of the sizes of all tensors, by name."""
-    sizes = sorted((flat(name), list(tensor.shape)) for name, tensor in model.state_dict().items())
+    sizes = sorted((flat_name(name), list(tensor.shape)) for name, tensor in model.state_dict().items())
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
@@ -45,7 +45,7 @@ class SlimPlan:
     blocks: {block as `inspect` names it: its choice}; a block that is absent is kept. widths: {group of the network that the blocks'
     choices make, as `rmprune.pruning.find_structure` names it, with _ for dots: units that stay, the most important ones}; a group that
     is absent stays whole. fuse: which neighbouring linear convolutions become one once residuals are removed, as in
-    `remove_residuals`; "always" is MobileNetV1's form. network: `fingerprint` of the network that the plan is for; empty: any with
+    `remove_residuals`; "always" is MobileNetV1's form. network: `layers_digest` of the network that the plan is for; empty: any with
     these blocks.
 
     >>> from rmprune.pruning.plan import SlimPlan
@@ -108,12 +108,12 @@ class SlimPlan:
 
         Raises ConfigError for a plan of another network, a block that is not there, or a choice that a block does not have.
         """
-        if self.network and self.network != (here := fingerprint(model)):
+        if self.network and self.network != (here := layers_digest(model)):
             raise ConfigError(f"the plan is for another network (its fingerprint is {self.network}, here it is {here})")
-        names = {flat(name): name for name in options}
+        names = {flat_name(name): name for name in options}
         choices: dict[str, Choice] = dict.fromkeys(options, "keep")
         for block, choice in self.blocks.items():
-            name = names.get(flat(block))
+            name = names.get(flat_name(block))
             if name is None:
                 raise ConfigError(f"there is no block {block}; there are: {', '.join(options) or 'none'}")
             if options[name][choice]:
@@ -126,10 +126,10 @@ class SlimPlan:
 
         Raises ConfigError for a group that is not there, or is too wide.
         """
-        names = {flat(layer): group.name for group in structure.groups for layer in (*group.producers, group.name)}
+        names = {flat_name(layer): group.name for group in structure.groups for layer in (*group.producers, group.name)}
         kept = structure.units
         for group, width in self.widths.items():
-            name = names.get(flat(group))
+            name = names.get(flat_name(group))
             if name is None:
                 there = ", ".join(kept)
                 raise ConfigError(

@@ -11,7 +11,7 @@ import rmprune
 from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel
 from rmprune.pruning.carry_out import carry_out, carry_out_blocks
 from rmprune.pruning.options import block_options
-from rmprune.pruning.plan import CHOICES, SlimPlan, fingerprint
+from rmprune.pruning.plan import CHOICES, SlimPlan, layers_digest
 
 NAMES = ("resnet8", "preact_resnet8", "inverted")
 X = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -105,9 +105,9 @@ def test_a_plan_of_every_choice_is_carried_out_to_its_widths(
 ) -> None:
     model = networks[name]
     blocks = dict(zip(block_options(model, X[:2]), ("merge", "drop", "remove", "keep"), strict=False))
-    whole, facts = carry_out(model, SlimPlan(blocks, network=fingerprint(model)), DATA)
+    whole, facts = carry_out(model, SlimPlan(blocks, network=layers_digest(model)), DATA)
     plan = SlimPlan.from_dict(facts["plan"])
-    assert plan.blocks == blocks and plan.network == fingerprint(model)
+    assert plan.blocks == blocks and plan.network == layers_digest(model)
     half = SlimPlan(blocks, {group: (units + 1) // 2 for group, units in plan.widths.items()}, network=plan.network)
     (tmp_path / "plan.json").write_text(json.dumps({"method": "rm", "plan": half.to_dict()}))
     assert SlimPlan.read(tmp_path / "plan.json") == half  # as it stands in a record
@@ -156,5 +156,5 @@ def test_files_that_hold_no_plan(tmp_path: Path) -> None:
 
 def test_a_plan_of_a_network_is_one_of_its_artifact(networks: dict[str, nn.Module], tmp_path: Path) -> None:
     rmprune.save(networks["resnet8"], tmp_path / "net", example_inputs=X[:1])
-    assert fingerprint(rmprune.load(tmp_path / "net")) == fingerprint(networks["resnet8"])
-    assert fingerprint(networks["resnet8"]) != fingerprint(networks["preact_resnet8"])
+    assert layers_digest(rmprune.load(tmp_path / "net")) == layers_digest(networks["resnet8"])
+    assert layers_digest(networks["resnet8"]) != layers_digest(networks["preact_resnet8"])
