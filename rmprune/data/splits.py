@@ -1,7 +1,8 @@
 """One part of a data set: normalised batches, in order or shuffled; how a set is divided into its parts. Reads no files.
 
 Small sets are held as one uint8 tensor and augmented by batch on the device. Every random draw follows from
-(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen.
+(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen. All are drawn on
+the CPU, whatever the device, which then sees the same images, and before the first batch, so that none waits for them.
 """
 
 from __future__ import annotations
@@ -99,13 +100,25 @@ class TensorSplit(Split):
         """As `Split.batches`: the whole split lies on the device and is augmented there, a batch at a time."""
         images, labels = self._on(torch.device(device))
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
-        for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit):
-            chosen = indices[mine].to(images.device)
-            x = images[chosen]
+        plan = list(self._plan(batch_size, shuffle_seed, start, shard, limit))
+        chosen = _sent([indices[mine] for _, indices, mine in plan], images.device)
+        drawn = [self._draw(batch_seed(shuffle_seed or 0, n), len(indices), mine) for n, indices, mine in plan] if augment else []
+        windows = [_sent(list(kind), images.device) for kind in zip(*drawn, strict=True)]  # top, left, mirrored
+        for number, at in enumerate(chosen):
+            x = images[at]
             if augment:
-                generator = torch.Generator().manual_seed(batch_seed(shuffle_seed or 0, number))
-                x = augment_batch(x, generator, flip=self.may_flip, drawn_for=len(indices), positions=mine)
-            yield ((x.float() - shift) * scale).contiguous(memory_format=memory_format), labels[chosen]
+                x = augment_batch(x, *(kind[number] for kind in windows))
+            yield ((x.float() - shift) * scale).contiguous(memory_format=memory_format), labels[at]
+
+    def _draw(self, seed: int, count: int, mine: Tensor) -> tuple[Tensor, ...]:
+        """What `augment_batch` needs, drawn for a whole batch of `count` images, of which those at `mine` are wanted: every shard of a
+        batch sees what the whole would have seen.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        _, _, height, width = self.images.shape
+        top, left = (torch.randint(2 * padding(size) + 1, (count,), generator=generator) for size in (height, width))
+        mirrored = (torch.rand(count, generator=generator) < 0.5,) if self.may_flip else ()
+        return tuple(kind[mine] for kind in (top, left, *mirrored))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.images.device:
@@ -150,22 +163,24 @@ def batch_seed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number * 7919 + 12345) % 2**63
 
 
-def augment_batch(
-    images: Tensor, generator: torch.Generator, *, flip: bool, drawn_for: int, positions: Tensor
-) -> Tensor:
-    """Crop uint8 images [B, C, H, W] at random after padding an eighth of their size with 0, and mirror half of them.
+def padding(size: int) -> int:
+    """The zeros that `augment_batch` puts on each side of an image of this height or width."""
+    return max(1, size // 8)
 
-    Draws for `drawn_for` images and uses the draws at `positions` [B], so every shard of a batch sees what the whole
-    would have seen.
+
+def augment_batch(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Crop uint8 images [B, C, H, W] after padding an eighth of their size with 0, and mirror some of them.
+
+    `top`, `left`: int64 [B], where each window begins, from 0 to twice the `padding`; `mirrored`: bool [B].
     """
     _, _, height, width = images.shape
-    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
-    top = torch.randint(2 * pad_y + 1, (drawn_for,), generator=generator)[positions].to(images.device)
-    left = torch.randint(2 * pad_x + 1, (drawn_for,), generator=generator)[positions].to(images.device)
+    pad_y, pad_x = padding(height), padding(width)
     padded = torch.nn.functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, 2p+1, 2p+1, H, W]
     cropped = windows[torch.arange(len(images), device=images.device), :, top, left]
-    if not flip:
-        return cropped
-    mirrored = (torch.rand(drawn_for, generator=generator) < 0.5)[positions].to(images.device)
-    return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+    return cropped if mirrored is None else torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+
+
+def _sent(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """The parts on the device, in one copy."""
+    return torch.cat(parts).to(device).split([len(part) for part in parts]) if parts else ()
