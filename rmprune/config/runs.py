@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
@@ -33,10 +33,39 @@ class Architecture:
     """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Architecture):
+    """What the commands that train have in common: where, on what, with which seed, and the directory that is made."""
+
+    command: ClassVar[str]
+    model: str
+    """Network by name."""
+    seed: int = 0
+    """Seed of the weights and of the order of the images; the first, where there are several."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    data: Unprefixed[DataConfig] = DataConfig()
+    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
+    measure: MeasureConfig = MeasureConfig()
+    out: Path | None = field(default=None, metadata=transient())
+    """Run directory (default: runs/COMMAND-MODEL-DATASET)."""
+    overwrite: bool = field(default=False, metadata=transient())
+    """Replace a finished run, or one with other settings, in that directory."""
+
+    def __post_init__(self) -> None:
+        require_seed("seed", self.seed)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"{self.command}-{self.model.replace('/', '-')}-{self.data.dataset}"
+
+
 @dataclass(frozen=True)
-class SlimConfig(Architecture):
+class SlimConfig(RunConfig):
     """Train with sparsity, remove all residuals, prune the plain network freely, fine-tune, measure."""
 
+    command: ClassVar[str] = "slim"
     model: str = "resnet20"
     """Network by name: resnet20 ... resnet1202 (CIFAR), resnet18, resnet34, ... (torchvision), timm/NAME."""
     width: int | None = None
@@ -45,29 +74,18 @@ class SlimConfig(Architecture):
     """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
     """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
-    seed: int = 0
-    """First seed."""
     seeds: int = 1
     """How many seeds, each with a training of its own."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
     checkpoint: Path | None = None
     """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
-    data: Unprefixed[DataConfig] = DataConfig()
-    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
     sparsity: SparsityConfig = SparsityConfig(strength=0.8)
     prune: Unprefixed[PruneConfig] = PruneConfig()
     finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0, distillation=0.5)
-    measure: MeasureConfig = MeasureConfig()
-    out: Path | None = field(default=None, metadata=transient())
-    """Run directory (default: runs/slim-MODEL-DATASET)."""
-    overwrite: bool = field(default=False, metadata=transient())
-    """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.measure.require_judge()
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
-        require_seed("seed", self.seed)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
@@ -76,41 +94,21 @@ class SlimConfig(Architecture):
             "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1",
         )
 
-    @property
-    def directory(self) -> Path:
-        """Where the run is kept."""
-        return self.out or Path("runs") / f"slim-{self.model.replace('/', '-')}-{self.data.dataset}"
-
 
 @dataclass(frozen=True)
-class TrainRunConfig(Architecture):
+class TrainRunConfig(RunConfig):
     """Train a network, remove its residuals for deployment, measure both; nothing is pruned."""
 
+    command: ClassVar[str] = "train"
     model: str = "repvgg"
     """Network by name: repvgg, rmnext50x5_32, preact_resnet18, resnet20, ..."""
     width: int | None = None
     """Base width, for networks that have one."""
-    seed: int = 0
-    """Seed of the weights and of the order of the images."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
-    data: Unprefixed[DataConfig] = DataConfig()
-    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
-    measure: MeasureConfig = MeasureConfig()
-    out: Path | None = field(default=None, metadata=transient())
-    """Run directory (default: runs/train-MODEL-DATASET)."""
-    overwrite: bool = field(default=False, metadata=transient())
-    """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
-        require_seed("seed", self.seed)
+        super().__post_init__()
         require(self.train.distillation == 0, "there is no teacher here; leave --distillation at 0")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
-
-    @property
-    def directory(self) -> Path:
-        """Where the run is kept."""
-        return self.out or Path("runs") / f"train-{self.model.replace('/', '-')}-{self.data.dataset}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.artifact.weights import load_checkpoint_into
-from rmprune.config import AmcConfig, MeasureConfig, SlimConfig, TrainRunConfig, architecture
+from rmprune.config import MeasureConfig, RunConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError
@@ -30,7 +30,6 @@ from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
-RunConfig = SlimConfig | AmcConfig | TrainRunConfig
 NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
 """Facts of a network's artifact that the record repeats."""
 
