@@ -153,7 +153,9 @@ class Calls(TorchFunctionMode):
         else:
             device, dtype, order = (CPU if func is Tensor.cpu else GPU), None, kwargs.get("memory_format")
         source = self.places.of(tensor)
-        told = sys._getframe(2).f_code.co_filename.endswith(STOCK)  # that it is on the CPU, by code that is not in Python
+        told = sys._getframe(2).f_code.co_filename.endswith(
+            STOCK
+        )  # that it is on the CPU, by code that is not in Python
         device = source if device is None or told else GPU if device.type == "cuda" else device
         away = source != device
         if away and device.type != "meta":
@@ -190,6 +192,8 @@ def pretended_gpu() -> Iterator[Places]:
             "graph": recording,
         }.items():
             patch.setattr(torch.cuda, name, value)
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # asks a real one
+            patch.setattr(torch.optim.Optimizer, name, lambda optimizer: None, raising=False)
         patch.setattr(torch.onnx, "export", outside(torch.onnx.export))
         yield places
 

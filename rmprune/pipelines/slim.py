@@ -23,7 +23,7 @@ from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
 from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, CollapsedBlocks, Method, Residuals, find_methods
-from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, stage, starting_network
+from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, repeatable, stage, starting_network
 from rmprune.pruning import Budget
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
@@ -40,7 +40,10 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     _refuse_early(methods, Job(config, data, device, config.seed))
     networks = {"dense", "pruned", *STARTS.values(), *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
-    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+    with (
+        repeatable(config.deterministic, device),
+        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
+    ):
         for cell in unfinished(cells):
             _run_cell(cell, methods, Job(config, data, device, cell.seed), command)
     return found
