@@ -25,12 +25,28 @@ def architecture(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What some networks can be asked for besides their width."""
+    """What networks can be asked for besides their width, and the weights that they start from."""
 
     depth: int | None = None
     """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
     reserve_ratio: float | None = None
     """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
+    weights: str | None = None
+    """Start from pretrained weights: imagenet (torchvision's or timm's own, by the network's name) or a .safetensors, .pt or .pth file.
+    A head of other classes is replaced. Training then goes gently, unless told otherwise: fewer epochs, small steps for what the weights
+    know and larger ones for the new head, and a weak pull of the sparsity."""
+    weights_by_order: bool = False
+    """Tensors of the file belong to the network's in their order, whatever their names; shapes must agree."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.weights_by_order or self.weights not in (None, "imagenet"),
+            "weights_by_order says how a file is read; give --weights FILE, or leave it out",
+        )
+        require(
+            self.weights is None or getattr(self, "checkpoint", None) is None,
+            "weights (training starts there) and checkpoint (trained already) are both set; give one of them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +71,7 @@ class RunConfig(Architecture):
     """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_seed("seed", self.seed)
 
     @property

@@ -86,10 +86,8 @@ def _product(first: Conv, second: Conv, source: fx.Node, node: fx.Node, rule: st
 
 
 def _drop(network: Network, node: fx.Node, source: fx.Node) -> None:
-    node.replace_all_uses_with(source)
     source.meta.update({k: v for k, v in node.meta.items() if k in ("shape", "range")})
-    network.layers.pop(str(node.target), None)
-    network.graph.erase_node(node)
+    network.bypass(node, source)
 
 
 def _bypass(network: Network, source: fx.Node, node: fx.Node) -> None:

@@ -75,6 +75,10 @@ def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
     describe(dense)
     if "uniform" in config.method:
         require_multiplier(config)
+        if config.weights is not None:
+            raise ConfigError(
+                "uniform trains narrower networks, which the weights do not fit; leave the method or --weights out"
+            )
     if (cells[0].shared / "plain").exists() and not config.overwrite:
         return
     networks = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rmprune import artifact
 from rmprune.artifact.onnx import ROUNDINGS, rounding
-from rmprune.artifact.weights import load_checkpoint_into
+from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
@@ -47,6 +47,9 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
         model = create_network(
             config.model, num_classes=config.num_classes, input_shape=shape, **architecture(config)
         ).eval()
+        if config.weights is not None:
+            said = start_from(model, config.weights, config.model, by_order=config.weights_by_order)
+            logger.info("%s of %s%s", config.model, config.weights, f": {said}" if said else "")
         if config.checkpoint is not None:
             model = load_checkpoint_into(model, config.checkpoint, config.model).eval()
     return model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -106,7 +109,8 @@ def network_arguments(config: NetworkConfig) -> list[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name != "model" and value != field.default:
-            found += [f"--{field.name.replace('_', '-')}", str(value)]
+            flag = f"--{field.name.replace('_', '-')}"
+            found += [flag] if value is True else [flag, str(value)]
     return found
 
 

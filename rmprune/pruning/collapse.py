@@ -22,11 +22,12 @@ from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.equivalence import reference_copy
-from rmprune.graph.inputs import Inputs, as_given, to_double
+from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.graph.run import Values, node_value, run
+from rmprune.graph.shapes import to_double
 from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal.blocks import Block, additions, find_block
 

@@ -207,7 +207,7 @@ class _Training:
         state = self.state
         state.learning_rate = learning_rate(self.config, state.step, state.steps_per_epoch)
         for group in state.optimizer.param_groups:
-            group["lr"] = state.learning_rate
+            group["lr"] = state.learning_rate * group.get("rate", 1.0)  # a hook's own optimizer has none
         self.between_steps = False
         targets = []
         if self.teacher is not None:

@@ -14,6 +14,7 @@ from rmprune.cli import main
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
+from rmprune.models import create
 from rmprune.pipelines import measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import dense_network, finish, make_dense, starting_network
@@ -59,6 +60,18 @@ def test_the_same_settings_are_the_same_network_in_every_pipeline(data: Dataset)
 def test_what_a_network_does_not_take_is_refused(settings: dict[str, Any], message: str, data: Dataset) -> None:
     with pytest.raises(ConfigError, match=message):
         make_dense(AmcConfig(**settings), data, 0)
+
+
+def test_a_network_starts_from_weights_of_other_classes(data: Dataset, tmp_path: Path) -> None:
+    torch.save(create("resnet8", num_classes=7, in_channels=1, width=2).state_dict(), tmp_path / "a.pt")
+    said: list[str] = []
+    config = replace(SLIM, weights=str(tmp_path / "a.pt"))
+    network = make_dense(config, data, 3, tell=said.append)
+    assert torch.equal(network.conv1.weight, torch.load(tmp_path / "a.pt")["conv1.weight"])
+    assert torch.equal(network.fc.weight, make_dense(SLIM, data, 3).fc.weight)
+    assert said == [f"starts from {tmp_path}/a.pt: the head is new: fc.weight is 7x8 there, 10x8 here"]
+    with pytest.raises(ConfigError, match="both set"):
+        replace(config, checkpoint=tmp_path / "a.pt")
 
 
 def test_what_a_network_takes_is_honoured(data: Dataset) -> None:

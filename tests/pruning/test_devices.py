@@ -33,7 +33,9 @@ def batches(count: int) -> Batches:
 def scored(model: nn.Module, x: Tensor, data: Batches) -> nn.Module:
     """The network of an AMC policy, with the statistics that it was scored with."""
     structure = find_structure(model, x)
-    space = Space(structure, macs, 0.5 * sum(macs(layer, layer.cin, layer.cout) for layer in structure.layers), Limits())
+    space = Space(
+        structure, macs, 0.5 * sum(macs(layer, layer.cin, layer.cout) for layer in structure.layers), Limits()
+    )
     order = importance_order(IMPORTANCES["magnitude"](model, structure, None))
     scorer = Scorer(model, space, order, x, *data[0], ScoringSettings(dtype=torch.float64))
     widths = tuple(max(1, group.units // 2) for group in space.groups)
