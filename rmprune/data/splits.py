@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from rmprune.data.sources import Images, stratified_part
 from rmprune.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
+
+
+class Share(NamedTuple):
+    """What one shard reads of a batch of `size` images: indices into the split, their positions in the batch; `seed` is the batch's."""
+
+    seed: int
+    size: int
+    positions: Tensor
+    indices: Tensor
 
 
 class Split(ABC):
@@ -32,7 +42,6 @@ class Split(ABC):
         """Batches of one pass. A shuffled pass drops the last, smaller batch, unless it is the only one."""
         return max(1, len(self) // batch_size) if shuffled else -(-len(self) // batch_size)
 
-    @abstractmethod
     def batches(
         self,
         batch_size: int,
@@ -52,16 +61,23 @@ class Split(ABC):
         the i-th on; `limit` stops after so many images, and nothing is spent on the others. Raises `DataError` for a file
         that cannot be read.
         """
+        shares = self._shares(batch_size, shuffle_seed, start, shard, limit)
+        single = limit is not None and limit <= batch_size
+        for x, y in self._read(shares, torch.device(device), augment=augment, single=single):
+            yield x.contiguous(memory_format=memory_format), y
+
+    @abstractmethod
+    def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
+        """Yield the images of each share, normalised, and their labels, on `device`; `single`: there is one batch at most."""
 
     def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
         """The first n images, float32 [n, C, H, W], normalised and without augmentation; all, if there are fewer."""
         n = min(n, len(self))
         return next(self.batches(n, limit=n))[0].to(device)  # the split itself stays where it is
 
-    def _plan(
+    def _shares(
         self, batch_size: int, shuffle_seed: int | None, start: int, shard: tuple[int, int], limit: int | None
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(number of the batch, indices of all its images, positions within it that belong to this shard)."""
+    ) -> Iterator[Share]:
         rank, world = shard
         if shuffle_seed is None:
             order = torch.arange(min(len(self), limit) if limit is not None else len(self))
@@ -70,7 +86,8 @@ class Split(ABC):
             order = order[: max(1, len(order) // batch_size) * batch_size]
         for number in range(start, -(-len(order) // batch_size)):
             indices = order[number * batch_size : (number + 1) * batch_size]
-            yield number, indices, torch.arange(rank, len(indices), world)
+            mine = torch.arange(rank, len(indices), world)
+            yield Share(batch_seed(shuffle_seed or 0, number), len(indices), mine, indices[mine])
 
 
 class TensorSplit(Split):
@@ -84,28 +101,17 @@ class TensorSplit(Split):
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        shuffle_seed: int | None = None,
-        augment: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        start: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        limit: int | None = None,
-    ) -> Iterator[Batch]:
-        """As `Split.batches`: the whole split lies on the device and is augmented there, a batch at a time."""
-        images, labels = self._on(torch.device(device))
+    def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
+        """The whole split lies on the device and is augmented there, a batch at a time."""
+        images, labels = self._on(device)
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
-        for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit):
-            chosen = indices[mine].to(images.device)
+        for share in shares:
+            chosen = share.indices.to(images.device)
             x = images[chosen]
             if augment:
-                generator = torch.Generator().manual_seed(batch_seed(shuffle_seed or 0, number))
-                x = augment_batch(x, generator, flip=self.may_flip, drawn_for=len(indices), positions=mine)
-            yield ((x.float() - shift) * scale).contiguous(memory_format=memory_format), labels[chosen]
+                generator = torch.Generator().manual_seed(share.seed)
+                x = augment_batch(x, generator, flip=self.may_flip, drawn_for=share.size, positions=share.positions)
+            yield (x.float() - shift) * scale, labels[chosen]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.images.device:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError
-from rmprune.graph.trace import trace
+from rmprune.graph.listed import trace
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form
 
 

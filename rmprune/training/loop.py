@@ -194,7 +194,7 @@ class _Training:
         state, config = self.state, self.config
         state.learning_rate = learning_rate(config, state.step, state.steps_per_epoch)
         for group in state.optimizer.param_groups:
-            group["lr"] = state.learning_rate
+            group["lr"] = state.learning_rate * group.get("rate", 1.0)  # a hook's own optimizer has none
         self.between_steps = False
         with autocast(config.precision, self.device):
             output = self.parallel(x)
