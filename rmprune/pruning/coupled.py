@@ -24,7 +24,7 @@ from rmprune.pruning.batches import Batches, batches_of, class_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, device_of, evaluating
-from rmprune.pruning.layers import Cost, Slices, Weighted, widths_of
+from rmprune.pruning.layers import Cost, Slices, in_and_out
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices
 from rmprune.training.convolutions import TrainableConvolutions
@@ -87,7 +87,7 @@ def prune_coupled(
             model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
         )
         value = measured_cost(candidate, structure, target.cost)
-        units = {g.name: widths_of(_layer(candidate, g.producers[0]))[1] // g.multiple for g in structure.groups}
+        units = {g.name: in_and_out(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
         if any(units[name] < least[name] for name in units):
             high = ratio
         elif value > target.limit or any(units[name] > most[name] for name in units):
@@ -121,7 +121,7 @@ def _in_order(structure: Structure) -> Structure:
 def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
     """The cost of a network whose layers carry the names of `structure` but have widths of their own."""
     return sum(
-        cost(layer, *(widths_of(_layer(pruned, layer.name)) if layer.name else (layer.cin, layer.cout)))
+        cost(layer, *(in_and_out(pruned.get_submodule(layer.name)) if layer.name else (layer.cin, layer.cout)))
         for layer in structure.layers
     )
 
@@ -266,9 +266,3 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
         for x, y in batches_of(data, model):
             class_loss(twin(x), y).backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
-
-
-def _layer(model: nn.Module, name: str) -> Weighted:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, Weighted)
-    return layer

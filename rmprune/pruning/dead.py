@@ -22,9 +22,9 @@ from rmprune.pruning.layers import (
     Weighted,
     by_input,
     by_output,
+    in_and_out,
     output_dim,
     weight_of,
-    widths_of,
 )
 from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.surgery import shrink
@@ -248,7 +248,7 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
         if name is None or not isinstance(layer, Weighted):
             continue
         source = node.all_input_nodes[0]
-        inputs[name] = torch.full((widths_of(layer)[0],), torch.nan, dtype=torch.float64)
+        inputs[name] = torch.full((in_and_out(layer)[0],), torch.nan, dtype=torch.float64)
         if (
             len(shape_of(source) or ()) == layer.weight.dim()
         ):  # else what it reads are not the channels that ranges speak of

@@ -17,7 +17,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.network import in_words, shape_of
 from rmprune.pruning.groups import MemberSide
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
-from rmprune.pruning.layers import Weighted, channels_read, is_depthwise, own_tensors, rank_read, widths_of
+from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, own_tensors, rank_read
 from rmprune.pruning.operations import ALONG, ELEMENTWISE, INDEXING, MOVES, REDUCTIONS, SPATIAL, operation, product
 from rmprune.pruning.reading import Reading
 
@@ -126,7 +126,7 @@ class Walk:
             out = self.channels.root[vector]
         else:
             self._member(name, "in", vector)
-            out = self.channels.new(widths_of(layer)[1])
+            out = self.channels.new(in_and_out(layer)[1])
             self._member(name, "out", out)
             groups = getattr(layer, "groups", 1)
             for side in (vector, out) if groups > 1 else ():  # the same position of every convolution group

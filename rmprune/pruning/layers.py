@@ -94,7 +94,7 @@ def _sized(name: str, module: Weighted, before: torch.Size, after: torch.Size) -
         tokens = (1, after[:-1].numel())
         sizes = ((1, 1), (1, 1), (0, 0), (1, 1))
         has_bias = module.bias is not None
-        return SizedLayer(name, "linear", *widths_of(module), *sizes, 1, tokens, tokens, has_bias)
+        return SizedLayer(name, "linear", *in_and_out(module), *sizes, 1, tokens, tokens, has_bias)
     padding = module.padding
     if isinstance(padding, str):
         same = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
@@ -102,7 +102,7 @@ def _sized(name: str, module: Weighted, before: torch.Size, after: torch.Size) -
     return SizedLayer(
         name,
         "depthwise" if is_depthwise(module) else "conv",
-        *widths_of(module),
+        *in_and_out(module),
         tuple(module.kernel_size),
         tuple(module.stride),
         tuple(padding),
@@ -116,10 +116,11 @@ def _sized(name: str, module: Weighted, before: torch.Size, after: torch.Size) -
     )
 
 
-def widths_of(module: Weighted) -> tuple[int, int]:
+def in_and_out(module: nn.Module) -> tuple[int, int]:
     """(channels it reads, channels it puts out)."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    assert isinstance(module, Convolution)
     return module.in_channels, module.out_channels
 
 
