@@ -82,7 +82,7 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[TimedLayer]
     Left out, as they cost next to nothing: flattening, identities, dropout, functions other than additions and relu.
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
-    folded = fold_batch_norms(model)
+    folded = fold_batch_norms(model, (example_inputs,))
     graph_module = fx.GraphModule(on_meta(folded), trace(folded))
     with torch.no_grad():
         ShapeProp(graph_module).propagate(torch.empty(example_inputs[:1].shape, device="meta"))
