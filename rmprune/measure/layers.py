@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from rmprune.errors import UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import trace
 from rmprune.graph.shapes import on_meta
@@ -112,6 +113,8 @@ def _read_graph(module: fx.GraphModule) -> list[TimedLayer]:
 def _layer(own: nn.Module | None, shape: tuple[int, ...], cout: int, activation: Any, add: bool) -> TimedLayer:
     kind: dict[str, Any] = {"type": None, "args": {}, "size": list(shape[2:]), "activation": activation, "add": add}
     if own is not None:
+        if type(own).__name__ not in LAYERS:
+            raise UnsupportedModel(f"{type(own).__name__} layers cannot be timed one by one")
         args = LAYERS[type(own).__name__].read(own)
         args = {
             k: v for k, v in args.items() if k not in ("in_channels", "out_channels", "in_features", "out_features")

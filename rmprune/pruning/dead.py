@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.inputs import Inputs
-from rmprune.graph.network import shape_of
+from rmprune.graph.network import NodeLayer, shape_of
 from rmprune.graph.ranges import annotate_ranges, range_of
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.find_groups import find_structure
@@ -191,11 +191,11 @@ def _live_weight(model: nn.Module, layer: str, constants: Constants) -> Tensor:
     return weight
 
 
-def _to_be_trained(norm: nn.Module) -> bool:
+def _to_be_trained(norm: NodeLayer | None) -> TypeGuard[_BatchNorm]:
     """Whether every scale of a batch norm is 0 that has seen no batch: so branches start (zero_init_residual), not so they end."""
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.weight is None or bool(norm.weight.any()):
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None or norm.weight is None:
         return False
-    return not bool(norm.running_mean.any()) and bool((norm.running_var == 1).all())
+    return not bool(norm.weight.any()) and not bool(norm.running_mean.any()) and bool((norm.running_var - 1 == 0).all())
 
 
 def _without(
@@ -255,10 +255,11 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
     `reading`: of this network with its values, or of one from which it was cut.
     """
     network = reading.of(model)
-    for target, layer in network.layers.items():
-        if isinstance(layer, nn.Module) and _to_be_trained(layer):
-            network.layers[target] = copy.deepcopy(layer)
-            nn.init.ones_(network.layers[target].weight)  # type: ignore[union-attr, arg-type]
+    for target, norm in network.layers.items():
+        if _to_be_trained(norm):
+            awake = copy.deepcopy(norm)
+            nn.init.ones_(awake.weight)
+            network.layers[target] = awake
     annotate_ranges(network, rounding=0.0)  # so that the two ends of a constant are one number
     inputs = {}
     for node in network.graph.nodes:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_given
+from rmprune.measure.cost import count_macs
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.batches import Batches, batches_of
 from rmprune.pruning.budget import Budget, resolve
@@ -24,7 +25,7 @@ from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
-from rmprune.pruning.layers import Cost
+from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
@@ -113,14 +114,19 @@ def prune(
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
         done = fold(result, example_inputs, structure=after)
-        return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
+        spent = total_cost(done.structure, target.cost)
+        if target.cost is macs and any(layer.kind == "rest" for layer in structure.layers):
+            spent = count_macs(done.model, example_inputs)  # products of narrower maps cost less, which no group says
+        return spent, (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
     left = total_cost(structure.shrunk(keep), target.cost)
     if left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name, target.as_ratio(budget, left), getattr(budget, budget.name),
+            budget.name,
+            target.as_ratio(budget, left),
+            getattr(budget, budget.name),
         )
     if prove:
         prove_cut(model, structure, keep, example_inputs)
