@@ -20,6 +20,17 @@ from rmprune.errors import DataError
 Batch = tuple[Tensor, Tensor]
 
 
+class Statistics(NamedTuple):
+    """What images are normalised with, by channel, in units of 0 to 1: (pixel - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET_STATISTICS = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
 class Share(NamedTuple):
     """What one shard reads of a batch of `size` images: indices into the split, their positions in the batch; `seed` is the batch's."""
 
@@ -31,7 +42,7 @@ class Share(NamedTuple):
 
 class Split(ABC):
     """One part of a data set. Images come normalised by channel: (pixel - mean) / deviation, those of the training images
-    (of ImageNet for folders).
+    (of the pretrained weights, or of ImageNet, for folders).
     """
 
     @abstractmethod
@@ -121,13 +132,36 @@ class TensorSplit(Split):
         return self._held[1], self._held[2]
 
 
-def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
+def draw_part(labels: Tensor, fraction: float, seed: int, groups: list[str] | None = None) -> Tensor:
+    """A mask [N], True for about `fraction` of every class, drawn with `seed`; images of one group stay together.
+
+    Groups are taken in random order, each where it brings the classes' counts nearer to what is wanted, so the parts are as
+    stratified as the groups allow.
+    """
+    if groups is None:
+        return stratified_part(labels, fraction, seed)
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group or f"image {index}", []).append(index)
+    wanted = fraction * torch.bincount(labels).double()
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    names, chosen = list(members), torch.zeros(len(labels), dtype=torch.bool)
+    for position in order:
+        inside = torch.tensor(members[names[position]])
+        missing = wanted - torch.bincount(labels[chosen], minlength=len(wanted))
+        left = missing - torch.bincount(labels[inside], minlength=len(wanted))
+        if left.abs().sum() < missing.abs().sum():
+            chosen[inside] = True
+    return chosen
+
+
+def split_train(labels: Tensor, config: DataConfig, groups: list[str] | None = None) -> tuple[Tensor, Tensor]:
     """Indices (validation, training), int64 [V] and [T], of the training images, whose `labels` are int64 [N].
 
-    Disjoint, stratified by class, drawn with split_seed. Raises `ConfigError` where train_images are more than there are,
-    `DataError` where none is left to train on.
+    Disjoint, stratified by class, drawn with split_seed, groups whole. Raises `ConfigError` where train_images are more than there
+    are, `DataError` where none is left to train on.
     """
-    held_back = stratified_part(labels, config.validation, config.split_seed)
+    held_back = draw_part(labels, config.validation, config.split_seed, groups)
     kept = (~held_back).nonzero().squeeze(1)
     if config.train_images is not None:
         require(

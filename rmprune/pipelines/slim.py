@@ -14,7 +14,6 @@ from torch import nn
 from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import SlimConfig
-from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
 from rmprune.methods.choose import best, judge
@@ -23,7 +22,7 @@ from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
 from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, CollapsedBlocks, Method, Residuals, find_methods
-from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, stage, starting_network
+from rmprune.pipelines.stages import dense_network, finish, make_dense, open_data, pick_device, stage, starting_network
 from rmprune.pruning import Budget
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
@@ -36,7 +35,7 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     methods = find_methods(config.method)
     cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets)
     device = pick_device(config.device)
-    data = load_dataset(config.data)
+    data = open_data(config)
     _refuse_early(methods, Job(config, data, device, config.seed))
     networks = {"dense", "pruned", *STARTS.values(), *METHODS, *RENAMED}
     found = [cell.record for cell in cells]

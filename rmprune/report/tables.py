@@ -33,6 +33,7 @@ COLUMNS = [
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
 _BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "ratio")
+MOST_CLASSES = 20  # that the screen shows one by one
 CONFIGURATION = ["backend", "device", "threads", "batch_size"]
 
 
@@ -258,4 +259,24 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
             ratio = latency.get("ratio", latency["median_ms"] / base["median_ms"])
             cells.append(f"{milliseconds(latency['median_ms'])}  {ratio:.2f}x")
         time.add_row(*cells)
-    return [cost, time] if times["original"] else [cost]
+    return [cost, *([time] if times["original"] else []), *_by_class(found)]
+
+
+def _by_class(found: dict[str, dict[str, Any]]) -> list[Table]:
+    """Where classes have names: what each network recognises of each, and the measures that do not depend on how many images one has."""
+    classes = found["original"].get("classes", [])
+    if not classes or classes[0]["name"] == "0" or len(classes) > MOST_CLASSES:
+        return []
+    table = Table(title="Recognised, of each class", title_justify="left", title_style="bold")
+    for heading in ("class", "images", *found):
+        table.add_column(escape(heading), justify="left" if heading == "class" else "right")
+    for number, one in enumerate(classes):
+        recalls = [network.get("classes", classes)[number]["recall"] for network in found.values()]
+        table.add_row(escape(one["name"]), str(one["images"]), *("" if r is None else f"{r:.1%}" for r in recalls))
+    for label, field, form in (
+        ("all alike (balanced accuracy)", "balanced_accuracy", "{:.1%}"),
+        ("AUC", "auc", "{:.3f}"),
+    ):
+        values = [network.get(field) for network in found.values()]
+        table.add_row(label, "", *("" if value is None else form.format(value) for value in values))
+    return [table]
