@@ -27,7 +27,7 @@ from rmprune.runs.progress import progress
 from rmprune.runs.writing import whole
 
 logger = logging.getLogger("rmprune")
-LONGEST = 50  # times the shorter side: what is longer is no photo, and its enlarged form would fill the memory
+ELONGATED = 50  # times the shorter side: what is longer is no photo, and its enlarged form would fill the memory
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
 _LOOKED_AT = 64  # images, for their depth
 _AT_ONCE = 32  # images, from a loader process
@@ -67,7 +67,7 @@ class Photos(TorchDataset[Tensor]):
         if self.squares is not None:
             return self.squares[index]
         image = self.whole(index)
-        if max(image.size) > LONGEST * min(image.size):
+        if max(image.size) > ELONGATED * min(image.size):
             raise DataError(
                 f"{self.paths[index]} is {image.width}x{image.height} pixels, which is no photo; take it out"
             )

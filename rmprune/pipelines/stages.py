@@ -27,7 +27,7 @@ from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.machine import environment
-from rmprune.training.evaluation import outputs, scores
+from rmprune.training.evaluation import logits_of, scores
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
@@ -190,7 +190,7 @@ def measure_networks(
     )
     return {
         name: {
-            **scores(*outputs(model.to(device), data.test, device=device), data.classes),
+            **scores(*logits_of(model.to(device), data.test, device=device), data.classes),
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
             **outline(model, example),

@@ -35,13 +35,13 @@ def evaluate(
 
     The model must be on `device` already.
     """
-    logits, y = outputs(model, split, device=device, batch_size=batch_size, limit=limit, precision=precision)
+    logits, y = logits_of(model, split, device=device, batch_size=batch_size, limit=limit, precision=precision)
     loss = nn.functional.cross_entropy(logits, y, reduction="none").double().mean()
     return Evaluation(float((logits.argmax(1) == y).double().mean()), float(loss))
 
 
 @torch.no_grad()
-def outputs(
+def logits_of(
     model: nn.Module,
     split: Split,
     *,
