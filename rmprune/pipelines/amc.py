@@ -28,7 +28,17 @@ from rmprune.config import AmcConfig
 from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
-from rmprune.pipelines.stages import dense_network, finish, make_dense, open_data, pick_device, say, stage, with_names
+from rmprune.pipelines.stages import (
+    dense_network,
+    finish,
+    make_dense,
+    open_data,
+    pick_device,
+    repeatable,
+    say,
+    stage,
+    with_names,
+)
 from rmprune.pruning.carry_out import CALIBRATION_IMAGES
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
@@ -57,7 +67,10 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
     data = open_data(config)
     _refuse_early(Job(config, data, device, config.seed), cells)
     found, networks = [cell.record for cell in cells], {"dense", "plain", *AMC_METHODS}
-    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+    with (
+        repeatable(config.deterministic, device),
+        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
+    ):
         for cell in unfinished(cells):
             _run_cell(cell, Job(config, data, device, cell.seed), command)
     return found
