@@ -8,7 +8,7 @@ from typing import Literal
 
 from rmprune.config.fields import changeable, require, require_seed
 
-Augmentation = Literal["none", "light", "turns", "imagenet"]
+Augmentation = Literal["none", "light", "mirrors", "turns", "imagenet"]
 CacheKind = Literal["auto", "disk", "memory", "none"]
 
 
@@ -33,7 +33,7 @@ class DataConfig:
     image_size: int = 224
     """Height and width of the images (imagefolder only)."""
     augment: bool | Augmentation = True
-    """none; light: shifts, and mirrored where the classes allow it; turns: quarter turns as well, for images without an up; imagenet:
+    """none; light: shifts, and mirrored where the classes allow it; mirrors: upside down too; turns: by quarters too; imagenet:
     crops of 8 % of the photo and more (imagefolder only). True: imagenet for an imagefolder, light for the others."""
     crop: float = 0.875
     """Part of the photo's shorter side that is seen, in the middle; 1: up to its edges (imagefolder only)."""
@@ -74,11 +74,11 @@ class DataConfig:
         require(self.workers >= 0, f"workers is {self.workers}; it must not be negative")
         require(self.image_size >= 8, f"image_size is {self.image_size}; it must be at least 8")
         require(
-            self.augment in (True, False, "none", "light", "turns", "imagenet"),
-            f"augment is {self.augment!r}; use none, light, turns or imagenet",
+            self.augment in (True, False, "none", "light", "mirrors", "turns", "imagenet"),
+            f"augment is {self.augment!r}; use none, light, mirrors, turns or imagenet",
         )
         require(
-            self.augment not in ("turns", "imagenet") or self.dataset == "imagefolder",
+            self.augment not in ("mirrors", "turns", "imagenet") or self.dataset == "imagefolder",
             f"augment is {self.augment!r}, which is for an imagefolder; use light or none",
         )
         require(0 < self.crop <= 1, f"crop is {self.crop}; it must lie between 0 and 1")

@@ -14,7 +14,7 @@ from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
 from rmprune.data.listing import list_photos
 from rmprune.data.photos import Photos, bit_depth, one_line_errors
-from rmprune.data.splits import Batch, Share, Split, Statistics, batch_seed, draw_part, split_train
+from rmprune.data.splits import Batch, Share, Split, Statistics, batch_seed, draw_part, some_of, split_train
 from rmprune.errors import DataError
 
 TEST_SEED = 20211  # where no test images are named: the same ones for every split_seed
@@ -43,7 +43,7 @@ def load_image_folder(
         drawn = draw_part(labels, config.test, TEST_SEED, groups)
         test, rest = drawn.nonzero().squeeze(1), (~drawn).nonzero().squeeze(1)
     if len(named["test"]) and len(named["val"]):
-        held_back, kept = named["val"], rest
+        held_back, kept = named["val"], some_of(rest, config)
     else:
         inside = None if groups is None else [groups[i] for i in rest.tolist()]
         held_back, kept = (rest[part] for part in split_train(labels[rest], config, inside))
@@ -115,13 +115,12 @@ class _Views(TorchDataset[tuple[Tensor, int]]):
         square = self.split.photos[number]
         if self.kind == "none":
             return v2.functional.center_crop(square, [self.size, self.size]), label
-        return lightly_augmented(
-            square, self.size, torch.Generator().manual_seed(seed), turn=self.kind == "turns"
-        ), label
+        return lightly_augmented(square, self.size, torch.Generator().manual_seed(seed), self.kind), label
 
 
-def lightly_augmented(square: Tensor, size: int, generator: torch.Generator, *, turn: bool) -> Tensor:
-    """A window [C, size, size] somewhere in the square [C, side, side], mirrored in half of the cases; `turn`: by quarters too.
+def lightly_augmented(square: Tensor, size: int, generator: torch.Generator, kind: Augmentation) -> Tensor:
+    """A window [C, size, size] somewhere in the square [C, side, side], mirrored left and right in half of the cases; `mirrors`: upside
+    down in half as well; `turns`: turned by quarters instead, which makes all eight ways a square can lie.
 
     Where the square is hardly larger than the window, its edges are mirrored outwards to shift across.
     """
@@ -135,7 +134,9 @@ def lightly_augmented(square: Tensor, size: int, generator: torch.Generator, *, 
     window = wide[:, top : top + size, left : left + size]
     if draw(2):
         window = window.flip(2)
-    return torch.rot90(window, draw(4), (1, 2)) if turn else window
+    if kind == "mirrors" and draw(2):
+        window = window.flip(1)
+    return torch.rot90(window, draw(4), (1, 2)) if kind == "turns" else window
 
 
 def _mixed(indices: Tensor) -> Tensor:

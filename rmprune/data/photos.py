@@ -163,7 +163,8 @@ def room_for(size: int, folder: Path) -> CacheKind:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if size <= shutil.disk_usage(there).free / 2 and os.access(there, os.W_OK):
         return "disk"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+    pages = "SC_AVPHYS_PAGES"  # which not every system tells
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in getattr(os, "sysconf_names", {}) else 0
     return "memory" if size <= free / 2 else "none"
 
 

@@ -182,7 +182,11 @@ def split_train(labels: Tensor, config: DataConfig, groups: list[str] | None = N
     are, `DataError` where none is left to train on.
     """
     held_back = draw_part(labels, config.validation, config.split_seed, groups)
-    kept = (~held_back).nonzero().squeeze(1)
+    return held_back.nonzero().squeeze(1), some_of((~held_back).nonzero().squeeze(1), config)
+
+
+def some_of(kept: Tensor, config: DataConfig) -> Tensor:
+    """Of these training images [T] the part that train_images asks for. Raises as `split_train`."""
     if config.train_images is not None:
         require(
             config.train_images <= len(kept),
@@ -192,7 +196,7 @@ def split_train(labels: Tensor, config: DataConfig, groups: list[str] | None = N
         kept = kept[torch.randperm(len(kept), generator=generator)[: config.train_images]].sort().values
     if not len(kept):
         raise DataError(f"{config.dataset}: the validation split of {config.validation} leaves no image to train on")
-    return held_back.nonzero().squeeze(1), kept
+    return kept
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 nothing is measured.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ COLUMNS = [
     "budget",
     "seed",
     "accuracy",
+    "balanced_accuracy",
+    "auc",
     "macs",
     "params",
     "backend",
@@ -104,6 +107,7 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
             "budget": "" if name in ("original", "plain") else budget_of(record),
             "seed": record["seed"],
             "accuracy": network["accuracy"],
+            **{name: math.nan if network.get(name) is None else network[name] for name in ("balanced_accuracy", "auc")},
             "macs": network["macs"],
             "params": network["params"],
             "run": run,
@@ -131,7 +135,8 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
     """One row per method, budget and configuration, means over seeds, everything against the dense network.
 
     Columns: accuracy (0 to 1), its spread over seeds (standard deviation), its lowest and highest seed, accuracy_change
-    (points), macs, params and their ratios, time (median/q1/q3 in ms) and its ratio, seeds.
+    (points), balanced_accuracy, auc and its spread (empty in older records), macs, params and their ratios, time
+    (median/q1/q3 in ms) and its ratio, seeds.
     """
     keys = ["model", "dataset", "method", "budget", *CONFIGURATION]
     dense = data[data.method == "dense"].set_index(["run", *CONFIGURATION])
@@ -145,6 +150,8 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
     numbers = [
         "accuracy",
         "accuracy_change",
+        "balanced_accuracy",
+        "auc",
         "macs",
         "macs_ratio",
         "params",
@@ -161,6 +168,7 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         .agg(
             **{name: (name, "mean") for name in numbers},
             accuracy_spread=("accuracy", _spread),
+            auc_spread=("auc", _spread),
             accuracy_low=("accuracy", "min"),
             accuracy_high=("accuracy", "max"),
             seeds=("seed", "nunique"),

@@ -12,6 +12,13 @@ logger = logging.getLogger("rmprune")
 FIRST_LINE = 2.0  # seconds after which the log says how long it will take; then at twice that time, and so on
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: 45 s, 12 min, 1.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields `advance(count)`, to be told of so many more of the `total` done."""
@@ -27,6 +34,6 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
             seconds = time.monotonic() - started
             if not console.is_terminal and seconds > due and done < total:
                 due = 2 * seconds
-                logger.info("%s: %d of %d, %.0f s left", label, done, total, seconds * (total - done) / done)
+                logger.info("%s: %d of %d, %s left", label, done, total, duration(seconds * (total - done) / done))
 
         yield advance

@@ -80,7 +80,7 @@ def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "experiments").glob("*.toml")), ids=lambda f: f.stem
+    "file", sorted((Path(__file__).parents[2] / "experiments").rglob("*.toml")), ids=lambda f: f.stem
 )
 def test_every_published_experiment_can_be_read(file: Path) -> None:
     kind = next(kind for command, kind in KINDS.items() if f"rmprune {command} --config" in file.read_text())

@@ -63,7 +63,7 @@ def names(data: Dataset) -> list[set[str]]:
     return parts
 
 
-@pytest.mark.parametrize("augment", ["imagenet", "light", "turns"])
+@pytest.mark.parametrize("augment", ["imagenet", "mirrors", "turns"])
 def test_a_folder_of_photos(folder: Path, augment: str) -> None:
     data = opened(folder, augment=augment)
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 4, 6)
@@ -214,14 +214,19 @@ def test_where_there_is_room_for_a_cache(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_light_augmentation_moves_mirrors_and_turns() -> None:
     numbered = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8)
-    seen = {turn: Counter() for turn in (False, True)}
-    for turn, counted in seen.items():
+    seen: dict[str, Counter[tuple[int, int]]] = {kind: Counter() for kind in ("light", "mirrors", "turns")}
+    for kind, counted in seen.items():
         for seed in range(200):
-            window = lightly_augmented(numbered, 7, torch.Generator().manual_seed(seed), turn=turn)
-            assert window.shape == (1, 7, 7)
-            counted[int(window[0, 0, 1]) - int(window[0, 0, 0])] += 1
-    assert set(seen[False]) == {1, -1} and set(seen[True]) == {1, -1, 8, -8}  # along the row, and down it
-    edge = lightly_augmented(numbered, 8, torch.Generator().manual_seed(1), turn=False)
+            window = lightly_augmented(numbered, 7, torch.Generator().manual_seed(seed), kind)[0].int()
+            assert window.shape == (7, 7)
+            counted[int(window[0, 1] - window[0, 0]), int(window[1, 0] - window[0, 0])] += (
+                1  # along the row, down the column
+            )
+    assert set(seen["light"]) == {(1, 8), (-1, 8)}
+    assert set(seen["mirrors"]) == {(1, 8), (-1, 8), (1, -8), (-1, -8)}
+    assert set(seen["turns"]) == {(x * a, y * b) for a in (1, -1) for b in (1, -1) for x, y in ((1, 8), (8, 1))}
+    assert all(min(counted.values()) > 100 / len(counted) for counted in seen.values())
+    edge = lightly_augmented(numbered, 8, torch.Generator().manual_seed(1), "light")
     assert edge.shape == (1, 8, 8) and set(edge.flatten().tolist()) <= set(range(64))
 
 
