@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError
 from rmprune.runs.writing import whole
+from rmprune.training.precision import ask
 
 LARGEST = 256 * 2**20  # bytes of an epoch's outputs that are still worth keeping
 
@@ -49,7 +50,7 @@ class Teacher:
         if self.known is not None:
             return self.known[batch].to(x.device)
         with torch.no_grad():
-            found: Tensor = self.network(x)
+            found = ask(self.network, x)
         if self.memory is not None and batch == len(self.heard) and found.nbytes * self.batches <= LARGEST:
             self.heard.append(found.cpu())
             if len(self.heard) == self.batches:
