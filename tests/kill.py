@@ -40,7 +40,7 @@ COMMANDS = {
 }
 CHANGES = {"os.rename": 0, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0, "os.truncate": 0, "open": 0}
 """Audit events of changes to files, and which of their arguments is the path."""
-TIMES = {"latency", "seconds", "images_per_second", "environment"}
+TIMES = {"latency", "seconds", "images_per_second", "episodes_per_minute", "environment"}
 """What no two runs have alike, under these names."""
 
 

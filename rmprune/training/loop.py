@@ -243,7 +243,7 @@ class _Training:
     def check_finite(self, x: Tensor | None = None) -> None:
         """Refuse to go on from a loss that is no number. x: the images it comes from, where they are at hand."""
         if not math.isfinite(float(self.totals[0])):
-            where = begins(self.state.model, self.teacher and self.teacher.network, x)
+            where = begins(self.state.model, None if self.teacher is None else self.teacher.network, x)
             raise self.broken("the loss is", where, self.state.step + (x is not None))
 
     def check_weights(self) -> None:
