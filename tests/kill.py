@@ -1,4 +1,4 @@
-"""Kills real runs at random moments: `PYTHONPATH=. python tests/kill.py --kills 50 --seed 0` (about half an hour of one core).
+"""Kills real runs at random moments: `python tests/kill.py --kills 50 --seed 0` (some ten minutes of one core).
 
 A run (train, slim, a comparison of two methods, amc, measure; in miniature, one thread) is killed by SIGKILL up to three times, each time
 at a random moment of what is left of it: of its CPU seconds, or just before a random one of the changes that it makes to its files. Then
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this rmprune, not one that is installed
 
 DATA = "--dataset digits --train-images 48 --batch-size 16 --device cpu --checkpoint-seconds 0.01 --finetune.checkpoint-seconds 0.01"
 MEASURE = (
@@ -76,8 +77,7 @@ def start(command: str, place: Path, *, before: int = 0, fork: bool = False) -> 
         os.dup2(said, 1)
         os.dup2(said, 2)
         if not fork:
-            here = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-            os.execve(sys.executable, [sys.executable, __file__, "--child", command, str(before)], here)
+            os.execv(sys.executable, [sys.executable, __file__, "--child", command, str(before)])
         child(command, before)
     except SystemExit as stopped:
         os._exit(int(stopped.code or 0))
