@@ -1,6 +1,7 @@
 """The command line: one small function for each subcommand, flags and help generated from the configs. The work is done elsewhere."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import logging
@@ -16,6 +17,7 @@ import tyro
 
 from rmprune import config as settings
 from rmprune.config.toml import from_toml
+from rmprune.config.transfer import transfer_flags
 from rmprune.errors import RmpruneError
 
 Config = TypeVar("Config")
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand. Exit status: 0 done, 2 for anything the user can mend (one line says what), 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib"):
+    for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
@@ -82,12 +84,15 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
     arguments = [
         part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
+    transfer = any(word == "--weights" or word.startswith("--weights=") for word in arguments)
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             _fail("--config needs the path of a TOML file")
-        default = from_toml(kind, Path(arguments[at + 1]))
+        default = from_toml(kind, Path(arguments[at + 1]), transfer=transfer)
         arguments = arguments[:at] + arguments[at + 2 :]
+    elif transfer:  # of two flags the last counts, which is the user's
+        arguments = transfer_flags({field.name for field in dataclasses.fields(kind)}) + arguments  # type: ignore[arg-type]
     description = (COMMANDS[command].__doc__ or "") + "\n\n--config FILE reads settings from TOML first."
     prog, said = f"python -m rmprune {command}", io.StringIO()
     try:

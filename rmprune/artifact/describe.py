@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.trace import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+from rmprune.graph.calls import module_around
+from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FORMATS,
@@ -173,7 +174,7 @@ def _describe_node(node: fx.Node, model: nn.Module) -> dict[str, Any]:
 
 def place(node: fx.Node) -> str:
     """The node, and the layer whose code it comes from."""
-    path, kind = (list(node.meta.get("nn_module_stack", {}).values()) or [("", None)])[-1]
+    path, kind = module_around(node)
     return f"layer {path} ({getattr(kind, '__name__', kind)}), node {node.name}" if path else f"node {node.name}"
 
 

@@ -1,13 +1,23 @@
-"""A network from what a user names: a model name, an artifact directory, or a file of weights for a named model. Nothing is executed."""
+"""Weights of others, from files, into a network: trained already (a checkpoint), or to start training from. Nothing is executed."""
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from rmprune import artifact
 from rmprune.artifact.tensors import first_line, is_plain, read_pickled, read_safetensors
 from rmprune.errors import ArtifactError
+from rmprune.models.head import head_parameters
+from rmprune.models.pretrained import IMAGENET, imagenet_weights
+
+NESTED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "model_ema", "state_dict_ema", "ema")
+"""Under these names training frameworks keep the weights in a file; the first that is there is taken."""
+_COUNTER = "num_batches_tracked"
+_DEEPEST = 3  # such names within each other: a file may hold a dict that holds itself
+_SHOWN = 4  # names of each kind in an error
 
 
 def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
@@ -15,13 +25,9 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
 
     Raises ArtifactError where the file is missing or damaged or holds another network.
     """
-    if not path.exists():
-        raise ArtifactError(
-            f"{path}: there is no such checkpoint; give an artifact directory or a .safetensors, .pt or .pth file"
-        )
-    state = artifact.load(path).state_dict() if path.is_dir() else read_state_dict(path)
+    state = _read(path)
     own = model.state_dict()
-    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    counters = {key: value for key, value in own.items() if key.endswith(_COUNTER)}
     state = {**counters, **state}  # files from before torch 0.4.1 have none
     wrong = [key for key in (*own, *state) if key not in state or key not in own or state[key].shape != own[key].shape]
     if wrong:
@@ -34,14 +40,115 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
     return model
 
 
+def start_from(model: nn.Module, weights: str, name: str, *, by_order: bool = False) -> str:
+    """Put trained weights into `model`, to train on from there: "imagenet" (the library's own), a file or an artifact directory.
+
+    Returns what there is to say, or "". Raises as `put_weights` and `imagenet_weights`.
+    """
+    state = imagenet_weights(name) if weights == IMAGENET else _read(Path(weights))
+    return put_weights(model, state, weights, name, by_order=by_order)
+
+
+def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: str, *, by_order: bool = False) -> str:
+    """Put `state` into `model`, which may be of other classes: then its head stays new. Returns what there is to say, or "".
+
+    Names may stand behind any one prefix (`model.`, `backbone.`); what lies outside it is left out, and said. `by_order`: the
+    tensors belong to the model's in this order, whatever their names. Raises ArtifactError that lists what does not fit, before
+    anything is changed.
+    """
+    own, head = model.state_dict(), set(head_parameters(model))
+    said: list[str] = []
+    if by_order:
+        if (ordered := _ordered(own, state, head)) is None:
+            raise ArtifactError(
+                f"{source}: its tensors are not those of {name} in this order either, by their shapes; leave --weights-by-order out"
+            )
+        state = ordered
+    else:
+        prefix, inside = _inside(own, state, head)
+        if outside := [key for key in state if not key.startswith(prefix)]:
+            said.append(f"{_listed(outside)} beside {prefix}* left out")
+        state, flat = inside, state
+    state = {key: value for key, value in own.items() if key.endswith(_COUNTER)} | state
+    new = [key for key in own if key in head and (key not in state or state[key].shape != own[key].shape)]
+    kept = {key: value for key, value in state.items() if not new or key not in head}
+    problems = [
+        ("missing there: ", [key for key in own if key not in head and key not in kept]),
+        (
+            "of another shape: ",
+            [f"{key} ({_sizes(kept[key])} there, {_sizes(own[key])} here)" for key in own if _differs(kept, own, key)],
+        ),
+        (f"not in {name}: ", [key for key in kept if key not in own]),
+    ]
+    if any(names for _, names in problems):
+        if not by_order and _ordered(own, flat, head) is not None:
+            raise ArtifactError(
+                f"{source}: has other names than {name} ({next(iter(flat))[:80]}; here {next(iter(own))}), but in its order all shapes "
+                "fit: if it is the same network, add --weights-by-order"
+            )
+        what = "; ".join(start + _listed(names) for start, names in problems if names)
+        raise ArtifactError(
+            f"{source}: not the weights of {name} ({what}); give the model, width and image size that they belong to"
+        )
+    model.load_state_dict(own | kept)
+    if new:
+        there = _sizes(state.get(new[0]))
+        said.append(f"the head is new: {new[0]} is {there} there, {_sizes(own[new[0]])} here")
+    return "; ".join(said)
+
+
+def _differs(state: dict[str, Tensor], own: dict[str, Tensor], key: str) -> bool:
+    return key in state and state[key].shape != own[key].shape
+
+
+def _inside(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -> tuple[str, dict[str, Tensor]]:
+    """The prefix before most of the network's names, the shortest of several, and what stands behind it."""
+    first = next((key for key in own if key not in head), next(iter(own), ""))
+    prefixes = {key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")} | {""}
+    prefix = max(sorted(prefixes, key=len), key=lambda before: sum(before + key in state for key in own))
+    return prefix, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _ordered(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -> dict[str, Tensor] | None:
+    """The tensors under the network's names, given to them in order; None where shapes differ, but for a head of other classes."""
+    names = [key for key, value in own.items() if not _counts(value)]
+    tensors = [value for value in state.values() if not _counts(value)]
+    if len(names) != len(tensors):
+        return None
+    fits = all(
+        value.shape[1:] == own[key].shape[1:] if key in head else value.shape == own[key].shape
+        for key, value in zip(names, tensors, strict=True)
+    )
+    return dict(zip(names, tensors, strict=True)) if fits else None
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether this is a batch norm's count of batches, which not every file has."""
+    return tensor.ndim == 0 and not tensor.is_floating_point()
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = [name[:80] for name in names]
+    more = len(found) - _SHOWN
+    return ", ".join(found[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def _sizes(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else "x".join(map(str, tensor.shape)) or "one number"
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise ArtifactError(
+            f"{path}: there is no such checkpoint; give an artifact directory or a .safetensors, .pt or .pth file"
+        )
+    return dict(artifact.load(path).state_dict()) if path.is_dir() else read_state_dict(path)
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a state dict that torch.save wrote (also under the key state_dict or model)."""
+    """The tensors of a .safetensors file or of a state dict that torch.save wrote, by itself or under one of the names in `NESTED`."""
     try:
-        content = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+        content: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
     except pickle.UnpicklingError as error:
         raise ArtifactError(
             f"{path}: not a plain state dict ({first_line(error)}), and nothing in it is run; load it where it was made, and save "
@@ -49,13 +156,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ) from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read as weights ({first_line(error)}); copy or save it again") from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+    for _ in range(_DEEPEST):
+        if isinstance(content, dict) and (key := next((k for k in NESTED if isinstance(content.get(k), dict)), None)):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise ArtifactError(f"{path}: not a state dict (name -> tensor); save model.state_dict()")
     for key, value in content.items():
         if not is_plain(value) or value.is_complex():
             raise ArtifactError(f"{path}: {key[:80]} is no plain tensor; save the state_dict() of a plain model")
-    # the names that DataParallel and torch.compile put before
-    return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in content.items()}
+    # the names that torch.compile and DataParallel put before
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in content.items()}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
-from rmprune.config.data import DataConfig
-from rmprune.config.fields import Fractions, Names, require, require_finite, require_seed, transient
-from rmprune.config.measure import MeasureConfig
+from rmprune.config.fields import Fractions, Names, require, require_finite
 from rmprune.config.pruning import ImportanceName
-from rmprune.config.runs import Architecture, RemovalConfig
+from rmprune.config.runs import RemovalConfig, RunConfig
 from rmprune.config.training import Precision, TrainConfig
 
 Constraint = Literal["macs", "latency", "params"]
@@ -82,9 +80,10 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class AmcConfig(Architecture):
+class AmcConfig(RunConfig):
     """Train MobileNetV2, remove its residuals and fuse, let an agent choose every layer's width, fine-tune, measure."""
 
+    command: ClassVar[str] = "amc"
     model: str = "mobilenet_v2_digits"
     """Network by name: mobilenet_v2_digits (8 pixels), mobilenet_v2_small (28 to 32), mobilenet_v2, or any other."""
     width: float | None = None
@@ -95,15 +94,10 @@ class AmcConfig(Architecture):
     """Ways to choose the widths, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
     apply: Literal["once", "gradual"] = "once"
     """Reach the best policy in one cut before fine-tuning, or in small cuts while fine-tuning."""
-    seed: int = 0
-    """First seed."""
     seeds: int = 1
     """How many seeds, each with a training of its own."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
     checkpoint: Path | None = None
     """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
-    data: Unprefixed[DataConfig] = DataConfig()
     train: Unprefixed[TrainConfig] = TrainConfig(epochs=30, weight_decay=1e-4)
     removal: RemovalConfig = RemovalConfig(fuse="always")
     search: Unprefixed[SearchConfig] = SearchConfig()
@@ -112,25 +106,15 @@ class AmcConfig(Architecture):
     )
     prune_epochs: float = 5.0
     """Epochs of the fine-tuning over which gradual cuts are spread."""
-    measure: MeasureConfig = MeasureConfig()
-    out: Path | None = field(default=None, metadata=transient())
-    """Run directory (default: runs/amc-MODEL-DATASET)."""
-    overwrite: bool = field(default=False, metadata=transient())
-    """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.measure.require_judge()
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(self.width is None or self.width > 0, f"width is {self.width}; it must be above 0")
         require(self.free >= 1, f"free is {self.free}; it must be at least 1")
         require_finite(self)
-        require_seed("seed", self.seed)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm-amc")
         require(self.apply in ("once", "gradual"), f"apply is {self.apply!r}; use 'once' or 'gradual'")
         require(self.prune_epochs > 0, f"prune_epochs is {self.prune_epochs}; it must be positive")
-
-    @property
-    def directory(self) -> Path:
-        """Where the run is kept."""
-        return self.out or Path("runs") / f"amc-{self.model.replace('/', '-')}-{self.data.dataset}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
@@ -25,92 +25,117 @@ def architecture(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What some networks can be asked for besides their width."""
+    """What networks can be asked for besides their width, and the weights that they start from."""
 
     depth: int | None = None
     """Layers, for networks that have a choice (repvgg: 13, 21, 37, 69, 133)."""
     reserve_ratio: float | None = None
     """Fraction of the channels that RepVGG blocks pass on (0: plain RepVGG)."""
+    weights: str | None = None
+    """Start from pretrained weights: imagenet (torchvision's or timm's own, by the network's name) or a .safetensors, .pt or .pth file.
+    A head of other classes is replaced. Training then goes gently, unless told otherwise: fewer epochs, small steps for what the weights
+    know and larger ones for the new head, and a weak pull of the sparsity."""
+    weights_by_order: bool = False
+    """Tensors of the file belong to the network's in their order, whatever their names; shapes must agree."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.weights_by_order or self.weights not in (None, "imagenet"),
+            "weights_by_order says how a file is read; give --weights FILE, or leave it out",
+        )
+        require(
+            self.weights is None or getattr(self, "checkpoint", None) is None,
+            "weights (training starts there) and checkpoint (trained already) are both set; give one of them",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Architecture):
+    """What the commands that train have in common: where, on what, with which seed, and the directory that is made."""
+
+    command: ClassVar[str]
+    model: str
+    """Network by name."""
+    seed: int = 0
+    """Seed of the weights and of the order of the images; the first, where there are several."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    deterministic: bool = field(default=False, metadata=changeable())
+    """On a GPU, only kernels that give the same result every time: slower. On a CPU all do."""
+    data: Unprefixed[DataConfig] = DataConfig()
+    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
+    measure: MeasureConfig = MeasureConfig()
+    out: Path | None = field(default=None, metadata=transient())
+    """Run directory (default: runs/COMMAND-MODEL-DATASET)."""
+    overwrite: bool = field(default=False, metadata=transient())
+    """Replace a finished run, or one with other settings, in that directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_seed("seed", self.seed)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"{self.command}-{self.model.replace('/', '-')}-{self.data.dataset}"
 
 
 @dataclass(frozen=True)
-class SlimConfig(Architecture):
+class SlimConfig(RunConfig):
     """Train with sparsity, remove all residuals, prune the plain network freely, fine-tune, measure."""
 
+    command: ClassVar[str] = "slim"
     model: str = "resnet20"
     """Network by name: resnet20 ... resnet1202 (CIFAR), resnet18, resnet34, ... (torchvision), timm/NAME."""
     width: int | None = None
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
     method: Names = ("rm",)
     """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    plan: Path | None = None
+    """Carry out this plan (a JSON file: a choice for each block, a width for each channel group) instead of meeting a budget."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
     """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
-    seed: int = 0
-    """First seed."""
     seeds: int = 1
     """How many seeds, each with a training of its own."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
     checkpoint: Path | None = None
     """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
-    data: Unprefixed[DataConfig] = DataConfig()
-    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
     sparsity: SparsityConfig = SparsityConfig(strength=0.8)
     prune: Unprefixed[PruneConfig] = PruneConfig()
     finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0, distillation=0.5)
-    measure: MeasureConfig = MeasureConfig()
-    out: Path | None = field(default=None, metadata=transient())
-    """Run directory (default: runs/slim-MODEL-DATASET)."""
-    overwrite: bool = field(default=False, metadata=transient())
-    """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.measure.require_judge()
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
-        require_seed("seed", self.seed)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
+        given = len(self.prune.budgets) > 0
         require(
-            len(self.prune.budgets) > 0,
-            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1",
+            given or self.plan is not None,
+            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1, or a --plan",
         )
-
-    @property
-    def directory(self) -> Path:
-        """Where the run is kept."""
-        return self.out or Path("runs") / f"slim-{self.model.replace('/', '-')}-{self.data.dataset}"
+        require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
+        if self.plan is not None:
+            require(self.method in (("rm",), ("plan",)), "a plan is carried out by itself; leave out --method")
+            object.__setattr__(self, "method", ("plan",))
+        require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
 
 
 @dataclass(frozen=True)
-class TrainRunConfig(Architecture):
+class TrainRunConfig(RunConfig):
     """Train a network, remove its residuals for deployment, measure both; nothing is pruned."""
 
+    command: ClassVar[str] = "train"
     model: str = "repvgg"
     """Network by name: repvgg, rmnext50x5_32, preact_resnet18, resnet20, ..."""
     width: int | None = None
     """Base width, for networks that have one."""
-    seed: int = 0
-    """Seed of the weights and of the order of the images."""
-    device: str = "auto"
-    """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
-    data: Unprefixed[DataConfig] = DataConfig()
-    train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
-    measure: MeasureConfig = MeasureConfig()
-    out: Path | None = field(default=None, metadata=transient())
-    """Run directory (default: runs/train-MODEL-DATASET)."""
-    overwrite: bool = field(default=False, metadata=transient())
-    """Replace a finished run, or one with other settings, in that directory."""
 
     def __post_init__(self) -> None:
-        require_seed("seed", self.seed)
+        super().__post_init__()
         require(self.train.distillation == 0, "there is no teacher here; leave --distillation at 0")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
-
-    @property
-    def directory(self) -> Path:
-        """Where the run is kept."""
-        return self.out or Path("runs") / f"train-{self.model.replace('/', '-')}-{self.data.dataset}"
 
 
 @dataclass(frozen=True)

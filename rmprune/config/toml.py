@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import dacite
 import tomli_w
 
+from rmprune.config.transfer import TRANSFER
 from rmprune.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -49,16 +50,19 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(to_dict(config))
 
 
-def from_toml(kind: type[Config], path: Path) -> Config:
-    """Read a config of dataclass `kind` from TOML. Settings left out keep the defaults of `kind`, stage by stage.
+def from_toml(kind: type[Config], path: Path, *, transfer: bool = False) -> Config:
+    """Read a config of dataclass `kind` from TOML. Settings left out keep the defaults of `kind`, stage by stage; those of
+    transfer where the file names `weights`, or with `transfer`.
 
     Raises ConfigError that names the file where it is missing, is not TOML, or holds an unknown setting or a wrong value.
     """
     values = _read(path)
     _refuse_unknown(kind, values, path)
+    gentle = TRANSFER if transfer or values.get("weights", UNSET) != UNSET else {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if isinstance(values.get(field.name), dict) and dataclasses.is_dataclass(field.default):
-            values[field.name] = to_dict(field.default) | values[field.name]
+        given = values.get(field.name, gentle.get(field.name))
+        if isinstance(given, dict) and dataclasses.is_dataclass(field.default):
+            values[field.name] = to_dict(field.default) | gentle.get(field.name, {}) | given
     try:
         return dacite.from_dict(
             kind,

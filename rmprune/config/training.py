@@ -19,6 +19,8 @@ class TrainConfig:
     """Passes over the training images."""
     learning_rate: float = 0.1
     """Peak learning rate."""
+    head_rate: float = 1.0
+    """Factor of the learning rate for the last layer, which is new where pretrained weights are of other classes."""
     schedule: RateSchedule = "cosine"
     """After the warm-up: cosine (down to 0) or constant."""
     warmup_epochs: float = 1.0
@@ -35,6 +37,8 @@ class TrainConfig:
     """auto takes bfloat16 autocast where the processor computes in it, else float32."""
     channels_last: bool = True
     """Keep activations and weights in channels-last order (faster on most processors)."""
+    cuda_graph: bool = field(default=True, metadata=changeable())
+    """On one GPU, record the kernels of a step once and launch them together from then on."""
     checkpoint_seconds: float = field(default=300.0, metadata=changeable())
     """Save the checkpoint this often, besides after every epoch."""
     tensorboard: bool = field(default=False, metadata=changeable())
@@ -48,6 +52,7 @@ class TrainConfig:
         require_finite(self)
         require(self.epochs >= 0, f"epochs is {self.epochs}; it must not be negative")
         require(0 < self.learning_rate < float("inf"), f"learning_rate is {self.learning_rate}; it must be positive")
+        require(self.head_rate > 0, f"head_rate is {self.head_rate}; it must be positive")
         require(self.schedule in ("cosine", "constant"), f"schedule is {self.schedule!r}; use 'cosine' or 'constant'")
         require(self.warmup_epochs >= 0, f"warmup_epochs is {self.warmup_epochs}; it must not be negative")
         require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must be at least 0 and below 1")

@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from rmprune.config import DataConfig
-from rmprune.data.splits import Batch, Split, batch_seed, split_train
+from rmprune.data.splits import Batch, Share, Split, batch_seed, split_train
 from rmprune.errors import DataError
 
 # ImageNet's own statistics, as every pretrained network expects; those of the folder would cost a pass over all files.
@@ -47,36 +47,23 @@ class FolderSplit(Split):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        shuffle_seed: int | None = None,
-        augment: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        start: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        limit: int | None = None,
-    ) -> Iterator[Batch]:
-        """As `Split.batches`: images are read, cropped and scaled by loader processes."""
-        device = torch.device(device)
+    def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
+        """Images are read, cropped and scaled by loader processes; for a single batch, in this one."""
         plan = (  # made batch by batch, as the loader asks for it
-            [(int(indices[i]), batch_seed(batch_seed(shuffle_seed or 0, number), int(i))) for i in mine]
-            for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit)
-        )
+            [(index, batch_seed(share.seed, at)) for index, at in zip(share.indices.tolist(), share.positions.tolist(), strict=True)]
+            for share in shares
+        )  # fmt: skip
         loader = DataLoader(
             _Files(self.samples, self.size, augment),
             batch_sampler=plan,  # the keys are (index, seed) pairs
-            num_workers=0 if limit is not None and limit <= batch_size else self.workers,  # none for a single batch
+            num_workers=0 if single else self.workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         mean, std = (255 * _MEAN.to(device)).view(-1, 1, 1), (255 * _STD.to(device)).view(-1, 1, 1)
         try:
             for images, labels in loader:
-                x = (images.to(device, non_blocking=True).float() - mean) / std
-                yield x.contiguous(memory_format=memory_format), labels.to(device, non_blocking=True)
+                yield (images.to(device, non_blocking=True).float() - mean) / std, labels.to(device, non_blocking=True)
         except DataError as error:  # from a worker it arrives with the worker's traceback
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
 

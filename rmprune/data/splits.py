@@ -1,13 +1,15 @@
 """One part of a data set: normalised batches, in order or shuffled; how a set is divided into its parts. Reads no files.
 
 Small sets are held as one uint8 tensor and augmented by batch on the device. Every random draw follows from
-(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen.
+(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen. All are drawn on
+the CPU, whatever the device, which then sees the same images, and before the first batch, so that none waits for them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,15 @@ from rmprune.data.sources import Images, stratified_part
 from rmprune.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
+
+
+class Share(NamedTuple):
+    """What one shard reads of a batch of `size` images: indices into the split, their positions in the batch; `seed` is the batch's."""
+
+    seed: int
+    size: int
+    positions: Tensor
+    indices: Tensor
 
 
 class Split(ABC):
@@ -32,7 +43,6 @@ class Split(ABC):
         """Batches of one pass. A shuffled pass drops the last, smaller batch, unless it is the only one."""
         return max(1, len(self) // batch_size) if shuffled else -(-len(self) // batch_size)
 
-    @abstractmethod
     def batches(
         self,
         batch_size: int,
@@ -52,16 +62,23 @@ class Split(ABC):
         the i-th on; `limit` stops after so many images, and nothing is spent on the others. Raises `DataError` for a file
         that cannot be read.
         """
+        shares = self._shares(batch_size, shuffle_seed, start, shard, limit)
+        single = limit is not None and limit <= batch_size
+        for x, y in self._read(shares, torch.device(device), augment=augment, single=single):
+            yield x.contiguous(memory_format=memory_format), y
+
+    @abstractmethod
+    def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
+        """Yield the images of each share, normalised, and their labels, on `device`; `single`: there is one batch at most."""
 
     def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
         """The first n images, float32 [n, C, H, W], normalised and without augmentation; all, if there are fewer."""
         n = min(n, len(self))
         return next(self.batches(n, limit=n))[0].to(device)  # the split itself stays where it is
 
-    def _plan(
+    def _shares(
         self, batch_size: int, shuffle_seed: int | None, start: int, shard: tuple[int, int], limit: int | None
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(number of the batch, indices of all its images, positions within it that belong to this shard)."""
+    ) -> Iterator[Share]:
         rank, world = shard
         if shuffle_seed is None:
             order = torch.arange(min(len(self), limit) if limit is not None else len(self))
@@ -70,7 +87,8 @@ class Split(ABC):
             order = order[: max(1, len(order) // batch_size) * batch_size]
         for number in range(start, -(-len(order) // batch_size)):
             indices = order[number * batch_size : (number + 1) * batch_size]
-            yield number, indices, torch.arange(rank, len(indices), world)
+            mine = torch.arange(rank, len(indices), world)
+            yield Share(batch_seed(shuffle_seed or 0, number), len(indices), mine, indices[mine])
 
 
 class TensorSplit(Split):
@@ -84,28 +102,26 @@ class TensorSplit(Split):
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        shuffle_seed: int | None = None,
-        augment: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        start: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        limit: int | None = None,
-    ) -> Iterator[Batch]:
-        """As `Split.batches`: the whole split lies on the device and is augmented there, a batch at a time."""
-        images, labels = self._on(torch.device(device))
+    def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
+        """The whole split lies on the device and is augmented there, a batch at a time."""
+        images, labels = self._on(device)
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
-        for number, indices, mine in self._plan(batch_size, shuffle_seed, start, shard, limit):
-            chosen = indices[mine].to(images.device)
-            x = images[chosen]
-            if augment:
-                generator = torch.Generator().manual_seed(batch_seed(shuffle_seed or 0, number))
-                x = augment_batch(x, generator, flip=self.may_flip, drawn_for=len(indices), positions=mine)
-            yield ((x.float() - shift) * scale).contiguous(memory_format=memory_format), labels[chosen]
+        plan = list(shares)
+        chosen = _sent([share.indices for share in plan], images.device)
+        kinds = zip(*map(self._windows, plan), strict=True) if augment else ()
+        windows = [_sent(list(kind), images.device) for kind in kinds]
+        for number, at in enumerate(chosen):
+            x = augment_batch(images[at], *(kind[number] for kind in windows)) if augment else images[at]
+            yield (x.float() - shift) * scale, labels[at]
+
+    def _windows(self, share: Share) -> tuple[Tensor, ...]:
+        """What `augment_batch` needs: drawn for the whole batch, so that every shard of it sees what the whole would have seen."""
+        generator = torch.Generator().manual_seed(share.seed)
+        ends = [2 * padding(size) + 1 for size in self.images.shape[2:]]
+        drawn = [torch.randint(end, (share.size,), generator=generator) for end in ends]
+        if self.may_flip:
+            drawn.append(torch.rand(share.size, generator=generator) < 0.5)
+        return tuple(kind[share.positions] for kind in drawn)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.images.device:
@@ -150,22 +166,24 @@ def batch_seed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number * 7919 + 12345) % 2**63
 
 
-def augment_batch(
-    images: Tensor, generator: torch.Generator, *, flip: bool, drawn_for: int, positions: Tensor
-) -> Tensor:
-    """Crop uint8 images [B, C, H, W] at random after padding an eighth of their size with 0, and mirror half of them.
+def padding(size: int) -> int:
+    """The zeros that `augment_batch` puts on each side of an image of this height or width."""
+    return max(1, size // 8)
 
-    Draws for `drawn_for` images and uses the draws at `positions` [B], so every shard of a batch sees what the whole
-    would have seen.
+
+def augment_batch(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Crop uint8 images [B, C, H, W] after padding an eighth of their size with 0, and mirror some of them.
+
+    `top`, `left`: int64 [B], where each window begins, from 0 to twice the `padding`; `mirrored`: bool [B].
     """
     _, _, height, width = images.shape
-    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
-    top = torch.randint(2 * pad_y + 1, (drawn_for,), generator=generator)[positions].to(images.device)
-    left = torch.randint(2 * pad_x + 1, (drawn_for,), generator=generator)[positions].to(images.device)
+    pad_y, pad_x = padding(height), padding(width)
     padded = torch.nn.functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, 2p+1, 2p+1, H, W]
     cropped = windows[torch.arange(len(images), device=images.device), :, top, left]
-    if not flip:
-        return cropped
-    mirrored = (torch.rand(drawn_for, generator=generator) < 0.5)[positions].to(images.device)
-    return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+    return cropped if mirrored is None else torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+
+
+def _sent(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """The parts on the device, in one copy."""
+    return torch.cat(parts).to(device).split([len(part) for part in parts]) if parts else ()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.convolution import Conv, Pattern
-from rmprune.graph.network import Network
+from rmprune.graph.network import Network, free_name
 from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import blank_inputs, on_meta
 
@@ -118,13 +118,9 @@ class _Builder:
         return value
 
     def _register(self, name: str, module: nn.Module) -> str:
-        name = "".join(c if c.isalnum() else "_" for c in name)
-        unique, count = name, 0
-        while unique in self.modules:
-            count += 1
-            unique = f"{name}_{count}"
-        self.modules[unique] = module
-        return unique
+        name = free_name("".join(c if c.isalnum() else "_" for c in name), self.modules)
+        self.modules[name] = module
+        return name
 
     def _cast(self, module: nn.Module) -> nn.Module:
         module = module.to(self.target.device, self.target.dtype)

@@ -21,11 +21,14 @@ def broken_tensor(model: nn.Module, *, buffers: bool = True) -> str | None:
 
     An infinite buffer may be meant: a mask of attention is.
     """
-    for name, tensor in model.named_parameters():
-        if not is_finite(tensor):
-            return f"{name} is not finite"
-    read = model.named_buffers() if buffers else ()
-    return next((f"{name} is NaN" for name, tensor in read if bool(tensor.isnan().any())), None)
+    whole = {f"{name} is not finite": tensor.isfinite().all() for name, tensor in model.named_parameters()}
+    if buffers:
+        whole |= {f"{name} is NaN": ~tensor.isnan().any() for name, tensor in model.named_buffers()}
+    there = next((flag.device for flag in whole.values()), None)
+    flags = (
+        torch.stack([flag.to(there) for flag in whole.values()]).tolist() if whole else []
+    )  # a GPU is waited for once
+    return next((name for name, flag in zip(whole, flags, strict=True) if not flag), None)
 
 
 @torch.no_grad()

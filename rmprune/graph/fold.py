@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from rmprune.graph.foreign import plain_module
-from rmprune.graph.trace import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rmprune.graph.calls import is_size
 from rmprune.graph.convolution import Scale
 
 COMMUTATIVE = (operator.mul, torch.mul)
-_SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride")
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
 
 
@@ -32,18 +32,6 @@ def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
         return build(given, node) if build in _WITH_NODE else build(given)
     except (TypeError, KeyError, ValueError, AssertionError):
         return None  # called in a way that no stock module covers: left as it is
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node is a shape or a number and no tensor: x.shape, x.size(0), an entry of a shape, arithmetic on these."""
-    if node.op == "call_method":
-        return node.target in _SIZE_METHODS
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim")
-    arithmetic = getattr(node.target, "__module__", None) in ("_operator", "math")
-    return arithmetic and bool(node.all_input_nodes) and all(is_size(source) for source in node.all_input_nodes)
 
 
 def _simple(make: Callable[..., nn.Module]) -> Callable[[dict[str, Any]], list[nn.Module]]:

@@ -37,11 +37,6 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Te
     return model, inputs
 
 
-def to_double(x: Tensor) -> Tensor:
-    """In float64 where it is of floating point, on the CPU."""
-    return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
-
-
 def only_input(inputs: tuple[Tensor, ...], call: str) -> Tensor:
     """Raises UnsupportedModel where there are several."""
     if len(inputs) != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rmprune.graph.calls import concatenated
 from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size
 from rmprune.graph.run import Values, node_value
 
@@ -68,25 +70,51 @@ class Network:
 
     def add(self, name: str, layer: NodeLayer) -> str:
         """Registers a layer under a free name like `name` and returns that name."""
-        unique, count = name, 0
-        while unique in self.layers:
-            count += 1
-            unique = f"{name}_{count}"
-        self.layers[unique] = layer
-        return unique
+        name = free_name(name, self.layers)
+        self.layers[name] = layer
+        return name
+
+    def insert(self, before: fx.Node, name: str, layer: NodeLayer, source: fx.Node) -> fx.Node:
+        """A new layer, under a free name like `name`, that reads `source`; its node stands before `before`."""
+        with self.graph.inserting_before(before):
+            return self.graph.call_module(self.add(name, layer), (source,))
+
+    def bypass(self, node: fx.Node, by: fx.Node) -> None:
+        """Gives the readers of a node `by` in its place, and takes it out."""
+        node.replace_all_uses_with(by)
+        self._take_out(node)
+
+    def _take_out(self, node: fx.Node) -> None:
+        self.graph.erase_node(node)
+        if node.op == "call_module":
+            self.layers.pop(str(node.target), None)
 
     def drop_unread(self, *, layers: bool = True) -> None:
         """Takes out what nothing reads; layers among it only if `layers`."""
         stay = ("output", "placeholder") if layers else ("output", "placeholder", "call_module")
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.op not in stay:
-                self.graph.erase_node(node)
-                self.layers.pop(str(node.target), None)
+                self._take_out(node)
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """`name`, or with the first number behind it that is not taken."""
+    free, count = name, 0
+    while free in taken:
+        count += 1
+        free = f"{name}_{count}"
+    return free
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of what a node gives for the example inputs; None where that is no tensor."""
     return node.meta.get("shape")
+
+
+def joined_maps(node: fx.Node) -> list[Any]:
+    """The maps (N, C, H, W) whose channels a call concatenates; none where it is another call."""
+    parts, dim = concatenated(node)
+    return parts if dim in (1, -3) and len(shape_of(node) or ()) == 4 else []
 
 
 def is_batch_norm(layer: NodeLayer | None) -> bool:

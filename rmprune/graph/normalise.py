@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.convolution import Scale, Shift
-from rmprune.graph.functional import COMMUTATIVE, is_size, modules_for
+from rmprune.graph.calls import is_size, module_around
+from rmprune.graph.functional import COMMUTATIVE, modules_for
+from rmprune.graph.fx_tracer import Tracer, follow
 from rmprune.graph.in_place import undo_in_place
-from rmprune.graph.network import GONE, WHOLE, Network, named, shape_of
+from rmprune.graph.network import GONE, WHOLE, Network, named
 from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
 from rmprune.graph.shapes import propagate_shapes
-from rmprune.graph.tracer import Tracer, follow
-from rmprune.graph.written_out import name_activations
+from rmprune.graph.written_out import as_layers
 
 
 class _Tracer(Tracer):
@@ -48,10 +48,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     refuse_random(network)
     propagate_shapes(network, example_inputs)
     if pieces:
-        slice_pieces(network)
-        _as_layers(network)
-        pad_zeros(network)
-        name_activations(network)
+        as_layers(network)
         network.drop_unread()
         _refuse_fixed_batch(network, decided, example_inputs)
     network.decided = decided
@@ -140,8 +137,7 @@ class _Normaliser:
 
 
 def _own_name(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    prefix = stack[-1][0] if stack else ""
+    prefix, _ = module_around(node)
     plain = node.name.rstrip("0123456789").rstrip("_")
     return f"{prefix}.{plain}" if prefix else plain
 
@@ -170,26 +166,6 @@ def plain_norm(module: Any) -> nn.BatchNorm2d:
     return plain.eval()
 
 
-def _as_layers(network: Network) -> None:
-    """x - y as x + (-1) * y, and a number a channel that is added as a layer; `propagate_shapes` has run."""
-    for node in list(network.graph.nodes):
-        if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
-            continue
-        first, second = node.args
-        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or shape_of(first) != shape_of(node):
-            continue
-        constant = network.constants.get(str(second.target)) if second.op == "get_attr" else None
-        if node.target in (operator.sub, torch.sub) and constant is None and shape_of(second) == shape_of(node):
-            with network.graph.inserting_before(node):
-                negative = network.graph.call_module(
-                    network.add(f"{node.name}_minus", Scale(torch.tensor([-1.0]).double())), (second,)
-                )
-            negative.meta["shape"] = shape_of(second)
-            node.target, node.args = operator.add, (first, negative)
-        elif node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
-            node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
-
-
 def _refuse_fixed_batch(network: Network, decided: list[str], inputs: tuple[Tensor, ...]) -> None:
     """Sizes that decide may be those of the batch; then it runs for batches of this size only, and nothing can be checked."""
     if not decided:
@@ -202,82 +178,3 @@ def _refuse_fixed_batch(network: Network, decided: list[str], inputs: tuple[Tens
             "make what depends on it of tensors (zeros_like, new_zeros, x.view(-1, ...))"
         ) from error
     propagate_shapes(network, inputs)
-
-
-def _one_a_channel(constant: Tensor, node: fx.Node) -> bool:
-    shape = shape_of(node) or ()
-    return constant.dim() in (3, 4) and constant.shape[-3:] == (shape[1], 1, 1) and constant.numel() == shape[1]
-
-
-def pad_zeros(network: Network) -> None:
-    """Rewrites cat([x, zeros], 1), the CIFAR shortcut without weights (RM.md 3), as channels padded to x, in place."""
-    for node in list(network.graph.nodes):
-        parts = list(node.args[0]) if node.target in (torch.cat, torch.concat) and node.args else []
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-        filled = [i for i, part in enumerate(parts) if not _is_zero(network, part)]
-        if dim not in (1, -3) or len(shape_of(node) or ()) != 4 or len(filled) != 1 or len(parts) < 2:
-            continue
-        counts, at = [(shape_of(part) or (0, 0))[1] for part in parts], filled[0]
-        padding = (0, 0, 0, 0, sum(counts[:at]), sum(counts[at + 1 :]))
-        with network.graph.inserting_before(node):
-            padded = network.graph.call_function(nn.functional.pad, (parts[at], padding))
-        padded.meta = dict(node.meta)
-        node.replace_all_uses_with(padded)
-        network.graph.erase_node(node)
-        network.drop_unread()
-
-
-def _is_zero(network: Network, node: fx.Node) -> bool:
-    """Whether a node is zeros, whatever the input: torch.zeros_like(x), x.new_zeros(...), 0 * x, a buffer of zeros."""
-    if node.target in (torch.zeros_like, torch.zeros, "new_zeros"):
-        return True
-    layer, constant = network.layer(node), network.constants.get(str(node.target)) if node.op == "get_attr" else None
-    zeros = layer.factor if isinstance(layer, Scale) else constant
-    return zeros is not None and not bool(zeros.any())
-
-
-def slice_pieces(network: Network) -> None:
-    """Rewrites each piece of a split as x[:, a:b], and x[:, :n] that takes all as x, in place; `propagate_shapes` has run."""
-    for node in list(network.graph.nodes):
-        index = node.args[1] if node.target is operator.getitem else None
-        if isinstance(index, tuple) and isinstance(node.args[0], fx.Node) and _takes_all(node.args[0], node, index):
-            node.replace_all_uses_with(node.args[0])
-            network.graph.erase_node(node)
-        if not isinstance(index, int) or not isinstance(node.args[0], fx.Node):
-            continue
-        ends = _ends(node.args[0])
-        if ends is not None and -len(ends) < index < len(ends):
-            index %= len(ends)
-            node.args = (node.args[0].args[0], (slice(None), slice(ends[index - 1] if index else 0, ends[index])))
-    network.drop_unread()
-
-
-def _takes_all(source: fx.Node, node: fx.Node, index: tuple[Any, ...]) -> bool:
-    """Whether x[:, :n] takes all that there is, as GhostNet's does."""
-    channels = len(index) > 1 and isinstance(index[1], slice) and index[1].step in (None, 1)
-    rest = all(part == slice(None) for part in (*index[:1], *index[2:]))  # a crop may take all at this size alone
-    return channels and rest and shape_of(node) is not None and shape_of(source) == shape_of(node)
-
-
-_CUTS = ("split", torch.split, "chunk", torch.chunk)
-
-
-def _ends(node: fx.Node) -> list[int] | None:
-    """The channel after the last of each piece; None where the node is no cut of a map along its channels."""
-    if node.target not in _CUTS or not isinstance(node.args[0], fx.Node):
-        return None
-    shape = shape_of(node.args[0])
-    names = ("split_size", "split_size_or_sections", "chunks")
-    sizes = node.args[1] if len(node.args) > 1 else next((node.kwargs[n] for n in names if n in node.kwargs), None)
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    if shape is None or len(shape) != 4 or dim not in (1, -3):
-        return None
-    channels = shape[1]
-    if isinstance(sizes, list | tuple):
-        if not all(isinstance(size, int) for size in sizes):
-            return None
-        return [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    if not isinstance(sizes, int) or sizes < 1:
-        return None
-    size = -(-channels // sizes) if node.target in ("chunk", torch.chunk) else sizes
-    return [min(end, channels) for end in range(size, channels + size, size)]

@@ -1,16 +1,13 @@
 """A network's outline for a record: its layers with their widths, and where residuals are added. Weights are not in it."""
 
 import itertools
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.graph.trace import trace
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-_ADDING_METHODS = ("add", "add_")
+from rmprune.graph.calls import ADDITIONS
+from rmprune.graph.listed import trace
 
 
 def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
@@ -34,7 +31,7 @@ def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
             before[node] |= bits
         if node in places:
             before[node] |= 1 << places[node]
-        elif len(sources) == 2 and (node.target in _ADDITIONS or node.target in _ADDING_METHODS):
+        elif len(sources) == 2 and node.target in ADDITIONS:
             short, long = sorted(sources, key=lambda bits: (bits & ~(sources[0] & sources[1])).bit_count())
             shared = short & long
             residuals.append({"from": _last(shared), "to": _last(short | long), "shortcut": _ones(short & ~shared)})

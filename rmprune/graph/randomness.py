@@ -11,7 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.calls import argument, module_around
 from rmprune.graph.network import Network, named
+from rmprune.graph.shapes import to_double
 
 RANDOM = (
     "the network draws random numbers in eval mode: the same inputs give other outputs each time. Draw them only if self.training "
@@ -53,8 +55,8 @@ def refuse_random(network: Network) -> None:
 
 
 def _place(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return f"{stack[-1][0]}.{node.name}" if stack and stack[-1][0] else node.name
+    path, _ = module_around(node)
+    return f"{path}.{node.name}" if path else node.name
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _active(node: fx.Node) -> bool:
 
 
 def _attention_drops(node: fx.Node) -> bool:
-    return bool(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0))
+    return bool(argument(node, 4, "dropout_p"))
 
 
 def draws() -> tuple[Any, ...]:
@@ -85,8 +87,7 @@ def draws() -> tuple[Any, ...]:
 @torch.no_grad()
 def refuse_drawn(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
     """Raises UnsupportedModel where numbers that were drawn while `model` (float64) was traced, and so became fixed, reach its outputs."""
-    image = [x[:1].detach().cpu() for x in example_inputs]
-    image = [x.double() if x.is_floating_point() else x for x in image]
+    image = [to_double(x[:1]) for x in example_inputs]
     first, second = (tree_leaves(model(*(x.clone() for x in image))) for _ in range(2))
     pairs = zip(first, second, strict=True)
     if any(isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.activations import image
+from rmprune.graph.calls import concatenated
 from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, or_none
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.run import run
@@ -220,9 +221,8 @@ def _add(node: fx.Node) -> Range | None:
 
 
 def _cat(node: fx.Node) -> Range | None:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    parts = node.args[0]
-    if dim != 1 or not isinstance(parts, list | tuple):
+    parts, dim = concatenated(node)
+    if dim != 1 or not parts:
         return None
     ranges = [range_of(part) for part in parts if isinstance(part, fx.Node)]
     return torch.cat([low for low, _ in ranges]), torch.cat([high for _, high in ranges])

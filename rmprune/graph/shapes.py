@@ -49,6 +49,11 @@ def blank(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
+def to_double(x: Tensor) -> Tensor:
+    """In float64 where it is of floating point, on the CPU."""
+    return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
+
+
 def _value(network: Network, node: fx.Node, values: Values) -> Any:
     try:
         known = _known_shape(network, node, values)

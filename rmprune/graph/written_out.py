@@ -1,29 +1,36 @@
-"""Activations that code writes out, such as relu6(x + 3) / 6, as the stock modules that they are. Finds nothing else."""
+"""What code writes out, as layers: pieces as slices, differences as sums, zeros as padding, relu6(x + 3) / 6 as Hardsigmoid."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from rmprune.graph.convolution import Scale
-from rmprune.graph.network import Network
+from rmprune.graph.calls import ADDITIONS, CHUNKS, DIVISIONS, MULTIPLICATIONS, argument, piece_sizes
+from rmprune.graph.convolution import Scale, Shift
+from rmprune.graph.network import Network, joined_maps, shape_of
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_DIVIDES = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
-_MULTIPLIES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _TIMES_X: dict[object, type[nn.Module]] = {nn.Hardsigmoid: nn.Hardswish, nn.Sigmoid: nn.SiLU}
 
 
-def name_activations(network: Network) -> None:
+def as_layers(network: Network) -> None:
+    """Rewrites all of these, in place; `propagate_shapes` has run."""
+    _slice_pieces(network)
+    _as_sums(network)
+    _pad_zeros(network)
+    _name_activations(network)
+
+
+def _name_activations(network: Network) -> None:
     """Rewrites relu6(x + 3) / 6 as Hardsigmoid, x times that as Hardswish, and x * sigmoid(x) as SiLU, in place."""
     for node in list(network.graph.nodes):
         source = _of_hard_sigmoid(network, node)
         if source is not None:
             _replace(network, node, source, nn.Hardsigmoid())
     for node in list(network.graph.nodes):
-        factors = node.all_input_nodes if node.target in _MULTIPLIES else []
+        factors = node.all_input_nodes if node.target in MULTIPLICATIONS else []
         for source, factor in (factors, factors[::-1]) if len(factors) == 2 else ():
             found = _TIMES_X.get(type(network.layer(factor)))
             if found is not None and factor.args[0] is source:
@@ -35,7 +42,7 @@ def name_activations(network: Network) -> None:
 def _of_hard_sigmoid(network: Network, node: fx.Node) -> fx.Node | None:
     """x, where the node is relu6(x + 3) / 6."""
     layer = network.layer(node)
-    sixth = node.target in _DIVIDES and node.args[1:] == (6,) and not node.kwargs
+    sixth = node.target in DIVISIONS and node.args[1:] == (6,) and not node.kwargs
     sixth |= isinstance(layer, Scale) and layer.factor.numel() == 1 and float(layer.factor) == 1 / 6
     clipped = node.args[0] if sixth else None
     if not isinstance(clipped, fx.Node):
@@ -44,15 +51,98 @@ def _of_hard_sigmoid(network: Network, node: fx.Node) -> fx.Node | None:
     if not isinstance(clip, nn.Hardtanh) or (clip.min_val, clip.max_val) != (0, 6):  # a ReLU6 is one
         return None
     plus = clipped.args[0]
-    if not isinstance(plus, fx.Node) or plus.target not in _ADDS or plus.kwargs or 3 not in plus.args:
+    if not isinstance(plus, fx.Node) or plus.target not in ADDITIONS or plus.kwargs or 3 not in plus.args:
         return None
     return plus.all_input_nodes[0]
 
 
 def _replace(network: Network, node: fx.Node, source: fx.Node, module: nn.Module) -> None:
-    with network.graph.inserting_before(node):
-        new = network.graph.call_module(network.add(f"{node.name}_{type(module).__name__.lower()}", module), (source,))
+    new = network.insert(node, f"{node.name}_{type(module).__name__.lower()}", module, source)
     new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    network.graph.erase_node(node)
-    network.layers.pop(str(node.target), None)
+    network.bypass(node, new)
+
+
+def _as_sums(network: Network) -> None:
+    """x - y as x + (-1) * y, and a number a channel that is added as a layer; `propagate_shapes` has run."""
+    for node in list(network.graph.nodes):
+        if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
+            continue
+        first, second = node.args
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or shape_of(first) != shape_of(node):
+            continue
+        constant = network.constants.get(str(second.target)) if second.op == "get_attr" else None
+        if node.target in (operator.sub, torch.sub) and constant is None and shape_of(second) == shape_of(node):
+            negative = network.insert(node, f"{node.name}_minus", Scale(torch.tensor([-1.0]).double()), second)
+            negative.meta["shape"] = shape_of(second)
+            node.target, node.args = operator.add, (first, negative)
+        elif node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
+            node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
+
+
+def _one_a_channel(constant: Tensor, node: fx.Node) -> bool:
+    shape = shape_of(node) or ()
+    return constant.dim() in (3, 4) and constant.shape[-3:] == (shape[1], 1, 1) and constant.numel() == shape[1]
+
+
+def _pad_zeros(network: Network) -> None:
+    """Rewrites cat([x, zeros], 1), the CIFAR shortcut without weights (RM.md 3), as channels padded to x, in place."""
+    for node in list(network.graph.nodes):
+        parts = joined_maps(node)
+        filled = [i for i, part in enumerate(parts) if not _is_zero(network, part)]
+        if len(filled) != 1 or len(parts) < 2:
+            continue
+        counts, at = [(shape_of(part) or (0, 0))[1] for part in parts], filled[0]
+        padding = (0, 0, 0, 0, sum(counts[:at]), sum(counts[at + 1 :]))
+        with network.graph.inserting_before(node):
+            padded = network.graph.call_function(nn.functional.pad, (parts[at], padding))
+        padded.meta = dict(node.meta)
+        network.bypass(node, padded)
+        network.drop_unread()
+
+
+def _is_zero(network: Network, node: fx.Node) -> bool:
+    """Whether a node is zeros, whatever the input: torch.zeros_like(x), x.new_zeros(...), 0 * x, a buffer of zeros."""
+    if node.target in (torch.zeros_like, torch.zeros, "new_zeros"):
+        return True
+    layer, constant = network.layer(node), network.constants.get(str(node.target)) if node.op == "get_attr" else None
+    zeros = layer.factor if isinstance(layer, Scale) else constant
+    return zeros is not None and not bool(zeros.any())
+
+
+def _slice_pieces(network: Network) -> None:
+    """Rewrites each piece of a split as x[:, a:b], and x[:, :n] that takes all as x, in place; `propagate_shapes` has run."""
+    for node in list(network.graph.nodes):
+        index = node.args[1] if node.target is operator.getitem else None
+        if isinstance(index, tuple) and isinstance(node.args[0], fx.Node) and _takes_all(node.args[0], node, index):
+            network.bypass(node, node.args[0])
+        if not isinstance(index, int) or not isinstance(node.args[0], fx.Node):
+            continue
+        ends = _ends(node.args[0])
+        if ends is not None and -len(ends) < index < len(ends):
+            index %= len(ends)
+            node.args = (node.args[0].args[0], (slice(None), slice(ends[index - 1] if index else 0, ends[index])))
+    network.drop_unread()
+
+
+def _takes_all(source: fx.Node, node: fx.Node, index: tuple[Any, ...]) -> bool:
+    """Whether x[:, :n] takes all that there is, as GhostNet's does."""
+    channels = len(index) > 1 and isinstance(index[1], slice) and index[1].step in (None, 1)
+    rest = all(part == slice(None) for part in (*index[:1], *index[2:]))  # a crop may take all at this size alone
+    return channels and rest and shape_of(node) is not None and shape_of(source) == shape_of(node)
+
+
+def _ends(node: fx.Node) -> list[int] | None:
+    """The channel after the last of each piece; None where the node is no cut of a map along its channels."""
+    sizes, source = piece_sizes(node), node.args[0] if node.args else None
+    shape = shape_of(source) if isinstance(source, fx.Node) else None
+    if sizes is None or shape is None or len(shape) != 4 or argument(node, 2, "dim", default=0) not in (1, -3):
+        return None
+    channels = shape[1]
+    if isinstance(sizes, list | tuple):
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        return [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    if not isinstance(sizes, int) or sizes < 1:
+        return None
+    size = -(-channels // sizes) if node.target in CHUNKS else sizes
+    return [min(end, channels) for end in range(size, channels + size, size)]

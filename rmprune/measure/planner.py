@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.graph.fold import fold_batch_norms
+from rmprune.graph.listed import trace
 from rmprune.graph.shapes import on_meta
-from rmprune.graph.trace import trace
 from rmprune.graph.vocabulary import FUNCTION_NAMES
 
 ALIGNMENT = 64  # bytes at which runtimes begin a tensor

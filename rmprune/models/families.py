@@ -96,11 +96,11 @@ def create(name: str, *, num_classes: int = 1000, in_channels: int = 3, **settin
     try:
         if family is not None:
             return family.build(name, num_classes=num_classes, in_channels=in_channels, **settings)
-        if name in _torchvision_names():
+        if is_torchvision(name):
             settings = _TORCHVISION_SETTINGS.get(name, {}) | settings
             model = torchvision.models.get_model(name, num_classes=num_classes, **settings)
             return model if in_channels == 3 else _with_input_channels(model, name, in_channels)
-        if _is_timm(name):
+        if is_timm(name):
             import timm
 
             bare = name.removeprefix("timm/")
@@ -136,7 +136,12 @@ def _torchvision_names() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def _is_timm(name: str) -> bool:
+def is_torchvision(name: str) -> bool:
+    """Whether torchvision has the network, which may be one of ours too (resnet18)."""
+    return name in _torchvision_names()
+
+
+def is_timm(name: str) -> bool:
     """Whether timm has the network. Names of its model hub ("hf-hub:...") are never tried: they would be fetched."""
     if importlib.util.find_spec("timm") is None:
         require(not name.startswith("timm/"), f"{name} needs timm; install it with: pip install 'rmprune[all]'")

@@ -4,7 +4,9 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,24 @@ import torch
 from torch import nn
 
 from rmprune import artifact
-from rmprune.artifact.weights import load_checkpoint_into
-from rmprune.config import AmcConfig, MeasureConfig, SlimConfig, TrainRunConfig, architecture
+from rmprune.artifact.weights import load_checkpoint_into, start_from
+from rmprune.config import MeasureConfig, RunConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
-from rmprune.measure.machine import environment
 from rmprune.methods.start import start
-from rmprune.methods.table import STARTS, CollapsedBlocks, Residuals
 from rmprune.models.families import create_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
+from rmprune.runs.machine import environment
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
-RunConfig = SlimConfig | AmcConfig | TrainRunConfig
-NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error", "plan")
 """Facts of a network's artifact that the record repeats."""
 
 
@@ -48,15 +48,25 @@ def stage(
     return artifact.load(directory)
 
 
-def make_dense(config: RunConfig, data: Dataset, seed: int, width: float | None = None) -> nn.Module:
-    """The network of a run before training, from its seed, or with the weights of --checkpoint. In eval mode.
+def make_dense(
+    config: RunConfig,
+    data: Dataset,
+    seed: int,
+    width: float | None = None,
+    *,
+    tell: Callable[[str], None] = logger.debug,
+) -> nn.Module:
+    """The network of a run before training, from its seed, --weights or --checkpoint. In eval mode.
 
-    `width`: in the place of the config's, and then without the checkpoint. Raises ConfigError for a setting that the network does
-    not take, ArtifactError for a checkpoint of another network.
+    `width`: in the place of the config's, and then without these; `tell` hears what became of the weights. Raises
+    ConfigError for a setting that the network does not take, ArtifactError for the weights of another network.
     """
     settings = architecture(config) | ({} if width is None else {"width": width})
     torch.manual_seed(seed)
     model = create_network(config.model, num_classes=data.num_classes, input_shape=data.input_shape, **settings)
+    if config.weights is not None and width is None:
+        said = start_from(model, config.weights, config.model, by_order=config.weights_by_order)
+        tell(f"starts from {config.weights}" + (f": {said}" if said else ""))
     if isinstance(config, SlimConfig) and config.sparsity.shortcut_scales:
         model = add_shortcut_scales(model, data.train.example(2))
     checkpoint = getattr(config, "checkpoint", None)
@@ -70,7 +80,7 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
     config = job.config
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
-        model = make_dense(config, job.data, job.seed)
+        model = make_dense(config, job.data, job.seed, tell=logger.info)
         if getattr(config, "checkpoint", None) is None:
             sparsity = getattr(config, "sparsity", None)
             hook = ProximalL1(sparsity) if sparsity is not None and sparsity.strength else None
@@ -82,25 +92,23 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
 
 def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
     """The trained network, which an artifact holds as one flat graph, with the modules that name its blocks."""
-    network = make_dense(job.config, job.data, job.seed)
+    network = make_dense(replace(job.config, weights=None, weights_by_order=False), job.data, job.seed)
     network.load_state_dict(dense.state_dict())
     return network
 
 
-def starting_network(
-    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: CollapsedBlocks, residuals: Residuals
-) -> nn.Module:
-    """What methods of these choices prune: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
-    if (collapse, residuals) == ("none", "kept"):
+def starting_network(job: Job[SlimConfig | TrainRunConfig], cell: Cell, name: str) -> nn.Module:
+    """What methods prune, by its name in STARTS: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
+    if name == "dense":
         return job.original
-    examples = job.data.train.example if collapse == "none" else job.examples  # fits of blocks take as many as pruning
+    examples = job.data.train.example if name == "plain" else job.examples  # fits of blocks take as many as pruning
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
-        network, facts = start(with_names(job.original, job), collapse, residuals, examples)
+        network, facts = start(with_names(job.original, job), name, examples)
         say(facts)
         return network, facts
 
-    return stage(cell.shared / STARTS[collapse, residuals], make, onnx=job.data.train.example(1))
+    return stage(cell.shared / name, make, onnx=job.data.train.example(1))
 
 
 def say(facts: Mapping[str, Any]) -> None:
@@ -216,3 +224,20 @@ def pick_device(name: str) -> torch.device:
     ):
         raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
     return device
+
+
+@contextlib.contextmanager
+def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
+    """Where asked, a GPU takes only kernels that give the same result every time. Raises ConfigError where there is none for a layer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if asked and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS shares its memory as it comes
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(f"{str(error).splitlines()[0]}; leave --deterministic out") from error
+    finally:
+        torch.use_deterministic_algorithms(before)

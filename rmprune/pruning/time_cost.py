@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.trace import trace
+from rmprune.graph.listed import trace
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import TimedLayer, network_layers
 from rmprune.pruning.groups import SizedLayer, Structure

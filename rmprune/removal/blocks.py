@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 
-import torch
 from torch import fx, nn
 
+from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, module_around
 from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
 from rmprune.graph.network import Network, in_words, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
 from rmprune.removal.chain import (
-    CONCATENATIONS,
-    MULTIPLICATIONS,
     ChainLayer,
     find_detour,
     identity_layer,
@@ -27,9 +24,6 @@ from rmprune.removal.chain import (
     walk,
 )
 from rmprune.removal.copies import Entries, entries_of
-
-_ADDS = (operator.add, operator.iadd, torch.add)
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
 @dataclass(frozen=True)
@@ -93,10 +87,8 @@ def additions(network: Network) -> list[tuple[str, fx.Node]]:
     """
     found: list[tuple[str, fx.Node]] = []
     for node in network.graph.nodes:
-        named = node.op == "call_function" and node.target in _ADDS
-        if (named or (node.op == "call_method" and node.target in ("add", "add_"))) and _adds_maps(node):
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            found.append((stack[-1][0] if stack else _common_name(network, node), node))
+        if node.op in ("call_function", "call_method") and node.target in ADDITIONS and _adds_maps(node):
+            found.append((module_around(node)[0] or _common_name(network, node), node))
     names = [name for name, _ in found]
     numbered, seen = [], dict.fromkeys(names, 0)
     for name, node in found:
@@ -219,7 +211,7 @@ def why_no_fork(network: Network, end: fx.Node) -> str:
             "channel, of a pool of the very map that it multiplies (AdaptiveAvgPool2d(1), mean((2, 3))), by convolutions, linear "
             "layers and activations"
         )
-    if end.target in _ADDITIONS:
+    if end.target in ADDITIONS:
         return "its branch holds another residual that stays"
     if end.target in CONCATENATIONS:
         return "its branch concatenates several ways: it is no chain of layers"

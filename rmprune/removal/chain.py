@@ -9,13 +9,11 @@ import torch
 from torch import fx, nn
 
 from rmprune.graph.activations import rule_of
+from rmprune.graph.calls import MULTIPLICATIONS, is_size
 from rmprune.graph.convolution import Conv, Pair, dense, identity, or_none, with_norm
-from rmprune.graph.functional import is_size
-from rmprune.graph.network import Network, is_batch_norm, linear_layer, shape_of, spatial
+from rmprune.graph.network import Network, is_batch_norm, joined_maps, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of
 
-MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-CONCATENATIONS = (torch.cat, torch.concat)
 _RESHAPES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", torch.flatten, torch.reshape, torch.unsqueeze)
 _EXPANDS = ("expand", "expand_as")
 
@@ -107,14 +105,7 @@ def find_detour(network: Network, node: fx.Node) -> Detour | None:
     first, second = node.all_input_nodes
     if node.target in MULTIPLICATIONS and len(node.args) == 2:
         return _gate(network, node, first, second) or _gate(network, node, second, first)
-    joined = node.target in CONCATENATIONS and over_channels(node) and list(node.args[0]) == [first, second]  # type: ignore[arg-type]
-    return _tail(network, first, second) if joined else None
-
-
-def over_channels(node: fx.Node) -> bool:
-    """Whether a concatenation joins the channels of maps."""
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    return dim in (1, -3) and len(shape_of(node) or ()) == 4
+    return _tail(network, first, second) if joined_maps(node) == [first, second] else None
 
 
 def _tail(network: Network, source: fx.Node, end: fx.Node) -> Detour | None:

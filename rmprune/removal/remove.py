@@ -25,10 +25,11 @@ from rmprune.graph.equivalence import (
     relative_error,
 )
 from rmprune.graph.fuse import RULES
-from rmprune.graph.inputs import Inputs, as_given, to_double
+from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
+from rmprune.graph.shapes import to_double
 from rmprune.removal.forms import FORMS
 from rmprune.removal.rewrite import BlockReport, Plan, remove_all
 

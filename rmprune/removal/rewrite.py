@@ -12,10 +12,10 @@ from torch import fx, nn
 from rmprune.errors import ConfigError
 from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, or_none
 from rmprune.graph.fuse import fuse_convolutions, join_norms
-from rmprune.graph.network import Network, linear_layer, shape_of, spatial
+from rmprune.graph.network import Network, joined_maps, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import annotate_range
 from rmprune.removal.blocks import Block, additions, find_block
-from rmprune.removal.chain import CONCATENATIONS, ChainLayer, over_channels
+from rmprune.removal.chain import ChainLayer
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, spread_norm
 from rmprune.removal.cost import by_block, cost_of, parameters
 from rmprune.removal.geometry import chain_taps
@@ -217,18 +217,17 @@ def join_copies(network: Network) -> int:
     """cat(x[:, :k], conv(x)) -> one convolution, wherever it is exact; returns how many concatenations went."""
     count = 0
     for node in list(network.graph.nodes):
-        if node.op == "call_function" and node.target in CONCATENATIONS and over_channels(node):
-            found = _joined(network, node)
-            if found is not None:
-                _replace_concatenation(network, node, *found)
-                count += 1
+        found = _joined(network, node)
+        if found is not None:
+            _replace_concatenation(network, node, *found)
+            count += 1
     return count
 
 
 def _joined(network: Network, node: fx.Node) -> tuple[fx.Node, fx.Node, Conv] | None:
     """(source, the convolution's node, the joined layer), where all parts but one are channels of its own input."""
-    parts = node.args[0]
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
+    parts = joined_maps(node)
+    if not all(isinstance(part, fx.Node) for part in parts):
         return None
     convs = [part for part in parts if isinstance(part, fx.Node) and isinstance(network.layer(part), Conv)]
     if len(convs) != 1 or len(convs[0].users) > 1 or not isinstance(convs[0].args[0], fx.Node):
@@ -275,11 +274,9 @@ def _copied(network: Network, part: fx.Node, source: fx.Node) -> torch.Tensor | 
 def _replace_concatenation(network: Network, node: fx.Node, source: fx.Node, conv: fx.Node, layer: Conv) -> None:
     parts = [part for part in node.all_input_nodes if part is not source]
     network.layers.pop(str(conv.target), None)
-    with network.graph.inserting_before(node):
-        joined = network.graph.call_module(network.add(layer.name, layer), (source,))
+    joined = network.insert(node, layer.name, layer, source)
     joined.meta = conv.meta | node.meta
-    node.replace_all_uses_with(joined)
-    network.graph.erase_node(node)
+    network.bypass(node, joined)
     for part in parts:
         if not part.users:
             network.graph.erase_node(part)

@@ -77,9 +77,9 @@ def _clear(directory: Path, config: Config, known: Path, networks: Collection[st
         from_toml(type(config), known)
     except ConfigError as error:
         raise ConfigError(f"not overwritten, not a run of this command: {error}; choose another --out") from None
-    weights = getattr(config, "checkpoint", None)
-    if weights is not None and weights.resolve().is_relative_to(directory.resolve()):
-        raise ConfigError(f"{weights}: lies in the run that --overwrite would replace; choose another --out")
+    for given in (getattr(config, "checkpoint", None), getattr(config, "weights", None)):
+        if given is not None and Path(given).resolve().is_relative_to(directory.resolve()):
+            raise ConfigError(f"{given}: lies in the run that --overwrite would replace; choose another --out")
     ours = [entry for entry in directory.iterdir() if WRITTEN.fullmatch(entry.name) or entry.name in networks]
     for entry in sorted(ours, key=lambda entry: entry == known):
         if entry.is_dir() and not entry.is_symlink():

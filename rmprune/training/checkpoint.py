@@ -24,7 +24,8 @@ from rmprune.runs.reading import parse_json
 from rmprune.runs.writing import whole
 
 _FORMAT = 1
-_FREE_SETTINGS = ("checkpoint_seconds", "tensorboard")  # these do not change what is trained
+_FREE_SETTINGS = ("checkpoint_seconds", "tensorboard", "cuda_graph")  # these do not change what is trained
+_LATER = {"head_rate": 1.0}  # settings that earlier checkpoints do not know, and what they did without them
 _DATA_SETTINGS = ("batch_size", "validation", "split_seed", "train_images", "augment")
 
 
@@ -55,7 +56,8 @@ def fingerprint(
     model: nn.Module, data: Dataset, config: TrainConfig, seed: int, label: str, *, distilled: bool
 ) -> dict[str, Any]:
     """What a checkpoint must agree on with the training that goes on from it; `model` is the one it started with."""
-    training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_SETTINGS}
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_SETTINGS}
+    training = {key: value for key, value in settings.items() if _LATER.get(key, ...) != value}
     images = {key: getattr(data.config, key) for key in _DATA_SETTINGS}
     shape = "x".join(map(str, data.input_shape))
     identity = {

@@ -8,27 +8,31 @@ import torch
 from torch import nn
 
 from rmprune.config import TrainConfig
+from rmprune.models.head import head_parameters
 
 SHORTCUT_SCALE = "shortcut_scale"  # the name of the depthwise layers that training.sparsity puts on shortcuts
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights of convolutions and linear layers decay; biases, norms, PReLU slopes and shortcut scales do not."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+def parameter_groups(model: nn.Module, weight_decay: float, head_rate: float = 1.0) -> list[dict]:
+    """Weights of convolutions and linear layers decay; biases, norms, PReLU slopes and shortcut scales do not.
+
+    `rate` of a group is the factor of its learning rate: `head_rate` for the last layer, 1 for all others.
+    """
+    head = set(head_parameters(model)) if head_rate != 1 else set()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_scale = parameter.ndim <= 1 or name.split(".")[-2:-1] == [SHORTCUT_SCALE]
-        (free if is_scale else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        key = (0.0 if is_scale else weight_decay, head_rate if name in head else 1.0)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": found, "weight_decay": decay, "rate": rate} for (decay, rate), found in groups.items()]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum over `parameter_groups`; a hook that replaces the model may call it."""
     return torch.optim.SGD(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, config.head_rate),
         lr=config.learning_rate,
         momentum=config.momentum,
         nesterov=config.momentum > 0,

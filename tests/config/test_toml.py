@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from rmprune import cli
 from rmprune.config import AmcConfig, DataConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ConfigError
@@ -84,3 +85,20 @@ def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
 def test_every_published_experiment_can_be_read(file: Path) -> None:
     kind = next(kind for command, kind in KINDS.items() if f"rmprune {command} --config" in file.read_text())
     assert from_toml(kind, file).data.dataset
+
+
+@pytest.mark.parametrize("weights", ["flag", "file"])
+def test_a_start_from_weights_has_gentle_defaults_that_everything_set_comes_before(
+    tmp_path: Path, weights: str
+) -> None:
+    settings = "macs_ratio = 0.5\n[finetune]\nlearning_rate = 0.5\n"
+    (tmp_path / "a.toml").write_text(
+        ('weights = "imagenet"\n' if weights == "file" else "") + settings.replace("macs", "[prune]\nmacs")
+    )
+    arguments = ["--config", str(tmp_path / "a.toml"), "--epochs", "3"]
+    config = cli._parse(SlimConfig, arguments + ["--weights", "imagenet"] * (weights == "flag"), "slim")
+    assert (config.train.epochs, config.train.learning_rate, config.train.head_rate) == (3, 0.01, 5.0)
+    assert (config.finetune.epochs, config.finetune.learning_rate, config.finetune.distillation) == (15, 0.5, 0.5)
+    bare = cli._parse(SlimConfig, ["--weights", "imagenet", "--epochs", "3", "--ratio", "0.5"], "slim")
+    assert (bare.train, bare.sparsity) == (config.train, config.sparsity) and bare.sparsity.strength == 0.2
+    assert cli._parse(SlimConfig, ["--ratio", "0.5"], "slim") == SlimConfig(prune=PruneConfig(ratio=(0.5,)))

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from removal_nets import has_addition
+from repvgg_deployed import deploy
 from torch import Tensor, fx, nn
 
 from rmprune.models.families import create
-from rmprune.models.repvgg import RepVGG, RepVGGBlock, deploy
+from rmprune.models.repvgg import RepVGG, RepVGGBlock
 from rmprune.models.rmnext import GroupedBottleneck
 from rmprune.removal import remove_residuals
 

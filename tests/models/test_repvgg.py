@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from repvgg_deployed import deploy
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError
 from rmprune.measure.cost import count_macs
-from rmprune.models.repvgg import RepVGG, RepVGGBlock, SqueezeExcitation, deploy, repvgg
+from rmprune.models.repvgg import RepVGG, RepVGGBlock, SqueezeExcitation, repvgg
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -227,8 +228,6 @@ def test_refuses_impossible_settings(bad: dict) -> None:
         repvgg(**bad)
 
 
-def test_refuses_what_it_cannot_deploy() -> None:
+def test_refuses_a_block_that_cannot_reserve() -> None:
     with pytest.raises(ConfigError):
         RepVGGBlock(4, 8, reserved=2)
-    with pytest.raises(UnsupportedModel):
-        deploy(nn.Sequential(nn.Conv2d(3, 3, 1)))  # type: ignore[arg-type]

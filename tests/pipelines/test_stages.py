@@ -14,6 +14,7 @@ from rmprune.cli import main
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
+from rmprune.models import create
 from rmprune.pipelines import measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import dense_network, finish, make_dense, starting_network
@@ -61,6 +62,18 @@ def test_what_a_network_does_not_take_is_refused(settings: dict[str, Any], messa
         make_dense(AmcConfig(**settings), data, 0)
 
 
+def test_a_network_starts_from_weights_of_other_classes(data: Dataset, tmp_path: Path) -> None:
+    torch.save(create("resnet8", num_classes=7, in_channels=1, width=2).state_dict(), tmp_path / "a.pt")
+    said: list[str] = []
+    config = replace(SLIM, weights=str(tmp_path / "a.pt"))
+    network = make_dense(config, data, 3, tell=said.append)
+    assert torch.equal(network.conv1.weight, torch.load(tmp_path / "a.pt")["conv1.weight"])
+    assert torch.equal(network.fc.weight, make_dense(SLIM, data, 3).fc.weight)
+    assert said == [f"starts from {tmp_path}/a.pt: the head is new: fc.weight is 7x8 there, 10x8 here"]
+    with pytest.raises(ConfigError, match="both set"):
+        replace(config, checkpoint=tmp_path / "a.pt")
+
+
 def test_what_a_network_takes_is_honoured(data: Dataset) -> None:
     half, wide = (make_dense(AmcConfig(width=width, free=free), data, 0) for width, free in ((0.5, 1), (1.5, 2)))
     assert parameters(wide) / parameters(half) > 9
@@ -90,7 +103,7 @@ def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tm
     cell = Cell(0, "macs_ratio", 0.6, tmp_path, tmp_path)
     job = Job(config, data, torch.device("cpu"), 0)
     dense = dense_network(job, cell)
-    plain = starting_network(replace(job, teacher=dense), cell, "none", "removed")  # type: ignore[arg-type]
+    plain = starting_network(replace(job, teacher=dense), cell, "plain")  # type: ignore[arg-type]
     removal = artifact.read_extra(tmp_path / "plain")["removal"]
     artifact.save(
         plain, tmp_path / "mine", extra={"search": {"a": 1}, "collapsed": {"b": 0.5}, "input_shape": [1, 8, 8]}

@@ -26,6 +26,18 @@ def test_biases_and_norms_do_not_decay():
     assert sum(len(group["params"]) for group in parameter_groups(model, 0.1)) == 2
 
 
+def test_the_head_learns_faster():
+    model = tiny_net(dropout=0.0)
+    slow = dataclasses.replace(CONFIG, epochs=1, learning_rate=1e-4, momentum=0.0, weight_decay=0.0, warmup_epochs=0.0)
+    plain, faster = (
+        fit(model, blobs(), dataclasses.replace(slow, head_rate=rate), seed=0).state_dict() for rate in (1.0, 4.0)
+    )
+    before = model.state_dict()
+    for name, factor in (("0.weight", 1), ("9.weight", 4)):
+        moved, further = (float((after[name] - before[name]).norm()) for after in (plain, faster))
+        assert further == pytest.approx(factor * moved, rel=0.05)
+
+
 def test_momentum_may_lie_in_another_memory_order():
     """A hook that slices momentum need not keep the order; torch's fused SGD would step wrongly without a word."""
     results = []

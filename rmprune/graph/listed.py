@@ -1,4 +1,4 @@
-"""A network traced by torch.fx in terms of the listed layer types; the trace as it is, normalise.py cleans it up."""
+"""A network as a torch.fx graph in terms of the listed layer types (vocabulary.py), for files and clocks; removal reads normalise.py's."""
 
 import operator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.tracer import Tracer, follow
+from rmprune.graph.fx_tracer import Tracer, follow
 from rmprune.graph.vocabulary import LAYERS
 
 

@@ -18,6 +18,7 @@ from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.calls import CHUNKS, piece_sizes
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import blank, blank_inputs, floating_dtype, on_meta
 
@@ -205,14 +206,10 @@ def length(tracer: Tracer, proxy: fx.Proxy) -> int | None:
 
 def _pieces(node: fx.Node) -> int | None:
     """The number of pieces that `chunk(n)` and `split([a, b])` are written to give."""
-    if node.target in ("chunk", torch.chunk):
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+    given = piece_sizes(node)
+    if node.target in CHUNKS:
         return given if isinstance(given, int) else None
-    if node.target in ("split", torch.split):
-        names = ("split_size", "split_size_or_sections")
-        given = node.args[1] if len(node.args) > 1 else next((node.kwargs[n] for n in names if n in node.kwargs), None)
-        return len(given) if isinstance(given, tuple | list) else None
-    return None
+    return len(given) if isinstance(given, tuple | list) else None
 
 
 def follow(

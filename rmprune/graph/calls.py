@@ -1,0 +1,55 @@
+"""What a call in a graph is, however it is written: as a function, a method or an operator, its arguments by place or by name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+DIVISIONS = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
+CONCATENATIONS = (torch.cat, torch.concat)
+CHUNKS, SPLITS = ("chunk", torch.chunk), ("split", torch.split)
+_SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride")
+
+
+def argument(node: fx.Node, place: int, *names: str, default: Any = None) -> Any:
+    """The argument of a call at this place, or by one of these names."""
+    if len(node.args) > place:
+        return node.args[place]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def concatenated(node: fx.Node) -> tuple[list[Any], Any]:
+    """What a call concatenates, and along which dimension; nothing where it is no concatenation."""
+    if node.op != "call_function" or node.target not in CONCATENATIONS:
+        return [], None
+    parts = argument(node, 0, "tensors")
+    return list(parts) if isinstance(parts, list | tuple) else [], argument(node, 1, "dim", "axis", default=0)
+
+
+def piece_sizes(node: fx.Node) -> Any:
+    """What a chunk or a split says of its pieces: how many there are (chunk), how long each is, or their lengths; None elsewhere."""
+    cuts = node.target in CHUNKS or node.target in SPLITS
+    return argument(node, 1, "chunks", "split_size", "split_size_or_sections") if cuts else None
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a shape or a number and no tensor: x.shape, x.size(0), an entry of a shape, arithmetic on these."""
+    if node.op == "call_method":
+        return node.target in _SIZE_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    arithmetic = getattr(node.target, "__module__", None) in ("_operator", "math")
+    return arithmetic and bool(node.all_input_nodes) and all(is_size(source) for source in node.all_input_nodes)
+
+
+def module_around(node: fx.Node) -> tuple[str, Any]:
+    """Path and class of the module in whose code a call stands; ("", None) where that is the network's own, or not known."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1] if stack else ("", None)

@@ -1,0 +1,116 @@
+"""Training starts from weights of others: prefixes, heads of other classes, other names; what does not fit is listed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from rmprune.artifact.weights import put_weights, start_from
+from rmprune.errors import ArtifactError
+from rmprune.models.families import create
+from rmprune.models.head import head_parameters
+
+
+def net(classes: int = 3, width: int = 4) -> nn.Module:
+    return create("resnet8", num_classes=classes, width=width)
+
+
+def equal_but_for_the_head(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if not key.startswith("fc."))
+
+
+@pytest.mark.parametrize(
+    ("nested", "prefix"),
+    [
+        ("", "_orig_mod."),
+        ("state_dict", "model."),
+        ("model_state_dict", ""),
+        ("model_ema", "module."),
+        ("module", "student.net.module."),
+    ],
+)
+def test_names_of_training_frameworks(tmp_path: Path, prefix: str, nested: str) -> None:
+    there = net().state_dict()
+    content = {prefix + key: value for key, value in there.items()}
+    torch.save({nested: content, "epoch": 3} if nested else content, tmp_path / "a.pt")
+    model = net()
+    assert start_from(model, str(tmp_path / "a.pt"), "resnet8") == ""
+    assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items())
+
+
+def test_a_head_of_other_classes_stays_new() -> None:
+    there, model = net(10).state_dict(), net(3)
+    fresh = model.fc.weight.clone()
+    assert put_weights(model, there, "a.pt", "resnet8") == "the head is new: fc.weight is 10x16 there, 3x16 here"
+    assert equal_but_for_the_head(model, there) and torch.equal(model.fc.weight, fresh)
+
+
+def test_a_backbone_without_a_head_and_what_lies_beside_it() -> None:
+    there = net().state_dict()
+    state = {f"backbone.{key}": value for key, value in there.items() if not key.startswith("fc.")}
+    model = net()
+    said = put_weights(model, state | {"head.fc.weight": torch.ones(9, 16)}, "a.pt", "resnet8")
+    assert said.startswith("head.fc.weight beside backbone.* left out; the head is new: fc.weight is missing there")
+    assert equal_but_for_the_head(model, there)
+
+
+def test_order_is_offered_and_taken_only_when_asked_for() -> None:
+    there = {f"layer{number}": value for number, value in enumerate(net(10).state_dict().values())}
+    model = net(3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ArtifactError, match=r"layer0; here conv1.weight\).*add --weights-by-order"):
+        put_weights(model, there, "a.pt", "resnet8")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    there = {f"w{number}": value for number, value in enumerate(net(10).state_dict().values()) if value.ndim}
+    assert "the head is new" in put_weights(model, there, "a.pt", "resnet8", by_order=True)
+    assert torch.equal(model.conv1.weight, there["w0"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state.pop("bn1.bias"), "missing there: bn1.bias"),
+        (lambda state: state.update(extra=torch.ones(2)), "not in resnet8: extra"),
+        (lambda state: state.update({"bn1.bias": torch.ones(5)}), r"of another shape: bn1.bias \(5 there, 4 here\)"),
+        (lambda state: state.clear() or state.update(a=torch.ones(2)), "and 41 more"),
+    ],
+)
+@pytest.mark.parametrize("by_order", [False, True])
+def test_what_does_not_fit_is_listed(change, told: str, by_order: bool) -> None:
+    state = net(10).state_dict()
+    change(state)
+    with pytest.raises(ArtifactError, match="not those of resnet8 in this order" if by_order else told) as caught:
+        put_weights(net(3), state, "a.pt", "resnet8", by_order=by_order)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_torchvisions_own_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    there = torchvision.models.squeezenet1_1()
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(there.state_dict(), folder / torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url.rsplit("/", 1)[-1])
+    model = create("squeezenet1_1", num_classes=4)
+    assert "the head is new: classifier.1.weight" in start_from(model, "imagenet", "squeezenet1_1")
+    assert torch.equal(model.features[0].weight, there.features[0].weight)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "timm/test_resnet"])
+def test_a_failed_download_is_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", fail)
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(ArtifactError, match=r"could not be downloaded \(no network\).*--weights FILE"):
+        start_from(nn.Identity(), "imagenet", name)
+
+
+def test_the_head() -> None:
+    assert head_parameters(net()) == ["fc.weight", "fc.bias"]
+    assert head_parameters(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))) == []
+    side_by_side = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    assert head_parameters(side_by_side) == ["2.weight", "2.bias", "3.weight"]
