@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from rmprune.config import Precision
 from rmprune.data.splits import Split
-from rmprune.training.precision import autocast
+from rmprune.errors import RmpruneError
+from rmprune.graph.finite import where_broken
+from rmprune.graph.foreign import copied
+from rmprune.training.precision import ask, autocast, weights_dtype
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
-    The model must be on `device` already.
+    The model must be on `device` already. Raises RmpruneError where its outputs are NaN, and says where that begins.
     """
     logits, y = logits_of(model, split, device=device, batch_size=batch_size, limit=limit, precision=precision)
     loss = nn.functional.cross_entropy(logits, y, reduction="none").double().mean()
@@ -50,7 +53,7 @@ def logits_of(
     limit: int | None = None,
     precision: Precision = "float32",
 ) -> tuple[Tensor, Tensor]:
-    """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them."""
+    """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -58,11 +61,15 @@ def logits_of(
     try:
         with autocast(precision, device):
             for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
-                found.append((model(x).float(), y))
+                found.append((ask(model, x).float(), y))
     finally:
         for module, mode in was_training.items():
             module.training = mode
-    return torch.cat([logits for logits, _ in found]), torch.cat([y for _, y in found])
+    logits = torch.cat([some for some, _ in found])
+    if logits.isnan().any():
+        where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
+        raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
+    return logits, torch.cat([y for _, y in found])
 
 
 def scores(logits: Tensor, labels: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:
