@@ -66,7 +66,7 @@ def logits_of(
         for module, mode in was_training.items():
             module.training = mode
     logits = torch.cat([some for some, _ in found])
-    if logits.isnan().any():
+    if logits.log_softmax(1).isnan().any():
         where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
         raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
     return logits, torch.cat([y for _, y in found])
