@@ -103,7 +103,9 @@ class Settings:
     data_dir: Path | None = None
     """Where Fashion-MNIST's files lie, if not where Debian puts them."""
     out: Path = Path("reports/gpu")
-    """Where CSV, runs and figures go."""
+    """Where CSV and figures go."""
+    runs: Path = Path("runs/gpu")
+    """Where accuracy's runs are kept."""
     figures: Path | None = None
     """Draw what lies there, and measure nothing."""
     paths: bool = False
@@ -171,7 +173,9 @@ def exactness(part: Part) -> None:
             wide = model.to(part.device).double()
             removal = rmprune.remove_residuals(wide, x.to(part.device).double())
             inputs, groups = check_inputs((x,), 2, 3)
-            expected, other = (computed(wide, (y,), torch.float64, part.device) for y in (inputs[0], base_inputs((x,))[0]))
+            expected, other = (
+                computed(wide, (y,), torch.float64, part.device) for y in (inputs[0], base_inputs((x,))[0])
+            )
             for name, dtype, rounded in networks.FORMATS:
                 with tf32(rounded):
                     own, plain = (
@@ -285,7 +289,7 @@ def accuracy(part: Part) -> None:
     from rmprune.pipelines.slim import run_slim
 
     settings = part.settings
-    quick, runs = settings.quick, settings.out / "runs"
+    quick = settings.quick
     backend = "eager" if part.device == "cpu" else "cudagraph-float16"
     measure = MeasureConfig(
         (backend,), (torch.get_num_threads(),), (1 if quick else 256,), part.device, *((0.02, 3) if quick else (0.2, 9))
@@ -305,7 +309,7 @@ def accuracy(part: Part) -> None:
             prune=PruneConfig(macs_ratio=(0.5,), round_to=1)
             if quick
             else PruneConfig(latency_ratio=(0.6,), round_to=8),
-            out=runs / f"slim-{seed}",
+            out=settings.runs / f"slim-{seed}",
             overwrite=True,
             **common,
         )
@@ -324,7 +328,7 @@ def accuracy(part: Part) -> None:
                 calibration=64 if quick else 512,
                 importance="magnitude",
             ),
-            out=runs / f"amc-{seed}",
+            out=settings.runs / f"amc-{seed}",
             overwrite=True,
             **({"model": "mobilenet_v2_digits"} if quick else {"model": "mobilenet_v2_small"}),
             **common,
