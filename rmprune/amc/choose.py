@@ -157,7 +157,7 @@ def choose(
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
     facts = _facts(result, space, verified, accuracy, goal.ratio) | {"cut_error": cut_error}
-    return Chosen(scorer.build(verified.widths).cpu(), widths, facts)
+    return Chosen(job.recentred(scorer.build(verified.widths)), widths, facts)
 
 
 def make_scorer(network: nn.Module, space: Space, job: Job[AmcConfig]) -> Scorer:
