@@ -126,8 +126,7 @@ def slim(arguments: list[str]) -> None:
     from rmprune.pipelines.slim import run_slim
 
     config = _parse(settings.SlimConfig, arguments, "slim")
-    command = _command_line("slim", arguments)
-    _finish(config.directory, run_slim(config, command=command), command)
+    _run(run_slim, config, _command_line("slim", arguments))
 
 
 def amc(arguments: list[str]) -> None:
@@ -135,8 +134,7 @@ def amc(arguments: list[str]) -> None:
     from rmprune.pipelines.amc import run_amc
 
     config = _parse(settings.AmcConfig, arguments, "amc")
-    command = _command_line("amc", arguments)
-    _finish(config.directory, run_amc(config, command=command), command)
+    _run(run_amc, config, _command_line("amc", arguments))
 
 
 def train(arguments: list[str]) -> None:
@@ -144,14 +142,22 @@ def train(arguments: list[str]) -> None:
     from rmprune.pipelines.train import run_train
 
     config = _parse(settings.TrainRunConfig, arguments, "train")
-    command = _command_line("train", arguments)
-    _finish(config.directory, run_train(config, command=command), command)
+    _run(run_train, config, _command_line("train", arguments))
 
 
-def _finish(directory: Path, records: list[Path], command: str) -> None:
-    """The end of a run: its tables on the screen, its figure on disk, and what to do next."""
-    from rmprune.report.build import build_report, show
+def _run(run: Callable[..., list[Path]], config: Any, command: str) -> None:
+    """Do a run, or only its report where it was killed before that; its tables on the screen, its figure on disk, and what to do next."""
+    from rmprune.report.build import COMMAND, build_report, show
+    from rmprune.runs.directory import Finished
+    from rmprune.runs.records import find_records
 
+    directory = config.directory
+    try:
+        records = run(config, command=command)
+    except Finished:
+        if (directory / "report" / COMMAND).is_file():
+            raise
+        records = find_records([directory])
     show(records)
     files = build_report(records, directory / "report", command)
     figures = ", ".join(str(file) for file in files if file.suffix == ".png")

@@ -38,6 +38,7 @@ from rmprune.measure.backends import (
     needs_calibration,
     prepare,
     reduced,
+    says_what_fails,
     surroundings,
 )
 from rmprune.measure.results import BUSY, Latency, quartiles
@@ -165,7 +166,8 @@ def measure_configuration(
         for name, candidate in candidates.items():
             prepared = runs[name] = prepare(candidate, *configuration)
             start = time.perf_counter()
-            prepared()
+            with says_what_fails(name, backend):
+                prepared()
             if device != "cpu":
                 torch.cuda.synchronize()
             facts[name] = {"first_ms": prepared.load_ms + (time.perf_counter() - start) * 1e3}

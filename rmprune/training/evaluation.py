@@ -9,7 +9,10 @@ from torch import nn
 
 from rmprune.config import Precision
 from rmprune.data.splits import Split
-from rmprune.training.precision import autocast
+from rmprune.errors import RmpruneError
+from rmprune.graph.finite import where_broken
+from rmprune.graph.foreign import copied
+from rmprune.training.precision import ask, autocast, weights_dtype
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
-    The model must be on `device` already.
+    The model must be on `device` already. Raises RmpruneError where its outputs are NaN, and says where that begins.
     """
     device = torch.device(device)
     was_training = {module: module.training for module in model.modules()}
@@ -41,11 +44,14 @@ def evaluate(
     try:
         with autocast(precision, device):
             for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
-                output = model(x).float()
+                output = ask(model, x).float()
                 correct += (output.argmax(1) == y).sum()
                 loss += nn.functional.cross_entropy(output, y, reduction="sum")
                 seen += len(y)
     finally:
         for module, mode in was_training.items():
             module.training = mode
+    if loss.isnan():
+        where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
+        raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
     return Evaluation(float(correct / seen), float(loss / seen))

@@ -27,14 +27,14 @@ class Journal:
         steps: int,
         *,
         done_steps: int,
-        done_epochs: int,
+        done_epochs: int | None,
         log: Path | None,
         progress: bool,
         tensorboard: bool,
     ) -> None:
         self.label, self.log = label, log
         self._writer = _tensorboard_writer(log, label) if tensorboard else None
-        if log is not None:
+        if log is not None and done_epochs is not None:
             _forget_later_epochs(log, label, done_epochs)
         console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -104,7 +104,7 @@ class SilentJournal(Journal):
 
 def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:
     """Drop the lines of epochs that are about to be trained again, and a line that was cut short."""
-    if not log.exists() or done_epochs == 0:
+    if not log.exists():
         return
     kept = []
     for line in log.read_text(encoding="utf-8").splitlines():
