@@ -17,8 +17,9 @@ from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, pru
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
 from rmprune.pruning.coupled import check_coupled, loss_gradients
-from rmprune.pruning.groups import Cost, Scores, Structure, inner_only, macs, total_cost
+from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
+from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
