@@ -5,6 +5,7 @@ For cuts while training: `gradual.py`.
 
 import contextlib
 import copy
+import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.graph.facts import note
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.batches import Batches, batches_of
@@ -48,6 +50,7 @@ def prune(
     lookahead: int = 1,
     origin: Mapping[str, int] | None = None,
     prove: bool = True,
+    ignore: Iterable[str] = (),
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
@@ -61,14 +64,21 @@ def prune(
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
     on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
     network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
+    `ignore`: names of modules all of whose output channels stay, and those tied to them (of a block: of each layer in it).
+
+    What the cut did is plain data on the result, `pruned.rmprune_facts`, which `rmprune.save` keeps: `kept` {layer: the numbers that
+    its output channels have in `plain`, or in what that was cut from}, `whole` {layer or group: why it could not be pruned}, and
+    `cut_error`, what the proof measured (None without it).
 
     Raises NotEquivalent where the cut took other columns than those that read what went, InfeasibleBudget where limits forbid
-    the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted.
+    the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted, ConfigError for names that are not there.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     >>> pruned = rmprune.prune(net, torch.randn(2, 3, 8, 8), importance="batch_norm", budget=rmprune.Budget(ratio=0.5))
     >>> pruned[0].out_channels, pruned[3].in_channels, net[0].out_channels
     (8, 8, 16)
+    >>> len(pruned.rmprune_facts["kept"]["0"]), pruned.rmprune_facts["whole"]
+    (8, {'3': "its channels are the network's output"})
     """
     if reconstruct and data is None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")
@@ -79,6 +89,7 @@ def prune(
     structure = find_structure(plain, example_inputs, reading=reading)
     if which == "inner":
         structure = inner_only(structure)
+    structure = leave_whole(structure, plain, ignore)
     origin = {**structure.units, **(origin or {})}
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
@@ -105,13 +116,41 @@ def prune(
         return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
-    if prove:
-        prove_cut(model, structure, keep, example_inputs)
+    error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:
         with fitting():
             pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
     check_outputs(plain, pruned, example_inputs)
+    note(pruned, whole=dict(structure.frozen), cut_error=error)
     return pruned  # type: ignore[return-value]
+
+
+def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str]) -> Structure:
+    """The same network with the output channels of the modules of these names left whole (of a block: of each layer in it).
+
+    Raises ConfigError for a name that is not there, with those like it, and for a module with no channels of its own.
+    """
+    known = dict(model.named_modules())
+    of: dict[str, str] = {}
+    for name in names:
+        if name not in known or not name:
+            near = difflib.get_close_matches(name, known, 5, 0.4) or list(known)[1:6]
+            raise ConfigError(f"ignore names {name!r}, which is no module of the network; there are: {', '.join(near)}")
+        own = [part for part, _ in known[name].named_modules(prefix=name)]
+        if not any(True for _ in known[name].parameters()):
+            raise ConfigError(
+                f"ignore names {name!r}, which has no channels of its own; name the layer whose it passes on"
+            )
+        of |= dict.fromkeys(own, name)
+    reasons = {
+        g.name: f"ignore={of[m.layer]!r}"
+        for g in structure.groups
+        for m in g.members
+        if m.side != "in" and m.layer in of
+    }
+    if reasons and len(reasons) == len(structure.groups):
+        raise UnsupportedModel(f"nothing can be pruned: ignore leaves every channel ({', '.join(reasons)})")
+    return structure.without(reasons) if reasons else structure
 
 
 @contextlib.contextmanager

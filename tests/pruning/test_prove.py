@@ -57,6 +57,17 @@ def test_other_columns_than_those_that_read_the_channels_are_found() -> None:
         prove_cut(chain(), wrong, keep, IMAGES)
 
 
+def test_a_cut_that_silences_the_network_is_proved_by_half_of_it() -> None:
+    model = chain()
+    model[1].bias.data[::4] = -1e3  # type: ignore[operator,index]
+    structure = find_structure(model, IMAGES)
+    wrong = changed(structure, "0", lambda m: replace(m, index=m.index.flip(0)) if m.side == "in" else m)
+    keep = {"0": torch.tensor([True, False, False, False])}
+    assert prove_cut(model, structure, keep, IMAGES) < 1e-12
+    with pytest.raises(NotEquivalent, match=r"^0: "):
+        prove_cut(model, wrong, keep, IMAGES)
+
+
 def test_the_group_at_fault_is_named() -> None:
     structure = find_structure(chain(), IMAGES)
     wrong = changed(structure, "5", lambda m: replace(m, index=m.index.roll(1, 0)) if m.side == "in" else m)
