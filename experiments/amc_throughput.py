@@ -29,9 +29,9 @@ from rmprune.amc.search import Search
 from rmprune.amc.space import Space, Widths
 from rmprune.config import AmcConfig, DataConfig, SearchConfig
 from rmprune.data.load import load_dataset
-from rmprune.measure.machine import environment
 from rmprune.models.families import create
 from rmprune.removal import remove_residuals
+from rmprune.runs.machine import environment
 from rmprune.training.job import Job
 from rmprune.training.precision import compute_dtype
 

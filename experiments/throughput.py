@@ -26,8 +26,8 @@ from torchvision.transforms import v2
 from rmprune.config import DataConfig, TrainConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import TensorSplit
-from rmprune.measure.machine import environment
 from rmprune.models.families import create
+from rmprune.runs.machine import environment
 from rmprune.training import TrainState, fit
 from rmprune.training.precision import compute_dtype
 

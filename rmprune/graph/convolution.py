@@ -266,6 +266,11 @@ def _pair(value: int | tuple[int, ...]) -> Pair:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
+def times(a: Pair, b: Pair) -> Pair:
+    """Along each axis the product: of strides one after the other."""
+    return a[0] * b[0], a[1] * b[1]
+
+
 def output_size(geometry: Geometry, size: Pair) -> Pair:
     """Pixels of the output, by the usual floor formula."""
     sizes = [

@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from rmprune.graph.convolution import (
     Conv,
     Geometry,
-    Pair,
     coordinates,
     dense_weight,
     from_module,
     or_none,
+    times,
     to_measure,
     with_norm,
 )
@@ -120,17 +120,13 @@ def product_geometry(first: Conv, second: Conv) -> Geometry | None:
     """Where the product of two folded layers reads, or None where no single kernel is exact."""
     a, b = first.geometry, second.geometry
     if b.pointwise:
-        return replace(a, stride=_times(a.stride, b.stride))
+        return replace(a, stride=times(a.stride, b.stride))
     if not a.pointwise or (b.padded and bool(first.bias.any())):
         return None
     if b.padded and a.stride != (1, 1):
         return None  # the coarse map may end before the fine one does
-    stride, padding, dilation = (_times(a.stride, each) for each in (b.stride, b.padding, b.dilation))
+    stride, padding, dilation = (times(a.stride, each) for each in (b.stride, b.padding, b.dilation))
     return Geometry(b.kernel, stride, padding, dilation, b.padding_mode)
-
-
-def _times(a: Pair, b: Pair) -> Pair:
-    return (a[0] * b[0], a[1] * b[1])
 
 
 def _common_groups(first: Conv, second: Conv) -> int:

@@ -16,7 +16,6 @@ import torch
 
 from rmprune.errors import ConfigError, RmpruneError
 from rmprune.measure.candidate import Candidate, Prepared, Run, Setting, folded_form, onnx_form
-from rmprune.measure.machine import has_instruction
 from rmprune.measure.quantise import onnx_int8, openvino_int8
 from rmprune.measure.runtimes import (
     Provider,
@@ -33,6 +32,7 @@ from rmprune.measure.runtimes import (
     xnnpack,
 )
 from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, tf32, torchscript
+from rmprune.runs.machine import BFLOAT16, has_instruction
 
 __all__ = [
     "BACKENDS",
@@ -45,7 +45,6 @@ __all__ = [
     "prepare",
     "surroundings",
 ]
-BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # as /proc/cpuinfo calls them (x86, x86, ARM)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
 from rmprune.models.repvgg import RepVGGBlock
+from rmprune.models.resnet import initialise_convolutions
 
 PATTERN = r"rmnext(\d+)x(\d+)_(\d+)"
 NAMES = ("rmnext41x5_16", "rmnext50x5_32", "rmnext50x6_32", "rmnext101x6_16", "rmnext152x6_32")
@@ -92,10 +93,9 @@ class RMNeXt(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten(1)
         self.fc = nn.Linear(channels, num_classes)
+        initialise_convolutions(self)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, GroupedBottleneck):
+            if isinstance(module, GroupedBottleneck):
                 nn.init.zeros_(module.bn3.weight)  # every block starts as its shortcut
 
     def forward(self, x: Tensor) -> Tensor:

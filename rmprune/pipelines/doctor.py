@@ -9,14 +9,14 @@ from rmprune.config import DoctorConfig
 from rmprune.errors import ConfigError
 from rmprune.measure import BACKENDS
 from rmprune.measure.backends import Candidate, prepare, surroundings
-from rmprune.measure.machine import PACKAGES, environment, has_instruction
 from rmprune.measure.quiet import quietness
+from rmprune.runs.machine import BFLOAT16, PACKAGES, environment, has_instruction
 
 INSTRUCTIONS = {
     "AVX2": ("avx2",),
     "AVX-512": ("avx512f",),
     "int8 dot products (VNNI)": ("avx512_vnni", "avx_vnni", "asimddp"),
-    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "bfloat16": BFLOAT16,
     "AMX": ("amx_tile",),
 }
 ERRORS = {"float32": 1e-4, "tf32": 0.02, "bfloat16": 0.05, "float16": 0.02, "int8": 0.3}

@@ -18,9 +18,9 @@ from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ArtifactError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
-from rmprune.measure.machine import environment
 from rmprune.pipelines.stages import image_shape
 from rmprune.runs import records
+from rmprune.runs.machine import environment
 
 logger = logging.getLogger("rmprune")
 

@@ -20,12 +20,12 @@ from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
-from rmprune.measure.machine import environment
 from rmprune.methods.start import start
 from rmprune.methods.table import STARTS, CollapsedBlocks, Residuals
 from rmprune.models.families import create_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
+from rmprune.runs.machine import environment
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales

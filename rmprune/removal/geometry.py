@@ -6,13 +6,14 @@ expresses that tap if it has a tap t' with `B * (d' t' - p') = A * (d t - p)`, a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from rmprune.graph.convolution import Geometry, Obstacle, Pair, output_size
+from rmprune.graph.convolution import Geometry, Obstacle, Pair, output_size, times
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def chain_taps(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...],
     found = _chain(layers, parts, size)
     if found is None:
         raise Obstacle("branch and shortcut end in maps of different sizes")
-    period = max(_total(layers, axis) for axis in (0, 1))
+    period = max(math.prod(layer.stride[axis] for layer in layers) for axis in (0, 1))
     padded = [taps.reads_padding for taps in found]
     for more in range(1, 2 * period + 1):
         other = (size[0] + more, size[1] + more)
@@ -95,13 +96,6 @@ def chain_taps(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...],
             continue
         padded = [p or taps.reads_padding for p, taps in zip(padded, again, strict=True)]
     return tuple(replace(taps, reads_padding=p) for taps, p in zip(found, padded, strict=True))
-
-
-def _total(layers: tuple[Geometry, ...], axis: int) -> int:
-    total = 1
-    for layer in layers:
-        total *= layer.stride[axis]
-    return total
 
 
 def _chain(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], size: Pair) -> tuple[Taps, ...] | None:
@@ -121,7 +115,7 @@ def _chain(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...], siz
                 return None
             raise
         here, there = out, output_size(geometry, there)
-        step, source_step = _times(step, layer.stride), _times(source_step, geometry.stride)
+        step, source_step = times(step, layer.stride), times(source_step, geometry.stride)
     if step != source_step:
         raise Obstacle(
             f"the shortcut samples another grid (stride {source_step[0]}) than the branch (stride {step[0]})"
@@ -135,7 +129,3 @@ def _end_equal(layers: tuple[Geometry, ...], parts: tuple[Geometry | None, ...],
     for layer, part in zip(layers, parts, strict=True):
         here, there = output_size(layer, here), output_size(part or Geometry(), there)
     return here == there
-
-
-def _times(a: Pair, b: Pair) -> Pair:
-    return a[0] * b[0], a[1] * b[1]

@@ -158,19 +158,10 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
     return (
         by_seed.groupby(keys, sort=False, dropna=False)
         .agg(
-            accuracy=("accuracy", "mean"),
+            **{name: (name, "mean") for name in numbers},
             accuracy_spread=("accuracy", _spread),
             accuracy_low=("accuracy", "min"),
             accuracy_high=("accuracy", "max"),
-            accuracy_change=("accuracy_change", "mean"),
-            macs=("macs", "mean"),
-            macs_ratio=("macs_ratio", "mean"),
-            params=("params", "mean"),
-            params_ratio=("params_ratio", "mean"),
-            median_ms=("median_ms", "mean"),
-            q1_ms=("q1_ms", "mean"),
-            q3_ms=("q3_ms", "mean"),
-            ratio=("ratio", "mean"),
             seeds=("seed", "nunique"),
         )
         .reset_index()

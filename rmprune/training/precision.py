@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from rmprune.config import Precision
+from rmprune.runs.machine import BFLOAT16, has_instruction
 from rmprune.training.convolutions import TrainableConvolutions
-
-
-@functools.cache
-def processor_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, ARM's BF16); False where unknown."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return False
-    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype that `precision` means on this device: bfloat16 or float32."""
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else processor_has_bfloat16()
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_instruction(*BFLOAT16)
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
 

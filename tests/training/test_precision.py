@@ -3,13 +3,14 @@
 import torch
 from torch import nn
 
-from rmprune.training.precision import autocast, compute_dtype, processor_has_bfloat16
+from rmprune.runs.machine import BFLOAT16, has_instruction
+from rmprune.training.precision import autocast, compute_dtype
 
 
 def test_precision():
     cpu = torch.device("cpu")
     assert compute_dtype("float32", cpu) == torch.float32 and compute_dtype("bfloat16", cpu) == torch.bfloat16
-    assert compute_dtype("auto", cpu) == (torch.bfloat16 if processor_has_bfloat16() else torch.float32)
+    assert compute_dtype("auto", cpu) == (torch.bfloat16 if has_instruction(*BFLOAT16) else torch.float32)
 
 
 def test_on_a_cpu_autocast_trains_strided_depthwise_layers_in_float32():

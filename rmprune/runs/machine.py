@@ -16,6 +16,10 @@ PACKAGES = (
 )
 
 
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Instruction sets, one of which a processor has that multiplies bfloat16 in hardware: AVX512-BF16, AMX, ARM's."""
+
+
 def environment() -> dict[str, Any]:
     """Where this process runs: versions, processor, its vector instructions, cores, torch's threads, GPU."""
     versions = {"python": platform.python_version()}
