@@ -133,7 +133,7 @@ def run(row: Row, dense: nn.Module, data: Dataset, settings: Settings) -> dict[s
     usual = {"learning_rate": 0.06, "warmup_epochs": 1.0, "distillation": 0.5}
     tuning = TrainConfig(epochs=settings.epochs, **(usual | row.finetune))
     method = METHODS[row.method]
-    network = start(dense, *method.start, data.train.example)[0]
+    network = start(dense, method.start, data.train.example)[0]
     config = SlimConfig(
         method=(row.method,),
         data=data.config,

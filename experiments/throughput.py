@@ -8,17 +8,14 @@ The two run in turns in one process; every turn gives one figure for each, after
 from __future__ import annotations
 
 import contextlib
-import shlex
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 import tyro
+from rates import write_rates
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
@@ -27,9 +24,7 @@ from rmprune.config import DataConfig, TrainConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import TensorSplit
 from rmprune.models.families import create
-from rmprune.runs.machine import environment
 from rmprune.training import TrainState, fit
-from rmprune.training.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -136,33 +131,14 @@ def main(settings: Settings) -> None:
             model = create("resnet20", num_classes=10, in_channels=1, width=settings.width).to(device)
             rates[name].append(loop(data, model, settings, device))
             print(f"turn {turn + 1}: {name} {rates[name][-1]:,.0f} images/s", flush=True)
-    plain = statistics.median(rates["plain"])
-    precision = {"plain": "float32", "rmprune": str(compute_dtype("auto", device)).removeprefix("torch.")}
-    facts = environment()
-    table = pd.DataFrame(
-        {
-            "loop": name,
-            "images_per_second": round(statistics.median(values), 1),
-            "lowest": round(min(values), 1),
-            "highest": round(max(values), 1),
-            "relative": round(statistics.median(values) / plain, 3),
-            "precision": precision[name],
-            "model": f"resnet20 width {settings.width}",
-            "dataset": "fashion-mnist",
-            "batch_size": settings.batch_size,
-            "steps": settings.steps,
-            "rounds": settings.rounds,
-            "device": settings.device,
-            "threads": settings.threads,
-            "processor": facts.get("processor"),
-            "torch": torch.__version__,
-            "command": shlex.join(["python", *sys.argv]),
-        }
-        for name, values in rates.items()
-    )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(settings.out, index=False)
-    print(table.to_string(index=False))
+    facts = {
+        "model": f"resnet20 width {settings.width}",
+        "dataset": "fashion-mnist",
+        "batch_size": settings.batch_size,
+        "steps": settings.steps,
+        "rounds": settings.rounds,
+    }
+    write_rates(settings.out, "loop", "images_per_second", rates, settings.device, settings.threads, **facts)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,22 @@
 
 import gc
 import os
+import sys
 
+import pytest
 from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
 settings.register_profile("fixed", derandomize=True, deadline=None)  # the same draws every time
 settings.load_profile("fixed")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A second thread that a test leaves behind spins on a core the other process needs: all tests after it take many times as long."""
+    if "torch" in sys.modules and (left := sys.modules["torch"].get_num_threads()) != 1:
+        sys.modules["torch"].set_num_threads(1)
+        pytest.fail(f"{item.nodeid} left torch with {left} threads")
 
 
 def pytest_collection_finish() -> None:

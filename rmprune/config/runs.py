@@ -89,6 +89,8 @@ class SlimConfig(RunConfig):
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
     method: Names = ("rm",)
     """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    plan: Path | None = None
+    """Carry out this plan (a JSON file: a choice for each block, a width for each channel group) instead of meeting a budget."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
     """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
     seeds: int = 1
@@ -106,10 +108,16 @@ class SlimConfig(RunConfig):
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
+        given = len(self.prune.budgets) > 0
         require(
-            len(self.prune.budgets) > 0,
-            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1",
+            given or self.plan is not None,
+            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1, or a --plan",
         )
+        require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
+        if self.plan is not None:
+            require(self.method in (("rm",), ("plan",)), "a plan is carried out by itself; leave out --method")
+            object.__setattr__(self, "method", ("plan",))
+        require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
 
 
 @dataclass(frozen=True)

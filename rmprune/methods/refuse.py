@@ -10,7 +10,7 @@ from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
 from rmprune.methods.cutter import make_cutter, place_of
-from rmprune.methods.table import METHODS, CollapsedBlocks, Method, Residuals
+from rmprune.methods.table import METHODS, Method
 from rmprune.pruning import Budget
 from rmprune.pruning.time_cost import timed_layers
 from rmprune.training.job import Job
@@ -18,8 +18,8 @@ from rmprune.training.job import Job
 logger = logging.getLogger("rmprune")
 Refusal = InfeasibleBudget | UnsupportedModel
 NOISE = 1.1  # before training a budget is refused only where it is missed by more than this
-Starts = Callable[[CollapsedBlocks, Residuals], nn.Module]
-"""The network that methods of these choices prune."""
+Starts = Callable[[str], nn.Module]
+"""The network that methods prune, by its name in STARTS."""
 
 
 def check_budgets(start: Starts, methods: dict[str, Method], budgets: list[Budget], job: Job[SlimConfig]) -> None:
@@ -73,9 +73,9 @@ def refusal(summary: str, refusals: Mapping[str, Refusal]) -> Refusal:
 
 def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], *, candidate: bool = False) -> None:
     try:
-        network = start(*method.start)
+        network = start(method.start)
     except UnsupportedModel as error:
-        if candidate or method.residuals == "kept" or "no residual to remove" not in str(error):
+        if candidate or method.start == "dense" or "no residual to remove" not in str(error):
             raise
         raise UnsupportedModel(f"{error}; --method residual prunes the network as it is") from None
     cutter = make_cutter(network, method, job)

@@ -15,6 +15,7 @@ from rmprune.measure.place import MARGIN, infeasible
 from rmprune.methods.cutter import Cutter, make_cutter, place_of
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget
+from rmprune.pruning.carry_out import widths_of
 from rmprune.pruning.prove import prove_groups
 from rmprune.removal import remove_where_faster
 from rmprune.runs.notes import remembered
@@ -29,10 +30,10 @@ def slim_network(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
 
-    With it the facts for its artifact and record: the error of cuts of its groups (`prove_groups`), which residuals `mixed`
-    removed. Only a network that misses a budget in measured time at the end is cut again, up to TIME_ATTEMPTS times, with one
-    epoch after each cut. Raises InfeasibleBudget where limits forbid the budget, MissedBudget where even these cuts do not
-    meet it, UnsupportedModel where the method cannot cut this network.
+    With it the facts for its artifact and record: the error of cuts of its groups (`prove_groups`), the units that each still has
+    (`widths_of`), which residuals `mixed` removed. Only a network that misses a budget in measured time at the end is cut again, up to
+    TIME_ATTEMPTS times, with one epoch after each cut. Raises InfeasibleBudget where limits forbid the budget, MissedBudget where even
+    these cuts do not meet it, UnsupportedModel where the method cannot cut this network.
     """
     config, data = job.config, job.data
     timed = budget.latency_ratio is not None
@@ -49,7 +50,8 @@ def slim_network(
     network = tune(network, config.finetune, job, files, hook)
     if timed:
         network = _within_time(network, cutter, budget, cut_to, files)
-    if method.residuals != "faster":
+    facts["widths"] = widths_of(cutter.structure, network)
+    if not method.faster:
         return network, facts
     limit = math.inf if budget.macs_ratio is None else budget.macs_ratio * (budget.reference_macs or math.inf)
     example = data.train.example(2)

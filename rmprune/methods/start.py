@@ -1,54 +1,48 @@
-"""The networks that methods start to prune, made of the trained one: blocks collapsed, residuals removed. Trains nothing."""
+"""The networks that methods start to prune: the trained one, its blocks as the method's rule chooses them. Trains nothing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.methods.table import CollapsedBlocks, Residuals
-from rmprune.pruning.collapse import collapse_blocks
-from rmprune.removal import Removal, plan_removal, remove_residuals
-
-CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
-COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most,
-COLLAPSE_PIXELS = 2**23  # and of so many pixels, since all their maps are held in memory
-Examples = Callable[[int], Tensor]
-"""So many training images [n, C, H, W]."""
+from rmprune.methods.table import STARTS
+from rmprune.pruning.carry_out import Examples, carry_out_blocks, collapse_images
+from rmprune.pruning.collapse import shorten_blocks
+from rmprune.pruning.options import block_options
+from rmprune.pruning.plan import Choice, Options
+from rmprune.removal.remove import nothing_to_remove
 
 
-def start(
-    dense: nn.Module, collapse: CollapsedBlocks, residuals: Residuals, examples: Examples
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that these choices make of the trained one, on its device, and the facts for its artifact.
+def start(dense: nn.Module, name: str, examples: Examples) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of this name (of STARTS), made of the trained one, on its device, and the facts for its artifact.
 
-    With "none" and "kept" it is `dense` itself. Raises UnsupportedModel where there is nothing to collapse or to remove.
+    "dense" is `dense` itself. Raises UnsupportedModel where no block has what the rule prefers.
     """
-    network, facts = dense, {}
-    if collapse != "none":
-        images = collapse_images(examples)
-        found = collapse_blocks(dense, images)
-        if collapse == "half":
-            order = sorted(found.collapsed, key=lambda name: -found.collapsed[name])
-            found = collapse_blocks(dense, images, keep=set(order[math.ceil(len(order) / 2) :]))
-        network, facts["collapsed"] = found.model, found.collapsed
-    if residuals in ("removed", "merged"):
-        remove = merge_free if residuals == "merged" else remove_residuals
-        removal = remove(network, examples(CALIBRATION_IMAGES))
-        network, facts["removal"] = removal.model, removal.facts
-    return network, facts
+    rule = STARTS[name]
+    if rule.prefer == ("keep",):
+        return dense, {}
+    options = block_options(dense, examples(2), linear=False)
+    choices: dict[str, Choice] = {
+        block: next(choice for choice in rule.prefer if not own[choice]) for block, own in options.items()
+    }
+    wanted = [block for block, choice in choices.items() if choice == rule.prefer[0]]
+    if not wanted:
+        raise UnsupportedModel(_nothing(rule.prefer[0], options))
+    if rule.half:
+        explained = shorten_blocks(dense, collapse_images(examples), collapse=wanted).collapsed
+        order = sorted(explained, key=lambda block: -explained[block])
+        choices |= dict.fromkeys(order[math.ceil(len(order) / 2) :], "keep")
+    network, facts = carry_out_blocks(dense, choices, examples)
+    for block in facts.get("removal", {}).get("kept", {}):
+        facts["removal"]["kept"][block] = options[block]["remove"] or facts["removal"]["kept"][block]
+    return network, facts | {"blocks": choices}
 
 
-def merge_free(model: nn.Module, images: Tensor) -> Removal:
-    """RM for those residuals alone that need no reserved channel: branch and shortcut are linear, their kernels add up."""
-    reports = plan_removal(model, images)
-    if not any(report.removable and report.reserved == 0 for report in reports):
-        raise UnsupportedModel("no residual can be removed without reserving channels")
-    return remove_residuals(model, images, keep=[r.name for r in reports if r.removable and r.reserved])
-
-
-def collapse_images(examples: Examples) -> Tensor:
-    """The training images that convolutions are fitted on: fewer where they are large."""
-    pixels = math.prod(examples(1).shape[2:])
-    return examples(max(64, min(COLLAPSE_IMAGES, COLLAPSE_PIXELS // pixels)))
+def _nothing(choice: Choice, options: Options) -> str:
+    reasons: Mapping[str, str] = {block: own[choice] for block, own in options.items()}
+    if choice == "remove":
+        return nothing_to_remove(dict(reasons))
+    why = "; ".join(f"{block}: {reason}" for block, reason in reasons.items())
+    return f"no block to collapse: {why or 'the network has no residual'}"

@@ -1,72 +1,71 @@
-"""The ways to slim a trained network that a run can compare: each a product of a few choices, with a name. Prunes nothing."""
+"""The ways to slim a trained network that a run can compare: a rule for its blocks, a criterion for its widths. Prunes nothing."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from rmprune.errors import ConfigError
+from rmprune.pruning.plan import Choice
 from rmprune.runs.records import RENAMED
 
-CollapsedBlocks = Literal["none", "half", "all"]
-"""Blocks that become one convolution: none, that half of them that it fits best, or all."""
-Residuals = Literal["kept", "removed", "merged", "faster"]
-"""Kept; removed by RM; merged by RM where that reserves no channel; or, once the network is pruned, removed where it is then faster."""
 
-STARTS: dict[tuple[CollapsedBlocks, Residuals], str] = {
-    ("none", "kept"): "dense",
-    ("none", "removed"): "plain",
-    ("all", "removed"): "collapsed",
-    ("all", "kept"): "collapsed-residual",
-    ("half", "merged"): "half-collapsed",
-    ("half", "kept"): "half-collapsed-residual",
+class BlockRule(NamedTuple):
+    """A choice for every residual block: the first of `prefer` that it has. `half`: the first only for that half of the blocks that
+    one convolution fits best."""
+
+    prefer: tuple[Choice, ...]
+    half: bool = False
+
+
+STARTS: dict[str, BlockRule] = {
+    "dense": BlockRule(("keep",)),
+    "plain": BlockRule(("remove", "keep")),
+    "collapsed": BlockRule(("merge", "remove", "keep")),
+    "collapsed-residual": BlockRule(("collapse", "keep")),
+    "half-collapsed": BlockRule(("merge", "keep"), half=True),
+    "half-collapsed-residual": BlockRule(("collapse", "keep"), half=True),
 }
-"""The directory in which a run keeps the network that methods of these choices prune; "dense" is the trained network itself."""
+"""{directory in which a run keeps the network that methods prune: what its blocks are}; "dense" is the trained network itself."""
 
 
 class Method(NamedTuple):
-    """What is chosen. `settings`: what it fixes of PruneConfig.
+    """What is chosen. `start`: the network that it prunes, of STARTS. `settings`: what it fixes of PruneConfig.
 
     `widths`: any channel goes, those inside blocks alone, or the same fraction of every layer. `candidates`: methods of which the one
     goes on whose network, cut to the budget, has the least loss on validation images before any fine-tuning (`rmprune.methods.choose`).
+    `faster`: once the network is pruned, those residuals are removed whose removal then makes it faster.
     """
 
     about: str
-    collapse: CollapsedBlocks = "none"
-    residuals: Residuals = "kept"
+    start: str = "dense"
     widths: Literal["free", "inner", "uniform"] = "free"
     pruner: Literal["ours", "torch-pruning"] = "ours"
     settings: Mapping[str, Any] = MappingProxyType({})
     candidates: tuple[str, ...] = ()
-
-    @property
-    def start(self) -> tuple[CollapsedBlocks, Residuals]:
-        """Of the network that it prunes; removing what then makes it faster comes after."""
-        return self.collapse, "kept" if self.residuals == "faster" else self.residuals
+    faster: bool = False
 
 
 METHODS: dict[str, Method] = {
     "rm": Method(
         "RM, then any channel of the plain network by the settings given (by default one cut, its layers fitted anew)",
-        residuals="removed",
+        start="plain",
     ),
     "rm-collapse": Method(
         "each block's branch fitted by one convolution, which RM merges with the shortcut without reserving a channel: "
         "a plain chain of half the depth; then as rm",
-        "all",
-        "removed",
+        "collapsed",
     ),
     "mixed-collapse": Method(
         "the same for that half of the blocks that one convolution fits best; the others keep their residuals",
-        "half",
-        "merged",
+        "half-collapsed",
     ),
     "residual-collapse": Method(
         "the same blocks of one convolution with their residuals kept: the share of rm-collapse that RM is responsible for",
-        "all",
+        "collapsed-residual",
     ),
     "residual-half-collapse": Method(
         "the same half of the blocks with all residuals kept: the share of mixed-collapse that RM is responsible for",
-        "half",
+        "half-collapsed-residual",
     ),
     "mixed-auto": Method(
         "residual, mixed-collapse, rm-collapse or rm: each is cut to the budget, and the one with the least loss on validation images "
@@ -75,12 +74,12 @@ METHODS: dict[str, Method] = {
     ),
     "rm-slimming": Method(
         "the paper's path: RM, one cut by batch-norm scale under one global threshold",
-        residuals="removed",
+        start="plain",
         settings={"gradual": False, "reconstruct": False, "importance": "batch_norm", "rank": "importance"},
     ),
     "mixed": Method(
         "as residual, then RM, exactly, for those residuals whose removal makes the pruned network faster",
-        residuals="faster",
+        faster=True,
     ),
     "coupled": Method(
         "residuals kept, one cut by Torch-Pruning's group-aware batch-norm scale",
@@ -104,6 +103,7 @@ METHODS: dict[str, Method] = {
         widths="uniform",
         settings={"gradual": False, "reconstruct": False},
     ),
+    "plan": Method("the plan in a file (--plan): its choice for each block, its width for each channel group"),
 }
 
 

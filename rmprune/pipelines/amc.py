@@ -29,8 +29,8 @@ from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
-from rmprune.methods.start import CALIBRATION_IMAGES
 from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, say, stage, with_names
+from rmprune.pruning.carry_out import CALIBRATION_IMAGES
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished

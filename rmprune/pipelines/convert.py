@@ -20,10 +20,13 @@ from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
 from rmprune.pipelines.stages import image_shape
+from rmprune.pruning.options import block_options
+from rmprune.pruning.plan import Choice
 from rmprune.removal import BlockReport, Plan, plan_removal, remove_residuals
 from rmprune.removal.remove import nothing_to_remove
 
 logger = logging.getLogger("rmprune")
+_SHOWN: tuple[Choice, ...] = ("keep", "remove", "merge", "drop")
 CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
 _IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_small": 32, "mobilenet_v2_digits": 8}
 
@@ -82,13 +85,18 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
     model, example = open_network(config.network)
     blocks = plan_removal(model, example, **_options(config.removal))  # type: ignore[arg-type]
     console = Console()
+    options = block_options(model, example)
     console.print(plan_table(config.network.model, blocks, count_macs(model, example[:1])))
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
     for block in blocks:
-        if not block.removable:
-            reasons.setdefault(block.reason, []).append(block.name)
-    for reason, names in reasons.items():
-        console.print(f"stays ({', '.join(names)}): {reason}", markup=False, highlight=False)
+        may = ", ".join(choice for choice in _SHOWN if not options[block.name][choice])
+        reasons.setdefault(("a plan may choose", may), []).append(block.name)
+        own = {"stays": block.reason} | {f"no {choice}": options[block.name][choice] for choice in ("merge", "drop")}
+        for said, reason in own.items():
+            if reason and (said == "stays" or reason != block.reason):
+                reasons.setdefault((said, reason), []).append(block.name)
+    for (said, reason), names in reasons.items():
+        console.print(f"{said} ({', '.join(names)}): {reason}", markup=False, highlight=False)
     for note in dict.fromkeys(block.note for block in blocks if block.note):
         noted = ", ".join(block.name for block in blocks if block.note == note)
         console.print(f"note ({noted}): {note}", markup=False, highlight=False)

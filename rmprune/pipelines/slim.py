@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from rmprune import artifact
@@ -22,31 +23,43 @@ from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
 from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
-from rmprune.methods.table import METHODS, STARTS, CollapsedBlocks, Method, Residuals, find_methods
-from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, stage, starting_network
+from rmprune.methods.table import METHODS, STARTS, Method, find_methods
+from rmprune.pipelines.stages import (
+    dense_network,
+    finish,
+    make_dense,
+    pick_device,
+    say,
+    stage,
+    starting_network,
+    with_names,
+)
 from rmprune.pruning import Budget
+from rmprune.pruning.carry_out import carry_out
+from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
 from rmprune.runs.records import RENAMED
-from rmprune.training.job import Files, Job
+from rmprune.training.job import Files, Job, tune
 
 
 def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     """Do the main job and return the records. Goes on where an interrupted run of the same settings was."""
     methods = find_methods(config.method)
-    cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets)
+    plan = None if config.plan is None else SlimPlan.read(config.plan)
+    cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets or [("", 0.0)])
     device = pick_device(config.device)
     data = load_dataset(config.data)
-    _refuse_early(methods, Job(config, data, device, config.seed))
-    networks = {"dense", "pruned", *STARTS.values(), *METHODS, *RENAMED}
+    _refuse_early(methods, plan, Job(config, data, device, config.seed))
+    networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
     with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
         for cell in unfinished(cells):
-            _run_cell(cell, methods, Job(config, data, device, cell.seed), command)
+            _run_cell(cell, methods, plan, Job(config, data, device, cell.seed), command)
     return found
 
 
-def _refuse_early(methods: dict[str, Method], job: Job[SlimConfig]) -> None:
+def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig]) -> None:
     """Everything that can be refused is refused before a file is written or an epoch trained."""
     config = job.config
     check_available(config.measure.backends, config.measure.device)
@@ -58,28 +71,37 @@ def _refuse_early(methods: dict[str, Method], job: Job[SlimConfig]) -> None:
     example = job.data.train.example(2)
     dense = make_dense(config, job.data, job.seed)
     describe(dense)
+    if plan is not None:
+        carry_out(dense, plan, [(example, torch.zeros(2, dtype=torch.long))], importance="magnitude", reconstruct=False)
+        return
     reference = count_macs(dense, example[:1])
     budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
 
     @functools.cache
-    def network(collapse: CollapsedBlocks, residuals: Residuals) -> nn.Module:
-        return start(dense, collapse, residuals, lambda images: example[:images])[0]
+    def network(name: str) -> nn.Module:
+        return start(dense, name, lambda images: example[:images])[0]
 
     check_budgets(network, methods, budgets, replace(job, teacher=dense))
 
 
-def _run_cell(cell: Cell, methods: dict[str, Method], job: Job[SlimConfig], command: str) -> None:
+def _run_cell(
+    cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig], command: str
+) -> None:
     config, example = job.config, job.data.train.example(1)
     dense = dense_network(job, cell)
     job = replace(job, teacher=dense, memory=cell.shared / "checkpoint" / "teacher")
     starts: Starts = functools.cache(functools.partial(starting_network, job, cell))
-    for choices in sorted({method.start for method in methods.values()}, key=STARTS.__getitem__):
-        starts(*choices)
+    for name in sorted({method.start for method in methods.values()}):
+        starts(name)
     networks: dict[str, nn.Module] = {"original": dense}
     removal: dict[str, Any] | None = None
-    if any(method.start == ("none", "removed") for method in methods.values()):
-        networks["plain"] = starts("none", "removed")
+    if any(method.start == "plain" for method in methods.values()):
+        networks["plain"] = starts("plain")
         removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
+    if plan is not None:
+        networks["plan"] = stage(cell.directory / "plan", functools.partial(_planned, plan, job, cell), onnx=example)
+        finish(job, cell, command, networks, methods=["plan"])
+        return
     refused: dict[str, Refusal] = {}
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     for name, method in methods.items():
@@ -97,6 +119,16 @@ def _run_cell(cell: Cell, methods: dict[str, Method], job: Job[SlimConfig], comm
     finish(job, cell, command, networks, methods=done, removal=removal, refused=reasons)
 
 
+def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a plan, trained to its end, and the facts for its artifact and record."""
+    settings, dense = job.config.prune, job.here(with_names(job.original, job))
+    network, facts = carry_out(
+        dense, plan, job.batches, importance=settings.importance, reconstruct=settings.reconstruct
+    )
+    say(facts)
+    return tune(network, job.config.finetune, job, Files.of(cell.directory, "plan")), facts
+
+
 def _slim(
     name: str, method: Method, budget: Budget, job: Job[SlimConfig], cell: Cell, starts: Starts
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -109,12 +141,12 @@ def _slim(
         chosen = best(verdicts)
         method, files = METHODS[chosen], files.named(f"{name}-{chosen}")
         facts |= {"chosen": chosen, "candidates": verdicts}
-    network, more = slim_network(starts(*method.start), method, budget, job, files)
-    if method.start != ("none", "kept"):
-        begun = artifact.read_extra(cell.shared / STARTS[method.start])
-        facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
-    return network, facts | more
+    network, more = slim_network(starts(method.start), method, budget, job, files)
+    begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
+    facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
+    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), network=layers_digest(job.original))
+    return network, facts | more | {"plan": plan.to_dict()}
 
 
 def _cutter(method: Method, budget: Budget, job: Job[SlimConfig], starts: Starts) -> Cutter:
-    return make_cutter(starts(*method.start), method, job, budget)
+    return make_cutter(starts(method.start), method, job, budget)

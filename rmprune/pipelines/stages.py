@@ -21,7 +21,6 @@ from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.methods.start import start
-from rmprune.methods.table import STARTS, CollapsedBlocks, Residuals
 from rmprune.models.families import create_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
@@ -31,7 +30,7 @@ from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
-NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error")
+NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error", "plan")
 """Facts of a network's artifact that the record repeats."""
 
 
@@ -97,20 +96,18 @@ def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
     return network
 
 
-def starting_network(
-    job: Job[SlimConfig | TrainRunConfig], cell: Cell, collapse: CollapsedBlocks, residuals: Residuals
-) -> nn.Module:
-    """What methods of these choices prune: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
-    if (collapse, residuals) == ("none", "kept"):
+def starting_network(job: Job[SlimConfig | TrainRunConfig], cell: Cell, name: str) -> nn.Module:
+    """What methods prune, by its name in STARTS: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
+    if name == "dense":
         return job.original
-    examples = job.data.train.example if collapse == "none" else job.examples  # fits of blocks take as many as pruning
+    examples = job.data.train.example if name == "plain" else job.examples  # fits of blocks take as many as pruning
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
-        network, facts = start(with_names(job.original, job), collapse, residuals, examples)
+        network, facts = start(with_names(job.original, job), name, examples)
         say(facts)
         return network, facts
 
-    return stage(cell.shared / STARTS[collapse, residuals], make, onnx=job.data.train.example(1))
+    return stage(cell.shared / name, make, onnx=job.data.train.example(1))
 
 
 def say(facts: Mapping[str, Any]) -> None:

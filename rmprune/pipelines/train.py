@@ -30,7 +30,7 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
         raise UnsupportedModel(nothing_to_remove({block.name: block.reason for block in plan}))
     with claim(root, config, records=[cell.record], networks={"dense", "plain"}, overwrite=config.overwrite):
         dense = dense_network(job, cell)
-        plain = starting_network(replace(job, teacher=dense), cell, "none", "removed")
+        plain = starting_network(replace(job, teacher=dense), cell, "plain")
         removal = artifact.read_extra(root / "plain", "removal")["removal"]
         networks = {"original": dense, "plain": plain}
         return [finish(job, cell, command, networks, methods=["train"], removal=removal)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,12 @@ from rmprune.graph.equivalence import reference_copy
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
-from rmprune.graph.ranges import annotate_ranges
+from rmprune.graph.ranges import annotate_ranges, range_of
 from rmprune.graph.run import Values, node_value, run
 from rmprune.graph.shapes import to_double
 from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal.blocks import Block, additions, find_block
+from rmprune.removal.forms import free
 
 INPUTS = 8192  # unknowns of a fit (channels times kernel) at most: its equations are that many squared
 
@@ -69,35 +70,100 @@ def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] = (
     >>> [block.reserved for block in rmprune.remove_residuals(shallow, images).blocks]  # RM then needs no channel for it
     [0, 0, 0]
     """
+
+    def pick(network: Network, name: str, add: fx.Node) -> _Part | str:
+        return "asked to stay" if name in left else _Part(collapsible(network, name, add))
+
+    left = set(keep)
+    found = _reshaped(model, images, left, pick)
+    if not found.collapsed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.kept.items())
+        raise UnsupportedModel(f"no block to collapse: {reasons or 'the network has no residual'}")
+    return found
+
+
+def shorten_blocks(
+    model: nn.Module, images: Inputs, *, collapse: Iterable[str] = (), drop: Iterable[str] = ()
+) -> Collapse:
+    """`collapse_blocks` for the blocks named (linear ones, too; one of one layer stays), and without the branch of those in `drop`.
+
+    What a dropped block leaves is its shortcut: fitted to the block's sum where it is a convolution, else as it is, and without the
+    activation behind it where that changes nothing. Its R2 stands among the others' in `collapsed`.
+    Raises UnsupportedModel where a block cannot be had so, with the reason, ConfigError for an unknown block.
+    """
+    chosen = dict.fromkeys(collapse, False) | dict.fromkeys(drop, True)
+
+    def pick(network: Network, name: str, add: fx.Node) -> _Part | str:
+        if name not in chosen:
+            return "asked to stay"
+        try:
+            block = find_block(network, name, add)
+            if chosen[name]:
+                return _Part(block, True)
+            return _Part(collapsible(network, name, add, True)) if len(block.layers) > 1 else "one layer already"
+        except Obstacle as obstacle:
+            raise UnsupportedModel(f"{name}: {obstacle}") from None
+
+    return _reshaped(model, images, set(chosen), pick)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block whose branch becomes one convolution, or goes."""
+
+    block: Block
+    dropped: bool = False
+
+    @property
+    def fit_shortcut(self) -> bool:
+        """Whether what is fitted stands for the shortcut, too: a dropped block's one convolution."""
+        way = self.block.stages
+        return (
+            self.dropped
+            and len(way) == 1
+            and any(n.op == "call_module" for n in self.block.way)
+            and (way[0].conv.groups == 1 and way[0].conv.geometry.padding == (0, 0))
+        )
+
+
+def _reshaped(
+    model: nn.Module, images: Inputs, named: set[str], pick: Callable[[Network, str, fx.Node], _Part | str]
+) -> Collapse:
+    """What `pick` says of each addition: the part that it becomes, or (also by an Obstacle) why it stays."""
     model, given = as_given(model, images)
     inputs = tuple(x.cpu() for x in given)
     network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
     annotate_ranges(network)
-    left = set(keep)
     found = additions(network)
     names = [name for name, _ in found]
-    if left - set(names):
-        raise ConfigError(f"keep: no block {', '.join(sorted(left - set(names)))}; there are: {', '.join(names)}")
-    kept = {name: "asked to stay" for name in names if name in left}
-    blocks = {}
+    if named - set(names):
+        raise ConfigError(f"keep: no block {', '.join(sorted(named - set(names)))}; there are: {', '.join(names)}")
+    kept: dict[str, str] = {}
+    parts: dict[fx.Node, _Part] = {}
     for name, add in found:
         try:
-            if name not in left:
-                blocks[add] = _collapsible(network, name, add)
+            picked = pick(network, name, add)
         except Obstacle as obstacle:
-            kept[name] = str(obstacle)
-    if not blocks:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
-        raise UnsupportedModel(f"no block to collapse: {reasons or 'the network has no residual'}")
-    fitted = _fit_in_order(network, blocks, inputs)
-    for add, fit in fitted.items():
-        _replace_branch(network, blocks[add], fit)
+            picked = str(obstacle)
+        if isinstance(picked, str):
+            kept[name] = picked
+        else:
+            parts[add] = picked
+    if not parts:
+        return Collapse(model, {}, kept)
+    fitted = _fit_in_order(network, parts, inputs)
+    explained = {part.block.name: fitted[add].explained for add, part in parts.items()}
+    for add, fit in reversed(fitted.items()):  # a fork is what an earlier block gives
+        replace_branch(network, parts[add].block, fit, parts[add].dropped)
     result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target_of(model), batch_norm=True)
-    return Collapse(result, {blocks[add].name: fit.explained for add, fit in fitted.items()}, kept)
+    return Collapse(result, explained, kept)
 
 
-def _collapsible(network: Network, name: str, add: fx.Node) -> Block:
-    """The block that ends in this addition. Raises Obstacle where one convolution cannot stand for its branch."""
+def collapsible(network: Network, name: str, add: fx.Node, linear: bool = False) -> Block:
+    """The block that ends in this addition. Raises Obstacle where one convolution cannot stand for its branch.
+
+    `linear`: also where no activation follows the addition, so that the block becomes linear (inverted residuals).
+    """
     block = find_block(network, name, add)
     shape = shape_of(block.fork)
     assert shape is not None
@@ -109,7 +175,9 @@ def _collapsible(network: Network, name: str, add: fx.Node) -> Block:
     users = [network.layer(user) for user in add.users]
     if len(block.layers) < 2:
         raise Obstacle("its branch is one layer already")
-    if not users or not all(isinstance(layer, nn.Module) and rule_of(layer) is not None for layer in users):
+    if not linear and (
+        not users or not all(isinstance(layer, nn.Module) and rule_of(layer) is not None for layer in users)
+    ):
         raise Obstacle("no activation follows the addition: with one convolution the block would be linear")
     if shape[1] * kernel[0] * kernel[1] > INPUTS:
         raise Obstacle(f"its fit would have {shape[1] * kernel[0] * kernel[1]} unknowns a channel (at most {INPUTS})")
@@ -123,6 +191,15 @@ def _collapsible(network: Network, name: str, add: fx.Node) -> Block:
     return block
 
 
+def new_layers(block: Block, dropped: bool = False) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """A convolution of the size that stands for a block's branch (`dropped`: for its shortcut), and its norm; not fitted yet."""
+    own = block.stages[0].conv.geometry if dropped else None
+    kernel, stride = _geometry(block) if own is None else (own.kernel, own.stride)
+    out, channels = block.layers[-1].conv.out_channels, block.layers[0].conv.in_channels
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    return nn.Conv2d(channels, out, kernel, stride, padding, bias=False), nn.BatchNorm2d(out).eval()
+
+
 def _geometry(block: Block) -> tuple[tuple[int, int], tuple[int, int]]:
     """(kernel, stride) of the one convolution: the largest kernel of the branch, made odd, and the product of its strides."""
     kernel, stride = [1, 1], [1, 1]
@@ -134,16 +211,17 @@ def _geometry(block: Block) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _Fit:
-    conv: nn.Conv2d
-    norm: nn.BatchNorm2d
+class Fit:
+    """One convolution with a batch norm, in eval mode (None: the shortcut alone), and the R2 that it gives of the block's sum."""
+
+    layers: tuple[nn.Conv2d, nn.BatchNorm2d] | None
     explained: float
 
 
 @torch.no_grad()
-def _fit_in_order(network: Network, blocks: dict[fx.Node, Block], inputs: tuple[Tensor, ...]) -> dict[fx.Node, _Fit]:
+def _fit_in_order(network: Network, parts: dict[fx.Node, _Part], inputs: tuple[Tensor, ...]) -> dict[fx.Node, Fit]:
     """Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far."""
-    fitted: dict[fx.Node, _Fit] = {}
+    fitted: dict[fx.Node, Fit] = {}
     generator = torch.Generator().manual_seed(0)
 
     def own(node: fx.Node) -> Any:
@@ -152,13 +230,14 @@ def _fit_in_order(network: Network, blocks: dict[fx.Node, Block], inputs: tuple[
 
     def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
         original = node_value(node, lambda n: values[n][0], own)
-        if node not in blocks:
+        if node not in parts:
             return original, node_value(node, lambda n: values[n][1], own)
-        read, shortcut = values[blocks[node].fork][1], values[_operands(blocks[node])[1]][1]
-        fit = fitted[node] = _fit(blocks[node], read, original, shortcut, generator)
-        return original, shortcut + fit.norm(fit.conv(read))
+        read, shortcut = values[parts[node].block.fork][1], values[_operands(parts[node].block)[1]][1]
+        fit, value = _fit(parts[node], read, original, shortcut, generator)
+        fitted[node] = fit
+        return original, value
 
-    forks = {add: (block.fork,) for add, block in blocks.items()}  # read once more, when its sum is there
+    forks = {add: (part.block.fork,) for add, part in parts.items()}  # read once more, when its sum is there
     for _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, forks):
         pass
     return fitted
@@ -168,17 +247,20 @@ def _to_float(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
 
 
-def _fit(block: Block, read: Tensor, total: Tensor, shortcut: Tensor, generator: torch.Generator) -> _Fit:
-    """The convolution of `read` (N, C, H, W) that comes nearest to what the shortcut leaves of the sum `total` (N, O, H', W')."""
-    kernel, stride = _geometry(block)
-    channels, out = read.shape[1], total.shape[1]
-    conv = nn.Conv2d(channels, out, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
-    weight, bias, error = least_squares(conv, read, total - shortcut, generator)
+def _fit(part: _Part, read: Tensor, total: Tensor, shortcut: Tensor, generator: torch.Generator) -> tuple[Fit, Tensor]:
+    """The convolution of `read` (N, C, H, W) that comes nearest to what the shortcut leaves of the sum `total` (N, O, H', W')
+    (to the sum itself where it stands for the shortcut, too; none in a dropped block besides), and what the block then gives.
+    """
+    variance = max(float(total.var((0, 2, 3)).sum()), 1e-30)
+    if part.dropped and not part.fit_shortcut:
+        return Fit(None, 1 - float((total - shortcut).var((0, 2, 3)).sum()) / variance), shortcut
+    conv, _ = new_layers(part.block, part.dropped)
+    weight, bias, error = least_squares(conv, read, total if part.dropped else total - shortcut, generator)
     conv.weight.copy_(weight)
-    explained = 1 - error / max(float(total.var((0, 2, 3)).sum()), 1e-30)
-    measured = Conv(conv.weight.double, bias.double(), channels, norm=to_measure(out))
-    norm = build_norm(measured, conv(read))
-    return _Fit(conv.eval(), norm.float().eval(), explained)
+    measured = Conv(conv.weight.double, bias.double(), conv.in_channels, norm=to_measure(conv.out_channels))
+    norm = build_norm(measured, conv(read)).float().eval()
+    value = norm(conv(read)) if part.dropped else shortcut + norm(conv(read))
+    return Fit((conv.eval(), norm), 1 - error / variance), value
 
 
 def _operands(block: Block) -> tuple[fx.Node, fx.Node]:
@@ -188,15 +270,35 @@ def _operands(block: Block) -> tuple[fx.Node, fx.Node]:
     return (first, second) if first in block.branch else (second, first)
 
 
-def _replace_branch(network: Network, block: Block, fit: _Fit) -> None:
-    """The fitted layers in the graph, in double precision as everything there, instead of the branch."""
-    end, _ = _operands(block)
-    graph = network.graph
-    with graph.inserting_before(block.add):
-        conv = graph.call_module(network.add(f"{block.name}.conv", fit.conv.double()), (block.fork,))
-        norm = graph.call_module(network.add(f"{block.name}.bn", fit.norm.double()), (conv,))
-    conv.meta["shape"] = norm.meta["shape"] = shape_of(block.add)
-    block.add.replace_input_with(end, norm)
-    for node in reversed(block.branch):
+def replace_branch(network: Network, block: Block, fit: Fit, dropped: bool = False) -> None:
+    """The fitted layers in the graph, in double precision as everything there, instead of the branch; or instead of the block."""
+    branch, shortcut = _operands(block)
+    graph, gone = network.graph, block.branch
+    if fit.layers is not None:
+        with graph.inserting_before(block.add):
+            conv = graph.call_module(network.add(f"{block.name}.conv", fit.layers[0].double()), (block.fork,))
+            norm = graph.call_module(network.add(f"{block.name}.bn", fit.layers[1].double()), (conv,))
+        conv.meta["shape"] = norm.meta["shape"] = shape_of(block.add)
+        if dropped:
+            shortcut, gone = norm, block.nodes
+        else:
+            block.add.replace_input_with(branch, norm)
+    if dropped:
+        block.add.replace_all_uses_with(shortcut)
+        graph.erase_node(block.add)
+        if shortcut is block.fork:
+            _without_idle_activations(network, shortcut)
+    for node in sorted(gone, reverse=True):
         graph.erase_node(node)
         network.layers.pop(str(node.target), None)
+
+
+def _without_idle_activations(network: Network, source: fx.Node) -> None:
+    """Takes out activations of `source` that change none of its values."""
+    for user in list(source.users):
+        layer = network.layer(user)
+        rule = rule_of(layer) if isinstance(layer, nn.Module) else None
+        if rule is not None and not rule.slopes and bool(free(rule, *range_of(source)).all()):
+            user.replace_all_uses_with(source)
+            network.graph.erase_node(user)
+            network.layers.pop(str(user.target), None)

@@ -93,6 +93,7 @@ def _network(record: dict[str, Any], name: str, network: dict[str, Any], run: in
         ("removal", removal, dict),
         ("collapsed", network.get("collapsed"), dict),
         ("candidates", network.get("candidates"), dict),
+        ("plan", network.get("plan"), dict),
         ("chosen", network.get("chosen"), str),
         ("search", _search(network.get("search")), dict),
     ):

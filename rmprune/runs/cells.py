@@ -42,7 +42,7 @@ def plan_cells(root: Path, seed: int, seeds: int, budgets: list[tuple[str, float
     if seeds == 1 and len(budgets) == 1:
         return [Cell(seed, *budgets[0], root, root)]
     return [
-        Cell(one, kind, value, root / f"seed{one}" / f"{kind}-{value:g}", root / f"seed{one}")
+        Cell(one, kind, value, root / f"seed{one}" / (f"{kind}-{value:g}" if kind else "plan"), root / f"seed{one}")
         for one in range(seed, seed + seeds)
         for kind, value in budgets
     ]

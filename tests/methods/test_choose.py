@@ -62,7 +62,7 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
         if name == "rm":
             raise UnsupportedModel("not this one")
         method = METHODS[name]
-        return make_cutter(starting(dense, *method.start, data.train.example)[0], method, job)
+        return make_cutter(starting(dense, method.start, data.train.example)[0], method, job)
 
     def verdicts(start: Callable[[str], Cutter], label: str = "mixed-auto") -> Verdicts:
         candidates = {name: partial(start, name) for name in METHODS["mixed-auto"].candidates}

@@ -13,7 +13,7 @@ from torch import nn
 from rmprune import count_macs
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.data.load import Dataset, load_dataset
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError
 from rmprune.methods.choose import judge
 from rmprune.methods.cutter import make_cutter
 from rmprune.methods.start import start
@@ -35,7 +35,7 @@ BEFORE: dict[str, dict[str, Any]] = {  # name: directory of the network that it 
         "start": "plain",
         "settings": {"gradual": False, "reconstruct": False, "importance": "batch_norm", "rank": "importance"},
     },
-    "mixed": {"start": "dense", "residuals": "faster"},
+    "mixed": {"start": "dense", "faster": True},
     "coupled": {"start": "dense", "pruner": "torch-pruning", "settings": ONE_CUT | {"importance": "batch_norm"}},
     "coupled-taylor": {"start": "dense", "pruner": "torch-pruning", "settings": ONE_CUT | {"importance": "taylor"}},
     "coupled-norm": {"start": "dense", "pruner": "torch-pruning", "settings": ONE_CUT | {"importance": "magnitude"}},
@@ -43,20 +43,21 @@ BEFORE: dict[str, dict[str, Any]] = {  # name: directory of the network that it 
     "inner": {"start": "dense", "widths": "inner"},
     "uniform": {"start": "dense", "widths": "uniform", "settings": ONE_CUT | {"reconstruct": False}},
 }
+SINCE = {"plan"}
 BLOCKS = ["layer1.0", "layer2.0", "layer3.0"]
 
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_every_name_of_before_means_what_it_meant(name: str) -> None:
     (method,) = find_methods((name,)).values()
-    expected = {"widths": "free", "pruner": "ours", "settings": {}, "candidates": ()} | BEFORE[name]
+    expected = {"widths": "free", "pruner": "ours", "settings": {}, "candidates": (), "faster": False} | BEFORE[name]
     found = {field: getattr(method, field) for field in expected}
-    assert found | {"start": STARTS[method.start], "settings": dict(method.settings)} == expected
-    assert (method.residuals == "faster") == (name == "mixed") and method.about
+    assert found | {"settings": dict(method.settings)} == expected
+    assert method.faster == (name == "mixed") and method.about and method.start in STARTS
 
 
 def test_a_renamed_method_is_listed_by_its_name_and_a_run_keeps_the_one_it_began_with() -> None:
-    assert {"residual-collapse", "residual-half-collapse"} < set(METHODS) and len(METHODS) == len(BEFORE)
+    assert {"residual-collapse", "residual-half-collapse"} < set(METHODS) and len(METHODS) == len(BEFORE) + len(SINCE)
     assert not {"coupled-collapse", "coupled-half-collapse"} & set(METHODS)
     found = find_methods(("coupled-half-collapse", "rm"))
     assert list(found) == ["coupled-half-collapse", "rm"]
@@ -86,20 +87,16 @@ def convolutions(model: nn.Module) -> int:
 
 
 def test_the_networks_that_methods_start_from(data: Dataset, dense: nn.Module) -> None:
-    assert start(dense, "none", "kept", data.train.example) == (dense, {})
+    assert start(dense, "dense", data.train.example) == (dense, {})
     images = data.train.example(32)
-    for collapse, residuals in STARTS:
-        network, facts = start(dense, collapse, residuals, lambda count: images[:count])
-        removed = [] if residuals == "kept" else facts["removal"]["removed"]
+    for name, rule in STARTS.items():
+        network, facts = start(dense, name, lambda count: images[:count])
+        collapses, removes = rule.prefer[0] in ("merge", "collapse"), rule.prefer[0] in ("merge", "remove")
         explained = facts.get("collapsed", {})
-        assert len(explained) == {"none": 0, "half": math.ceil(len(BLOCKS) / 2), "all": len(BLOCKS)}[collapse]
-        assert [name.replace("_", ".") for name in removed] == (
-            [] if residuals == "kept" else list(explained) or BLOCKS
-        )
-        free = residuals == "kept" or collapse != "none"  # no reserved channels: never dearer
-        assert (count_macs(network, images[:1]) <= count_macs(dense, images[:1])) == free
-    with pytest.raises(UnsupportedModel, match="no residual can be removed without reserving channels"):
-        start(dense, "none", "merged", data.train.example)
+        assert len(explained) == (math.ceil(len(BLOCKS) / (1 + rule.half)) if collapses else 0)
+        assert facts.get("removal", {}).get("removed", []) == ((list(explained) or BLOCKS) if removes else [])
+        # no reserved channels: never dearer
+        assert (count_macs(network, images[:1]) <= count_macs(dense, images[:1])) == (name != "plain")
 
 
 class Counting:
@@ -128,7 +125,7 @@ def test_images_are_loaded_once_for_all_candidates(data: Dataset, dense: nn.Modu
 
     def cutter(name: str) -> Any:
         method = METHODS[name]
-        return make_cutter(start(dense, *method.start, job.examples)[0], method, job, budget)
+        return make_cutter(start(dense, method.start, job.examples)[0], method, job, budget)
 
     candidates = {name: partial(cutter, name) for name in METHODS["mixed-auto"].candidates}
     verdicts = judge(candidates, budget, job, Files.of(tmp_path, "mixed-auto"))

@@ -103,7 +103,7 @@ def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tm
     cell = Cell(0, "macs_ratio", 0.6, tmp_path, tmp_path)
     job = Job(config, data, torch.device("cpu"), 0)
     dense = dense_network(job, cell)
-    plain = starting_network(replace(job, teacher=dense), cell, "none", "removed")  # type: ignore[arg-type]
+    plain = starting_network(replace(job, teacher=dense), cell, "plain")  # type: ignore[arg-type]
     removal = artifact.read_extra(tmp_path / "plain")["removal"]
     artifact.save(
         plain, tmp_path / "mine", extra={"search": {"a": 1}, "collapsed": {"b": 0.5}, "input_shape": [1, 8, 8]}

@@ -1,0 +1,140 @@
+"""A plan carried out: the blocks of a network become what was chosen for them, then its channel groups as wide as planned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import UnsupportedModel
+from rmprune.pruning.allocate import keep_best
+from rmprune.pruning.batches import Batches
+from rmprune.pruning.collapse import shorten_blocks
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.groups import Structure, weight_of
+from rmprune.pruning.importance import score_groups
+from rmprune.pruning.one_shot import fitting, fitting_images
+from rmprune.pruning.options import block_names, block_options
+from rmprune.pruning.plan import Choice, SlimPlan, flat_name, layers_digest
+from rmprune.pruning.prove import prove_cut
+from rmprune.pruning.refit import refit
+from rmprune.pruning.surgery import shrink
+from rmprune.removal import remove_residuals
+
+CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
+COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most,
+COLLAPSE_PIXELS = 2**23  # and of so many pixels, since all their maps are held in memory
+Examples = Callable[[int], Tensor]
+"""So many training images [n, C, H, W]."""
+
+
+def carry_out_blocks(
+    model: nn.Module, choices: Mapping[str, Choice], examples: Examples, *, fuse: str = "cheaper"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in which each block is what was chosen (one that is not named is kept), and the facts for its artifact.
+
+    First branches are fitted and dropped, in order, then residuals removed, exactly; `model` itself where nothing changes.
+    Raises UnsupportedModel where a block has no such option (see `rmprune.pruning.options.block_options`).
+
+    >>> from rmprune.pruning.carry_out import carry_out_blocks
+    >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(64, 3, 8, 8)
+    >>> network, facts = carry_out_blocks(model, {"layer1.0": "merge", "layer3.0": "drop"}, lambda count: images[:count])
+    >>> sorted(facts["collapsed"]), facts["removal"]["removed"], list(facts["removal"]["kept"])
+    (['layer1.0', 'layer3.0'], ['layer1.0'], ['layer2.0'])
+    """
+
+    def named(*wanted: Choice) -> list[str]:
+        return [name for name, choice in choices.items() if choice in wanted]
+
+    network, names = model, list(choices)
+    facts: dict[str, Any] = {}
+    if named("merge", "collapse", "drop"):
+        images = collapse_images(examples)
+        names = [name for name in block_names(model, images) if name not in named("drop")]
+        found = shorten_blocks(model, images, collapse=named("merge", "collapse"), drop=named("drop"))
+        network, facts["collapsed"] = found.model, found.collapsed
+    if gone := named("remove", "merge"):
+        images = examples(CALIBRATION_IMAGES)
+        now = dict(zip(block_names(network, images), names, strict=True))  # a flat network may call them otherwise
+        keep = [name for name, block in now.items() if block not in gone]
+        removal = remove_residuals(network, images, keep=keep, fuse=fuse)
+        network, facts["removal"] = (
+            removal.model,
+            removal.facts
+            | {
+                "removed": [now[name] for name in removal.removed],
+                "kept": {now[name]: reason for name, reason in removal.kept.items()},
+            },
+        )
+        for name in gone:
+            if name in facts["removal"]["kept"]:
+                raise UnsupportedModel(
+                    f"{name} as {choices[name]!r}, with the others as chosen: {facts['removal']['kept'][name]}"
+                )
+    return network, facts
+
+
+def collapse_images(examples: Examples) -> Tensor:
+    """The training images that convolutions are fitted on: fewer where they are large."""
+    pixels = math.prod(examples(1).shape[2:])
+    return examples(max(64, min(COLLAPSE_IMAGES, COLLAPSE_PIXELS // pixels)))
+
+
+def carry_out(
+    model: nn.Module, plan: SlimPlan, data: Batches, *, importance: str = "taylor", reconstruct: bool = True
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a plan, made of `model` in eval mode on its device, and the facts for its artifact, the plan with every choice and
+    width spelled out among them; nothing is trained.
+
+    data: (images [N, C, H, W], labels [N]) batches of training images, which blocks and layers are fitted on and, by `importance`,
+    the units that stay are chosen by. Of the groups that the blocks then have, those that the plan names get their width.
+    Raises ConfigError for a plan that does not fit this network, UnsupportedModel where the choices cannot be had together.
+
+    >>> from rmprune.pruning.carry_out import carry_out
+    >>> from rmprune.pruning.plan import SlimPlan
+    >>> model, data = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), [(torch.randn(64, 3, 8, 8), torch.arange(64) % 10)]
+    >>> network, _ = carry_out(model, SlimPlan({"layer1.0": "merge", "layer2.0": "drop"}, {"conv1": 3}), data)
+    >>> network.conv1.out_channels
+    3
+    """
+    images = torch.cat([x for x, *_ in data])
+    options = block_options(model, images[:2])
+    choices = plan.check(model, options)
+    network, facts = carry_out_blocks(model, choices, lambda count: images[:count], fuse=plan.fuse)
+    structure = find_structure(network, images[:2])
+    result = cut_to(network, structure, plan.units(structure), data, importance, reconstruct)
+    whole = SlimPlan(choices, widths_of(structure, result), plan.fuse, layers_digest(model))
+    return result, facts | {"plan": whole.to_dict()}
+
+
+def cut_to(
+    network: nn.Module,
+    structure: Structure,
+    units: Mapping[str, int],
+    data: Batches,
+    importance: str,
+    reconstruct: bool,
+) -> nn.Module:
+    """The network with so many units of each group, its most important ones, and its layers fitted to what they put out before."""
+    scores = score_groups(importance, network, structure, data)
+    keep = {name: keep_best(score.double().cpu(), units[name]) for name, score in scores.items()}
+    if all(bool(mask.all()) for mask in keep.values()):
+        return network
+    images = fitting_images(data)
+    prove_cut(network, structure, keep, images[:2])
+    if not reconstruct:
+        return shrink(network, keep, structure)[0]
+    with fitting():
+        return refit(network, structure, keep, images)
+
+
+def widths_of(structure: Structure, network: nn.Module) -> dict[str, int]:
+    """How many units each group of `structure` still has in `network`, which was cut from the one that it describes, by flat names."""
+    found = {}
+    for group in structure.groups:
+        member = next(m for m in group.members if m.side != "in")
+        found[flat_name(group.name)] = len(weight_of(network, member.layer)) // int(member.index.shape[1])
+    return found

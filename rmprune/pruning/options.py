@@ -1,0 +1,77 @@
+"""What each residual block of a network may become, and why not: chosen from the graph, as removal chooses. Fits and builds nothing."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rmprune.graph.convolution import Obstacle, or_none
+from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.inputs import Inputs, as_given
+from rmprune.graph.normalise import normalise
+from rmprune.graph.ranges import annotate_ranges
+from rmprune.graph.shapes import to_double
+from rmprune.pruning.collapse import Fit, collapsible, new_layers, replace_branch
+from rmprune.pruning.plan import CHOICES, Choice, Options, flat_name
+from rmprune.removal import plan_removal
+from rmprune.removal.blocks import Block, additions, find_block
+from rmprune.removal.rewrite import remove_all
+
+
+def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = True) -> Options:
+    """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back.
+
+    A block is dropped where branch and shortcut can be told apart; collapsed where one convolution can stand for its branch without
+    more MACs (`linear`: also where that leaves the block without an activation); merged where, besides, RM then needs to reserve
+    nothing, as in a block of one layer. Raises UnsupportedModel where torch.fx cannot follow the model.
+
+    >>> from rmprune.pruning.options import block_options
+    >>> model = rmprune.models.create("resnet8", num_classes=10, width=4).eval()
+    >>> block_options(model, torch.randn(2, 3, 8, 8))["layer1.0"]
+    {'keep': '', 'remove': '', 'merge': '', 'drop': '', 'collapse': ''}
+    """
+    model, inputs = as_given(model, example_inputs)
+    reports = plan_removal(model, inputs)
+    free = {report.name for report in reports if report.removable and not report.reserved}
+    found: dict[str, dict[Choice, str]] = {
+        report.name: dict.fromkeys(CHOICES, "") | {"remove": report.reason} for report in reports
+    }
+    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    annotate_ranges(network)
+    shorter: dict[str, Block] = {}
+    for name, add in additions(network):
+        try:
+            find_block(network, name, add)
+        except Obstacle as obstacle:
+            found[name] |= dict.fromkeys(("drop", "merge", "collapse"), str(obstacle))
+            continue
+        try:
+            shorter[name] = collapsible(network, name, add, linear)
+        except Obstacle as obstacle:
+            found[name] |= {"merge": "" if name in free else str(obstacle), "collapse": str(obstacle)}
+    for block in shorter.values():
+        replace_branch(network, block, Fit(new_layers(block), 0.0))
+    annotate_ranges(network)
+    for report in remove_all(network, found.keys() - shorter.keys(), "auto", True, "never"):
+        if report.name in shorter and (not report.removable or report.reserved):
+            found[report.name]["merge"] = report.reason or f"RM would reserve {report.reserved} channels"
+    return found
+
+
+def block_names(model: nn.Module, example_inputs: Inputs) -> list[str]:
+    """The residual blocks of a network, from front to back."""
+    model, inputs = as_given(model, example_inputs)
+    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    return [name for name, _ in additions(network)]
+
+
+def block_layers(model: nn.Module, example_inputs: Inputs) -> dict[str, frozenset[str]]:
+    """{block: its layers, branch and shortcut, by flat names}, of the blocks that can be followed."""
+    model, inputs = as_given(model, example_inputs)
+    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    annotate_ranges(network)
+    found = {}
+    for name, add in additions(network):
+        block = or_none(find_block, network, name, add)
+        if block is not None:
+            found[name] = frozenset(flat_name(str(node.target)) for node in block.nodes if node.op == "call_module")
+    return found

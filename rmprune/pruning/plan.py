@@ -1,0 +1,145 @@
+"""What becomes of a trained network, as data: a choice for every residual block, a width for every channel group. Carries nothing out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from rmprune.errors import ConfigError
+from rmprune.pruning.groups import Structure
+from rmprune.runs.reading import read_json
+
+Choice = Literal["keep", "remove", "merge", "drop", "collapse"]
+"""keep: the residual stays and its channels stay tied. remove: RM, exactly, with reserved copies. merge: the branch is fitted by one
+convolution, which RM merges with the shortcut, nothing reserved. drop: the branch goes, the shortcut stays. collapse: merge without RM,
+the residual stays: what RM is responsible for in a merged block is measured against it."""
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+Options = Mapping[str, Mapping[Choice, str]]
+"""{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back."""
+_FUSE = ("cheaper", "always", "never")
+PLAN_SCHEMA = 1
+
+
+def flat_name(name: str) -> str:
+    """A module's name as a flat network has it: layer1.0.conv1 -> layer1_0_conv1."""
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def layers_digest(model: nn.Module) -> str:
+    """What two networks of the same layers have in common, whatever their weights: a digest of the sizes of all tensors, by name."""
+    sizes = sorted((flat_name(name), list(tensor.shape)) for name, tensor in model.state_dict().items())
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SlimPlan:
+    """What becomes of each residual block, and how wide each channel group then is.
+
+    blocks: {block as `inspect` names it: its choice}; a block that is absent is kept. widths: {group of the network that the blocks'
+    choices make, as `rmprune.pruning.find_structure` names it, with _ for dots: units that stay, the most important ones}; a group that
+    is absent stays whole. fuse: which neighbouring linear convolutions become one once residuals are removed, as in
+    `remove_residuals`; "always" is MobileNetV1's form. network: `layers_digest` of the network that the plan is for; empty: any with
+    these blocks.
+
+    >>> from rmprune.pruning.plan import SlimPlan
+    >>> SlimPlan.from_dict({"schema": 1, "blocks": {"layer1.0": "merge"}, "widths": {"conv1": 8}}).blocks
+    {'layer1.0': 'merge'}
+    """
+
+    blocks: Mapping[str, Choice] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+    fuse: Literal["cheaper", "always", "never"] = "cheaper"
+    network: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "schema": PLAN_SCHEMA,
+            "network": self.network,
+            "fuse": self.fuse,
+            "blocks": dict(self.blocks),
+            "widths": dict(self.widths),
+        }
+
+    @classmethod
+    def from_dict(cls, found: Any) -> SlimPlan:
+        """A plan from JSON; raises ConfigError that names the first field that is wrong."""
+        if not isinstance(found, dict) or not isinstance(found.get("blocks", {}), dict):
+            raise ConfigError("a plan is a JSON object with the objects blocks and widths")
+        unknown = found.keys() - {"schema", "network", "fuse", "blocks", "widths"}
+        if unknown:
+            raise ConfigError(f"a plan has no field {', '.join(sorted(map(repr, unknown)))}")
+        if found.get("schema") != PLAN_SCHEMA or isinstance(found["schema"], bool):
+            raise ConfigError(f"schema is {found.get('schema')!r}, this version reads {PLAN_SCHEMA}")
+        blocks, widths = found.get("blocks", {}), found.get("widths", {})
+        fuse, network = found.get("fuse", "cheaper"), found.get("network", "")
+        for name, choice in blocks.items():
+            if choice not in CHOICES:
+                raise ConfigError(f"block {name}: {choice!r} is no choice; there are {', '.join(CHOICES)}")
+        if not isinstance(widths, dict):
+            raise ConfigError("widths is no object {group: channels that stay}")
+        for name, width in widths.items():
+            if type(width) is not int or width < 1:
+                raise ConfigError(f"width of {name} is {width!r}; it must be a whole number, at least 1")
+        if fuse not in _FUSE or not isinstance(network, str):
+            raise ConfigError(f"fuse is {fuse!r} and network {network!r}; use one of {', '.join(_FUSE)}, and a text")
+        return cls(blocks, widths, fuse, network)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> SlimPlan:
+        """The plan in a JSON file, alone or under "plan". Raises ArtifactError where it cannot be read, ConfigError where it is no plan."""
+        found = read_json(Path(path), missing="there is no such plan", damaged="write it anew")
+        if isinstance(found, dict) and isinstance(found.get("plan"), dict):
+            found = found["plan"]
+        try:
+            return cls.from_dict(found)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def check(self, model: nn.Module, options: Options) -> dict[str, Choice]:
+        """The choice of every block of `model`, whose options these are, under their names there.
+
+        Raises ConfigError for a plan of another network, a block that is not there, or a choice that a block does not have.
+        """
+        if self.network and self.network != (here := layers_digest(model)):
+            raise ConfigError(f"the plan is for another network (its fingerprint is {self.network}, here it is {here})")
+        names = {flat_name(name): name for name in options}
+        choices: dict[str, Choice] = dict.fromkeys(options, "keep")
+        for block, choice in self.blocks.items():
+            name = names.get(flat_name(block))
+            if name is None:
+                raise ConfigError(f"there is no block {block}; there are: {', '.join(options) or 'none'}")
+            if options[name][choice]:
+                raise ConfigError(f"block {block} cannot be {choice!r}: {options[name][choice]}")
+            choices[name] = choice
+        return choices
+
+    def units(self, structure: Structure) -> dict[str, int]:
+        """How many units each of these groups keeps; the plan may call a group by any layer that puts its channels out.
+
+        Raises ConfigError for a group that is not there, or is too wide.
+        """
+        names = {flat_name(layer): group.name for group in structure.groups for layer in (*group.producers, group.name)}
+        kept = structure.units
+        for group, width in self.widths.items():
+            name = names.get(flat_name(group))
+            if name is None:
+                there = ", ".join(kept)
+                raise ConfigError(
+                    f"there is no channel group {group} once the blocks are as planned; there are: {there}"
+                )
+            if width > structure.units[name]:
+                raise ConfigError(f"width of {group} is {width}; there are {structure.units[name]} to keep")
+            if kept[name] not in (structure.units[name], width):
+                raise ConfigError(
+                    f"width of {group} is {width}, but its channels are those of {name}, kept at {kept[name]}"
+                )
+            kept[name] = width
+        return kept

@@ -1,0 +1,59 @@
+"""A plan carried out by the command line: recorded as it was carried out, refused before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import rmprune
+from rmprune.cli import main
+from rmprune.pruning.plan import SlimPlan
+from rmprune.runs import records
+
+FLAGS = [
+    *("slim", "--model", "resnet8", "--width", "4", "--train-images", "64", "--epochs", "1", "--finetune.epochs", "1"),
+    *("--measure.backend", "eager", "--measure.threads", "1", "--measure.batch-size", "1"),
+    *("--measure.seconds", "0", "--measure.min-rounds", "3"),
+]
+
+
+def test_a_plan_is_carried_out_and_stands_in_the_record(tmp_path: Path) -> None:
+    plan = {
+        "schema": 1,
+        "blocks": {"layer1.0": "merge", "layer2.0": "drop"},
+        "widths": {"conv1": 2, "layer3_0_conv2": 5},
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    main([*FLAGS, "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "run")])
+    record = records.read_record(tmp_path / "run")
+    found = SlimPlan.from_dict(record["plan"]["plan"])
+    assert found.blocks == {"layer1.0": "merge", "layer2.0": "drop", "layer3.0": "keep"} and found.network
+    widths = {"conv1": 2, "layer1_0_conv": 4, "layer2_0_conv": 8, "layer3_0_downsample_0": 5, "layer3_0_conv1": 16}
+    assert found.widths == widths and record["method"] == "plan"
+    assert set(record["plan"]["collapsed"]) == {"layer1.0", "layer2.0"}
+    assert record["plan"]["macs"] == rmprune.count_macs(
+        rmprune.load(tmp_path / "run" / "plan"), torch.zeros(1, 1, 8, 8)
+    )
+    assert "budget" not in record
+
+
+WRONG = [
+    ('{"schema": 1, "blocks": {"layer4.0": "drop"}}', (), "there is no block layer4.0"),
+    ('{"schema": 1, "widths": {"conv1": 9}}', (), "width of conv1 is 9; there are 4 to keep"),
+    ('{"schema": 1', (), "write it anew"),
+    ("{}", ("--ratio", "0.5"), "give --plan or a budget, not both"),
+    ("{}", ("--method", "coupled"), "leave out --method"),
+]
+
+
+@pytest.mark.parametrize(("text", "more", "message"), WRONG)
+def test_a_wrong_plan_is_one_line_and_nothing_is_written(
+    text: str, more: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main([*FLAGS, "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "run"), *more])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and message in said[-1] and len(said) == 1
+    assert not (tmp_path / "run").exists()

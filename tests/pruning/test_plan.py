@@ -1,0 +1,160 @@
+"""Plans: read and checked, the options of every kind of block, and carried out on every kind of network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import rmprune
+from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel
+from rmprune.pruning.carry_out import carry_out, carry_out_blocks
+from rmprune.pruning.options import block_options
+from rmprune.pruning.plan import CHOICES, SlimPlan, layers_digest
+
+NAMES = ("resnet8", "preact_resnet8", "inverted")
+X = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+DATA = [(X, torch.arange(48) % 10)]
+
+
+class Inverted(nn.Module):
+    """x + its inverted residual branch, three times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential()
+        for cin, cout, kernel in ((width, 3 * width, 1), (3 * width, 3 * width, 3), (3 * width, width, 1)):
+            self.branch.append(
+                nn.Conv2d(cin, cout, kernel, padding=kernel // 2, groups=cin if kernel > 1 else 1, bias=False)
+            )
+            self.branch.append(nn.BatchNorm2d(cout))
+            self.branch.append(nn.ReLU6() if cout > width else nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+def create(name: str) -> nn.Module:
+    if name != "inverted":
+        return rmprune.models.create(name, num_classes=10, in_channels=1, width=4)
+    between = (nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+    stem = (nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return nn.Sequential(*stem, Inverted(8), *between, Inverted(16), *head)
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, nn.Module]:
+    """With batch norms that fresh ones would hide bugs behind."""
+    torch.manual_seed(0)
+    found = {}
+    for name in NAMES:
+        found[name] = create(name).train()
+        with torch.no_grad():
+            for _ in range(3):
+                found[name](X + torch.rand(1))
+        found[name].eval()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_choice_that_is_offered_can_be_had(name: str, networks: dict[str, nn.Module]) -> None:
+    model = networks[name]
+    options = block_options(model, X[:2])
+    before = rmprune.count_macs(model, X[:1])
+    for choice in CHOICES:
+        blocks = {block: choice for block, own in options.items() if not own[choice]}
+        network, facts = carry_out_blocks(model, blocks, lambda count: X[:count])
+        gone = [report.name for report in rmprune.plan_removal(network, X[:2])] if choice != "keep" else []
+        assert network(X).shape == (48, 10)
+        if choice in ("keep", "remove"):
+            assert torch.allclose(network(X), model(X), atol=1e-4)
+        else:
+            assert rmprune.count_macs(network, X[:1]) < before and set(facts["collapsed"]) == set(blocks)
+            assert all(explained <= 1 for explained in facts["collapsed"].values())
+        assert len(gone) == (
+            len(options) if choice == "collapse" else len(options) - len(blocks) if choice != "keep" else 0
+        )
+    assert not any(own["keep"] or own["remove"] or own["drop"] for own in options.values())
+    refused = {block: own["merge"] for block, own in options.items() if own["merge"]}
+    assert set(refused) == ({"7"} if name == "inverted" else set())
+    for block, reason in refused.items():
+        assert "times its branch's MACs" in reason
+        with pytest.raises(UnsupportedModel, match=f"{block}: one 3x3 convolution"):
+            carry_out_blocks(model, {block: "merge"}, lambda count: X[:count])
+
+
+def test_a_dropped_block_vanishes_where_its_shortcut_is_the_identity(networks: dict[str, nn.Module]) -> None:
+    network, _ = carry_out_blocks(networks["resnet8"], {"layer1.0": "drop"}, lambda count: X[:count])
+    kinds = [type(module).__name__ for module in network.modules()]
+    before = [type(module).__name__ for module in networks["resnet8"].modules()]
+    assert (
+        kinds.count("Conv2d") == before.count("Conv2d") - 2 and kinds.count("ReLU") == 5
+    )  # its activation is idle, too
+    net = networks["resnet8"]
+    net.layer1[0].bn2.weight.data.zero_()  # type: ignore[index]
+    net.layer1[0].bn2.bias.data.zero_()  # type: ignore[index]
+    network, facts = carry_out_blocks(net, {"layer1.0": "drop"}, lambda count: X[:count])
+    assert torch.allclose(network(X), net(X), atol=1e-5) and facts["collapsed"]["layer1.0"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_of_every_choice_is_carried_out_to_its_widths(
+    name: str, networks: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    model = networks[name]
+    blocks = dict(zip(block_options(model, X[:2]), ("merge", "drop", "remove", "keep"), strict=False))
+    whole, facts = carry_out(model, SlimPlan(blocks, network=layers_digest(model)), DATA)
+    plan = SlimPlan.from_dict(facts["plan"])
+    assert plan.blocks == blocks and plan.network == layers_digest(model)
+    half = SlimPlan(blocks, {group: (units + 1) // 2 for group, units in plan.widths.items()}, network=plan.network)
+    (tmp_path / "plan.json").write_text(json.dumps({"method": "rm", "plan": half.to_dict()}))
+    assert SlimPlan.read(tmp_path / "plan.json") == half  # as it stands in a record
+    network, facts = carry_out(model, half, DATA)
+    assert facts["plan"]["widths"] == dict(half.widths)
+    assert rmprune.count_macs(network, X[:1]) < 0.5 * rmprune.count_macs(whole, X[:1])
+    assert network(X).shape == (48, 10) and bool(torch.isfinite(network(X)).all())
+
+
+WRONG = [
+    ({"schema": 2}, "schema is 2, this version reads 1"),
+    ([], "a plan is a JSON object"),
+    ({"schema": 1, "block": {}}, "no field 'block'"),
+    ({"schema": 1, "blocks": {"layer1.0": "melt"}}, "'melt' is no choice; there are keep, remove"),
+    ({"schema": 1, "blocks": {"layer1.0": []}}, "is no choice"),
+    ({"schema": 1, "blocks": {"layer9.0": "drop"}}, "no block layer9.0; there are: layer1.0, layer2.0, layer3.0"),
+    ({"schema": 1, "widths": {"conv1": 0}}, "width of conv1 is 0"),
+    ({"schema": 1, "widths": {"conv1": True}}, "width of conv1 is True"),
+    ({"schema": 1, "widths": {"conv1": 5}}, "width of conv1 is 5; there are 4"),
+    ({"schema": 1, "widths": {"conv9": 2}}, "no channel group conv9"),
+    ({"schema": 1, "widths": {"conv1": 2, "layer1.0.conv2": 3}}, "its channels are those of conv1, kept at 2"),
+    ({"schema": 1, "fuse": "often"}, "fuse is 'often'"),
+    ({"schema": 1, "network": "0123456789abcdef"}, "for another network"),
+]
+
+
+@pytest.mark.parametrize(("found", "message"), WRONG)
+def test_what_is_no_plan_of_this_network_is_refused(
+    found: object, message: str, networks: dict[str, nn.Module]
+) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        carry_out(networks["resnet8"], SlimPlan.from_dict(found), DATA)
+    assert "\n" not in str(refused.value)
+
+
+def test_files_that_hold_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="there is no such plan"):
+        SlimPlan.read(tmp_path / "none.json")
+    (tmp_path / "x.json").write_text('{"schema": 1')
+    with pytest.raises(ArtifactError, match="write it anew"):
+        SlimPlan.read(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"schema": 1, "widths": 3}')
+    with pytest.raises(ConfigError, match=r"x\.json: widths is no object"):
+        SlimPlan.read(tmp_path / "x.json")
+
+
+def test_a_plan_of_a_network_is_one_of_its_artifact(networks: dict[str, nn.Module], tmp_path: Path) -> None:
+    rmprune.save(networks["resnet8"], tmp_path / "net", example_inputs=X[:1])
+    assert layers_digest(rmprune.load(tmp_path / "net")) == layers_digest(networks["resnet8"])
+    assert layers_digest(networks["resnet8"]) != layers_digest(networks["preact_resnet8"])
