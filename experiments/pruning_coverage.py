@@ -171,7 +171,7 @@ def reasons(facts: dict[str, Any], what: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kinds = {InfeasibleBudget: "over budget", NotEquivalent: "wrong", RmpruneError: "refused"}
+        kinds = {InfeasibleBudget: "infeasible", NotEquivalent: "wrong", RmpruneError: "refused"}
         facts["status"] = next((word for kind, word in kinds.items() if isinstance(error, kind)), "traceback")
         where = traceback.extract_tb(error.__traceback__)[-1]
         raw = f" ({Path(where.filename).name}:{where.lineno})" if facts["status"] == "traceback" else ""
@@ -198,7 +198,7 @@ def cut(model: Any, x: Any, whole: int) -> dict[str, Any]:
         facts["error"] = f"{pruned.rmprune_facts['cut_error']:.1e}"
         facts["macs"] = round(rmprune.count_macs(pruned, x) / whole, 3)
         if facts["macs"] > RATIO + 1e-6:
-            facts |= {"status": "over budget", "message": f"{facts['macs']} of the MACs left, and not a word"}
+            facts |= {"status": "wrong", "message": f"{facts['macs']} of the MACs left, and not a word"}
     if "macs" not in facts:
         return facts
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
