@@ -60,6 +60,8 @@ class RunConfig(Architecture):
     """Seed of the weights and of the order of the images; the first, where there are several."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    deterministic: bool = field(default=False, metadata=changeable())
+    """On a GPU, only kernels that give the same result every time: slower. On a CPU all do."""
     data: Unprefixed[DataConfig] = DataConfig()
     train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
     measure: MeasureConfig = MeasureConfig()

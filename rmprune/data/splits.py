@@ -1,7 +1,8 @@
 """One part of a data set: normalised batches, in order or shuffled; how a set is divided into its parts. Reads no files.
 
 Small sets are held as one uint8 tensor and augmented by batch on the device. Every random draw follows from
-(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen.
+(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen. All are drawn on
+the CPU, whatever the device, which then sees the same images, and before the first batch, so that none waits for them.
 """
 
 from __future__ import annotations
@@ -105,13 +106,22 @@ class TensorSplit(Split):
         """The whole split lies on the device and is augmented there, a batch at a time."""
         images, labels = self._on(device)
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
-        for share in shares:
-            chosen = share.indices.to(images.device)
-            x = images[chosen]
-            if augment:
-                generator = torch.Generator().manual_seed(share.seed)
-                x = augment_batch(x, generator, flip=self.may_flip, drawn_for=share.size, positions=share.positions)
-            yield (x.float() - shift) * scale, labels[chosen]
+        plan = list(shares)
+        chosen = _sent([share.indices for share in plan], images.device)
+        kinds = zip(*map(self._windows, plan), strict=True) if augment else ()
+        windows = [_sent(list(kind), images.device) for kind in kinds]
+        for number, at in enumerate(chosen):
+            x = augment_batch(images[at], *(kind[number] for kind in windows)) if augment else images[at]
+            yield (x.float() - shift) * scale, labels[at]
+
+    def _windows(self, share: Share) -> tuple[Tensor, ...]:
+        """What `augment_batch` needs: drawn for the whole batch, so that every shard of it sees what the whole would have seen."""
+        generator = torch.Generator().manual_seed(share.seed)
+        ends = [2 * padding(size) + 1 for size in self.images.shape[2:]]
+        drawn = [torch.randint(end, (share.size,), generator=generator) for end in ends]
+        if self.may_flip:
+            drawn.append(torch.rand(share.size, generator=generator) < 0.5)
+        return tuple(kind[share.positions] for kind in drawn)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.images.device:
@@ -156,22 +166,24 @@ def batch_seed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number * 7919 + 12345) % 2**63
 
 
-def augment_batch(
-    images: Tensor, generator: torch.Generator, *, flip: bool, drawn_for: int, positions: Tensor
-) -> Tensor:
-    """Crop uint8 images [B, C, H, W] at random after padding an eighth of their size with 0, and mirror half of them.
+def padding(size: int) -> int:
+    """The zeros that `augment_batch` puts on each side of an image of this height or width."""
+    return max(1, size // 8)
 
-    Draws for `drawn_for` images and uses the draws at `positions` [B], so every shard of a batch sees what the whole
-    would have seen.
+
+def augment_batch(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Crop uint8 images [B, C, H, W] after padding an eighth of their size with 0, and mirror some of them.
+
+    `top`, `left`: int64 [B], where each window begins, from 0 to twice the `padding`; `mirrored`: bool [B].
     """
     _, _, height, width = images.shape
-    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
-    top = torch.randint(2 * pad_y + 1, (drawn_for,), generator=generator)[positions].to(images.device)
-    left = torch.randint(2 * pad_x + 1, (drawn_for,), generator=generator)[positions].to(images.device)
+    pad_y, pad_x = padding(height), padding(width)
     padded = torch.nn.functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, 2p+1, 2p+1, H, W]
     cropped = windows[torch.arange(len(images), device=images.device), :, top, left]
-    if not flip:
-        return cropped
-    mirrored = (torch.rand(drawn_for, generator=generator) < 0.5)[positions].to(images.device)
-    return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+    return cropped if mirrored is None else torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+
+
+def _sent(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """The parts on the device, in one copy."""
+    return torch.cat(parts).to(device).split([len(part) for part in parts]) if parts else ()

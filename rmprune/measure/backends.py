@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rmprune.errors import ConfigError, RmpruneError
+from rmprune.graph.tf32 import tf32
 from rmprune.measure.candidate import Candidate, Prepared, Run, Setting, folded_form, onnx_form
 from rmprune.measure.quantise import onnx_int8, openvino_int8
 from rmprune.measure.runtimes import (
@@ -31,7 +32,7 @@ from rmprune.measure.runtimes import (
     tensorrt_float16,
     xnnpack,
 )
-from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, tf32, torchscript
+from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, torchscript
 from rmprune.runs.machine import BFLOAT16, has_instruction
 
 __all__ = [

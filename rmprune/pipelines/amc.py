@@ -29,7 +29,7 @@ from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
-from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, say, stage, with_names
+from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, repeatable, say, stage, with_names
 from rmprune.pruning.carry_out import CALIBRATION_IMAGES
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
@@ -58,7 +58,10 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
     data = load_dataset(config.data)
     _refuse_early(Job(config, data, device, config.seed), cells)
     found, networks = [cell.record for cell in cells], {"dense", "plain", *AMC_METHODS}
-    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+    with (
+        repeatable(config.deterministic, device),
+        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
+    ):
         for cell in unfinished(cells):
             _run_cell(cell, Job(config, data, device, cell.seed), command)
     return found

@@ -29,6 +29,7 @@ from rmprune.pipelines.stages import (
     finish,
     make_dense,
     pick_device,
+    repeatable,
     say,
     stage,
     starting_network,
@@ -53,7 +54,10 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     _refuse_early(methods, plan, Job(config, data, device, config.seed))
     networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
-    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+    with (
+        repeatable(config.deterministic, device),
+        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
+    ):
         for cell in unfinished(cells):
             _run_cell(cell, methods, plan, Job(config, data, device, cell.seed), command)
     return found

@@ -4,7 +4,8 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,20 @@ def pick_device(name: str) -> torch.device:
     ):
         raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
     return device
+
+
+@contextlib.contextmanager
+def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
+    """Where asked, a GPU takes only kernels that give the same result every time. Raises ConfigError where there is none for a layer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if asked and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS shares its memory as it comes
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(f"{str(error).splitlines()[0]}; leave --deterministic out") from error
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -24,7 +24,7 @@ from rmprune.runs.reading import parse_json
 from rmprune.runs.writing import whole
 
 _FORMAT = 1
-_FREE_SETTINGS = ("checkpoint_seconds", "tensorboard")  # these do not change what is trained
+_FREE_SETTINGS = ("checkpoint_seconds", "tensorboard", "cuda_graph")  # these do not change what is trained
 _LATER = {"head_rate": 1.0}  # settings that earlier checkpoints do not know, and what they did without them
 _DATA_SETTINGS = ("batch_size", "validation", "split_seed", "train_images", "augment")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from rmprune.config import TrainConfig, require
 from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
 from rmprune.errors import ArtifactError, RmpruneError
+from rmprune.measure.cuda_graphs import Replayed
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
 from rmprune.training.evaluation import evaluate
@@ -24,7 +26,7 @@ from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.state import Hook, TrainState
 from rmprune.training.teacher import Teacher, distillation_loss
 
-_FINITE_CHECK_STEPS = 50  # on a GPU, where every look at the loss waits for it
+_FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
 
 
 def fit(
@@ -117,17 +119,26 @@ class _Training:
             total_learning_rate(config, steps),
         )
         self.first_model = model  # another one in `state` came from the hook
-        self.parallel = distributed.wrap(model, world, device)
+        self.replayable = config.cuda_graph and device.type == "cuda" and world == 1
+        self.connect()
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
         self.seconds = 0.0  # spent on this epoch before the current call
         self.between_steps = True
         self.started = self.saved_at = time.monotonic()
+
+    def connect(self) -> None:
+        """Make ready what computes gradients of the model that is trained from now on."""
+        self.parallel = distributed.wrap(self.state.model, self.world, self.device)
+        self.gradients: Callable[..., None] = self.compute_gradients
+        if self.replayable:
+            self.gradients = Replayed(self.compute_gradients)
 
     def follow(self, network: nn.Module, memory: Path | None) -> None:
         """Learn from this network as well."""
         self.teacher = Teacher(
             self.place(copy.deepcopy(network)).eval(),
             self.data,
+            replayed=self.replayable,
             seed=self.seed,
             dtype=compute_dtype(self.config.precision, self.device),
             memory=memory if self.world == 1 else None,
@@ -178,6 +189,8 @@ class _Training:
             shard=(self.rank, self.world),
         )
         for x, y in batches:
+            if self.device.type != "cpu" and self.state.step % _FINITE_CHECK_STEPS == 0:
+                self.check_finite()
             self.train_step(x, y)
             if self.journal.wants_step:
                 loss, accuracy, rate = self.facts(self.totals)
@@ -191,33 +204,40 @@ class _Training:
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """Forward, backward, the optimizer's step and the hook."""
-        state, config = self.state, self.config
-        state.learning_rate = learning_rate(config, state.step, state.steps_per_epoch)
+        state = self.state
+        state.learning_rate = learning_rate(self.config, state.step, state.steps_per_epoch)
         for group in state.optimizer.param_groups:
             group["lr"] = state.learning_rate * group.get("rate", 1.0)  # a hook's own optimizer has none
         self.between_steps = False
-        with autocast(config.precision, self.device):
-            output = self.parallel(x)
-            loss = nn.functional.cross_entropy(output.float(), y, label_smoothing=config.label_smoothing)
-            if self.teacher is not None:
-                target = self.teacher.outputs(x, *divmod(state.step, state.steps_per_epoch))
-                soft = distillation_loss(output, target, config.temperature)
-                loss = (1 - config.distillation) * loss + config.distillation * soft
-        with torch.no_grad():
-            self.totals += torch.stack(
-                [loss * len(y), (output.argmax(1) == y).sum(), torch.as_tensor(len(y), device=x.device)]
-            )
-        if self.device.type == "cpu" or state.step % _FINITE_CHECK_STEPS == 0:
-            self.check_finite()
-        state.optimizer.zero_grad()
-        loss.backward()
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+        targets = []
+        if self.teacher is not None:
+            with autocast(self.config.precision, self.device):
+                targets = [self.teacher.outputs(x, *divmod(state.step, state.steps_per_epoch))]
+        self.gradients(x, y, *targets)
         state.optimizer.step()
         state.step += 1
         self.between_steps = True
         if self.hook is not None:
             self.call_hook(self.hook)
+
+    def compute_gradients(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
+        """The gradients of one batch, clipped, and its part of the totals. On a GPU nothing here waits for it."""
+        config = self.config
+        with autocast(config.precision, self.device):
+            output = self.parallel(x)
+            loss = nn.functional.cross_entropy(output.float(), y, label_smoothing=config.label_smoothing)
+            if target is not None:
+                soft = distillation_loss(output, target, config.temperature)
+                loss = (1 - config.distillation) * loss + config.distillation * soft
+        with torch.no_grad():
+            hits = (output.argmax(1) == y).sum()
+            self.totals += torch.stack([loss * len(y), hits, torch.full_like(hits, len(y))])
+        if self.device.type == "cpu":
+            self.check_finite()
+        self.state.optimizer.zero_grad()
+        loss.backward()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip_norm)
 
     def call_hook(self, hook: Hook) -> None:
         """Let the hook work, and take over a model that it put in place."""
@@ -231,7 +251,7 @@ class _Training:
         """Train this model from now on, by default with a new optimizer."""
         self.state.model = self.place(model)
         self.state.optimizer = optimizer or make_optimizer(self.state.model, self.config)
-        self.parallel = distributed.wrap(self.state.model, self.world, self.device)
+        self.connect()
 
     def check_finite(self) -> None:
         if not math.isfinite(float(self.totals[0])):
@@ -267,7 +287,7 @@ class _Training:
                 "seconds": seconds,
             }
         )
-        self.totals = torch.zeros_like(self.totals)
+        self.totals.zero_()  # in place, where a recorded step adds to it
         self.seconds, self.started = 0.0, time.monotonic()
         self.save()  # after the log: a line that is written twice is dropped when training goes on
 
@@ -277,7 +297,7 @@ class _Training:
             return
         model = self.state.model
         self.check_finite()
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        if not bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()):
             raise RmpruneError(
                 f"{self.label}: weights are no longer finite at step {self.state.step}; lower learning_rate"
             )
@@ -316,7 +336,7 @@ class _Training:
             files.restore_optimizer(self.state.optimizer, self.state.model, saved["optimizer"])
             self.state.step, self.seconds = int(saved["step"]), float(saved["seconds"])
             self.state.learning_rate = learning_rate(self.config, self.state.step - 1, self.state.steps_per_epoch)
-            self.totals = saved["totals"].to(self.device)
+            self.totals.copy_(saved["totals"])
             if saved["hook"] is not None and self.hook is not None:
                 self.hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
             torch.set_rng_state(saved["random"])
