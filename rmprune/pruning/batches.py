@@ -41,16 +41,16 @@ def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:
     return held if loss is None else WithLoss(held, loss)
 
 
-def passes(data: Batches, model: nn.Module) -> Iterator[Callable[[], object]]:
-    """For each batch, what runs the network on it: for those that read layers by hooks. Raises DataError as `losses` does."""
+def each_pass(data: Batches, model: nn.Module) -> Iterator[Callable[[], object]]:
+    """For each batch, what runs the network on it: for those that read layers by hooks. Raises DataError as `each_loss` does."""
     if isinstance(data, WithLoss):
-        yield from (run for run, _ in losses(data, model))
+        yield from (run for run, _ in each_loss(data, model))
         return
     for x, _ in _labelled(data, model):
         yield functools.partial(model, x)
 
 
-def losses(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Tensor], int]]:
+def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Tensor], int]]:
     """For each batch, what computes its loss, a scalar: the loss that came with the data, else the mean cross entropy (`class_loss`);
     and the number of its images, 0 where only the loss knows.
 
@@ -83,7 +83,7 @@ def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
             raise DataError("loss: layers are fitted on networks that the loss calls with one tensor, model(images)")
         seen.append(inputs[0].detach())
 
-    for run in passes(data, model):
+    for run in each_pass(data, model):
         handle = model.register_forward_pre_hook(note)
         try:
             with evaluating(model), torch.no_grad():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.pruning.allocate import explain
-from rmprune.pruning.batches import OWN_LOSS, Batches, Loss, losses, with_loss
+from rmprune.pruning.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Cost, Structure, device_of, evaluating
@@ -266,7 +266,7 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
-        for run, _ in losses(data, twin):
+        for run, _ in each_loss(data, twin):
             run().backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
 

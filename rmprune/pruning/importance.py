@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
-from rmprune.pruning.batches import NOT_RUN, OWN_LOSS, Batches, losses, passes
+from rmprune.pruning.batches import NOT_RUN, OWN_LOSS, Batches, each_loss, each_pass
 from rmprune.pruning.groups import (
     Group,
     Scores,
@@ -121,7 +121,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     handles = [module.register_forward_hook(record(name)) for name, module in consumers.items()]
     try:
         with evaluating(model), torch.no_grad():
-            for run in passes(data, model):
+            for run in each_pass(data, model):
                 run()
     finally:
         for handle in handles:
@@ -235,7 +235,7 @@ def _effects(model: nn.Module, structure: Structure, batches: Batches | None, na
     }  # where a group's channels lie in what its readers read
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     with evaluating(model), _captured_inputs(modules) as seen:
-        for run, count in losses(data, model):
+        for run, count in each_loss(data, model):
             seen.clear()
             with torch.enable_grad():
                 loss = run()

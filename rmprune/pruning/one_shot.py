@@ -18,7 +18,7 @@ from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.facts import note
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.pruning.allocate import allocate, allocate_uniform
-from rmprune.pruning.batches import NOT_RUN, Batches, Loss, network_inputs, passes, with_loss
+from rmprune.pruning.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
@@ -250,7 +250,7 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
     try:
         with evaluating(model), torch.no_grad():
-            for run in passes(data, model):
+            for run in each_pass(data, model):
                 run()
     finally:
         for handle in handles:
