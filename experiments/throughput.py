@@ -8,6 +8,7 @@ The two run in turns in one process; every turn gives one figure for each, after
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class Settings:
     """Images in a batch."""
     width: int = 32
     """Channels of the first stage."""
+    workers: int = 0
+    """Processes of the plain loop's DataLoader; 0: none but this one."""
+    dataset: str = "fashion-mnist"
+    """Images that are held in memory."""
     device: str = "cpu"
     """cpu or cuda."""
     data_dir: Path | None = None
@@ -62,7 +67,7 @@ class AugmentedImages(TensorDataset):
         super().__init__(split.images, split.labels)
         self.transform = v2.Compose(
             [
-                v2.RandomCrop(28, padding=3),
+                v2.RandomCrop(split.images.shape[2:], padding=3),
                 v2.RandomHorizontalFlip(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize([0.286], [0.353]),
@@ -82,7 +87,15 @@ def synchronise(device: torch.device) -> None:
 def plain_loop(data: Dataset, model: nn.Module, settings: Settings, device: torch.device) -> float:
     """Images per second of a plain float32 loop."""
     assert isinstance(data.train, TensorSplit)
-    loader = iter(DataLoader(AugmentedImages(data.train), settings.batch_size, shuffle=True, drop_last=True))
+    loader = DataLoader(
+        AugmentedImages(data.train),
+        settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=settings.workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     criterion = nn.CrossEntropyLoss()
     model.train()
@@ -91,7 +104,7 @@ def plain_loop(data: Dataset, model: nn.Module, settings: Settings, device: torc
         if step == settings.warmup:
             synchronise(device)
             start = time.perf_counter()
-        x, y = (tensor.to(device) for tensor in next(loader))
+        x, y = (tensor.to(device) for tensor in next(batches))
         optimizer.zero_grad()
         loss = criterion(model(x), y)
         loss.backward()
@@ -117,23 +130,31 @@ def our_loop(data: Dataset, model: nn.Module, settings: Settings, device: torch.
     return settings.steps * settings.batch_size / (times[1] - times[0])
 
 
+LOOPS: dict[str, Callable[[Dataset, nn.Module, Settings, torch.device], float]] = {
+    "plain": plain_loop,
+    "rmprune": our_loop,
+}
+
+
+def rate(name: str, settings: Settings) -> float:
+    """Images per second of one turn of a loop."""
+    device = torch.device(settings.device)
+    images = DataConfig(dataset=settings.dataset, data_dir=settings.data_dir, batch_size=settings.batch_size)
+    data = load_dataset(images)
+    model = create("resnet20", num_classes=data.num_classes, in_channels=data.input_shape[0], width=settings.width)
+    return LOOPS[name](data, model.to(device), settings, device)
+
+
 def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
-    data = load_dataset(DataConfig(dataset="fashion-mnist", data_dir=settings.data_dir, batch_size=settings.batch_size))
-    loops: dict[str, Callable[[Dataset, nn.Module, Settings, torch.device], float]] = {
-        "plain": plain_loop,
-        "rmprune": our_loop,
-    }
-    rates: dict[str, list[float]] = {name: [] for name in loops}
+    rates: dict[str, list[float]] = {name: [] for name in LOOPS}
     for turn in range(settings.rounds):
-        for name, loop in loops.items():
-            model = create("resnet20", num_classes=10, in_channels=1, width=settings.width).to(device)
-            rates[name].append(loop(data, model, settings, device))
+        for name in LOOPS:
+            rates[name].append(rate(name, settings))
             print(f"turn {turn + 1}: {name} {rates[name][-1]:,.0f} images/s", flush=True)
     facts = {
         "model": f"resnet20 width {settings.width}",
-        "dataset": "fashion-mnist",
+        "dataset": settings.dataset,
         "batch_size": settings.batch_size,
         "steps": settings.steps,
         "rounds": settings.rounds,

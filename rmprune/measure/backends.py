@@ -7,7 +7,7 @@ To add one: a function from (Candidate, Setting) to Prepared, and a line in BACK
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -160,16 +160,21 @@ def prepare(candidate: Candidate, backend: str, device: str, threads: int, batch
     """
     check_backend(backend, device)
     entry = BACKENDS[backend]
+    with says_what_fails(candidate.name, backend), surroundings(backend, device):
+        candidate.form(entry.form)
+        start = time.perf_counter()
+        prepared = entry.load(candidate, Setting(device, threads, batch_size))
+        return Prepared(prepared.run, prepared.outputs, (time.perf_counter() - start) * 1e3)
+
+
+@contextlib.contextmanager
+def says_what_fails(name: str, backend: str) -> Iterator[None]:
+    """Whatever a runtime raises becomes a ConfigError that names the network and the backend."""
     try:
-        with surroundings(backend, device):
-            candidate.form(entry.form)
-            start = time.perf_counter()
-            prepared = entry.load(candidate, Setting(device, threads, batch_size))
-            return Prepared(prepared.run, prepared.outputs, (time.perf_counter() - start) * 1e3)
+        yield
     except RmpruneError:
         raise
     except Exception as error:  # each runtime has its own errors
         raise ConfigError(
-            f"backend {backend!r} cannot run {candidate.name!r} ({type(error).__name__}: {str(error)[:200]}); "
-            "measure with another backend"
+            f"backend {backend!r} cannot run {name!r} ({type(error).__name__}: {str(error)[:200]}); measure with another backend"
         ) from error

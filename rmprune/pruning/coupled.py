@@ -16,16 +16,18 @@ from typing import TypeVar
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
-from rmprune.pruning.allocate import explain
+from rmprune.graph.network import is_batch_norm
+from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Structure, device_of, evaluating
+from rmprune.pruning.groups import Structure, device_of, evaluating
+from rmprune.pruning.layers import Cost, Slices, in_and_out
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices
-from rmprune.pruning.surgery import Slices
 from rmprune.training.convolutions import TrainableConvolutions
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,7 +72,7 @@ def prune_coupled(
             f"importance 'taylor' is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
         )
     data = with_loss(data, loss)
-    structure = _in_order(find_structure(model, example_inputs))
+    structure = _followed(model, find_structure(model, example_inputs))
     example_inputs = example_inputs.to(device_of(model))
     target = resolve(structure, budget, cost)
     check_coupled(model, structure, importance, example_inputs)
@@ -90,7 +92,7 @@ def prune_coupled(
             model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
         )
         value = measured_cost(candidate, structure, target.cost)
-        units = {g.name: _widths(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
+        units = {g.name: in_and_out(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
         if any(units[name] < least[name] for name in units):
             high = ratio
         elif value > target.limit or any(units[name] > most[name] for name in units):
@@ -100,16 +102,21 @@ def prune_coupled(
             if best is None or value > best[0]:
                 best = (value, candidate, slices)
     if best is None:
-        raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
-    check_outputs(model, best[1], example_inputs)
+        if least_cost(structure, budget, target.cost, origin) > target.limit:
+            raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
+        raise InfeasibleBudget(
+            f"coupled pruning: {budget.name} {getattr(budget, budget.name):g} was met by no cut of Torch-Pruning, which leaves or ties "
+            "more channels than these limits ask for; use another method"
+        )
     if prove:
         prove_slices(model, best[1], best[2], example_inputs, "Torch-Pruning's cut")
+    check_outputs(model, best[1], example_inputs)
     return best[1]  # type: ignore[return-value]
 
 
-def _in_order(structure: Structure) -> Structure:
+def _followed(model: nn.Module, structure: Structure) -> Structure:
     """Without the groups that Torch-Pruning would cut wrongly, and not say so: it follows neither what reorders channels nor
-    what takes a layer's outputs apart.
+    what takes a layer's outputs apart, nor groups and statistics of norms.
     """
     grouped = {layer.name for layer in structure.layers if layer.kind == "conv" and layer.groups > 1}
     moved = {}
@@ -118,18 +125,27 @@ def _in_order(structure: Structure) -> Structure:
         straight = all(bool((m.index.flatten().diff() > 0).all()) for m in group.members)
         if not whole or not (straight or any(m.layer in grouped for m in group.members)):
             moved[group.name] = "its channels are reordered or taken apart, which Torch-Pruning does not follow"
+        for member in group.members:
+            module = model.get_submodule(member.layer)
+            if isinstance(module, nn.GroupNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats):
+                moved[group.name] = (
+                    f"{member.layer} ({type(module).__name__}) has them, which Torch-Pruning does not cut"
+                )
     return structure.without(moved) if moved else structure
 
 
 def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
     """The cost of a network whose layers carry the names of `structure` but have widths of their own."""
-    return sum(cost(layer, *_widths(pruned.get_submodule(layer.name))) for layer in structure.layers)
+    return sum(
+        cost(layer, *(in_and_out(pruned.get_submodule(layer.name)) if layer.name else (layer.cin, layer.cout)))
+        for layer in structure.layers
+    )
 
 
 def check_coupled(model: nn.Module, structure: Structure, importance: str, example_inputs: Tensor) -> None:
     """UnsupportedModel where no channel can be ranked (Torch-Pruning would cut nothing and not say why), or the network not followed."""
     tied = {member.layer for group in structure.groups for member in group.members if member.side == "tied"}
-    norms = any(isinstance(model.get_submodule(name), nn.BatchNorm1d | nn.BatchNorm2d) for name in tied)
+    norms = any(is_batch_norm(model.get_submodule(name)) for name in tied)
     if importance == "batch_norm" and structure.groups and not norms:
         raise UnsupportedModel(
             "coupled pruning by batch-norm scale: there is no batch norm to rank channels by; use coupled-taylor or coupled-norm"
@@ -176,7 +192,7 @@ def _attempt(
         floors |= dict.fromkeys(group.producers, (least[group.name], group.multiple))
     names = {module: name for name, module in twin.named_modules()}
     going = {name for group in structure.groups for name in group.producers}
-    staying = [x.name for x in structure.layers if x.kind != "depthwise" and x.name not in going]
+    staying = [x.name for x in structure.layers if x.kind not in ("depthwise", "rest") and x.name not in going]
     with _following(model), evaluating(twin), torch.enable_grad():
         pruner = tp.pruner.BasePruner(
             twin,
@@ -269,10 +285,3 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
         for run, _ in each_loss(data, twin):
             run().backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
-
-
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels, layer.out_channels
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features

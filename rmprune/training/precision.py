@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 
 from rmprune.config import Precision
 from rmprune.graph.tf32 import tf32
@@ -29,3 +30,14 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
         if compute_dtype(precision, device) == torch.bfloat16:
             entered.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
         yield
+
+
+def weights_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a model's first weights in floating point; `default` where it has none."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), default)
+
+
+def ask(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model makes of images [B, C, H, W], given to it in the dtype of its weights."""
+    found: Tensor = model(x.to(weights_dtype(model, x.dtype)))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError
 from rmprune.measure.cuda_graphs import Replayed
 from rmprune.runs.writing import whole
+from rmprune.training.precision import ask
 
 LARGEST = 256 * 2**20  # bytes of an epoch's outputs that are still worth keeping
 
@@ -42,10 +44,13 @@ class Teacher:
         memory: Path | None = None,
         replayed: bool = False,
     ) -> None:
-        self.memory = memory
-        self.network: Callable[[Tensor], Tensor] = Replayed(network) if replayed else network
+        self.memory, self.frozen = memory, network
+        answer = functools.partial(ask, network)
+        self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer
         self.batches = data.train.num_batches(data.config.batch_size, shuffled=True)
-        images = {key: value for key, value in dataclasses.asdict(data.config).items() if key != "workers"}
+        images = {
+            key: value for key, value in dataclasses.asdict(data.config).items() if key not in ("workers", "cache")
+        }
         asked = {**images, "images": len(data.train), "seed": seed, "dtype": str(dtype)}
         self.name = _digest(network, asked) if memory is not None else ""
         self.epoch = -1

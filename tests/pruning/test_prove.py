@@ -133,7 +133,7 @@ def test_torch_pruning_goes_through_the_same_gate(monkeypatch: pytest.MonkeyPatc
     """It takes the channels behind a flip for those before it; our own filter of such groups is taken away here."""
     torch.manual_seed(0)
     model = Flipped().eval()
-    monkeypatch.setattr(coupled, "_in_order", lambda structure: structure)
+    monkeypatch.setattr(coupled, "_followed", lambda model, structure: structure)
     with pytest.raises(NotEquivalent, match=r"^Torch-Pruning's cut: the smaller network differs"):
         prune_coupled(model, IMAGES, importance="magnitude", budget=Budget(ratio=0.4))
 
