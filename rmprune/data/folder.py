@@ -14,7 +14,17 @@ from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
 from rmprune.data.listing import list_photos
 from rmprune.data.photos import Photos, bit_depth, one_line_errors
-from rmprune.data.splits import Batch, IndexedSplit, Share, Split, Statistics, batch_seed, draw_part, some_of, split_train
+from rmprune.data.splits import (
+    Batch,
+    IndexedSplit,
+    Share,
+    Split,
+    Statistics,
+    batch_seed,
+    draw_part,
+    some_of,
+    split_train,
+)
 from rmprune.errors import DataError
 
 TEST_SEED = 20211  # where no test images are named: the same ones for every split_seed

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, losses, network_inputs
+from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, each_loss, labelled, network_inputs, to_device
 from rmprune.data.splits import Batch, Split
 from rmprune.errors import ConfigError, DataError
 
@@ -33,18 +33,15 @@ class GivenSplit(Split):
         if first is None:
             raise DataError(f"{name} holds no batch")
         try:
-            for run, _ in losses(_form([first], loss), model):
+            ((run, _),) = each_loss([first] if loss is None else WithLoss([first], loss), model)
+            with torch.enable_grad():
                 value = run()
+            self.classes = self._classes(first)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         if not bool(value.isfinite()):
             raise DataError(f"{name}: the loss of the model is {float(value.detach())} on the first batch")
-        labels = None if loss is not None else first[1]
-        if labels is not None and (labels.dim() != 1 or labels.is_floating_point()):
-            raise DataError(
-                f"{name}: labels are {labels.dtype} of shape {tuple(labels.shape)}, not class numbers [N]; {OWN_LOSS}"
-            )
-        self.count = len(loader) if hasattr(loader, "__len__") else sum(1 for _ in self._read(0))
+        self.count = len(loader) if isinstance(loader, Sized) else sum(1 for _ in self._read(0))
         self._first: Tensor | None = None
 
     def __len__(self) -> int:
@@ -96,12 +93,21 @@ class GivenSplit(Split):
 
     def _pair(self, batch: Any, device: torch.device) -> Batch:
         if self.loss is None:
-            x, y = batch[:2]
-            return x.to(device, torch.float32), y.to(device, torch.int64)
-        held = to_device(batch, device)
-        (x,) = network_inputs(WithLoss([held], self.loss), self.model)
-        return x.to(device), held
+            ((x, y),) = labelled([batch], self.model)
+            return x.to(device), y.to(device, torch.int64)
+        (x,) = network_inputs(WithLoss([batch], self.loss), self.model)
+        return x.to(device), to_device(batch, device)
 
-
-def _form(batches: list[Any], loss: Loss | None) -> Any:
-    return batches if loss is None else WithLoss(batches, loss)
+    def _classes(self, batch: Any) -> int:
+        """What the network tells apart; 0 where it is no classifier. Raises DataError where a class is not a number for each image."""
+        if self.loss is not None:
+            return 0
+        ((x, y),) = labelled([batch], self.model)
+        with torch.no_grad():
+            outputs = self.model(x[:1])
+        if outputs.dim() != 2 or y.dim() != 1 or y.is_floating_point():
+            raise DataError(
+                f"labels are {y.dtype} of shape {tuple(y.shape)} for outputs {tuple(outputs.shape)}; without a loss they are class "
+                f"numbers [N] for [N, classes]; {OWN_LOSS}"
+            )
+        return int(outputs.shape[1])

@@ -129,7 +129,7 @@ def slim(
     Raises, before anything is trained: ConfigError for settings and for a network in training mode or without weights, DataError for
     loaders, UnsupportedModel for a network that cannot be traced, saved or pruned, InfeasibleBudget where limits forbid the budget.
 
-    >>> model = rmprune.models.create("resnet8", num_classes=4, width=8).eval()  # a trained one
+    >>> model = rmprune.models.create("resnet8", num_classes=4, width=16).eval()  # a trained one
     >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(2)]
     >>> quick = rmprune.config.MeasureConfig(backends=("eager",), seconds=0)
     >>> result = rmprune.slim(model, batches, batches, macs_ratio=0.5, epochs=1, measure=quick)
@@ -156,7 +156,12 @@ def slim(
             device=device,
             method=(method,),
             data=DataConfig(dataset=GIVEN, augment="none"),
-            prune=dataclasses.replace(prune or PruneConfig(), **{name: (value,) for name, value in given.items()}),
+            prune=dataclasses.replace(
+                prune or PruneConfig(),
+                ratio=() if ratio is None else (ratio,),
+                macs_ratio=() if macs_ratio is None else (macs_ratio,),
+                latency_ratio=() if latency_ratio is None else (latency_ratio,),
+            ),
             finetune=dataclasses.replace(
                 finetune or SlimConfig.finetune, epochs=epochs, learning_rate=learning_rate, cuda_graph=False
             ),
@@ -166,8 +171,9 @@ def slim(
         _refuse_another(folder, network)
         shape = tuple(splits[0].example(1).shape[1:])
         data = Dataset(GIVEN, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
-        said = ", ".join([type(network).__name__, *(f"{name}={value:g}" for name, value in given.items()), f"method={method!r}"])
-        run_job(Job(config, data, pick_device(device), seed, given=network), command=f"rmprune.slim({said})")
+        ((name, value),) = given.items()
+        command = f"rmprune.slim({type(network).__name__}, ..., {name}={value:g}, method={method!r}, seed={seed})"
+        run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
         return Slimmed(folder, "pruned" if method == "rm" else method, at, temporary=out is None)
     except BaseException:
         if out is None:

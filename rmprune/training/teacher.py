@@ -89,7 +89,9 @@ class Teacher:
 def asked_about(data: Dataset) -> dict[str, Any]:
     """What decides the images of a training's batches, but for the seed."""
     settings = dataclasses.asdict(data.config)
-    return {key: value for key, value in settings.items() if key not in ("workers", "cache")} | {"images": len(data.train)}
+    return {key: value for key, value in settings.items() if key not in ("workers", "cache")} | {
+        "images": len(data.train)
+    }
 
 
 def _digest(network: nn.Module, asked: dict[str, Any]) -> str:
