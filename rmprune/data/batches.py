@@ -31,11 +31,13 @@ class WithLoss:
 
 
 def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:
-    """The data held, to be read more than once, with the loss where one is given."""
+    """The data held, to be read more than once, with the loss where one is given, or comes with them."""
     if data is None:
         if loss is not None:
             raise ConfigError("a loss is measured on batches: pass data as well")
         return None
+    if isinstance(data, WithLoss):
+        return data
     held = data if isinstance(data, list | tuple) else list(data)
     return held if loss is None else WithLoss(held, loss)
 

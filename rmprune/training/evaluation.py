@@ -21,7 +21,7 @@ from rmprune.training.precision import ask, autocast, weights_dtype
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`accuracy` from 0 to 1; `loss` is the mean cross-entropy, without label smoothing. Of a split with a loss of its own: NaN, and that."""
+    """`accuracy` from 0 to 1; `loss` is the mean cross-entropy, without label smoothing. Of a split with its own loss: NaN, and that."""
 
     accuracy: float
     loss: float
