@@ -84,6 +84,7 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
     arguments = [
         part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
+    arguments = _with_value("--augment", "True", arguments)
     transfer = any(word == "--weights" or word.startswith("--weights=") for word in arguments)
     if "--config" in arguments:
         at = arguments.index("--config")
@@ -102,6 +103,17 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
         if not stopped.code:  # --help
             raise
         _fail(f"{_one_line(said.getvalue())} ({prog} --help lists the flags)")
+
+
+def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
+    """`flag` by itself, and its opposite, as they were before it took a value: `--augment`, `--no-augment`."""
+    words = [
+        word.replace("--no-", "--") + "=none" if word == flag.replace("--", "--no-") else word for word in arguments
+    ]
+    bare = {
+        i for i, word in enumerate(words) if word == flag and (i + 1 == len(words) or words[i + 1].startswith("--"))
+    }
+    return [f"{word}={value}" if i in bare else word for i, word in enumerate(words)]
 
 
 def _one_line(box: str) -> str:

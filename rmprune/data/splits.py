@@ -21,6 +21,17 @@ from rmprune.errors import DataError
 Batch = tuple[Tensor, Tensor]
 
 
+class Statistics(NamedTuple):
+    """What images are normalised with, by channel, in units of 0 to 1: (pixel - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET_STATISTICS = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
 class Share(NamedTuple):
     """What one shard reads of a batch of `size` images: indices into the split, their positions in the batch; `seed` is the batch's."""
 
@@ -32,7 +43,7 @@ class Share(NamedTuple):
 
 class Split(ABC):
     """One part of a data set. Images come normalised by channel: (pixel - mean) / deviation, those of the training images
-    (of ImageNet for folders).
+    (of the pretrained weights, or of ImageNet, for folders).
     """
 
     @abstractmethod
@@ -131,14 +142,51 @@ class TensorSplit(Split):
         return self._held[1], self._held[2]
 
 
-def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
+def draw_part(labels: Tensor, fraction: float, seed: int, groups: list[str] | None = None) -> Tensor:
+    """A mask [N], True for about `fraction` of every class, drawn with `seed`; images of one group stay together.
+
+    Groups are taken in random order, each where it brings the classes' counts nearer to what is wanted, so the parts are as
+    stratified as the groups allow. Of a class that got none, the group that disturbs least follows.
+    """
+    if groups is None:
+        return stratified_part(labels, fraction, seed)
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group or f"image {index}", []).append(index)
+    sets = [torch.tensor(found) for found in members.values()]
+    missing = (
+        fraction * torch.bincount(labels).double()
+    )  # images of each class that are still wanted, or too many below 0
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+
+    def after(inside: Tensor) -> Tensor:
+        return missing - torch.bincount(labels[inside], minlength=len(missing))
+
+    order = [sets[i] for i in torch.randperm(len(sets), generator=torch.Generator().manual_seed(seed)).tolist()]
+    for inside in order:
+        if (left := after(inside)).abs().sum() < missing.abs().sum():
+            missing, chosen[inside] = left, True
+    for label in labels.unique():
+        if not chosen[labels == label].any():
+            inside = min(
+                (one for one in order if (labels[one] == label).any()), key=lambda one: float(after(one).abs().sum())
+            )
+            missing, chosen[inside] = after(inside), True
+    return chosen
+
+
+def split_train(labels: Tensor, config: DataConfig, groups: list[str] | None = None) -> tuple[Tensor, Tensor]:
     """Indices (validation, training), int64 [V] and [T], of the training images, whose `labels` are int64 [N].
 
-    Disjoint, stratified by class, drawn with split_seed. Raises `ConfigError` where train_images are more than there are,
-    `DataError` where none is left to train on.
+    Disjoint, stratified by class, drawn with split_seed, groups whole. Raises `ConfigError` where train_images are more than there
+    are, `DataError` where none is left to train on.
     """
-    held_back = stratified_part(labels, config.validation, config.split_seed)
-    kept = (~held_back).nonzero().squeeze(1)
+    held_back = draw_part(labels, config.validation, config.split_seed, groups)
+    return held_back.nonzero().squeeze(1), some_of((~held_back).nonzero().squeeze(1), config)
+
+
+def some_of(kept: Tensor, config: DataConfig) -> Tensor:
+    """Of these training images [T] the part that train_images asks for. Raises as `split_train`."""
     if config.train_images is not None:
         require(
             config.train_images <= len(kept),
@@ -148,7 +196,7 @@ def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
         kept = kept[torch.randperm(len(kept), generator=generator)[: config.train_images]].sort().values
     if not len(kept):
         raise DataError(f"{config.dataset}: the validation split of {config.validation} leaves no image to train on")
-    return held_back.nonzero().squeeze(1), kept
+    return kept
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,7 @@ class _Training:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.teacher: Teacher | None = None
+        self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
         model = self.place(copy.deepcopy(model))
         self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
         steps = data.train.num_batches(data.config.batch_size, shuffled=True)
@@ -187,7 +188,7 @@ class _Training:
             self.data.config.batch_size,
             device=self.device,
             shuffle_seed=batch_seed(self.seed, epoch),
-            augment=self.data.config.augment,
+            augment=self.data.config.augmentation != "none",
             memory_format=self.memory_format,
             start=start,
             shard=(self.rank, self.world),
@@ -232,7 +233,9 @@ class _Training:
                 output = ask(self.parallel, x)
             except ValueError as error:
                 raise one_value(error, self.label) from error
-            loss = nn.functional.cross_entropy(output.float(), y, label_smoothing=config.label_smoothing)
+            loss = nn.functional.cross_entropy(
+                output.float(), y, weight=self.class_weights, label_smoothing=config.label_smoothing
+            )
             if target is not None:
                 soft = distillation_loss(output, target, config.temperature)
                 loss = (1 - config.distillation) * loss + config.distillation * soft

@@ -48,7 +48,9 @@ class Teacher:
         answer = functools.partial(ask, network)
         self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer
         self.batches = data.train.num_batches(data.config.batch_size, shuffled=True)
-        images = {key: value for key, value in dataclasses.asdict(data.config).items() if key != "workers"}
+        images = {
+            key: value for key, value in dataclasses.asdict(data.config).items() if key not in ("workers", "cache")
+        }
         asked = {**images, "images": len(data.train), "seed": seed, "dtype": str(dtype)}
         self.name = _digest(network, asked) if memory is not None else ""
         self.epoch = -1
