@@ -109,6 +109,10 @@ class Settings:
     """Where CSV and figures go."""
     runs: Path = Path("runs/gpu")
     """Where accuracy's runs are kept."""
+    networks: Path | None = None
+    """Where --write-networks left the forms that speed measures; else they are made now (a minute or two)."""
+    write_networks: bool = False
+    """Write them there, and measure nothing."""
     figures: Path | None = None
     """Draw what lies there, and measure nothing."""
     paths: bool = False
@@ -209,7 +213,7 @@ def speed(part: Part) -> None:
     families = {}
     for name in names:
         with part.trying(name):
-            families[name] = networks.forms(name, quick=part.settings.quick)
+            families[name] = networks.forms_in(part.settings.networks, name, quick=part.settings.quick)
             print(f"{name}: {', '.join(families[name])}", flush=True)
     measured(part, families, reference="original")
 
@@ -331,6 +335,9 @@ def command() -> str:
 def main(settings: Settings) -> None:
     if settings.paths:
         print("backends:", ", ".join(GPU_ONLY), *(f"{path}: {what}" for path, what in PATHS.items()), sep="\n")
+        return
+    if settings.write_networks:
+        networks.write(settings.networks or Path("gpu-kit/networks"))
         return
     if settings.figures is not None:
         print(*gpu_report.draw(settings.figures), sep="\n")
