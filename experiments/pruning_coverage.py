@@ -125,8 +125,6 @@ def build_for(net: str, shape: Any) -> Any:
             return timm.create_model(name)
     name = name.rpartition(":")[2]
     settings: dict[str, Any] = {}
-    if name.startswith("mvit"):
-        settings = {"spatial_size": (shape[1], shape[1]), "temporal_size": shape[0]}
     if ":" not in net.removeprefix("tv:") and name.split("_")[0] in SIZED:
         settings = {"vit": {"image_size": shape}, "maxvit": {"input_size": (shape, shape)}}[name.split("_")[0]]
     if "segmentation" in net:
@@ -250,7 +248,7 @@ def worker(net: str, gib: float, seconds: int, out: Path) -> None:
     with reasons(facts, "removal: "):
         plain = rmprune.remove_residuals(model, x).model
         facts = cut(plain, x, whole)
-    if facts["status"] == "refused" and facts["message"].startswith("removal: "):
+    if facts["status"] != "traceback" and facts["message"].startswith("removal: "):
         facts["status"] = "no removal"
     write("rm", facts)
 
