@@ -98,7 +98,9 @@ def test_one_candidate_that_meets_the_budget_is_enough(tmp_path: Path, monkeypat
     monkeypatch.setattr(Place, "ratios", by_parameters)
     prune = PruneConfig(latency_ratio=(0.6,), min_fraction=0.9, round_to=1)
     none = TrainConfig(epochs=0)
-    config = replace(QUICK, width=16, method=("mixed-auto",), train=none, finetune=none, prune=prune, out=tmp_path / "run")
+    config = replace(
+        QUICK, width=16, method=("mixed-auto",), train=none, finetune=none, prune=prune, out=tmp_path / "run"
+    )
     run_slim(config, command="x")
     record = records.read_record(tmp_path / "run")
     assert "cannot be met" in record["mixed-auto"]["candidates"]["residual"]["refused"]
