@@ -22,6 +22,7 @@ from rmprune.data.given import GivenSplit
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.foreign import plain_module
+from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job
 from rmprune.pipelines.stages import pick_device
 from rmprune.pruning.plan import SlimPlan
@@ -105,8 +106,8 @@ def slim(
     test: Iterable[Any] | None = None,
     loss: Loss | None = None,
     method: str = "rm",
-    epochs: int = 20,
-    learning_rate: float = 0.02,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
     seed: int = 0,
     device: str = "auto",
     out: str | Path | None = None,
@@ -122,8 +123,9 @@ def slim(
     trained on, augmentation included; or, with `loss`, a function of (model, batch) that returns a scalar tensor, of any form. `test` is
     what the table is about (default: `validation`, on which nothing is chosen but by methods that compare candidates). One budget:
     `ratio` of channels that go, `macs_ratio` or `latency_ratio` (measured, of `measure`'s first place) of the original that stays.
-    `method`: as in docs/methods.md. `epochs` and `learning_rate`: of fine-tuning, the peak, cosine; `finetune`, `prune` and `measure`:
-    all that the flags of these names set. With a loss the teacher's part is the squared difference of outputs over their variance.
+    `method`: as in docs/methods.md. `epochs` (20) and `learning_rate` (0.02, the peak): of fine-tuning; `finetune`, `prune` and `measure`:
+    all that the flags of these names set, before which these two go. With a loss the teacher's part is the squared difference of outputs over their
+    variance.
     `out`: a folder that keeps the run and from which an interrupted one goes on; without, `result.save(folder)`.
 
     Raises, before anything is trained: ConfigError for settings and for a network in training mode or without weights, DataError for
@@ -144,6 +146,11 @@ def slim(
         raise ConfigError(
             f"give exactly one of ratio=, macs_ratio= and latency_ratio=; got {', '.join(given) or 'none'}"
         )
+    tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
+    if found := reduced(places.backends):
+        raise ConfigError(
+            f"{', '.join(found)} count accuracy on labelled images of our own; measure result.model there by measure_latencies"
+        )
     at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     network = _trained(model)
     splits = [GivenSplit(train, network, loss, "train"), GivenSplit(validation, network, loss, "validation")]
@@ -163,9 +170,12 @@ def slim(
                 latency_ratio=() if latency_ratio is None else (latency_ratio,),
             ),
             finetune=dataclasses.replace(
-                finetune or SlimConfig.finetune, epochs=epochs, learning_rate=learning_rate, cuda_graph=False
+                tuning,
+                epochs=tuning.epochs if epochs is None else epochs,
+                learning_rate=tuning.learning_rate if learning_rate is None else learning_rate,
+                cuda_graph=False,  # batches of one's own may differ in size
             ),
-            measure=measure or MeasureConfig(),
+            measure=places,
             out=folder,
         )
         _refuse_another(folder, network)

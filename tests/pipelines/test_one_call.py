@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rmprune
-from rmprune.config import MeasureConfig, PruneConfig
+from rmprune.config import MeasureConfig, PruneConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError, DataError, InfeasibleBudget, RmpruneError, UnsupportedModel
 from rmprune.pipelines.one_call import Slimmed
 from rmprune.report.build import build_report
@@ -58,7 +58,15 @@ def labelled(count: int = 3, classes: int = 4) -> list[tuple[Tensor, ...]]:
 def regression() -> tuple[Angles, Slimmed]:
     torch.manual_seed(0)
     model = Angles().eval()
-    return model, rmprune.slim(model, pixels(), pixels(), macs_ratio=0.6, loss=to_angles, epochs=3, **QUICK)
+    return model, rmprune.slim(
+        model,
+        pixels(),
+        pixels(),
+        macs_ratio=0.6,
+        loss=to_angles,
+        finetune=TrainConfig(epochs=3, learning_rate=0.02, warmup_epochs=0, distillation=0.5),
+        **QUICK,
+    )
 
 
 def test_a_regression_net_by_its_own_loss(regression: tuple[Angles, Slimmed]) -> None:
@@ -152,6 +160,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[RmpruneError], str]] = {
     "labels of numbers": ({"train": [(torch.randn(2, 3, 8, 8), torch.rand(2, 1))]}, DataError, "train: .*pass loss="),
     "a loss without the model": ({"loss": broken}, DataError, "train: loss: no gradient"),
     "no trace": ({"model": Asking().eval()}, UnsupportedModel, "Asking"),
+    "int8": ({"measure": MeasureConfig(backends=("eager", "onnxruntime-int8"))}, ConfigError, "onnxruntime-int8 count"),
     "no such method": ({"method": "magic"}, ConfigError, "unknown method 'magic'"),
 }
 
@@ -165,5 +174,5 @@ def test_mistakes_are_said_before_anything_is_trained(
     model = rmprune.models.create("resnet8", num_classes=4, width=4).eval()
     call = {"model": model, "train": labelled(), "validation": labelled(), **HALF, "out": tmp_path / "run"} | changes
     with pytest.raises(kind, match=said):
-        rmprune.slim(**call, epochs=1, **QUICK)
+        rmprune.slim(**QUICK | call)
     assert not (tmp_path / "run").exists()
