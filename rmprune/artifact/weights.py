@@ -50,7 +50,8 @@ def start_from(model: nn.Module, weights: str, name: str, *, by_order: bool = Fa
 
 
 def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: str, *, by_order: bool = False) -> str:
-    """Put `state` into `model`, which may be of other classes: then its head stays new. Returns what there is to say, or "".
+    """Put `state` into `model`, which may be of other classes: then its head is made anew, in torch's own way, as some
+    networks begin with outputs that are loud beside what the weights put out. Returns what there is to say, or "".
 
     Names may stand behind any one prefix (`model.`, `backbone.`); what lies outside it is left out, and said. `by_order`: the
     tensors belong to the model's in this order, whatever their names. Raises ArtifactError that lists what does not fit, before
@@ -93,6 +94,8 @@ def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: s
         )
     model.load_state_dict(own | kept)
     if new:
+        for layer in {key.rpartition(".")[0]: None for key in new}:
+            model.get_submodule(layer).reset_parameters()  # type: ignore[operator]
         there = _sizes(state.get(new[0]))
         said.append(f"the head is new: {new[0]} is {there} there, {_sizes(own[new[0]])} here")
     return "; ".join(said)

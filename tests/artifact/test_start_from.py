@@ -40,11 +40,11 @@ def test_names_of_training_frameworks(tmp_path: Path, prefix: str, nested: str) 
     assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items())
 
 
-def test_a_head_of_other_classes_stays_new() -> None:
+def test_a_head_of_other_classes_is_made_anew_and_quiet() -> None:
     there, model = net(10).state_dict(), net(3)
-    fresh = model.fc.weight.clone()
+    nn.init.ones_(model.fc.weight)  # as loud as timm's EfficientNets begin
     assert put_weights(model, there, "a.pt", "resnet8") == "the head is new: fc.weight is 10x16 there, 3x16 here"
-    assert equal_but_for_the_head(model, there) and torch.equal(model.fc.weight, fresh)
+    assert equal_but_for_the_head(model, there) and 0 < float(model.fc.weight.detach().abs().max()) <= 16**-0.5
 
 
 def test_a_backbone_without_a_head_and_what_lies_beside_it() -> None:
