@@ -36,7 +36,8 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
             f"{path}: these are the weights of another network than {name} (first difference: {wrong[0][:80]} is {there} there and "
             f"{here} here); give the model, number of classes, width and image size that they were trained with"
         )
-    model.load_state_dict(state)
+    own.update(state)
+    model.load_state_dict(own)
     return model
 
 
@@ -92,7 +93,8 @@ def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: s
         raise ArtifactError(
             f"{source}: not the weights of {name} ({what}); give the model, width and image size that they belong to"
         )
-    model.load_state_dict(own | kept)
+    own.update(kept)  # its own notes of versions stay with it, which some modules ask for
+    model.load_state_dict(own)
     if new:
         for layer in {key.rpartition(".")[0]: None for key in new}:
             model.get_submodule(layer).reset_parameters()  # type: ignore[operator]
