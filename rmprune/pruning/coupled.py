@@ -10,18 +10,17 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.pruning.allocate import explain, least_cost
-from rmprune.pruning.batches import Batches, batches_of, class_loss
+from rmprune.pruning.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, device_of, evaluating
@@ -30,13 +29,17 @@ from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices
 from rmprune.training.convolutions import TrainableConvolutions
 
+if TYPE_CHECKING:
+    import torch_pruning as tp
+
 M = TypeVar("M", bound=nn.Module)
 OUT_OF_REACH = 1e12  # above any score of a channel that may go
-COUPLED_IMPORTANCES: dict[str, Callable[[], tp.importance.Importance]] = {
-    "batch_norm": tp.importance.BNScaleImportance,
-    "taylor": tp.importance.GroupTaylorImportance,
-    "magnitude": tp.importance.GroupMagnitudeImportance,
+COUPLED_IMPORTANCES = {
+    "batch_norm": "BNScaleImportance",
+    "taylor": "GroupTaylorImportance",
+    "magnitude": "GroupMagnitudeImportance",
 }
+"""{name: class of Torch-Pruning's}. The package is imported where it is needed: it takes half a second."""
 
 
 def prune_coupled(
@@ -46,6 +49,7 @@ def prune_coupled(
     importance: str = "batch_norm",
     budget: Budget,
     data: Batches | None = None,
+    loss: Loss | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
@@ -56,8 +60,8 @@ def prune_coupled(
     magnitude).
 
     The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
-    tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed; or these `gradients`
-    themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
+    tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed, or those that `loss` takes, as in `prune`; or
+    these `gradients` themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
     where the network was cut before. `prove`: the cut is compared with the whole network in float64
     (`rmprune.pruning.prove`; NotEquivalent where it is wrong).
 
@@ -67,7 +71,10 @@ def prune_coupled(
     if importance not in COUPLED_IMPORTANCES:
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
     if importance == "taylor" and data is None and gradients is None:
-        raise ConfigError("importance 'taylor' is measured on images: pass data, (images, labels) batches")
+        raise ConfigError(
+            f"importance 'taylor' is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
+        )
+    data = with_loss(data, loss)
     structure = _followed(model, find_structure(model, example_inputs))
     example_inputs = example_inputs.to(device_of(model))
     target = resolve(structure, budget, cost)
@@ -146,6 +153,8 @@ def check_coupled(model: nn.Module, structure: Structure, importance: str, examp
         raise UnsupportedModel(
             "coupled pruning by batch-norm scale: there is no batch norm to rank channels by; use coupled-taylor or coupled-norm"
         )
+    import torch_pruning as tp
+
     twin = copy.deepcopy(model).requires_grad_(True)
     with _following(model), evaluating(twin), torch.enable_grad():
         list(
@@ -177,6 +186,8 @@ def _attempt(
     ratio: float,
 ) -> tuple[nn.Module, dict[str, Slices]]:
     """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
+    import torch_pruning as tp
+
     twin = copy.deepcopy(model)
     parameters = dict(twin.named_parameters())
     frozen = [p for p in parameters.values() if not p.requires_grad]
@@ -193,7 +204,7 @@ def _attempt(
         pruner = tp.pruner.BasePruner(
             twin,
             example_inputs,
-            importance=_Protecting(COUPLED_IMPORTANCES[importance](), floors, names),
+            importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names),
             global_pruning=True,
             pruning_ratio=ratio,
             ignored_layers=[twin.get_submodule(name) for name in staying],
@@ -247,12 +258,12 @@ class _Protecting:
     """
 
     def __init__(
-        self, inner: tp.importance.Importance, floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
+        self, inner: "tp.importance.Importance", floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
     ) -> None:
         self.inner, self.floors, self.names = inner, floors, names
         self.calls = 0
 
-    def __call__(self, group: tp.Group) -> Tensor | None:
+    def __call__(self, group: "tp.Group") -> Tensor | None:
         scores = self.inner(group)
         layers = [self.names.get(item.dep.target.module, "") for item in group.items]
         found = [self.floors[name] for name in layers if name in self.floors]
@@ -271,10 +282,13 @@ class _Protecting:
 
 
 def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
-    """{parameter: gradient of the mean cross entropy in eval mode, summed over batches}; the model's own are left alone."""
+    """{parameter: gradient of the loss in eval mode, summed over batches}; the model's own are left alone.
+
+    `data`: (images, labels) batches, whose loss is the mean cross entropy, or `rmprune.pruning.batches.WithLoss`.
+    """
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
-        for x, y in batches_of(data, model):
-            class_loss(twin(x), y).backward()
+        for run, _ in each_loss(data, twin):
+            run().backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
