@@ -239,18 +239,14 @@ def follow(
 
 def _refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> None:
     """torch.fx takes `*more` after named arguments for one tensor, and `more[0]` for the first image of it."""
-    *named, last = [*inspect.signature(model.forward).parameters.values()] or [None]
-    if (
-        inputs is None
-        or last is None
-        or last.kind is not inspect.Parameter.VAR_POSITIONAL
-        or not 0 < len(named) < len(inputs)
-    ):
-        return
-    raise UnsupportedModel(
-        f"{type(model).__name__}: forward takes {', '.join(p.name for p in named)} and *{last.name}, which torch.fx cannot tell apart: "
-        "write each input by its name"
-    )
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    more = next((place for place, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_POSITIONAL), 0)
+    if inputs is not None and 0 < more < len(inputs):
+        named = ", ".join(p.name for p in parameters[:more])
+        raise UnsupportedModel(
+            f"{type(model).__name__}: forward takes {named} and *{parameters[more].name}, which torch.fx cannot tell apart: write each "
+            "input by its name"
+        )
 
 
 def _fixed(model: nn.Module, count: int | None) -> dict[str, Any] | tuple[Any, ...] | None:

@@ -22,7 +22,7 @@ from rmprune.errors import InfeasibleBudget
 from rmprune.pruning import Budget
 
 ASKED = os.environ.get("RMPRUNE_PROPERTY_DRAWS")
-DRAWS = int(ASKED or "15")
+DRAWS = int(ASKED or "10")
 ACTS = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
