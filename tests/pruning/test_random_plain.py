@@ -93,9 +93,13 @@ class Plain:
         return model.eval()
 
 
-def own_widths(model: nn.Module) -> list[int]:
-    """Of the layers that can be pruned: all but depthwise ones, which follow, and the head."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and getattr(m, "groups", 1) == 1]
+def own_widths(model: nn.Module, whole: nn.Module) -> list[int]:
+    """Of the layers that can be pruned: all but depthwise ones of the `whole` network, which follow, and the head."""
+    layers = [
+        m
+        for m, w in zip(model, whole, strict=True)
+        if isinstance(w, nn.Conv2d | nn.Linear) and getattr(w, "groups", 1) == 1
+    ]
     return [m.out_channels if isinstance(m, nn.Conv2d) else m.out_features for m in layers[:-1]]
 
 
@@ -107,9 +111,9 @@ def allowed(whole: int, budget: Budget) -> list[int]:
     return [width for width in widths if low <= width <= high] or [whole]
 
 
-def cost(model: nn.Module, x: torch.Tensor, budget: Budget) -> float:
+def cost(model: nn.Module, whole: nn.Module, x: torch.Tensor, budget: Budget) -> float:
     """Channels or MACs, whatever the budget counts."""
-    return sum(own_widths(model)) if budget.ratio is not None else rmprune.count_macs(model, x)
+    return sum(own_widths(model, whole)) if budget.ratio is not None else rmprune.count_macs(model, x)
 
 
 @st.composite
@@ -146,11 +150,11 @@ def check(plain: Plain, budget: Budget, importance: str, which: str) -> str:
     model, x = plain.build(whole), torch.randn(2, 2, plain.size, plain.size, generator=torch.Generator().manual_seed(1))
     choices = [allowed(width, budget) for width in whole]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    limit = cost(model, x, budget) * (budget.macs_ratio or 1 - (budget.ratio or 0)) + 1e-6
+    limit = cost(model, model, x, budget) * (budget.macs_ratio or 1 - (budget.ratio or 0)) + 1e-6
     try:
         pruned = rmprune.prune(model, x, budget=budget, importance=importance, which=which)
     except InfeasibleBudget as error:
-        least = cost(plain.build([min(choice) for choice in choices]), x, budget)
+        least = cost(plain.build([min(choice) for choice in choices]), model, x, budget)
         assert which == "uniform" or least > limit, f"refused, though {least} of {limit} can be had: {error}"
         named = [
             n
@@ -163,11 +167,11 @@ def check(plain: Plain, budget: Budget, importance: str, which: str) -> str:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), (
             "the argument changed"
         )
-    left = own_widths(pruned)
+    left = own_widths(pruned, model)
     assert all(n in choice for n, choice in zip(left, choices, strict=True)), (
         f"{left} left of {whole}, allowed {choices}"
     )
-    assert cost(pruned, x, budget) <= limit, f"{cost(pruned, x, budget)} over {limit}"
+    assert cost(pruned, model, x, budget) <= limit, f"{cost(pruned, model, x, budget)} over {limit}"
     expected = pruned(x)
     assert expected.shape == (2, 3) and bool(expected.isfinite().all())
     with tempfile.TemporaryDirectory() as folder:
