@@ -123,9 +123,9 @@ def slim(
     trained on, augmentation included; or, with `loss`, a function of (model, batch) that returns a scalar tensor, of any form. `test` is
     what the table is about (default: `validation`, on which nothing is chosen but by methods that compare candidates). One budget:
     `ratio` of channels that go, `macs_ratio` or `latency_ratio` (measured, of `measure`'s first place) of the original that stays.
-    `method`: as in docs/methods.md. `epochs` (20) and `learning_rate` (0.02, the peak): of fine-tuning; `finetune`, `prune` and `measure`:
-    all that the flags of these names set, before which these two go. With a loss the teacher's part is the squared difference of outputs over their
-    variance.
+    `method`: as in docs/methods.md. `epochs` (20) and `learning_rate` (0.02, the peak): of fine-tuning; `finetune`, `prune` and
+    `measure`: all that the flags of these names set, before which these two go. With a loss the teacher's part is the squared
+    difference of outputs over their variance.
     `out`: a folder that keeps the run and from which an interrupted one goes on; without, `result.save(folder)`.
 
     Raises, before anything is trained: ConfigError for settings and for a network in training mode or without weights, DataError for
