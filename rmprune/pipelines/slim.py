@@ -18,6 +18,7 @@ from rmprune.config import SlimConfig
 from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
+from rmprune.methods import auto
 from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
@@ -81,7 +82,9 @@ def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sl
     def network(name: str) -> nn.Module:
         return start(dense, name, lambda images: example[:images])[0]
 
-    check_budgets(network, methods, budgets, replace(job, teacher=dense))
+    check_budgets(
+        network, methods, budgets, replace(job, teacher=dense), {"auto": functools.partial(auto.look, dense, job=job)}
+    )
 
 
 def _run_cell(
@@ -135,14 +138,22 @@ def _slim(
     """A method's network, trained to its end, and the facts for its artifact and record."""
     files = Files.of(cell.directory, name)
     facts: dict[str, Any] = {"method": name}
-    if method.candidates:
+    widths = None
+    if name == "auto":
+        found = auto.choose(with_names(job.original, job), starts, budget, job, files)
+        method, network, widths, begun = found.method, found.network, found.widths, found.begun
+        files = files.named(f"{name}-{found.name}")
+        facts |= {"chosen": found.name, "candidates": found.verdicts}
+    elif method.candidates:
         cutters = {one: functools.partial(_cutter, METHODS[one], budget, job, starts) for one in method.candidates}
         verdicts = judge(cutters, budget, job, files)
         chosen = best(verdicts)
         method, files = METHODS[chosen], files.named(f"{name}-{chosen}")
         facts |= {"chosen": chosen, "candidates": verdicts}
-    network, more = slim_network(starts(method.start), method, budget, job, files)
-    begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
+    if name != "auto" or begun is None:
+        network = starts(method.start)
+        begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
+    network, more = slim_network(network, method, budget, job, files, widths)
     facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
     plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), network=layers_digest(job.original))
     return network, facts | more | {"plan": plan.to_dict()}

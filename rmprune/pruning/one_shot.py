@@ -48,6 +48,7 @@ def prune(
     lookahead: int = 1,
     origin: Mapping[str, int] | None = None,
     prove: bool = True,
+    begin: Mapping[str, int] | None = None,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
@@ -61,6 +62,7 @@ def prune(
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
     on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
     network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
+    `begin`: widths to descend from (see `rmprune.pruning.allocate.allocate`).
 
     Raises NotEquivalent where the cut took other columns than those that read what went, InfeasibleBudget where limits forbid
     the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted.
@@ -98,7 +100,9 @@ def prune(
         if which == "uniform":
             keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
         else:
-            keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
+            keep = allocate(
+                structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin
+            )
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
         done = fold_dead(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)

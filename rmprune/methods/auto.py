@@ -1,0 +1,269 @@
+"""`auto`: a choice for every block and a width for every group, looked for under the budget. Trains nothing.
+
+The presets' own networks and the plans that a surrogate proposes (`rmprune.pruning.proposals`) are cut to the budget, fitted and judged as
+whole networks on validation images; then plans that differ in one block from the best, while the minutes given for it last.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmprune.config import SlimConfig
+from rmprune.errors import InfeasibleBudget
+from rmprune.methods.choose import Verdicts, best, judge
+from rmprune.methods.cutter import LEAST_FRACTION, Cutter, layer_times, make_cutter, place_of
+from rmprune.methods.refuse import Starts
+from rmprune.methods.table import METHODS, STARTS, Method
+from rmprune.pruning import Budget, find_structure
+from rmprune.pruning.allocate import even_fraction
+from rmprune.pruning.budget import allowed_units, resolve
+from rmprune.pruning.carry_out import carry_out_blocks
+from rmprune.pruning.groups import Cost, macs, total_cost
+from rmprune.pruning.importance import score_groups
+from rmprune.pruning.options import BlockLayers, block_layers, block_options
+from rmprune.pruning.plan import Choice, Options
+from rmprune.pruning.proposals import Proposal, Proposals, Sight, thinned
+from rmprune.pruning.surrogate import Ends, block_losses, width_losses
+from rmprune.pruning.time_cost import TimeCost
+from rmprune.runs.notes import read_notes, remembered, write_text
+from rmprune.runs.writing import append_line
+from rmprune.training.job import Files, Job
+
+logger = logging.getLogger("rmprune")
+PROPOSED = 4  # plans that the surrogate proposes at first, each with its own widths and with widths by importance
+END_IMAGES = 256  # training images on which the end of the network is looked at
+SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
+_FREE = Method("a plan's blocks, the widths by importance")
+PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
+    "uniform": Method(
+        "as uniform, its layers fitted anew as all plans' are", widths="uniform", settings={"gradual": False}
+    )
+}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The three networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
+
+    networks: Mapping[Choice, nn.Module]
+    sights: Mapping[Choice, Sight]
+    options: Options
+    layers: Mapping[str, BlockLayers]
+    limit: float
+
+    @property
+    def nothing(self) -> dict[str, dict[Choice, float]]:
+        """The choices of every block, as if none lost anything."""
+        return {
+            name: {choice: 0.0 for choice in ("keep", "remove", "merge", "drop") if not own[choice]}
+            for name, own in self.options.items()
+        }
+
+
+def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Shapes:
+    """The shapes of `network` (with modules that name its blocks), whatever its weights. Widths keep the default floor, or less where
+    the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the least that can be had.
+    """
+    images = job.data.train.example(SHAPE_IMAGES, job.device)
+    options = block_options(network, images[:2])
+
+    def shaped(*prefer: Choice) -> nn.Module:
+        choices = {name: next(choice for choice in prefer if not own[choice]) for name, own in options.items()}
+        return carry_out_blocks(network, choices, lambda count: images[:count], fuse="never")[0]
+
+    networks: dict[Choice, nn.Module] = {
+        "keep": network,
+        "remove": shaped("remove", "keep"),
+        "merge": shaped("merge", "remove", "keep"),
+    }
+    structures = {choice: find_structure(own, images[:2]) for choice, own in networks.items()}
+    costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
+    if budget.latency_ratio is not None:
+        table, example = layer_times(job, place_of(job)), images[:1].cpu()
+        costs = {choice: TimeCost(table, own.cpu(), structures[choice], example) for choice, own in networks.items()}
+        budget = dataclasses.replace(budget, reference_ms=total_cost(structures["keep"], costs["keep"]))
+    limit = resolve(structures["keep"], budget, costs["keep"]).limit
+    floor = LEAST_FRACTION * even_fraction(structures["keep"], budget, costs["keep"])
+    while True:
+        least = budget if job.config.prune.min_fraction is not None else dataclasses.replace(budget, min_fraction=floor)
+        sights = {}
+        for choice, structure in structures.items():
+            widths = {group.name: thinned(allowed_units(group, least)) for group in structure.groups}
+            none = {name: [0.0] * len(own) for name, own in widths.items()}
+            sights[choice] = Sight(structure, costs[choice], widths, none)
+        found = Shapes(networks, sights, options, block_layers(network, images[:2]), limit)
+        cost = Proposals(sights, found.layers, found.nothing).least_cost()
+        if cost <= limit:
+            return found
+        floor /= 2
+        if least is budget or floor < 0.01:
+            nearest = getattr(budget, budget.name) * cost / limit
+            raise InfeasibleBudget(
+                f"{budget.name} {getattr(budget, budget.name):g} cannot be met by any plan of blocks and widths under these limits; the "
+                f"least that can be had is about {nearest:.3g}: ask for more, or lower min_channels, min_fraction or round_to"
+            )
+
+
+def propose(shapes: Shapes, job: Job[SlimConfig], files: Files) -> Proposals:
+    """The surrogate of these shapes: what their blocks and widths lose, measured once for these files."""
+    network, batches = shapes.networks["keep"], job.batches
+    ends = Ends.of(network, job.examples(END_IMAGES), torch.cat([y for _, y in batches])[:END_IMAGES].cpu())
+    note = files.note("losses")
+
+    def of_blocks() -> Any:
+        logger.info("%s: what each block loses where it is merged or dropped (KL at the network's end)", files.label)
+        return block_losses(network, shapes.options, job.examples, ends, logger.info)
+
+    def of_widths(choice: Choice) -> Any:
+        own, sight = shapes.networks[choice], shapes.sights[choice]
+        count = len(sight.structure.groups)
+        logger.info(
+            "%s: what each of %d groups loses where it is narrow, residuals %s", files.label, count, _SAID[choice]
+        )
+        scores = score_groups("taylor", job.here(own), sight.structure, batches)
+        return width_losses(job.here(own), sight.structure, scores, sight.widths, ends)
+
+    blocks = remembered(note, "blocks", of_blocks)
+    sights = dict(shapes.sights)
+    for choice in _SAID:
+        found = remembered(note, choice, functools.partial(of_widths, choice))
+        sights[choice] = dataclasses.replace(sights[choice], losses=found)
+    return Proposals(sights, shapes.layers, blocks)
+
+
+_SAID: dict[Choice, str] = {"keep": "kept", "remove": "removed"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What goes on: its method, the network that this prunes, the widths to descend from.
+
+    begun: the facts of how that network was made; None where it is one of STARTS. verdicts: of everything that was tried.
+    """
+
+    name: str
+    method: Method
+    network: nn.Module
+    widths: Mapping[str, int] | None
+    begun: dict[str, Any] | None
+    verdicts: Verdicts
+
+
+def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Chosen:
+    """The plan of the least loss on validation images, cut to the budget and not fine-tuned, of the presets' and those looked for.
+
+    `network`: the trained original with modules that name its blocks. What was tried stands beside the checkpoint of `files` and is not
+    tried again: an interrupted search goes on, a finished one is not repeated, whatever the clock says. Raises InfeasibleBudget where
+    no plan meets the budget.
+    """
+    network = job.here(network)
+    shapes = look(network, budget, job)
+    proposals = propose(shapes, job, files)
+    note = files.note("plans")
+    known = read_notes(note)
+    plans: dict[str, dict[str, Any]] = known.get("plans", {})
+
+    @functools.lru_cache(maxsize=2)
+    def blocks_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
+        return carry_out_blocks(network, plans[name]["blocks"], job.examples)
+
+    def cutter(name: str, by_importance: bool) -> Cutter:
+        widths = None if by_importance else plans[name]["widths"]
+        return make_cutter(blocks_of(name)[0], _FREE, job, budget, widths)
+
+    def candidates() -> dict[str, Callable[[], Cutter]]:
+        found: dict[str, Callable[[], Cutter]] = {
+            name: functools.partial(_preset, method, starts, job, budget) for name, method in PRESETS.items()
+        }
+        for name, plan in plans.items():
+            for rule in plan["rules"]:
+                found[f"{name}{rule}"] = functools.partial(cutter, name, bool(rule))
+        return found
+
+    def add(found: Proposal, rules: list[str], why: str) -> str:
+        name = f"plan-{len(plans) + 1}"
+        plans[name] = {
+            "blocks": found.blocks,
+            "widths": found.widths,
+            "predicted": found.loss,
+            "rules": rules,
+            "why": why,
+        }
+        return name
+
+    def tried() -> list[Mapping[str, Choice]]:
+        return [plan["blocks"] for plan in plans.values()]
+
+    while len(plans) < PROPOSED and (found := proposals.best(shapes.limit, other_than=tried())) is not None:
+        add(found, list(_RULES), f"number {len(plans) + 1} by the surrogate")
+    verdicts = judge(candidates(), budget, job, files)
+    seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
+    while seconds < 60 * minutes:
+        begun, leader = time.monotonic(), best(verdicts)
+        centre = _blocks(leader, plans, shapes.options)
+        found = proposals.best(shapes.limit, near=centre, other_than=tried())
+        if found is None:
+            seconds = 60 * minutes
+            break
+        rule = next((rule for rule in _RULES if rule and leader.endswith(rule)), "")
+        changed = [f"{b} {centre[b]} -> {c}" for b, c in found.blocks.items() if c != centre[b]]
+        name = add(found, [rule], f"{leader} with {', '.join(changed) or 'other widths'}") + rule
+        verdicts = judge(candidates(), budget, job, files)
+        seconds += time.monotonic() - begun
+        write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
+        _tell(files, name, plans[name.removesuffix(rule)], verdicts[name], max(0.0, 60 * minutes - seconds))
+    write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
+    return _chosen(best(verdicts), verdicts, plans, starts, blocks_of)
+
+
+_RULES = ("", "-by-importance")
+"""How a plan's widths are chosen: as the surrogate has them, or by importance from the whole on."""
+
+
+def _preset(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:
+    return make_cutter(starts(method.start), method, job, budget)
+
+
+def _blocks(name: str, plans: Mapping[str, dict[str, Any]], options: Options) -> dict[str, Choice]:
+    """What the blocks of a candidate are."""
+    for plan, own in plans.items():
+        if name in (f"{plan}{rule}" for rule in _RULES):
+            return dict(own["blocks"])
+    prefer = STARTS[PRESETS[name].start].prefer
+    return {block: next(choice for choice in prefer if not own[choice]) for block, own in options.items()}
+
+
+def _tell(files: Files, name: str, plan: Mapping[str, Any], verdict: Mapping[str, Any], left: float) -> None:
+    shown = f"loss {verdict['loss']:.3f}" if "loss" in verdict else f"refused ({verdict['refused']})"
+    logger.info("%s: %s, %s: %s; %.0f s of search left", files.label, name, plan["why"], shown, left)
+    line = {
+        "search": files.label,
+        "plan": name,
+        **{key: plan[key] for key in ("why", "predicted", "blocks")},
+        **verdict,
+    }
+    append_line(files.log, json.dumps(line | {"seconds_left": round(left, 1)}))
+
+
+def _chosen(
+    name: str,
+    verdicts: Verdicts,
+    plans: Mapping[str, dict[str, Any]],
+    starts: Starts,
+    blocks_of: Callable[[str], tuple[nn.Module, dict[str, Any]]],
+) -> Chosen:
+    for plan, own in plans.items():
+        for rule in own["rules"]:
+            if name == f"{plan}{rule}":
+                network, made = blocks_of(plan)
+                widths = None if rule else own["widths"]
+                return Chosen(name, _FREE, network, widths, made | {"blocks": own["blocks"]}, verdicts)
+    return Chosen(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts)
