@@ -18,7 +18,7 @@ from torch import nn
 
 from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget
-from rmprune.methods.choose import Verdicts, best, judge
+from rmprune.methods.choose import Verdicts, best, judge, shown
 from rmprune.methods.cutter import LEAST_FRACTION, Cutter, layer_times, make_cutter, place_of
 from rmprune.methods.refuse import Starts
 from rmprune.methods.table import METHODS, STARTS, Method
@@ -38,7 +38,7 @@ from rmprune.runs.writing import append_line
 from rmprune.training.job import Files, Job
 
 logger = logging.getLogger("rmprune")
-PROPOSED = 4  # plans that the surrogate proposes at first, each with its own widths and with widths by importance
+PROPOSED = 8  # plans that the surrogate proposes at first
 END_IMAGES = 256  # training images on which the end of the network is looked at
 SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
 _FREE = Method("a plan's blocks, the widths by importance")
@@ -146,7 +146,8 @@ _SAID: dict[Choice, str] = {"keep": "kept", "remove": "removed"}
 class Chosen:
     """What goes on: its method, the network that this prunes, the widths to descend from.
 
-    begun: the facts of how that network was made; None where it is one of STARTS. verdicts: of everything that was tried.
+    begun: the facts of how that network was made; None where it is one of STARTS. verdicts: of everything that was tried;
+    plans: those of it that the surrogate proposed, with the reason for each.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Chosen:
     widths: Mapping[str, int] | None
     begun: dict[str, Any] | None
     verdicts: Verdicts
+    plans: Mapping[str, Mapping[str, Any]]
 
 
 def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Chosen:
@@ -171,79 +173,69 @@ def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConf
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
 
-    @functools.lru_cache(maxsize=2)
-    def blocks_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    @functools.lru_cache(maxsize=1)
+    def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return carry_out_blocks(network, plans[name]["blocks"], job.examples)
 
-    def cutter(name: str, by_importance: bool) -> Cutter:
-        widths = None if by_importance else plans[name]["widths"]
-        return make_cutter(blocks_of(name)[0], _FREE, job, budget, widths)
+    def cutter(name: str) -> Cutter:
+        return make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"])
 
-    def candidates() -> dict[str, Callable[[], Cutter]]:
-        found: dict[str, Callable[[], Cutter]] = {
-            name: functools.partial(_preset, method, starts, job, budget) for name, method in PRESETS.items()
-        }
-        for name, plan in plans.items():
-            for rule in plan["rules"]:
-                found[f"{name}{rule}"] = functools.partial(cutter, name, bool(rule))
-        return found
-
-    def add(found: Proposal, rules: list[str], why: str) -> str:
+    def add(found: Proposal, why: str) -> str:
         name = f"plan-{len(plans) + 1}"
-        plans[name] = {
-            "blocks": found.blocks,
-            "widths": found.widths,
-            "predicted": found.loss,
-            "rules": rules,
-            "why": why,
-        }
+        plans[name] = {"blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "why": why}
         return name
 
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
 
-    while len(plans) < PROPOSED and (found := proposals.best(shapes.limit, other_than=tried())) is not None:
-        add(found, list(_RULES), f"number {len(plans) + 1} by the surrogate")
-    verdicts = judge(candidates(), budget, job, files)
-    seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
-    while seconds < 60 * minutes:
-        begun, leader = time.monotonic(), best(verdicts)
-        centre = _blocks(leader, plans, shapes.options)
-        found = proposals.best(shapes.limit, near=centre, other_than=tried())
-        if found is None:
-            seconds = 60 * minutes
-            break
-        rule = next((rule for rule in _RULES if rule and leader.endswith(rule)), "")
-        changed = [f"{b} {centre[b]} -> {c}" for b, c in found.blocks.items() if c != centre[b]]
-        name = add(found, [rule], f"{leader} with {', '.join(changed) or 'other widths'}") + rule
-        verdicts = judge(candidates(), budget, job, files)
-        seconds += time.monotonic() - begun
+    def keep(seconds: float) -> None:
+        note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
-        _tell(files, name, plans[name.removesuffix(rule)], verdicts[name], max(0.0, 60 * minutes - seconds))
-    write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
-    return _chosen(best(verdicts), verdicts, plans, starts, blocks_of)
 
-
-_RULES = ("", "-by-importance")
-"""How a plan's widths are chosen: as the surrogate has them, or by importance from the whole on."""
+    while len(plans) < PROPOSED and (found := proposals.best(shapes.limit, other_than=tried())) is not None:
+        add(found, f"number {len(plans) + 1} by the surrogate")
+    seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
+    keep(seconds)
+    candidates: dict[str, Callable[[], Cutter]] = {
+        name: functools.partial(_preset, method, starts, job, budget) for name, method in PRESETS.items()
+    }
+    verdicts = judge(candidates | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
+    for name in list(plans)[:PROPOSED] if not seconds else ():
+        _tell(files, name, plans[name], verdicts[name], whole)
+    while seconds < whole:
+        begun, leader = time.monotonic(), best(verdicts)
+        centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], shapes.options)
+        found = proposals.best(shapes.limit, near=centre, other_than=tried())
+        if found is None:  # all its neighbours were tried
+            keep(whole)
+            break
+        changed = [f"{b} {centre[b]} -> {c}" for b, c in found.blocks.items() if c != centre[b]]
+        name = add(found, f"{leader} with {', '.join(changed) or 'other widths'}")
+        verdicts = judge({name: functools.partial(cutter, name)}, budget, job, files)
+        seconds += time.monotonic() - begun
+        keep(seconds)
+        _tell(files, name, plans[name], verdicts[name], max(0.0, whole - seconds))
+    name = best(verdicts)
+    if name in plans:
+        plain, facts = carried_out(name)
+        return Chosen(
+            name, _FREE, plain, plans[name]["widths"], facts | {"blocks": plans[name]["blocks"]}, verdicts, plans
+        )
+    return Chosen(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts, plans)
 
 
 def _preset(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:
     return make_cutter(starts(method.start), method, job, budget)
 
 
-def _blocks(name: str, plans: Mapping[str, dict[str, Any]], options: Options) -> dict[str, Choice]:
-    """What the blocks of a candidate are."""
-    for plan, own in plans.items():
-        if name in (f"{plan}{rule}" for rule in _RULES):
-            return dict(own["blocks"])
-    prefer = STARTS[PRESETS[name].start].prefer
+def _blocks(preset: Method, options: Options) -> dict[str, Choice]:
+    """What a preset makes of the blocks."""
+    prefer = STARTS[preset.start].prefer
     return {block: next(choice for choice in prefer if not own[choice]) for block, own in options.items()}
 
 
 def _tell(files: Files, name: str, plan: Mapping[str, Any], verdict: Mapping[str, Any], left: float) -> None:
-    shown = f"loss {verdict['loss']:.3f}" if "loss" in verdict else f"refused ({verdict['refused']})"
-    logger.info("%s: %s, %s: %s; %.0f s of search left", files.label, name, plan["why"], shown, left)
+    logger.info("%s: %s, %s: %s; %.0f s of search left", files.label, name, plan["why"], shown(verdict), left)
     line = {
         "search": files.label,
         "plan": name,
@@ -251,19 +243,3 @@ def _tell(files: Files, name: str, plan: Mapping[str, Any], verdict: Mapping[str
         **verdict,
     }
     append_line(files.log, json.dumps(line | {"seconds_left": round(left, 1)}))
-
-
-def _chosen(
-    name: str,
-    verdicts: Verdicts,
-    plans: Mapping[str, dict[str, Any]],
-    starts: Starts,
-    blocks_of: Callable[[str], tuple[nn.Module, dict[str, Any]]],
-) -> Chosen:
-    for plan, own in plans.items():
-        for rule in own["rules"]:
-            if name == f"{plan}{rule}":
-                network, made = blocks_of(plan)
-                widths = None if rule else own["widths"]
-                return Chosen(name, _FREE, network, widths, made | {"blocks": own["blocks"]}, verdicts)
-    return Chosen(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts)
