@@ -9,17 +9,14 @@ Weights are untrained: what is timed does not depend on them.
 from __future__ import annotations
 
 import copy
-import shlex
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 import tyro
+from rates import write_rates
 from torch import Tensor, nn
 
 from rmprune.amc.agent import AgentConfig
@@ -31,9 +28,7 @@ from rmprune.config import AmcConfig, DataConfig, SearchConfig
 from rmprune.data.load import load_dataset
 from rmprune.models.families import create
 from rmprune.removal import remove_residuals
-from rmprune.runs.machine import environment
 from rmprune.training.job import Job
-from rmprune.training.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -113,35 +108,16 @@ def main(settings: Settings) -> None:
             if turn >= 0:
                 rates[name].append(60 * settings.episodes / (time.perf_counter() - start))
                 print(f"turn {turn + 1}: {name} {rates[name][-1]:,.1f} episodes/min", flush=True)
-    base = statistics.median(rates["straightforward"])
-    precision = {"straightforward": "float32", "rmprune": str(compute_dtype("auto", device)).removeprefix("torch.")}
-    facts = environment()
-    table = pd.DataFrame(
-        {
-            "search": name,
-            "episodes_per_minute": round(statistics.median(values), 1),
-            "lowest": round(min(values), 1),
-            "highest": round(max(values), 1),
-            "relative": round(statistics.median(values) / base, 2),
-            "precision": precision[name],
-            "recalibrated": name == "rmprune",
-            "model": f"mobilenet_v2_small width {settings.width:g}, RM, fused",
-            "layers": len(space.groups),
-            "macs_budget": settings.budget,
-            "images": settings.images,
-            "episodes": settings.episodes,
-            "rounds": settings.rounds,
-            "device": settings.device,
-            "threads": settings.threads,
-            "processor": facts.get("processor"),
-            "torch": torch.__version__,
-            "command": shlex.join(["python", *sys.argv]),
-        }
-        for name, values in rates.items()
-    )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(settings.out, index=False)
-    print(table.to_string(index=False))
+    facts = {
+        "recalibrated": {"straightforward": False, "rmprune": True},
+        "model": f"mobilenet_v2_small width {settings.width:g}, RM, fused",
+        "layers": len(space.groups),
+        "macs_budget": settings.budget,
+        "images": settings.images,
+        "episodes": settings.episodes,
+        "rounds": settings.rounds,
+    }
+    write_rates(settings.out, "search", "episodes_per_minute", rates, settings.device, settings.threads, **facts)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from torchvision.models import get_model
+
+from rmprune.errors import RmpruneError, UnsupportedModel
+from rmprune.graph.equivalence import own_rounding
+from rmprune.measure.cost import count_macs, count_params
+from rmprune.models import create
+from rmprune.removal import plan_removal, remove_residuals
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "removal-coverage"
 REPORT = ROOT / "reports" / "removal-coverage"
@@ -91,14 +101,10 @@ NETS = [
 
 
 def build(net: Net) -> Any:
-    import torchvision
-
-    import rmprune.models
-
     source, _, name = net.name.rpartition(":")
     if source == "tv":
-        return torchvision.models.get_model(name, weights=None, **net.settings)
-    return rmprune.models.create(f"timm/{name}" if source == "timm" else name, **net.settings)
+        return get_model(name, weights=None, **net.settings)
+    return create(f"timm/{name}" if source == "timm" else name, **net.settings)
 
 
 def randomise(model: Any, x: Any, seed: int) -> None:
@@ -107,9 +113,6 @@ def randomise(model: Any, x: Any, seed: int) -> None:
     Without a least variance, a channel that is dead on noise would have the gain 1 / sqrt(eps) = 316 on other inputs, and
     outputs would grow a million times larger than those that the call has seen.
     """
-    import torch
-    from torch import nn
-
     torch.manual_seed(seed)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     bounded = any(isinstance(m, nn.ReLU6 | nn.Hardswish | nn.Hardtanh | nn.Hardsigmoid) for m in model.modules())
@@ -134,9 +137,6 @@ def randomise(model: Any, x: Any, seed: int) -> None:
 
 def saturated_fraction(model: Any, x: Any) -> float | None:
     """Fraction of the places before ReLU6 that are above 6; None without ReLU6."""
-    import torch
-    from torch import nn
-
     counts: Counter[str] = Counter()
 
     def count(_: Any, args: tuple[Any, ...]) -> None:
@@ -153,8 +153,6 @@ def saturated_fraction(model: Any, x: Any) -> float | None:
 
 def relative_error(plain: Any, reference: Any, inputs: list[Any]) -> float:
     """Largest difference over the inputs, relative to each output's largest value; the reference runs in float64."""
-    import torch
-
     worst = 0.0
     dtype = next(plain.parameters()).dtype
     with torch.no_grad():
@@ -168,7 +166,6 @@ def onnx_facts(plain: Any, inputs: list[Any]) -> dict[str, Any]:
     """Exports to ONNX and runs ONNX Runtime on fresh inputs: its error against the module, the graph's operators."""
     import onnx
     import onnxruntime
-    import torch
 
     from rmprune.artifact.onnx import export_onnx
 
@@ -188,12 +185,6 @@ def onnx_facts(plain: Any, inputs: list[Any]) -> dict[str, Any]:
 
 def convert(net: Net, size: int, seed: int, onnx: bool) -> dict[str, Any]:
     """All facts of one row."""
-    import torch
-
-    from rmprune.errors import UnsupportedModel
-    from rmprune.measure.cost import count_macs, count_params
-    from rmprune.removal import plan_removal, remove_residuals
-
     torch.manual_seed(seed)
     model = build(net)
     channels = 3
@@ -244,10 +235,6 @@ def convert(net: Net, size: int, seed: int, onnx: bool) -> dict[str, Any]:
 
 def own_error(reference: Any, inputs: list[Any]) -> float:
     """How far one float64 rounding of its weights moves the original's outputs, relative to their largest value."""
-    import torch
-
-    from rmprune.graph.equivalence import own_rounding
-
     with torch.no_grad():
         return max(
             own_rounding(copy.deepcopy(reference), (x.double(),), [len(x)], reference(x.double())) for x in inputs
@@ -269,8 +256,6 @@ def first_line(error: BaseException) -> str:
 
 
 def worker(row: str, size: int, seed: int, onnx: bool, out: Path) -> None:
-    from rmprune.errors import RmpruneError
-
     net = next(net for net in NETS if net.row == row)
     facts: dict[str, Any] = {"net": row, "input": f"3x{size}x{size}"}
     try:

@@ -8,17 +8,15 @@ The two run in turns in one process; every turn gives one figure for each, after
 from __future__ import annotations
 
 import contextlib
-import shlex
-import statistics
-import sys
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 import tyro
+from rates import write_rates
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms import v2
@@ -27,9 +25,7 @@ from rmprune.config import DataConfig, TrainConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import TensorSplit
 from rmprune.models.families import create
-from rmprune.runs.machine import environment
 from rmprune.training import TrainState, fit
-from rmprune.training.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,10 @@ class Settings:
     """Images in a batch."""
     width: int = 32
     """Channels of the first stage."""
+    workers: int = 0
+    """Processes of the plain loop's DataLoader; 0: none but this one."""
+    dataset: str = "fashion-mnist"
+    """Images that are held in memory."""
     device: str = "cpu"
     """cpu or cuda."""
     data_dir: Path | None = None
@@ -67,7 +67,7 @@ class AugmentedImages(TensorDataset):
         super().__init__(split.images, split.labels)
         self.transform = v2.Compose(
             [
-                v2.RandomCrop(28, padding=3),
+                v2.RandomCrop(split.images.shape[2:], padding=3),
                 v2.RandomHorizontalFlip(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize([0.286], [0.353]),
@@ -87,7 +87,15 @@ def synchronise(device: torch.device) -> None:
 def plain_loop(data: Dataset, model: nn.Module, settings: Settings, device: torch.device) -> float:
     """Images per second of a plain float32 loop."""
     assert isinstance(data.train, TensorSplit)
-    loader = iter(DataLoader(AugmentedImages(data.train), settings.batch_size, shuffle=True, drop_last=True))
+    loader = DataLoader(
+        AugmentedImages(data.train),
+        settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=settings.workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     criterion = nn.CrossEntropyLoss()
     model.train()
@@ -96,7 +104,7 @@ def plain_loop(data: Dataset, model: nn.Module, settings: Settings, device: torc
         if step == settings.warmup:
             synchronise(device)
             start = time.perf_counter()
-        x, y = (tensor.to(device) for tensor in next(loader))
+        x, y = (tensor.to(device) for tensor in next(batches))
         optimizer.zero_grad()
         loss = criterion(model(x), y)
         loss.backward()
@@ -122,47 +130,36 @@ def our_loop(data: Dataset, model: nn.Module, settings: Settings, device: torch.
     return settings.steps * settings.batch_size / (times[1] - times[0])
 
 
+LOOPS: dict[str, Callable[[Dataset, nn.Module, Settings, torch.device], float]] = {
+    "plain": plain_loop,
+    "rmprune": our_loop,
+}
+
+
+def rate(name: str, settings: Settings) -> float:
+    """Images per second of one turn of a loop."""
+    device = torch.device(settings.device)
+    images = DataConfig(dataset=settings.dataset, data_dir=settings.data_dir, batch_size=settings.batch_size)
+    data = load_dataset(images)
+    model = create("resnet20", num_classes=data.num_classes, in_channels=data.input_shape[0], width=settings.width)
+    return LOOPS[name](data, model.to(device), settings, device)
+
+
 def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
-    data = load_dataset(DataConfig(dataset="fashion-mnist", data_dir=settings.data_dir, batch_size=settings.batch_size))
-    loops: dict[str, Callable[[Dataset, nn.Module, Settings, torch.device], float]] = {
-        "plain": plain_loop,
-        "rmprune": our_loop,
-    }
-    rates: dict[str, list[float]] = {name: [] for name in loops}
+    rates: dict[str, list[float]] = {name: [] for name in LOOPS}
     for turn in range(settings.rounds):
-        for name, loop in loops.items():
-            model = create("resnet20", num_classes=10, in_channels=1, width=settings.width).to(device)
-            rates[name].append(loop(data, model, settings, device))
+        for name in LOOPS:
+            rates[name].append(rate(name, settings))
             print(f"turn {turn + 1}: {name} {rates[name][-1]:,.0f} images/s", flush=True)
-    plain = statistics.median(rates["plain"])
-    precision = {"plain": "float32", "rmprune": str(compute_dtype("auto", device)).removeprefix("torch.")}
-    facts = environment()
-    table = pd.DataFrame(
-        {
-            "loop": name,
-            "images_per_second": round(statistics.median(values), 1),
-            "lowest": round(min(values), 1),
-            "highest": round(max(values), 1),
-            "relative": round(statistics.median(values) / plain, 3),
-            "precision": precision[name],
-            "model": f"resnet20 width {settings.width}",
-            "dataset": "fashion-mnist",
-            "batch_size": settings.batch_size,
-            "steps": settings.steps,
-            "rounds": settings.rounds,
-            "device": settings.device,
-            "threads": settings.threads,
-            "processor": facts.get("processor"),
-            "torch": torch.__version__,
-            "command": shlex.join(["python", *sys.argv]),
-        }
-        for name, values in rates.items()
-    )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(settings.out, index=False)
-    print(table.to_string(index=False))
+    facts = {
+        "model": f"resnet20 width {settings.width}",
+        "dataset": settings.dataset,
+        "batch_size": settings.batch_size,
+        "steps": settings.steps,
+        "rounds": settings.rounds,
+    }
+    write_rates(settings.out, "loop", "images_per_second", rates, settings.device, settings.threads, **facts)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
     arguments = [
         part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
+    arguments = _with_value("--augment", "True", arguments)
     transfer = any(word == "--weights" or word.startswith("--weights=") for word in arguments)
     if "--config" in arguments:
         at = arguments.index("--config")
@@ -102,6 +103,17 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
         if not stopped.code:  # --help
             raise
         _fail(f"{_one_line(said.getvalue())} ({prog} --help lists the flags)")
+
+
+def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
+    """`flag` by itself, and its opposite, as they were before it took a value: `--augment`, `--no-augment`."""
+    words = [
+        word.replace("--no-", "--") + "=none" if word == flag.replace("--", "--no-") else word for word in arguments
+    ]
+    bare = {
+        i for i, word in enumerate(words) if word == flag and (i + 1 == len(words) or words[i + 1].startswith("--"))
+    }
+    return [f"{word}={value}" if i in bare else word for i, word in enumerate(words)]
 
 
 def _one_line(box: str) -> str:
@@ -126,8 +138,7 @@ def slim(arguments: list[str]) -> None:
     from rmprune.pipelines.slim import run_slim
 
     config = _parse(settings.SlimConfig, arguments, "slim")
-    command = _command_line("slim", arguments)
-    _finish(config.directory, run_slim(config, command=command), command)
+    _run(run_slim, config, _command_line("slim", arguments))
 
 
 def amc(arguments: list[str]) -> None:
@@ -135,8 +146,7 @@ def amc(arguments: list[str]) -> None:
     from rmprune.pipelines.amc import run_amc
 
     config = _parse(settings.AmcConfig, arguments, "amc")
-    command = _command_line("amc", arguments)
-    _finish(config.directory, run_amc(config, command=command), command)
+    _run(run_amc, config, _command_line("amc", arguments))
 
 
 def train(arguments: list[str]) -> None:
@@ -144,14 +154,22 @@ def train(arguments: list[str]) -> None:
     from rmprune.pipelines.train import run_train
 
     config = _parse(settings.TrainRunConfig, arguments, "train")
-    command = _command_line("train", arguments)
-    _finish(config.directory, run_train(config, command=command), command)
+    _run(run_train, config, _command_line("train", arguments))
 
 
-def _finish(directory: Path, records: list[Path], command: str) -> None:
-    """The end of a run: its tables on the screen, its figure on disk, and what to do next."""
-    from rmprune.report.build import build_report, show
+def _run(run: Callable[..., list[Path]], config: Any, command: str) -> None:
+    """Do a run, or only its report where it was killed before that; its tables on the screen, its figure on disk, and what to do next."""
+    from rmprune.report.build import COMMAND, build_report, show
+    from rmprune.runs.directory import Finished
+    from rmprune.runs.records import find_records
 
+    directory = config.directory
+    try:
+        records = run(config, command=command)
+    except Finished:
+        if (directory / "report" / COMMAND).is_file():
+            raise
+        records = find_records([directory])
     show(records)
     files = build_report(records, directory / "report", command)
     figures = ", ".join(str(file) for file in files if file.suffix == ".png")

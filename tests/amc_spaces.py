@@ -6,7 +6,8 @@ from torch import nn
 from rmprune.amc.environment import Environment
 from rmprune.amc.space import Limits, Space
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import SizedLayer, Structure, macs
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.layers import SizedLayer, macs
 
 X = torch.randn(2, 3, 8, 8)
 

@@ -2,7 +2,9 @@
 
 import gc
 import os
+import sys
 
+import pytest
 from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
@@ -10,7 +12,24 @@ settings.register_profile("fixed", derandomize=True, deadline=None)  # the same 
 settings.load_profile("fixed")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A second thread that a test leaves behind spins on a core the other process needs: all tests after it take many times as long."""
+    if "torch" in sys.modules and (left := sys.modules["torch"].get_num_threads()) != 1:
+        sys.modules["torch"].set_num_threads(1)
+        pytest.fail(f"{item.nodeid} left torch with {left} threads")
+
+
 def pytest_collection_finish() -> None:
     """What the imports made stays: every full collection, and each measurement of a time begins with one, passes it by."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that need a GPU are skipped where there is none."""
+    if item.get_closest_marker("cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU")

@@ -3,8 +3,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from record_examples import example
 
 from rmprune.cli import COMMANDS, main
+from rmprune.config import TrainRunConfig
+from rmprune.runs.directory import Finished
+from rmprune.runs.records import write_record
+from rmprune.runs.writing import write_text
 
 
 def status(*arguments: str) -> int:
@@ -185,3 +190,18 @@ def test_inspect_says_what_stays_and_why_and_convert_what_was_kept(
     assert "2 residuals removed, 1 kept" in printed and "kept layer1.0: " in printed
     assert status("inspect", str(tmp_path)) == 2 and "not an artifact of rmprune" in capsys.readouterr().err
     assert status("inspect", "resnet8", "--image-size", "0") == 2 and "at least 1" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_before_its_report_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finished(config: TrainRunConfig, *, command: str) -> list[Path]:
+        raise Finished("this run is finished")
+
+    made: list[Path] = []
+    monkeypatch.setattr("rmprune.pipelines.train.run_train", finished)
+    monkeypatch.setattr("rmprune.report.build.build_report", lambda paths, out, command: made.extend(paths) or [])
+    record = write_record(tmp_path / "record.json", example())
+    main(["train", "--out", str(tmp_path)])
+    assert made == [record]
+    write_text(tmp_path / "report" / "command.txt", "")
+    with pytest.raises(SystemExit):
+        main(["train", "--out", str(tmp_path)])

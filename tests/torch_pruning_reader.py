@@ -14,11 +14,10 @@ from rmprune.pruning.groups import (
     Group,
     Member,
     Structure,
-    describe_layer,
-    is_depthwise,
     record_shapes,
     with_ports,
 )
+from rmprune.pruning.layers import is_depthwise, sized_layers
 
 
 def dependency_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
@@ -42,8 +41,7 @@ def dependency_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
             groups.append(_read_group(root, found, graph, names))
         except UnsupportedModel as reason:
             frozen[root] = str(reason)
-    layers = [describe_layer(name, module, shapes) for name, module in model.named_modules()]
-    structure = Structure(tuple(groups), tuple(x for x in layers if x is not None), frozen)
+    structure = Structure(tuple(groups), sized_layers(model, example_inputs, shapes), frozen)
     return with_ports(_without_overlaps(structure))
 
 

@@ -21,8 +21,9 @@ from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place, largest_within
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Structure, describe_layer, record_shapes
+from rmprune.pruning.groups import Structure, record_shapes
 from rmprune.pruning.importance import score_groups
+from rmprune.pruning.layers import Cost, sized_layers
 from rmprune.pruning.prove import prove_groups
 from rmprune.pruning.surgery import shrink
 from rmprune.pruning.time_cost import TimeCost, calibrate
@@ -47,9 +48,8 @@ def limits_of(config: SearchConfig) -> Limits:
 
 def network_cost(model: nn.Module, example: Tensor, cost: Cost) -> float:
     """The cost of a whole network as it is, by a cost of layers (macs, params)."""
-    shapes = record_shapes(model, example)
-    layers = [describe_layer(name, module, shapes) for name, module in model.named_modules()]
-    return sum(cost(layer, layer.cin, layer.cout) for layer in layers if layer is not None)
+    layers = sized_layers(model, example, record_shapes(model, example))
+    return sum(cost(layer, layer.cin, layer.cout) for layer in layers)
 
 
 def make_space(network: nn.Module, original: nn.Module, example: Tensor, config: SearchConfig, ratio: float) -> Space:
@@ -157,7 +157,7 @@ def choose(
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
     facts = _facts(result, space, verified, accuracy, goal.ratio) | {"cut_error": cut_error}
-    return Chosen(scorer.build(verified.widths).cpu(), widths, facts)
+    return Chosen(job.recentred(scorer.build(verified.widths)), widths, facts)
 
 
 def make_scorer(network: nn.Module, space: Space, job: Job[AmcConfig]) -> Scorer:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from rmprune.amc.space import Space, Widths
 from rmprune.errors import ConfigError
-from rmprune.pruning.groups import SizedLayer
+from rmprune.pruning.layers import SizedLayer
 
 Features = tuple[float, ...]
 RewardKind = Literal["accuracy", "error_log_cost"]

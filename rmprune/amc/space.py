@@ -5,6 +5,7 @@ producer's. The budget is kept at every step by one invariant: what is decided, 
 meets it. So some allowed width always fits, whatever the rounding, and the last step leaves a policy inside the budget.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.allocate import Meter
 from rmprune.pruning.budget import Budget, allowed_units
-from rmprune.pruning.groups import Cost, Group, Keep, SizedLayer, Structure, macs
+from rmprune.pruning.groups import Group, Keep, Structure
+from rmprune.pruning.layers import Cost, SizedLayer, macs
 
 Widths = tuple[int, ...]
 """Units kept of every group, in the space's order."""
@@ -22,9 +24,8 @@ Widths = tuple[int, ...]
 
 def params(layer: SizedLayer, cin: int, cout: int) -> float:
     """Parameters of a layer at these widths once batch norms are folded: its weights and one bias for each output."""
-    if layer.kind == "depthwise":
-        return layer.kernel[0] * layer.kernel[1] * cout + cout
-    return layer.kernel[0] * layer.kernel[1] * cin * cout / layer.groups + cout
+    each = 1 if layer.kind == "depthwise" else cin / layer.groups
+    return math.prod(layer.kernel) * each * cout + cout
 
 
 COSTS: dict[str, Cost] = {"macs": macs, "params": params}

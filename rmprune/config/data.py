@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rmprune.config.fields import changeable, require, require_seed
+
+Augmentation = Literal["none", "light", "mirrors", "turns", "imagenet"]
+CacheKind = Literal["auto", "disk", "memory", "none"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,7 @@ class DataConfig:
     """Which images to train and test on, and how they are split and batched."""
 
     dataset: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100 or imagefolder."""
+    """digits, fashion-mnist, cifar10, cifar100, or imagefolder: one's own photos (docs/photos.md)."""
     data_dir: Path | None = None
     """Where the files lie, or where a download goes (not needed for digits)."""
     batch_size: int = 64
@@ -28,8 +32,36 @@ class DataConfig:
     """Loader processes (imagefolder only)."""
     image_size: int = 224
     """Height and width of the images (imagefolder only)."""
-    augment: bool = True
-    """Random crops, and flips where the classes allow it."""
+    augment: bool | Augmentation = True
+    """none; light: shifts, and mirrored where the classes allow it; mirrors: upside down too; turns: by quarters too; imagenet:
+    crops of 8 % of the photo and more (imagefolder only). True: imagenet for an imagefolder, light for the others."""
+    crop: float = 0.875
+    """Part of the photo's shorter side that is seen, in the middle; 1: up to its edges (imagefolder only)."""
+    normalization: Literal["auto", "imagenet", "half"] = "auto"
+    """auto: what --weights expects where that is known, else ImageNet's mean and deviation; half: 0.5 and 0.5 (imagefolder only)."""
+    test: float = 0.2
+    """Fraction of the images held back for the test where no folder or CSV names them; always the same ones (imagefolder only)."""
+    labels: Path | None = None
+    """CSV with a row for each image, in the place of class folders (imagefolder only); a column `split` names parts."""
+    image_column: str = "image"
+    """The CSV's column with the path below data_dir."""
+    label_column: str = "label"
+    """The CSV's column with the class; without it the class is the folder that the image lies in."""
+    group_column: str | None = None
+    """The CSV's column that says what belongs together (frames of one object): never in two parts."""
+    balance: bool = False
+    """Weigh the classes in the loss so that all count alike, however many images they have."""
+    cache: CacheKind = field(default="auto", metadata=changeable())
+    """Where photos lie once they are decoded (imagefolder only): disk, memory, none; auto takes the first that has room."""
+    transforms: str | None = None
+    """Refused: transforms of one's own are code, and nothing read from outside is executed. From Python pass loaders of your own."""
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What `augment` means for this data set."""
+        if isinstance(self.augment, str):
+            return self.augment
+        return "none" if not self.augment else "imagenet" if self.dataset == "imagefolder" else "light"
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
@@ -41,3 +73,29 @@ class DataConfig:
         )
         require(self.workers >= 0, f"workers is {self.workers}; it must not be negative")
         require(self.image_size >= 8, f"image_size is {self.image_size}; it must be at least 8")
+        require(
+            self.augment in (True, False, "none", "light", "mirrors", "turns", "imagenet"),
+            f"augment is {self.augment!r}; use none, light, mirrors, turns or imagenet",
+        )
+        require(
+            self.augment not in ("mirrors", "turns", "imagenet") or self.dataset == "imagefolder",
+            f"augment is {self.augment!r}, which is for an imagefolder; use light or none",
+        )
+        require(0 < self.crop <= 1, f"crop is {self.crop}; it must lie between 0 and 1")
+        require(
+            self.normalization in ("auto", "imagenet", "half"),
+            f"normalization is {self.normalization!r}; use auto, imagenet or half",
+        )
+        require(0 < self.test < 1, f"test is {self.test}; it must lie between 0 and 1")
+        require(
+            self.group_column is None or self.labels is not None,
+            "group_column is a column of the CSV; give it with --labels",
+        )
+        require(
+            self.cache in ("auto", "disk", "memory", "none"), f"cache is {self.cache!r}; use auto, disk, memory or none"
+        )
+        require(
+            self.transforms is None,
+            f"{str(self.transforms)[:200]} would be executed, and nothing read from outside is; take --augment, or call rmprune.slim (or "
+            "rmprune.training.fit) from Python with loaders of your own",
+        )

@@ -19,7 +19,7 @@ from rmprune.config.training import SparsityConfig, TrainConfig
 def architecture(config: Any) -> dict[str, Any]:
     """The settings of a config that belong to the network itself, for `create_network`; None is left to its default."""
     free = getattr(config, "free", 1)
-    found = {name: getattr(config, name) for name in ("width", "depth", "reserve_ratio")}
+    found = {name: getattr(config, name) for name in ("width", "depth", "reserve_ratio", "batch_norm_eps")}
     return found | ({"free": free} if free > 1 else {})
 
 
@@ -37,11 +37,17 @@ class Architecture:
     know and larger ones for the new head, and a weak pull of the sparsity."""
     weights_by_order: bool = False
     """Tensors of the file belong to the network's in their order, whatever their names; shapes must agree."""
+    batch_norm_eps: float | None = None
+    """What every batch norm adds to the variance (default: the network's own, mostly 1e-5); TensorFlow's weights are made for 1e-3."""
 
     def __post_init__(self) -> None:
         require(
             not self.weights_by_order or self.weights not in (None, "imagenet"),
             "weights_by_order says how a file is read; give --weights FILE, or leave it out",
+        )
+        require(
+            self.batch_norm_eps is None or 0 < self.batch_norm_eps < 1,
+            f"batch_norm_eps is {self.batch_norm_eps}; it must lie between 0 and 1",
         )
         require(
             self.weights is None or getattr(self, "checkpoint", None) is None,
@@ -60,6 +66,8 @@ class RunConfig(Architecture):
     """Seed of the weights and of the order of the images; the first, where there are several."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto takes the GPU where there is one."""
+    deterministic: bool = field(default=False, metadata=changeable())
+    """On a GPU, only kernels that give the same result every time: slower. On a CPU all do."""
     data: Unprefixed[DataConfig] = DataConfig()
     train: Unprefixed[TrainConfig] = TrainConfig(epochs=25)
     measure: MeasureConfig = MeasureConfig()

@@ -3,6 +3,7 @@
 from typing import Any
 
 TRANSFER: dict[str, dict[str, Any]] = {
+    "data": {"augment": "light"},
     "train": {"epochs": 15, "learning_rate": 0.01, "head_rate": 5.0, "warmup_epochs": 1.0},
     "sparsity": {"strength": 0.2},
     "finetune": {"epochs": 15, "learning_rate": 0.01},
@@ -11,7 +12,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
 
 
 def transfer_flags(stages: set[str]) -> list[str]:
-    """These defaults as flags of a command with these stages; the training's have no prefix.
+    """These defaults as flags of a command with these stages; those of data and training have no prefix.
 
     >>> rmprune.config.transfer.transfer_flags({"sparsity"})
     ['--sparsity.strength', '0.2']
@@ -21,5 +22,5 @@ def transfer_flags(stages: set[str]) -> list[str]:
         for stage, settings in TRANSFER.items()
         if stage in stages
         for name, value in settings.items()
-        for word in (f"--{'' if stage == 'train' else stage + '.'}{name.replace('_', '-')}", str(value))
+        for word in (f"--{'' if stage in ('data', 'train') else stage + '.'}{name.replace('_', '-')}", str(value))
     ]

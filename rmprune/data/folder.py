@@ -1,106 +1,144 @@
-"""ImageNet-layout folders (train/CLASS/*, val/CLASS/*) through loader processes; small sets are held in memory (splits.py)."""
+"""Folders of photos as splits: parts named or drawn, augmentation, batches. What there is says listing.py; photos.py decodes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from rmprune.config import DataConfig
-from rmprune.data.splits import Batch, Share, Split, batch_seed, split_train
+from rmprune.config.data import Augmentation
+from rmprune.data.listing import list_photos
+from rmprune.data.photos import Photos, bit_depth, one_line_errors
+from rmprune.data.splits import Batch, Share, Split, Statistics, batch_seed, draw_part, some_of, split_train
 from rmprune.errors import DataError
 
-# ImageNet's own statistics, as every pretrained network expects; those of the folder would cost a pass over all files.
-_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-_LAYOUT = "it needs the ImageNet layout: train/CLASS/image.jpg and val/CLASS/image.jpg"
+TEST_SEED = 20211  # where no test images are named: the same ones for every split_seed
+_SHIFT = 8  # light augmentation moves by up to this part of the image in all, beyond what lies outside the crop anyway
 
 
-def load_image_folder(config: DataConfig) -> tuple[Split, Split, Split, int, tuple[int, int, int]]:
-    """(train, validation, test = val/, number of classes, input shape (C, H, W)). Raises `DataError` for another layout."""
-    if config.data_dir is None:
-        raise DataError(f"imagefolder needs --data-dir; {_LAYOUT}")
-    train, test = (_open(Path(config.data_dir) / part) for part in ("train", "val"))
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(f"{config.data_dir}: train/ and val/ differ in classes, such as {odd[0]!r}; {_LAYOUT}")
-    held_back, kept = map(_mixed, split_train(torch.tensor(train.targets), config))
-    splits = (
-        FolderSplit([train.samples[i] for i in kept.tolist()], config),
-        FolderSplit([train.samples[i] for i in held_back.tolist()], config),
-        FolderSplit(test.samples, config),
-    )
-    return *splits, len(train.classes), (3, config.image_size, config.image_size)
+def load_image_folder(
+    config: DataConfig, statistics: Statistics
+) -> tuple[tuple[Split, Split, Split], list[Tensor], tuple[str, ...]]:
+    """(train, validation, test), their labels, and the classes' names. Parts that the folder or CSV names are taken as they are;
+    others are drawn, stratified by class, whole groups together; val/ without test/ is the test set, as ImageNet's is.
+
+    Raises DataError for another layout, a damaged image (where a cache is made), and parts without an image of some class.
+    """
+    listed, classes = list_photos(config)
+    labels = torch.tensor([photo.label for photo in listed])
+    groups = [photo.group for photo in listed] if config.group_column else None
+    named = {
+        part: torch.tensor([i for i, photo in enumerate(listed) if photo.part == part])
+        for part in ("train", "val", "test")
+    }
+    test = named["test"] if len(named["test"]) else named["val"]
+    if len(test):
+        rest = named["train"]
+    else:
+        drawn = draw_part(labels, config.test, TEST_SEED, groups)
+        test, rest = drawn.nonzero().squeeze(1), (~drawn).nonzero().squeeze(1)
+    if len(named["test"]) and len(named["val"]):
+        held_back, kept = named["val"], some_of(rest, config)
+    else:
+        inside = None if groups is None else [groups[i] for i in rest.tolist()]
+        held_back, kept = (rest[part] for part in split_train(labels[rest], config, inside))
+    parts = [_mixed(kept), _mixed(held_back), test]
+    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        counts = torch.bincount(labels[part], minlength=len(classes))
+        if not counts.all() and config.train_images is None:
+            raise DataError(
+                f"{config.data_dir}: class {classes[int(counts.argmin())]!r} has no image left for {name}; "
+                "add images (or groups) of it, or take the class out"
+            )
+    paths = [photo.path for photo in listed]
+    photos = Photos(paths, round(config.image_size / config.crop), bit_depth(paths))
+    photos.decode_all(config.cache, config.workers)
+    splits = tuple(FolderSplit(photos, part, labels[part], config, statistics) for part in parts)
+    return (splits[0], splits[1], splits[2]), [labels[part] for part in parts], classes
 
 
 class FolderSplit(Split):
-    """A split of image files, (path, label) pairs, decoded and augmented by loader processes to 3 channels of image_size."""
+    """A split of image files, as 3 channels of image_size: `indices` int64 [N] into the photos, with their `labels` [N]."""
 
-    def __init__(self, samples: list[tuple[str, int]], config: DataConfig) -> None:
-        self.samples, self.size, self.workers = samples, config.image_size, config.workers
+    def __init__(
+        self, photos: Photos, indices: Tensor, labels: Tensor, config: DataConfig, statistics: Statistics
+    ) -> None:
+        self.photos, self.indices, self.labels, self.config = photos, indices, labels, config
+        self._mean, self._std = (255 * torch.tensor(values).view(-1, 1, 1) for values in statistics)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.indices)
 
     def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
-        """Images are read, cropped and scaled by loader processes; for a single batch, in this one."""
+        """Images are read and augmented by loader processes; from a cache or for a single batch in this one."""
         plan = (  # made batch by batch, as the loader asks for it
             [(index, batch_seed(share.seed, at)) for index, at in zip(share.indices.tolist(), share.positions.tolist(), strict=True)]
             for share in shares
         )  # fmt: skip
+        kind = self.config.augmentation if augment else "none"
+        at_hand = self.photos.squares is not None and kind != "imagenet"
         loader = DataLoader(
-            _Files(self.samples, self.size, augment),
+            _Views(self, kind),
             batch_sampler=plan,  # the keys are (index, seed) pairs
-            num_workers=0 if single else self.workers,
+            num_workers=0 if single or at_hand else self.config.workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )
-        mean, std = (255 * _MEAN.to(device)).view(-1, 1, 1), (255 * _STD.to(device)).view(-1, 1, 1)
-        try:
+        mean, std = self._mean.to(device), self._std.to(device)
+        with one_line_errors():
             for images, labels in loader:
                 yield (images.to(device, non_blocking=True).float() - mean) / std, labels.to(device, non_blocking=True)
-        except DataError as error:  # from a worker it arrives with the worker's traceback
-            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
 
 
-class _Files(TorchDataset[tuple[Tensor, int]]):
-    """Key (index, seed) -> (uint8 image [3, S, S], label); random transforms depend on the key alone."""
+class _Views(TorchDataset[tuple[Tensor, int]]):
+    """Key (index, seed) -> (uint8 image [3, S, S], label); what is random depends on the key alone."""
 
-    def __init__(self, samples: list[tuple[str, int]], size: int, augment: bool) -> None:
-        self.samples, self.augment = samples, augment
-        cropped = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-        random = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        self.transform = v2.Compose([v2.ToImage(), *(random if augment else cropped)])
+    def __init__(self, split: FolderSplit, kind: Augmentation) -> None:
+        self.split, self.kind, self.size = split, kind, split.config.image_size
+        self.crop = v2.Compose(
+            [v2.ToImage(), v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        from PIL import Image
-
         index, seed = key
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of these on damaged files
-            raise DataError(
-                f"{path} is missing or damaged ({error}); replace it or take it out of the folder"
-            ) from None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(image).as_subclass(Tensor), label
+        number, label = int(self.split.indices[index]), int(self.split.labels[index])
+        if self.kind == "imagenet":
+            photo = self.split.photos.whole(number)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.crop(photo).as_subclass(Tensor), label
+        square = self.split.photos[number]
+        if self.kind == "none":
+            return v2.functional.center_crop(square, [self.size, self.size]), label
+        return lightly_augmented(square, self.size, torch.Generator().manual_seed(seed), self.kind), label
+
+
+def lightly_augmented(square: Tensor, size: int, generator: torch.Generator, kind: Augmentation) -> Tensor:
+    """A window [C, size, size] somewhere in the square [C, side, side], mirrored left and right in half of the cases; `mirrors`: upside
+    down in half as well; `turns`: turned by quarters instead, which makes all eight ways a square can lie.
+
+    Where the square is hardly larger than the window, its edges are mirrored outwards to shift across.
+    """
+
+    def draw(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    margin = max(0, -(-(size + size // _SHIFT - square.shape[-1]) // 2))
+    wide = v2.functional.pad(square, [margin], padding_mode="reflect") if margin else square
+    top, left = draw(wide.shape[-1] - size + 1), draw(wide.shape[-1] - size + 1)
+    window = wide[:, top : top + size, left : left + size]
+    if draw(2):
+        window = window.flip(2)
+    if kind == "mirrors" and draw(2):
+        window = window.flip(1)
+    return torch.rot90(window, draw(4), (1, 2)) if kind == "turns" else window
 
 
 def _mixed(indices: Tensor) -> Tensor:
     """The indices in a fixed random order: folders are sorted by class, and stages look at the first so many images."""
     return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
-
-
-def _open(folder: Path) -> ImageFolder:
-    try:
-        return ImageFolder(str(folder))
-    except (FileNotFoundError, OSError) as error:
-        raise DataError(f"{folder} is missing or has no images ({error}); {_LAYOUT}") from None

@@ -3,9 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from rmprune.config import DataConfig
 from rmprune.data.sources import READERS, Images
-from rmprune.data.splits import Split, TensorSplit, channel_statistics, split_train
+from rmprune.data.splits import (
+    HALF,
+    IMAGENET_STATISTICS,
+    Split,
+    Statistics,
+    TensorSplit,
+    channel_statistics,
+    split_train,
+)
 from rmprune.errors import DataError
 
 DATASETS: tuple[str, ...] = (*READERS, "imagefolder")
@@ -22,11 +33,17 @@ class Dataset:
     validation: Split
     test: Split
     config: DataConfig
+    classes: tuple[str, ...] = ()
+    """Their names, in the order of the numbers; empty where they have none but these."""
+    statistics: Statistics | None = None
+    """What images are normalised with."""
+    class_weights: Tensor | None = None
+    """[C], of the loss, with which all classes count alike; None counts images."""
 
 
-def load_dataset(config: DataConfig) -> Dataset:
-    """The data set that the config names. Raises `DataError` for an unknown name and missing or damaged files,
-    `ConfigError` where it has fewer training images than asked for.
+def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS) -> Dataset:
+    """The data set that the config names; photos are normalised as `expected`, unless the config says how. Raises `DataError` for an
+    unknown name and missing or damaged files, `ConfigError` where it has fewer training images than asked for.
     """
     if config.dataset not in DATASETS:
         raise DataError(f"there is no data set {config.dataset!r}; there are: {', '.join(DATASETS)}")
@@ -35,8 +52,13 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.dataset == "imagefolder":
         from rmprune.data.folder import load_image_folder  # PIL and loader processes, for this set only
 
-        train, validation, test, num_classes, shape = load_image_folder(config)
-        return Dataset(config.dataset, num_classes, shape, train, validation, test, config)
+        statistics = {"auto": expected, "imagenet": IMAGENET_STATISTICS, "half": HALF}[config.normalization]
+        (train, validation, test), labels, classes = load_image_folder(config, statistics)
+        shape = (3, config.image_size, config.image_size)
+        weights = _weights(labels[0], len(classes)) if config.balance else None
+        return Dataset(
+            config.dataset, len(classes), shape, train, validation, test, config, classes, statistics, weights
+        )
     source = READERS[config.dataset](config.data_dir)
     held_back, kept = split_train(source.train.labels, config)
     trained = Images(*(tensor[kept] for tensor in source.train))
@@ -44,4 +66,12 @@ def load_dataset(config: DataConfig) -> Dataset:
     parts = (trained, Images(*(tensor[held_back] for tensor in source.train)), source.test)
     train, validation, test = (TensorSplit(part, mean, std, may_flip=source.may_flip) for part in parts)
     shape = (trained.images.shape[1], trained.images.shape[2], trained.images.shape[3])
-    return Dataset(config.dataset, source.num_classes, shape, train, validation, test, config)
+    statistics = Statistics(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+    weights = _weights(trained.labels, source.num_classes) if config.balance else None
+    return Dataset(config.dataset, source.num_classes, shape, train, validation, test, config, (), statistics, weights)
+
+
+def _weights(labels: Tensor, classes: int) -> Tensor:
+    """Weights [C] that are 1 on average over these images and give every class that is there the same part."""
+    counts = torch.bincount(labels, minlength=classes)
+    return torch.where(counts > 0, len(labels) / (counts.clamp(min=1) * (counts > 0).sum()), 0.0)

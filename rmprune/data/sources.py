@@ -68,7 +68,7 @@ def read_digits(data_dir: Path | None) -> Source:
 
 def read_fashion_mnist(data_dir: Path | None) -> Source:
     """The idx .gz files under `data_dir`; without one, those of Debian's package; else torchvision's download."""
-    folder = _find_idx_folder(data_dir) or _download_fashion_mnist(_cache(data_dir))
+    folder = _find_idx_folder(data_dir) or _download_fashion_mnist(cache_folder(data_dir))
     train, test = (Images(*_read_idx_pair(folder, part)) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{folder}: training and test images differ in size; {_GET_FASHION_MNIST}")
@@ -107,7 +107,7 @@ def read_cifar(name: str) -> Callable[[Path | None], Source]:
         from torchvision import datasets
 
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-        root = Path(data_dir) if data_dir and (Path(data_dir) / kind.base_folder).is_dir() else _cache(data_dir)
+        root = Path(data_dir) if data_dir and (Path(data_dir) / kind.base_folder).is_dir() else cache_folder(data_dir)
         try:
             train, test = (kind(str(root), train=part, download=True) for part in (True, False))
         except Exception as error:  # torchvision lets through whatever the network, disk or archive raised
@@ -133,7 +133,8 @@ READERS: dict[str, Callable[[Path | None], Source]] = {
 }
 
 
-def _cache(data_dir: Path | None) -> Path:
+def cache_folder(data_dir: Path | None) -> Path:
+    """Where downloads and decoded images go: `cache/` in the data folder, or the user's cache."""
     if data_dir is not None:
         return Path(data_dir) / "cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rmprune"
@@ -142,7 +143,7 @@ def _cache(data_dir: Path | None) -> Path:
 def _find_idx_folder(data_dir: Path | None) -> Path | None:
     """The folder that holds the idx files: all, or some, in which case reading names the one that is missing."""
     below = Path("FashionMNIST") / "raw"  # where torchvision puts them
-    cache = _cache(data_dir) / below
+    cache = cache_folder(data_dir) / below
     given = [Path(data_dir), Path(data_dir) / below] if data_dir else [DEBIAN_FASHION_MNIST]
     names = [name for pair in _IDX_NAMES.values() for name in pair]
     for folder in (*given, cache):

@@ -1,7 +1,8 @@
 """One part of a data set: normalised batches, in order or shuffled; how a set is divided into its parts. Reads no files.
 
 Small sets are held as one uint8 tensor and augmented by batch on the device. Every random draw follows from
-(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen.
+(shuffle_seed, number of the batch), so a run that goes on in the middle of an epoch sees what it would have seen. All are drawn on
+the CPU, whatever the device, which then sees the same images, and before the first batch, so that none waits for them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,17 @@ from rmprune.errors import DataError
 Batch = tuple[Tensor, Tensor]
 
 
+class Statistics(NamedTuple):
+    """What images are normalised with, by channel, in units of 0 to 1: (pixel - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET_STATISTICS = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
 class Share(NamedTuple):
     """What one shard reads of a batch of `size` images: indices into the split, their positions in the batch; `seed` is the batch's."""
 
@@ -31,7 +43,7 @@ class Share(NamedTuple):
 
 class Split(ABC):
     """One part of a data set. Images come normalised by channel: (pixel - mean) / deviation, those of the training images
-    (of ImageNet for folders).
+    (of the pretrained weights, or of ImageNet, for folders).
     """
 
     @abstractmethod
@@ -105,13 +117,22 @@ class TensorSplit(Split):
         """The whole split lies on the device and is augmented there, a batch at a time."""
         images, labels = self._on(device)
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
-        for share in shares:
-            chosen = share.indices.to(images.device)
-            x = images[chosen]
-            if augment:
-                generator = torch.Generator().manual_seed(share.seed)
-                x = augment_batch(x, generator, flip=self.may_flip, drawn_for=share.size, positions=share.positions)
-            yield (x.float() - shift) * scale, labels[chosen]
+        plan = list(shares)
+        chosen = _sent([share.indices for share in plan], images.device)
+        kinds = zip(*map(self._windows, plan), strict=True) if augment else ()
+        windows = [_sent(list(kind), images.device) for kind in kinds]
+        for number, at in enumerate(chosen):
+            x = augment_batch(images[at], *(kind[number] for kind in windows)) if augment else images[at]
+            yield (x.float() - shift) * scale, labels[at]
+
+    def _windows(self, share: Share) -> tuple[Tensor, ...]:
+        """What `augment_batch` needs: drawn for the whole batch, so that every shard of it sees what the whole would have seen."""
+        generator = torch.Generator().manual_seed(share.seed)
+        ends = [2 * padding(size) + 1 for size in self.images.shape[2:]]
+        drawn = [torch.randint(end, (share.size,), generator=generator) for end in ends]
+        if self.may_flip:
+            drawn.append(torch.rand(share.size, generator=generator) < 0.5)
+        return tuple(kind[share.positions] for kind in drawn)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.images.device:
@@ -121,14 +142,51 @@ class TensorSplit(Split):
         return self._held[1], self._held[2]
 
 
-def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
+def draw_part(labels: Tensor, fraction: float, seed: int, groups: list[str] | None = None) -> Tensor:
+    """A mask [N], True for about `fraction` of every class, drawn with `seed`; images of one group stay together.
+
+    Groups are taken in random order, each where it brings the classes' counts nearer to what is wanted, so the parts are as
+    stratified as the groups allow. Of a class that got none, the group that disturbs least follows.
+    """
+    if groups is None:
+        return stratified_part(labels, fraction, seed)
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group or f"image {index}", []).append(index)
+    sets = [torch.tensor(found) for found in members.values()]
+    missing = (
+        fraction * torch.bincount(labels).double()
+    )  # images of each class that are still wanted, or too many below 0
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+
+    def after(inside: Tensor) -> Tensor:
+        return missing - torch.bincount(labels[inside], minlength=len(missing))
+
+    order = [sets[i] for i in torch.randperm(len(sets), generator=torch.Generator().manual_seed(seed)).tolist()]
+    for inside in order:
+        if (left := after(inside)).abs().sum() < missing.abs().sum():
+            missing, chosen[inside] = left, True
+    for label in labels.unique():
+        if not chosen[labels == label].any():
+            inside = min(
+                (one for one in order if (labels[one] == label).any()), key=lambda one: float(after(one).abs().sum())
+            )
+            missing, chosen[inside] = after(inside), True
+    return chosen
+
+
+def split_train(labels: Tensor, config: DataConfig, groups: list[str] | None = None) -> tuple[Tensor, Tensor]:
     """Indices (validation, training), int64 [V] and [T], of the training images, whose `labels` are int64 [N].
 
-    Disjoint, stratified by class, drawn with split_seed. Raises `ConfigError` where train_images are more than there are,
-    `DataError` where none is left to train on.
+    Disjoint, stratified by class, drawn with split_seed, groups whole. Raises `ConfigError` where train_images are more than there
+    are, `DataError` where none is left to train on.
     """
-    held_back = stratified_part(labels, config.validation, config.split_seed)
-    kept = (~held_back).nonzero().squeeze(1)
+    held_back = draw_part(labels, config.validation, config.split_seed, groups)
+    return held_back.nonzero().squeeze(1), some_of((~held_back).nonzero().squeeze(1), config)
+
+
+def some_of(kept: Tensor, config: DataConfig) -> Tensor:
+    """Of these training images [T] the part that train_images asks for. Raises as `split_train`."""
     if config.train_images is not None:
         require(
             config.train_images <= len(kept),
@@ -138,7 +196,7 @@ def split_train(labels: Tensor, config: DataConfig) -> tuple[Tensor, Tensor]:
         kept = kept[torch.randperm(len(kept), generator=generator)[: config.train_images]].sort().values
     if not len(kept):
         raise DataError(f"{config.dataset}: the validation split of {config.validation} leaves no image to train on")
-    return held_back.nonzero().squeeze(1), kept
+    return kept
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,22 +214,24 @@ def batch_seed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number * 7919 + 12345) % 2**63
 
 
-def augment_batch(
-    images: Tensor, generator: torch.Generator, *, flip: bool, drawn_for: int, positions: Tensor
-) -> Tensor:
-    """Crop uint8 images [B, C, H, W] at random after padding an eighth of their size with 0, and mirror half of them.
+def padding(size: int) -> int:
+    """The zeros that `augment_batch` puts on each side of an image of this height or width."""
+    return max(1, size // 8)
 
-    Draws for `drawn_for` images and uses the draws at `positions` [B], so every shard of a batch sees what the whole
-    would have seen.
+
+def augment_batch(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """Crop uint8 images [B, C, H, W] after padding an eighth of their size with 0, and mirror some of them.
+
+    `top`, `left`: int64 [B], where each window begins, from 0 to twice the `padding`; `mirrored`: bool [B].
     """
     _, _, height, width = images.shape
-    pad_y, pad_x = max(1, height // 8), max(1, width // 8)
-    top = torch.randint(2 * pad_y + 1, (drawn_for,), generator=generator)[positions].to(images.device)
-    left = torch.randint(2 * pad_x + 1, (drawn_for,), generator=generator)[positions].to(images.device)
+    pad_y, pad_x = padding(height), padding(width)
     padded = torch.nn.functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, 2p+1, 2p+1, H, W]
     cropped = windows[torch.arange(len(images), device=images.device), :, top, left]
-    if not flip:
-        return cropped
-    mirrored = (torch.rand(drawn_for, generator=generator) < 0.5)[positions].to(images.device)
-    return torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+    return cropped if mirrored is None else torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
+
+
+def _sent(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """The parts on the device, in one copy."""
+    return torch.cat(parts).to(device).split([len(part) for part in parts]) if parts else ()

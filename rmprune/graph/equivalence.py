@@ -17,6 +17,7 @@ from rmprune.graph.foreign import copied, is_of_weights, make_permanent
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
+from rmprune.graph.tf32 import tf32
 
 SCALES = (1.0, 10.0, 100.0)
 
@@ -206,9 +207,10 @@ def own_dtype_error(
             for t, one in zip(_tensors(expected), _tensors(base), strict=False)
         ]
         try:
-            own, found = (
-                relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
-            )
+            with tf32(False):
+                own, found = (
+                    relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
+                )
         except RuntimeError as error:
             return None, f"not compared in {target.dtype} on {target.device}, where it does not run: {error}"
         if math.isinf(own):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
 from rmprune.graph.shapes import blank, on_meta
 
@@ -23,7 +24,8 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The network without wrappers (`plain_module`), and its inputs in order (`as_tuple`), tried.
 
-    Raises UnsupportedModel for a network that cannot be read or has no values, and where it does not take these inputs.
+    Raises UnsupportedModel for a network that cannot be read or has no values, where it does not take these inputs, and where they or
+    it are not finite.
     """
     model = plain_module(model)
     refuse_meta(model)
@@ -31,6 +33,7 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Te
     if any(x.is_meta for x in inputs):
         raise UnsupportedModel("example_inputs on the meta device have no values: give images as the network sees them")
     trial(model, inputs)
+    refuse_broken(model, inputs)
     return model, inputs
 
 
@@ -168,6 +171,8 @@ def _refuse_read(name: str, module: nn.Module, args: Any) -> None:
     if not isinstance(x, Tensor) or not isinstance(module, _ConvNd | nn.Linear):
         return
     where = f"layer {name} ({type(module).__name__})"
+    if module.weight.numel() == 0:
+        raise UnsupportedModel(f"{where} has no channels, its weight is {tuple(module.weight.shape)}: leave it out")
     if isinstance(module, _ConvNd) and x.dim() != module.weight.dim():
         raise UnsupportedModel(
             f"{where} fails on inputs of shape {_said(x)}, without a batch: give example_inputs (N, ...), such as image[None], of "

@@ -49,12 +49,12 @@ def candidate_accuracy(
     limit: int | None = None,
 ) -> float:
     """The same for a network that is made ready."""
-    correct, before = 0, torch.get_num_threads()
-    torch.set_num_threads(threads)
     seen = min(len(split), len(split) if limit is None else limit)
     if not seen:
         raise ConfigError("there is no image to measure accuracy on; give a limit of at least 1")
     batch_size = min(batch_size, seen)
+    correct, before = 0, torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with surroundings(backend, device), torch.inference_mode():
             prepared = prepare(candidate, backend, device, threads, batch_size)

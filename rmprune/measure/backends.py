@@ -7,7 +7,7 @@ To add one: a function from (Candidate, Setting) to Prepared, and a line in BACK
 import contextlib
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rmprune.errors import ConfigError, RmpruneError
+from rmprune.graph.tf32 import tf32
 from rmprune.measure.candidate import Candidate, Prepared, Run, Setting, folded_form, onnx_form
 from rmprune.measure.quantise import onnx_int8, openvino_int8
 from rmprune.measure.runtimes import (
@@ -31,7 +32,7 @@ from rmprune.measure.runtimes import (
     tensorrt_float16,
     xnnpack,
 )
-from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, tf32, torchscript
+from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, torchscript
 from rmprune.runs.machine import BFLOAT16, has_instruction
 
 __all__ = [
@@ -159,16 +160,21 @@ def prepare(candidate: Candidate, backend: str, device: str, threads: int, batch
     """
     check_backend(backend, device)
     entry = BACKENDS[backend]
+    with says_what_fails(candidate.name, backend), surroundings(backend, device):
+        candidate.form(entry.form)
+        start = time.perf_counter()
+        prepared = entry.load(candidate, Setting(device, threads, batch_size))
+        return Prepared(prepared.run, prepared.outputs, (time.perf_counter() - start) * 1e3)
+
+
+@contextlib.contextmanager
+def says_what_fails(name: str, backend: str) -> Iterator[None]:
+    """Whatever a runtime raises becomes a ConfigError that names the network and the backend."""
     try:
-        with surroundings(backend, device):
-            candidate.form(entry.form)
-            start = time.perf_counter()
-            prepared = entry.load(candidate, Setting(device, threads, batch_size))
-            return Prepared(prepared.run, prepared.outputs, (time.perf_counter() - start) * 1e3)
+        yield
     except RmpruneError:
         raise
     except Exception as error:  # each runtime has its own errors
         raise ConfigError(
-            f"backend {backend!r} cannot run {candidate.name!r} ({type(error).__name__}: {str(error)[:200]}); "
-            "measure with another backend"
+            f"backend {backend!r} cannot run {name!r} ({type(error).__name__}: {str(error)[:200]}); measure with another backend"
         ) from error

@@ -38,6 +38,7 @@ from rmprune.measure.backends import (
     needs_calibration,
     prepare,
     reduced,
+    says_what_fails,
     surroundings,
 )
 from rmprune.measure.results import BUSY, Latency, quartiles
@@ -51,7 +52,9 @@ SETTLED = 5  # windows in a row that are no faster than the fastest before them
 FASTER = 0.98
 
 
-class _Configuration(NamedTuple):
+class Configuration(NamedTuple):
+    """Where and how time is measured; `device` is cpu, cuda or cuda:N."""
+
     backend: str
     device: str
     threads: int
@@ -133,10 +136,10 @@ def measure_latencies(
     if needs_calibration(backends) and calibration is None:
         next(iter(candidates.values())).calibration  # noqa: B018  says what is missing, before anything is timed
     results: dict[str, list[Latency]] = {name: [] for name in models}
-    for configuration in itertools.starmap(_Configuration, itertools.product(backends, [device], threads, batch_sizes)):
+    for configuration in itertools.starmap(Configuration, itertools.product(backends, [device], threads, batch_sizes)):
         if progress is not None:
             progress(str(configuration))
-        for name, latency in _measure_configuration(candidates, configuration, seconds, min_rounds, seed).items():
+        for name, latency in measure_configuration(candidates, configuration, seconds, min_rounds, seed).items():
             results[name].append(latency)
     if split is not None:
         for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
@@ -152,9 +155,10 @@ def measure_latencies(
     return results
 
 
-def _measure_configuration(
-    candidates: Mapping[str, Candidate], configuration: _Configuration, seconds: float, min_rounds: int, seed: int
+def measure_configuration(
+    candidates: Mapping[str, Candidate], configuration: Configuration, seconds: float, min_rounds: int, seed: int
 ) -> dict[str, Latency]:
+    """Times of all candidates under one configuration, interleaved, as `measure_latencies` takes them; without ratios."""
     backend, device, threads, _ = configuration
     runs: dict[str, Run] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -162,7 +166,8 @@ def _measure_configuration(
         for name, candidate in candidates.items():
             prepared = runs[name] = prepare(candidate, *configuration)
             start = time.perf_counter()
-            prepared()
+            with says_what_fails(name, backend):
+                prepared()
             if device != "cpu":
                 torch.cuda.synchronize()
             facts[name] = {"first_ms": prepared.load_ms + (time.perf_counter() - start) * 1e3}
@@ -294,7 +299,7 @@ def _gpu_peak_mib(run: Run) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _summary(configuration: _Configuration, times: list[float], repeats: int, facts: dict[str, Any]) -> Latency:
+def _summary(configuration: Configuration, times: list[float], repeats: int, facts: dict[str, Any]) -> Latency:
     q1, median, q3 = quartiles(times)
     return Latency(
         **configuration._asdict(),

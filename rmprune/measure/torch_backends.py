@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from rmprune.errors import ConfigError
 from rmprune.graph.listed import trace
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form
+from rmprune.measure.cuda_graphs import aside, recorded
 
 
 def _on_device(
@@ -79,15 +80,9 @@ def compiled(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = tor
 def cuda_graph(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32) -> Prepared:
     """Eager's kernels recorded once and replayed in one call (a CUDA graph), channels-last."""
     model, x = _on_device(candidate, setting, dtype, True)
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # allocations and the choice of kernels must be over before the recording
-        for _ in range(3):
-            model(x)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = model(x)
+    stream = torch.cuda.Stream()
+    aside(lambda: model(x), stream, times=3)
+    graph, y = recorded(lambda: model(x), stream)
 
     def outputs(images: Tensor) -> Tensor:
         x.copy_(images)
@@ -95,17 +90,6 @@ def cuda_graph(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = t
         return y.float().cpu()
 
     return Prepared(graph.replay, outputs)
-
-
-@contextlib.contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 convolutions and matrix products on a GPU may round their factors to TF32's 10 bits; put back after."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def current(device: str) -> contextlib.AbstractContextManager[object]:

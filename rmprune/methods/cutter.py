@@ -17,8 +17,9 @@ from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, pru
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
 from rmprune.pruning.coupled import check_coupled, loss_gradients
-from rmprune.pruning.groups import Cost, Scores, Structure, inner_only, macs, total_cost
+from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
+from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.plan import SlimPlan
 from rmprune.pruning.program import read_program
@@ -83,15 +84,15 @@ class Cutter:
         return budget
 
     def once(self, network: nn.Module, budget: Budget, *, scores: Scores | None = None) -> nn.Module:
-        """One cut of `network` (this one, or what is left of it), by importance measured on training images.
+        """One cut of `network` (this one, or what is left of it), by importance measured on training images, re-centred.
 
-        `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted.
+        `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted or re-centred.
         """
         settings = self.settings
         origin = None if settings.min_fraction is None else self.structure.units  # a limit that was asked for
         here = self.job.here(network)
         if self.coupled:
-            return prune_coupled(
+            smaller = prune_coupled(
                 here,
                 self.example,
                 importance=settings.importance,
@@ -100,6 +101,7 @@ class Cutter:
                 gradients=self.gradients if network is self.network else None,
                 origin=origin,
                 prove=scores is None,
+<<<<<<< HEAD
             ).cpu()
         return prune(
             here,
@@ -116,6 +118,25 @@ class Cutter:
             prove=scores is None,
             begin=self.begin,
         ).cpu()
+=======
+            )
+        else:
+            smaller = prune(
+                here,
+                self.example,
+                importance=settings.importance if scores is None else scores,
+                budget=budget,
+                data=self.job.batches if scores is None else None,
+                cost=self.cost,
+                rank=settings.rank,
+                which=self.method.widths,
+                reconstruct=settings.reconstruct and scores is None,
+                lookahead=self.lookahead,
+                origin=origin,
+                prove=scores is None,
+            )
+        return smaller.cpu() if scores is not None else self.job.recentred(smaller)
+>>>>>>> main
 
     def check(self, *, once: bool = True) -> None:
         """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images.

@@ -21,8 +21,16 @@ from rmprune.models import mobilenet, preact, repvgg, resnet, rmnext
 SMALL_IMAGE = 64  # up to this size networks that know a small-image stem get it
 
 
-def create_network(name: str, *, num_classes: int, input_shape: tuple[int, int, int], **given: Any) -> nn.Module:
+def create_network(
+    name: str,
+    *,
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    batch_norm_eps: float | None = None,
+    **given: Any,
+) -> nn.Module:
     """A new network with random weights for images of `input_shape` (C, H, W). `given`: its own settings; None leaves one out.
+    `batch_norm_eps`: in the place of what its batch norms add to variances.
 
     >>> network = rmprune.models.create_network("resnet18", num_classes=10, input_shape=(1, 28, 28), width=8)
     >>> network.conv1  # the stem for small images
@@ -40,7 +48,11 @@ def create_network(name: str, *, num_classes: int, input_shape: tuple[int, int, 
         settings["width"] = int(width)
     if accepts(name, "small_images") and max(input_shape[1:]) <= SMALL_IMAGE:
         settings["small_images"] = True
-    return create(name, num_classes=num_classes, in_channels=input_shape[0], **settings)
+    model = create(name, num_classes=num_classes, in_channels=input_shape[0], **settings)
+    for module in model.modules():
+        if batch_norm_eps is not None and isinstance(module, nn.BatchNorm2d):
+            module.eps = batch_norm_eps
+    return model
 
 
 Builder = Callable[..., nn.Module]

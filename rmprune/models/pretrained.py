@@ -1,10 +1,11 @@
 """ImageNet weights of networks by name, through torchvision's and timm's own loading: downloads and caches are theirs."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torchvision
 from torch import Tensor
 
+from rmprune.data.splits import HALF, IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.models.families import is_timm, is_torchvision
 
@@ -12,15 +13,6 @@ IMAGENET = "imagenet"
 """What `--weights` calls them."""
 
 
-class Statistics(NamedTuple):
-    """What images are normalised with, by channel, in units of 0 to 1: (pixel - mean) / std."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-IMAGENET_STATISTICS = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = Statistics((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 # Their weights come from TensorFlow; torchvision's own modules undo ImageNet's normalisation inside.
 _HALF_IN_TORCHVISION = ("googlenet", "inception_v3")
 

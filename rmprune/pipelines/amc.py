@@ -25,11 +25,20 @@ from rmprune.amc.space import COSTS
 from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact.describe import describe
 from rmprune.config import AmcConfig
-from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
-from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, say, stage, with_names
+from rmprune.pipelines.stages import (
+    dense_network,
+    finish,
+    make_dense,
+    open_data,
+    pick_device,
+    repeatable,
+    say,
+    stage,
+    with_names,
+)
 from rmprune.pruning.carry_out import CALIBRATION_IMAGES
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
@@ -55,10 +64,13 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
     budgets = [(f"{config.search.constraint}_ratio", value) for value in config.search.budget]
     cells = plan_cells(config.directory, config.seed, config.seeds, budgets)
     device = pick_device(config.device)
-    data = load_dataset(config.data)
+    data = open_data(config)
     _refuse_early(Job(config, data, device, config.seed), cells)
     found, networks = [cell.record for cell in cells], {"dense", "plain", *AMC_METHODS}
-    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+    with (
+        repeatable(config.deterministic, device),
+        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
+    ):
         for cell in unfinished(cells):
             _run_cell(cell, Job(config, data, device, cell.seed), command)
     return found

@@ -5,7 +5,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +17,11 @@ from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
 from rmprune.config.toml import UNSET
 from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
-from rmprune.pipelines.stages import image_shape
+from rmprune.pipelines.stages import expected_statistics, image_shape
 from rmprune.runs import records
 from rmprune.runs.machine import environment
 
@@ -120,20 +123,27 @@ def dataset_of(paths: list[Path]) -> Dataset:
     """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
     are several, or a record does not say which.
     """
-    found = [records.read_record(path)["config"].get("data") for path in paths]
-    for path, values in zip(paths, found, strict=True):
-        if not isinstance(values, dict):
+    unset = {field.name: field.default is None for field in fields(DataConfig)}
+    found: list[tuple[DataConfig, Statistics]] = []
+    for path in paths:
+        config = records.read_record(path)["config"]
+        if not isinstance(config.get("data"), dict):
             raise ArtifactError(
                 f"{path}: does not say which data set its accuracy is of; measure with backends of float32 only"
             )
-    if len({tuple(str(values.get(name)) for name in ("dataset", "data_dir", "image_size")) for values in found}) > 1:
+        known = {name: value for name, value in config["data"].items() if name in unset}
+        values: dict[str, Any] = {
+            name: None if value == UNSET and unset[name] else value for name, value in known.items()
+        }
+        values |= {name: Path(values[name]) for name in ("data_dir", "labels") if values.get(name) is not None}
+        statistics = expected_statistics(str(config.get("model")), config.get("weights"))
+        found.append((DataConfig(**values), statistics))
+    same = attrgetter("dataset", "data_dir", "image_size", "crop", "labels", "normalization")
+    if len({(same(data), statistics) for data, statistics in found}) > 1:
         raise ArtifactError(
             "these runs are of different data sets; in int8, bfloat16 or float16 measure one data set at a time"
         )
-    known = {field.name for field in fields(DataConfig)}
-    values = {name: None if value == UNSET else value for name, value in found[0].items() if name in known}
-    folder = values.get("data_dir")
-    return load_dataset(DataConfig(**values | {"data_dir": None if folder is None else Path(folder)}))
+    return load_dataset(*found[0])
 
 
 def example_shape(path: Path) -> tuple[int, int, int]:

@@ -15,7 +15,6 @@ from torch import nn
 from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import SlimConfig
-from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
 from rmprune.methods import auto
@@ -29,7 +28,9 @@ from rmprune.pipelines.stages import (
     dense_network,
     finish,
     make_dense,
+    open_data,
     pick_device,
+    repeatable,
     say,
     stage,
     starting_network,
@@ -50,11 +51,14 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     plan = None if config.plan is None else SlimPlan.read(config.plan)
     cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets or [("", 0.0)])
     device = pick_device(config.device)
-    data = load_dataset(config.data)
+    data = open_data(config)
     _refuse_early(methods, plan, Job(config, data, device, config.seed))
     networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
-    with claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite):
+    with (
+        repeatable(config.deterministic, device),
+        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
+    ):
         for cell in unfinished(cells):
             _run_cell(cell, methods, plan, Job(config, data, device, cell.seed), command)
     return found

@@ -4,7 +4,8 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,34 @@ from rmprune import artifact
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import MeasureConfig, RunConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
-from rmprune.data.load import Dataset
+from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
 from rmprune.methods.start import start
 from rmprune.models.families import create_network
+from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.machine import environment
-from rmprune.training import evaluate
+from rmprune.training.evaluation import logits_of, scores
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
 NOTES = ("method", "chosen", "candidates", "search", "removal", "collapsed", "cut_error", "plan")
 """Facts of a network's artifact that the record repeats."""
+
+
+def expected_statistics(model: str, weights: str | None) -> Statistics:
+    """What photos are normalised with where training starts from these weights: as the library's own expect, else as ImageNet's."""
+    return image_statistics(model) if weights == IMAGENET else IMAGENET_STATISTICS
+
+
+def open_data(config: RunConfig) -> Dataset:
+    """The data set of a run."""
+    return load_dataset(config.data, expected_statistics(config.model, config.weights))
 
 
 def stage(
@@ -143,6 +156,7 @@ def finish(
         "model": job.config.model,
         "dataset": job.config.data.dataset,
         "input_shape": list(job.data.input_shape),
+        "normalization": None if job.data.statistics is None else job.data.statistics._asdict(),
         "method": ",".join(methods),
         **({"budget": cell.budget} if cell.budget else {}),
         "environment": environment(),
@@ -160,7 +174,7 @@ def finish(
 def measure_networks(
     networks: dict[str, nn.Module], data: Dataset, config: MeasureConfig, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Test accuracy (read here only), MACs, parameters, layers and times of each network, as record entries."""
+    """Test accuracy and what goes with it (read here only), MACs, parameters, layers and times of each network, as record entries."""
     example = data.test.example(1)
     latencies = measure_latencies(
         networks,
@@ -177,7 +191,7 @@ def measure_networks(
     )
     return {
         name: {
-            "accuracy": evaluate(model.to(device), data.test, device=device).accuracy,
+            **scores(*logits_of(model.to(device), data.test, device=device), data.classes),
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
             **outline(model, example),
@@ -223,3 +237,20 @@ def pick_device(name: str) -> torch.device:
     ):
         raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
     return device
+
+
+@contextlib.contextmanager
+def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
+    """Where asked, a GPU takes only kernels that give the same result every time. Raises ConfigError where there is none for a layer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if asked and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS shares its memory as it comes
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(f"{str(error).splitlines()[0]}; leave --deterministic out") from error
+    finally:
+        torch.use_deterministic_algorithms(before)

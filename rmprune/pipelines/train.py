@@ -6,10 +6,17 @@ from pathlib import Path
 from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import TrainRunConfig
-from rmprune.data.load import load_dataset
 from rmprune.errors import UnsupportedModel
 from rmprune.measure import check_available
-from rmprune.pipelines.stages import dense_network, finish, make_dense, pick_device, starting_network
+from rmprune.pipelines.stages import (
+    dense_network,
+    finish,
+    make_dense,
+    open_data,
+    pick_device,
+    repeatable,
+    starting_network,
+)
 from rmprune.removal import plan_removal
 from rmprune.removal.remove import nothing_to_remove
 from rmprune.runs.cells import Cell
@@ -20,7 +27,7 @@ from rmprune.training.job import Job
 def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
     """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
     root = config.directory
-    job = Job(config, load_dataset(config.data), pick_device(config.device), config.seed)
+    job = Job(config, open_data(config), pick_device(config.device), config.seed)
     cell = Cell(config.seed, "", 0.0, root, root)
     check_available(config.measure.backends, config.measure.device)
     model = make_dense(config, job.data, config.seed)
@@ -28,7 +35,10 @@ def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
     plan = plan_removal(model, job.data.train.example(2))
     if not any(block.removable for block in plan):  # known before training
         raise UnsupportedModel(nothing_to_remove({block.name: block.reason for block in plan}))
-    with claim(root, config, records=[cell.record], networks={"dense", "plain"}, overwrite=config.overwrite):
+    with (
+        repeatable(config.deterministic, job.device),
+        claim(root, config, records=[cell.record], networks={"dense", "plain"}, overwrite=config.overwrite),
+    ):
         dense = dense_network(job, cell)
         plain = starting_network(replace(job, teacher=dense), cell, "plain")
         removal = artifact.read_extra(root / "plain", "removal")["removal"]

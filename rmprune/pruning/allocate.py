@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.budget import Budget, Target, allowed_units, resolve
-from rmprune.pruning.groups import Cost, Keep, Structure, channels, macs, total_cost
+from rmprune.pruning.groups import Keep, Structure, total_cost
+from rmprune.pruning.layers import Cost, channels, macs
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:

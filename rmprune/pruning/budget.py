@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from rmprune.config import PruneConfig
 from rmprune.errors import ConfigError
-from rmprune.pruning.groups import Cost, Group, Structure, channels, macs, total_cost
+from rmprune.pruning.groups import Group, Structure, total_cost
+from rmprune.pruning.layers import Cost, channels, macs
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.pruning.groups import Keep, SizedLayer, Structure, device_of, layer_masks
+from rmprune.pruning.groups import Keep, Structure, device_of, layer_masks
+from rmprune.pruning.layers import SizedLayer, Slices
 from rmprune.pruning.program import Op, Program
 from rmprune.pruning.reconstruct import reconstruct, reconstruct_checked
-from rmprune.pruning.surgery import Slices, take, tensor_slices
+from rmprune.pruning.surgery import take, tensor_slices
 
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
 

@@ -14,8 +14,9 @@ from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.batches import Batches
 from rmprune.pruning.collapse import shorten_blocks
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Structure, weight_of
+from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
+from rmprune.pruning.layers import in_and_out
 from rmprune.pruning.one_shot import fitting, fitting_images
 from rmprune.pruning.options import block_names, block_options
 from rmprune.pruning.plan import Choice, SlimPlan, flat_name, layers_digest
@@ -135,6 +136,6 @@ def widths_of(structure: Structure, network: nn.Module) -> dict[str, int]:
     """How many units each group of `structure` still has in `network`, which was cut from the one that it describes, by flat names."""
     found = {}
     for group in structure.groups:
-        member = next(m for m in group.members if m.side != "in")
-        found[flat_name(group.name)] = len(weight_of(network, member.layer)) // int(member.index.shape[1])
+        layer = network.get_submodule(group.producers[0])
+        found[flat_name(group.name)] = in_and_out(layer)[1] // group.multiple
     return found

@@ -18,14 +18,15 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
+from rmprune.graph.network import is_batch_norm
 from rmprune.pruning.allocate import explain
 from rmprune.pruning.batches import Batches, batches_of, class_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Structure, device_of, evaluating
+from rmprune.pruning.groups import Structure, device_of, evaluating
+from rmprune.pruning.layers import Cost, Slices, in_and_out
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices
-from rmprune.pruning.surgery import Slices
 from rmprune.training.convolutions import TrainableConvolutions
 
 M = TypeVar("M", bound=nn.Module)
@@ -86,7 +87,7 @@ def prune_coupled(
             model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
         )
         value = measured_cost(candidate, structure, target.cost)
-        units = {g.name: _widths(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
+        units = {g.name: in_and_out(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
         if any(units[name] < least[name] for name in units):
             high = ratio
         elif value > target.limit or any(units[name] > most[name] for name in units):
@@ -119,13 +120,16 @@ def _in_order(structure: Structure) -> Structure:
 
 def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
     """The cost of a network whose layers carry the names of `structure` but have widths of their own."""
-    return sum(cost(layer, *_widths(pruned.get_submodule(layer.name))) for layer in structure.layers)
+    return sum(
+        cost(layer, *(in_and_out(pruned.get_submodule(layer.name)) if layer.name else (layer.cin, layer.cout)))
+        for layer in structure.layers
+    )
 
 
 def check_coupled(model: nn.Module, structure: Structure, importance: str, example_inputs: Tensor) -> None:
     """UnsupportedModel where no channel can be ranked (Torch-Pruning would cut nothing and not say why), or the network not followed."""
     tied = {member.layer for group in structure.groups for member in group.members if member.side == "tied"}
-    norms = any(isinstance(model.get_submodule(name), nn.BatchNorm1d | nn.BatchNorm2d) for name in tied)
+    norms = any(is_batch_norm(model.get_submodule(name)) for name in tied)
     if importance == "batch_norm" and structure.groups and not norms:
         raise UnsupportedModel(
             "coupled pruning by batch-norm scale: there is no batch norm to rank channels by; use coupled-taylor or coupled-norm"
@@ -172,7 +176,7 @@ def _attempt(
         floors |= dict.fromkeys(group.producers, (least[group.name], group.multiple))
     names = {module: name for name, module in twin.named_modules()}
     going = {name for group in structure.groups for name in group.producers}
-    staying = [x.name for x in structure.layers if x.kind != "depthwise" and x.name not in going]
+    staying = [x.name for x in structure.layers if x.kind not in ("depthwise", "rest") and x.name not in going]
     with _following(model), evaluating(twin), torch.enable_grad():
         pruner = tp.pruner.BasePruner(
             twin,
@@ -262,10 +266,3 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
         for x, y in batches_of(data, model):
             class_loss(twin(x), y).backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
-
-
-def _widths(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels, layer.out_channels
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.inputs import Inputs
@@ -16,7 +16,16 @@ from rmprune.graph.network import shape_of
 from rmprune.graph.ranges import annotate_ranges, range_of
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Group, Keep, Structure, input_weights, outputs, weight_of
+from rmprune.pruning.groups import Group, Keep, Structure, outputs
+from rmprune.pruning.layers import (
+    Convolution,
+    Weighted,
+    by_input,
+    by_output,
+    in_and_out,
+    output_dim,
+    weight_of,
+)
 from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.surgery import shrink
 
@@ -86,7 +95,7 @@ def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | Non
     else its bias.
     """
     module = model.get_submodule(layer)
-    assert isinstance(module, nn.Conv2d | nn.Linear)
+    assert isinstance(module, Weighted)
     with torch.no_grad():
         if module.bias is None and follower is not None:
             mean = model.get_submodule(follower).running_mean
@@ -100,7 +109,7 @@ def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | Non
 
 @dataclass(frozen=True)
 class Constants:
-    """`inputs`: {Conv2d or Linear: [c_in] float64, the constant of each input channel, NaN where it is none}.
+    """`inputs`: {convolution or linear layer: [c_in] float64, the constant of each input channel, NaN where it is none}.
     `followers`: {such a layer: the batch norm that alone reads its output}."""
 
     inputs: Mapping[str, Tensor]
@@ -145,7 +154,7 @@ def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor
     strength = torch.full((group.units,), torch.inf, dtype=torch.float64)
     for member in group.consumers:
         layer = model.get_submodule(member.layer)
-        unread = (input_weights(layer, _live_weight(model, member.layer, constants)) == 0).cpu()
+        unread = (by_input(layer, _live_weight(model, member.layer, constants)) == 0).cpu()
         value = constants.inputs.get(member.layer)
         value = torch.full((len(unread),), torch.nan, dtype=torch.float64) if value is None else value
         simple = unread | (value == 0) | (~value.isnan() & (not is_padded(layer)))
@@ -166,8 +175,8 @@ def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor
 
 
 def _live_weight(model: nn.Module, layer: str, constants: Constants) -> Tensor:
-    """|weight|, with 0 for filters whose batch norm has scale 0: what they read does not matter."""
-    weight = weight_of(model, layer).detach().abs()
+    """|weight| by outputs, with 0 for filters whose batch norm has scale 0: what they read does not matter."""
+    weight = by_output(model.get_submodule(layer), weight_of(model, layer).detach().abs())
     if layer in constants.followers:
         scale = model.get_submodule(constants.followers[layer]).weight
         if isinstance(scale, Tensor):
@@ -186,8 +195,7 @@ def _without(
         gone = ~keep[group.name]
         for member in group.consumers:
             layer = result.get_submodule(member.layer)
-            assert isinstance(layer, nn.Conv2d | nn.Linear)
-            value = torch.zeros(layer.weight.shape[1] * getattr(layer, "groups", 1), dtype=torch.float64)
+            value = torch.zeros(member.size, dtype=torch.float64)
             index = member.index[gone].flatten()
             value[index] = constants.inputs[member.layer][index].nan_to_num(0.0)  # NaN: unread here
             if is_padded(layer):
@@ -210,8 +218,8 @@ def _merge_columns(layer: nn.Module, constant: Tensor, value: Tensor, into: int)
     with torch.no_grad():
         share = (value / constant[into]).to(weight.device)
         columns = value.nonzero().flatten().to(weight.device)
-        total = torch.einsum("oc...,c->o...", weight[:, columns].double(), share[columns])
-        weight[:, into] += total.to(weight.dtype)
+        by_column = weight.movedim(1 - output_dim(layer, "weight"), 0)
+        by_column[into] += torch.einsum("c...,c->...", by_column[columns].double(), share[columns]).to(weight.dtype)
 
 
 def _check(model: nn.Module, result: nn.Module, example_inputs: Inputs) -> None:
@@ -237,12 +245,13 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
     inputs = {}
     for node in network.graph.nodes:
         layer, name = network.layer(node), reading.name(node)
-        if name is None or not isinstance(layer, nn.Conv2d | nn.Linear):
+        if name is None or not isinstance(layer, Weighted):
             continue
         source = node.all_input_nodes[0]
-        size, dims = (layer.in_channels, 4) if isinstance(layer, nn.Conv2d) else (layer.in_features, 2)
-        inputs[name] = torch.full((size,), torch.nan, dtype=torch.float64)
-        if len(shape_of(source) or ()) == dims:  # else what it reads are not the channels that ranges speak of
+        inputs[name] = torch.full((in_and_out(layer)[0],), torch.nan, dtype=torch.float64)
+        if (
+            len(shape_of(source) or ()) == layer.weight.dim()
+        ):  # else what it reads are not the channels that ranges speak of
             low, high = range_of(source)
             inputs[name] = torch.where(low == high, low, torch.nan)
     return Constants(inputs, followers(reading))
@@ -258,8 +267,10 @@ def followers(reading: Reading) -> dict[str, str]:
 
 
 def is_padded(conv: nn.Module) -> bool:
-    """Whether border positions see zeros instead of the channel (other padding modes repeat a constant)."""
-    if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros":
+    """Whether some positions see zeros instead of the channel: padding of zeros, or what transposed convolutions put between."""
+    if isinstance(conv, _ConvTransposeNd):
+        return True
+    if not isinstance(conv, Convolution) or conv.padding_mode != "zeros":
         return False
     if isinstance(conv.padding, str):
         return conv.padding == "same" and any(k > 1 for k in conv.kernel_size)
@@ -268,10 +279,11 @@ def is_padded(conv: nn.Module) -> bool:
 
 def response(layer: nn.Module, values: Tensor) -> Tensor:
     """[c_out]: what the layer adds to its outputs for constant inputs `values` [c_in], away from the border; no
-    bias.
+    bias. Of a transposed convolution the mean over positions.
     """
-    if isinstance(layer, nn.Conv2d):
-        taps = layer.weight.detach().double().sum(dim=(2, 3), keepdim=True)
-        return F.conv2d(values.double().to(taps.device)[None, :, None, None], taps, groups=layer.groups).flatten()
-    assert isinstance(layer, nn.Linear)
-    return layer.weight.double() @ values.double().to(layer.weight.device)
+    assert isinstance(layer, Weighted)
+    rows = by_output(layer, layer.weight.detach()).double()
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    taps = rows.reshape(groups, len(rows) // groups, rows.shape[1], -1).sum(3)
+    added = (taps @ values.double().to(taps.device).view(groups, -1, 1)).flatten()
+    return added / math.prod(layer.stride) if isinstance(layer, _ConvTransposeNd) else added

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import in_words
-from rmprune.pruning.follow import Walk, tensors_in
-from rmprune.pruning.groups import Group, Member, Structure, describe_layer, with_ports
-from rmprune.pruning.labels import compact, select, thin, varying
+from rmprune.pruning.follow import Walk
+from rmprune.pruning.groups import Group, Member, Structure, with_ports
+from rmprune.pruning.labels import compact, select, tensors_in, thin, varying
+from rmprune.pruning.layers import own_tensors, sized_layers
 from rmprune.pruning.reading import Reading, read
 
-CUTS = 4  # random ones, that operations are tried with
+CUTS = 6  # that operations are tried with
 
 
 def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading | None = None) -> Structure:
@@ -38,20 +38,15 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
         why = walk.channels.why(labels) if side == "out" else None
         if why is not None:
             frozen[layer] = why
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if name in walk.whole:
-            frozen[name] = walk.whole[name]
-        elif name not in walk.shapes and isinstance(module, _ConvNd) and not isinstance(module, nn.Conv2d):
-            frozen[name] = f"layers of type {type(module).__name__} are not pruned"
-    layers = [describe_layer(name, module, walk.shapes) for name, module in modules.items()]
+    frozen |= walk.whole
     found = _named(groups, walk)
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in frozen.items())
         raise UnsupportedModel(
             f"{type(model).__name__}: no channel can be pruned ({reasons or 'no convolution or linear layer'})"
         )
-    return with_ports(Structure(found, tuple(x for x in layers if x is not None), frozen))
+    layers = sized_layers(model, example_inputs, walk.shapes)
+    return with_ports(Structure(found, layers, frozen))
 
 
 def _unsliceable(model: nn.Module) -> dict[str, str]:
@@ -62,7 +57,7 @@ def _unsliceable(model: nn.Module) -> dict[str, str]:
         for kind in ("weight", "bias"):
             if isinstance(getattr(module, kind, None), Tensor) and kind not in (*module._parameters, *module._buffers):
                 found[name] = f"its {kind} is computed from other tensors; make it permanent to have it pruned"
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        for _, tensor in own_tensors(module):
             other = owners.setdefault(id(tensor), name)
             if other != name:
                 found[name], found[other] = f"it shares a tensor with {other}", f"it shares a tensor with {name}"
@@ -98,19 +93,30 @@ def _alike(walk: Walk) -> list[_Alike]:
         for number, count in having_it:
             layer, side, roots = members[number]
             place = rank[roots].argsort(stable=True)[-count * len(units) :]
-            own.append(Member(layer, side, place.view(-1, count), len(roots)))
+            fan = walk.fans.get(layer, 1)
+            own.append(Member(layer, side, place.view(-1, count), len(roots), fan))
         found.append(_Alike(torch.tensor(units), tuple(own)))
     return found
 
 
 def _misfit(walk: Walk, groups: Sequence[_Alike]) -> fx.Node | None:
-    """An operation that goes wrong when channels of these groups are cut, by a few random cuts; None where all is well."""
+    """An operation that goes wrong when channels of these groups are cut, by a few cuts; None where all is well.
+
+    The first takes the first channels of all groups, the next the last ones, so that halves lose unequally; then it is chance.
+    """
     chance = torch.Generator().manual_seed(0)
-    for _ in range(CUTS):
+    for cut in range(CUTS):
         gone = torch.zeros(len(walk.channels.root), dtype=torch.bool)
         for group in groups:
-            count = int(torch.randint(len(group.roots), (1,), generator=chance))
-            gone[group.roots[torch.randperm(len(group.roots), generator=chance)[:count]]] = True
+            units = len(group.roots)
+            order = torch.randperm(units, generator=chance)
+            count = int(torch.randint(units, (1,), generator=chance))
+            goes = (
+                (torch.arange(-(-units // 3)), torch.arange(units - units // 3, units))[cut]
+                if cut < 2
+                else order[:count]
+            )
+            gone[group.roots[goes[: units - 1]]] = True
         node = _first_misfit(walk, gone)
         if node is not None:
             return node

@@ -6,47 +6,20 @@ the channels that meet; whatever is unknown, or needs channels in their number o
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Size, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.convolution import Scale, plain
-from rmprune.graph.network import Network, in_words, is_batch_norm, named, shape_of
-from rmprune.pruning.groups import MemberSide, is_depthwise
-from rmprune.pruning.labels import Channels, compact, nobody, thin, varying
+from rmprune.graph.network import in_words, shape_of
+from rmprune.pruning.groups import MemberSide
+from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
+from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, own_tensors, rank_read
+from rmprune.pruning.operations import ALONG, ELEMENTWISE, INDEXING, MOVES, REDUCTIONS, SPATIAL, operation, product
 from rmprune.pruning.reading import Reading
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What operations and stock modules do to channels, by their names without underscores: relu_, F.relu and nn.ReLU are one.
-ELEMENTWISE = _names("""
-    add sub rsub mul div truediv truedivide floordiv iadd isub imul itruediv multiply subtract divide maximum minimum pow neg abs exp
-    expm1 log log1p sqrt rsqrt square sign erf sin cos reciprocal clamp clip clampmin clampmax eq ne lt le gt ge relu relu6 hardtanh
-    hardswish hardsigmoid leakyrelu prelu silu gelu elu selu celu mish sigmoid tanh softplus softsign logsigmoid threshold hardshrink
-    softshrink tanhshrink dropout dropout1d dropout2d stochasticdepth contiguous clone detach to float double half typeas zeroslike
-    oneslike scale
-""")
-SPATIAL = _names("""
-    maxpool1d maxpool2d maxpool3d avgpool1d avgpool2d avgpool3d lppool2d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d
-    adaptivemaxpool1d adaptivemaxpool2d maxpool2dsame avgpool2dsame upsample interpolate zeropad2d constantpad2d reflectionpad2d
-    replicationpad2d
-""")
-REDUCTIONS = _names("mean sum amax amin")
-MOVES = _names("""
-    view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis chunk split tensorsplit narrow select getitem
-    cat concat concatenate stack flip roll expand expandas viewas repeat repeatinterleave indexselect squeeze unsqueeze unbind
-    pixelshuffle pixelunshuffle channelshuffle getattr size dim ndimension numel nelement
-""")
-INDEXING = _names("getitem indexselect repeatinterleave")  # whose tensors other than the first say which elements
 
 
 class Walk:
@@ -56,11 +29,12 @@ class Walk:
     """
 
     def __init__(self, reading: Reading, whole: Mapping[str, str]) -> None:
-        self.reading, self.network, self.whole = reading, reading.network, whole
+        self.reading, self.network, self.whole = reading, reading.network, dict(whole)
         self.channels = Channels()
         self.members: dict[tuple[str, MemberSide], Tensor] = {}
         self.layers: dict[fx.Node, str] = {}  # convolutions and linear layers; their input and output shapes
-        self.shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+        self.shapes: dict[str, tuple[Size, Size]] = {}
+        self.fans: dict[str, int] = {}  # of depthwise layers: outputs for each input
         self.values: dict[fx.Node, Any] = {}
         self.moves: list[fx.Node] = []  # and what only computes sizes
         for node in self.network.graph.nodes:
@@ -99,64 +73,80 @@ class Walk:
             return self._spatial(node, labels[0])
         if len(labels) == 1 and name == "pad":
             return self._padded(node, args, kwargs)
-        return self._unknown(node, labels)
+        if len(labels) == 1 and name in ALONG and shape_of(node) == labels[0].shape:
+            dim = layer.dim if isinstance(layer, nn.Module) else args[1] if len(args) > 1 else kwargs.get("dim")
+            if isinstance(dim, int) and dim % labels[0].dim() not in varying(labels[0]):
+                return labels[0]
+        letters = product(name, args, labels)
+        return self._unknown(node, labels) if letters is None else self._multiplied(node, labels, *letters)
 
     # Layers
 
     def _layer(self, node: fx.Node, layer: nn.Module, labels: list[Tensor]) -> Any:
         """What a layer with tensors of its own makes of its input; None for one that has none but a number."""
-        name = self.reading.owner(layer)
-        sized = isinstance(layer, nn.Conv2d | nn.Linear) or is_batch_norm(layer)
-        if not sized and not any(t.numel() > 1 for t in (*layer.parameters(), *layer.buffers())):
+        name, size = self.reading.owner(layer), channels_read(layer)
+        if size is None and not any(t.numel() > 1 for t in (*layer.parameters(), *layer.buffers())):
             return None
         if name is None:
             return self._unknown(node, labels, "a free-standing parameter has these channels")
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, Weighted):
             self._note(node, name, labels)
-        size = _in_channels(layer)
         if name in self.whole:
             return self._unknown(node, labels, f"{name}: {self.whole[name]}")
+        if isinstance(layer, nn.LayerNorm) and len(labels) == 1:
+            x = labels[0]
+            if max(varying(x), default=0) < x.dim() - len(layer.normalized_shape):  # each channel for itself
+                return x
         if size is None or len(labels) != 1:
             kind = type(layer).__name__
+            if any(t.dim() > 1 for _, t in own_tensors(layer)):
+                self.whole[name] = f"layers of type {kind} are not pruned"
             does = "normalises over channels" if "Norm" in kind else "has these channels and cannot be sliced"
             return self._unknown(node, labels, f"{name} ({kind}) {does}")
         x = labels[0]
-        dim = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
-        batched = x.dim() == 4 or (x.dim() > 1 and not isinstance(layer, nn.Conv2d))
-        if not batched or x.shape[dim] != size or set(varying(x)) - {dim}:
+        dim, rank = x.dim() - 1 if isinstance(layer, nn.Linear) else 1, rank_read(layer)
+        if x.dim() != (rank or max(x.dim(), 2)) or x.shape[dim] != size or set(varying(x)) - {dim}:
             self.channels.stay(x, f"{name} reads its channels as positions")
             x = nobody(x.shape)
         vector = x[tuple(slice(None) if d == dim else 0 for d in range(x.dim()))]
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, Weighted):
             return self._weighted(node, name, layer, vector)
+        if isinstance(layer, nn.GroupNorm):
+            self._same_place(vector.view(layer.num_groups, -1).T, f"{name} normalises over channels that stay")
         self._member(name, "tied", vector)
         return self.again(x)
 
-    def _weighted(self, node: fx.Node, name: str, layer: nn.Conv2d | nn.Linear, vector: Tensor) -> Tensor:
+    def _weighted(self, node: fx.Node, name: str, layer: Weighted, vector: Tensor) -> Tensor:
         after = shape_of(node)
         assert after is not None
         if is_depthwise(layer):
+            self.fans[name] = layer.out_channels // len(vector)  # type: ignore[operator, assignment]
+            vector = vector.repeat_interleave(self.fans[name])
             self._member(name, "tied", vector)
             out = self.channels.root[vector]
         else:
             self._member(name, "in", vector)
-            out = self.channels.new(len(layer.weight))
+            out = self.channels.new(in_and_out(layer)[1])
             self._member(name, "out", out)
             groups = getattr(layer, "groups", 1)
             for side in (vector, out) if groups > 1 else ():  # the same position of every convolution group
-                parts = side.reshape(groups, -1)
-                why = f"{name}, a grouped convolution, reads channels that stay beside them"
-                self.channels.unite(parts[:1].expand_as(parts), parts, why)
+                self._same_place(
+                    side.view(groups, -1), f"{name}, a grouped convolution, reads channels that stay beside them"
+                )
             out = self.channels.root[out]
         ends = (1,) * (len(after) - 2)
         return compact((out if isinstance(layer, nn.Linear) else out.view(-1, *ends)).expand(after))
+
+    def _same_place(self, parts: Tensor, why: str) -> None:
+        """Channels at the same place of each part [parts, places] go together."""
+        self.channels.unite(parts[:1].expand_as(parts), parts, why)
 
     def _note(self, node: fx.Node, name: str, labels: list[Tensor]) -> None:
         if name in self.shapes:
             raise UnsupportedModel(
                 f"{name} is used twice in one forward pass; give each use its own layer before pruning"
             )
-        self.layers[node], self.shapes[name] = name, (labels[0].shape, torch.Size(shape_of(node) or ()))
+        self.layers[node], self.shapes[name] = name, (labels[0].shape, Size(shape_of(node) or ()))
 
     def _member(self, name: str, side: MemberSide, vector: Tensor) -> None:
         known = self.members.setdefault((name, side), vector)
@@ -187,6 +177,31 @@ class Walk:
                     first, second = first.narrow(dim, 0, 1), second.narrow(dim, 0, 1)
             self.channels.unite(first, second, why)
         return self.again(found)
+
+    def _multiplied(self, node: fx.Node, labels: list[Tensor], terms: list[str], result: str) -> Tensor:
+        """A product of maps: channels along a dimension that it keeps go through, those that it adds over cannot."""
+        shape, words = shape_of(node), in_words(self.network, node)
+        assert shape is not None
+        along: dict[str, list[Tensor]] = {}
+        for x, letters in zip(labels, terms, strict=True):
+            for dim, letter in enumerate(letters):
+                ends = [slice(None) if d == dim else 0 for d in range(x.dim())]
+                along.setdefault(letter, []).append(
+                    x[tuple(ends)] if dim in varying(x) else nobody(x.shape[dim : dim + 1])
+                )
+            if {letters[d] for d in varying(x)} - set(result):
+                self.channels.stay(x, f"{words} adds over them")
+        kept = [letter for letter in result if any(bool(self.channels.root[x].any()) for x in along[letter])]
+        for letter in kept[1:]:
+            for x in along[letter]:
+                self.channels.stay(x, f"{words} pairs them with other channels")
+        if not kept:
+            return nobody(shape)
+        first, *others = along[kept[0]]
+        for x in others:
+            self.channels.unite(first, x, "they meet channels that stay whole")
+        place = result.index(kept[0])
+        return self.again(first.view(-1, *(1,) * (len(shape) - place - 1)).expand(shape))
 
     def _reduced(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x, shape = args[0], shape_of(node)
@@ -243,9 +258,7 @@ class Walk:
             return len(channels.root[rows].unique())
 
         def left(dim: int) -> int:
-            trial = Channels()
-            trial.root, trial._why = self.channels.root.clone(), self.channels._why.clone()
-            return tie(trial, dim)
+            return tie(self.channels.copy(), dim)
 
         tie(self.channels, max(dims, key=left))
         return self.again(x)
@@ -285,32 +298,3 @@ class _Several:
 
 
 _SEVERAL = _Several()
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in a value, however it is nested."""
-    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
-
-
-def _in_channels(layer: nn.Module) -> int | None:
-    """How many channels a layer that can be sliced reads; None for any other."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels if plain(layer, nn.Conv2d) or named(layer, ("Conv2dSame",)) else None
-    if isinstance(layer, nn.Linear):
-        return layer.in_features if type(layer).forward is nn.Linear.forward else None
-    if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-        return layer.num_features
-    return layer.num_parameters if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 else None
-
-
-def operation(node: fx.Node, network: Network) -> str:
-    """The name of an operation or module of torch without underscores, `add` for +, add_ and torch.add; "" for others."""
-    if node.op == "call_method":
-        return str(node.target).replace("_", "")
-    if node.op == "call_module":
-        layer = network.layer(node)
-        stock = isinstance(layer, Scale) or type(layer).__module__.split(".")[0] in ("torch", "timm")
-        return type(layer).__name__.lower() if stock else ""
-    name = getattr(node.target, "__name__", "")
-    stock = node.target is getattr or any(getattr(m, name, None) is node.target for m in (torch, F, operator))
-    return name.replace("_", "") if stock or name == "stochastic_depth" else ""

@@ -19,8 +19,9 @@ from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Keep, Structure, total_cost
+from rmprune.pruning.groups import Keep, Structure, total_cost
 from rmprune.pruning.importance import TaylorSum, score_groups
+from rmprune.pruning.layers import Cost
 from rmprune.pruning.surgery import shrink
 
 MEASURED_FROM = 1.3  # times the budget: from there on the network is measured before each further cut

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs
 
 MemberSide = Literal["out", "in", "tied"]
 Keep = dict[str, Tensor]
@@ -29,13 +30,14 @@ class Member:
     owns, out of `size`.
 
     `side`: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
-    PReLU, depthwise).
+    PReLU, depthwise). `fan`: outputs for each input of a depthwise layer; `index` and `size` are those of its outputs.
     """
 
     layer: str
     side: MemberSide
     index: Tensor
     size: int
+    fan: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Group:
     @property
     def multiple(self) -> int:
         """Channels of the producing layer that one unit stands for."""
-        return next(int(m.index.shape[1]) for m in self.members if m.side != "in")
+        return next(int(m.index.shape[1]) for m in self.members if m.side == "out")
 
     @property
     def channels(self) -> int:
@@ -78,32 +80,6 @@ def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
         return [x for x in tree_leaves(model(*as_tuple(model, example_inputs))) if isinstance(x, Tensor)]
-
-
-@dataclass(frozen=True)
-class SizedLayer:
-    """A convolution or linear layer: its shape, and which groups set its width. `inputs` / `outputs`: (group,
-    channels a unit).
-    """
-
-    name: str
-    kind: Literal["conv", "depthwise", "linear"]
-    cin: int
-    cout: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    input_size: tuple[int, int]
-    output_size: tuple[int, int]
-    bias: bool
-    inputs: tuple[tuple[str, int], ...] = ()
-    outputs: tuple[tuple[str, int], ...] = ()
-
-
-Cost = Callable[[SizedLayer, int, int], float]
-"""cost(layer, cin, cout): what the layer costs at these widths (MACs, milliseconds, ...)."""
 
 
 @dataclass(frozen=True)
@@ -137,24 +113,9 @@ class Structure:
             rows, cols = masks.get((layer.name, "out")), masks.get((layer.name, "in"))
             cout = layer.cout if rows is None else int(rows.sum())
             cin = layer.cin if cols is None else int(cols.sum())
-            groups_now = cout if layer.kind == "depthwise" else layer.groups
+            groups_now = cin if layer.kind == "depthwise" else layer.groups
             layers.append(replace(layer, cin=cin, cout=cout, groups=groups_now))
         return Structure(groups, tuple(layers), self.frozen)
-
-
-def macs(layer: SizedLayer, cin: int, cout: int) -> float:
-    """Multiply-accumulates of one image: k_h k_w c_in c_out / groups at every output position (a depthwise layer: k_h
-    k_w c_out).
-    """
-    taps = layer.kernel[0] * layer.kernel[1] * layer.output_size[0] * layer.output_size[1]
-    return float(taps * cout) if layer.kind == "depthwise" else taps * cin * cout / layer.groups
-
-
-def channels(layer: SizedLayer, cin: int, cout: int) -> float:
-    """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted
-    twice).
-    """
-    return float(cout) if layer.outputs and layer.kind != "depthwise" else 0.0
 
 
 def total_cost(structure: Structure, cost: Cost = macs) -> float:
@@ -183,11 +144,10 @@ def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[
         gone = ~keep[group.name].cpu() if group.name in keep else None
         for member in group.members:
             for side in ("out", "in") if member.side == "tied" else (member.side,):
-                key = (member.layer, side)
-                if key not in masks:
-                    masks[key] = torch.ones(member.size, dtype=torch.bool)
+                fan = member.fan if side == "in" else 1
+                mask = masks.setdefault((member.layer, side), torch.ones(member.size // fan, dtype=torch.bool))
                 if gone is not None:
-                    masks[key][member.index[gone].flatten()] = False
+                    mask[member.index[gone, ::fan].flatten() // fan] = False
     return masks
 
 
@@ -207,67 +167,16 @@ def with_ports(structure: Structure) -> Structure:
     outputs: dict[str, list[tuple[str, int]]] = {}
     for group in structure.groups:
         for member in group.members:
-            port = (group.name, int(member.index.shape[1]))
+            width = int(member.index.shape[1])
             if member.side in ("out", "tied"):
-                outputs.setdefault(member.layer, []).append(port)
+                outputs.setdefault(member.layer, []).append((group.name, width))
             if member.side in ("in", "tied"):
-                inputs.setdefault(member.layer, []).append(port)
+                inputs.setdefault(member.layer, []).append((group.name, width // member.fan))
     layers = (
         replace(x, inputs=tuple(inputs.get(x.name, ())), outputs=tuple(outputs.get(x.name, ())))
         for x in structure.layers
     )
     return Structure(structure.groups, tuple(layers), structure.frozen)
-
-
-def describe_layer(
-    name: str, module: nn.Module, shapes: Mapping[str, tuple[torch.Size, torch.Size]]
-) -> SizedLayer | None:
-    """The `SizedLayer` of a Conv2d or Linear; None for every other module."""
-    if name not in shapes:
-        return None
-    before, after = shapes[name]
-    if isinstance(module, nn.Conv2d):
-        padding = module.padding
-        if isinstance(padding, str):
-            same = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-            padding = (same[0], same[1]) if padding == "same" else (0, 0)
-        return SizedLayer(
-            name,
-            "depthwise" if is_depthwise(module) else "conv",
-            module.in_channels,
-            module.out_channels,
-            _pair(module.kernel_size),
-            _pair(module.stride),
-            _pair(padding),
-            _pair(module.dilation),
-            module.groups,
-            _pair(tuple(before[2:])),
-            _pair(tuple(after[2:])),
-            module.bias is not None,
-        )
-    if isinstance(module, nn.Linear):
-        tokens = (1, after[1:-1].numel())
-        sizes = ((1, 1), (1, 1), (0, 0), (1, 1))
-        return SizedLayer(
-            name, "linear", module.in_features, module.out_features, *sizes, 1, tokens, tokens, module.bias is not None
-        )
-    return None
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """One filter for each channel: the channels come and go with their producer's."""
-    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
-
-
-def weight_of(model: nn.Module, layer: str) -> Tensor:
-    """The layer's weight, with its gradient."""
-    weight = model.get_submodule(layer).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return (int(values[0]), int(values[1]))
 
 
 @contextmanager
@@ -283,9 +192,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every Conv2d and Linear, from one forward pass. A layer used twice is
-    refused.
-    """
+    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example. A layer used twice is refused."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     handles = []
 
@@ -300,11 +207,11 @@ def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[t
         return record
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, Weighted):
             handles.append(module.register_forward_hook(recorder(name)))
     try:
         with evaluating(model), torch.no_grad():
-            model(example_inputs.to(device_of(model)))
+            model(example_inputs[:1].to(device_of(model)))
     finally:
         for handle in handles:
             handle.remove()
@@ -320,15 +227,6 @@ def inner_only(structure: Structure) -> Structure:
 
 Scores = dict[str, Tensor]
 """Group name -> float64 [units]."""
-
-
-def input_weights(module: nn.Module, values: Tensor) -> Tensor:
-    """[c_in]: the sum, for each input channel, of `values` shaped as the layer's weight (convolution groups taken
-    apart).
-    """
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return values.view(module.groups, -1, *values.shape[1:]).sum(dim=(1, 3, 4)).flatten()
-    return values.sum(dim=(0, 2, 3)) if values.dim() > 2 else values.sum(0)
 
 
 def member_values(values: Tensor, member: Member) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
+from rmprune.graph.network import is_batch_norm
 from rmprune.pruning.batches import Batches, batches_of, class_loss
 from rmprune.pruning.groups import (
     Group,
@@ -20,11 +21,10 @@ from rmprune.pruning.groups import (
     Structure,
     device_of,
     evaluating,
-    input_weights,
     member_values,
-    weight_of,
     zero_scores,
 )
+from rmprune.pruning.layers import by_input, by_output, weight_of
 
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
 
@@ -39,7 +39,7 @@ def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None =
         found = []
         for member in group.members:
             module = model.get_submodule(member.layer)
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.weight is not None:
+            if is_batch_norm(module) and isinstance(module.weight, Tensor):
                 found.append(member_values(module.weight.detach().abs(), member).mean(1))
         if not found:
             raise UnsupportedModel(
@@ -58,7 +58,8 @@ def magnitude(model: nn.Module, structure: Structure, batches: Batches | None = 
         total = torch.zeros(group.units, dtype=torch.float64)
         for member in group.members:
             if member.side == "out":
-                norms = weight_of(model, member.layer).detach().flatten(1).norm(dim=1)
+                layer = model.get_submodule(member.layer)
+                norms = by_output(layer, weight_of(model, member.layer).detach()).flatten(1).norm(dim=1)
                 total += member_values(norms, member).square().sum(1).sqrt()
         return total
 
@@ -130,7 +131,8 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
             n_in, sum_in, square_in, n_out, sum_out, square_out = moments[member.layer]
             variance = (square_in / n_in - (sum_in / n_in).square()).clamp(min=0)
             total = (square_out / n_out - (sum_out / n_out).square()).clamp(min=0).sum().clamp(min=1e-30)
-            weights = input_weights(consumers[member.layer], weight_of(model, member.layer).detach().double().square())
+            layer = consumers[member.layer]
+            weights = by_input(layer, by_output(layer, weight_of(model, member.layer).detach().double().square()))
             scores[group.name] += member_values(variance * weights / total, member).sum(1)
     return {name: score.sqrt() for name, score in scores.items()}
 
@@ -292,7 +294,8 @@ class TaylorSum:
             weight = weight_of(model, name)
             if weight.grad is None:
                 return False
-            effects[name] = input_weights(model.get_submodule(name), weight.detach() * weight.grad).double()
+            layer = model.get_submodule(name)
+            effects[name] = by_input(layer, by_output(layer, weight.detach() * weight.grad)).double()
         for group in self.structure.groups:
             parts = []
             for member in group.consumers:

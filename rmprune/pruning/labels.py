@@ -3,10 +3,14 @@
 A tensor of labels is expanded (stride 0) along each dimension on which it does not change: maps of any size cost next to nothing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class Channels:
@@ -16,6 +20,12 @@ class Channels:
         self.root = torch.zeros(1, dtype=torch.int64)
         self._why = torch.zeros(1, dtype=torch.int64)
         self._texts = [""]
+
+    def copy(self) -> Channels:
+        """The same, to try things on."""
+        other = Channels()
+        other.root, other._why, other._texts = self.root.clone(), self._why.clone(), list(self._texts)
+        return other
 
     def new(self, count: int) -> Tensor:
         """Numbers [count] for the outputs of a layer."""
@@ -60,6 +70,11 @@ class Channels:
         """The reason for which the first of these channels that must stay does; None where all may go."""
         whole = labels[(labels > 0) & (self.root[labels] == 0)]
         return self._texts[int(self._why[whole[0]])] if len(whole) else None
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in a value, however it is nested."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def thin(x: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from rmprune.pruning.batches import Batches, batches_of
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Cost, Keep, Structure, evaluating, inner_only, outputs, total_cost
+from rmprune.pruning.groups import Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
+from rmprune.pruning.layers import Cost
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
@@ -203,7 +204,7 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            x = x.transpose(0, 1).flatten(1) if isinstance(module, nn.Conv2d) else x.reshape(-1, x.shape[-1]).t()
+            x = x.reshape(-1, x.shape[-1]).t() if isinstance(module, nn.Linear) else x.transpose(0, 1).flatten(1)
             total = x.double().sum(1)
             sums[name] = total if name not in sums else sums[name] + total
             counts[name] = counts.get(name, 0) + x.shape[1]

@@ -9,11 +9,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.convolution import Scale
-from rmprune.graph.network import Network, is_batch_norm, shape_of
+from rmprune.graph.convolution import Scale, plain
+from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.run import node_value
-from rmprune.pruning.follow import ELEMENTWISE, operation
 from rmprune.pruning.groups import Structure
+from rmprune.pruning.layers import Weighted
+from rmprune.pruning.operations import ELEMENTWISE, operation
 from rmprune.pruning.reading import Reading, read
 
 IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
@@ -105,6 +106,11 @@ def _read_op(node: fx.Node, reading: Reading, norms: Mapping[fx.Node, str], alia
     if node.op == "get_attr":
         raise UnsupportedModel(f"{node.target}: a tensor that belongs to no layer; fitting layers cannot follow it")
     layer, name = reading.network.layer(node), reading.name(node)
+    dims = len(shape_of(node) or ())
+    if name is not None and dims not in _fitted(layer):
+        raise UnsupportedModel(
+            f"{name}: fitting layers cannot follow {type(layer).__name__} layers on values of {dims} dimensions"
+        )
     if name is not None and isinstance(layer, nn.Conv2d | nn.Linear):
         if isinstance(layer, nn.Conv2d) and (isinstance(layer.padding, str) or layer.padding_mode != "zeros"):
             raise UnsupportedModel(f"{name}: fitting layers needs zero padding given as numbers")
@@ -115,10 +121,15 @@ def _read_op(node: fx.Node, reading: Reading, norms: Mapping[fx.Node, str], alia
         return Op(node, "vector", inputs, layer=name)
     number = isinstance(layer, Scale) and layer.factor.numel() == 1 and not layer.factor.is_meta
     if isinstance(layer, nn.Module) and not number and any(True for _ in (*layer.parameters(), *layer.buffers())):
-        if name is None:
-            raise UnsupportedModel(f"{node.target}: a tensor that belongs to no layer; fitting layers cannot follow it")
-        raise UnsupportedModel(f"{name}: fitting layers cannot follow {type(layer).__name__} layers")
+        raise UnsupportedModel(f"{node.target}: a tensor that belongs to no layer; fitting layers cannot follow it")
     return Op(node, "call", inputs)
+
+
+def _fitted(layer: NodeLayer | None) -> tuple[int, ...]:
+    """The dimensions of what a layer may put out for it to be fitted, or passed by."""
+    if isinstance(layer, Weighted):
+        return (2,) if isinstance(layer, nn.Linear) else (4,) if plain(layer, nn.Conv2d) else ()
+    return (2, 4) if is_batch_norm(layer) or isinstance(layer, nn.PReLU) else ()
 
 
 def _mark_static(ops: list[Op], reading: Reading, structure: Structure) -> list[Op]:

@@ -21,7 +21,8 @@ from rmprune.errors import NotEquivalent
 from rmprune.graph.equivalence import base_inputs, check_inputs, reference_copy, relative_error
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.pruning.groups import Structure
-from rmprune.pruning.surgery import Slices, shrink, tensor_slices
+from rmprune.pruning.layers import Slices, output_dim
+from rmprune.pruning.surgery import shrink, tensor_slices
 
 TOLERANCE = 1e-9  # of (a) and (b), relative to what the inputs change in the outputs
 GIVEN, DRAWN = 2, 1  # images of the examples, and random ones
@@ -80,7 +81,7 @@ def _error(
         return network(*(x.clone() for x in inputs))
 
     silent = copy.deepcopy(twin)
-    _fill(silent, slices, 1, lambda gone: torch.zeros_like(gone))
+    _fill(silent, slices, torch.zeros_like, columns=True)
     expected, base = run(silent, images), run(silent, other)
     try:
         found = run(smaller, images)
@@ -90,17 +91,20 @@ def _error(
     if not cut <= TOLERANCE:
         return cut, "the smaller network differs from the whole one without the columns that read the removed channels"
     generator = torch.Generator().manual_seed(0)  # from 0.5 on: a variance stays one
-    _fill(silent, slices, 0, lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5)
+    drawn = lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5  # noqa: E731
+    _fill(silent, slices, drawn, columns=False)
     others = relative_error(expected, run(silent, images), sizes, base)
     return max(cut, others), "something else than the layers that were cut reads the removed channels"
 
 
-def _fill(model: nn.Module, slices: Mapping[str, Slices], dim: int, value: Callable[[Tensor], Tensor]) -> None:
-    """Puts `value(what goes)` in the place of what goes along a dimension of its tensors, in place: 1 columns, 0 rows."""
+def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tensor], Tensor], *, columns: bool) -> None:
+    """Puts `value(what goes)` in the place of what goes of each tensor, in place: its columns, or its rows."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, own in slices.items():
-        for along, kept in own:
-            if along == dim and tensors[name].is_floating_point():
+        layer, _, tensor = name.rpartition(".")
+        rows = output_dim(model.get_submodule(layer), tensor)
+        for dim, kept in own:
+            if (dim != rows) == columns and tensors[name].is_floating_point():
                 goes = torch.ones(tensors[name].shape[dim], dtype=torch.bool).index_fill(0, kept.cpu(), False)
                 at = (slice(None),) * dim + (goes,)
                 tensors[name][at] = value(tensors[name][at])

@@ -1,6 +1,6 @@
 """A network read once for pruning: its normalised graph, and which of the user's modules each layer in it is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
@@ -8,9 +8,10 @@ from torch import Tensor, fx, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.equivalence import freeze, reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.graph.network import Network, NodeLayer, is_batch_norm
+from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.normalise import normalise, plain_norm
 from rmprune.graph.shapes import on_meta, propagate_shapes
+from rmprune.pruning.layers import Weighted, channels_read, own_tensors
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Reading:
 
     def owner(self, layer: NodeLayer | None) -> str | None:
         """The name of the user's module whose tensors a layer has; None where it has none, or is made up for a function."""
-        found = (
-            self.owners.get(id(layer)) if isinstance(layer, nn.Module) and any(True for _ in _tensors(layer)) else None
+        own = isinstance(layer, nn.Module) and (
+            channels_read(layer) is not None or any(True for _ in own_tensors(layer))
         )
-        return found or self.owners.get(id(getattr(layer, "running_mean", self)))
+        return (own and self.owners.get(id(layer))) or self.owners.get(id(getattr(layer, "running_mean", self)))
 
     def name(self, node: fx.Node) -> str | None:
         """The name of the user's module that a node calls."""
@@ -51,14 +52,12 @@ class Reading:
             if is_batch_norm(self.network.layer(node)) and self.name(node) is not None:
                 (before,) = node.all_input_nodes
                 layer = self.network.layer(before)
-                if isinstance(layer, nn.Conv2d | nn.Linear) and self.owner(layer) and len(before.users) == 1:
+                features = (
+                    not isinstance(layer, nn.Linear) or len(shape_of(before) or ()) == 2
+                )  # else the norm's are tokens
+                if isinstance(layer, Weighted) and self.owner(layer) and len(before.users) == 1 and features:
                     found[node] = before
         return found
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
 
 
 def read(model: nn.Module, example_inputs: Inputs, *, values: bool = False) -> Reading:
@@ -70,6 +69,10 @@ def read(model: nn.Module, example_inputs: Inputs, *, values: bool = False) -> R
         twin = reference_copy(model) if values else freeze(on_meta(model).double().eval()).requires_grad_(False)
     except RuntimeError as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error
-    owners = {id(part): name for name, module in twin.named_modules() for part in (module, *_tensors(module))}
+    owners = {
+        id(part): name
+        for name, module in twin.named_modules()
+        for part in (module, *(t for _, t in own_tensors(module)))
+    }
     inputs = tuple(x[:1] for x in as_tuple(model, example_inputs))
     return Reading(normalise(twin, inputs, pieces=False), owners, inputs)

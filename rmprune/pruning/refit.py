@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rmprune.graph.tf32 import tf32
 from rmprune.pruning.calibration import Calibrator, Cut, Fitted
 from rmprune.pruning.groups import Keep, Structure, device_of
 from rmprune.pruning.program import Op, Program, read_program
@@ -31,7 +32,7 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     dtype = images.dtype if images.is_floating_point() else torch.float32
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
     program = read_program(model, structure, images).unshared()
-    with torch.inference_mode():
+    with torch.inference_mode(), tf32(False):
         x = images.to(device_of(model), memory_format=torch.channels_last)
         calibrator.measure_reference(program, x)
         cut = Cut.of(calibrator.model, structure, keep)

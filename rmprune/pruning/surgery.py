@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.pruning.groups import Structure, is_depthwise, layer_masks
+from rmprune.pruning.groups import Structure, layer_masks
+from rmprune.pruning.layers import Slices, set_width, slices_of
 
-Slices = tuple[tuple[int, Tensor], ...]
-"""((dimension, int64 indices that stay), ...)."""
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 
@@ -34,9 +33,8 @@ def shrink(
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = take(buffer, slices.get(name, ()))
     smaller = copy.deepcopy(model, memo)
-    for name, module in smaller.named_modules():
-        _set_sizes(module)
-        del name
+    for (layer, side), mask in layer_masks(structure, keep).items():
+        set_width(smaller.get_submodule(layer), side, int(mask.sum()))
     if optimizer is None:
         return smaller, None
     return smaller, _shrink_optimizer(optimizer, {id(p): (memo[id(p)], slices.get(n, ())) for n, p in old.items()})
@@ -58,23 +56,9 @@ def tensor_slices(model: nn.Module, structure: Structure, keep: Mapping[str, Ten
     """{parameter or buffer: what of it stays}, for every tensor that loses something."""
     masks = layer_masks(structure, keep)
     slices: dict[str, Slices] = {}
-    for layer in {layer for layer, _ in masks}:
-        module = model.get_submodule(layer)
-        rows, cols = masks.get((layer, "out")), masks.get((layer, "in"))
-        out = () if rows is None or bool(rows.all()) else ((0, rows.nonzero().flatten()),)
-        into: Slices = ()
-        if (
-            cols is not None
-            and not bool(cols.all())
-            and isinstance(module, nn.Conv2d | nn.Linear)
-            and not is_depthwise(module)
-        ):
-            first = cols.view(getattr(module, "groups", 1), -1)[0]  # the same positions in every convolution group
-            into = ((1, first.nonzero().flatten()),)
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            mine = (*out, *into) if name == "weight" else out
-            if mine and tensor.dim() > 0:
-                slices[f"{layer}.{name}"] = mine
+    for layer in dict.fromkeys(layer for layer, _ in masks):
+        found = slices_of(model.get_submodule(layer), masks.get((layer, "out")), masks.get((layer, "in")))
+        slices |= {f"{layer}.{name}": own for name, own in found.items()}
     return slices
 
 
@@ -83,23 +67,6 @@ def _new_parameter(parameter: nn.Parameter, slices: Slices) -> nn.Parameter:
     if parameter.grad is not None:
         new.grad = take(parameter.grad, slices)
     return new
-
-
-def _set_sizes(module: nn.Module) -> None:
-    """Make a layer's own numbers agree with its tensors."""
-    if isinstance(module, nn.Conv2d):
-        if is_depthwise(module):
-            module.groups = module.in_channels = module.out_channels = module.weight.shape[0]
-        else:
-            module.out_channels = module.weight.shape[0]
-            module.in_channels = module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        sizes = [t for t in (module.weight, module.running_mean) if t is not None]
-        module.num_features = len(sizes[0]) if sizes else module.num_features
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
 
 
 def _shrink_optimizer(optimizer: O, new: Mapping[int, tuple[nn.Parameter, Slices]]) -> O:

@@ -16,7 +16,8 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.listed import trace
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import TimedLayer, network_layers
-from rmprune.pruning.groups import SizedLayer, Structure
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.layers import SizedLayer
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Fractions of a layer's width near which it is measured."""

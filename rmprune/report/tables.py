@@ -2,6 +2,7 @@
 nothing is measured.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ COLUMNS = [
     "budget",
     "seed",
     "accuracy",
+    "balanced_accuracy",
+    "auc",
     "macs",
     "params",
     "backend",
@@ -33,6 +36,7 @@ COLUMNS = [
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
 _BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "ratio")
+MOST_CLASSES = 20  # that the screen shows one by one
 CONFIGURATION = ["backend", "device", "threads", "batch_size"]
 
 
@@ -103,6 +107,7 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
             "budget": "" if name in ("original", "plain") else budget_of(record),
             "seed": record["seed"],
             "accuracy": network["accuracy"],
+            **{name: math.nan if network.get(name) is None else network[name] for name in ("balanced_accuracy", "auc")},
             "macs": network["macs"],
             "params": network["params"],
             "run": run,
@@ -130,7 +135,8 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
     """One row per method, budget and configuration, means over seeds, everything against the dense network.
 
     Columns: accuracy (0 to 1), its spread over seeds (standard deviation), its lowest and highest seed, accuracy_change
-    (points), macs, params and their ratios, time (median/q1/q3 in ms) and its ratio, seeds.
+    (points), balanced_accuracy, auc and its spread (empty in older records), macs, params and their ratios, time
+    (median/q1/q3 in ms) and its ratio, seeds.
     """
     keys = ["model", "dataset", "method", "budget", *CONFIGURATION]
     dense = data[data.method == "dense"].set_index(["run", *CONFIGURATION])
@@ -144,6 +150,8 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
     numbers = [
         "accuracy",
         "accuracy_change",
+        "balanced_accuracy",
+        "auc",
         "macs",
         "macs_ratio",
         "params",
@@ -160,6 +168,7 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         .agg(
             **{name: (name, "mean") for name in numbers},
             accuracy_spread=("accuracy", _spread),
+            auc_spread=("auc", _spread),
             accuracy_low=("accuracy", "min"),
             accuracy_high=("accuracy", "max"),
             seeds=("seed", "nunique"),
@@ -249,4 +258,24 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
             ratio = latency.get("ratio", latency["median_ms"] / base["median_ms"])
             cells.append(f"{milliseconds(latency['median_ms'])}  {ratio:.2f}x")
         time.add_row(*cells)
-    return [cost, time] if times["original"] else [cost]
+    return [cost, *([time] if times["original"] else []), *_by_class(found)]
+
+
+def _by_class(found: dict[str, dict[str, Any]]) -> list[Table]:
+    """Where classes have names: what each network recognises of each, and the measures that do not depend on how many images one has."""
+    classes = found["original"].get("classes", [])
+    if not classes or classes[0]["name"] == "0" or len(classes) > MOST_CLASSES:
+        return []
+    table = Table(title="Recognised, of each class", title_justify="left", title_style="bold")
+    for heading in ("class", "images", *found):
+        table.add_column(escape(heading), justify="left" if heading == "class" else "right")
+    for number, one in enumerate(classes):
+        recalls = [network.get("classes", classes)[number]["recall"] for network in found.values()]
+        table.add_row(escape(one["name"]), str(one["images"]), *("" if r is None else f"{r:.1%}" for r in recalls))
+    for label, field, form in (
+        ("all alike (balanced accuracy)", "balanced_accuracy", "{:.1%}"),
+        ("AUC", "auc", "{:.3f}"),
+    ):
+        values = [network.get(field) for network in found.values()]
+        table.add_row(label, "", *("" if value is None else form.format(value) for value in values))
+    return [table]

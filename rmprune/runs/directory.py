@@ -11,7 +11,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.writing import sweep, write_text
+from rmprune.runs.writing import LEFT, sweep, write_text
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
@@ -19,6 +19,10 @@ LOCK_FILE = ".lock"
 WRITTEN = re.compile(
     r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
+
+
+class Finished(ConfigError):
+    """A run that is finished already, and nothing is left to do."""
 
 
 @contextlib.contextmanager
@@ -46,13 +50,13 @@ def _prepare(
 ) -> None:
     known = directory / CONFIG_FILE
     try:
-        used = directory.exists() and any(entry.name != LOCK_FILE for entry in directory.iterdir())
+        names = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+        used = any(name != LOCK_FILE and not LEFT.fullmatch(name) for name in names)
         if used and not known.is_file():
             raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
-        if known.is_file():
-            sweep(directory)
+        sweep(directory)
         if known.is_file() and overwritten is not None:
             _clear(directory, config, known, overwritten)
         elif known.is_file():
@@ -91,7 +95,7 @@ def _refuse_other(directory: Path, config: Config, known: Path, records: list[Pa
             f"{directory}: holds a run with other settings ({'; '.join(changed)}); choose another --out, or --overwrite"
         )
     if all(record.is_file() for record in records):
-        raise ConfigError(
+        raise Finished(
             f"{directory}: this run is finished; see it with `python -m rmprune report {directory}`, or --overwrite"
         )
 

@@ -45,7 +45,8 @@ def check_record(record: Any) -> None:
     A record has `schema`, `command`, `config`, `seed`, `method`, `environment` (`versions`, `processor`, `threads`),
     `removal` (`removed`, `kept`, `max_error`; None where no residual was to be removed), and `original` with at least
     one more network; it may have `refused`, {method: why its budget could not be met}. A network has `accuracy` (0 to
-    1), `macs` and `params` (of one image), and `latency`, a list of {backend, device, threads, batch_size, median_ms,
+    1), `macs` and `params` (of one image), may have `balanced_accuracy`, `auc` and `classes` (name, images, recall,
+    precision), and has `latency`, a list of {backend, device, threads, batch_size, median_ms,
     q1_ms, q3_ms}.
     """
     if not isinstance(record, dict):
@@ -74,11 +75,15 @@ def check_record(record: Any) -> None:
 
 
 def _check_network(name: str, entry: dict[str, Any]) -> None:
-    if not _is_number(entry["accuracy"]) or not 0 <= entry["accuracy"] <= 1:
+    if not _is_share(entry["accuracy"]):
         raise ArtifactError(f"{name}: accuracy is {entry['accuracy']!r}, not a number from 0 to 1")
     for field in ("macs", "params"):
         if not _is_count(entry[field]):
             raise ArtifactError(f"{name}: {field} is {entry[field]!r}, not a positive whole number")
+    for field in ("balanced_accuracy", "auc"):
+        if entry.get(field) is not None and not _is_share(entry[field]):
+            raise ArtifactError(f"{name}: {field} is {entry[field]!r}, not a number from 0 to 1")
+    _check_classes(name, entry.get("classes", []))
     if not isinstance(entry["latency"], list):
         raise ArtifactError(f"{name}: latency is not a list")
     for position, latency in enumerate(entry["latency"]):
@@ -94,6 +99,23 @@ def _check_network(name: str, entry: dict[str, Any]) -> None:
         for field in ("median_ms", "q1_ms", "q3_ms", *({"ratio"} & latency.keys())):
             if not _is_number(latency.get(field)) or latency[field] <= 0:
                 raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a positive number")
+
+
+def _check_classes(name: str, classes: Any) -> None:
+    def fits(one: Any) -> bool:
+        return (
+            isinstance(one, dict)
+            and isinstance(one.get("name"), str)
+            and type(one.get("images")) is int
+            and all(share is None or _is_share(share) for share in (one.get("recall"), one.get("precision")))
+        )
+
+    if not isinstance(classes, list) or not all(map(fits, classes)):
+        raise ArtifactError(f"{name}: 'classes' is no list of name, images, recall and precision")
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_number(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Files written whole or not at all: under a temporary name in the same folder, flushed to the disk, renamed. No contents here."""
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -11,6 +12,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from rmprune.errors import ArtifactError
+
+LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
+"""The names of what is being written, and of a folder that steps aside for it: all that a writer that was killed leaves."""
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextlib.contextmanager
@@ -63,9 +68,14 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Take away what writers that were killed left below a folder, which nobody else may be writing to."""
-    for left in [path for path in folder.rglob(".*.tmp") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name)]:
-        _take_away(left)
+    """Take away what writers that were killed left below a folder, which nobody else may be writing to; what stepped aside for
+    something that never came goes back to its place."""
+    for left in list(folder.rglob(".*")):
+        found = LEFT.fullmatch(left.name)
+        if found and found[2] == "old" and not left.with_name(found[1]).exists():
+            left.rename(left.with_name(found[1]))
+        elif found:
+            _take_away(left)
 
 
 @contextlib.contextmanager
@@ -82,9 +92,12 @@ def _one_clear_error(path: Path) -> Iterator[None]:
 
 
 def _put(work: Path, path: Path) -> None:
-    """`work` in the place of `path`; a folder that is not empty steps aside first, and back where the last step fails."""
+    """`work` in the place of `path`. Two folders change places in one step; where the file system cannot do this, the one that
+    stands there steps aside first, and back where the last step fails."""
     if not (work.is_dir() and path.is_dir()):
         work.replace(path)
+        return
+    if _exchange(work, path):
         return
     old = work.with_suffix(".old")
     path.rename(old)
@@ -94,6 +107,12 @@ def _put(work: Path, path: Path) -> None:
         old.rename(path)
         raise
     _take_away(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places, and say whether that could be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def _flush(place: Path) -> None:

@@ -24,9 +24,21 @@ from rmprune.runs.reading import parse_json
 from rmprune.runs.writing import whole
 
 _FORMAT = 1
-_FREE_SETTINGS = ("checkpoint_seconds", "tensorboard")  # these do not change what is trained
-_LATER = {"head_rate": 1.0}  # settings that earlier checkpoints do not know, and what they did without them
-_DATA_SETTINGS = ("batch_size", "validation", "split_seed", "train_images", "augment")
+_FREE_SETTINGS = ("checkpoint_seconds", "tensorboard", "cuda_graph")  # these do not change what is trained
+# settings that earlier checkpoints do not know, and what was done without them
+_LATER = {"head_rate": 1.0, "crop": 0.875, "normalization": "auto", "test": 0.2, "group_column": None, "balance": False}
+_DATA_SETTINGS = (
+    "batch_size",
+    "validation",
+    "split_seed",
+    "train_images",
+    "augment",
+    "crop",
+    "normalization",
+    "test",
+    "group_column",
+    "balance",
+)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -57,8 +69,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     """What a checkpoint must agree on with the training that goes on from it; `model` is the one it started with."""
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_SETTINGS}
-    training = {key: value for key, value in settings.items() if _LATER.get(key, ...) != value}
     images = {key: getattr(data.config, key) for key in _DATA_SETTINGS}
+    asked = {key: value for key, value in (settings | images).items() if _LATER.get(key, ...) != value}
     shape = "x".join(map(str, data.input_shape))
     identity = {
         "network": shapes_digest(model),
@@ -67,7 +79,7 @@ def fingerprint(
         "seed": seed,
         "stage": label,
     }
-    return {**training, **images, **identity, "distilled": distilled}
+    return {**asked, **identity, "distilled": distilled}
 
 
 def shapes_digest(model: nn.Module) -> str:

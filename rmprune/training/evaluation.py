@@ -1,15 +1,20 @@
-"""Accuracy and loss of a model on a split; no training."""
+"""What a model puts out on a split, and how good that is; no training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rmprune.config import Precision
 from rmprune.data.splits import Split
-from rmprune.training.precision import autocast
+from rmprune.errors import RmpruneError
+from rmprune.graph.finite import where_broken
+from rmprune.graph.foreign import copied
+from rmprune.training.precision import ask, autocast, weights_dtype
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,6 @@ class Evaluation:
     loss: float
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     split: Split,
@@ -32,20 +36,71 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
-    The model must be on `device` already.
+    The model must be on `device` already. Raises RmpruneError where its outputs are NaN, and says where that begins.
     """
+    logits, y = logits_of(model, split, device=device, batch_size=batch_size, limit=limit, precision=precision)
+    loss = nn.functional.cross_entropy(logits, y, reduction="none").double().mean()
+    return Evaluation(float((logits.argmax(1) == y).double().mean()), float(loss))
+
+
+@torch.no_grad()
+def logits_of(
+    model: nn.Module,
+    split: Split,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+    limit: int | None = None,
+    precision: Precision = "float32",
+) -> tuple[Tensor, Tensor]:
+    """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
     was_training = {module: module.training for module in model.modules()}
     model.eval()
-    correct, loss, seen = (torch.zeros((), device=device, dtype=torch.float64) for _ in range(3))
+    found: list[tuple[Tensor, Tensor]] = []
     try:
         with autocast(precision, device):
             for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
-                output = model(x).float()
-                correct += (output.argmax(1) == y).sum()
-                loss += nn.functional.cross_entropy(output, y, reduction="sum")
-                seen += len(y)
+                found.append((ask(model, x).float(), y))
     finally:
         for module, mode in was_training.items():
             module.training = mode
-    return Evaluation(float(correct / seen), float(loss / seen))
+    logits = torch.cat([some for some, _ in found])
+    if logits.log_softmax(1).isnan().any():
+        where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
+        raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
+    return logits, torch.cat([y for _, y in found])
+
+
+def scores(logits: Tensor, labels: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:
+    """What a record says of a network, from its logits [N, C] and the labels [N]: `accuracy`; `balanced_accuracy`, the mean over the
+    classes that are there of the part recognised; `auc`, the area under the ROC curve (scikit-learn's; of several classes the mean of
+    each against the rest; None where a class is missing); `classes`, for each its name, images, recall and precision (None: never said).
+    """
+    from sklearn.metrics import roc_auc_score
+
+    logits, labels = logits.cpu(), labels.cpu()
+    count = logits.shape[1]
+    told = logits.argmax(1)
+    hits = torch.bincount(labels[told == labels], minlength=count).tolist()
+    there, said = torch.bincount(labels, minlength=count).tolist(), torch.bincount(told, minlength=count).tolist()
+    classes = [
+        {
+            "name": names[c] if names else str(c),
+            "images": there[c],
+            "recall": hits[c] / there[c] if there[c] else None,
+            "precision": hits[c] / said[c] if said[c] else None,
+        }
+        for c in range(count)
+    ]
+    recalls = [entry["recall"] for entry in classes if entry["recall"] is not None]
+    auc = None
+    if min(there) > 0 and count > 1 and bool(logits.isfinite().all()):
+        chances = logits.double().softmax(1).numpy()
+        auc = float(roc_auc_score(labels, chances[:, 1] if count == 2 else chances, multi_class="ovr", average="macro"))
+    return {
+        "accuracy": sum(hits) / len(labels),
+        "balanced_accuracy": sum(recalls) / len(recalls),
+        "auc": auc,
+        "classes": classes,
+    }

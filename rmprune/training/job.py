@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rmprune.config import TrainConfig
 from rmprune.data.load import Dataset
 from rmprune.training.loop import fit
+from rmprune.training.recentre import recentre
 from rmprune.training.state import Hook
 
 Config = TypeVar("Config", covariant=True)
@@ -45,6 +46,10 @@ class Job(Generic[Config]):
         """The network on the device: itself where it is there already, else a copy."""
         there = {tensor.device.type for tensor in network.parameters()} <= {self.device.type}
         return network if there else copy.deepcopy(network).to(self.device)
+
+    def recentred(self, network: nn.Module) -> nn.Module:
+        """The network with its batch norms re-centred on these images (`rmprune.training.recentre`), on the CPU."""
+        return recentre(self.here(network), (x for x, _ in self.batches)).cpu()
 
     @property
     def original(self) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rmprune.errors import ConfigError
+from rmprune.runs.progress import duration
 from rmprune.runs.writing import append_line, write_text
 
 _LOGGER = logging.getLogger("rmprune.training")
 _REFRESH_SECONDS = 0.2
+_FIRST_LINE = 10.0  # seconds after which the log says how far a training is; then at twice that time, and so on
 
 
 class Journal:
@@ -27,14 +30,14 @@ class Journal:
         steps: int,
         *,
         done_steps: int,
-        done_epochs: int,
+        done_epochs: int | None,
         log: Path | None,
         progress: bool,
         tensorboard: bool,
     ) -> None:
         self.label, self.log = label, log
         self._writer = _tensorboard_writer(log, label) if tensorboard else None
-        if log is not None:
+        if log is not None and done_epochs is not None:
             _forget_later_epochs(log, label, done_epochs)
         console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -49,14 +52,24 @@ class Journal:
             self._task = self._bar.add_task(label, total=steps, completed=done_steps, facts="")
             self._bar.start()
         self._shown = 0.0
+        self._first, self._steps = done_steps, steps
+        self._begun, self._due = time.monotonic(), _FIRST_LINE
 
     @property
     def wants_step(self) -> bool:
-        """Whether a bar is shown and due for an update (facts cost a synchronisation on a GPU)."""
-        return self._bar is not None and time.monotonic() - self._shown > _REFRESH_SECONDS
+        """Whether the bar, or without one the log, is due for news (facts cost a synchronisation on a GPU)."""
+        if self._bar is None:
+            return time.monotonic() - self._begun > self._due
+        return time.monotonic() - self._shown > _REFRESH_SECONDS
 
     def step(self, step: int, epoch: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Update the bar; `epoch` counts from 1, `accuracy` is that of the epoch so far."""
+        """Update the bar, or say in the log how far it is; `epoch` counts from 1, `accuracy` is that of the epoch so far."""
+        if self._bar is None:
+            seconds = time.monotonic() - self._begun
+            self._due = 2 * seconds
+            left = duration(seconds * (self._steps - step) / (step - self._first))
+            text = "%s: step %d of %d, epoch %d, %.0f images/s, %s left"
+            _LOGGER.info(text, self.label, step, self._steps, epoch, images_per_second, left)
         if self._bar is not None:
             facts = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.2%}  {images_per_second:,.0f} images/s"
             self._bar.update(self._task, completed=step, facts=facts)
@@ -72,8 +85,9 @@ class Journal:
                 if isinstance(value, float):
                     self._writer.add_scalar(f"{self.label}/{key}", value, record["epoch"])
         if self._bar is None:
+            left = (record["epochs"] - record["epoch"]) * record["seconds"]
             _LOGGER.info(
-                "%s: epoch %d/%d, loss %.3f, accuracy %.2f %%, validation %.2f %%, %.0f images/s, %.1f s",
+                "%s: epoch %d/%d, loss %.3f, accuracy %.2f %%, validation %.2f %%, %.0f images/s, %.1f s%s",
                 self.label,
                 record["epoch"],
                 record["epochs"],
@@ -82,6 +96,7 @@ class Journal:
                 100 * record["validation_accuracy"],
                 record["images_per_second"],
                 record["seconds"],
+                f", {duration(left)} left" if left > 0 else "",
             )
 
     def close(self) -> None:
@@ -97,6 +112,7 @@ class SilentJournal(Journal):
 
     def __init__(self) -> None:
         self._bar = self._writer = None
+        self._begun, self._due = 0.0, math.inf
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Nothing: another process writes the log."""
@@ -104,7 +120,7 @@ class SilentJournal(Journal):
 
 def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:
     """Drop the lines of epochs that are about to be trained again, and a line that was cut short."""
-    if not log.exists() or done_epochs == 0:
+    if not log.exists():
         return
     kept = []
     for line in log.read_text(encoding="utf-8").splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,17 +15,19 @@ from rmprune.config import TrainConfig, require
 from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
 from rmprune.errors import ArtifactError, RmpruneError
+from rmprune.measure.cuda_graphs import Replayed
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
 from rmprune.training.evaluation import evaluate
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
-from rmprune.training.precision import autocast, compute_dtype
+from rmprune.training.precision import ask, autocast, compute_dtype
+from rmprune.training.refuse import begins, check_trainable, not_finite, one_value
 from rmprune.training.state import Hook, TrainState
 from rmprune.training.teacher import Teacher, distillation_loss
 
-_FINITE_CHECK_STEPS = 50  # on a GPU, where every look at the loss waits for it
+_FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
 
 
 def fit(
@@ -51,8 +54,10 @@ def fit(
     outputs for other trainings with the same seed (`rmprune.training.teacher`). Under torchrun every process calls `fit`;
     the batch is divided among them.
 
-    Raises `ArtifactError` for a checkpoint of another run, `RmpruneError` when the loss is no longer finite.
+    Raises `ArtifactError` for a checkpoint of another run, `RmpruneError` when loss or weights are no longer finite (with the first
+    layer where that is so, the step, and the last good checkpoint), `ConfigError` for a network that cannot be trained.
     """
+    check_trainable(model)
     require(config.distillation == 0 or teacher is not None, "distillation is set, but there is no teacher to follow")
     with distributed.process_group(torch.device(device)) as (device, rank, world):
         cuda = [device] if device.type == "cuda" else []
@@ -67,7 +72,7 @@ def fit(
                     label,
                     run.state.total_steps,
                     done_steps=run.state.step,
-                    done_epochs=run.finished_epochs,
+                    done_epochs=None if checkpoint is None else run.finished_epochs,
                     log=None if log is None else Path(log),
                     progress=progress,
                     tensorboard=config.tensorboard,
@@ -105,6 +110,7 @@ class _Training:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.teacher: Teacher | None = None
+        self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
         model = self.place(copy.deepcopy(model))
         self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
         steps = data.train.num_batches(data.config.batch_size, shuffled=True)
@@ -117,17 +123,27 @@ class _Training:
             total_learning_rate(config, steps),
         )
         self.first_model = model  # another one in `state` came from the hook
-        self.parallel = distributed.wrap(model, world, device)
+        self.replayable = config.cuda_graph and device.type == "cuda" and world == 1
+        self.connect()
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
         self.seconds = 0.0  # spent on this epoch before the current call
         self.between_steps = True
+        self.saved_step: int | None = None  # of the checkpoint
         self.started = self.saved_at = time.monotonic()
+
+    def connect(self) -> None:
+        """Make ready what computes gradients of the model that is trained from now on."""
+        self.parallel = distributed.wrap(self.state.model, self.world, self.device)
+        self.gradients: Callable[..., None] = self.compute_gradients
+        if self.replayable:
+            self.gradients = Replayed(self.compute_gradients)
 
     def follow(self, network: nn.Module, memory: Path | None) -> None:
         """Learn from this network as well."""
         self.teacher = Teacher(
             self.place(copy.deepcopy(network)).eval(),
             self.data,
+            replayed=self.replayable,
             seed=self.seed,
             dtype=compute_dtype(self.config.precision, self.device),
             memory=memory if self.world == 1 else None,
@@ -172,12 +188,14 @@ class _Training:
             self.data.config.batch_size,
             device=self.device,
             shuffle_seed=batch_seed(self.seed, epoch),
-            augment=self.data.config.augment,
+            augment=self.data.config.augmentation != "none",
             memory_format=self.memory_format,
             start=start,
             shard=(self.rank, self.world),
         )
         for x, y in batches:
+            if self.device.type != "cpu" and self.state.step % _FINITE_CHECK_STEPS == 0:
+                self.check_finite()
             self.train_step(x, y)
             if self.journal.wants_step:
                 loss, accuracy, rate = self.facts(self.totals)
@@ -191,33 +209,45 @@ class _Training:
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """Forward, backward, the optimizer's step and the hook."""
-        state, config = self.state, self.config
-        state.learning_rate = learning_rate(config, state.step, state.steps_per_epoch)
+        state = self.state
+        state.learning_rate = learning_rate(self.config, state.step, state.steps_per_epoch)
         for group in state.optimizer.param_groups:
             group["lr"] = state.learning_rate * group.get("rate", 1.0)  # a hook's own optimizer has none
         self.between_steps = False
-        with autocast(config.precision, self.device):
-            output = self.parallel(x)
-            loss = nn.functional.cross_entropy(output.float(), y, label_smoothing=config.label_smoothing)
-            if self.teacher is not None:
-                target = self.teacher.outputs(x, *divmod(state.step, state.steps_per_epoch))
-                soft = distillation_loss(output, target, config.temperature)
-                loss = (1 - config.distillation) * loss + config.distillation * soft
-        with torch.no_grad():
-            self.totals += torch.stack(
-                [loss * len(y), (output.argmax(1) == y).sum(), torch.as_tensor(len(y), device=x.device)]
-            )
-        if self.device.type == "cpu" or state.step % _FINITE_CHECK_STEPS == 0:
-            self.check_finite()
-        state.optimizer.zero_grad()
-        loss.backward()
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip_norm)
+        targets = []
+        if self.teacher is not None:
+            with autocast(self.config.precision, self.device):
+                targets = [self.teacher.outputs(x, *divmod(state.step, state.steps_per_epoch))]
+        self.gradients(x, y, *targets)
         state.optimizer.step()
         state.step += 1
         self.between_steps = True
         if self.hook is not None:
             self.call_hook(self.hook)
+
+    def compute_gradients(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
+        """The gradients of one batch, clipped, and its part of the totals. On a GPU nothing here waits for it."""
+        config = self.config
+        with autocast(config.precision, self.device):
+            try:
+                output = ask(self.parallel, x)
+            except ValueError as error:
+                raise one_value(error, self.label) from error
+            loss = nn.functional.cross_entropy(
+                output.float(), y, weight=self.class_weights, label_smoothing=config.label_smoothing
+            )
+            if target is not None:
+                soft = distillation_loss(output, target, config.temperature)
+                loss = (1 - config.distillation) * loss + config.distillation * soft
+        with torch.no_grad():
+            hits = (output.argmax(1) == y).sum()
+            self.totals += torch.stack([loss * len(y), hits, torch.full_like(hits, len(y))])
+        if self.device.type == "cpu":
+            self.check_finite(x)
+        self.state.optimizer.zero_grad()
+        loss.backward()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip_norm)
 
     def call_hook(self, hook: Hook) -> None:
         """Let the hook work, and take over a model that it put in place."""
@@ -231,15 +261,21 @@ class _Training:
         """Train this model from now on, by default with a new optimizer."""
         self.state.model = self.place(model)
         self.state.optimizer = optimizer or make_optimizer(self.state.model, self.config)
-        self.parallel = distributed.wrap(self.state.model, self.world, self.device)
+        self.connect()
 
-    def check_finite(self) -> None:
+    def check_finite(self, x: Tensor | None = None) -> None:
+        """Refuse to go on from a loss that is no number. x: the images it comes from, where they are at hand."""
         if not math.isfinite(float(self.totals[0])):
-            raise RmpruneError(
-                f"{self.label}: the loss is no longer finite at step {self.state.step + 1} of {self.state.total_steps} "
-                f"({self.state.steps_per_epoch} an epoch); lower learning_rate (now {self.config.learning_rate:g}), "
-                "lengthen warmup_epochs, or lower clip_norm"
-            )
+            where = begins(self.state.model, None if self.teacher is None else self.teacher.frozen, x)
+            raise self.broken("the loss is", where, self.state.step + (x is not None))
+
+    def check_weights(self) -> None:
+        """Refuse to go on from weights that are no numbers."""
+        if where := begins(self.state.model, None, None):
+            raise self.broken("weights are", where, self.state.step)
+
+    def broken(self, what: str, where: str, step: int) -> RmpruneError:
+        return not_finite(f"{self.label}: {what}", where, self.state, step, self.checkpoint, self.saved_step)
 
     def facts(self, totals: Tensor) -> tuple[float, float, float]:
         """(mean loss, accuracy, images per second) of the epoch so far."""
@@ -249,6 +285,7 @@ class _Training:
     def finish_epoch(self) -> None:
         """Validate, write the log line, begin a new epoch, save."""
         self.check_finite()
+        self.check_weights()
         loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
         state = self.state
         distributed.share_buffers(state.model, self.world)
@@ -267,7 +304,7 @@ class _Training:
                 "seconds": seconds,
             }
         )
-        self.totals = torch.zeros_like(self.totals)
+        self.totals.zero_()  # in place, where a recorded step adds to it
         self.seconds, self.started = 0.0, time.monotonic()
         self.save()  # after the log: a line that is written twice is dropped when training goes on
 
@@ -277,10 +314,7 @@ class _Training:
             return
         model = self.state.model
         self.check_finite()
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            raise RmpruneError(
-                f"{self.label}: weights are no longer finite at step {self.state.step}; lower learning_rate"
-            )
+        self.check_weights()
         changed = model is not self.first_model or files.shapes_digest(model) != self.fingerprint["network"]
         state_dict = getattr(self.hook, "state_dict", None)
         files.save_checkpoint(
@@ -299,7 +333,7 @@ class _Training:
                 "hook": state_dict() if state_dict is not None else None,
             },
         )
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.state.step
 
     def resume(self) -> None:
         """Go back to where the checkpoint was written, if there is one."""
@@ -315,8 +349,9 @@ class _Training:
             self.state.model.load_state_dict(saved["model"])
             files.restore_optimizer(self.state.optimizer, self.state.model, saved["optimizer"])
             self.state.step, self.seconds = int(saved["step"]), float(saved["seconds"])
+            self.saved_step = self.state.step
             self.state.learning_rate = learning_rate(self.config, self.state.step - 1, self.state.steps_per_epoch)
-            self.totals = saved["totals"].to(self.device)
+            self.totals.copy_(saved["totals"])
             if saved["hook"] is not None and self.hook is not None:
                 self.hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
             torch.set_rng_state(saved["random"])

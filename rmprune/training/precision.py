@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 
 from rmprune.config import Precision
+from rmprune.graph.tf32 import tf32
 from rmprune.runs.machine import BFLOAT16, has_instruction
 from rmprune.training.convolutions import TrainableConvolutions
 
@@ -22,10 +24,20 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
-    """A context that computes convolutions and matrix products in `compute_dtype`; on a CPU `TrainableConvolutions`."""
+    """A context that computes convolutions and matrix products in `compute_dtype`, float32 unrounded; on a CPU `TrainableConvolutions`."""
     with contextlib.ExitStack() as entered:
-        if device.type == "cpu":
-            entered.enter_context(TrainableConvolutions())
+        entered.enter_context(TrainableConvolutions() if device.type == "cpu" else tf32(False))
         if compute_dtype(precision, device) == torch.bfloat16:
             entered.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
         yield
+
+
+def weights_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a model's first weights in floating point; `default` where it has none."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), default)
+
+
+def ask(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model makes of images [B, C, H, W], given to it in the dtype of its weights."""
+    found: Tensor = model(x.to(weights_dtype(model, x.dtype)))
+    return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError
+from rmprune.measure.cuda_graphs import Replayed
 from rmprune.runs.writing import whole
+from rmprune.training.precision import ask
 
 LARGEST = 256 * 2**20  # bytes of an epoch's outputs that are still worth keeping
 
@@ -27,31 +31,42 @@ class Teacher:
 
     Batches follow from seed, epoch and number alone (`rmprune.data`), augmentation included, so all methods and budgets that are
     fine-tuned with one seed ask the same. `memory`: a folder that keeps the outputs of whole epochs, a file each, named by a digest of
-    the weights and of all that decides what the network sees and how it computes; None keeps nothing.
+    the weights and of all that decides what the network sees and how it computes; None keeps nothing. `replayed`: as a CUDA graph.
     """
 
     def __init__(
-        self, network: nn.Module, data: Dataset, *, seed: int, dtype: torch.dtype, memory: Path | None = None
+        self,
+        network: nn.Module,
+        data: Dataset,
+        *,
+        seed: int,
+        dtype: torch.dtype,
+        memory: Path | None = None,
+        replayed: bool = False,
     ) -> None:
-        self.network, self.memory = network, memory
+        self.memory, self.frozen = memory, network
+        answer = functools.partial(ask, network)
+        self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer
         self.batches = data.train.num_batches(data.config.batch_size, shuffled=True)
-        images = {key: value for key, value in dataclasses.asdict(data.config).items() if key != "workers"}
+        images = {
+            key: value for key, value in dataclasses.asdict(data.config).items() if key not in ("workers", "cache")
+        }
         asked = {**images, "images": len(data.train), "seed": seed, "dtype": str(dtype)}
         self.name = _digest(network, asked) if memory is not None else ""
         self.epoch = -1
-        self.known: Tensor | None = None  # outputs [batches, B, classes] of this epoch
-        self.heard: list[Tensor] = []  # those of its first batches, on the CPU
+        self.known: Tensor | None = None  # outputs [batches, B, classes] of this epoch, where the images are
+        self.heard: list[Tensor] = []  # those of its first batches, there too
 
     def outputs(self, x: Tensor, epoch: int, batch: int) -> Tensor:
         """The logits [B, classes] for images x [B, C, H, W], batch `batch` of epoch `epoch`, both counted from 0."""
         if epoch != self.epoch:
-            self.epoch, self.known, self.heard = epoch, self._read(epoch), []
+            self.epoch, self.known, self.heard = epoch, self._read(epoch, x.device), []
         if self.known is not None:
-            return self.known[batch].to(x.device)
+            return self.known[batch]
         with torch.no_grad():
-            found: Tensor = self.network(x)
+            found = self.network(x)
         if self.memory is not None and batch == len(self.heard) and found.nbytes * self.batches <= LARGEST:
-            self.heard.append(found.cpu())
+            self.heard.append(found.clone())
             if len(self.heard) == self.batches:
                 self._write(epoch)
         return found
@@ -60,19 +75,19 @@ class Teacher:
         assert self.memory is not None
         return self.memory / f"{self.name}-{epoch + 1}.safetensors"
 
-    def _read(self, epoch: int) -> Tensor | None:
+    def _read(self, epoch: int, device: torch.device) -> Tensor | None:
         """What is kept of this epoch; a damaged file counts as none and is written anew."""
         if self.memory is None or not self._file(epoch).is_file():
             return None
         with contextlib.suppress(SafetensorError, OSError, KeyError):
             known = load_file(self._file(epoch))["outputs"]
-            return known if len(known) == self.batches else None
+            return known.to(device) if len(known) == self.batches else None
         return None
 
     def _write(self, epoch: int) -> None:
         """Keep the epoch; a full disk costs only the time that this would have saved."""
         with contextlib.suppress(ArtifactError), whole(self._file(epoch)) as work:
-            save_file({"outputs": torch.stack(self.heard)}, work)
+            save_file({"outputs": torch.stack(self.heard).cpu()}, work)
 
 
 def _digest(network: nn.Module, asked: dict[str, Any]) -> str:

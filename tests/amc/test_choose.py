@@ -15,7 +15,7 @@ from rmprune.config import AmcConfig, DataConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure import count_macs, count_params
-from rmprune.pruning.groups import macs
+from rmprune.pruning.layers import macs
 from rmprune.removal import remove_residuals
 from rmprune.training.job import Job
 

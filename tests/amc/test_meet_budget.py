@@ -13,7 +13,7 @@ from rmprune.amc.space import Limits, Space, Widths
 from rmprune.errors import InfeasibleBudget
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner
-from rmprune.pruning.groups import SizedLayer, macs
+from rmprune.pruning.layers import SizedLayer, macs
 
 
 def chain(*widths: int) -> nn.Sequential:

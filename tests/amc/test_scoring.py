@@ -12,8 +12,8 @@ from rmprune.amc.scoring import Scorer, ScoringSettings, importance_order
 from rmprune.amc.space import Limits, Space
 from rmprune.errors import UnsupportedModel
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import macs
 from rmprune.pruning.importance import magnitude
+from rmprune.pruning.layers import macs
 from rmprune.pruning.program import read_program
 
 SHAPE = (3, 8, 8)

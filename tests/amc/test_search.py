@@ -14,7 +14,8 @@ from rmprune.amc.search import LOG_FILE, STATE_FILE, Search
 from rmprune.amc.space import Limits, Space, Widths
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Structure, macs
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.layers import macs
 
 SMALL = AgentConfig(hidden=32, warm_up=6, batch=16)
 

@@ -10,7 +10,8 @@ from torch import nn
 from rmprune.amc.environment import Environment
 from rmprune.amc.space import COSTS, Limits, Space, params
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.pruning.groups import Structure, macs
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.layers import macs
 
 
 def test_depthwise_layers_are_tied_and_layers_come_in_order() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rmprune.artifact.weights import put_weights, start_from
 from rmprune.errors import ArtifactError
-from rmprune.models.families import create
+from rmprune.models.families import create, create_network
 from rmprune.models.head import head_parameters
 
 
@@ -107,6 +107,18 @@ def test_a_failed_download_is_one_line(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("timm.create_model", fail)
     with pytest.raises(ArtifactError, match=r"could not be downloaded \(no network\).*--weights FILE"):
         start_from(nn.Identity(), "imagenet", name)
+
+
+def test_batch_norms_of_weights_made_elsewhere() -> None:
+    norms = [
+        {
+            m.eps
+            for m in create_network("resnet8", num_classes=2, input_shape=(3, 8, 8), **given).modules()
+            if isinstance(m, nn.BatchNorm2d)
+        }
+        for given in ({}, {"batch_norm_eps": 1e-3})
+    ]
+    assert norms == [{1e-5}, {1e-3}]
 
 
 def test_the_head() -> None:

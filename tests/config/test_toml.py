@@ -80,7 +80,7 @@ def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "experiments").glob("*.toml")), ids=lambda f: f.stem
+    "file", sorted((Path(__file__).parents[2] / "experiments").rglob("*.toml")), ids=lambda f: f.stem
 )
 def test_every_published_experiment_can_be_read(file: Path) -> None:
     kind = next(kind for command, kind in KINDS.items() if f"rmprune {command} --config" in file.read_text())
@@ -102,3 +102,18 @@ def test_a_start_from_weights_has_gentle_defaults_that_everything_set_comes_befo
     bare = cli._parse(SlimConfig, ["--weights", "imagenet", "--epochs", "3", "--ratio", "0.5"], "slim")
     assert (bare.train, bare.sparsity) == (config.train, config.sparsity) and bare.sparsity.strength == 0.2
     assert cli._parse(SlimConfig, ["--ratio", "0.5"], "slim") == SlimConfig(prune=PruneConfig(ratio=(0.5,)))
+
+
+def test_augment_took_no_value(tmp_path: Path) -> None:
+    given = [
+        ["--augment"],
+        ["--no-augment"],
+        ["--augment", "--epochs", "3"],
+        ["--augment", "light"],
+        ["--augment=none"],
+        [],
+    ]
+    found = [cli._parse(TrainRunConfig, words, "train").data.augment for words in given]
+    assert found == [True, "none", True, "light", "none", True]
+    (tmp_path / "a.toml").write_text("[data]\naugment = false\n")
+    assert from_toml(TrainRunConfig, tmp_path / "a.toml").data.augmentation == "none"

@@ -10,14 +10,15 @@ import torch
 from rmprune.config import DataConfig
 from rmprune.data import folder
 from rmprune.data.folder import FolderSplit
+from rmprune.data.photos import Photos
 from rmprune.data.sources import Images
-from rmprune.data.splits import TensorSplit
+from rmprune.data.splits import IMAGENET_STATISTICS, TensorSplit
 
 COUNT = 100_000
 
 
-class Listing(list[tuple[str, int]]):
-    """A long list of samples, all of one file, that counts how many were looked at."""
+class Paths(list[str]):
+    """A long list of paths, all of one file, that counts how many were looked at."""
 
     looked_at = 0
 
@@ -28,21 +29,21 @@ class Listing(list[tuple[str, int]]):
     def __len__(self) -> int:
         return COUNT
 
-    def __getitem__(self, index: int) -> tuple[str, int]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
         self.looked_at += 1
-        return str(self.path), index % 7
+        return str(self.path)
 
-    def __iter__(self) -> Iterator[tuple[str, int]]:
+    def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(COUNT))
 
 
 @pytest.fixture
-def listing(tmp_path: Path) -> Listing:
+def paths(tmp_path: Path) -> Paths:
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (12, 14, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "0.png")
-    return Listing(tmp_path / "0.png")
+    return Paths(tmp_path / "0.png")
 
 
 @pytest.fixture
@@ -54,29 +55,28 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-def split_of(listing: Listing, workers: int = 0) -> FolderSplit:
-    return FolderSplit(listing, DataConfig(dataset="imagefolder", image_size=8, workers=workers))
+def split_of(paths: Paths, workers: int = 0) -> FolderSplit:
+    config = DataConfig(dataset="imagefolder", image_size=8, workers=workers)
+    return FolderSplit(Photos(paths, 9, 8), torch.arange(COUNT), torch.arange(COUNT) % 7, config, IMAGENET_STATISTICS)
 
 
-def test_an_example_of_a_folder_plans_and_reads_its_images_alone(listing: Listing, planned: list[int]) -> None:
-    x = split_of(listing).example(2)
+def test_an_example_of_a_folder_plans_and_reads_its_images_alone(paths: Paths, planned: list[int]) -> None:
+    x = split_of(paths).example(2)
     assert x.shape == (2, 3, 8, 8) and torch.equal(x[0], x[1])
-    assert listing.looked_at == 2 == len(planned)
+    assert paths.looked_at == 2 == len(planned)
 
 
-def test_an_example_of_a_folder_starts_no_process(listing: Listing) -> None:
-    split_of(listing, workers=2).example(2)
-    assert listing.looked_at == 2  # in this process: a worker would count in its own copy
+def test_an_example_of_a_folder_starts_no_process(paths: Paths) -> None:
+    split_of(paths, workers=2).example(2)
+    assert paths.looked_at == 2  # in this process: a worker would count in its own copy
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
-def test_a_pass_over_a_folder_is_planned_as_it_goes(
-    listing: Listing, planned: list[int], shuffle_seed: int | None
-) -> None:
-    batches = split_of(listing).batches(4, shuffle_seed=shuffle_seed)
+def test_a_pass_over_a_folder_is_planned_as_it_goes(paths: Paths, planned: list[int], shuffle_seed: int | None) -> None:
+    batches = split_of(paths).batches(4, shuffle_seed=shuffle_seed)
     for number in range(1, 3):
         next(batches)
-        assert listing.looked_at == 4 * number and len(planned) <= 4 * (number + 1)
+        assert paths.looked_at == 4 * number and len(planned) <= 4 * (number + 1)
 
 
 def test_an_example_moves_no_whole_split_to_a_device() -> None:

@@ -1,77 +1,321 @@
-"""Folders of photographs."""
+"""Folders of photographs: layouts, parts, kinds of files, the cache, augmentation, and what is refused."""
 
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rmprune.config import DataConfig
-from rmprune.data.load import load_dataset
-from rmprune.errors import DataError
+from rmprune.data import photos
+from rmprune.data.folder import FolderSplit, lightly_augmented
+from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.splits import HALF, Statistics, draw_part
+from rmprune.errors import ConfigError, DataError, RmpruneError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    return photos.cache_folder(None)
+
+
+def save(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def make(root: Path, counts: dict[str, int]) -> Path:
+    """{"train/cat": 8}: so many images in that folder."""
+    for place, count in counts.items():
+        for i in range(count):
+            save(root / place / f"{i}.png", seed=sum(place.encode()) + i)
+    return root
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 3)):
-        for label in ("cat", "dog"):
-            (tmp_path / part / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / part / label / f"{i}.png")
-    return tmp_path
+    return make(tmp_path, {"train/cat": 8, "train/dog": 8, "val/cat": 3, "val/dog": 3})
 
 
-def test_image_folder(folder: Path):
-    config = DataConfig(dataset="imagefolder", data_dir=folder, image_size=16, validation=0.25, workers=0)
-    data = load_dataset(config)
+def config(folder: Path, **settings: object) -> DataConfig:
+    return DataConfig(
+        dataset="imagefolder", data_dir=folder, image_size=16, **({"validation": 0.25, "workers": 0} | settings)
+    )
+
+
+def opened(folder: Path, **settings: object) -> Dataset:
+    return load_dataset(config(folder, **settings))
+
+
+def names(data: Dataset) -> list[set[str]]:
+    """The files of training, validation and test."""
+    parts: list[set[str]] = []
+    for split in (data.train, data.validation, data.test):
+        assert isinstance(split, FolderSplit)
+        parts.append({"/".join(Path(split.photos.paths[i]).parts[-3:]) for i in split.indices.tolist()})
+    return parts
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "mirrors", "turns"])
+def test_a_folder_of_photos(folder: Path, augment: str) -> None:
+    data = opened(folder, augment=augment)
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 4, 6)
-    assert data.num_classes == 2 and data.input_shape == (3, 16, 16)
+    assert data.num_classes == 2 and data.input_shape == (3, 16, 16) and data.classes == ("cat", "dog")
     state = torch.get_rng_state()
     whole = list(data.train.batches(4, shuffle_seed=1, augment=True))
     rest = list(data.train.batches(4, shuffle_seed=1, augment=True, start=1))
     assert torch.equal(state, torch.get_rng_state())
     assert [tuple(x.shape) for x, _ in whole] == [(4, 3, 16, 16)] * 3
     assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[1:], rest, strict=True))
+    assert not torch.equal(whole[0][0], next(data.train.batches(4, shuffle_seed=1))[0])
     assert not torch.equal(whole[0][0], next(data.train.batches(4, shuffle_seed=2, augment=True))[0])
+    assert len(data.train.batches(6).__next__()[1].unique()) == 2  # mixed: the first images are of both classes
 
 
-def test_the_first_images_of_a_folder_are_of_many_classes(folder: Path):
-    data = load_dataset(DataConfig(dataset="imagefolder", data_dir=folder, image_size=16, validation=0.25, workers=0))
-    for split, count in ((data.train, 6), (data.validation, 3)):
-        assert len(next(split.batches(count))[1].unique()) == 2
-
-
-def test_image_folder_workers_yield_the_same(folder: Path):
-    alone, helped = (
-        load_dataset(DataConfig(dataset="imagefolder", data_dir=folder, image_size=16, workers=workers))
-        for workers in (0, 1)
+@pytest.mark.parametrize(
+    ("parts", "sizes"),
+    [
+        ({"": 10}, (12, 4, 4)),  # none named: all are drawn
+        ({"train": 8, "test": 3}, (12, 4, 6)),
+        ({"train": 8, "val": 3}, (12, 4, 6)),  # val/ alone is the test, as ImageNet's
+        ({"train": 8, "val": 2, "test": 3}, (16, 4, 6)),
+    ],
+)
+def test_parts_are_named_or_drawn(tmp_path: Path, parts: dict[str, int], sizes: tuple[int, int, int]) -> None:
+    make(tmp_path, {f"{part}/{label}".strip("/"): count for part, count in parts.items() for label in ("cat", "dog")})
+    data = opened(tmp_path)
+    train, validation, test = names(data)
+    assert (
+        (len(train), len(validation), len(test)) == sizes and not train & validation and not (train | validation) & test
     )
-    for (x, y), (x2, y2) in zip(
-        alone.train.batches(4, shuffle_seed=1, augment=True),
-        helped.train.batches(4, shuffle_seed=1, augment=True),
-        strict=True,
-    ):
-        assert torch.equal(x, x2) and torch.equal(y, y2)
+    if "train" in parts:
+        assert {name.split("/")[0] for name in test} == {"test" if "test" in parts else "val"}
+    again, other = names(opened(tmp_path)), names(opened(tmp_path, split_seed=5))
+    assert again == [train, validation, test] and other[2] == test
+    assert (other[1] == validation) == (sizes[0] == 16)
+
+
+def listed(folder: Path, rows: list[dict[str, str]]) -> Path:
+    with (folder / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return Path("labels.csv")
+
+
+def test_a_csv_with_groups(tmp_path: Path) -> None:
+    make(tmp_path, {"pictures": 40})
+    kinds = ["good", "bad", "bad", "odd"]
+    rows = [{"file": f"pictures/{i}.png", "kind": kinds[i // 2 % 4], "part": f"p{i // 2}"} for i in range(40)]
+    labels = listed(tmp_path, rows)
+    data = opened(tmp_path, labels=labels, image_column="file", label_column="kind", group_column="part")
+    assert data.classes == ("bad", "good", "odd")
+    group = {row["file"]: row["part"] for row in rows}
+    found = [{group["/".join(name.split("/")[1:])] for name in part} for part in names(data)]
+    assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+    assert all(len(part) == len(found[number]) * 2 for number, part in enumerate(names(data)))
+    for split in (data.train, data.validation, data.test):
+        assert isinstance(split, FolderSplit) and len(split.labels.unique()) == 3
+
+
+def test_groups_are_as_stratified_as_they_allow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (600,), generator=generator)
+    groups = [f"g{int(number)}" for number in torch.randint(0, 150, (600,), generator=generator)]
+    chosen = draw_part(labels, 0.2, 3, groups)
+    inside, outside = (
+        {g for g, there in zip(groups, chosen.tolist(), strict=True) if there is part} for part in (True, False)
+    )
+    assert not inside & outside
+    assert all(abs(float(chosen[labels == c].double().mean()) - 0.2) < 0.03 for c in range(3))
+    assert torch.equal(chosen, draw_part(labels, 0.2, 3, groups)) and not torch.equal(
+        chosen, draw_part(labels, 0.2, 4, groups)
+    )
+
+
+def test_a_csv_names_the_parts_and_folders_the_classes(tmp_path: Path) -> None:
+    make(tmp_path, {"cat": 6, "dog": 6})
+    parts = ["train", "train", "train", "train", "valid", "test"]
+    rows = [{"image": f"{label}/{i}.png", "split": parts[i]} for label in ("cat", "dog") for i in range(6)]
+    data = opened(tmp_path, labels=listed(tmp_path, rows))
+    assert data.classes == ("cat", "dog") and [len(part) for part in names(data)] == [8, 2, 2]
+
+
+def square(path: Path) -> torch.Tensor:
+    one = photos.Photos([str(path)], 4, photos.bit_depth([str(path)]))
+    return one[0]
+
+
+@pytest.mark.parametrize("form", ["png", "tif"])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_grey_photos_of_any_depth_come_out_alike(tmp_path: Path, form: str, bits: int) -> None:
+    grey = np.linspace(0, 2**bits - 1, 16).round().reshape(4, 4)
+    path = tmp_path / f"a.{form}"
+    Image.fromarray(grey.astype(np.uint8 if bits == 8 else np.uint16)).save(path)
+    expected = torch.linspace(0, 255, 16).reshape(4, 4)
+    assert all(float((channel - expected).abs().max()) <= 1 for channel in square(path).float())
+
+
+def test_palettes_transparency_and_turned_photos(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[:2] = 255
+    photo = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    photo.save(tmp_path / "turned.png", exif=exif)
+    photo.convert("P").save(tmp_path / "palette.png")
+    photo.convert("RGBA").save(tmp_path / "transparent.webp", lossless=True)
+    upright = torch.from_numpy(pixels).permute(2, 0, 1)
+    assert torch.equal(square(tmp_path / "turned.png"), torch.rot90(upright, -1, (1, 2)))
+    assert torch.equal(square(tmp_path / "palette.png"), upright)
+    assert torch.equal(square(tmp_path / "transparent.webp"), upright)
+
+
+def batches(data: Dataset) -> Iterator[torch.Tensor]:
+    for split in (data.train, data.validation, data.test):
+        yield from (x for x, _ in split.batches(4))
+        yield from (x for x, _ in split.batches(4, shuffle_seed=2, augment=True))
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "light"])
+def test_a_cache_changes_nothing_but_time(
+    folder: Path, augment: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = list(batches(opened(folder, augment=augment, cache="none")))
+    helped = list(batches(opened(folder, augment=augment, cache="memory", workers=1)))
+    written = list(batches(opened(folder, augment=augment, cache="disk")))
+    assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(plain, helped, written, strict=True))
+    (file,) = (cache / "photos").iterdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(photos.Photos, "_fill", None)  # nothing is decoded again
+        opened(folder, augment=augment, cache="disk")
+    file.write_bytes(file.read_bytes()[:-5])  # a damaged one is made anew, and so is that of a changed photo
+    save(folder / "val" / "cat" / "1.png", seed=99)
+    changed = list(batches(opened(folder, augment=augment, cache="disk")))
+    assert not all(torch.equal(x, y) for x, y in zip(plain, changed, strict=True))
+    assert len(list((cache / "photos").iterdir())) == 2
+
+
+def test_where_there_is_room_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 4096
+    monkeypatch.setattr(photos.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free}))
+    monkeypatch.setattr(photos.os, "sysconf", lambda name: 8192 if "PAGES" in name else 1)
+    assert [photos.room_for(size, tmp_path / "none" / "yet") for size in (2048, 2049, 4096, 4097)] == [
+        "disk", "memory", "memory", "none",
+    ]  # fmt: skip
+
+
+def test_light_augmentation_moves_mirrors_and_turns() -> None:
+    numbered = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8)
+    seen: dict[str, Counter[tuple[int, int]]] = {kind: Counter() for kind in ("light", "mirrors", "turns")}
+    for kind, counted in seen.items():
+        for seed in range(200):
+            window = lightly_augmented(numbered, 7, torch.Generator().manual_seed(seed), kind)[0].int()
+            assert window.shape == (7, 7)
+            counted[int(window[0, 1] - window[0, 0]), int(window[1, 0] - window[0, 0])] += (
+                1  # along the row, down the column
+            )
+    assert set(seen["light"]) == {(1, 8), (-1, 8)}
+    assert set(seen["mirrors"]) == {(1, 8), (-1, 8), (1, -8), (-1, -8)}
+    assert set(seen["turns"]) == {(x * a, y * b) for a in (1, -1) for b in (1, -1) for x, y in ((1, 8), (8, 1))}
+    assert all(min(counted.values()) > 100 / len(counted) for counted in seen.values())
+    edge = lightly_augmented(numbered, 8, torch.Generator().manual_seed(1), "light")
+    assert edge.shape == (1, 8, 8) and set(edge.flatten().tolist()) <= set(range(64))
+
+
+def test_statistics_are_those_of_the_weights_or_of_the_settings(folder: Path) -> None:
+    expected = Statistics((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    data = load_dataset(config(folder), expected)
+    pixels = next(opened(folder, normalization="half").test.batches(6))[0] * 0.5 + 0.5
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in expected)
+    assert data.statistics == expected and opened(folder, normalization="half").statistics == HALF
+    assert torch.allclose(next(data.test.batches(6))[0], (pixels - mean) / std, atol=1e-5)
+
+
+def test_classes_that_count_alike(tmp_path: Path) -> None:
+    data = opened(make(tmp_path, {"train/cat": 8, "train/dog": 24, "test/cat": 2, "test/dog": 2}), balance=True)
+    assert data.class_weights is not None
+    assert torch.allclose(data.class_weights, torch.tensor([2.0, 2 / 3]))
+    assert opened(tmp_path).class_weights is None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named(folder: Path, workers: int):
-    (folder / "val" / "cat" / "1.png").write_bytes(b"not an image")
-    data = load_dataset(DataConfig(dataset="imagefolder", data_dir=folder, image_size=16, workers=workers))
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_a_damaged_image_is_named(folder: Path, workers: int, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photos, "_AT_ONCE", 2)
+    monkeypatch.setattr(photos, "_LOOKED_AT", 1)
+    whole = (folder / "val" / "cat" / "1.png").read_bytes()
+    (folder / "val" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"1\.png is missing or damaged") as caught:
-        list(data.test.batches(2))
+        list(opened(folder, workers=workers, cache=cache).test.batches(2))
     assert "\n" not in str(caught.value)
 
 
-def test_another_folder_layout(folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    (folder / "val" / "cat").rename(folder / "val" / "cow")
-    with pytest.raises(DataError, match="differ in classes"):
-        load_dataset(DataConfig(dataset="imagefolder", data_dir=folder))
-    with pytest.raises(DataError, match="ImageNet layout"):
-        load_dataset(DataConfig(dataset="imagefolder", data_dir=tmp_path_factory.mktemp("empty")))
-    with pytest.raises(DataError, match="--data-dir"):
-        load_dataset(DataConfig(dataset="imagefolder"))
+def csv_of(text: str):
+    def write(folder: Path) -> dict[str, object]:
+        (folder / "a.csv").write_text(text)
+        return {"labels": Path("a.csv")}
+
+    return write
+
+
+SPLIT_CELL = "train/cat/0.png,train,7\ntrain/dog/0.png,train,8\nval/cat/0.png,test,7\nval/dog/0.png,test,9\n"
+CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda f: (f / "val" / "cat").rename(f / "val" / "cow"), "differ in classes"),
+        (lambda f: (f / "train" / "cow").mkdir(), "cow"),
+        (lambda f: make(f, {"train/cow": 2, "val/cow": 1}) and {"validation": 0.9}, "'cow' has no image left for training"),
+        (lambda f: {"data_dir": f / "val" / "cat"}, "CLASS/image.jpg"),
+        (lambda f: {"data_dir": None}, "--data-dir"),
+        (lambda f: (f / "train").rename(f / "training"), "no train/"),
+        (lambda f: make(f / "one", {"cat": 4}) and {"data_dir": f / "one"}, "all images are of one class, 'cat'"),
+        (lambda f: Image.new("RGB", (1, 99)).save(f / "train" / "cat" / "9.png"), "1x99 pixels"),
+        (lambda f: Image.new("F", (9, 9)).save(f / "train" / "cat" / "9.tif"), "32-bit floats"),
+        (lambda f: {"labels": Path("none.csv")}, "none.csv: cannot be read"),
+        (csv_of(""), "no rows"),
+        (csv_of("image,label\n"), "no rows"),
+        (csv_of("picture,label\n" + CAT), "no column 'image'; there are: picture, label"),
+        (csv_of("image,label\n" + CAT + CAT + DOG), "stands in two rows"),
+        (csv_of("image,label\n" + CAT + "train/dog/77.png,dog\n"), "no such file"),
+        (csv_of("image,label\n" + CAT + "train/dog/0.png\n"), "row 3 has another number of columns"),
+        (csv_of("image,label\n" + CAT), "one class"),
+        (csv_of("image,split\ntrain/cat/0.png,learn\ntrain/dog/0.png,test\n"), "split 'learn'"),
+        (lambda f: csv_of("image,label\n" + CAT + DOG)(f) | {"group_column": "cell"}, "no column 'cell'"),
+        (
+            lambda f: csv_of("image,split,cell\n" + SPLIT_CELL)(f) | {"group_column": "cell"},
+            "group '7' is in train and in test",
+        ),
+        (lambda f: {"group_column": "cell"}, "give it with --labels"),
+        (lambda f: {"transforms": "mine.py:augment"}, "mine.py:augment would be executed"),
+        (lambda f: {"augment": "heavy"}, "use none, light"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_before_training(folder: Path, spoil, told: str) -> None:
+    settings = spoil(folder)
+    with pytest.raises((DataError, ConfigError), match=told.replace(".", r"\.")) as caught:
+        load_dataset(
+            DataConfig(
+                **{"dataset": "imagefolder", "data_dir": folder, "workers": 0}
+                | (settings if isinstance(settings, dict) else {})
+            )
+        )
+    assert isinstance(caught.value, RmpruneError) and "\n" not in str(caught.value)
+
+
+def test_augment_was_a_switch(folder: Path) -> None:
+    kinds = [replace(config(folder), augment=value).augmentation for value in (True, False, "turns")]
+    assert kinds == ["imagenet", "none", "turns"]
+    assert [DataConfig(augment=value).augmentation for value in (True, False)] == ["light", "none"]
+    with pytest.raises(ConfigError, match="for an imagefolder"):
+        DataConfig(augment="imagenet")

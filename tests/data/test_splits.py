@@ -1,11 +1,14 @@
 """Splits: order, shards, statistics and augmentation."""
 
+import hashlib
+
 import torch
 from data_splits import numbered_split
 
 from rmprune.config import DataConfig
 from rmprune.data.load import load_dataset
-from rmprune.data.splits import augment_batch, channel_statistics
+from rmprune.data.sources import Images
+from rmprune.data.splits import TensorSplit, augment_batch, channel_statistics
 
 
 def test_training_batches_are_normalised():
@@ -61,24 +64,28 @@ def test_limit_counts_images():
 
 def test_crops_are_windows_of_the_padded_image():
     images = torch.randint(1, 256, (64, 2, 8, 8), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(0)
-    out = augment_batch(images, generator, flip=False, drawn_for=64, positions=torch.arange(64))
+    top, left = torch.randint(3, (2, 64))
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    offsets = set()
-    for image, cropped in zip(padded, out, strict=True):
-        matches = [(i, j) for i in range(3) for j in range(3) if torch.equal(image[:, i : i + 8, j : j + 8], cropped)]
-        assert len(matches) == 1
-        offsets.update(matches)
-    assert len(offsets) == 9
+    for image, cropped, i, j in zip(padded, augment_batch(images, top, left), top, left, strict=True):
+        assert torch.equal(image[:, i : i + 8, j : j + 8], cropped)
+    flipped = augment_batch(images, top, left, torch.arange(64) % 2 == 0)
+    assert torch.equal(flipped[::2], augment_batch(images, top, left)[::2].flip(3))
+    assert torch.equal(flipped[1::2], augment_batch(images, top, left)[1::2])
 
 
-def test_flips_only_where_classes_allow_it():
-    images = torch.zeros(64, 1, 8, 8, dtype=torch.uint8)
-    images[..., 2:6, 1:3] = 9  # left of the middle, out of reach of the crop
-    for flip, sides in ((False, {True}), (True, {True, False})):
-        out = augment_batch(
-            images, torch.Generator().manual_seed(0), flip=flip, drawn_for=64, positions=torch.arange(64)
-        )
-        left_heavy = out[..., :4].float().sum((1, 2, 3)) > out[..., 4:].float().sum((1, 2, 3))
-        assert set(left_heavy.tolist()) == sides
+def test_every_window_is_drawn_and_flips_only_where_classes_allow_it():
+    images = torch.zeros(640, 1, 8, 8, dtype=torch.uint8)
+    images[..., 3:5, 1:3] = 9  # left of the middle, out of reach of the crop
+    labels = torch.zeros(640, dtype=torch.int64)
+    for may_flip, sides in ((False, {True}), (True, {True, False})):
+        split = TensorSplit(Images(images, labels), torch.zeros(1), torch.ones(1), may_flip=may_flip)
+        x = torch.cat([x for x, _ in split.batches(64, shuffle_seed=0, augment=True)])
+        assert set((x[..., :4].sum((1, 2, 3)) > x[..., 4:].sum((1, 2, 3))).tolist()) == sides
+        assert len({image.numpy().tobytes() for image in x}) == 9 * len(sides)
     assert not load_dataset(DataConfig()).train.may_flip
+
+
+def test_augmentation_draws_what_it_always_drew():
+    """The images of 0.1.0: runs that were begun then go on with them."""
+    x = torch.cat([x for x, _ in numbered_split(may_flip=True).batches(8, shuffle_seed=5, augment=True)])
+    assert hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] == "64b7f991b2415416"

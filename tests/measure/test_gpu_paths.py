@@ -57,7 +57,7 @@ def test_a_cuda_graph_is_recorded_after_a_warm_up_and_replayed(monkeypatch: pyte
             out.copy_(2 * x)
 
     @contextlib.contextmanager
-    def recording(graph: Graph) -> Iterator[None]:
+    def recording(graph: Graph, stream: object) -> Iterator[None]:
         done.append("record")
         yield
 
@@ -179,7 +179,7 @@ def test_budgets_in_time_may_be_counted_on_a_gpu() -> None:
     assert AmcConfig(measure=measure, search=SearchConfig(constraint="latency")).measure.device == "cuda"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("backend", [name for name, entry in BACKENDS.items() if "cuda" in entry.devices])
 def test_on_a_gpu_every_backend_computes_the_network(backend: str) -> None:
     try:

@@ -13,7 +13,8 @@ from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.allocate import Meter, allocate, allocate_uniform, least_cost
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import SizedLayer, Structure, channels, inner_only, macs, total_cost
+from rmprune.pruning.groups import Structure, inner_only, total_cost
+from rmprune.pruning.layers import SizedLayer, channels, macs
 
 
 def plain_structure(widths: tuple[int, ...], kernel: int = 3) -> Structure:

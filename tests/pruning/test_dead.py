@@ -11,7 +11,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.pruning.budget import Budget
 from rmprune.pruning.dead import fold_dead_channels
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import weight_of
+from rmprune.pruning.layers import weight_of
 
 
 def assert_equal(model: nn.Module, folded: nn.Module, tolerance: float = 1e-12) -> None:

@@ -1,114 +1,123 @@
-"""Importances and fits compute where the network is: on a pretended GPU, where mixing in a tensor of another device is an error."""
+"""Every call computes where the network is: on a GPU that is not there (fake_device), with the CPU's results, bit for bit."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from pruning_nets import chain, images, residual
+from amc_spaces import v1
+from fake_device import GPU, pretended_gpu
+from pruning_nets import chain, images, randomise, residual
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rmprune.pruning import find_structure, prune_coupled
-from rmprune.pruning.budget import Budget
-from rmprune.pruning.calibration import Calibrator, Cut
+import rmprune
+from rmprune.amc.scoring import Scorer, ScoringSettings, importance_order
+from rmprune.amc.space import Limits, Space
+from rmprune.measure.candidate import Candidate, Setting
+from rmprune.measure.torch_backends import eager
+from rmprune.pruning import Budget, find_structure, prune_coupled
 from rmprune.pruning.coupled import loss_gradients
-from rmprune.pruning.importance import Importance, TaylorSum, activation, batch_norm, magnitude, taylor, taylor_squared
+from rmprune.pruning.groups import macs
+from rmprune.pruning.importance import IMPORTANCES, MEASURED, score_groups
 from rmprune.pruning.one_shot import mean_inputs
-from rmprune.pruning.program import read_program
-from rmprune.pruning.reconstruct import reconstruct as fit_weights
-from rmprune.pruning.refit import Fitting
 
-GPU = torch.device("mps", 0)
+HALF = Budget(macs_ratio=0.5)
+Batches = list[tuple[Tensor, Tensor]]
 
 
-@contextmanager
-def pretended(build: Callable[[], nn.Module]) -> Iterator[nn.Module]:
-    """A network on a device that is not there. Its tensors have a place and no values; those made on the CPU stay there."""
-    model = build()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield on_gpu(model)
+def batches(count: int) -> Batches:
+    return [(images(8, seed=s), torch.arange(8) % 5) for s in range(count)]
 
 
-def on_gpu(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            module._parameters[name] = None if value is None else nn.Parameter(torch.empty_like(value, device=GPU))
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=GPU)
-    return model
+def scored(model: nn.Module, x: Tensor, data: Batches) -> nn.Module:
+    """The network of an AMC policy, with the statistics that it was scored with."""
+    structure = find_structure(model, x)
+    space = Space(
+        structure, macs, 0.5 * sum(macs(layer, layer.cin, layer.cout) for layer in structure.layers), Limits()
+    )
+    order = importance_order(IMPORTANCES["magnitude"](model, structure, None))
+    scorer = Scorer(model, space, order, x, *data[0], ScoringSettings(dtype=torch.float64))
+    widths = tuple(max(1, group.units // 2) for group in space.groups)
+    built = scorer.build(widths)
+    assert 0 <= scorer.accuracy(widths) <= 1
+    return built
 
 
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    return [(images(4), torch.zeros(4, dtype=torch.int64)) for _ in range(count)]
+def pruned(**settings: Any) -> Callable[[nn.Module, Tensor, Batches], nn.Module]:
+    return lambda model, x, data: rmprune.prune(model, x, budget=HALF, data=data, **settings)
 
 
-STRUCTURES = {build: find_structure(build(), images()) for build in (chain, residual)}
+CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor, Batches], nn.Module]]] = {
+    "removal": (residual, lambda model, x, data: rmprune.remove_residuals(model, x).model),
+    "collapse": (residual, lambda model, x, data: rmprune.collapse_blocks(model, x).model),
+    "fitted": (chain, pruned(reconstruct=True)),
+    "coupled": (residual, lambda model, x, data: prune_coupled(model, x, importance="taylor", budget=HALF, data=data)),
+    "amc": (lambda: torch.manual_seed(0) and randomise(v1()).double().eval(), scored),
+    **{name: (chain, pruned(importance=name)) for name in ("batch_norm", *MEASURED)},
+}
 
 
-@pytest.mark.parametrize("build", [chain, residual])
-@pytest.mark.parametrize("score", [activation, magnitude, batch_norm])
-def test_importances(build: Callable[[], nn.Module], score: Importance) -> None:
-    structure = STRUCTURES[build]
-    with pretended(build) as model:
-        scores = score(model, structure, batches(2))
-    assert {n: len(s) for n, s in scores.items()} == structure.units
+def on_gpu(call: Callable[[nn.Module, Tensor, Batches], nn.Module], model: nn.Module) -> nn.Module:
+    """The result there, brought back; the network is left alone."""
+    with pretended_gpu():
+        model = model.to("cuda")
+        before = copy.deepcopy(model)
+        found = call(model, images(8).to("cuda"), [(x.to("cuda"), y.to("cuda")) for x, y in batches(1)])
+        assert {t.device for net in (found, model) for t in (*net.parameters(), *net.buffers())} == {GPU}
+        assert same(model, before)
+        return found.cpu()
 
 
-def test_taylor_scores() -> None:
-    """Where gradients are taken the meta device stands for another one."""
-    model, structure, meta = chain().to("meta"), STRUCTURES[chain], torch.device("meta")
-    for score in (taylor, taylor_squared):
-        assert {s.device for s in score(model, structure, batches(2)).values()} == {meta}
-    scores = TaylorSum(structure)
-    for x, y in batches(2):
-        F.cross_entropy(model(x.to(meta)), y.to(meta)).backward()
-        assert scores.update(model)
-    assert {s.device for s in scores.scores.values()} == {meta}
+def same(first: nn.Module, second: nn.Module) -> bool:
+    own, other = first.state_dict(), second.state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
-def test_means_gradients_and_fits() -> None:
-    with pretended(chain) as model:
-        assert {t.device.type for t in mean_inputs(model, ["3", "6"], batches(2)).values()} == {"cpu"}
-        weight, patches, wanted = (torch.empty(s, device=GPU) for s in ((6, 4, 3, 3), (50, 4, 9), (50, 6)))
-        assert {t.device for t in fit_weights(weight, patches, wanted, 1)} == {GPU}
+@pytest.mark.parametrize("name", CALLS)
+def test_results_are_the_cpu_s(name: str) -> None:
+    build, call = CALLS[name]
+    assert same(call(build(), images(8), batches(1)), on_gpu(call, build()))
 
 
-@pytest.mark.parametrize("reconstruct", [False, True])
-def test_calibration(reconstruct: bool) -> None:
-    structure, x = STRUCTURES[chain], images(4)
-    program = read_program(chain(), structure, x).unshared()
-    settings = Fitting(torch.float64, reconstruct, samples=64, own_statistics=False)
-    keep = {name: torch.arange(units) % 2 == 0 for name, units in structure.units.items()}
-    model, x = chain().to("meta"), x.to("meta")
-    calibrator, first = Calibrator(model, structure, settings), program.ops[0].name
-    calibrator.measure_reference(program, x)
-    fitted = calibrator.fit(program, {first: x}, Cut.of(model, structure, keep))
-    weights = [fit.weight for fit in fitted.values() if fit.weight is not None]
-    assert {w.device for w in weights} == {torch.device("meta")} and [len(w) for w in weights] == [4, 6, 8, 5]
+@pytest.mark.parametrize("name", MEASURED)
+def test_nothing_is_copied_for_each_batch(name: str) -> None:
+    """Labels alone are looked at: a wrong one would be a fault within a GPU's kernel."""
+    structure, noted = find_structure(chain(), images(2)), []
+    for count in (1, 3):
+        with pretended_gpu() as places:
+            data = [(x.to("cuda"), y.to("cuda")) for x, y in batches(count)]
+            model = chain().to("cuda")
+            places.noted.clear()
+            score_groups(name, model, structure, data)
+            noted.append([note for note in places.noted if "batches.py" not in note[1]])
+    assert len(noted[0]) == len(noted[1])
 
 
-def test_nothing_is_copied_back_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    def copies(count: int) -> int:
-        made = []
-        cpu = Tensor.cpu
-        monkeypatch.setattr(Tensor, "cpu", lambda x: made.append(1) or cpu(x))
-        model, structure = chain(), STRUCTURES[chain]
-        for score in (taylor, taylor_squared, activation):
-            score(model, structure, batches(count))
-        mean_inputs(model, ["3", "6"], batches(count))
-        monkeypatch.undo()
-        return len(made)
+def test_means_come_back_once() -> None:
+    with pretended_gpu() as places:
+        data = [(x.to("cuda"), y.to("cuda")) for x, y in batches(3)]
+        model = chain().to("cuda")
+        places.noted.clear()
+        means = mean_inputs(model, ["3", "6"], data)
+        assert [what for what, _ in places.noted] == ["copy: to cpu"] * 2
+    assert all(torch.equal(mean, means[name]) for name, mean in mean_inputs(chain(), ["3", "6"], batches(3)).items())
 
-    assert copies(1) == copies(4)
+
+def test_what_is_measured_lies_on_the_device() -> None:
+    net, x = chain().float(), images(2).float()
+    with pretended_gpu() as places:
+        prepared = eager(Candidate("net", net.to("cuda"), x.to("cuda")), Setting("cuda", 1, 4))
+        places.noted.clear()
+        assert isinstance(y := prepared(), Tensor) and y.device == GPU and len(y) == 4 and not places.noted
+        found = prepared.outputs(x)
+    assert torch.allclose(found, chain().float()(x), atol=1e-5)
 
 
 def test_gradients_of_one_network_serve_all_its_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, budget = residual(), images(), Budget(macs_ratio=0.5)
-    data = [(images(8, seed=s), torch.arange(8) % 5) for s in range(2)]
-    once = prune_coupled(model, x, importance="taylor", budget=budget, data=data)
+    model, x, data = residual(), images(), batches(2)
+    once = prune_coupled(model, x, importance="taylor", budget=HALF, data=data)
     gradients = loss_gradients(model, data)
     monkeypatch.setattr("rmprune.pruning.coupled.loss_gradients", lambda *_: pytest.fail("computed again"))
-    again = prune_coupled(model, x, importance="taylor", budget=budget, gradients=gradients)
+    again = prune_coupled(model, x, importance="taylor", budget=HALF, gradients=gradients)
     assert torch.equal(once(x), again(x))

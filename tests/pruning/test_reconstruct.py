@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from rmprune.pruning.calibration import outputs_at, patches_at, sample_positions
-from rmprune.pruning.groups import SizedLayer, describe_layer, record_shapes
+from rmprune.pruning.groups import record_shapes
+from rmprune.pruning.layers import SizedLayer, sized_layers
 from rmprune.pruning.reconstruct import reconstruct
 
 CASES = {
@@ -19,9 +20,7 @@ CASES = {
 
 def described(conv: nn.Conv2d, x: torch.Tensor) -> SizedLayer:
     model = nn.Sequential(conv)
-    layer = describe_layer("0", conv, record_shapes(model, x))
-    assert layer is not None
-    return layer
+    return sized_layers(model, x, record_shapes(model, x))[0]
 
 
 def everywhere(layer: SizedLayer, images: int):  # type: ignore[no-untyped-def]

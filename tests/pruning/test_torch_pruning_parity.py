@@ -11,7 +11,8 @@ from torch_pruning_reader import dependency_structure
 
 import rmprune
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import SizedLayer, Structure
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.layers import SizedLayer
 
 QUIET = {"googlenet": {"init_weights": False, "aux_logits": False}}
 THEIRS = (

@@ -23,7 +23,7 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.runs.directory import claim
 from rmprune.runs.notes import remembered
 from rmprune.runs.records import write_record
-from rmprune.runs.writing import append_line, whole, write_text
+from rmprune.runs.writing import append_line, sweep, whole, write_text
 from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -135,6 +135,32 @@ def test_a_folder_takes_the_place_of_another_and_of_nothing(tmp_path: Path) -> N
     assert contents(tmp_path) == {"x/folder/c": b"c"} and len(list((tmp_path / "x").iterdir())) == 1
 
 
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no moment without it; where the file system cannot exchange two folders, the old one steps aside."""
+    for name, exchange in (("new", None), ("newer", lambda one, other: False)):
+        with whole(tmp_path / "folder") as work:
+            work.mkdir()
+            (work / name).write_text("")
+            if exchange is None:
+                (tmp_path / "folder").mkdir()
+                (tmp_path / "folder" / "old").write_text("")
+                monkeypatch.setattr(Path, "rename", lambda *names: pytest.fail("the old one was moved away"))
+            else:
+                monkeypatch.undo()
+                monkeypatch.setattr("rmprune.runs.writing._exchange", exchange)
+        assert contents(tmp_path) == {f"folder/{name}": b""}
+
+
+def test_what_stepped_aside_comes_back_when_its_writer_was_killed(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / ".b.01234567.old" / "file", "old")
+    write_text(tmp_path / "a" / ".b.01234567.tmp" / "file", "half")
+    sweep(tmp_path)
+    assert contents(tmp_path) == {"a/b/file": b"old"}
+    write_text(tmp_path / "a" / ".b.89abcdef.old" / "file", "older")
+    sweep(tmp_path)
+    assert contents(tmp_path) == {"a/b/file": b"old"}
+
+
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be written"):
         write_text(tmp_path / "a", "caf\udce9")
@@ -202,7 +228,9 @@ def test_what_a_killed_writer_left_goes_when_the_run_goes_on(tmp_path: Path) -> 
         with claim(tmp_path / "run", CONFIG, records=[tmp_path / "none"], networks=(), overwrite=False):
             pass
 
+    write_text(tmp_path / "run" / ".config.toml.01234567.tmp", "half")  # the first file of a run
     begin()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.toml"}
     kill = f"import os, pathlib; from rmprune.runs.writing import whole; work = whole(pathlib.Path({str(tmp_path)!r}) / 'run' / 'a' / 'b')"
     kill += ".__enter__(); work.write_text('half'); os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", kill]).returncode == -9

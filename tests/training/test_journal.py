@@ -49,3 +49,15 @@ def test_a_line_that_was_cut_short_goes_when_training_goes_on(tmp_path: Path):
         file.write('{"label": "other", "epoch": 9}\n{"epoch": 3, "lo')
     fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=checkpoint, log=log)
     assert [record["epoch"] for record in records(log)] == [1, 2, 9, 3]
+
+
+def test_an_epoch_whose_checkpoint_never_came_stands_once_in_the_log(tmp_path: Path):
+    """Killed between the first line and the first checkpoint; and two trainings without a checkpoint are two trainings."""
+    log, checkpoint = tmp_path / "log.jsonl", tmp_path / "c.pt"
+    log.write_text('{"label": "train", "epoch": 1, "killed": true}\n{"label": "other", "epoch": 1}\n')
+    fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=checkpoint, log=log)
+    assert [(record["label"], record["epoch"]) for record in records(log)] == [
+        ("other", 1), ("train", 1), ("train", 2), ("train", 3),
+    ]  # fmt: skip
+    fit(tiny_net(), blobs(), CONFIG, seed=0, log=log)
+    assert [record["epoch"] for record in records(log)] == [1, 1, 2, 3, 1, 2, 3]

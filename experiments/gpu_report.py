@@ -1,0 +1,161 @@
+"""Figures and page of what `gpu.py` measured, from its CSV alone: `python experiments/gpu.py --figures DIR`. Measures nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from rmprune.methods.table import METHODS
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+SLIM = tuple(name for name in ("coupled", "rm", "mixed-auto", "auto") if name in METHODS)
+"""Compared by `slim`; auto where there is such a method."""
+PAPER = 1.36  # times MobileNetV2's images per second, the least of the paper's V1 forms
+LOOP = 5.0  # times a plain loop's images per second
+
+
+def draw(folder: Path) -> list[Path]:
+    """The figures and page.md of the CSV files below a folder; of several runs, all rows."""
+    tables = {name: read(folder, name) for name in ("exactness", "speed", "additions", "training", "accuracy")}
+    made = []
+    for name, figure in (("speed", speed_figure), ("additions", additions_figure), ("accuracy", accuracy_figure)):
+        if not tables[name].empty:
+            plt.close("all")
+            figure(tables[name]).savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+            made.append(folder / f"{name}.png")
+    page = folder / "page.md"
+    page.write_text(text(folder, tables))
+    return [*made, page]
+
+
+def read(folder: Path, name: str) -> pd.DataFrame:
+    """All rows of one part; empty where it did not run."""
+    found = [pd.read_csv(path) for path in sorted(folder.rglob(f"{name}.csv"))]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def speed_figure(rows: pd.DataFrame) -> "plt.Figure":
+    """Speed over the original by form, a bar for each backend, a panel for each network and batch size."""
+    panels = list(rows.groupby(["network", "batch_size"], sort=False))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 2.6 * len(panels)), squeeze=False)
+    for axis, ((network, batch), part) in zip(axes[:, 0], panels, strict=True):
+        table = part.pivot_table(index="form", columns="backend", values="speed_up", sort=False)
+        table.plot.bar(ax=axis, rot=0, width=0.8, legend=axis is axes[0, 0])
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=f"{network}, batch {batch}", ylabel="times as fast", xlabel="")
+    figure.tight_layout()
+    return figure
+
+
+def additions_figure(rows: pd.DataFrame) -> "plt.Figure":
+    """What an addition costs: time of the network over that of the same layers without them, by backend and batch size."""
+    table = cost_of_additions(rows)
+    figure, axis = plt.subplots(figsize=(10, 4))
+    table.pivot_table(index=["network", "batch_size"], columns="backend", values="cost", sort=False).plot.bar(
+        ax=axis, rot=20
+    )
+    axis.set(ylabel="additions, % of the time without", xlabel="")
+    return figure
+
+
+def cost_of_additions(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each network, backend and batch size, with `cost` in per cent."""
+    whole = rows[rows.form == "with"]
+    return whole.assign(cost=100 * (1 / whole.speed_up - 1))[["network", "backend", "batch_size", "cost"]]
+
+
+def accuracy_figure(rows: pd.DataFrame) -> "plt.Figure":
+    """Accuracy against measured time, a point for each network and seed, a panel for each comparison."""
+    panels = list(rows.groupby("comparison", sort=False))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for axis, (comparison, part) in zip(axes[0], panels, strict=True):
+        for method, points in part.groupby("method", sort=False):
+            axis.plot(points.time_ratio, 100 * points.accuracy, "o", label=method, alpha=0.7)
+        axis.set(
+            title=f"{comparison}, {part.network.iloc[0]}", xlabel="time over the original's", ylabel="test accuracy, %"
+        )
+        axis.legend()
+    return figure
+
+
+def goals(tables: dict[str, pd.DataFrame]) -> list[str]:
+    """What the tables say of the goals, a line each."""
+    lines = []
+    if not (rows := tables["speed"]).empty:
+        forms = rows[(rows.network == "mobilenet_v2") & (rows.batch_size >= 32) & rows.form.str.match(r"RM \d")]
+        least = forms.groupby(["form", "backend"]).speed_up.min()
+        for form, by_backend in least.groupby("form", sort=False):
+            enough = [backend for (_, backend), value in by_backend.items() if value >= PAPER]
+            said = (
+                f"at least {PAPER} times in {len(enough)} of {len(by_backend)} backends ({', '.join(enough) or 'none'})"
+            )
+            lines.append(f"V1 form, {form} of its MACs, batch 32 and more: {said}.")
+    if not (rows := tables["additions"]).empty:
+        for (backend, batch), part in cost_of_additions(rows).groupby(["backend", "batch_size"], sort=False):
+            lines.append(
+                f"Additions, {backend}, batch {batch}: {part.cost.min():.1f} to {part.cost.max():.1f} % of the time."
+            )
+    if not (rows := tables["training"]).empty:
+        rates = rows.groupby(["loop", "workers"]).images_per_second.median()
+        plain = rates["plain"].max()
+        ratio = rates["rmprune"].max() / plain
+        lines.append(f"Training loop: {ratio:.2f} times the plain loop's {plain:,.0f} images/s (goal: {LOOP:g}).")
+    if not (rows := tables["accuracy"]).empty:
+        for comparison, part in rows.groupby("comparison", sort=False):
+            lines += [
+                over_front(str(comparison), part, own)
+                for own in part.method.unique()
+                if own in ("rm", "auto", "mixed-auto", "rm-amc")
+            ]
+    return lines
+
+
+def over_front(comparison: str, rows: pd.DataFrame, own: str) -> str:
+    """How far a method lies above the coupled one at its measured time, seed by seed; between points linear in log time."""
+    base = {"slim": "coupled", "amc": "residual-amc"}[comparison]
+    gains = []
+    for _, part in rows.groupby("seed"):
+        front = part[part.method.isin([base, "original"])].sort_values("time_ratio")
+        for row in part[part.method == own].itertuples():
+            at = np.interp(math.log(row.time_ratio), np.log(front.time_ratio), front.accuracy)
+            gains.append(100 * (row.accuracy - at))
+    seeds, above = rows.seed.nunique(), sum(gain > 0 for gain in gains)
+    return (
+        f"{comparison}: {own} lies {min(gains):+.2f} to {max(gains):+.2f} points over {base} at equal measured time; above in {above} of "
+        f"{len(gains)} networks, {seeds} seeds."
+    )
+
+
+def text(folder: Path, tables: dict[str, pd.DataFrame]) -> str:
+    """The page: where it was measured, what was left out, the goals, and every table."""
+    lines = ["# Measured by experiments/gpu.py", ""]
+    for path in sorted(folder.rglob("run-*.json")):
+        run = json.loads(path.read_text())
+        here, versions = run["environment"], run["environment"]["versions"]
+        place = here["gpu"] or f"{here['processor']}: a CPU, which says nothing of GPUs"
+        lines += [
+            f"- `{run['command']}` on {place}; torch {versions['torch']}, Python {versions['python']}; seconds: "
+            + ", ".join(f"{name} {took:g}" for name, took in run["seconds"].items()),
+            *(f"  - left out: {what}" for what in run["left_out"]),
+        ]
+    lines += ["", *(f"- {line}" for line in goals(tables)), ""]
+    for name, rows in tables.items():
+        if not rows.empty:
+            lines += [f"## {name.capitalize()}", "", table(rows), ""]
+    return "\n".join(lines)
+
+
+def table(rows: pd.DataFrame) -> str:
+    """As markdown; columns that say nothing are left out."""
+    rows = rows.dropna(axis=1, how="all").drop(columns=["device", "q1_ms", "q3_ms", "first_ms"], errors="ignore")
+    cells = [
+        [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
+        for row in rows.itertuples(index=False)
+    ]
+    heads = [str(column).replace("_", " ") for column in rows.columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *cells))

@@ -1,0 +1,177 @@
+"""Image files decoded: one at a time, or all once into a cache of uint8 squares. Which of them are trained on is others' business."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms import v2
+
+from rmprune.config.data import CacheKind
+from rmprune.data.sources import cache_folder
+from rmprune.errors import ArtifactError, DataError
+from rmprune.runs.progress import progress
+from rmprune.runs.writing import whole
+
+logger = logging.getLogger("rmprune")
+ELONGATED = 50  # times the shorter side: what is longer is no photo, and its enlarged form would fill the memory
+_DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
+_LOOKED_AT = 64  # images, for their depth
+_AT_ONCE = 32  # images, from a loader process
+_VERSION = 1  # of what decoding does: another one makes new caches
+
+
+def bit_depth(paths: list[str]) -> int:
+    """The bits that the 16-bit images among these use, by a few of them: cameras put 10, 12 or 14 into 16. 8 where there are none."""
+    highest = 0
+    for index in sorted({len(paths) * number // _LOOKED_AT for number in range(_LOOKED_AT)} if paths else ()):
+        try:
+            with Image.open(paths[index]) as file:
+                if file.mode.startswith("I"):
+                    highest = max(highest, int(np.asarray(file).max()))
+        except Exception as error:  # as above
+            raise _damaged(paths[index], error) from None
+    depth = next((bits for bits in _DEPTHS if highest < 2**bits), 16)
+    if highest:
+        logger.info("16-bit images: brightest value %d, so %d bits become 8", highest, depth)
+    return depth
+
+
+class Photos(TorchDataset[Tensor]):
+    """Image files by number: `whole(i)`, or `photos[i]`, the middle square uint8 [3, side, side], from the cache where there is one.
+
+    Any kind that Pillow reads becomes RGB: grey, palettes, 16 bit (of which `depth` are used), turned as its EXIF says.
+    """
+
+    def __init__(self, paths: list[str], side: int, depth: int) -> None:
+        self.paths, self.side, self.depth = paths, side, depth
+        self.squares: Tensor | None = None  # uint8 [N, 3, side, side]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.squares is not None:
+            return self.squares[index]
+        image = self.whole(index)
+        if max(image.size) > ELONGATED * min(image.size):
+            raise DataError(
+                f"{self.paths[index]} is {image.width}x{image.height} pixels, which is no photo; take it out"
+            )
+        return _square(image, self.side)
+
+    def whole(self, index: int) -> Image.Image:
+        """The photo as it is, in RGB. Raises DataError that names the file where it cannot be decoded."""
+        path = self.paths[index]
+        try:
+            with Image.open(path) as file:
+                if file.mode == "F":
+                    raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
+                upright = ImageOps.exif_transpose(file)
+                if upright.mode.startswith("I"):
+                    scaled = np.asarray(upright, np.float32) * (255 / (2**self.depth - 1))
+                    upright = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+                return upright.convert("RGB")
+        except Exception as error:  # Pillow's readers stumble in many ways over damaged files
+            raise _damaged(path, error) from None
+
+    def decode_all(self, kind: CacheKind, workers: int) -> None:
+        """Decode every image once: into a file of the user's cache, into memory, or (where it fits into neither) not at all.
+
+        What is damaged is found here, before anything is trained. Raises DataError that names the file.
+        """
+        shape = (len(self), 3, self.side, self.side)
+        size, where = int(np.prod(shape, dtype=np.int64)), cache_folder(None) / "photos"
+        kind = room_for(size, where) if kind == "auto" else kind
+        what = f"{len(self):,} images of {self.side}x{self.side} pixels, {size / 2**20:,.0f} MiB"
+        if kind == "none":
+            logger.info("%s: decoded anew in every epoch", what)
+            return
+        if kind == "memory":
+            logger.info("decoding %s, into memory", what)
+            into = np.empty(shape, np.uint8)
+            self._fill(into, workers)
+            self.squares = torch.from_numpy(into)
+            return
+        path = where / f"{self._digest()}.npy"
+        if (known := _known(path, shape)) is None:
+            logger.info("decoding %s, once, into %s", what, path)
+            with whole(path) as work:
+                mapped = np.lib.format.open_memmap(work, mode="w+", dtype=np.uint8, shape=shape)
+                self._fill(mapped, workers)
+                mapped.flush()
+                del mapped
+            known = _known(path, shape)
+        if known is None:
+            raise ArtifactError(f"{path}: cannot be read back; use --cache memory or none")
+        self.squares = torch.from_numpy(known)
+
+    def _fill(self, into: Any, workers: int) -> None:
+        loader = DataLoader(
+            self, _AT_ONCE, num_workers=workers if len(self) > _AT_ONCE else 0, generator=torch.Generator()
+        )
+        done = 0
+        with one_line_errors(), progress("decoding", len(self)) as advance:
+            for squares in loader:
+                into[done : done + len(squares)] = squares.numpy()
+                done += len(squares)
+                advance(len(squares))
+
+    def _digest(self) -> str:
+        """16 hex digits for the files (names, sizes, times of change) and what is made of them."""
+        stats = [(path, path.stat()) for path in map(Path, self.paths)]
+        files = [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        told = json.dumps([_VERSION, self.side, self.depth, files], ensure_ascii=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A DataError from a loader process comes with that process's traceback; out of this block it comes as it was raised."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+
+
+def _damaged(path: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return DataError(f"{path} is missing or damaged ({reason}); replace it or take it out of the folder")
+
+
+def _square(image: Image.Image, side: int) -> Tensor:
+    """The middle of the photo, its shorter side scaled to `side`: uint8 [3, side, side]."""
+    scaled = v2.functional.resize(v2.functional.to_image(image), [side], antialias=True)
+    return v2.functional.center_crop(scaled, [side, side]).as_subclass(Tensor)
+
+
+def room_for(size: int, folder: Path) -> CacheKind:
+    """Where a cache of so many bytes may lie: half of the free disk at most, or half of the free memory, or nowhere."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if size <= shutil.disk_usage(there).free / 2 and os.access(there, os.W_OK):
+        return "disk"
+    pages = "SC_AVPHYS_PAGES"  # which not every system tells
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages in getattr(os, "sysconf_names", {}) else 0
+    return "memory" if size <= free / 2 else "none"
+
+
+def _known(path: Path, shape: tuple[int, ...]) -> Any:
+    """The cache in this file, mapped; None where there is none that is whole."""
+    try:
+        found = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: torch wants what it could write to
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == shape and found.dtype == np.uint8 else None

@@ -1,0 +1,66 @@
+"""Where values stop being finite: in the inputs, in a tensor of the network, or in the first layer that makes them. Changes nothing."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rmprune.errors import UnsupportedModel
+from rmprune.graph.equivalence import reference_copy
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return bool(value.isfinite().all())
+
+
+def broken_tensor(model: nn.Module, *, buffers: bool = True) -> str | None:
+    """The first parameter with a NaN or an infinity, or buffer with a NaN, in words; None where there is none.
+
+    An infinite buffer may be meant: a mask of attention is.
+    """
+    whole = {f"{name} is not finite": tensor.isfinite().all() for name, tensor in model.named_parameters()}
+    if buffers:
+        whole |= {f"{name} is NaN": ~tensor.isnan().any() for name, tensor in model.named_buffers()}
+    there = next((flag.device for flag in whole.values()), None)
+    flags = (
+        torch.stack([flag.to(there) for flag in whole.values()]).tolist() if whole else []
+    )  # a GPU is waited for once
+    return next((name for name, flag in zip(whole, flags, strict=True) if not flag), None)
+
+
+@torch.no_grad()
+def where_broken(twin: nn.Module, inputs: tuple[Tensor, ...], *, infinite: bool = True) -> str | None:
+    """Where values stop being finite, in words: in an input, a tensor of the network, or the first layer whose output is not.
+
+    None where the outputs are, or (without `infinite`) have no NaN. `twin`, a copy, runs once, in the mode it has.
+    """
+    for place, value in enumerate(inputs):
+        if not is_finite(value):
+            return f"input {place + 1} is not finite" if len(inputs) > 1 else "the images are not finite"
+    written = twin.training  # statistics, by the run that broke: no cause
+    if (tensor := broken_tensor(twin, buffers=not written)) is not None:
+        return tensor
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, _: Any, output: Any) -> None:
+        if any(not is_finite(x) for x in tree_leaves(output) if isinstance(x, Tensor)):
+            found.append(f"layer {name} ({type(module).__name__})" if name else type(module).__name__)
+
+    for name, module in twin.named_modules():
+        module.register_forward_hook(partial(look, name))
+    outputs = [x for x in tree_leaves(twin(*(x.clone() for x in inputs))) if isinstance(x, Tensor)]
+    broken = any(not is_finite(x) if infinite else bool(x.isnan().any()) for x in outputs)
+    return f"the output of {found[0]} is not finite" if broken else None
+
+
+def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raises UnsupportedModel that says where, if NaN begins in the inputs, the network, or what it makes of the first of them."""
+    for value in inputs:
+        if not is_finite(value):
+            raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")
+    one = tuple(x[:1].detach().cpu().double() if x.is_floating_point() else x[:1].cpu() for x in inputs)
+    if (where := where_broken(reference_copy(model), one, infinite=False)) is not None:
+        raise UnsupportedModel(f"{where}: nothing can be proved, scored or fitted with it; load other weights")

@@ -1,0 +1,232 @@
+"""Kills real runs at random moments: `python tests/kill.py --kills 50 --seed 0` (some ten minutes of one core).
+
+A run (train, slim, a comparison of two methods, amc, measure; in miniature, one thread) is killed by SIGKILL up to three times, each time
+at a random moment of what is left of it: of its CPU seconds, or just before a random one of the changes that it makes to its files. Then
+the same command runs to its end. What it leaves must be what an undisturbed run of another interpreter leaves: the same files, networks
+and records bit by bit but for times, no temporary file, nothing twice in a log. Exit status 1 where it is not.
+
+`--fork tries` starts no interpreter for each try, which takes half the time, `--fork all` none for the undisturbed run either: then the
+seed of Python's hashes is the same in all.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this rmprune, not one that is installed
+
+DATA = "--dataset digits --train-images 48 --batch-size 16 --device cpu --checkpoint-seconds 0.01 --finetune.checkpoint-seconds 0.01"
+MEASURE = (
+    " --measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 --measure.min-rounds 1"
+)
+SLIM = f"slim --model resnet8 --width 2 --epochs 2 --finetune.epochs 2 --round-to 1 {DATA}{MEASURE} --out run"
+COMMANDS = {
+    "train": f"train --model resnet8 --width 2 --epochs 2 {DATA.partition(' --finetune')[0]}{MEASURE} --out run",
+    "slim": f"{SLIM} --macs-ratio 0.7",
+    "comparison": f"{SLIM} --macs-ratio 0.8,0.6 --method rm,inner",
+    "gradual": f"{SLIM} --macs-ratio 0.7 --cuts 3",
+    "amc": "amc --model mobilenet_v2_digits --width 0.1 --epochs 1 --finetune.epochs 1 --multiple 1 --budget 0.7 --episodes 6 "
+    f"--warm-up 3 --images 32 --calibration 16 --method rm-amc {DATA}{MEASURE} --out run",
+    "measure": f"measure run{MEASURE.replace('--measure.', '--')}",
+}
+CHANGES = {"os.rename": 0, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0, "os.truncate": 0, "open": 0}
+"""Audit events of changes to files, and which of their arguments is the path."""
+TIMES = {"latency", "seconds", "images_per_second", "episodes_per_minute", "environment"}
+"""What no two runs have alike, under these names."""
+
+
+def child(command: str, before: int) -> None:
+    """Run the command, and die before its change number `before` to the files of the run; or write how many there were."""
+    from rmprune.cli import main
+
+    changes = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal changes
+        if event not in CHANGES or not str(arguments[CHANGES[event]]).startswith("run"):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        changes += 1
+        if changes == before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    main(command.split())
+    Path("changes").write_text(str(changes))
+
+
+def start(command: str, place: Path, *, before: int = 0, fork: bool = False) -> int:
+    """The id of a process that runs the command in a folder; what it says goes to a file there."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.chdir(place)
+        said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        if not fork:
+            os.execv(sys.executable, [sys.executable, __file__, "--child", command, str(before)])
+        child(command, before)
+    except SystemExit as stopped:
+        os._exit(int(stopped.code or 0))
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def wait(pid: int, seconds: float = 1e9) -> int | None:
+    """Kill the process after so many CPU seconds; its exit status, or None where it was killed."""
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return (
+                None
+                if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+                else os.waitstatus_to_exitcode(status)
+            )
+        if cpu_seconds(pid) >= seconds:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def ended(status: int | None, place: Path) -> bool:
+    """Whether a process ended well, and was not killed. Raises AssertionError where it ended in an error."""
+    said = (place / "said.txt").read_text()[-2000:]
+    assert status in (None, 0) or "this run is finished; see it" in said, f"exit status {status}: {said}"
+    return status is not None
+
+
+def finish(command: str, place: Path, fork: bool) -> tuple[int, float]:
+    """Run the command to its end: the changes it made to files, and its CPU seconds. Raises AssertionError where it fails."""
+    before = sum(os.times()[2:4])
+    assert ended(wait(start(command, place, fork=fork)), place), "killed by somebody else"
+    count = place / "changes"
+    return int(count.read_text()) if count.exists() else 0, sum(os.times()[2:4]) - before
+
+
+def without_times(value: Any) -> Any:
+    """A JSON value without what is under the names of TIMES."""
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+
+def left(run: Path) -> dict[str, Any]:
+    """{file of a run: what must be the same in every run}."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        name = str(path.relative_to(run))
+        if "teacher" in path.parts and not path.name.startswith("."):
+            continue  # kept to save time; an epoch that was begun twice has none
+        if path.suffix == ".json":
+            found[name] = without_times(json.loads(path.read_text()))
+        elif path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            entries = [(line.get("label"), line.get("epoch", line.get("episode"))) for line in lines]
+            assert len(set(entries)) == len(entries), f"{name} says something twice: {entries}"
+            found[name] = without_times(lines)
+        else:  # checkpoints and reports hold times
+            times = path.suffix == ".pt" or path.name == "search.safetensors" or "report" in path.parts
+            found[name] = None if times else path.read_bytes()
+    return found
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises AssertionError that names the files that differ."""
+    extra, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+    assert not extra and not missing, f"left besides: {extra}; missing: {missing}"
+    differ = [name for name in found if found[name] != expected[name]]
+    assert not differ, f"differ: {differ}"
+
+
+def rounds(kills: int, seed: int, names: list[str], forks: str) -> int:
+    """Kill so many times, the commands in turn; prints each round, returns how many of them went wrong."""
+    draw, done, wrong, fork = random.Random(seed), 0, 0, forks != "none"
+    with tempfile.TemporaryDirectory() as folder:
+        references: dict[str, tuple[Path, int, float]] = {}
+        number = 0
+        while done < kills:
+            name = names[number % len(names)]
+            command, place = COMMANDS[name], Path(folder) / f"{number}-{name}"
+            number += 1
+            if name not in references:
+                for forked in {"none": [False], "tries": [False, True], "all": [True]}[forks]:
+                    whole = Path(folder) / f"{name}-{forked}"
+                    prepare(name, whole, fork)
+                    references[name] = (references.get(name, (whole,))[0], *finish(command, whole, forked))
+                compare(left(whole / "run"), left(references[name][0] / "run"))
+            whole, changes, seconds = references[name]
+            prepare(name, place, fork)
+            moments: list[str] = []
+            try:
+                for _ in range(min(draw.randint(1, 3), kills - done)):
+                    aimed, at = draw.random() < 0.5, draw.random()
+                    before = 1 + int(at * changes) if aimed else 0
+                    status = wait(start(command, place, before=before, fork=fork), 1e9 if aimed else at * seconds)
+                    if ended(status, place):
+                        break
+                    done += 1
+                    moments.append(
+                        f"change {before} of {changes}" if aimed else f"{at * seconds:.1f} of {seconds:.1f} s"
+                    )
+                else:
+                    finish(command, place, fork)
+                compare(left(place / "run"), left(whole / "run"))
+                verdict = "the same"
+                shutil.rmtree(place)
+            except (AssertionError, ValueError) as error:
+                wrong, verdict = wrong + 1, f"WRONG: {error}"
+            print(f"{name:10} killed at {', '.join(moments) or 'no moment'}: {verdict}", flush=True)
+    print(f"{done} kills in {number} runs, {wrong} of them wrong")
+    return wrong
+
+
+def prepare(name: str, place: Path, fork: bool) -> None:
+    """A folder to run the command in; `measure` needs a finished run."""
+    place.mkdir()
+    if name == "measure":
+        finished = place.parent / "finished"
+        if not finished.exists():
+            finished.mkdir()
+            finish(COMMANDS["train"], finished, fork)
+        shutil.copytree(finished / "run", place / "run")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", default=",".join(COMMANDS))
+    parser.add_argument("--fork", choices=("none", "tries", "all"), default="none")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options.child[0], int(options.child[1]))
+    if options.fork != "none":
+        import rmprune.report.build  # noqa: F401
+    sys.exit(rounds(options.kills, options.seed, options.commands.split(","), options.fork) > 0)
+
+
+if __name__ == "__main__":
+    main()
