@@ -143,7 +143,7 @@ _SAID: dict[Choice, str] = {"keep": "kept", "remove": "removed"}
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Winner:
     """What goes on: its method, the network that this prunes, the widths to descend from.
 
     begun: the facts of how that network was made; None where it is one of STARTS. verdicts: of everything that was tried;
@@ -159,7 +159,7 @@ class Chosen:
     plans: Mapping[str, Mapping[str, Any]]
 
 
-def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Chosen:
+def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Winner:
     """The plan of the least loss on validation images, cut to the budget and not fine-tuned, of the presets' and those looked for.
 
     `network`: the trained original with modules that name its blocks. What was tried stands beside the checkpoint of `files` and is not
@@ -218,10 +218,10 @@ def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConf
     name = best(verdicts)
     if name in plans:
         plain, facts = carried_out(name)
-        return Chosen(
+        return Winner(
             name, _FREE, plain, plans[name]["widths"], facts | {"blocks": plans[name]["blocks"]}, verdicts, plans
         )
-    return Chosen(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts, plans)
+    return Winner(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts, plans)
 
 
 def _preset(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:

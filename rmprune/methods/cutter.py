@@ -101,24 +101,6 @@ class Cutter:
                 gradients=self.gradients if network is self.network else None,
                 origin=origin,
                 prove=scores is None,
-<<<<<<< HEAD
-            ).cpu()
-        return prune(
-            here,
-            self.example,
-            importance=settings.importance if scores is None else scores,
-            budget=budget,
-            data=self.job.batches if scores is None else None,
-            cost=self.cost,
-            rank=settings.rank,
-            which=self.method.widths,
-            reconstruct=settings.reconstruct and scores is None,
-            lookahead=self.lookahead,
-            origin=origin,
-            prove=scores is None,
-            begin=self.begin,
-        ).cpu()
-=======
             )
         else:
             smaller = prune(
@@ -134,9 +116,9 @@ class Cutter:
                 lookahead=self.lookahead,
                 origin=origin,
                 prove=scores is None,
+                begin=self.begin,
             )
         return smaller.cpu() if scores is not None else self.job.recentred(smaller)
->>>>>>> main
 
     def check(self, *, once: bool = True) -> None:
         """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images.

@@ -133,7 +133,7 @@ def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Modul
         dense, plan, job.batches, importance=settings.importance, reconstruct=settings.reconstruct
     )
     say(facts)
-    return tune(network, job.config.finetune, job, Files.of(cell.directory, "plan")), facts
+    return tune(job.recentred(network), job.config.finetune, job, Files.of(cell.directory, "plan")), facts
 
 
 def _slim(
