@@ -103,7 +103,7 @@ def _describe_layer(path: str, module: nn.Module) -> dict[str, Any]:
             raise UnsupportedModel(f"layer {path} ({kind}): {name}={args[name]!r} is outside what an artifact can hold")
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in spec.make(args).state_dict().items()}
-    actual = {name: tuple(t.shape) for name, t in module.state_dict().items() if "." not in name}
+    actual = {name: tuple(t.shape) for name, t in module.state_dict().items() if spec.owns(name)}
     if expected != actual:
         raise UnsupportedModel(
             f"layer {path} ({kind}): its tensors {actual} do not fit its arguments, which give {expected}; set them "
@@ -185,7 +185,7 @@ def _tensor_paths(model: nn.Module, description: dict[str, Any]) -> Iterator[tup
             continue
         module = model.get_submodule(layer["name"])
         for name, tensor in module.state_dict(keep_vars=True).items():
-            if "." not in name:
+            if LAYERS[layer["type"]].owns(name):
                 yield f"{layer['name']}.{name}", tensor
     for entry in description["tensors"]:
         owner, _, name = entry["name"].rpartition(".")

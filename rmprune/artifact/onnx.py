@@ -124,16 +124,18 @@ def _as_float(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns that it is the older one and logs; neither is for the user."""
+    """The exporter warns that it is the older one and logs; neither is for the user. Attention is exported as its parts."""
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    level, fused = logger.level, torch.backends.mha.get_fastpath_enabled()
     logger.setLevel(logging.ERROR)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:

@@ -2,11 +2,13 @@
 
 import copy
 from collections import Counter
+from functools import partial
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from rmprune.graph.foreign import plain_module
+from rmprune.graph.inputs import as_tuple, trial
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -17,7 +19,8 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     """A copy of `model` in eval mode in which every batch norm right after a convolution or linear layer is folded into
     it.
 
-    inputs: examples, for code that asks for their sizes (`trace`).
+    inputs: examples, for code that asks for their sizes (`trace`), and to tell vectors (N, C) from tokens (N, L, C), whose
+    dimension 1 a BatchNorm1d takes: without them it stays behind a linear layer.
     Works on flat nn.Sequentials and on whatever torch.fx traces (UnsupportedModel otherwise). A batch norm stays where
     its input is also read elsewhere, where the layer before runs more than once, or where it has no running statistics.
     Dropout and Identity go as well.
@@ -27,6 +30,7 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):
             _replace(model, name, stock_norm(module))
+    vectors = set() if inputs is None else _norms_of_vectors(model, inputs)
     graph_module = fx.GraphModule(model, graph)
     modules = dict(graph_module.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
@@ -38,7 +42,8 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
             _bypass(graph, node, source)
         elif isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
             before = modules[source.target]
-            if calls[source.target] == calls[node.target] == 1 and _foldable(before, module):
+            fits = not isinstance(before, nn.Linear) or node.target in vectors
+            if calls[source.target] == calls[node.target] == 1 and fits and _foldable(before, module):
                 modules[source.target] = _fold(before, module)
                 _replace(graph_module, str(source.target), modules[source.target])
                 _replace(graph_module, str(node.target), _container(module))
@@ -46,6 +51,23 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return _chain(graph_module) if flat else graph_module
+
+
+def _norms_of_vectors(model: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
+    """The batch norms of `model` that read (N, C)."""
+    found: set[str] = set()
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].dim() == 2:
+            found.add(name)
+
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm1d)}
+    handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in norms.items()]
+    if norms:
+        trial(model, as_tuple(model, inputs))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -68,12 +68,18 @@ _scale = _either(
 class LayerSpec:
     """A layer type: its class and, for each constructor argument kept, the check that its value must pass.
 
-    `added`: arguments kept since a later version; files from before it lack them, and the layer then has None.
+    `added`: arguments kept since a later version; files from before it lack them, and the layer then has None. `inside`:
+    modules in it whose tensors belong to it.
     """
 
     cls: type[nn.Module]
     args: dict[str, Check]
     added: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
+
+    def owns(self, tensor: str) -> bool:
+        """Whether a tensor of this path in a module of the type belongs to it, and not to another module in it."""
+        return "." not in tensor or tensor.partition(".")[0] in self.inside
 
     def read(self, module: nn.Module) -> dict[str, Any]:
         """The constructor arguments of `module`, as plain JSON values (tuples become lists, a parameter's presence a
@@ -81,7 +87,7 @@ class LayerSpec:
         """
         values = {name: getattr(module, name, None) for name in self.args}
         if "bias" in values:
-            values["bias"] = values["bias"] is not None
+            values["bias"] = any(getattr(module, name, None) is not None for name in ("bias", "in_proj_bias"))
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
     def make(self, values: dict[str, Any]) -> nn.Module:
@@ -145,18 +151,41 @@ def _adaptive(axes: int) -> dict[str, Check]:
     return {"output_size": _ints(1, length=(axes,), none=True)}
 
 
-_pad: dict[str, Check] = {"padding": _ints(-MAX_EXTENT, length=(4,))}
+def _pad(axes: int) -> dict[str, Check]:
+    return {"padding": _ints(-MAX_EXTENT, length=(2 * axes,))}
+
+
+_PADS = (
+    (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+)
+_attention: dict[str, Check] = {
+    "embed_dim": _channels,
+    "num_heads": _channels,
+    "dropout": _real(0, 1),
+    "bias": _flag,
+    "add_zero_attn": _flag,
+    "kdim": _channels,
+    "vdim": _channels,
+    "batch_first": _flag,
+}
 LAYERS: dict[str, LayerSpec] = {
     spec.cls.__name__: spec
     for spec in (
         LayerSpec(nn.Conv1d, _conv(1)),
         LayerSpec(nn.Conv2d, _conv(2)),
         LayerSpec(nn.Conv3d, _conv(3)),
+        LayerSpec(nn.ConvTranspose1d, _conv(1, transposed=True)),
         LayerSpec(nn.ConvTranspose2d, _conv(2, transposed=True)),
+        LayerSpec(nn.ConvTranspose3d, _conv(3, transposed=True)),
         LayerSpec(nn.Linear, {"in_features": _channels, "out_features": _channels, "bias": _flag}),
         LayerSpec(nn.BatchNorm1d, _batch_norm),
         LayerSpec(nn.BatchNorm2d, _batch_norm),
         LayerSpec(nn.BatchNorm3d, _batch_norm),
+        LayerSpec(nn.SyncBatchNorm, _batch_norm),
+        *(LayerSpec(norm, _batch_norm) for norm in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
         LayerSpec(
             nn.GroupNorm, {"num_groups": _channels, "num_channels": _channels, "eps": _real(0, 1e6), "affine": _flag}
         ),
@@ -191,21 +220,26 @@ LAYERS: dict[str, LayerSpec] = {
         LayerSpec(nn.LogSoftmax, _dim),
         LayerSpec(nn.MaxPool1d, _max_pool(1)),
         LayerSpec(nn.MaxPool2d, _max_pool(2)),
+        LayerSpec(nn.MaxPool3d, _max_pool(3)),
         LayerSpec(nn.AvgPool1d, _avg_pool(1)),
         LayerSpec(nn.AvgPool2d, _avg_pool(2) | {"divisor_override": _ints(1, none=True)}),
+        LayerSpec(nn.AvgPool3d, _avg_pool(3) | {"divisor_override": _ints(1, none=True)}),
         LayerSpec(nn.AdaptiveAvgPool1d, _adaptive(1)),
         LayerSpec(nn.AdaptiveAvgPool2d, _adaptive(2)),
+        LayerSpec(nn.AdaptiveAvgPool3d, _adaptive(3)),
         LayerSpec(nn.AdaptiveMaxPool1d, _adaptive(1) | {"return_indices": _one_of(False)}),
         LayerSpec(nn.AdaptiveMaxPool2d, _adaptive(2) | {"return_indices": _one_of(False)}),
-        LayerSpec(nn.ZeroPad2d, _pad),
-        LayerSpec(nn.ConstantPad2d, _pad | {"value": _real()}),
-        LayerSpec(nn.ReflectionPad2d, _pad),
-        LayerSpec(nn.ReplicationPad2d, _pad),
+        LayerSpec(nn.AdaptiveMaxPool3d, _adaptive(3) | {"return_indices": _one_of(False)}),
+        *(LayerSpec(pad, _pad(axes)) for kind in _PADS for axes, pad in enumerate(kind, 1)),
+        LayerSpec(nn.ConstantPad1d, _pad(1) | {"value": _real()}),
+        LayerSpec(nn.ConstantPad2d, _pad(2) | {"value": _real()}),
+        LayerSpec(nn.ConstantPad3d, _pad(3) | {"value": _real()}),
         LayerSpec(nn.Flatten, {"start_dim": _ints(-8, 8), "end_dim": _ints(-8, 8)}),
         LayerSpec(nn.Identity, {}),
         LayerSpec(nn.Dropout, _dropout),
         LayerSpec(nn.Dropout1d, _dropout),
         LayerSpec(nn.Dropout2d, _dropout),
+        LayerSpec(nn.Dropout3d, _dropout),
         LayerSpec(nn.AlphaDropout, _dropout),
         LayerSpec(StochasticDepth, {"p": _real(0, 1), "mode": _one_of("batch", "row")}),
         LayerSpec(
@@ -222,6 +256,7 @@ LAYERS: dict[str, LayerSpec] = {
         LayerSpec(nn.PixelShuffle, {"upscale_factor": _extent}),
         LayerSpec(nn.PixelUnshuffle, {"downscale_factor": _extent}),
         LayerSpec(nn.ChannelShuffle, {"groups": _channels}),
+        LayerSpec(nn.MultiheadAttention, _attention, inside=("out_proj",)),
     )
 }
 
@@ -234,14 +269,16 @@ _OPERATOR_NAMES = _words("""
     add iadd sub isub mul imul truediv itruediv floordiv mod neg pow matmul getitem eq ne lt le gt ge
 """)
 _TORCH_NAMES = _words("""
-    add sub mul div true_divide neg pow exp log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm cat concat
+    add sub mul div true_divide neg pow exp log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
     stack chunk split flatten reshape permute transpose squeeze unsqueeze mean sum amax amin max min relu relu_ sigmoid
-    tanh softmax log_softmax square var flip roll
+    tanh softmax log_softmax square var flip roll movedim index_select unflatten
 """)
 _FUNCTIONAL_NAMES = _words("""
     relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu mish gelu elu selu celu leaky_relu prelu sigmoid tanh
-    softplus softmax log_softmax threshold max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_max_pool2d pad interpolate conv1d conv2d linear batch_norm layer_norm group_norm
+    softplus softmax log_softmax threshold max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d pad interpolate conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear
+    batch_norm layer_norm group_norm instance_norm
     normalize dropout dropout2d pixel_shuffle pixel_unshuffle scaled_dot_product_attention
 """)
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -260,7 +297,7 @@ TENSOR_METHODS = frozenset(
     view reshape flatten mean sum amax amin max min size dim numel relu relu_ sigmoid sigmoid_ tanh softmax log_softmax
     add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt abs exp log clamp clamp_ clip permute transpose contiguous
     squeeze unsqueeze chunk split expand expand_as view_as repeat matmul bmm flip roll square t narrow select unflatten
-    unbind
+    unbind movedim index_select
     """)
 )
 TENSOR_DTYPES = (

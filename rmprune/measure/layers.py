@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from rmprune.errors import UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import trace
 from rmprune.graph.shapes import on_meta
@@ -82,7 +83,7 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[TimedLayer]
     Left out, as they cost next to nothing: flattening, identities, dropout, functions other than additions and relu.
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
-    folded = fold_batch_norms(model)
+    folded = fold_batch_norms(model, (example_inputs,))
     graph_module = fx.GraphModule(on_meta(folded), trace(folded))
     with torch.no_grad():
         ShapeProp(graph_module).propagate(torch.empty(example_inputs[:1].shape, device="meta"))
@@ -112,6 +113,8 @@ def _read_graph(module: fx.GraphModule) -> list[TimedLayer]:
 def _layer(own: nn.Module | None, shape: tuple[int, ...], cout: int, activation: Any, add: bool) -> TimedLayer:
     kind: dict[str, Any] = {"type": None, "args": {}, "size": list(shape[2:]), "activation": activation, "add": add}
     if own is not None:
+        if type(own).__name__ not in LAYERS:
+            raise UnsupportedModel(f"{type(own).__name__} layers cannot be timed one by one")
         args = LAYERS[type(own).__name__].read(own)
         args = {
             k: v for k, v in args.items() if k not in ("in_channels", "out_channels", "in_features", "out_features")

@@ -89,7 +89,7 @@ def activation_memory(model: nn.Module, example_inputs: Tensor, *, bytes_per_val
     >>> rmprune.measure.activation_memory(net, torch.randn(1, 3, 10, 10)).peak_bytes  # 8 and 4 channels at the second layer
     4800
     """
-    folded = fold_batch_norms(model)
+    folded = fold_batch_norms(model, (example_inputs,))
     module = fx.GraphModule(on_meta(folded), trace(folded))
     with torch.no_grad():
         ShapeProp(module).propagate(torch.empty(example_inputs.shape, device="meta"))

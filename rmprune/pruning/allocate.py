@@ -197,13 +197,13 @@ def allocate_uniform(
     origin: Mapping[str, int] | None = None,
 ) -> Keep:
     """The same fraction of every group, its most important units: the largest fraction within the budget and the
-    limits.
+    limits, each group at the allowed width nearest to it (with `round_to` some may stay whole).
     """
     allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
     whole = {g.name: (origin or structure.units)[g.name] for g in structure.groups}
 
     def widths(fraction: float) -> dict[str, int]:
-        return {n: max((u for u in us if u <= fraction * whole[n] + 1e-9), default=us[0]) for n, us in allowed.items()}
+        return {n: min(us, key=lambda units: abs(units - fraction * whole[n])) for n, us in allowed.items()}
 
     meter = Meter(structure, target.cost)
 
@@ -292,6 +292,8 @@ def explain(structure: Structure, budget: Budget, target: Target, origin: Mappin
     else:
         whole = ", ".join(name for name, reason in structure.frozen.items() if "output" not in reason)
         why = "even one channel a layer costs more" + (f" (left whole: {whole})" if whole else "")
+        rest = sum(layer.maps for layer in structure.layers if layer.kind == "rest" and budget.macs_ratio is not None)
+        why += f"; {rest / target.whole:.1%} of the MACs are in operations without channels to cut" if rest else ""
     return (
         f"{budget.name} {asked:g} cannot be met: {why}. The nearest that can be met under these limits is {nearest:.4g}"
     )

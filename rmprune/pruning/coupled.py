@@ -16,10 +16,11 @@ from typing import TypeVar
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
-from rmprune.pruning.allocate import explain
+from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.batches import Batches, batches_of, class_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
@@ -67,7 +68,7 @@ def prune_coupled(
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
     if importance == "taylor" and data is None and gradients is None:
         raise ConfigError("importance 'taylor' is measured on images: pass data, (images, labels) batches")
-    structure = _in_order(find_structure(model, example_inputs))
+    structure = _followed(model, find_structure(model, example_inputs))
     example_inputs = example_inputs.to(device_of(model))
     target = resolve(structure, budget, cost)
     check_coupled(model, structure, importance, example_inputs)
@@ -97,16 +98,21 @@ def prune_coupled(
             if best is None or value > best[0]:
                 best = (value, candidate, slices)
     if best is None:
-        raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
-    check_outputs(model, best[1], example_inputs)
+        if least_cost(structure, budget, target.cost, origin) > target.limit:
+            raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
+        raise InfeasibleBudget(
+            f"coupled pruning: {budget.name} {getattr(budget, budget.name):g} was met by no cut of Torch-Pruning, which leaves or ties "
+            "more channels than these limits ask for; use another method"
+        )
     if prove:
         prove_slices(model, best[1], best[2], example_inputs, "Torch-Pruning's cut")
+    check_outputs(model, best[1], example_inputs)
     return best[1]  # type: ignore[return-value]
 
 
-def _in_order(structure: Structure) -> Structure:
+def _followed(model: nn.Module, structure: Structure) -> Structure:
     """Without the groups that Torch-Pruning would cut wrongly, and not say so: it follows neither what reorders channels nor
-    what takes a layer's outputs apart.
+    what takes a layer's outputs apart, nor groups and statistics of norms.
     """
     grouped = {layer.name for layer in structure.layers if layer.kind == "conv" and layer.groups > 1}
     moved = {}
@@ -115,6 +121,12 @@ def _in_order(structure: Structure) -> Structure:
         straight = all(bool((m.index.flatten().diff() > 0).all()) for m in group.members)
         if not whole or not (straight or any(m.layer in grouped for m in group.members)):
             moved[group.name] = "its channels are reordered or taken apart, which Torch-Pruning does not follow"
+        for member in group.members:
+            module = model.get_submodule(member.layer)
+            if isinstance(module, nn.GroupNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats):
+                moved[group.name] = (
+                    f"{member.layer} ({type(module).__name__}) has them, which Torch-Pruning does not cut"
+                )
     return structure.without(moved) if moved else structure
 
 

@@ -4,15 +4,16 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.inputs import Inputs
-from rmprune.graph.network import shape_of
+from rmprune.graph.network import NodeLayer, shape_of
 from rmprune.graph.ranges import annotate_ranges, range_of
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.find_groups import find_structure
@@ -52,6 +53,7 @@ def fold_dead_channels(
     A constant c (batch-norm scale 0, or computed from constants alone) goes into its reader's batch norm or bias:
     `W[:, c].sum() * c`, exact without padding. Behind a zero-padded k x k reader the border sees fewer taps; all
     constants of such a layer have the same border, so they are merged into the weights of one of them, which stays.
+    A batch norm that was never trained and whose scales are all 0 (zero_init_residual) is no sign of death.
     `limits`: keep at least what these per-layer limits and multiples ask for. Raises UnsupportedModel where
     torch.fx cannot follow the model, NotEquivalent if the result differs on `example_inputs`.
     """
@@ -66,8 +68,12 @@ def fold_dead(
     structure: Structure | None = None,
     origin: Mapping[str, int] | None = None,
     reading: Reading | None = None,
+    fold: bool = True,
 ) -> Folded:
-    """`fold_dead_channels` with the masks and the new structure. `origin`: units the limits refer to; `reading`: as in `find_constants`."""
+    """`fold_dead_channels` with the masks and the new structure. `origin`: units the limits refer to; `reading`: as in `find_constants`.
+
+    `fold`: False leaves them, and only finds the constants.
+    """
     reading = reading or read(model, example_inputs, values=True)
     structure = structure or find_structure(model, example_inputs, reading=reading)
     origin = dict(origin or structure.units)
@@ -76,7 +82,7 @@ def fold_dead(
     while True:
         constants = find_constants(result, reading)
         keep, merged = _dead_units(result, structure, constants, limits, origin)
-        if not keep:
+        if not keep or not fold:
             break
         result = _without(result, structure, constants, keep, merged)
         structure = structure.shrunk(keep)
@@ -178,10 +184,18 @@ def _live_weight(model: nn.Module, layer: str, constants: Constants) -> Tensor:
     """|weight| by outputs, with 0 for filters whose batch norm has scale 0: what they read does not matter."""
     weight = by_output(model.get_submodule(layer), weight_of(model, layer).detach().abs())
     if layer in constants.followers:
-        scale = model.get_submodule(constants.followers[layer]).weight
-        if isinstance(scale, Tensor):
+        norm = model.get_submodule(constants.followers[layer])
+        scale = norm.weight
+        if isinstance(scale, Tensor) and not _to_be_trained(norm):
             weight = weight * (scale.detach() != 0).view(-1, *[1] * (weight.dim() - 1))
     return weight
+
+
+def _to_be_trained(norm: NodeLayer | None) -> TypeGuard[_BatchNorm]:
+    """Whether every scale of a batch norm is 0 that has seen no batch: so branches start (zero_init_residual), not so they end."""
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None or norm.weight is None:
+        return False
+    return not bool(norm.weight.any()) and not bool(norm.running_mean.any()) and bool((norm.running_var - 1 == 0).all())
 
 
 def _without(
@@ -241,6 +255,11 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
     `reading`: of this network with its values, or of one from which it was cut.
     """
     network = reading.of(model)
+    for target, norm in network.layers.items():
+        if _to_be_trained(norm):
+            awake = copy.deepcopy(norm)
+            nn.init.ones_(awake.weight)
+            network.layers[target] = awake
     annotate_ranges(network, rounding=0.0)  # so that the two ends of a constant are one number
     inputs = {}
     for node in network.graph.nodes:

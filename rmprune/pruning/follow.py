@@ -17,7 +17,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.network import in_words, shape_of
 from rmprune.pruning.groups import MemberSide
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
-from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, own_tensors, rank_read
+from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, rank_read
 from rmprune.pruning.operations import ALONG, ELEMENTWISE, INDEXING, MOVES, REDUCTIONS, SPATIAL, operation, product
 from rmprune.pruning.reading import Reading
 
@@ -84,7 +84,7 @@ class Walk:
 
     def _layer(self, node: fx.Node, layer: nn.Module, labels: list[Tensor]) -> Any:
         """What a layer with tensors of its own makes of its input; None for one that has none but a number."""
-        name, size = self.reading.owner(layer), channels_read(layer)
+        name, size = self.reading.owner(layer) or self.reading.owners.get(id(layer)), channels_read(layer)
         if size is None and not any(t.numel() > 1 for t in (*layer.parameters(), *layer.buffers())):
             return None
         if name is None:
@@ -99,7 +99,7 @@ class Walk:
                 return x
         if size is None or len(labels) != 1:
             kind = type(layer).__name__
-            if any(t.dim() > 1 for _, t in own_tensors(layer)):
+            if any(t.dim() > 1 for t in layer.parameters()):
                 self.whole[name] = f"layers of type {kind} are not pruned"
             does = "normalises over channels" if "Norm" in kind else "has these channels and cannot be sliced"
             return self._unknown(node, labels, f"{name} ({kind}) {does}")

@@ -5,9 +5,11 @@ For cuts while training: `gradual.py`.
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_given
+from rmprune.measure.cost import count_macs
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.batches import Batches, batches_of
 from rmprune.pruning.budget import Budget, resolve
@@ -22,7 +25,7 @@ from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
-from rmprune.pruning.layers import Cost
+from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
@@ -32,6 +35,8 @@ M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 FITTING_IMAGES = 1024  # training images that layers are fitted on, at most,
 FITTING_PIXELS = 2**23  # and of so many pixels
+BEYOND = 0.9  # of the budget: whoever gets less, because channels were dead, is told
+logger = logging.getLogger("rmprune")
 
 
 def prune(
@@ -50,6 +55,7 @@ def prune(
     origin: Mapping[str, int] | None = None,
     prove: bool = True,
     begin: Mapping[str, int] | None = None,
+    dead: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept.
@@ -64,6 +70,8 @@ def prune(
     on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
     network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
     `begin`: widths to descend from (see `rmprune.pruning.allocate.allocate`).
+    `dead`: channels that compute nothing go first, all of them, which is exact and may save more than was asked for (the log
+    says so); False leaves them to importance and budget.
 
     Raises NotEquivalent where the cut took other columns than those that read what went, InfeasibleBudget where limits forbid
     the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted.
@@ -79,6 +87,8 @@ def prune(
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
     plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
     reading = read(plain, example_inputs, values=True)
+    if reading.network.sizes_note:
+        logger.warning("prune: %s", reading.network.sizes_note)
     structure = find_structure(plain, example_inputs, reading=reading)
     if which == "inner":
         structure = inner_only(structure)
@@ -86,7 +96,8 @@ def prune(
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
-    folded = fold_dead(plain, example_inputs, limits=budget, structure=structure, origin=origin, reading=reading)
+    fold = partial(fold_dead, limits=budget, origin=origin, reading=reading, fold=dead)
+    folded = fold(plain, example_inputs, structure=structure)
     model, structure = folded.model, folded.structure
     if isinstance(importance, Mapping):
         importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
@@ -106,10 +117,21 @@ def prune(
             )
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
-        done = fold_dead(result, example_inputs, limits=budget, structure=after, origin=origin, reading=reading)
-        return total_cost(done.structure, target.cost), (done.model, _both(keep, done.keep))
+        done = fold(result, example_inputs, structure=after)
+        spent = total_cost(done.structure, target.cost)
+        if target.cost is macs and any(layer.kind == "rest" for layer in structure.layers):
+            spent = count_macs(done.model, example_inputs)  # products of narrower maps cost less, which no group says
+        return spent, (done.model, _both(keep, done.keep))
 
     pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    left = total_cost(structure.shrunk(keep), target.cost)
+    if left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
+        logger.warning(
+            "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
+            budget.name,
+            target.as_ratio(budget, left),
+            getattr(budget, budget.name),
+        )
     if prove:
         prove_cut(model, structure, keep, example_inputs)
     if reconstruct:

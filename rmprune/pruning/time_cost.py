@@ -39,10 +39,13 @@ class TimeCost:
     """
 
     def __init__(self, table: LatencyModel, model: nn.Module, structure: Structure, example_inputs: Tensor) -> None:
+        sized = [layer for layer in structure.layers if layer.kind != "rest"]
+        for layer in sized:
+            _refuse_untimed(layer, model.get_submodule(layer.name))
         found = network_layers(model, example_inputs)
         self.table = table
         self.timed = timed_layers(model, found)
-        self.grids = {layer.name: _grid(layer) for layer in structure.layers}
+        self.grids = {layer.name: _grid(layer) for layer in sized}
         shapes = [
             self.timed[name]._replace(cin=cin, cout=cout)
             for name, (into, out) in self.grids.items()
@@ -54,6 +57,8 @@ class TimeCost:
         self.constant = (table.overhead or 0.0) + sum(self._scale * table.layer_ms(x) + self._each for x in others)
 
     def __call__(self, layer: SizedLayer, cin: int, cout: int) -> float:
+        if layer.kind == "rest":
+            return 0.0  # among `constant`
         into, out = self.grids[layer.name]
         timed = self.timed[layer.name]
         total = 0.0
@@ -61,6 +66,16 @@ class TimeCost:
             for a, u in [(b, 1.0)] if into is out else _between(into, cin):
                 total += u * v * self.table.layer_ms(timed._replace(cin=a, cout=b))
         return self._scale * total + self._each
+
+
+def _refuse_untimed(layer: SizedLayer, module: nn.Module) -> None:
+    tokens = layer.kind == "linear" and layer.output_size != (1, 1)
+    filters = layer.kind == "depthwise" and layer.cin != layer.cout
+    if tokens or filters or not isinstance(module, nn.Conv2d | nn.Linear):
+        what = "on tokens" if tokens else "with several filters a channel" if filters else "layers"
+        raise UnsupportedModel(
+            f"{layer.name}: {type(module).__name__} {what} cannot be timed one by one; divide measured time up by MACs (cost='macs')"
+        )
 
 
 def timed_layers(model: nn.Module, found: Sequence[TimedLayer]) -> dict[str, TimedLayer]:

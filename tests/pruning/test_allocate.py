@@ -210,6 +210,23 @@ def test_uniform_and_inner() -> None:
     assert set(inner_only(structure).units) == {"1.conv1", "2.conv1", "3.conv1"}
 
 
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("which", ["free", "uniform"])
+@pytest.mark.parametrize("kind", ["ratio", "macs_ratio"])
+def test_small_budgets_are_met_and_not_far_from_below(kind: str, which: str, round_to: int) -> None:
+    """Rounded to multiples of 8 a uniform cut goes to the nearest multiple: some groups stay whole."""
+    structure = plain_structure((16, 32, 64, 64))
+    cost = channels if kind == "ratio" else macs
+    whole, scores = total_cost(structure, cost), random_scores(structure, 0)
+    for value in (0.02, 0.3, 0.7):
+        budget = Budget(**{kind: value if kind == "ratio" else 1 - value}, round_to=round_to)
+        target = resolve(structure, budget)
+        allocator = allocate_uniform if which == "uniform" else allocate
+        left = total_cost(structure.shrunk(allocator(structure, scores, budget, target=target)), cost) / whole
+        assert left <= 1 - value + 1e-9
+        assert left >= 1 - value - (0.05 if round_to == 1 else 0.2)
+
+
 def test_thousands_of_channels_take_moments() -> None:
     import time
 

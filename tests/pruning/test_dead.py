@@ -8,6 +8,7 @@ from pruning_nets import Untraceable, chain, conv, images, kill, randomise, resi
 from torch import nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.pruning import prune
 from rmprune.pruning.budget import Budget
 from rmprune.pruning.dead import fold_dead_channels
 from rmprune.pruning.find_groups import find_structure
@@ -162,3 +163,26 @@ def test_always_exact(data: st.DataObject, kernel: int, padded: bool, seed: int)
         weight[torch.rand(weight.shape, generator=generator) < 0.3] = 0
         weight[:, 0] = 0
     assert_equal(model, fold_dead_channels(model, images()), 1e-11)
+
+
+def test_branches_that_start_at_zero_are_not_dead() -> None:
+    """Before training every scale of a branch's last norm is 0 (zero_init_residual); after it that is a dead branch."""
+    model = residual()
+    for block in ("1", "2", "3"):
+        norm = model.get_submodule(f"{block}.bn2")
+        nn.init.zeros_(norm.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(norm.running_mean)  # type: ignore[arg-type]
+        nn.init.ones_(norm.running_var)  # type: ignore[arg-type]
+    assert widths(fold_dead_channels(model, images())) == widths(model)
+    model.get_submodule("2.bn2").running_mean.fill_(0.1)  # type: ignore[operator, union-attr]
+    assert widths(fold_dead_channels(model, images()))["2.conv1"] == 1
+
+
+def test_what_is_dead_beyond_the_budget_is_said_and_can_be_left(caplog) -> None:  # type: ignore[no-untyped-def]
+    model, budget = chain(), Budget(ratio=0.1)
+    kill(model, "4", range(10), -0.5)
+    assert prune(model, images(), importance="magnitude", budget=budget)[3].out_channels == 2  # type: ignore[union-attr]
+    assert "beyond the budget: ratio is 0.278 where 0.1 was asked for; dead=False leaves them" in caplog.text
+    caplog.clear()
+    left = prune(model, images(), importance="magnitude", budget=budget, dead=False)
+    assert sum(left[at].out_channels for at in (0, 3, 6)) == 32 and not caplog.text  # type: ignore[union-attr, misc]

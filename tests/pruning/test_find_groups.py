@@ -11,6 +11,7 @@ from rmprune.measure import count_macs
 from rmprune.pruning import Budget, prune, prune_coupled
 from rmprune.pruning.dead import _check
 from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.graph import find_structure as find_structure_of_0_1
 from rmprune.pruning.groups import outputs, total_cost
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.surgery import shrink
@@ -80,6 +81,10 @@ def test_channels_that_a_norm_mixes_are_frozen_with_the_reason() -> None:
     structure = find_structure(Normalised().double(), images())
     assert structure.units == {"b": 4}
     assert structure.frozen["a"] == "norm (GroupNorm) normalises over channels"
+
+
+def test_the_name_of_0_1_is_still_there() -> None:
+    assert find_structure_of_0_1 is find_structure
 
 
 def test_layer_used_twice_is_refused() -> None:

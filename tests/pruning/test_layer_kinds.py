@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure import count_macs
-from rmprune.pruning import Budget, find_structure, prune
+from rmprune.pruning import Budget, find_structure, prune, prune_coupled
 from rmprune.pruning.groups import total_cost
 from rmprune.pruning.prove import prove_groups
 
@@ -190,3 +190,17 @@ def test_a_norm_on_tokens_is_not_the_linear_layers() -> None:
     with pytest.raises(UnsupportedModel, match="0: 1 reads its channels as positions"):
         find_structure(model, x)
     assert find_structure(model, x[:, 0]).units == {"0": 8}
+
+
+def test_what_torch_pruning_would_cut_wrongly_is_left_to_it_no_more() -> None:
+    x = examples(1)
+    model = nn.Sequential(
+        *between(nn.GroupNorm(4, 8), rank=1, wide=8), nn.ReLU(), conv(1, 2, 8), conv(1, 8, 2)
+    ).double()
+    pruned = prune_coupled(model.eval(), x, importance="magnitude", budget=Budget(macs_ratio=0.8))
+    assert pruned[0].out_channels == 8 and pruned[5].out_channels < 8  # type: ignore[operator]
+    assert count_macs(pruned, x) <= 0.8 * count_macs(model, x)
+    with pytest.raises(InfeasibleBudget, match="was met by no cut of Torch-Pruning"):
+        prune_coupled(
+            Product("one head").double().eval(), TOKENS, importance="magnitude", budget=Budget(macs_ratio=0.75)
+        )

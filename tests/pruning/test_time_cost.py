@@ -120,3 +120,21 @@ def test_every_shape_of_a_grouped_network_can_be_built() -> None:
         assert block(x).shape[1] == layer.cout
     grouped = next(layer for layer in structure.layers if layer.groups == 24)
     assert cost(grouped, 24, 24) < cost(grouped, 36, 72) < cost(grouped, 48, 96)
+
+
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Conv1d(3, 8, 1), torch.zeros(1, 3, 4)),
+        (nn.Linear(4, 8), torch.zeros(1, 3, 4)),
+        (nn.Conv2d(3, 8, 1, groups=1), torch.zeros(1, 3, 4, 4)),
+    ],
+)
+def test_layers_that_cannot_be_timed_one_by_one_are_refused(layer: nn.Module, x: Tensor) -> None:
+    after = {2: nn.Linear(8, 2), 3: nn.Conv1d(8, 2, 1), 4: nn.Conv2d(8, 16, 1, groups=8)}[
+        2 if isinstance(layer, nn.Linear) else x.dim()
+    ]
+    last = [nn.Conv2d(16, 2, 1)] if x.dim() == 4 else []
+    model = nn.Sequential(layer, nn.ReLU(), after, *last).eval()
+    with pytest.raises(UnsupportedModel, match="cannot be timed one by one"):
+        TimeCost(Table(), model, find_structure(model, x), x)
