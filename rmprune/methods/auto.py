@@ -40,7 +40,7 @@ from rmprune.training.job import Files, Job
 logger = logging.getLogger("rmprune")
 PROPOSED = 8  # plans that the surrogate proposes at first
 END_IMAGES = 256  # training images on which the end of the network is looked at
-SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
+SHAPE_IMAGES = 64  # for networks of which only the outlook are wanted
 _FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
     "uniform": Method(
@@ -50,7 +50,7 @@ PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].ca
 
 
 @dataclass(frozen=True)
-class Shapes:
+class Outlook:
     """The three networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
 
     networks: Mapping[Choice, nn.Module]
@@ -68,8 +68,8 @@ class Shapes:
         }
 
 
-def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Shapes:
-    """The shapes of `network` (with modules that name its blocks), whatever its weights. Widths keep the default floor, or less where
+def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
+    """The outlook of `network` (with modules that name its blocks), whatever its weights. Widths keep the default floor, or less where
     the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the least that can be had.
     """
     images = job.data.train.example(SHAPE_IMAGES, job.device)
@@ -99,7 +99,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Shapes:
             widths = {group.name: thinned(allowed_units(group, least)) for group in structure.groups}
             none = {name: [0.0] * len(own) for name, own in widths.items()}
             sights[choice] = Sight(structure, costs[choice], widths, none)
-        found = Shapes(networks, sights, options, block_layers(network, images[:2]), limit)
+        found = Outlook(networks, sights, options, block_layers(network, images[:2]), limit)
         cost = Proposals(sights, found.layers, found.nothing).least_cost()
         if cost <= limit:
             return found
@@ -112,18 +112,18 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Shapes:
             )
 
 
-def propose(shapes: Shapes, job: Job[SlimConfig], files: Files) -> Proposals:
-    """The surrogate of these shapes: what their blocks and widths lose, measured once for these files."""
-    network, batches = shapes.networks["keep"], job.batches
+def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
+    """The surrogate of these outlook: what their blocks and widths lose, measured once for these files."""
+    network, batches = outlook.networks["keep"], job.batches
     ends = Ends.of(network, job.examples(END_IMAGES), torch.cat([y for _, y in batches])[:END_IMAGES].cpu())
     note = files.note("losses")
 
     def of_blocks() -> Any:
         logger.info("%s: what each block loses where it is merged or dropped (KL at the network's end)", files.label)
-        return block_losses(network, shapes.options, job.examples, ends, logger.info)
+        return block_losses(network, outlook.options, job.examples, ends, logger.info)
 
     def of_widths(choice: Choice) -> Any:
-        own, sight = shapes.networks[choice], shapes.sights[choice]
+        own, sight = outlook.networks[choice], outlook.sights[choice]
         count = len(sight.structure.groups)
         logger.info(
             "%s: what each of %d groups loses where it is narrow, residuals %s", files.label, count, _SAID[choice]
@@ -132,11 +132,11 @@ def propose(shapes: Shapes, job: Job[SlimConfig], files: Files) -> Proposals:
         return width_losses(job.here(own), sight.structure, scores, sight.widths, ends)
 
     blocks = remembered(note, "blocks", of_blocks)
-    sights = dict(shapes.sights)
+    sights = dict(outlook.sights)
     for choice in _SAID:
         found = remembered(note, choice, functools.partial(of_widths, choice))
         sights[choice] = dataclasses.replace(sights[choice], losses=found)
-    return Proposals(sights, shapes.layers, blocks)
+    return Proposals(sights, outlook.layers, blocks)
 
 
 _SAID: dict[Choice, str] = {"keep": "kept", "remove": "removed"}
@@ -159,7 +159,7 @@ class Winner:
     plans: Mapping[str, Mapping[str, Any]]
 
 
-def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Winner:
+def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Winner:
     """The plan of the least loss on validation images, cut to the budget and not fine-tuned, of the presets' and those looked for.
 
     `network`: the trained original with modules that name its blocks. What was tried stands beside the checkpoint of `files` and is not
@@ -167,8 +167,8 @@ def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConf
     no plan meets the budget.
     """
     network = job.here(network)
-    shapes = look(network, budget, job)
-    proposals = propose(shapes, job, files)
+    outlook = look(network, budget, job)
+    proposals = propose(outlook, job, files)
     note = files.note("plans")
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
@@ -192,7 +192,7 @@ def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConf
         note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
 
-    while len(plans) < PROPOSED and (found := proposals.best(shapes.limit, other_than=tried())) is not None:
+    while len(plans) < PROPOSED and (found := proposals.best(outlook.limit, other_than=tried())) is not None:
         add(found, f"number {len(plans) + 1} by the surrogate")
     seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
     keep(seconds)
@@ -204,8 +204,8 @@ def choose(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConf
         _tell(files, name, plans[name], verdicts[name], whole)
     while seconds < whole:
         begun, leader = time.monotonic(), best(verdicts)
-        centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], shapes.options)
-        found = proposals.best(shapes.limit, near=centre, other_than=tried())
+        centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], outlook.options)
+        found = proposals.best(outlook.limit, near=centre, other_than=tried())
         if found is None:  # all its neighbours were tried
             keep(whole)
             break

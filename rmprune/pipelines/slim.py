@@ -144,7 +144,7 @@ def _slim(
     facts: dict[str, Any] = {"method": name}
     widths = None
     if name == "auto":
-        found = auto.choose(with_names(job.original, job), starts, budget, job, files)
+        found = auto.choose_plan(with_names(job.original, job), starts, budget, job, files)
         method, network, widths, begun = found.method, found.network, found.widths, found.begun
         files = files.named(f"{name}-{found.name}")
         facts |= {"chosen": found.name, "candidates": found.verdicts}
