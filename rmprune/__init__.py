@@ -6,11 +6,13 @@ from rmprune.errors import RmpruneError
 from rmprune.measure import count_macs, count_params, measure_latencies, measure_latency
 from rmprune.pruning import Budget, prune
 from rmprune.pruning.collapse import Collapse, collapse_blocks
+from rmprune.pruning.own_loop import Pruner
 from rmprune.removal import Removal, plan_removal, remove_residuals
 
 __all__ = [
     "Budget",
     "Collapse",
+    "Pruner",
     "Removal",
     "RmpruneError",
     "collapse_blocks",

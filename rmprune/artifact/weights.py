@@ -59,9 +59,10 @@ def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: s
     own, head = model.state_dict(), set(head_parameters(model))
     said: list[str] = []
     if by_order:
-        if (ordered := _ordered(own, state, head)) is None:
+        ordered = _ordered(own, state, head)
+        if isinstance(ordered, str):
             raise ArtifactError(
-                f"{source}: its tensors are not those of {name} in this order either, by their shapes; leave --weights-by-order out"
+                f"{source}: its tensors are not those of {name} in order ({ordered}); leave --weights-by-order out"
             )
         state = ordered
     else:
@@ -81,7 +82,7 @@ def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: s
         (f"not in {name}: ", [key for key in kept if key not in own]),
     ]
     if any(names for _, names in problems):
-        if not by_order and _ordered(own, flat, head) is not None:
+        if not by_order and isinstance(_ordered(own, flat, head), dict):
             raise ArtifactError(
                 f"{source}: has other names than {name} ({next(iter(flat))[:80]}; here {next(iter(own))}), but in its order all shapes "
                 "fit: if it is the same network, add --weights-by-order"
@@ -109,17 +110,17 @@ def _inside(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) ->
     return prefix, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _ordered(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -> dict[str, Tensor] | None:
-    """The tensors under the network's names, given to them in order; None where shapes differ, but for a head of other classes."""
+def _ordered(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -> dict[str, Tensor] | str:
+    """The tensors under the network's names, given to them in order; or the first difference in shape, but for a head of other classes."""
     names = [key for key, value in own.items() if not _counts(value)]
     tensors = [value for value in state.values() if not _counts(value)]
+    for key, value in zip(names, tensors, strict=False):
+        shapes = [tensor.shape[1:] if key in head else tensor.shape for tensor in (value, own[key])]
+        if shapes[0] != shapes[1]:
+            return f"at {key} stands one of {_sizes(value)} there, {_sizes(own[key])} here"
     if len(names) != len(tensors):
-        return None
-    fits = all(
-        value.shape[1:] == own[key].shape[1:] if key in head else value.shape == own[key].shape
-        for key, value in zip(names, tensors, strict=True)
-    )
-    return dict(zip(names, tensors, strict=True)) if fits else None
+        return f"{len(tensors)} there, {len(names)} here"
+    return dict(zip(names, tensors, strict=True))
 
 
 def _counts(tensor: Tensor) -> bool:

@@ -54,7 +54,7 @@ class DataConfig:
     cache: CacheKind = field(default="auto", metadata=changeable())
     """Where photos lie once they are decoded (imagefolder only): disk, memory, none; auto takes the first that has room."""
     transforms: str | None = None
-    """Refused: transforms of one's own are code, and nothing read from outside is executed. From Python pass loaders of your own."""
+    """Refused: transforms are code, and nothing read from outside is executed. From Python `rmprune.training.fit` takes a Split."""
 
     @property
     def augmentation(self) -> Augmentation:
@@ -96,6 +96,6 @@ class DataConfig:
         )
         require(
             self.transforms is None,
-            f"{str(self.transforms)[:200]} would be executed, and nothing read from outside is; take --augment, or call rmprune.slim (or "
-            "rmprune.training.fit) from Python with loaders of your own",
+            f"{str(self.transforms)[:200]} would be executed, and nothing read from outside is; take --augment, or call "
+            "rmprune.training.fit from Python with a Split of your own",
         )

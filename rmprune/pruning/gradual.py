@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ArtifactError, ConfigError
+from rmprune.errors import ArtifactError, ConfigError, DataError
 from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.find_groups import find_structure
@@ -51,7 +51,8 @@ class GradualPruner:
     far as the limits allow, and `every` steps later there is one more. Give the model and one image batch at the
     start.
 
-    Raises InfeasibleBudget at once, before any training, where limits forbid the budget.
+    Raises InfeasibleBudget at once, before any training, where limits forbid the budget; DataError at a cut that no gradient tells
+    anything about.
     """
 
     def __init__(
@@ -110,6 +111,11 @@ class GradualPruner:
         scores = self.scores.scores
         if self.importance != "taylor":
             scores = score_groups(self.importance, state.model, self.structure)
+        elif not any(bool(score.any()) for score in scores.values()):
+            raise DataError(
+                "cuts while training: no gradient was seen of all layers that can be cut; call this after backward and before the "
+                "gradients are cleared, and where layers are frozen rank by importance='magnitude'"
+            )
         keep = self._allocate(scores, final=final, progress=min(1.0, self.cuts / planned))
         if not all(bool(mask.all()) for mask in keep.values()):
             self._cut(state, keep)

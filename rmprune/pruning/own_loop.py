@@ -1,0 +1,117 @@
+"""Pruning while somebody else trains: `GradualPruner` for loops that are not ours. Makes no step and decides no learning rate."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.errors import ConfigError
+from rmprune.graph.foreign import plain_module
+from rmprune.pruning.budget import Budget
+from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.gradual import GradualPruner
+from rmprune.pruning.groups import device_of
+from rmprune.pruning.prove import prove_groups
+
+
+@dataclass
+class _Loop:
+    """What `GradualPruner` sees of a loop that knows no epochs."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    step: int = 0
+    steps_per_epoch: int = 1
+
+
+class Pruner:
+    """Small cuts while you train: call `step()` after each step of your optimizer, before the gradients are cleared.
+
+    Within `steps` steps `cuts` cuts are made, spread evenly; the last one meets the budget, hard, and `done` is True from then on. Each
+    cut puts a smaller network into `model`, which the loop must call from then on (`step()` says so by returning True), and brings
+    `optimizer` along in place: its parameters are those of the new network, its state (momentum, Adam's moments) is cut like they
+    are, and whatever holds it, such as a schedule of learning rates, goes on. Channels go by the Taylor scores that the gradients of the
+    steps add up to, or by `importance` "batch_norm", "magnitude" or "random". The model may have residuals, whose streams are then cut
+    coupled, or none (`remove_residuals` first, with `batch_norm=True`, the default).
+
+    `example_inputs`: images [N, C, H, W]. `budget`: a `ratio` or a `macs_ratio`; `min_fraction` keeps layers from being emptied.
+    `cut_error`: what a trial cut of every group was wrong by, relative, in float64. Raises InfeasibleBudget where limits forbid the
+    budget, UnsupportedModel where nothing can be pruned, NotEquivalent where a cut would be wrong, ConfigError for an optimizer of
+    another model: all at once, before any step.
+
+    >>> model = rmprune.models.create("resnet8", num_classes=10, width=8)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    >>> images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+    >>> pruner = rmprune.Pruner(model, images, rmprune.Budget(macs_ratio=0.5), optimizer=optimizer, steps=4, cuts=2)
+    >>> while not pruner.done:
+    ...     optimizer.zero_grad()
+    ...     nn.functional.cross_entropy(pruner.model(images), labels).backward()
+    ...     optimizer.step()
+    ...     print(pruner.step())
+    False
+    True
+    False
+    True
+    >>> rmprune.count_macs(pruner.model, images) / rmprune.count_macs(model, images) <= 0.5
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor,
+        budget: Budget,
+        *,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        cuts: int = 30,
+        importance: str = "taylor",
+    ) -> None:
+        model = plain_module(model)
+        if steps < 1 or cuts < 1:
+            raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
+        if budget.latency_ratio is not None:
+            raise ConfigError("cuts in a loop of one's own count channels or MACs; give ratio or macs_ratio")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in model.parameters()):
+            raise ConfigError("the optimizer holds no parameter of this model; make it of model.parameters()")
+        structure = find_structure(model, example_inputs)
+        self.cut_error = prove_groups(model, structure, example_inputs)
+        self._hook = GradualPruner(
+            model,
+            example_inputs.to(device_of(model)),
+            budget,
+            prune_epochs=steps,
+            every=max(1, steps // cuts),
+            importance=importance,
+            structure=structure,
+        )
+        self._loop = _Loop(model, optimizer, steps)
+        self.optimizer = optimizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The network as it is now; the one that was given, until the first cut."""
+        return self._loop.model
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is met and no further cut comes."""
+        return self._hook.done
+
+    def step(self) -> bool:
+        """Take up the gradients of the step just made, and cut where it is time; True where `model` is another module now.
+
+        Raises DataError where no gradients were seen by the time of a cut.
+        """
+        loop, before = self._loop, self._loop.model
+        loop.step += 1
+        self._hook(loop)
+        if loop.model is before:
+            return False
+        for own, cut in zip(self.optimizer.param_groups, loop.optimizer.param_groups, strict=True):
+            own["params"] = cut["params"]
+        self.optimizer.state = loop.optimizer.state
+        loop.optimizer = self.optimizer
+        return True

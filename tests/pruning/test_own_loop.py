@@ -1,0 +1,75 @@
+"""Cuts in loops that are not ours: the optimizer stays the same object and goes on as if it had always been small."""
+
+from typing import Any
+
+import pytest
+import torch
+from pruning_nets import images, residual
+from torch import nn
+
+import rmprune
+from rmprune.errors import ConfigError, DataError, InfeasibleBudget
+
+HALF = rmprune.Budget(macs_ratio=0.5, min_fraction=0.2)
+LABELS = torch.arange(8) % 5
+
+
+def one_step(pruner: rmprune.Pruner) -> bool:
+    pruner.optimizer.zero_grad()
+    nn.functional.cross_entropy(pruner.model.train()(images(8)), LABELS).backward()
+    pruner.optimizer.step()
+    return pruner.step()
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_optimizer_and_schedule_follow_the_cuts(kind: str) -> None:
+    model = residual()
+    whole = rmprune.count_macs(model, images(1))
+    momentum: dict[str, Any] = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-2, **momentum)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=4, cuts=2)
+    assert pruner.model is model and pruner.cut_error < 1e-9
+    cut = []
+    for _ in range(6):
+        cut.append(one_step(pruner))
+        schedule.step()
+    assert cut == [False, True, False, True, False, False] and pruner.done and pruner.model is not model
+    assert rmprune.count_macs(pruner.model, images(1)) <= 0.5 * whole == 0.5 * rmprune.count_macs(model, images(1))
+    own = {id(p) for p in pruner.model.parameters()}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == own == {*map(id, optimizer.state)}
+    for parameter, state in optimizer.state.items():
+        assert all(v.shape in (parameter.shape, ()) for v in state.values() if isinstance(v, torch.Tensor))
+    assert optimizer.param_groups[0]["lr"] == 1e-2 * 0.5**6
+
+
+def test_momentum_is_that_of_the_channels_that_stay() -> None:
+    """After a cut the next step is the one that the kept weights would have made: SGD's buffers, sliced with the same indices."""
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model.train()(images(8)), LABELS).backward()
+    optimizer.step()
+    before = {names[id(p)]: (p.detach().clone(), s["momentum_buffer"].clone()) for p, s in optimizer.state.items()}
+    assert pruner.step()
+    weight, momentum = before["0.0.weight"]
+    now = pruner.model.get_parameter("0.0.weight")
+    rows = [int((weight == row).flatten(1).all(1).nonzero()[0]) for row in now]
+    assert len(rows) < len(weight) and torch.equal(optimizer.state[now]["momentum_buffer"], momentum[rows])
+
+
+def test_mistakes_are_said_at_once() -> None:
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with pytest.raises(ConfigError, match="holds no parameter of this model"):
+        rmprune.Pruner(residual(), images(2), HALF, optimizer=optimizer, steps=4)
+    with pytest.raises(ConfigError, match="give ratio or macs_ratio"):
+        rmprune.Pruner(model, images(2), rmprune.Budget(latency_ratio=0.5), optimizer=optimizer, steps=4)
+    with pytest.raises(InfeasibleBudget):
+        narrow = rmprune.Budget(macs_ratio=0.1, min_fraction=0.9)
+        rmprune.Pruner(model, images(2), narrow, optimizer=optimizer, steps=4)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=1)
+    with pytest.raises(DataError, match="before the gradients are cleared"):
+        pruner.step()
