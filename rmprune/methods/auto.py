@@ -40,7 +40,7 @@ from rmprune.training.job import Files, Job
 logger = logging.getLogger("rmprune")
 PROPOSED = 8  # plans that the surrogate proposes at first
 END_IMAGES = 256  # training images on which the end of the network is looked at
-SHAPE_IMAGES = 64  # for networks of which only the outlook are wanted
+SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
 _FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
     "uniform": Method(
@@ -69,7 +69,7 @@ class Outlook:
 
 
 def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
-    """The outlook of `network` (with modules that name its blocks), whatever its weights. Widths keep the default floor, or less where
+    """The networks that plans of `network` are put together from (with modules that name its blocks), whatever its weights. Widths keep the default floor, or less where
     the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the least that can be had.
     """
     images = job.data.train.example(SHAPE_IMAGES, job.device)
@@ -113,7 +113,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
 
 
 def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
-    """The surrogate of these outlook: what their blocks and widths lose, measured once for these files."""
+    """The surrogate of these networks: what their blocks and widths lose, measured once for these files."""
     network, batches = outlook.networks["keep"], job.batches
     ends = Ends.of(network, job.examples(END_IMAGES), torch.cat([y for _, y in batches])[:END_IMAGES].cpu())
     note = files.note("losses")

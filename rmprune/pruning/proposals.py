@@ -64,7 +64,7 @@ class Proposals:
         layers: Mapping[str, BlockLayers],
         losses: Mapping[str, Mapping[Choice, float]],
     ) -> None:
-        self._sights, self._losses = sights, losses
+        self.sights, self.losses = sights, losses
         self._problem = Problem()
         self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
         self._members = {choice: _Members.of(sight.structure, layers) for choice, sight in sights.items()}
@@ -92,7 +92,7 @@ class Proposals:
         found = solve(self._problem, limit - self._constant, other_than=tabu, near=centre)
         if found is None:
             return None
-        blocks = {name: list(self._losses[name])[found.answers[name]] for name in self._ports}
+        blocks = {name: list(self.losses[name])[found.answers[name]] for name in self._ports}
         widths = {layer: at[found.answers[asked]] for layer, asked, at in self._named if asked in found.answers}
         return Proposal(blocks | self._others, widths, found.cost + self._constant, found.loss)
 
@@ -103,14 +103,14 @@ class Proposals:
         return found.cost + self._constant
 
     def _numbers(self, choices: Mapping[str, Choice]) -> dict[str, int]:
-        return {name: list(self._losses[name]).index(choices[name]) for name in self._ports}
+        return {name: list(self.losses[name]).index(choices[name]) for name in self._ports}
 
     def _find_ports(self, name: str) -> tuple[str | None, str | None] | None:
         """The groups before and after a block in the network without residuals (None: of a fixed width); None where it has several."""
         found = [members.ports(name) for members in self._members.values()]
-        if any(len(before) > 1 or len(after) > 1 for before, after in found) or name not in self._losses:
+        if any(len(before) > 1 or len(after) > 1 for before, after in found) or name not in self.losses:
             return None
-        plain, kept = self._sights["remove"], self._sights["keep"]
+        plain, kept = self.sights["remove"], self.sights["keep"]
         for mine, theirs in zip(*(self._members[choice].ports(name) for choice in ("remove", "keep")), strict=True):
             if len(mine) != len(theirs) or any(
                 plain.widths[a] != kept.widths[b] for a, b in zip(mine, theirs, strict=True)
@@ -121,7 +121,7 @@ class Proposals:
 
     def _ask(self, choice: Choice, group: str, where: Answer | None = None) -> str:
         """The question how wide a group of a sight is."""
-        asked, sight = f"{choice}: {group}", self._sights[choice]
+        asked, sight = f"{choice}: {group}", self.sights[choice]
         if asked not in self._problem.questions:
             loss = np.array(sight.losses[group], dtype=float)
             self._problem.questions[asked] = Question(len(loss), where)
@@ -132,21 +132,21 @@ class Proposals:
 
     def _write_outside(self) -> None:
         members = self._members["remove"]
-        for layer in self._sights["remove"].structure.layers:
+        for layer in self.sights["remove"].structure.layers:
             if members.block.get(layer.name) not in self._ports:
                 self._write_layer("remove", layer, None, None)
 
     def _write_block(self, name: str, choice: Choice, where: Answer) -> None:
-        self._problem.terms.append(Term((), np.array(0.0), np.array(self._losses[name][choice]), where))
+        self._problem.terms.append(Term((), np.array(0.0), np.array(self.losses[name][choice]), where))
         place: Choice = "keep" if choice == "drop" else choice
         members = self._members[place]
-        for layer in self._sights[place].structure.layers:
+        for layer in self.sights[place].structure.layers:
             if members.block.get(layer.name) == name and (choice != "drop" or layer.name in members.way):
                 self._write_layer(place, layer, name, where)
         before, after = (group and self._ask("remove", group) for group in self._ports[name])
         if after is not None and (choice in ("drop", "merge")):
             self._named.append(
-                (f"{flat_name(name)}_conv", after, self._sights["remove"].widths[self._ports[name][1] or ""])
+                (f"{flat_name(name)}_conv", after, self.sights["remove"].widths[self._ports[name][1] or ""])
             )
         kept = self._members["keep"].ports(name)
         if choice in ("keep", "drop") and kept[0] and kept[0] == kept[1] and before != after:
@@ -157,7 +157,7 @@ class Proposals:
 
     def _tied(self, stream: str) -> np.ndarray:
         """What each block that ties this group of the original adds to the losses of the free groups."""
-        kept, plain = self._sights["keep"], self._sights["remove"]
+        kept, plain = self.sights["keep"], self.sights["remove"]
         producers = {flat_name(layer) for layer in kept.structure.group(stream).producers}
         free = [g.name for g in plain.structure.groups if producers & {flat_name(layer) for layer in g.producers}]
         free = [name for name in free if len(plain.losses[name]) == len(kept.losses[stream])]
@@ -166,7 +166,7 @@ class Proposals:
 
     def _write_layer(self, choice: Choice, layer: SizedLayer, block: str | None, where: Answer | None) -> None:
         """What a layer costs at every width of what it reads and puts out; of several groups at either side, as if each had its own."""
-        sight, members = self._sights[choice], self._members[choice]
+        sight, members = self.sights[choice], self._members[choice]
 
         def sides(ports: Sequence[tuple[str, int]], whole: int, side: int) -> list[tuple[str | None, list[int]]]:
             found: list[tuple[str | None, list[int]]] = []
