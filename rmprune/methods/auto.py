@@ -69,8 +69,10 @@ class Outlook:
 
 
 def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
-    """The networks that plans of `network` are put together from (with modules that name its blocks), whatever its weights. Widths keep the default floor, or less where
-    the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the least that can be had.
+    """The networks that plans of `network` (with modules that name its blocks) are put together from, whatever its weights.
+
+    Widths keep the default floor, or less where the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the
+    least that can be had.
     """
     images = job.data.train.example(SHAPE_IMAGES, job.device)
     options = block_options(network, images[:2])
