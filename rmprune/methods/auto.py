@@ -4,6 +4,7 @@ The presets' own networks and the plans that a surrogate proposes (`rmprune.prun
 whole networks on validation images; then plans that differ in one block from the best, while the minutes given for it last.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -90,10 +91,11 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
     if budget.latency_ratio is not None:
         table, example = layer_times(job, place_of(job)), images[:1].cpu()
-        costs = {choice: TimeCost(table, own.cpu(), structures[choice], example) for choice, own in networks.items()}
+        here = {choice: copy.deepcopy(own).cpu() for choice, own in networks.items()}
+        costs = {choice: TimeCost(table, own, structures[choice], example) for choice, own in here.items()}
         budget = dataclasses.replace(budget, reference_ms=total_cost(structures["keep"], costs["keep"]))
     limit = resolve(structures["keep"], budget, costs["keep"]).limit
-    floor = LEAST_FRACTION * even_fraction(structures["keep"], budget, costs["keep"])
+    floor = min(LEAST_FRACTION * even_fraction(structures["keep"], budget, costs["keep"]), budget.max_fraction)
     while True:
         least = budget if job.config.prune.min_fraction is not None else dataclasses.replace(budget, min_fraction=floor)
         sights = {}
