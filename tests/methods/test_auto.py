@@ -15,6 +15,7 @@ import rmprune
 from rmprune.config import PruneConfig, SlimConfig, TrainConfig
 from rmprune.data.load import load_dataset
 from rmprune.errors import InfeasibleBudget
+from rmprune.measure.latency_model import LatencyModel
 from rmprune.methods import auto
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget, find_structure
@@ -119,3 +120,17 @@ def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -
     ) as refused:
         run_slim(replace(QUICK, method=("auto",), prune=prune, out=tmp_path / "no"), command="x")
     assert "\n" not in str(refused.value) and not (tmp_path / "no").exists()
+
+
+def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up = lambda table, layers: [1e-2 + 1e-3 + 1e-5 * layer.cin * layer.cout for layer in layers]  # noqa: E731
+    monkeypatch.setattr(LatencyModel, "_measure", made_up)
+    config = SlimConfig(prune=PruneConfig(latency_ratio=(0.5,), round_to=1), out=tmp_path)
+    job = Job(config, load_dataset(config.data), torch.device("cpu"), 0, teacher=create("resnet8"))
+    outlook = auto.look(job.original, Budget(latency_ratio=0.5), job)
+    losses = {block: {choice: float(choice != "keep") for choice in own} for block, own in outlook.nothing.items()}
+    found = Proposals(outlook.sights, outlook.layers, losses).best(outlook.limit)
+    assert found is not None and found.cost <= outlook.limit * (1 + 1e-6)
+    assert 0 < found.loss <= 3 and "keep" in found.blocks.values()  # each layer has a time that no width saves
+    with pytest.raises(InfeasibleBudget, match=r"latency_ratio 0.01 cannot be met by any plan.*least .* about 0\.\d"):
+        auto.look(job.original, Budget(latency_ratio=0.01), job)
