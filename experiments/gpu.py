@@ -26,6 +26,7 @@ from typing import Any
 
 import gpu_networks as networks
 import gpu_report
+import gpu_runs
 import throughput
 import torch
 import tyro
@@ -33,13 +34,15 @@ from removal_coverage import NETS, build, randomise
 from torch import Tensor, nn
 
 import rmprune
-from rmprune.config import AmcConfig, DataConfig, MeasureConfig, PruneConfig, SearchConfig, SlimConfig, TrainConfig
+from rmprune.config import SlimConfig
 from rmprune.config.fields import Names
 from rmprune.errors import RmpruneError
 from rmprune.graph.equivalence import base_inputs, check_inputs, relative_error
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.backends import GPU_ONLY, Candidate, check_backend
 from rmprune.measure.latency import Configuration, measure_configuration
+from rmprune.pipelines.amc import run_amc
+from rmprune.pipelines.slim import run_slim
 from rmprune.runs.machine import environment
 
 SECONDS = {"exactness": 45.0, "speed": 200.0, "additions": 50.0, "training": 35.0, "accuracy": 190.0}
@@ -106,6 +109,10 @@ class Settings:
     """Where CSV and figures go."""
     runs: Path = Path("runs/gpu")
     """Where accuracy's runs are kept."""
+    networks: Path | None = None
+    """Where --write-networks left the forms that speed measures; else they are made now (a minute or two)."""
+    write_networks: bool = False
+    """Write them there, and measure nothing."""
     figures: Path | None = None
     """Draw what lies there, and measure nothing."""
     paths: bool = False
@@ -177,7 +184,7 @@ def exactness(part: Part) -> None:
                 computed(wide, (y,), torch.float64, part.device) for y in (inputs[0], base_inputs((x,))[0])
             )
             for name, dtype, rounded in networks.FORMATS:
-                with tf32(rounded):
+                with tf32(rounded, part.device):
                     own, plain = (
                         relative_error(expected, computed(net, inputs, dtype, part.device), groups, other)
                         for net in (wide, removal.model)
@@ -206,7 +213,7 @@ def speed(part: Part) -> None:
     families = {}
     for name in names:
         with part.trying(name):
-            families[name] = networks.forms(name, quick=part.settings.quick)
+            families[name] = networks.forms_in(part.settings.networks, name, quick=part.settings.quick)
             print(f"{name}: {', '.join(families[name])}", flush=True)
     measured(part, families, reference="original")
 
@@ -285,57 +292,14 @@ def training(part: Part) -> None:
 
 def accuracy(part: Part) -> None:
     """Methods within the same measured time on this device, seed by seed: `slim` and `amc`, whose records hold the rest."""
-    from rmprune.pipelines.amc import run_amc
-    from rmprune.pipelines.slim import run_slim
-
     settings = part.settings
-    quick = settings.quick
-    backend = "eager" if part.device == "cpu" else "cudagraph-float16"
-    measure = MeasureConfig(
-        (backend,), (torch.get_num_threads(),), (1 if quick else 256,), part.device, *((0.02, 3) if quick else (0.2, 9))
-    )
-    name, folder, batch = ("digits", None, 64) if quick else ("fashion-mnist", settings.data_dir, 128)
-    data = DataConfig(name, folder, batch, train_images=200 if quick else 20000)
-    train = TrainConfig(epochs=1 if quick else 8, learning_rate=0.2)
-    tune = TrainConfig(epochs=1 if quick else 4, learning_rate=0.05, warmup_epochs=0.0, distillation=0.5)
-    common: dict[str, Any] = {"data": data, "train": train, "finetune": tune, "measure": measure, "device": part.device}
-    for seed in range(settings.seed, settings.seed + (1 if quick else settings.seeds)):
-        slim = SlimConfig(
-            model="resnet8" if quick else "resnet20",
-            width=4 if quick else 32,
-            method=("coupled", "rm") if quick else gpu_report.SLIM,
-            skip_infeasible=True,
-            seed=seed,
-            prune=PruneConfig(macs_ratio=(0.5,), round_to=1)
-            if quick
-            else PruneConfig(latency_ratio=(0.6,), round_to=8),
-            out=settings.runs / f"slim-{seed}",
-            overwrite=True,
-            **common,
-        )
-        with part.trying(f"slim, seed {seed}", 0.0 if quick else 25.0) as begun:
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    runs = gpu_runs.planned(part.device, seeds, settings.data_dir, settings.runs, quick=settings.quick)
+    for comparison, seed, config, seconds in runs:
+        with part.trying(f"{comparison}, seed {seed}", seconds) as begun:
             if begun:
-                keep(part, run_slim(slim, command=command()), "slim", seed)
-        amc = AmcConfig(
-            width=0.5,
-            method=("rm-amc", "residual-amc"),
-            seed=seed,
-            search=SearchConfig(
-                budget=(0.5,) if quick else (0.6, 0.4),
-                episodes=2 if quick else 150,
-                warm_up=1 if quick else 40,
-                images=64 if quick else 2000,
-                calibration=64 if quick else 512,
-                importance="magnitude",
-            ),
-            out=settings.runs / f"amc-{seed}",
-            overwrite=True,
-            **({"model": "mobilenet_v2_digits"} if quick else {"model": "mobilenet_v2_small"}),
-            **common,
-        )
-        with part.trying(f"amc, seed {seed}", 0.0 if quick else 40.0) as begun:
-            if begun:
-                keep(part, run_amc(amc, command=command()), "amc", seed)
+                run = run_slim if isinstance(config, SlimConfig) else run_amc
+                keep(part, run(config, command=command()), comparison, seed)
 
 
 def keep(part: Part, records: list[Path], comparison: str, seed: int) -> None:
@@ -371,6 +335,9 @@ def command() -> str:
 def main(settings: Settings) -> None:
     if settings.paths:
         print("backends:", ", ".join(GPU_ONLY), *(f"{path}: {what}" for path, what in PATHS.items()), sep="\n")
+        return
+    if settings.write_networks:
+        networks.write(settings.networks or Path("gpu-kit/networks"))
         return
     if settings.figures is not None:
         print(*gpu_report.draw(settings.figures), sep="\n")

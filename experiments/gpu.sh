@@ -17,6 +17,9 @@ test -z "$(find $kit/wheels -name '*.whl' ! -name '*-none-any.whl')" || { echo "
 test -d $images || { apt-get update -q && apt-get install -qy dataset-fashion-mnist; }
 cp $images/*.gz $kit/fashion-mnist/
 
+echo "describing the networks that speed measures"
+PYTHONPATH=. "$python" -W ignore experiments/gpu.py --write-networks --networks $kit/networks
+
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 echo "checking: the tree as it travels, the wheels without an index, every other package from $python"
@@ -45,7 +48,7 @@ echo "tree and kit: $mib MiB of $limit_mib ($(du -sk --apparent-size $kit | cut 
 test "$mib" -le $limit_mib || { echo "too large to travel"; exit 1; }
 
 install="python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site $kit/wheels/*.whl"
-measure="export PYTHONPATH=.:/tmp/site PYTHONUNBUFFERED=1; set -o pipefail; python3 experiments/gpu.py --data-dir $kit/fashion-mnist --out \$OUT"
+measure="export PYTHONPATH=.:/tmp/site PYTHONUNBUFFERED=1; set -o pipefail; python3 experiments/gpu.py --data-dir $kit/fashion-mnist --networks $kit/networks --out \$OUT"
 cat <<END
 
 On the machine, with carry ["$kit"] (a command ends within its own seconds; what is under \$OUT comes back, seven files):

@@ -1,12 +1,18 @@
 """The networks whose time `gpu.py` measures: forms of each family, and the same layers without their additions. Measures nothing."""
 
 import copy
+import json
 import operator
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from removal_coverage import randomise
 from torch import fx, nn
 
 import rmprune
+from rmprune.artifact.describe import describe
+from rmprune.artifact.rebuild import build
 from rmprune.pruning import Budget
 
 FORMATS = (
@@ -19,9 +25,35 @@ FORMATS = (
 """(name, dtype, whether TF32 is allowed)."""
 FAMILIES = ("mobilenet_v2", "resnet18", "timm/efficientnet_lite0", "resnet50", "resnet34", "timm/repvgg_a0")
 WITH_ADDITIONS = ("mobilenet_v2", "resnet18", "resnet50", "timm/efficientnet_lite0")
-SHARES = {"mobilenet_v2": (0.75, 0.7, 0.6, 0.5), "timm/efficientnet_lite0": (0.6, 0.5)}
+SHARES = {
+    "mobilenet_v2": (0.775, 0.72, 0.615, 0.515),
+    "timm/efficientnet_lite0": (0.615, 0.515),
+}  # at most; widths are multiples of 8
 """Of the fused RM form's MACs (MobileNetV2's: 848 million at 224 pixels), as the paper's V1 forms have; others: the original's MACs."""
 READ_AT = 64  # pixels at which networks are rewritten and cut: the result takes any size, and float64 is slow
+
+
+def write(folder: Path, names: Sequence[str] = FAMILIES, *, quick: bool = False) -> None:
+    """The forms of each family as a JSON file without weights, for `forms_in`: a machine that is lent has better things to do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        described = {form: describe(net) for form, net in forms(name, quick=quick).items()}
+        file_of(folder, name).write_text(json.dumps(described))
+
+
+def forms_in(folder: Path | None, name: str, *, quick: bool) -> dict[str, nn.Module]:
+    """The forms that `write` left there, with random weights; where it left none, made now."""
+    if folder is None or not file_of(folder, name).exists():
+        return forms(name, quick=quick)
+    found = {form: build(described) for form, described in json.loads(file_of(folder, name).read_text()).items()}
+    size = 32 if quick else READ_AT
+    for net in found.values():
+        randomise(net, torch.randn(4, 3, size, size), 0)
+    return found
+
+
+def file_of(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace('/', '-')}.json"
 
 
 def forms(name: str, *, quick: bool) -> dict[str, nn.Module]:
@@ -38,17 +70,22 @@ def forms(name: str, *, quick: bool) -> dict[str, nn.Module]:
     whole, most = rmprune.count_macs(original, large), rmprune.count_macs(plain, large)
     shares = SHARES.get(name, (min(1.0, whole / most),))
     for share in shares[-1:] if quick else shares:
-        found[f"RM {share:.2f}"] = cut(plain, share, x)
-        equal = of_macs(name, share * most, large, quick)
-        found |= {} if equal is None else {f"residual {share:.2f}": equal}
+        narrow = cut(plain, share, x)
+        macs = rmprune.count_macs(narrow, large)
+        found[f"RM {macs / most:.2f}"] = narrow
+        equal = of_macs(name, macs, large, quick)
+        found |= {} if equal is None else {f"residual {macs / most:.2f}": equal}
     return found
 
 
 def made(name: str, quick: bool, width: float | None = None) -> nn.Module:
-    """With random weights; in miniature a quarter as wide."""
+    """With random weights, and batch norms as trained ones are: fresh ones need twice the copies. In miniature a quarter as wide."""
     torch.manual_seed(0)
     settings = {"num_classes": 10, "width": 0.25 if name == "mobilenet_v2" else 16} if quick else {}
-    return rmprune.models.create(name, **settings | ({} if width is None else {"width": width})).eval()
+    model = rmprune.models.create(name, **settings | ({} if width is None else {"width": width}))
+    size = 32 if quick else READ_AT
+    randomise(model, torch.randn(4, 3, size, size), 0)
+    return model
 
 
 def cut(plain: nn.Module, share: float, x: torch.Tensor) -> nn.Module:
@@ -65,11 +102,13 @@ def of_macs(name: str, macs: float, x: torch.Tensor, quick: bool) -> nn.Module |
     """The residual network whose width multiplier gives nearly these MACs; None where it has no multiplier."""
     if not rmprune.models.families.has_multiplier(name):
         return None
+    settings = {"num_classes": 10} if quick else {}
+    cost = lambda width: rmprune.count_macs(rmprune.models.create(name, width=width, **settings), x)  # noqa: E731
     low, high = (0.1, 0.5) if quick else (0.7, 2.0)
     for _ in range(2 if quick else 6):
         width = (low + high) / 2
-        low, high = (width, high) if rmprune.count_macs(made(name, quick, width), x) < macs else (low, width)
-    return made(name, quick, low)
+        low, high = (width, high) if cost(width) < macs else (low, width)
+    return made(name, quick, min(low, high, key=lambda width: abs(cost(width) - macs)))
 
 
 def with_and_without(name: str, *, quick: bool) -> dict[str, nn.Module]:

@@ -8,13 +8,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from rmprune.methods.table import METHODS
-
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-SLIM = tuple(name for name in ("coupled", "rm", "mixed-auto", "auto") if name in METHODS)
-"""Compared by `slim`; auto where there is such a method."""
 PAPER = 1.36  # times MobileNetV2's images per second, the least of the paper's V1 forms
 LOOP = 5.0  # times a plain loop's images per second
 
@@ -117,7 +113,7 @@ def goals(tables: dict[str, pd.DataFrame]) -> list[str]:
 
 def over_front(comparison: str, rows: pd.DataFrame, own: str) -> str:
     """How far a method lies above the coupled one at its measured time, seed by seed; between points linear in log time."""
-    base = {"slim": "coupled", "amc": "residual-amc"}[comparison]
+    base = "coupled" if comparison == "slim" else "residual-amc"
     gains = []
     for _, part in rows.groupby("seed"):
         front = part[part.method.isin([base, "original"])].sort_values("time_ratio")

@@ -3,7 +3,7 @@
 import torch
 
 import rmprune
-from rmprune.config import MeasureConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.data.load import Dataset
 from rmprune.data.sources import Images
 from rmprune.data.splits import TensorSplit
@@ -13,10 +13,11 @@ QUICK = SlimConfig(
     model="resnet8",
     width=4,
     method=("rm", "coupled"),
+    data=DataConfig(train_images=256),
     train=TrainConfig(epochs=2),
     finetune=TrainConfig(epochs=2, learning_rate=0.02),
     prune=PruneConfig(macs_ratio=(0.5,), cuts=4, round_to=1),
-    measure=MeasureConfig(threads=(1,), batch_sizes=(1,), seconds=0.02, min_rounds=3),
+    measure=MeasureConfig(threads=(1,), batch_sizes=(1,), seconds=0.0, min_rounds=3),
 )
 
 

@@ -207,7 +207,7 @@ def own_dtype_error(
             for t, one in zip(_tensors(expected), _tensors(base), strict=False)
         ]
         try:
-            with tf32(False):
+            with tf32(False, target.device):
                 own, found = (
                     relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
                 )

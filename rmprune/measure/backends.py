@@ -146,10 +146,7 @@ def reduced(backends: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def surroundings(backend: str, device: str) -> Any:
     """What has to hold from preparing to the last run: the current GPU, and TF32 as the number format says."""
-    with (
-        current(device),
-        tf32(BACKENDS[backend].number_format == "tf32") if device != "cpu" else contextlib.nullcontext(),
-    ):
+    with current(device), tf32(BACKENDS[backend].number_format == "tf32", device):
         yield
 
 

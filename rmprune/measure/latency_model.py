@@ -20,10 +20,9 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -36,6 +35,9 @@ from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.runs.machine import environment
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where a table is made: it takes 0.2 s
 
 logger = logging.getLogger("rmprune.measure")
 SCHEMA = 1
@@ -138,7 +140,7 @@ class LatencyModel:
         *,
         unseen: dict[str, nn.Module] | None = None,
         seconds: float = 1.0,
-    ) -> pd.DataFrame:
+    ) -> "pd.DataFrame":
         """Fits a and b on whole networks (three or more, of different cost); returns predicted against measured time of
         each: columns model, predicted_ms, measured_ms, error (relative).
 
@@ -146,6 +148,8 @@ class LatencyModel:
         = 0. `unseen`: networks that are not fitted to; they and their layers are measured in turns with the others,
         so that a machine that drifts drifts for all. They follow in the table.
         """
+        import pandas as pd
+
         everything = {**models, **(unseen or {})}
         layers = {name: network_layers(model, example_inputs) for name, model in everything.items()}
         self.require(itertools.chain.from_iterable(layers.values()))

@@ -7,13 +7,15 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
 from rmprune.measure.candidate import Candidate, onnx_form
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where a table is made: it takes 0.2 s
 
 
 def profile_layers(
@@ -23,7 +25,7 @@ def profile_layers(
     threads: int = 2,
     batch_size: int | None = None,
     runs: int = 50,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """One row for each kernel that ONNX Runtime runs on the CPU, in order: network, position, layer, operator, ms, share.
 
     `models`: for example {"before": net, "after": plain}; they run in turns, in one process. `ms` is the median over `runs` for a
@@ -34,6 +36,8 @@ def profile_layers(
     >>> bool("Conv" in set(table.operator)), round(float(table.share.sum()), 6)
     (True, 1.0)
     """
+    import pandas as pd
+
     if runs < 1 or threads < 1:
         raise ConfigError("runs and threads must be at least 1")
     rows: list[dict[str, Any]] = []
@@ -62,7 +66,7 @@ def profile_layers(
     return pd.DataFrame(rows)
 
 
-def by_operator(profile: pd.DataFrame) -> pd.DataFrame:
+def by_operator(profile: "pd.DataFrame") -> "pd.DataFrame":
     """Milliseconds by operator, a column for each network in its order, dearest first: what an addition costs, for example."""
     table = profile.pivot_table(index="operator", columns="network", values="ms", aggfunc="sum", fill_value=0.0)
     table = table[list(dict.fromkeys(profile.network))]

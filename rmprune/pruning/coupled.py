@@ -10,11 +10,10 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -30,13 +29,17 @@ from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices
 from rmprune.training.convolutions import TrainableConvolutions
 
+if TYPE_CHECKING:
+    import torch_pruning as tp
+
 M = TypeVar("M", bound=nn.Module)
 OUT_OF_REACH = 1e12  # above any score of a channel that may go
-COUPLED_IMPORTANCES: dict[str, Callable[[], tp.importance.Importance]] = {
-    "batch_norm": tp.importance.BNScaleImportance,
-    "taylor": tp.importance.GroupTaylorImportance,
-    "magnitude": tp.importance.GroupMagnitudeImportance,
+COUPLED_IMPORTANCES = {
+    "batch_norm": "BNScaleImportance",
+    "taylor": "GroupTaylorImportance",
+    "magnitude": "GroupMagnitudeImportance",
 }
+"""{name: class of Torch-Pruning's}. The package is imported where it is needed: it takes half a second."""
 
 
 def prune_coupled(
@@ -146,6 +149,8 @@ def check_coupled(model: nn.Module, structure: Structure, importance: str, examp
         raise UnsupportedModel(
             "coupled pruning by batch-norm scale: there is no batch norm to rank channels by; use coupled-taylor or coupled-norm"
         )
+    import torch_pruning as tp
+
     twin = copy.deepcopy(model).requires_grad_(True)
     with _following(model), evaluating(twin), torch.enable_grad():
         list(
@@ -177,6 +182,8 @@ def _attempt(
     ratio: float,
 ) -> tuple[nn.Module, dict[str, Slices]]:
     """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
+    import torch_pruning as tp
+
     twin = copy.deepcopy(model)
     parameters = dict(twin.named_parameters())
     frozen = [p for p in parameters.values() if not p.requires_grad]
@@ -193,7 +200,7 @@ def _attempt(
         pruner = tp.pruner.BasePruner(
             twin,
             example_inputs,
-            importance=_Protecting(COUPLED_IMPORTANCES[importance](), floors, names),
+            importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names),
             global_pruning=True,
             pruning_ratio=ratio,
             ignored_layers=[twin.get_submodule(name) for name in staying],
@@ -247,12 +254,12 @@ class _Protecting:
     """
 
     def __init__(
-        self, inner: tp.importance.Importance, floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
+        self, inner: "tp.importance.Importance", floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
     ) -> None:
         self.inner, self.floors, self.names = inner, floors, names
         self.calls = 0
 
-    def __call__(self, group: tp.Group) -> Tensor | None:
+    def __call__(self, group: "tp.Group") -> Tensor | None:
         scores = self.inner(group)
         layers = [self.names.get(item.dep.target.module, "") for item in group.items]
         found = [self.floors[name] for name in layers if name in self.floors]

@@ -32,7 +32,7 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     dtype = images.dtype if images.is_floating_point() else torch.float32
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
     program = read_program(model, structure, images).unshared()
-    with torch.inference_mode(), tf32(False):
+    with torch.inference_mode(), tf32(False, device_of(model)):
         x = images.to(device_of(model), memory_format=torch.channels_last)
         calibrator.measure_reference(program, x)
         cut = Cut.of(calibrator.model, structure, keep)

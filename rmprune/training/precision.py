@@ -26,7 +26,7 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
     """A context that computes convolutions and matrix products in `compute_dtype`, float32 unrounded; on a CPU `TrainableConvolutions`."""
     with contextlib.ExitStack() as entered:
-        entered.enter_context(TrainableConvolutions() if device.type == "cpu" else tf32(False))
+        entered.enter_context(TrainableConvolutions() if device.type == "cpu" else tf32(False, device))
         if compute_dtype(precision, device) == torch.bfloat16:
             entered.enter_context(torch.autocast(device.type, dtype=torch.bfloat16))
         yield

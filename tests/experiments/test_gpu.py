@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+import rmprune
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
@@ -57,6 +59,16 @@ def test_additions_go_and_layers_stay(gpu: Any) -> None:
     assert not torch.allclose(pair["with"](x), pair["without"](x))
     weights = [sum(isinstance(m, nn.Conv2d) for m in net.modules()) for net in pair.values()]
     assert weights[0] == weights[1]
+
+
+def test_networks_travel_without_weights(gpu: Any, tmp_path: Path) -> None:
+    gpu.networks.write(tmp_path, ("resnet18",), quick=True)
+    made, read = (gpu.networks.forms_in(folder, "resnet18", quick=True) for folder in (None, tmp_path))
+    x = torch.randn(1, 3, 32, 32)
+    macs = [{form: rmprune.count_macs(net, x) for form, net in forms.items()} for forms in (made, read)]
+    assert macs[0] == macs[1] and list(made)[:3] == ["original", "RM", "RM fused"] and len(made) == 4
+    for net in read.values():
+        assert not net.training and 0.01 < float(net(x).detach().abs().max()) < 1e3
 
 
 def test_the_page_weighs_the_goals(gpu: Any, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +43,23 @@ def test_tf32_is_as_the_name_says_and_put_back(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ZeroDivisionError), surroundings("eager-tf32", "cuda"):
         raise ZeroDivisionError
     assert flags() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9")
+def test_tf32_of_programs_that_set_it_the_newer_way() -> None:
+    """torch then refuses to let the older flags be read; in a process of its own, since that lasts."""
+    code = """
+import torch
+from rmprune.graph.tf32 import tf32
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+def flags(): return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+before = flags()
+for allowed, word in ((False, "ieee"), (True, "tf32")):
+    with tf32(allowed, "cuda:0"): assert flags() == (word, word), flags()
+    assert flags() == before, (flags(), before)
+with tf32(False, "cpu"): assert flags() == before
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_a_cuda_graph_is_recorded_after_a_warm_up_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from rmprune.measure import latency, place
 
 @pytest.fixture(scope="module", autouse=True)
 def short_measuring() -> Iterator[None]:
-    """No warm-up, and 8 networks in a search instead of 15: measure/test_place_budgets.py looks at the search itself."""
+    """No warm-up, and 6 networks in a search instead of 15: measure/test_place_budgets.py looks at the search itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "timed_rounds", partial(latency.timed_rounds, warmup=0.0))
-        patch.setattr(place, "CANDIDATES", 4)
+        patch.setattr(place, "CANDIDATES", 3)
         patch.setattr(place, "ROUNDS", 2)
         yield

@@ -97,7 +97,10 @@ def test_candidates_that_the_network_has_no_place_for_are_left_out(tmp_path: Pat
 def test_one_candidate_that_meets_the_budget_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "ratios", by_parameters)
     prune = PruneConfig(latency_ratio=(0.6,), min_fraction=0.9, round_to=1)
-    config = replace(QUICK, width=16, method=("mixed-auto",), prune=prune, out=tmp_path / "run")
+    none = TrainConfig(epochs=0)
+    config = replace(
+        QUICK, width=16, method=("mixed-auto",), train=none, finetune=none, prune=prune, out=tmp_path / "run"
+    )
     run_slim(config, command="x")
     record = records.read_record(tmp_path / "run")
     assert "cannot be met" in record["mixed-auto"]["candidates"]["residual"]["refused"]

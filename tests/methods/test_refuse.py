@@ -13,7 +13,7 @@ from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.place import Place
 from rmprune.methods.cutter import make_cutter
 from rmprune.methods.table import METHODS
-from rmprune.pipelines import slim, stages
+from rmprune.pipelines import stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.report.build import build_report
 from rmprune.runs import records
@@ -65,7 +65,7 @@ def test_what_cannot_be_cut_is_refused_before_training(
     model: str, method: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = noise()
-    monkeypatch.setattr(slim, "load_dataset", lambda config: data)
+    monkeypatch.setattr(stages, "load_dataset", lambda *_: data)
     monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
     config = replace(QUICK, model=model, width=None, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
     with pytest.raises(UnsupportedModel, match=reason):

@@ -26,6 +26,7 @@ reserve_ratio = 0.5
 width = 4
 [data]
 dataset = "digits"
+train_images = 128
 [train]
 epochs = 1
 [measure]
@@ -40,7 +41,7 @@ min_rounds = 3
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    network = "--model repvgg --depth 13 --reserve-ratio 0.5 --width 4 --dataset digits --epochs 1"
+    network = "--model repvgg --depth 13 --reserve-ratio 0.5 --width 4 --dataset digits --train-images 128 --epochs 1"
     main(("train", *network.split(), *MEASURE.split(), "--out", str(out)))
     return out
 
@@ -110,7 +111,7 @@ def test_bad_settings_are_refused_before_a_file_is_written(settings: dict, messa
 
 @pytest.mark.parametrize("model", ["repvgg13", "preact_resnet8"])
 def test_slim_takes_them_by_name(model: str, tmp_path: Path) -> None:
-    flags = "--width 4 --epochs 1 --finetune.epochs 1 --macs-ratio 0.5 --round-to 1 --cuts 2"
+    flags = "--width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --macs-ratio 0.5 --round-to 1 --cuts 2"
     main(("slim", "--model", model, *flags.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
     record = records.read_record(tmp_path / "run")
     assert record["pruned"]["macs"] <= 0.5 * record["original"]["macs"] and record["removal"]["kept"] == {}
@@ -118,7 +119,7 @@ def test_slim_takes_them_by_name(model: str, tmp_path: Path) -> None:
 
 
 def test_amc_takes_them_by_name(tmp_path: Path) -> None:
-    flags = "--model repvgg13 --width 4 --epochs 1 --finetune.epochs 1 --budget 0.6 --multiple 1"
+    flags = "--model repvgg13 --width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --budget 0.6 --multiple 1"
     search = "--episodes 2 --warm-up 1 --images 64 --calibration 16"
     main(("amc", *flags.split(), *search.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
     record = records.read_record(tmp_path / "run")
