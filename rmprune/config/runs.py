@@ -128,7 +128,7 @@ class SlimConfig(RunConfig):
         if not self.method:
             default = "plan" if self.plan is not None else "rm" if self.prune.ratio else "auto"
             object.__setattr__(self, "method", (default,))
-        require(self.search_minutes >= 0, f"search_minutes is {self.search_minutes}; it must be at least 0")
+        require(0 <= self.search_minutes <= 1e4, f"search_minutes is {self.search_minutes}; use 0 to 10000")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
 
 

@@ -147,7 +147,8 @@ def _slim(
         found = auto.choose_plan(with_names(job.original, job), starts, budget, job, files)
         method, network, widths, begun = found.method, found.network, found.widths, found.begun
         files = files.named(f"{name}-{found.name}")
-        facts |= {"chosen": found.name, "candidates": found.verdicts}
+        why = {name: {key: plan[key] for key in ("why", "predicted", "blocks")} for name, plan in found.plans.items()}
+        facts |= {"chosen": found.name, "candidates": {n: {**v, **why.get(n, {})} for n, v in found.verdicts.items()}}
     elif method.candidates:
         cutters = {one: functools.partial(_cutter, METHODS[one], budget, job, starts) for one in method.candidates}
         verdicts = judge(cutters, budget, job, files)

@@ -101,6 +101,9 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     found = record["auto"]
     losses = {name: verdict["loss"] for name, verdict in found["candidates"].items() if "loss" in verdict}
     assert found["chosen"] == min(losses, key=lambda name: losses[name]) and {"residual", "plan-1"} <= set(losses)
+    assert found["candidates"]["plan-3"]["why"].startswith(
+        f"{min(('residual', 'uniform', 'plan-1', 'plan-2'), key=losses.__getitem__)} with"
+    )
     assert found["macs"] <= 0.5 * record["original"]["macs"]
     assert set(found["plan"]["blocks"]) <= {"layer1.0", "layer2.0", "layer3.0"} and found["plan"]["widths"]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
