@@ -169,7 +169,9 @@ def cut_once(cutter: Cutter, budget: Budget, recalibrated: bool) -> nn.Module:
     if not recalibrated:
         return cutter.once(cutter.network, budget)
     keep = allocate(cutter.structure, cutter.scores, budget, rank=cutter.settings.rank)
-    return refit(cutter.network, cutter.structure, keep, fitting_images(cutter.job.batches), reconstruct=False)
+    return refit(
+        cutter.network, cutter.structure, keep, fitting_images(cutter.job.batches, cutter.network), reconstruct=False
+    )
 
 
 class IdentityRows:

@@ -19,6 +19,7 @@ from rmprune.artifact.onnx import export_onnx
 from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
 from rmprune.errors import ArtifactError
+from rmprune.graph.facts import facts_of, note
 from rmprune.graph.foreign import plain_module, refuse_meta
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.runs.reading import read_json
@@ -96,6 +97,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
         raise ArtifactError(
             f"{path / WEIGHTS}: {error}; {ARCHITECTURE} and {WEIGHTS} do not belong together, copy both again"
         ) from error
+    facts = content.get("facts")
+    if isinstance(facts, dict) and facts:
+        note(model, **facts)
     return model
 
 
@@ -130,6 +134,7 @@ def _write(model: nn.Module, description: dict[str, Any], work: Path, extra: dic
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}),
         "channels_last": [name for name, t in tensors.items() if _is_channels_last(t)],
         "extra": extra,
+        "facts": facts_of(model),
         "description": description,
     }
     try:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import is_size, module_around
+from rmprune.graph.convolution import plain
 from rmprune.graph.functional import COMMUTATIVE, modules_for
 from rmprune.graph.fx_tracer import Tracer, follow
 from rmprune.graph.in_place import undo_in_place
@@ -26,8 +28,8 @@ class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if named(m, WHOLE):
             return True
-        inherited = isinstance(m, nn.Conv2d) and type(m)._conv_forward is nn.Conv2d._conv_forward
-        inherited = inherited and type(m).forward is nn.Conv2d.forward
+        kind = next((c for c in type(m).__mro__ if c.__module__ == _ConvNd.__module__), nn.Module)
+        inherited = isinstance(m, _ConvNd) and plain(m, kind)
         return inherited or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -1,22 +1,124 @@
-"""Batches as loaders give them: looked at as they are read, so that nothing is ranked or fitted on what it is not."""
+"""Batches as loaders give them, and the loss that says what matters: looked at as they are read, so that nothing is ranked or fitted
+on what it is not."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from rmprune.errors import DataError
+from rmprune.errors import ConfigError, DataError
+from rmprune.pruning.groups import evaluating
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""(images [N, ...], labels [N]) and perhaps more, which is not read."""
+Batches = Iterable[Any]
+"""(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
+Loss = Callable[[nn.Module, Any], Tensor]
+"""loss(model, batch): runs the model on (part of) the batch and returns a scalar, lower for better."""
 
 
-def batches_of(data: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images, in the floating-point type of the network, and labels of each batch, on its device; what is there is not copied.
+@dataclass(frozen=True)
+class WithLoss:
+    """Batches of any form, and the function that runs a network on one of them."""
 
-    Raises DataError for batches of another form, and where there is none: an iterator that was used up before.
+    batches: Batches
+    loss: Loss
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:
+    """The data held, to be read more than once, with the loss where one is given."""
+    if data is None:
+        if loss is not None:
+            raise ConfigError("a loss is measured on batches: pass data as well")
+        return None
+    held = data if isinstance(data, list | tuple) else list(data)
+    return held if loss is None else WithLoss(held, loss)
+
+
+def each_pass(data: Batches, model: nn.Module) -> Iterator[Callable[[], object]]:
+    """For each batch, what runs the network on it: for those that read layers by hooks. Raises DataError as `each_loss` does."""
+    if isinstance(data, WithLoss):
+        yield from (run for run, _ in each_loss(data, model))
+        return
+    for x, _ in _labelled(data, model):
+        yield functools.partial(model, x)
+
+
+def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Tensor], int]]:
+    """For each batch, what computes its loss, a scalar: the loss that came with the data, else the mean cross entropy (`class_loss`);
+    and the number of its images, 0 where only the loss knows.
+
+    Tensors are brought to the network's device (images to its floating-point type too); what is there is not copied. Raises DataError
+    for batches of another form, where there is none (an iterator that was used up before), and for losses that are no scalars.
     """
+    if not isinstance(data, WithLoss):
+        for x, y in _labelled(data, model):
+            yield (lambda x=x, y=y: class_loss(model(x), y)), len(x)  # type: ignore[misc]
+        return
+    like = next(model.parameters(), None)
+    found = False
+    for number, batch in enumerate(data):
+        found = True
+        here = batch if like is None else tree_map_only(Tensor, lambda t: t.to(like.device), batch)
+        yield functools.partial(_own_loss, data.loss, model, here, number), 0
+    if not found:
+        raise DataError(_EMPTY)
+
+
+def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
+    """The images that the network itself reads from each batch."""
+    if not isinstance(data, WithLoss):
+        yield from (x for x, _ in _labelled(data, model))
+        return
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise DataError("loss: layers are fitted on networks that the loss calls with one tensor, model(images)")
+        seen.append(inputs[0].detach())
+
+    for run in each_pass(data, model):
+        handle = model.register_forward_pre_hook(note)
+        try:
+            with evaluating(model), torch.no_grad():
+                run()
+        finally:
+            handle.remove()
+        if not seen:
+            raise DataError(NOT_RUN)
+        yield seen.pop(0)
+        seen.clear()
+
+
+_EMPTY = "data holds no images (an iterator that was used up before?); pass a loader, or a list of batches"
+NOT_RUN = "loss: it does not run the network that it is given; call model(images) in it"
+OWN_LOSS = "pass loss=, a function of (model, batch) that returns a scalar tensor"
+
+
+def _own_loss(loss: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
+    try:
+        value = loss(model, batch)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"loss: failed on batch {number} ({type(error).__name__}: {error})") from error
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        what = f"a {value.dtype} tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"loss: it returns {what}; return one number as a tensor, for example the mean over the images")
+    if torch.is_grad_enabled() and not value.requires_grad:
+        raise DataError("loss: no gradient goes through it; compute it from model(...) without detach, item or no_grad")
+    if not value.is_meta and not bool(value.isfinite()):
+        raise DataError(f"loss: it is {float(value.detach())} on batch {number}")
+    return value.reshape(())
+
+
+def _labelled(data: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     found = False
     for batch in data:
@@ -26,9 +128,7 @@ def batches_of(data: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor
         found = True
         yield (x, y) if like is None else (x.to(like.device, like.dtype), y.to(like.device))
     if not found:
-        raise DataError(
-            "data holds no images (an iterator that was used up before?); pass a loader, or a list of batches"
-        )
+        raise DataError(_EMPTY)
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -37,13 +137,14 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
             f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"of type {type(batch).__name__}"
         )
         raise DataError(
-            f"data: a batch is {kind}; give (images, labels), for example ((b['image'], b['label']) for b in loader) as a list"
+            f"data: a batch is {kind}; give (images, labels), for example ((b['image'], b['label']) for b in loader) as a list, "
+            f"or {OWN_LOSS}"
         )
     x, y = batch[:2]
     if not x.is_floating_point():
         raise DataError(f"data: images are {x.dtype}; give them normalised, as the network was trained on them")
     if len(x) != len(y):
-        raise DataError(f"data: a batch has {len(x)} images and {len(y)} labels")
+        raise DataError(f"data: a batch has {len(x)} images and {len(y)} labels; {OWN_LOSS}, where these are no labels")
     return x, y
 
 
@@ -52,17 +153,16 @@ def class_loss(outputs: Any, labels: Tensor) -> Tensor:
 
     Raises DataError where the network or the labels are no classifier's.
     """
-    way_out = "rank by another importance, or give scores of your own as a table {layer: Tensor [channels]}"
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
         what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise DataError(
-            f"Taylor importance needs a network that gives one score a class, [N, classes, ...], not {what}; {way_out}"
+            f"without a loss the network must give one score a class, [N, classes, ...], not {what}; {OWN_LOSS}"
         )
     if labels.shape == outputs.shape and labels.is_floating_point():
         return F.cross_entropy(outputs, labels)
     if labels.is_floating_point() or labels.dim() != outputs.dim() - 1:
         raise DataError(
-            f"data: labels are {labels.dtype} of shape {tuple(labels.shape)}, not class numbers [N]; {way_out}"
+            f"data: labels are {labels.dtype} of shape {tuple(labels.shape)}, not class numbers [N]; {OWN_LOSS}"
         )
     least, most = (0, 0) if labels.is_meta else (int(labels.min()), int(labels.max()))
     if least < 0 or most >= outputs.shape[1]:

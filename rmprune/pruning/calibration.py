@@ -185,7 +185,7 @@ class Calibrator:
             scale, shift = torch.ones_like(mean), torch.zeros_like(mean) if bias is None else bias.to(mean)
         else:
             scale, shift = self._corrected(op, mean, variance, cut)
-        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift)
+        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift, own=op.kind == "layer")
 
     def _normalised(self, op: Op, weight: Tensor | None, y: Tensor, cut: Cut) -> tuple[Fitted, Tensor]:
         norm = self.model.get_submodule(op.norm)
@@ -204,7 +204,7 @@ class Calibrator:
             before, index = self.reference[op.name].variance, cut.outputs(op.layer)
             variance = before if index is None else before[index]  # outputs are fitted to have this deviation
             scale = gamma * (variance + norm.eps).rsqrt()
-            out = _affine(y, scale, beta - mean * scale)
+            out = _affine(y, scale, beta - mean * scale, own=True)
         else:
             scale = gamma * inverse
         return Fitted(weight, mean, variance, scale, beta - mean * scale), out
@@ -223,7 +223,7 @@ class Calibrator:
         norm = self.model.get_submodule(op.norm)
         scale = gamma * (variance + norm.eps).rsqrt()  # type: ignore[operator]
         shift = beta - mean * scale
-        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift)
+        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift, own=op.kind == "layer")
 
     def _corrected(self, op: Op, mean: Tensor, variance: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
         """Scale and shift that give a layer without batch norm the moments it has in the unpruned network.
@@ -281,9 +281,11 @@ def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (inverse**-2 - 1e-12).clamp(min=0)
 
 
-def _affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _affine(y: Tensor, scale: Tensor, shift: Tensor, *, own: bool) -> Tensor:
+    """y * scale + shift, channel by channel; written over y where it is one's own."""
     shape = (1, -1, *[1] * (y.dim() - 2))
-    return y * scale.to(y.dtype).view(shape) + shift.to(y.dtype).view(shape)
+    scaled = torch.mul(y, scale.to(y.dtype).view(shape), out=y if own else None)
+    return scaled.add_(shift.to(y.dtype).view(shape))
 
 
 def _precision(layer: SizedLayer, x: Tensor, weight: Tensor) -> torch.dtype:
@@ -328,7 +330,7 @@ def patches_at(x: Tensor, layer: SizedLayer, at: Positions) -> Tensor:
     if x.dim() == 2:
         return x[at.image, :, None].float()
     pad_y, pad_x = layer.padding
-    padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
+    padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y)) if pad_x or pad_y else x
     taps = [
         padded[
             at.image,
@@ -339,4 +341,4 @@ def patches_at(x: Tensor, layer: SizedLayer, at: Positions) -> Tensor:
         for i in range(layer.kernel[0])
         for j in range(layer.kernel[1])
     ]
-    return torch.stack(taps, dim=2).float()
+    return (torch.stack(taps, dim=2) if len(taps) > 1 else taps[0][..., None]).float()

@@ -124,7 +124,7 @@ def cut_to(
     keep = {name: keep_best(score.double().cpu(), units[name]) for name, score in scores.items()}
     if all(bool(mask.all()) for mask in keep.values()):
         return network
-    images = fitting_images(data)
+    images = fitting_images(data, network)
     prove_cut(network, structure, keep, images[:2])
     if not reconstruct:
         return shrink(network, keep, structure)[0]

@@ -20,7 +20,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.pruning.allocate import explain, least_cost
-from rmprune.pruning.batches import Batches, batches_of, class_loss
+from rmprune.pruning.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, device_of, evaluating
@@ -49,6 +49,7 @@ def prune_coupled(
     importance: str = "batch_norm",
     budget: Budget,
     data: Batches | None = None,
+    loss: Loss | None = None,
     gradients: Mapping[str, Tensor] | None = None,
     cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
@@ -59,8 +60,8 @@ def prune_coupled(
     magnitude).
 
     The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
-    tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed; or these `gradients`
-    themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
+    tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed, or those that `loss` takes, as in `prune`; or
+    these `gradients` themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
     where the network was cut before. `prove`: the cut is compared with the whole network in float64
     (`rmprune.pruning.prove`; NotEquivalent where it is wrong).
 
@@ -70,7 +71,10 @@ def prune_coupled(
     if importance not in COUPLED_IMPORTANCES:
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
     if importance == "taylor" and data is None and gradients is None:
-        raise ConfigError("importance 'taylor' is measured on images: pass data, (images, labels) batches")
+        raise ConfigError(
+            f"importance 'taylor' is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
+        )
+    data = with_loss(data, loss)
     structure = _followed(model, find_structure(model, example_inputs))
     example_inputs = example_inputs.to(device_of(model))
     target = resolve(structure, budget, cost)
@@ -278,10 +282,13 @@ class _Protecting:
 
 
 def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
-    """{parameter: gradient of the mean cross entropy in eval mode, summed over batches}; the model's own are left alone."""
+    """{parameter: gradient of the loss in eval mode, summed over batches}; the model's own are left alone.
+
+    `data`: (images, labels) batches, whose loss is the mean cross entropy, or `rmprune.pruning.batches.WithLoss`.
+    """
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
-        for x, y in batches_of(data, model):
-            class_loss(twin(x), y).backward()
+        for run, _ in each_loss(data, twin):
+            run().backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}

@@ -1,7 +1,8 @@
 """The prunable groups of a network, read from the labels of its normalised graph."""
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,28 +125,59 @@ def _misfit(walk: Walk, groups: Sequence[_Alike]) -> fx.Node | None:
 
 
 def _first_misfit(walk: Walk, gone: Tensor) -> fx.Node | None:
-    """The first operation that, run without the channels `gone` (bool, by root), does not give its result without them."""
-    small: dict[fx.Node, Any] = {}
+    """The first operation that, run without the channels `gone` (bool, by root), does not give its result without them.
+
+    It is run on places, numbered along the dimensions that have channels: a unit's channels have one label, but an order, too.
+    """
+    sizes: dict[fx.Node, Any] = {}  # those of the smaller network
     moves = set(walk.moves)
     for node in walk.network.graph.nodes:
         if node.op == "output":
             break
+        read = tensors_in([walk.values[n] for n in node.all_input_nodes])
+        dims = {dim for x in read for dim in varying(walk.again(x))}
+        numbers = itertools.count(1)
+        places = {n: _places(walk.values[n], dims, numbers) for n in node.all_input_nodes}
         try:
-            wanted = tree_map_only(Tensor, lambda x: _without(walk.again(x), gone), walk.values[node])
+            cut = {n: sizes[n] if n in sizes else _without(places[n], walk.values[n], walk, gone) for n in places}
+            wanted = walk.values[node]
             if node in moves:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: small[n])
-                found = walk.run(node, args, kwargs)
-                if not _same(found, wanted):
+                found = _run(walk, node, cut)
+                if not tensors_in(wanted):
+                    sizes[node] = found
+                elif not _same(found, _without(_run(walk, node, places), wanted, walk, gone)):
                     return node
-                wanted = wanted if tensors_in(wanted) else found  # sizes are those of the smaller network
-            small[node] = wanted
+            else:
+                _without(wanted, wanted, walk, gone)
         except (RuntimeError, ValueError, IndexError, TypeError):
             return node
     return None
 
 
-def _without(x: Tensor, gone: Tensor) -> Tensor:
-    mask = compact(gone[thin(x)].expand(x.shape))
+def _run(walk: Walk, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    return walk.run(node, args, kwargs)
+
+
+def _places(values: Any, dims: set[int], numbers: Iterator[int]) -> Any:
+    """In the place of each tensor in `values` numbers of its own, one for each place along these dimensions."""
+
+    def numbered(x: Tensor) -> Tensor:
+        shape = [size if dim in dims else 1 for dim, size in enumerate(x.shape)]
+        own = torch.tensor(list(itertools.islice(numbers, math.prod(shape))), dtype=torch.int64)
+        return own.view(shape).expand(x.shape)
+
+    return tree_map_only(Tensor, numbered, values)
+
+
+def _without(values: Any, labels: Any, walk: Walk, gone: Tensor) -> Any:
+    """The tensors in `values` without the elements whose labels, at the same place in `labels`, are gone."""
+    of = iter(tensors_in(labels))
+    return tree_map_only(Tensor, lambda x: _cut_out(x, walk.again(next(of)), gone), values)
+
+
+def _cut_out(x: Tensor, labels: Tensor, gone: Tensor) -> Tensor:
+    mask = compact(gone[thin(labels)].expand(labels.shape))
     dims = varying(mask)
     if not dims and not bool(mask.any()):
         return x

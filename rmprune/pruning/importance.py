@@ -5,6 +5,7 @@ across layers and across reserved and computed channels; see each function for t
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
-from rmprune.pruning.batches import Batches, batches_of, class_loss
+from rmprune.pruning.batches import NOT_RUN, OWN_LOSS, Batches, each_loss, each_pass
 from rmprune.pruning.groups import (
     Group,
     Scores,
@@ -82,7 +83,7 @@ def taylor(model: nn.Module, structure: Structure, batches: Batches | None = Non
     activation: read at the consumers' inputs.
     """
     scores = zero_scores(structure, device_of(model))
-    for effects, _ in _effects(model, structure, batches, "taylor"):
+    for effects in _effects(model, structure, batches, "taylor"):
         for name, effect in effects.items():
             scores[name] += effect.sum(0).abs()
     return scores
@@ -93,7 +94,8 @@ def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | No
     not cancel, which is the better choice on a trained network, where they nearly do.
     """
     scores, images = zero_scores(structure, device_of(model)), 0
-    for effects, count in _effects(model, structure, batches, "taylor_squared"):
+    for effects in _effects(model, structure, batches, "taylor_squared"):
+        count = len(next(iter(effects.values())))
         images += count
         for name, effect in effects.items():
             scores[name] += (effect * count).square().sum(0)  # the loss is a mean: undo its 1 / count
@@ -105,7 +107,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     that read it, over the standard deviation of what the layer puts out (the mean is no loss: it can be folded
     into the bias). Summed in squares over consumers.
     """
-    data = _need(batches, "activation", model)
+    data = _need(batches, "activation")
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     moments: dict[str, list[Any]] = {}
 
@@ -120,8 +122,8 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     handles = [module.register_forward_hook(record(name)) for name, module in consumers.items()]
     try:
         with evaluating(model), torch.no_grad():
-            for x, _ in data:
-                model(x)
+            for run in each_pass(data, model):
+                run()
     finally:
         for handle in handles:
             handle.remove()
@@ -190,10 +192,12 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def _need(batches: Batches | None, name: str, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _need(batches: Batches | None, name: str) -> Batches:
     if batches is None:
-        raise ConfigError(f"importance {name!r} is measured on images: pass data, (images, labels) batches")
-    return batches_of(batches, model)
+        raise ConfigError(
+            f"importance {name!r} is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
+        )
+    return batches
 
 
 def _moments(x: Tensor, *, linear: bool) -> tuple[int, Tensor, Tensor]:
@@ -225,35 +229,39 @@ def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
             handle.remove()
 
 
-def _effects(
-    model: nn.Module, structure: Structure, batches: Batches | None, name: str
-) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """For each batch: {group: [images, units], sum over positions of activation * gradient of the mean cross
-    entropy}, and its size.
-    """
-    data = _need(batches, name, model)
+def _effects(model: nn.Module, structure: Structure, batches: Batches | None, name: str) -> Iterator[dict[str, Tensor]]:
+    """For each batch: {group: [images, units], sum over positions of activation * gradient of the loss}; 0 where the loss does not go."""
+    data = _need(batches, name)
     at = {
         g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups
     }  # where a group's channels lie in what its readers read
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     with evaluating(model), _captured_inputs(modules) as seen:
-        for x, y in data:
+        for run, count in each_loss(data, model):
             seen.clear()
             with torch.enable_grad():
-                loss = class_loss(model(x), y)
-                names = list(seen)
-                gradients = torch.autograd.grad(loss, [seen[n] for n in names])
-            effects = {}
-            for n, gradient in zip(names, gradients, strict=True):
-                product = (seen[n].detach() * gradient).double()
-                if product.dim() > 2:  # positions: before the channels in what a linear layer reads, else behind them
-                    linear = isinstance(modules[n], nn.Linear)
-                    product = product.flatten(1, -2).sum(1) if linear else product.flatten(2).sum(2)
-                effects[n] = product
-            yield (
-                {g: torch.stack([effects[layer][:, i].sum(2) for layer, i in at[g]]).sum(0) for g in at},
-                len(x),
-            )
+                loss = run()
+                if not seen:
+                    raise DataError(NOT_RUN)
+                gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
+            images = math.gcd(count, *(len(x) for x in seen.values()))  # windows of attention: several rows an image
+            effects = {
+                layer: _by_image(torch.zeros_like(x) if g is None else x.detach() * g, modules[layer], images)
+                for (layer, x), g in zip(seen.items(), gradients, strict=True)
+            }
+            yield {
+                g: torch.stack([effects[layer][:, i].sum(2) for layer, i in at[g] if layer in effects]).sum(0)
+                if any(layer in effects for layer, _ in at[g])
+                else torch.zeros(images, len(at[g][0][1]), dtype=torch.float64, device=device_of(model))
+                for g in at
+            }
+
+
+def _by_image(product: Tensor, layer: nn.Module, images: int) -> Tensor:
+    """[images, channels]: the sum over positions, which lie before the channels in what a linear layer reads, else behind them."""
+    product = product.double()
+    rows = product if isinstance(layer, nn.Linear) else product.flatten(2).sum(2)
+    return rows.reshape(images, -1, rows.shape[-1]).sum(1)
 
 
 class TaylorSum:

@@ -5,6 +5,7 @@ For cuts while training: `gradual.py`.
 
 import contextlib
 import copy
+import difflib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,11 +16,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError, DataError, UnsupportedModel
+from rmprune.graph.facts import note
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.measure.cost import count_macs
 from rmprune.pruning.allocate import allocate, allocate_uniform
-from rmprune.pruning.batches import Batches, batches_of
+from rmprune.pruning.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
@@ -46,6 +48,7 @@ def prune(
     importance: str | Mapping[str, Tensor] | Importance = "batch_norm",
     budget: Budget,
     data: Batches | None = None,
+    loss: Loss | None = None,
     cost: Cost | None = None,
     rank: str = "per_cost",
     which: Literal["free", "inner", "uniform"] = "free",
@@ -55,6 +58,7 @@ def prune(
     origin: Mapping[str, int] | None = None,
     prove: bool = True,
     begin: Mapping[str, int] | None = None,
+    ignore: Iterable[str] = (),
     dead: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
@@ -62,29 +66,39 @@ def prune(
 
     `importance`: a name of `rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
     [channels]}, or a callable. `data`: (images, labels) batches, for importances that are measured and, with
-    `compensate`, for folding the mean of each removed live channel into its readers (the least-squares intercept);
-    re-iterable if both. `reconstruct`: instead, fit every layer of the result to the uncut network's by least squares on
-    (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
+    `compensate`, for folding the mean of each removed live channel into its readers (the least-squares intercept). `loss`: any
+    function of (model, batch) that runs the model and returns a scalar tensor, for batches of any other form and networks that are
+    no classifiers (regression, segmentation, several labels); the default is the mean cross entropy. `reconstruct`: instead, fit every
+    layer of the result to the uncut network's by least squares on (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
     `rmprune.pruning.budget.allocate`. `which`: all groups by importance, those inside blocks only, or the
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
     on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
     network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
     `begin`: widths to descend from (see `rmprune.pruning.allocate.allocate`).
+    `ignore`: names of modules all of whose output channels stay, and those tied to them (of a block: of each layer in it).
     `dead`: channels that compute nothing go first, all of them, which is exact and may save more than was asked for (the log
     says so); False leaves them to importance and budget.
 
+    What the cut did is plain data on the result, `pruned.rmprune_facts`, which `rmprune.save` keeps: `kept` {layer: the numbers
+    that its output channels have in `plain`, or in what that was cut from}, `whole` {layer or group: why it could not be pruned},
+    and `cut_error`, what the proof measured (None without it).
+
     Raises NotEquivalent where the cut took other columns than those that read what went, InfeasibleBudget where limits forbid
-    the budget, UnsupportedModel where no channel can be pruned, or where layers cannot be fitted.
+    the budget, UnsupportedModel where no channel can be pruned or layers cannot be fitted, ConfigError for names that are not
+    there, DataError for data or a loss that says nothing.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     >>> pruned = rmprune.prune(net, torch.randn(2, 3, 8, 8), importance="batch_norm", budget=rmprune.Budget(ratio=0.5))
     >>> pruned[0].out_channels, pruned[3].in_channels, net[0].out_channels
     (8, 8, 16)
+    >>> len(pruned.rmprune_facts["kept"]["0"]), pruned.rmprune_facts["whole"]
+    (8, {'3': "its channels are the network's output"})
     """
     if reconstruct and data is None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
+    data = with_loss(data, loss)
     plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
     reading = read(plain, example_inputs, values=True)
     if reading.network.sizes_note:
@@ -92,6 +106,7 @@ def prune(
     structure = find_structure(plain, example_inputs, reading=reading)
     if which == "inner":
         structure = inner_only(structure)
+    structure = leave_whole(structure, plain, ignore)
     origin = {**structure.units, **(origin or {})}
     target = resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
@@ -101,8 +116,6 @@ def prune(
     model, structure = folded.model, folded.structure
     if isinstance(importance, Mapping):
         importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
-    if data is not None and not isinstance(data, list | tuple):
-        data = list(data)
     scores = score_groups(importance, model, structure, data)
     means = removed_means(folded, data) if compensate and not reconstruct else {}
     norms = folded.constants.followers
@@ -132,13 +145,41 @@ def prune(
             target.as_ratio(budget, left),
             getattr(budget, budget.name),
         )
-    if prove:
-        prove_cut(model, structure, keep, example_inputs)
+    error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:
         with fitting():
-            pruned = refit(model, structure, keep, fitting_images(data or ())).train(plain.training)
+            pruned = refit(model, structure, keep, fitting_images(data or (), plain)).train(plain.training)
     check_outputs(plain, pruned, example_inputs)
+    note(pruned, whole=dict(structure.frozen), cut_error=error)
     return pruned  # type: ignore[return-value]
+
+
+def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str]) -> Structure:
+    """The same network with the output channels of the modules of these names left whole (of a block: of each layer in it).
+
+    Raises ConfigError for a name that is not there, with those like it, and for a module with no channels of its own.
+    """
+    known = dict(model.named_modules())
+    of: dict[str, str] = {}
+    for name in names:
+        if name not in known or not name:
+            near = difflib.get_close_matches(name, known, 5, 0.4) or list(known)[1:6]
+            raise ConfigError(f"ignore names {name!r}, which is no module of the network; there are: {', '.join(near)}")
+        own = [part for part, _ in known[name].named_modules(prefix=name)]
+        if not any(True for _ in known[name].parameters()):
+            raise ConfigError(
+                f"ignore names {name!r}, which has no channels of its own; name the layer whose it passes on"
+            )
+        of |= dict.fromkeys(own, name)
+    reasons = {
+        g.name: f"ignore={of[m.layer]!r}"
+        for g in structure.groups
+        for m in g.members
+        if m.side != "in" and m.layer in of
+    }
+    if reasons and len(reasons) == len(structure.groups):
+        raise UnsupportedModel(f"nothing can be pruned: ignore leaves every channel ({', '.join(reasons)})")
+    return structure.without(reasons) if reasons else structure
 
 
 @contextlib.contextmanager
@@ -162,9 +203,9 @@ def _both(keep: Keep, further: Keep) -> Keep:
     return found
 
 
-def fitting_images(data: Batches) -> Tensor:
+def fitting_images(data: Batches, model: nn.Module) -> Tensor:
     """The first images of the batches that layers are fitted on: fewer where they are large, since all their maps are held."""
-    images = torch.cat([x for x, *_ in data])
+    images = torch.cat(list(network_inputs(data, model)))
     pixels = math.prod(images.shape[2:])
     return images[: max(64, min(FITTING_IMAGES, FITTING_PIXELS // pixels))]
 
@@ -236,11 +277,13 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
     try:
         with evaluating(model), torch.no_grad():
-            for x, _ in batches_of(data, model):
-                model(x)
+            for run in each_pass(data, model):
+                run()
     finally:
         for handle in handles:
             handle.remove()
+    if not sums:
+        raise DataError(NOT_RUN)
     return {name: total.cpu() / counts[name] for name, total in sums.items()}
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 """Strengths that `reconstruct_checked` chooses among; infinity leaves the weights alone and fits the intercept."""
+BLOCK = 2048  # samples whose products are summed in the precision that they have
 
 
 def reconstruct(
@@ -26,8 +27,8 @@ def reconstruct(
     layer's outputs with or without its bias. Minimises |wanted - patches W' - b|² + ridge * v * |W' - W|² with v the mean
     variance of the inputs times S, so that directions the samples do not show stay as they were. Returns (W', b [c_out]).
     """
-    x, y, w = _grouped(weight, patches, wanted, groups)
-    return _ungrouped(*_Normal.of(x, y, w).solve(ridge), weight)
+    w = _grouped(weight, groups)
+    return _ungrouped(w, *_Moments.of(w, patches, wanted, groups).solve(ridge), weight)
 
 
 def reconstruct_checked(weight: Tensor, patches: Tensor, wanted: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -35,38 +36,84 @@ def reconstruct_checked(weight: Tensor, patches: Tensor, wanted: Tensor, groups:
 
     Where samples are few for so many weights, little or nothing is changed but the intercept.
     """
-    x, y, w = _grouped(weight, patches, wanted, groups)
-    known = max(1, 4 * x.shape[1] // 5)
-    part, unseen_x, unseen_y = _Normal.of(x[:, :known], y[:, :known], w), x[:, known:], y[:, known:]
-
-    def error(ridge: float) -> float:
-        found, bias = part.solve(ridge)
-        return float((unseen_x @ found + bias - unseen_y).square().mean())
-
-    best = min(RIDGES, key=error) if unseen_x.shape[1] else math.inf
-    return _ungrouped(*_Normal.of(x, y, w).solve(best), weight)
+    w, known = _grouped(weight, groups), max(1, 4 * len(wanted) // 5)
+    part = _Moments.of(w, patches[:known], wanted[:known], groups)
+    if known == len(wanted):
+        return _ungrouped(w, *part.solve(math.inf), weight)
+    unseen = _Moments.of(w, patches[known:], wanted[known:], groups)
+    best = min(RIDGES, key=lambda ridge: unseen.error(*part.solve(ridge)))
+    return _ungrouped(w, *part.joined(unseen).solve(best), weight)
 
 
 @dataclass(frozen=True)
-class _Normal:
-    """The normal equations of some samples: x [g, S, d], y [g, S, e], w [g, d, e]."""
+class _Moments:
+    """What least squares need of some samples of x [S, g, d] and of r = y - x w [S, g, e], what the weights w lack: means, and sums of
+    products about them, in float64.
 
-    w: Tensor
+    Products are summed in float32 over blocks of BLOCK samples, about the means of the first of them, and blocks in float64: of the
+    largest entry they are off by about 1e-6, a hundredth of the smallest ridge.
+    """
+
+    count: int
     x_mean: Tensor
-    y_mean: Tensor
+    r_mean: Tensor
     gram: Tensor
-    slope: Tensor
+    cross: Tensor
+    spread: float
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, w: Tensor) -> "_Normal":
-        x_mean, y_mean = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-        centred = x - x_mean
-        across = centred.transpose(1, 2)
-        return cls(w, x_mean, y_mean, across @ centred, across @ ((y - y_mean) - centred @ w))
+    def of(cls, w: Tensor, patches: Tensor, wanted: Tensor, groups: int) -> "_Moments":
+        samples, kind = len(wanted), patches.dtype
+
+        def block(start: int) -> tuple[Tensor, Tensor]:
+            some = slice(start, start + BLOCK)
+            x = patches[some].reshape(-1, groups, w.shape[1]).transpose(0, 1)
+            y = wanted[some].reshape(-1, groups, w.shape[2]).transpose(0, 1).to(kind)
+            return x, torch.baddbmm(y, x, w.to(kind), alpha=-1)
+
+        x_start, r_start = (part.mean(1, keepdim=True) for part in block(0))
+        gram, cross, x_sum, r_sum = (
+            torch.zeros(groups, *shape, dtype=torch.float64, device=w.device)
+            for shape in ((w.shape[1], w.shape[1]), w.shape[1:], (1, w.shape[1]), (1, w.shape[2]))
+        )
+        spread = 0.0
+        for start in range(0, samples, BLOCK):
+            x, r = block(start)
+            x, r = x - x_start, r - r_start
+            gram += x.mT @ x
+            cross += x.mT @ r
+            x_sum += x.sum(1, keepdim=True)
+            r_sum += r.sum(1, keepdim=True)
+            spread += float(r.square().sum())
+        x_off, r_off = x_sum / samples, r_sum / samples
+        gram -= samples * x_off.mT @ x_off
+        cross -= samples * x_off.mT @ r_off
+        spread -= samples * float(r_off.square().sum())
+        return cls(samples, x_start + x_off, r_start + r_off, gram, cross, spread)
+
+    def joined(self, other: "_Moments") -> "_Moments":
+        """The moments of both sets of samples."""
+        count = self.count + other.count
+        x, r, part = other.x_mean - self.x_mean, other.r_mean - self.r_mean, self.count * other.count / count
+        return _Moments(
+            count,
+            self.x_mean + x * (other.count / count),
+            self.r_mean + r * (other.count / count),
+            self.gram + other.gram + part * x.mT @ x,
+            self.cross + other.cross + part * x.mT @ r,
+            self.spread + other.spread + part * float(r.square().sum()),
+        )
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        w = self.w + _solve(self.gram, self.slope, ridge) if math.isfinite(ridge) else self.w
-        return w, self.y_mean - self.x_mean @ w
+        """What is added to the weights [g, d, e], and the intercept [g, 1, e] then."""
+        more = _solve(self.gram, self.cross, ridge) if math.isfinite(ridge) else torch.zeros_like(self.cross)
+        return more, self.r_mean - self.x_mean @ more
+
+    def error(self, more: Tensor, bias: Tensor) -> float:
+        """The squared error of these samples, summed."""
+        rest = self.r_mean - self.x_mean @ more - bias
+        inner = float((more * (self.gram @ more - 2 * self.cross)).sum())
+        return self.spread + inner + self.count * float(rest.square().sum())
 
 
 def _solve(gram: Tensor, slope: Tensor, ridge: float) -> Tensor:
@@ -75,15 +122,13 @@ def _solve(gram: Tensor, slope: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(gram + strength * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), slope)
 
 
-def _grouped(weight: Tensor, patches: Tensor, wanted: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    samples, cout = wanted.shape
-    x = patches.reshape(samples, groups, -1).transpose(0, 1).double()
-    w = weight.reshape(groups, cout // groups, -1).transpose(1, 2).double()
-    return x, wanted.reshape(samples, groups, -1).transpose(0, 1).double(), w
+def _grouped(weight: Tensor, groups: int) -> Tensor:
+    """[g, d, e] in float64."""
+    return weight.reshape(groups, len(weight) // groups, -1).transpose(1, 2).double()
 
 
-def _ungrouped(w: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return w.transpose(1, 2).reshape(weight.shape).to(weight), bias.flatten().to(weight)
+def _ungrouped(w: Tensor, more: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return (w + more).transpose(1, 2).reshape(weight.shape).to(weight), bias.flatten().to(weight)
 
 
 POSITIONS = 40  # of the maps for each unknown of a fit, at least 40,000

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rmprune.graph.facts import facts_of, note
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, set_width, slices_of
 
@@ -35,9 +36,20 @@ def shrink(
     smaller = copy.deepcopy(model, memo)
     for (layer, side), mask in layer_masks(structure, keep).items():
         set_width(smaller.get_submodule(layer), side, int(mask.sum()))
+    note(smaller, kept=_kept(model, structure, keep))
     if optimizer is None:
         return smaller, None
     return smaller, _shrink_optimizer(optimizer, {id(p): (memo[id(p)], slices.get(n, ())) for n, p in old.items()})
+
+
+def _kept(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """{layer that could lose output channels: those that it still has, by their numbers in the network that was cut first}."""
+    kept: dict[str, list[int]] = dict(facts_of(model).get("kept", {}))
+    for (layer, side), mask in layer_masks(structure, keep).items():
+        if side == "out":
+            stays = mask.nonzero().flatten().tolist()
+            kept[layer] = [kept[layer][i] for i in stays] if layer in kept else stays
+    return kept
 
 
 def take(tensor: Tensor, slices: Slices) -> Tensor:

@@ -16,6 +16,7 @@ from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
 from rmprune.errors import ArtifactError, RmpruneError
 from rmprune.measure.cuda_graphs import Replayed
+from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
 from rmprune.training.evaluation import evaluate
@@ -61,7 +62,7 @@ def fit(
     require(config.distillation == 0 or teacher is not None, "distillation is set, but there is no teacher to follow")
     with distributed.process_group(torch.device(device)) as (device, rank, world):
         cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with current(str(device)), torch.random.fork_rng(devices=cuda):  # streams and graphs are the current GPU's
             torch.manual_seed(seed)
             run = _Training(model, data, config, seed, device, hook, checkpoint, label, rank, world)
             if teacher is not None and config.distillation:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rmprune
-from rmprune.errors import DataError
+from rmprune.errors import ConfigError, DataError
 
 IMAGES = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 3
@@ -95,3 +95,110 @@ def test_maps_of_classes_are_ranked() -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
     labels = torch.randint(0, 4, (8, 10, 10))
     assert pruned([(IMAGES, labels)], net=net)[0].out_channels < 16
+
+
+class TwoHeads(nn.Module):
+    """Maps under names, as torchvision's segmentation networks give them; `aux` is no part of the loss below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        self.out, self.aux = nn.Conv2d(16, 1, 1), nn.Sequential(nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.body(x)
+        return {"out": self.out(y), "aux": self.aux(y)}
+
+
+def to_zero(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    found = model(batch["pixels"])
+    return found["out"].square().mean() if isinstance(found, dict) else found.square().mean()
+
+
+FORMS: dict[str, tuple[Any, Any]] = {
+    "regression": (lambda model, batch: (model(batch[0])[:, 0] - batch[1]).square().mean(), [(IMAGES, torch.randn(8))]),
+    "several labels": (
+        lambda model, batch: nn.functional.binary_cross_entropy_with_logits(model(batch[0]), batch[2]),
+        [(IMAGES, "names", torch.randint(0, 2, (8, 3)).float())],
+    ),
+    "dict": (to_zero, [{"pixels": IMAGES, "names": ["a"] * 8}]),
+}
+
+
+@pytest.mark.parametrize("importance", ["taylor", "taylor_squared", "activation"])
+@pytest.mark.parametrize("form", FORMS)
+def test_with_a_loss_batches_have_any_form(form: str, importance: str) -> None:
+    loss, data = FORMS[form]
+    net = TwoHeads().eval() if form == "dict" else classifier()
+    cut = rmprune.prune(
+        net, IMAGES[:2], importance=importance, data=iter(data), loss=loss, budget=rmprune.Budget(ratio=0.3)
+    )
+    assert rmprune.count_params(cut) < rmprune.count_params(net)
+
+
+def test_the_loss_decides_what_goes() -> None:
+    """Of the channels of a layer, those stay that the one output of the loss reads; the cross entropy of classes is the default."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
+    net[4].weight.data = torch.zeros(2, 8)  # type: ignore[union-attr]
+    net[4].weight.data[0, 4:] = net[4].weight.data[1, :4] = 1  # type: ignore[union-attr,index]
+    for output, stays in ((0, [4, 5, 6, 7]), (1, [0, 1, 2, 3])):
+        for prune in (rmprune.prune, rmprune.pruning.prune_coupled):
+            cut = prune(
+                net, IMAGES[:2], importance="taylor", data=[IMAGES], budget=rmprune.Budget(ratio=0.5),
+                loss=lambda model, x, output=output: model(x)[:, output].sum(),
+            )  # fmt: skip
+            assert torch.equal(cut[0].weight, net[0].weight[stays])  # type: ignore[index]
+    ours = pruned([(IMAGES, LABELS)])
+    same = rmprune.prune(
+        classifier(), IMAGES[:2], importance="taylor", budget=rmprune.Budget(ratio=0.3), data=[(IMAGES, LABELS)],
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+    )  # fmt: skip
+    assert torch.equal(ours(IMAGES), same(IMAGES))
+
+
+def test_layers_are_fitted_on_what_the_network_reads_in_the_loss() -> None:
+    budget, loss = rmprune.Budget(ratio=0.3), lambda model, batch: model(batch["pixels"]).square().mean()
+    first, second = (
+        rmprune.prune(classifier(), IMAGES[:2], budget=budget, data=data, loss=loss_, reconstruct=True)  # type: ignore[arg-type]
+        for data, loss_ in (([(IMAGES, LABELS)], None), ([{"pixels": IMAGES}], loss))
+    )
+    assert torch.equal(first(IMAGES), second(IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda model, batch: model(batch).mean().item(), "returns float"),
+        (lambda model, batch: model(batch), "returns a torch.float32 tensor of \\(8, 3\\)"),
+        (lambda model, batch: model(batch).detach().mean(), "no gradient"),
+        (lambda model, batch: torch.zeros((), requires_grad=True), "does not run the network"),
+        (lambda model, batch: model(batch).mean() / 0, "it is -?inf|it is nan"),
+        (
+            lambda model, batch: model(batch["image"]).mean(),
+            "failed on batch 0 .IndexError|failed on batch 0 .TypeError",
+        ),
+        (lambda model, batch: 0 * model(batch).mean(), "every score is 0"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(loss: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        rmprune.prune(
+            classifier(), IMAGES[:2], importance="taylor", data=[IMAGES], loss=loss, budget=rmprune.Budget(ratio=0.3)
+        )
+
+
+def test_a_loss_needs_batches_and_what_needs_a_loss_says_so() -> None:
+    with pytest.raises(ConfigError, match="pass data as well"):
+        rmprune.prune(classifier(), IMAGES[:2], loss=to_zero, budget=rmprune.Budget(ratio=0.3))  # type: ignore[arg-type]
+    for net, data in (
+        (TwoHeads().eval(), [(IMAGES, LABELS)]),
+        (classifier(1), [(IMAGES, LABELS)]),
+        (classifier(), [{"x": IMAGES}]),
+    ):
+        with pytest.raises(DataError, match="pass loss="):
+            pruned(data, net=net)
+    with pytest.raises(DataError, match="holds no images"):
+        rmprune.prune(
+            classifier(), IMAGES[:2], importance="taylor", data=[], loss=to_zero, budget=rmprune.Budget(ratio=0.3)
+        )  # type: ignore[arg-type]

@@ -204,3 +204,12 @@ def test_what_torch_pruning_would_cut_wrongly_is_left_to_it_no_more() -> None:
         prune_coupled(
             Product("one head").double().eval(), TOKENS, importance="magnitude", budget=Budget(macs_ratio=0.75)
         )
+
+
+class Named(nn.Conv3d):
+    """A class of one's own that computes what its base computes, as torchvision's Conv3DSimple."""
+
+
+def test_a_class_that_inherits_its_forward_is_a_layer() -> None:
+    model = nn.Sequential(Named(3, 8, 1), nn.ReLU(), Named(8, 2, 1)).double().eval()
+    assert find_structure(model, examples(3)).units == {"0": 8}

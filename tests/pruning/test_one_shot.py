@@ -1,17 +1,21 @@
 """The public `prune`: hard budgets, dead channels first and free, compensation, and the argument left alone."""
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from pruning_nets import Untraceable, batches, chain, images, kill, measured_macs, mobile_chain, residual
 from torch import nn
 
+from rmprune.artifact.files import load, save
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.cost import count_macs
 from rmprune.pruning import Budget, find_structure, prune
 from rmprune.pruning.groups import total_cost
 from rmprune.pruning.importance import score_groups
+from rmprune.removal import remove_residuals
 
 
 @pytest.mark.parametrize("build", [chain, mobile_chain, residual])
@@ -183,3 +187,35 @@ def test_a_table_may_name_layers() -> None:
     by_layer, by_group = (prune(model, x, importance=table, budget=Budget(macs_ratio=0.5)) for table in (norms, groups))
     assert find_structure(by_layer, x).units == find_structure(by_group, x).units
     assert torch.equal(by_layer(x), by_group(x))
+
+
+def test_the_result_says_what_it_kept_and_goes_on_saying_it(tmp_path: Path) -> None:
+    """Numbers refer to the first network, also after a second cut, a copy, and a way over the disk."""
+    model, x = chain(), images()
+    once = prune(model, x, importance="random", budget=Budget(ratio=0.3, min_fraction=0.4))
+    twice = copy.deepcopy(prune(once, x, importance="random", budget=Budget(ratio=0.3, min_fraction=0.4)))
+    facts = twice.rmprune_facts
+    kept = facts["kept"]
+    assert 1 < len(kept["3"]) < len(once.rmprune_facts["kept"]["3"]) < 12
+    assert torch.equal(twice[3].weight, model[3].weight[kept["3"]][:, kept["0"]])  # type: ignore[index]
+    assert kept["4"] == kept["3"] and "9" not in kept and "output" in facts["whole"]["11"]
+    assert 0 < facts["cut_error"] < 1e-9
+    assert load(save(twice, tmp_path / "net")).rmprune_facts == facts  # type: ignore[comparison-overlap]
+    plain = remove_residuals(residual(), x).model
+    assert copy.deepcopy(prune(plain, x, importance="random", budget=Budget(ratio=0.3))).rmprune_facts["kept"]
+
+
+def test_modules_that_are_ignored_stay_whole() -> None:
+    model, x = residual(), images()
+    pruned = prune(model, x, importance="magnitude", budget=Budget(macs_ratio=0.8), ignore=["1", "2.bn1"])
+    widths = {name: part.out_channels for name, part in pruned.named_modules() if isinstance(part, nn.Conv2d)}
+    assert [widths[name] for name in ("0.0", "1.conv1", "1.conv2", "2.conv1")] == [8, 8, 8, 16]
+    assert widths["3.conv1"] < 16 and pruned.rmprune_facts["whole"]["2.conv1"] == "ignore='2.bn1'"  # type: ignore[operator]
+    with pytest.raises(UnsupportedModel, match="nothing can be pruned: ignore"):
+        prune(chain(), x, budget=Budget(ratio=0.5), ignore=["0", "3", "6"])
+
+
+@pytest.mark.parametrize("name, says", [("0.con", "no module"), ("2", "no channels of its own"), ("", "no module")])
+def test_what_is_ignored_must_be_there(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        prune(chain(), images(), budget=Budget(ratio=0.5), ignore=[name])

@@ -57,6 +57,17 @@ def test_other_columns_than_those_that_read_the_channels_are_found() -> None:
         prove_cut(chain(), wrong, keep, IMAGES)
 
 
+def test_a_cut_that_silences_the_network_is_proved_by_half_of_it() -> None:
+    model = chain()
+    model[1].bias.data[::4] = -1e3  # type: ignore[operator,index]
+    structure = find_structure(model, IMAGES)
+    wrong = changed(structure, "0", lambda m: replace(m, index=m.index.flip(0)) if m.side == "in" else m)
+    keep = {"0": torch.tensor([True, False, False, False])}
+    assert prove_cut(model, structure, keep, IMAGES) < 1e-12
+    with pytest.raises(NotEquivalent, match=r"^0: "):
+        prove_cut(model, wrong, keep, IMAGES)
+
+
 def test_the_group_at_fault_is_named() -> None:
     structure = find_structure(chain(), IMAGES)
     wrong = changed(structure, "5", lambda m: replace(m, index=m.index.roll(1, 0)) if m.side == "in" else m)
@@ -122,7 +133,7 @@ def test_torch_pruning_goes_through_the_same_gate(monkeypatch: pytest.MonkeyPatc
     """It takes the channels behind a flip for those before it; our own filter of such groups is taken away here."""
     torch.manual_seed(0)
     model = Flipped().eval()
-    monkeypatch.setattr(coupled, "_in_order", lambda structure: structure)
+    monkeypatch.setattr(coupled, "_followed", lambda model, structure: structure)
     with pytest.raises(NotEquivalent, match=r"^Torch-Pruning's cut: the smaller network differs"):
         prune_coupled(model, IMAGES, importance="magnitude", budget=Budget(ratio=0.4))
 

@@ -7,7 +7,7 @@ from torch import nn
 from rmprune.pruning.calibration import outputs_at, patches_at, sample_positions
 from rmprune.pruning.groups import record_shapes
 from rmprune.pruning.layers import SizedLayer, sized_layers
-from rmprune.pruning.reconstruct import reconstruct
+from rmprune.pruning.reconstruct import BLOCK, _grouped, _Moments, _ungrouped, reconstruct, reconstruct_checked
 
 CASES = {
     "1x1": nn.Conv2d(6, 4, 1),
@@ -79,6 +79,42 @@ def test_too_few_samples_leave_the_weights_near_where_they_were() -> None:
     wanted = x[:, :, 0] @ w.flatten(1).T
     found, _ = reconstruct(w, x, wanted, 1)
     torch.testing.assert_close(found, w, rtol=1e-6, atol=1e-6)
+
+
+def noisy(groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights to start from, and several blocks of patches and outputs, float64, with means far from zero."""
+    torch.manual_seed(0)
+    x = torch.randn(3 * BLOCK, 6, 9, dtype=torch.float64) * torch.rand(6, 1) + 3
+    w = torch.randn(12, 6 // groups, 3, 3, dtype=torch.float64)
+    rows = w.reshape(groups, 12 // groups, -1)
+    y = torch.einsum("sgd,ged->sge", x.reshape(len(x), groups, -1), rows).flatten(1)
+    return w + 0.5 * torch.randn_like(w), x, y + y.std() * torch.randn_like(y) + 7
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_sums_in_float32_give_what_float64_gives(groups: int) -> None:
+    """To 1e-5 of the largest weight, and of the intercepts."""
+    data = noisy(groups)
+    for single, exact in zip(
+        reconstruct_checked(*(t.float() for t in data), groups), reconstruct_checked(*data, groups), strict=True
+    ):
+        assert float((single - exact).abs().max()) < 1e-5 * float(exact.abs().max())
+    assert float((single - data[2].mean(0)).abs().max()) > 1  # the intercept is no mean
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_moments_of_two_parts_are_those_of_all_and_know_the_error(groups: int) -> None:
+    weight, x, y = noisy(groups)
+    w, first = _grouped(weight, groups), BLOCK + 7
+    parts = [_Moments.of(w, x[some], y[some], groups) for some in (slice(first), slice(first, None))]
+    whole = _Moments.of(w, x, y, groups)
+    for found, expected in zip(vars(parts[0].joined(parts[1])).values(), vars(whole).values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-9, atol=1e-6)
+    more, bias = parts[0].solve(1e-2)
+    fitted, shift = _ungrouped(w, more, bias, weight)
+    rows = x[first:].reshape(len(x) - first, groups, -1)
+    out = torch.einsum("sgd,ged->sge", rows, fitted.reshape(groups, 12 // groups, -1)).flatten(1) + shift
+    assert parts[1].error(more, bias) == pytest.approx(float((out - y[first:]).square().sum()), rel=1e-9)
 
 
 def test_positions_cover_small_maps_and_sample_large_ones() -> None:

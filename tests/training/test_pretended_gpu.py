@@ -1,5 +1,6 @@
 """Training on a GPU that is not there (fake_device): everything lies on it, nothing in a step waits for it, and the result is the CPU's."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(caplog: pytest.LogCaptureFixtu
     with pretended_gpu():
         fit(Asking(*tiny_net()), blobs(), CONFIG, seed=0, device="cuda")
     assert "not recorded as a CUDA graph: operation not permitted" in caplog.text
+
+
+def test_another_gpu_is_the_current_one_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are the current GPU's: a graph recorded on the first would hold nothing of what the second does."""
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda name: chosen.append(name) or contextlib.nullcontext())
+    with pretended_gpu():
+        fit(tiny_net(), blobs(), dataclasses.replace(CONFIG, epochs=0), seed=0, device="cuda:1")
+    assert chosen == ["cuda:1"]
 
 
 def test_the_fake_would_notice() -> None:
