@@ -4,6 +4,7 @@ from rmprune import models
 from rmprune.artifact import load, save
 from rmprune.errors import RmpruneError
 from rmprune.measure import count_macs, count_params, measure_latencies, measure_latency
+from rmprune.pipelines.one_call import slim
 from rmprune.pruning import Budget, prune
 from rmprune.pruning.collapse import Collapse, collapse_blocks
 from rmprune.pruning.own_loop import Pruner
@@ -26,4 +27,5 @@ __all__ = [
     "prune",
     "remove_residuals",
     "save",
+    "slim",
 ]

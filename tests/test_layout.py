@@ -12,9 +12,9 @@ PACKAGE = Path(rmprune.__file__).parent
 ROOMS = (
     "__main__",
     "cli",
+    "__init__",
     "pipelines",
     "report",
-    "__init__",
     "methods",
     "amc",
     "pruning",

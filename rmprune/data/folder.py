@@ -14,7 +14,17 @@ from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
 from rmprune.data.listing import list_photos
 from rmprune.data.photos import Photos, bit_depth, one_line_errors
-from rmprune.data.splits import Batch, Share, Split, Statistics, batch_seed, draw_part, some_of, split_train
+from rmprune.data.splits import (
+    Batch,
+    IndexedSplit,
+    Share,
+    Split,
+    Statistics,
+    batch_seed,
+    draw_part,
+    some_of,
+    split_train,
+)
 from rmprune.errors import DataError
 
 TEST_SEED = 20211  # where no test images are named: the same ones for every split_seed
@@ -62,7 +72,7 @@ def load_image_folder(
     return (splits[0], splits[1], splits[2]), [labels[part] for part in parts], classes
 
 
-class FolderSplit(Split):
+class FolderSplit(IndexedSplit):
     """A split of image files, as 3 channels of image_size: `indices` int64 [N] into the photos, with their `labels` [N]."""
 
     def __init__(

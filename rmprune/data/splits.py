@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rmprune.config import DataConfig, require
+from rmprune.data.batches import Loss
 from rmprune.data.sources import Images, stratified_part
 from rmprune.errors import DataError
 
@@ -43,8 +44,12 @@ class Share(NamedTuple):
 
 class Split(ABC):
     """One part of a data set. Images come normalised by channel: (pixel - mean) / deviation, those of the training images
-    (of the pretrained weights, or of ImageNet, for folders).
+    (of the pretrained weights, or of ImageNet, for folders; as they are where somebody else loads them).
+
+    `loss`: what is minimised, a function of (model, y), where it is not the cross entropy; y is then all that the loader gave.
     """
+
+    loss: Loss | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -54,6 +59,7 @@ class Split(ABC):
         """Batches of one pass. A shuffled pass drops the last, smaller batch, unless it is the only one."""
         return max(1, len(self) // batch_size) if shuffled else -(-len(self) // batch_size)
 
+    @abstractmethod
     def batches(
         self,
         batch_size: int,
@@ -73,6 +79,28 @@ class Split(ABC):
         the i-th on; `limit` stops after so many images, and nothing is spent on the others. Raises `DataError` for a file
         that cannot be read.
         """
+
+    def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
+        """The first n images, float32 [n, C, H, W], normalised and without augmentation; all, if there are fewer."""
+        n = min(n, len(self))
+        return next(self.batches(n, limit=n))[0].to(device)  # the split itself stays where it is
+
+
+class IndexedSplit(Split):
+    """A split whose images have numbers: it is shuffled, skipped and shared out by them."""
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
         shares = self._shares(batch_size, shuffle_seed, start, shard, limit)
         single = limit is not None and limit <= batch_size
         for x, y in self._read(shares, torch.device(device), augment=augment, single=single):
@@ -81,11 +109,6 @@ class Split(ABC):
     @abstractmethod
     def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
         """Yield the images of each share, normalised, and their labels, on `device`; `single`: there is one batch at most."""
-
-    def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
-        """The first n images, float32 [n, C, H, W], normalised and without augmentation; all, if there are fewer."""
-        n = min(n, len(self))
-        return next(self.batches(n, limit=n))[0].to(device)  # the split itself stays where it is
 
     def _shares(
         self, batch_size: int, shuffle_seed: int | None, start: int, shard: tuple[int, int], limit: int | None
@@ -102,7 +125,7 @@ class Split(ABC):
             yield Share(batch_seed(shuffle_seed or 0, number), len(indices), mine, indices[mine])
 
 
-class TensorSplit(Split):
+class TensorSplit(IndexedSplit):
     """A split held in memory as uint8 [N, C, H, W]. `mean` and `std`: [C], in units of 0..255."""
 
     def __init__(self, data: Images, mean: Tensor, std: Tensor, *, may_flip: bool) -> None:

@@ -256,6 +256,23 @@ def has_hooks(model: nn.Module) -> bool:
     return any(not is_of_weights(hook) for hook in hooks)
 
 
+_UNSEEN = (
+    "the network does something that torch.fx does not see, such as an in-place operation on a value that has another "
+    "name (y = x; y += z); write it out of place"
+)
+
+
+@torch.no_grad()
+def refuse_unseen(model: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> None:
+    """Raises UnsupportedModel where the graph that was read is not what `model` computes of the first of these inputs, in float64."""
+    checked, groups = check_inputs(inputs, 1, 0)
+    twin = reference_copy(model)
+    expected = twin(*(x.clone() for x in checked))
+    _, traced = materialise(normalise(twin, checked), checked, 1, target_of(model), True)
+    if not relative_error(expected, traced, groups) <= tolerance:
+        raise UnsupportedModel(_UNSEEN)
+
+
 _COMPARABLE = 0.1  # of the error: then the network's own rounding explains it
 
 
@@ -273,10 +290,7 @@ def over_tolerance(
         return UnsupportedModel(RANDOM)
     _, traced = materialise(normalise(twin, checked), checked, len(checked[0]), target_of(model), True)
     if not relative_error(expected, traced, groups, base) <= tolerance:
-        return UnsupportedModel(
-            "the network does something that torch.fx does not see, such as an in-place operation on a value that has another "
-            "name (y = x; y += z); write it out of place"
-        )
+        return UnsupportedModel(_UNSEEN)
     said = f"the new network is off by {error:.1e} of what the inputs change in {where}, over the tolerance of {tolerance:.0e}; "
     own = own_rounding(twin, checked, groups, expected, base)
     if own >= _COMPARABLE * error:

@@ -220,6 +220,7 @@ def follow(
     Arguments of forward that `inputs` do not reach and that are None or flags are taken as they are. First without sizes; where that
     fails, with those of `inputs`. Raises UnsupportedModel that names module, line, cause and way out.
     """
+    _refuse_mixed(model, inputs)
     tried: list[tuple[Tracer, Exception]] = []
     for known in (None, inputs) if inputs is not None else (None,):
         tracer, before = kind(), set(model.__dict__)
@@ -234,6 +235,18 @@ def follow(
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
                 del model.__dict__[name]
     raise _refusal(model, *tried[-1]) from tried[-1][1]
+
+
+def _refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> None:
+    """torch.fx takes `*more` after named arguments for one tensor, and `more[0]` for the first image of it."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    more = next((place for place, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_POSITIONAL), 0)
+    if inputs is not None and 0 < more < len(inputs):
+        named = ", ".join(p.name for p in parameters[:more])
+        raise UnsupportedModel(
+            f"{type(model).__name__}: forward takes {named} and *{parameters[more].name}, which torch.fx cannot tell apart: write each "
+            "input by its name"
+        )
 
 
 def _fixed(model: nn.Module, count: int | None) -> dict[str, Any] | tuple[Any, ...] | None:

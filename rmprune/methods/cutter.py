@@ -129,7 +129,7 @@ class Cutter:
         if self.coupled:
             check_coupled(self.network, self.structure, settings.importance, self.example)
             return
-        two = list(self.job.data.train.batches(2, device=self.job.device, limit=2))
+        two = self.job.with_loss(list(self.job.data.train.batches(2, device=self.job.device, limit=2)))
         IMPORTANCES[settings.importance](self.network, self.structure, two)
         if settings.reconstruct and (once or not settings.gradual):
             with fitting():

@@ -23,6 +23,7 @@ from rmprune.measure import Latency, calibration_images, check_available, measur
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.stages import expected_statistics, image_shape
 from rmprune.runs import records
+from rmprune.runs.directory import runs_of, tidy
 from rmprune.runs.machine import environment
 
 logger = logging.getLogger("rmprune")
@@ -35,6 +36,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     run's own original. Nothing is written before all is measured; a KeyboardInterrupt after that says how many records are.
     """
     paths = records.find_records(list(config.runs))
+    for run in runs_of(paths):
+        tidy(run)
     found: dict[str, nn.Module] = {}
     labels: dict[Path, str] = {}
     firsts: dict[str, str] = {}

@@ -47,12 +47,18 @@ from rmprune.training.job import Files, Job, tune
 
 def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
     """Do the main job and return the records. Goes on where an interrupted run of the same settings was."""
+    find_methods(config.method)
+    device = pick_device(config.device)
+    return run_job(Job(config, open_data(config), device, config.seed), command=command)
+
+
+def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
+    """The same for data that are open already, and perhaps a network that was trained elsewhere."""
+    config, device = job.config, job.device
     methods = find_methods(config.method)
     plan = None if config.plan is None else SlimPlan.read(config.plan)
     cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets or [("", 0.0)])
-    device = pick_device(config.device)
-    data = open_data(config)
-    _refuse_early(methods, plan, Job(config, data, device, config.seed))
+    _refuse_early(methods, plan, job)
     networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
     with (
@@ -60,7 +66,7 @@ def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
         claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
     ):
         for cell in unfinished(cells):
-            _run_cell(cell, methods, plan, Job(config, data, device, cell.seed), command)
+            _run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
     return found
 
 
@@ -74,7 +80,7 @@ def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sl
                 f"{name} compares networks of equal cost, which --ratio does not give; use --macs-ratio or --latency-ratio"
             )
     example = job.data.train.example(2)
-    dense = make_dense(config, job.data, job.seed)
+    dense = job.given or make_dense(config, job.data, job.seed)
     describe(dense)
     if plan is not None:
         carry_out(dense, plan, [(example, torch.zeros(2, dtype=torch.long))], importance="magnitude", reconstruct=False)
@@ -96,7 +102,8 @@ def _run_cell(
 ) -> None:
     config, example = job.config, job.data.train.example(1)
     dense = dense_network(job, cell)
-    job = replace(job, teacher=dense, memory=cell.shared / "checkpoint" / "teacher")
+    memory = None if job.given else cell.shared / "checkpoint" / "teacher"  # others' batches may differ each time
+    job = replace(job, teacher=dense, memory=memory)
     starts: Starts = functools.cache(functools.partial(starting_network, job, cell))
     for name in sorted({method.start for method in methods.values()}):
         starts(name)

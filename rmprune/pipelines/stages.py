@@ -1,6 +1,7 @@
 """What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.machine import environment
-from rmprune.training.evaluation import logits_of, scores
+from rmprune.training.evaluation import evaluate, logits_of, scores
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
@@ -92,6 +93,8 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
     config = job.config
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
+        if job.given is not None:
+            return job.given, {"input_shape": list(job.data.input_shape)}
         model = make_dense(config, job.data, job.seed, tell=logger.info)
         if getattr(config, "checkpoint", None) is None:
             sparsity = getattr(config, "sparsity", None)
@@ -104,6 +107,8 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
 
 def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
     """The trained network, which an artifact holds as one flat graph, with the modules that name its blocks."""
+    if job.given is not None:
+        return copy.deepcopy(job.given)
     network = make_dense(replace(job.config, weights=None, weights_by_order=False), job.data, job.seed)
     network.load_state_dict(dense.state_dict())
     return network
@@ -191,7 +196,7 @@ def measure_networks(
     )
     return {
         name: {
-            **scores(*logits_of(model.to(device), data.test, device=device), data.classes),
+            **_how_good(model.to(device), data, device),
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
             **outline(model, example),
@@ -199,6 +204,12 @@ def measure_networks(
         }
         for name, model in networks.items()
     }
+
+
+def _how_good(model: nn.Module, data: Dataset, device: torch.device) -> dict[str, Any]:
+    if data.test.loss is not None:
+        return {"accuracy": None, "loss": evaluate(model, data.test, device=device).loss}
+    return scores(*logits_of(model, data.test, device=device), data.classes)
 
 
 def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmprune.data.batches import Batches, network_inputs
 from rmprune.errors import UnsupportedModel
 from rmprune.pruning.allocate import keep_best
-from rmprune.pruning.batches import Batches
 from rmprune.pruning.collapse import shorten_blocks
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure
@@ -101,7 +101,7 @@ def carry_out(
     >>> network.conv1.out_channels
     3
     """
-    images = torch.cat([x for x, *_ in data])
+    images = torch.cat(list(network_inputs(data, model)))
     options = block_options(model, images[:2])
     choices = plan.check(model, options)
     network, facts = carry_out_blocks(model, choices, lambda count: images[:count], fuse=plan.fuse)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.pruning.allocate import explain, least_cost
-from rmprune.pruning.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, device_of, evaluating
@@ -284,7 +284,7 @@ class _Protecting:
 def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
     """{parameter: gradient of the loss in eval mode, summed over batches}; the model's own are left alone.
 
-    `data`: (images, labels) batches, whose loss is the mean cross entropy, or `rmprune.pruning.batches.WithLoss`.
+    `data`: (images, labels) batches, whose loss is the mean cross entropy, or `rmprune.data.batches.WithLoss`.
     """
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     twin.zero_grad()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_loss, each_pass
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
-from rmprune.pruning.batches import NOT_RUN, OWN_LOSS, Batches, each_loss, each_pass
 from rmprune.pruning.groups import (
     Group,
     Scores,

@@ -16,12 +16,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rmprune.data.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.facts import note
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.measure.cost import count_macs
 from rmprune.pruning.allocate import allocate, allocate_uniform
-from rmprune.pruning.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure

@@ -22,6 +22,7 @@ from rmprune.graph.equivalence import (
     over_tolerance,
     own_dtype_error,
     reference_copy,
+    refuse_unseen,
     relative_error,
 )
 from rmprune.graph.fuse import RULES
@@ -105,6 +106,7 @@ def remove_residuals(
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
     if not removed:
+        refuse_unseen(model, inputs, tolerance)
         raise UnsupportedModel(nothing_to_remove(kept))
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs

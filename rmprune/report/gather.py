@@ -32,9 +32,14 @@ def gather(paths: list[Path]) -> tuple[Records, list[str]]:
                 continue
             names[file.resolve()] = file
             try:
-                found[file.resolve()] = read_record(file)
+                record = read_record(file)
             except ArtifactError as error:
                 left_out.append(str(error))
+                continue
+            if record["original"]["accuracy"] is None:
+                left_out.append(f"{file}: its networks have a loss of their own, and no accuracy to draw")
+            else:
+                found[file.resolve()] = record
     records = {names[file]: record for file, record in found.items()}
     unlike = incomparable(records)
     left_out = list(dict.fromkeys(left_out + list(unlike.values())))

@@ -100,6 +100,13 @@ def _refuse_other(directory: Path, config: Config, known: Path, records: list[Pa
         )
 
 
+def tidy(directory: Path) -> None:
+    """Take away what killed writers left in a run, unless another process is at it."""
+    lock = FileLock(directory / LOCK_FILE)
+    with contextlib.suppress(Timeout, OSError), lock.acquire(blocking=False):
+        sweep(directory)
+
+
 def runs_of(records: list[Path]) -> list[Path]:
     """The run directories that records belong to: the record's own, or one of the two above it, where the run has several cells."""
     folders = (folder for record in records for folder in record.parents[:3])

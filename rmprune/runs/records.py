@@ -45,9 +45,8 @@ def check_record(record: Any) -> None:
     A record has `schema`, `command`, `config`, `seed`, `method`, `environment` (`versions`, `processor`, `threads`),
     `removal` (`removed`, `kept`, `max_error`; None where no residual was to be removed), and `original` with at least
     one more network; it may have `refused`, {method: why its budget could not be met}. A network has `accuracy` (0 to
-    1), `macs` and `params` (of one image), may have `balanced_accuracy`, `auc` and `classes` (name, images, recall,
-    precision), and has `latency`, a list of {backend, device, threads, batch_size, median_ms,
-    q1_ms, q3_ms}.
+    1; None where it has a `loss` instead), `macs` and `params` (of one image), may have `balanced_accuracy`, `auc` and `classes`
+    (name, images, recall, precision), and has `latency`, a list of {backend, device, threads, batch_size, median_ms, q1_ms, q3_ms}.
     """
     if not isinstance(record, dict):
         raise ArtifactError("a record is a JSON object")
@@ -75,7 +74,7 @@ def check_record(record: Any) -> None:
 
 
 def _check_network(name: str, entry: dict[str, Any]) -> None:
-    if not _is_share(entry["accuracy"]):
+    if not _is_share(entry["accuracy"]) and not (entry["accuracy"] is None and _is_number(entry.get("loss"))):
         raise ArtifactError(f"{name}: accuracy is {entry['accuracy']!r}, not a number from 0 to 1")
     for field in ("macs", "params"):
         if not _is_count(entry[field]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from rmprune.training.precision import ask, autocast, weights_dtype
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`accuracy` from 0 to 1; `loss` is the mean cross-entropy, without label smoothing."""
+    """`accuracy` from 0 to 1; `loss` is the mean cross-entropy, without label smoothing. Of a split with its own loss: NaN, and that."""
 
     accuracy: float
     loss: float
@@ -38,6 +40,8 @@ def evaluate(
 
     The model must be on `device` already. Raises RmpruneError where its outputs are NaN, and says where that begins.
     """
+    if split.loss is not None:
+        return Evaluation(math.nan, mean_loss(model, split, torch.device(device), batch_size, limit, precision))
     logits, y = logits_of(model, split, device=device, batch_size=batch_size, limit=limit, precision=precision)
     loss = nn.functional.cross_entropy(logits, y, reduction="none").double().mean()
     return Evaluation(float((logits.argmax(1) == y).double().mean()), float(loss))
@@ -55,21 +59,48 @@ def logits_of(
 ) -> tuple[Tensor, Tensor]:
     """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     found: list[tuple[Tensor, Tensor]] = []
-    try:
-        with autocast(precision, device):
-            for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
-                found.append((ask(model, x).float(), y))
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
+    with _in_eval_mode(model), autocast(precision, device):
+        for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
+            found.append((ask(model, x).float(), y))
     logits = torch.cat([some for some, _ in found])
     if logits.log_softmax(1).isnan().any():
         where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
         raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
     return logits, torch.cat([y for _, y in found])
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, split: Split, device: torch.device, batch_size: int, limit: int | None, precision: Precision
+) -> float:
+    """The split's own loss over its batches, each counted by its images. Raises RmpruneError where it is no finite number."""
+    assert split.loss is not None
+    total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
+    with _in_eval_mode(model), autocast(precision, device):
+        for x, y in split.batches(batch_size, device=device, limit=limit):
+            total += split.loss(model, y).double().reshape(()) * len(x)
+            seen += len(x)
+    found = float(total) / seen
+    if not math.isfinite(found):
+        raise RmpruneError(f"the network cannot be evaluated, its loss is {found}")
+    return found
+
+
+def number_or_none(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if math.isnan(value) else value
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
 
 
 def scores(logits: Tensor, labels: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What every training of one cell shares, said once: the job, and the files of each training. It decides nothing."""
 
 import copy
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import TrainConfig
+from rmprune.data.batches import Batches, WithLoss
 from rmprune.data.load import Dataset
+from rmprune.data.splits import Batch
 from rmprune.training.loop import fit
 from rmprune.training.recentre import recentre
 from rmprune.training.state import Hook
@@ -24,7 +25,8 @@ IMPORTANCE_BATCH = 128  # so many at a time
 @dataclass(frozen=True)
 class Job(Generic[Config]):
     """One cell's settings, images, device and seed. `teacher`: the trained original, which fine-tuning follows and times are relative
-    to; `memory`: the folder that keeps its outputs (`rmprune.training.teacher`)."""
+    to; `memory`: the folder that keeps its outputs (`rmprune.training.teacher`); `given`: a network that was trained elsewhere, in the
+    place of one that is made by its name and trained."""
 
     config: Config
     data: Dataset
@@ -32,15 +34,31 @@ class Job(Generic[Config]):
     seed: int
     teacher: nn.Module | None = None
     memory: Path | None = None
+    given: nn.Module | None = None
 
     @cached_property
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self) -> list[Batch]:
         """(images [B, C, H, W], labels [B]) of the first IMAGES training images, on the device; loaded once and held."""
         return list(self.data.train.batches(IMPORTANCE_BATCH, device=self.device, limit=IMAGES))
 
+    @cached_property
+    def batches(self) -> Batches:
+        """The same as what channels are ranked by: with the loss, where the data have one of their own."""
+        return self.with_loss(self.pairs)
+
+    def with_loss(self, pairs: list[Batch]) -> Batches:
+        """Batches of the training images, with the loss where they have one of their own."""
+        loss = self.data.train.loss
+        return pairs if loss is None else WithLoss([y for _, y in pairs], loss)
+
     def examples(self, count: int) -> Tensor:
         """The first `count` of these images [count, C, H, W], or all."""
-        return torch.cat([x for x, _ in itertools.islice(self.batches, -(-count // IMPORTANCE_BATCH))])[:count]
+        found: list[Tensor] = []
+        for x, _ in self.pairs:
+            found.append(x[: count - sum(map(len, found))])
+            if sum(map(len, found)) == count:
+                break
+        return torch.cat(found)
 
     def here(self, network: nn.Module) -> nn.Module:
         """The network on the device: itself where it is there already, else a copy."""
@@ -49,7 +67,7 @@ class Job(Generic[Config]):
 
     def recentred(self, network: nn.Module) -> nn.Module:
         """The network with its batch norms re-centred on these images (`rmprune.training.recentre`), on the CPU."""
-        return recentre(self.here(network), (x for x, _ in self.batches)).cpu()
+        return recentre(self.here(network), (x for x, _ in self.pairs)).cpu()
 
     @property
     def original(self) -> nn.Module:

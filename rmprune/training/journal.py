@@ -71,7 +71,8 @@ class Journal:
             text = "%s: step %d of %d, epoch %d, %.0f images/s, %s left"
             _LOGGER.info(text, self.label, step, self._steps, epoch, images_per_second, left)
         if self._bar is not None:
-            facts = f"epoch {epoch}  loss {loss:.3f}  accuracy {accuracy:.2%}  {images_per_second:,.0f} images/s"
+            right = "" if math.isnan(accuracy) else f"  accuracy {accuracy:.2%}"
+            facts = f"epoch {epoch}  loss {loss:.3f}{right}  {images_per_second:,.0f} images/s"
             self._bar.update(self._task, completed=step, facts=facts)
             self._shown = time.monotonic()
 
@@ -87,13 +88,12 @@ class Journal:
         if self._bar is None:
             left = (record["epochs"] - record["epoch"]) * record["seconds"]
             _LOGGER.info(
-                "%s: epoch %d/%d, loss %.3f, accuracy %.2f %%, validation %.2f %%, %.0f images/s, %.1f s%s",
+                "%s: epoch %d/%d, loss %.3f, %s, %.0f images/s, %.1f s%s",
                 self.label,
                 record["epoch"],
                 record["epochs"],
                 record["train_loss"],
-                100 * record["train_accuracy"],
-                100 * record["validation_accuracy"],
+                _how_good(record),
                 record["images_per_second"],
                 record["seconds"],
                 f", {duration(left)} left" if left > 0 else "",
@@ -105,6 +105,12 @@ class Journal:
             self._bar.stop()
         if self._writer is not None:
             self._writer.close()
+
+
+def _how_good(record: dict[str, Any]) -> str:
+    if record["validation_accuracy"] is None:
+        return f"validation {record['validation_loss']:.3f}"
+    return f"accuracy {100 * record['train_accuracy']:.2f} %, validation {100 * record['validation_accuracy']:.2f} %"
 
 
 class SilentJournal(Journal):

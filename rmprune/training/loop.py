@@ -19,14 +19,15 @@ from rmprune.measure.cuda_graphs import Replayed
 from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
-from rmprune.training.evaluation import evaluate
+from rmprune.training.evaluation import evaluate, number_or_none
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
+from rmprune.training.objective import class_objective, own_objective
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
-from rmprune.training.precision import ask, autocast, compute_dtype
+from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.refuse import begins, check_trainable, not_finite, one_value
 from rmprune.training.state import Hook, TrainState
-from rmprune.training.teacher import Teacher, distillation_loss
+from rmprune.training.teacher import Teacher
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
 
@@ -111,6 +112,7 @@ class _Training:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.teacher: Teacher | None = None
+        self.loss = data.train.loss
         self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
         model = self.place(copy.deepcopy(model))
         self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
@@ -216,7 +218,7 @@ class _Training:
             group["lr"] = state.learning_rate * group.get("rate", 1.0)  # a hook's own optimizer has none
         self.between_steps = False
         targets = []
-        if self.teacher is not None:
+        if self.teacher is not None and self.loss is None:
             with autocast(self.config.precision, self.device):
                 targets = [self.teacher.outputs(x, *divmod(state.step, state.steps_per_epoch))]
         self.gradients(x, y, *targets)
@@ -231,18 +233,15 @@ class _Training:
         config = self.config
         with autocast(config.precision, self.device):
             try:
-                output = ask(self.parallel, x)
+                if self.loss is None:
+                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights)
+                else:
+                    teacher = None if self.teacher is None else self.teacher.frozen
+                    loss, hits = own_objective(self.parallel, y, self.loss, teacher, config)
             except ValueError as error:
                 raise one_value(error, self.label) from error
-            loss = nn.functional.cross_entropy(
-                output.float(), y, weight=self.class_weights, label_smoothing=config.label_smoothing
-            )
-            if target is not None:
-                soft = distillation_loss(output, target, config.temperature)
-                loss = (1 - config.distillation) * loss + config.distillation * soft
         with torch.no_grad():
-            hits = (output.argmax(1) == y).sum()
-            self.totals += torch.stack([loss * len(y), hits, torch.full_like(hits, len(y))])
+            self.totals += torch.stack([loss * len(x), hits, torch.full_like(hits, len(x))])
         if self.device.type == "cpu":
             self.check_finite(x)
         self.state.optimizer.zero_grad()
@@ -297,9 +296,9 @@ class _Training:
                 "epoch": state.step // state.steps_per_epoch,
                 "epochs": self.config.epochs,
                 "train_loss": loss,
-                "train_accuracy": accuracy,
+                "train_accuracy": number_or_none(accuracy),
                 "validation_loss": validation.loss,
-                "validation_accuracy": validation.accuracy,
+                "validation_accuracy": number_or_none(validation.accuracy),
                 "learning_rate": state.learning_rate,
                 "images_per_second": rate,
                 "seconds": seconds,

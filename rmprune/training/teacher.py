@@ -48,11 +48,7 @@ class Teacher:
         answer = functools.partial(ask, network)
         self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer
         self.batches = data.train.num_batches(data.config.batch_size, shuffled=True)
-        images = {
-            key: value for key, value in dataclasses.asdict(data.config).items() if key not in ("workers", "cache")
-        }
-        asked = {**images, "images": len(data.train), "seed": seed, "dtype": str(dtype)}
-        self.name = _digest(network, asked) if memory is not None else ""
+        self.name = "" if memory is None else _digest(network, asked_about(data) | {"seed": seed, "dtype": str(dtype)})
         self.epoch = -1
         self.known: Tensor | None = None  # outputs [batches, B, classes] of this epoch, where the images are
         self.heard: list[Tensor] = []  # those of its first batches, there too
@@ -88,6 +84,14 @@ class Teacher:
         """Keep the epoch; a full disk costs only the time that this would have saved."""
         with contextlib.suppress(ArtifactError), whole(self._file(epoch)) as work:
             save_file({"outputs": torch.stack(self.heard).cpu()}, work)
+
+
+def asked_about(data: Dataset) -> dict[str, Any]:
+    """What decides the images of a training's batches, but for the seed."""
+    settings = dataclasses.asdict(data.config)
+    return {key: value for key, value in settings.items() if key not in ("workers", "cache")} | {
+        "images": len(data.train)
+    }
 
 
 def _digest(network: nn.Module, asked: dict[str, Any]) -> str:

@@ -20,10 +20,10 @@ import rmprune
 from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pipelines.slim import run_slim
-from rmprune.runs.directory import claim
+from rmprune.runs.directory import claim, tidy
 from rmprune.runs.notes import remembered
 from rmprune.runs.records import write_record
-from rmprune.runs.writing import append_line, sweep, whole, write_text
+from rmprune.runs.writing import append_line, whole, write_text
 from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -154,11 +154,15 @@ def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_stepped_aside_comes_back_when_its_writer_was_killed(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / ".b.01234567.old" / "file", "old")
     write_text(tmp_path / "a" / ".b.01234567.tmp" / "file", "half")
-    sweep(tmp_path)
-    assert contents(tmp_path) == {"a/b/file": b"old"}
+    tidy(tmp_path)
+    assert contents(tmp_path) == {"a/b/file": b"old", ".lock": b""}
     write_text(tmp_path / "a" / ".b.89abcdef.old" / "file", "older")
-    sweep(tmp_path)
-    assert contents(tmp_path) == {"a/b/file": b"old"}
+    with claim(tmp_path / "run", CONFIG, records=[tmp_path / "none"], networks=(), overwrite=False):
+        write_text(tmp_path / "run" / ".c.89abcdef.tmp", "being written")
+        tidy(tmp_path / "run")
+        assert (tmp_path / "run" / ".c.89abcdef.tmp").exists()
+    tidy(tmp_path)
+    assert "a/.b.89abcdef.old/file" not in contents(tmp_path) and (tmp_path / "a" / "b" / "file").read_text() == "old"
 
 
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:

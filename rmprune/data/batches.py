@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from rmprune.errors import ConfigError, DataError
-from rmprune.pruning.groups import evaluating
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
@@ -32,11 +31,13 @@ class WithLoss:
 
 
 def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:
-    """The data held, to be read more than once, with the loss where one is given."""
+    """The data held, to be read more than once, with the loss where one is given, or comes with them."""
     if data is None:
         if loss is not None:
             raise ConfigError("a loss is measured on batches: pass data as well")
         return None
+    if isinstance(data, WithLoss):
+        return data
     held = data if isinstance(data, list | tuple) else list(data)
     return held if loss is None else WithLoss(held, loss)
 
@@ -46,7 +47,7 @@ def each_pass(data: Batches, model: nn.Module) -> Iterator[Callable[[], object]]
     if isinstance(data, WithLoss):
         yield from (run for run, _ in each_loss(data, model))
         return
-    for x, _ in _labelled(data, model):
+    for x, _ in labelled(data, model):
         yield functools.partial(model, x)
 
 
@@ -58,42 +59,50 @@ def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Te
     for batches of another form, where there is none (an iterator that was used up before), and for losses that are no scalars.
     """
     if not isinstance(data, WithLoss):
-        for x, y in _labelled(data, model):
+        for x, y in labelled(data, model):
             yield (lambda x=x, y=y: class_loss(model(x), y)), len(x)  # type: ignore[misc]
         return
     like = next(model.parameters(), None)
     found = False
     for number, batch in enumerate(data):
         found = True
-        here = batch if like is None else tree_map_only(Tensor, lambda t: t.to(like.device), batch)
+        here = batch if like is None else to_device(batch, like.device)
         yield functools.partial(_own_loss, data.loss, model, here, number), 0
     if not found:
         raise DataError(_EMPTY)
 
 
 def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
-    """The images that the network itself reads from each batch."""
+    """The images that the network itself reads from each batch; no layer of it runs."""
     if not isinstance(data, WithLoss):
-        yield from (x for x, _ in _labelled(data, model))
+        yield from (x for x, _ in labelled(data, model))
         return
-    seen: list[Tensor] = []
 
-    def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise DataError("loss: layers are fitted on networks that the loss calls with one tensor, model(images)")
-        seen.append(inputs[0].detach())
+    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        raise _Reached(inputs)
 
     for run in each_pass(data, model):
-        handle = model.register_forward_pre_hook(note)
+        handle = model.register_forward_pre_hook(stop)
         try:
-            with evaluating(model), torch.no_grad():
-                run()
+            run()
+        except _Reached as reached:
+            (inputs,) = reached.args
+        else:
+            raise DataError(NOT_RUN)
         finally:
             handle.remove()
-        if not seen:
-            raise DataError(NOT_RUN)
-        yield seen.pop(0)
-        seen.clear()
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise DataError("loss: layers are fitted on networks that the loss calls with one tensor, model(images)")
+        yield inputs[0].detach()
+
+
+class _Reached(BaseException):
+    """The loss calls the network: all that was to be known. No Exception, which a loss might catch."""
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch of any form with its tensors on the device; what is there is not copied."""
+    return tree_map_only(Tensor, lambda t: t.to(device), batch)
 
 
 _EMPTY = "data holds no images (an iterator that was used up before?); pass a loader, or a list of batches"
@@ -118,7 +127,8 @@ def _own_loss(loss: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
     return value.reshape(())
 
 
-def _labelled(data: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def labelled(data: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of each batch, on the network's device, images in its floating-point type. Raises DataError as `each_loss` does."""
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     found = False
     for batch in data:

@@ -1,0 +1,113 @@
+"""Batches that somebody else's loader gives, as a `Split` that training reads. Shuffles, augments and normalises nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, each_loss, labelled, network_inputs, to_device
+from rmprune.data.splits import Batch, Split
+from rmprune.errors import ConfigError, DataError
+
+
+class GivenSplit(Split):
+    """The batches of `loader`, in its order, of its size: (images [B, ...], labels [B], ...), or with a `loss` of any form.
+
+    A `DataLoader` that shuffles is made to repeat itself: its order follows from torch's generator, which is seeded for the while.
+    Batches are (x, y): images and labels on the device, or with a loss what `model` reads, and the whole batch. `name`: in errors.
+
+    Raises DataError at once for a loader that can be read only once or is empty, and for a first batch that the loss cannot use.
+    """
+
+    def __init__(self, loader: Iterable[Any], model: nn.Module, loss: Loss | None, name: str) -> None:
+        self.loader, self.model, self.loss, self.name = loader, model, loss, name
+        if not isinstance(loader, Iterable) or isinstance(loader, Iterator | Tensor | str | dict):
+            raise DataError(
+                f"{name} is of type {type(loader).__name__}; give a DataLoader or a list of batches: it is read many times"
+            )
+        first = next(self._read(0), None)
+        if first is None:
+            raise DataError(f"{name} holds no batch")
+        try:
+            ((run, _),) = each_loss([first] if loss is None else WithLoss([first], loss), model)
+            with torch.enable_grad():
+                value = run()
+            self.classes = self._classes(first)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        if not bool(value.isfinite()):
+            raise DataError(f"{name}: the loss of the model is {float(value.detach())} on the first batch")
+        self.count = len(loader) if isinstance(loader, Sized) else sum(1 for _ in self._read(0))
+        self._first: Tensor | None = None
+
+    def __len__(self) -> int:
+        return sum(len(x) for x, _ in self.batches(1))
+
+    def num_batches(self, batch_size: int, *, shuffled: bool) -> int:
+        return self.count
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        shuffle_seed: int | None = None,
+        augment: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+        limit: int | None = None,
+    ) -> Iterator[Batch]:
+        if shard != (0, 1):
+            raise ConfigError("batches of one's own loader are not divided among processes; train in one")
+        seen, number = 0, start
+        for batch in itertools.islice(self._read(shuffle_seed or 0), start, self.count):
+            x, y = self._pair(batch, torch.device(device))
+            if limit is not None and self.loss is None:
+                x, y = x[: limit - seen], y[: limit - seen]
+            yield x.contiguous(memory_format=memory_format) if x.dim() == 4 else x, y
+            seen, number = seen + len(x), number + 1
+            if limit is not None and seen >= limit:
+                return
+        if number < self.count:
+            raise DataError(
+                f"{self.name} gave {number} batches where it said {self.count}; it must give as many each time"
+            )
+
+    def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
+        if self._first is None or len(self._first) < n:
+            self._first = torch.cat([x for x, _ in self.batches(n, limit=n)])
+        return self._first[:n].to(device)
+
+    def _read(self, seed: int) -> Iterator[Any]:
+        """The loader's batches; what a DataLoader draws for its order, it draws before the first."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            iterator = iter(self.loader)
+            first = list(itertools.islice(iterator, 1))
+        yield from itertools.chain(first, iterator)
+
+    def _pair(self, batch: Any, device: torch.device) -> Batch:
+        if self.loss is None:
+            ((x, y),) = labelled([batch], self.model)
+            return x.to(device), y.to(device, torch.int64)
+        (x,) = network_inputs(WithLoss([batch], self.loss), self.model)
+        return x.to(device), to_device(batch, device)
+
+    def _classes(self, batch: Any) -> int:
+        """What the network tells apart; 0 where it is no classifier. Raises DataError where a class is not a number for each image."""
+        if self.loss is not None:
+            return 0
+        ((x, y),) = labelled([batch], self.model)
+        with torch.no_grad():
+            outputs = self.model(x[:1])
+        if outputs.dim() != 2 or y.dim() != 1 or y.is_floating_point():
+            raise DataError(
+                f"labels are {y.dtype} of shape {tuple(y.shape)} for outputs {tuple(outputs.shape)}; without a loss they are class "
+                f"numbers [N] for [N, classes]; {OWN_LOSS}"
+            )
+        return int(outputs.shape[1])

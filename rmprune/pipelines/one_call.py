@@ -1,0 +1,206 @@
+"""`rmprune.slim`: the slim command's job for a network that is trained already and batches of any loader, from Python."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rmprune import artifact
+from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.data.batches import Loss
+from rmprune.data.given import GivenSplit
+from rmprune.data.load import Dataset
+from rmprune.errors import ArtifactError, ConfigError
+from rmprune.graph.foreign import plain_module
+from rmprune.pipelines.slim import run_job
+from rmprune.pipelines.stages import pick_device
+from rmprune.pruning.plan import SlimPlan
+from rmprune.runs.records import read_record
+from rmprune.runs.writing import whole
+from rmprune.training.job import Job
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GIVEN = "given"  # the data set's name in config and record
+NOT_KEPT = shutil.ignore_patterns("checkpoint", ".lock", ".*.tmp")
+
+
+class Slimmed:
+    """What `slim` made. In a notebook it shows itself as its table.
+
+    `model`: the slimmed network in eval mode, on the device of the one that was given; `record`: all that was measured, as in
+    record.json; `directory`: the run. Without `out` that lives as long as this object: `save` it.
+    """
+
+    def __init__(self, directory: Path, network: str, device: torch.device, *, temporary: bool) -> None:
+        self.directory, self._network = directory, network
+        self.record: dict[str, Any] = read_record(directory)
+        self.model = artifact.load(directory / network).to(device)
+        if temporary:
+            weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+
+    @functools.cached_property
+    def table(self) -> pd.DataFrame:
+        """A row each for `original`, `removed` (without its residuals, where the method removes them first) and `pruned`: accuracy (0 to 1)
+        or loss, MACs and parameters, and the measured time of a batch relative to the original's, a column for each place of measuring."""
+        import pandas as pd
+
+        shown = {"original": "original", "plain": "removed", self._network: "pruned"}
+        found = {shown[name]: self.record[name] for name in shown if name in self.record}
+        first, score = found["original"], "accuracy" if self.record["original"]["accuracy"] is not None else "loss"
+        rows = {
+            name: {
+                score: entry[score],
+                "macs": entry["macs"],
+                "macs_ratio": entry["macs"] / first["macs"],
+                "params": entry["params"],
+                "params_ratio": entry["params"] / first["params"],
+                **{_place(time): time["ratio"] for time in entry["latency"]},
+            }
+            for name, entry in found.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index")
+
+    @property
+    def plan(self) -> SlimPlan:
+        """What each block became and how wide each channel group is: `plan.to_dict()`, as JSON, is what `slim --plan FILE` reads."""
+        return SlimPlan.from_dict(self.record[self._network]["plan"])
+
+    def save(self, path: str | Path) -> Path:
+        """Copies the run to the folder `path`, which must not exist or be empty: the networks as artifacts (with model.onnx), record.json,
+        the log and the settings. Raises ArtifactError where it cannot."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ArtifactError(f"{path}: exists already; choose another folder")
+        with whole(path) as work:
+            shutil.copytree(self.directory, work, ignore=NOT_KEPT)
+        return path
+
+    def __repr__(self) -> str:
+        return self.table.to_string(float_format=lambda value: f"{value:.3f}")
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html(float_format=lambda value: f"{value:.3f}", border=0)
+
+
+def slim(
+    model: nn.Module,
+    train: Iterable[Any],
+    validation: Iterable[Any],
+    *,
+    ratio: float | None = None,
+    macs_ratio: float | None = None,
+    latency_ratio: float | None = None,
+    test: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    method: str = "rm",
+    epochs: int = 20,
+    learning_rate: float = 0.02,
+    seed: int = 0,
+    device: str = "auto",
+    out: str | Path | None = None,
+    finetune: TrainConfig | None = None,
+    prune: PruneConfig | None = None,
+    measure: MeasureConfig | None = None,
+) -> Slimmed:
+    """Remove the residuals of a trained network exactly, prune it to a budget, fine-tune it with the original as teacher, measure both.
+
+    The same job as `python -m rmprune slim --checkpoint`, for any network that torch.fx can trace and any loaders; `model` is left alone.
+
+    `train`, `validation`: re-iterable batches (a DataLoader, a list) of (images [N, ...], class numbers [N], ...), as the network was
+    trained on, augmentation included; or, with `loss`, a function of (model, batch) that returns a scalar tensor, of any form. `test` is
+    what the table is about (default: `validation`, on which nothing is chosen but by methods that compare candidates). One budget:
+    `ratio` of channels that go, `macs_ratio` or `latency_ratio` (measured, of `measure`'s first place) of the original that stays.
+    `method`: as in docs/methods.md. `epochs` and `learning_rate`: of fine-tuning, the peak, cosine; `finetune`, `prune` and `measure`:
+    all that the flags of these names set. With a loss the teacher's part is the squared difference of outputs over their variance.
+    `out`: a folder that keeps the run and from which an interrupted one goes on; without, `result.save(folder)`.
+
+    Raises, before anything is trained: ConfigError for settings and for a network in training mode or without weights, DataError for
+    loaders, UnsupportedModel for a network that cannot be traced, saved or pruned, InfeasibleBudget where limits forbid the budget.
+
+    >>> model = rmprune.models.create("resnet8", num_classes=4, width=16).eval()  # a trained one
+    >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(2)]
+    >>> quick = rmprune.config.MeasureConfig(backends=("eager",), seconds=0)
+    >>> result = rmprune.slim(model, batches, batches, macs_ratio=0.5, epochs=1, measure=quick)
+    >>> list(result.table.index), bool(result.table.macs_ratio["pruned"] <= 0.5)
+    (['original', 'removed', 'pruned'], True)
+    >>> sorted(path.name for path in result.save("slimmed").iterdir())
+    ['config.toml', 'dense', 'log.jsonl', 'plain', 'pruned', 'record.json']
+    """
+    budgets = {"ratio": ratio, "macs_ratio": macs_ratio, "latency_ratio": latency_ratio}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ConfigError(
+            f"give exactly one of ratio=, macs_ratio= and latency_ratio=; got {', '.join(given) or 'none'}"
+        )
+    at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    network = _trained(model)
+    splits = [GivenSplit(train, network, loss, "train"), GivenSplit(validation, network, loss, "validation")]
+    splits.append(splits[1] if test is None else GivenSplit(test, network, loss, "test"))
+    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="rmprune-"))
+    try:
+        config = SlimConfig(
+            model=type(network).__name__,
+            seed=seed,
+            device=device,
+            method=(method,),
+            data=DataConfig(dataset=GIVEN, augment="none"),
+            prune=dataclasses.replace(
+                prune or PruneConfig(),
+                ratio=() if ratio is None else (ratio,),
+                macs_ratio=() if macs_ratio is None else (macs_ratio,),
+                latency_ratio=() if latency_ratio is None else (latency_ratio,),
+            ),
+            finetune=dataclasses.replace(
+                finetune or SlimConfig.finetune, epochs=epochs, learning_rate=learning_rate, cuda_graph=False
+            ),
+            measure=measure or MeasureConfig(),
+            out=folder,
+        )
+        _refuse_another(folder, network)
+        shape = tuple(splits[0].example(1).shape[1:])
+        data = Dataset(GIVEN, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
+        ((name, value),) = given.items()
+        command = f"rmprune.slim({type(network).__name__}, ..., {name}={value:g}, method={method!r}, seed={seed})"
+        run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
+        return Slimmed(folder, "pruned" if method == "rm" else method, at, temporary=out is None)
+    except BaseException:
+        if out is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """A copy of the network on the CPU. Raises ConfigError where it has no weights or is in training mode."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is of type {type(model).__name__}; give the trained nn.Module")
+    if not any(True for _ in model.parameters()):
+        raise ConfigError(f"{type(model).__name__} has no weights; there is nothing to prune")
+    if model.training:
+        raise ConfigError(f"{type(model).__name__} is in training mode; give a trained network, after model.eval()")
+    return copy.deepcopy(plain_module(model)).cpu()
+
+
+def _refuse_another(folder: Path, network: nn.Module) -> None:
+    """Raise ConfigError where the run in this folder began with other weights."""
+    if not artifact.is_artifact(folder / "dense"):
+        return
+    before, now = artifact.load(folder / "dense").state_dict(), network.state_dict()
+    if any(name not in now or not torch.equal(tensor, now[name]) for name, tensor in before.items()):
+        raise ConfigError(f"{folder}: holds the run of another network, or of other weights; choose another out=")
+
+
+def _place(time: dict[str, Any]) -> str:
+    """The heading of a column of times."""
+    return f"time_ratio, {time['backend']}, {time['threads']} threads, batch {time['batch_size']}"

@@ -1,0 +1,60 @@
+"""What a training minimises on one batch: the cross entropy of classes, or somebody's own loss, and the teacher's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rmprune.config import TrainConfig
+from rmprune.data.batches import Loss
+from rmprune.training.precision import ask
+from rmprune.training.teacher import distillation_loss
+
+Teaching = Callable[..., Any] | None
+
+
+def class_objective(
+    model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, config: TrainConfig, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The loss of images x with class numbers y [B], and how many were right; `target`: the teacher's logits [B, C]."""
+    output = ask(model, x)
+    loss = nn.functional.cross_entropy(output.float(), y, weight=weights, label_smoothing=config.label_smoothing)
+    if target is not None:
+        soft = distillation_loss(output, target, config.temperature)
+        loss = (1 - config.distillation) * loss + config.distillation * soft
+    return loss, (output.detach().argmax(1) == y).sum()
+
+
+def own_objective(
+    model: nn.Module, batch: Any, loss: Loss, teacher: Teaching, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch of any form, and NaN, since nothing is right or wrong.
+
+    The teacher gets what the network was given, in each call that the loss makes, and its part is the mean of `apart`.
+    """
+    calls: list[tuple[tuple[Any, ...], Any]] = []
+    handle = model.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
+    try:
+        value = loss(model, batch).reshape(())
+    finally:
+        handle.remove()
+    if teacher is not None and config.distillation:
+        with torch.no_grad():
+            targets = [teacher(*inputs) for inputs, _ in calls]
+        soft = torch.stack([apart(output, target) for (_, output), target in zip(calls, targets, strict=True)]).mean()
+        value = (1 - config.distillation) * value + config.distillation * soft
+    return value, torch.full_like(value.detach(), torch.nan)
+
+
+def apart(student: Any, teacher: Any) -> Tensor:
+    """How far outputs (a tensor, or several) are from the teacher's: the squared difference over the teacher's variance; means, no unit."""
+    pairs = [
+        (s.float(), t.float())
+        for s, t in zip(tree_leaves(student), tree_leaves(teacher), strict=True)
+        if isinstance(t, Tensor) and t.is_floating_point()
+    ]
+    return torch.stack([(s - t).square().mean() / t.var(correction=0).clamp(min=1e-12) for s, t in pairs]).mean()

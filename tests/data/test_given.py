@@ -1,0 +1,58 @@
+"""Batches of somebody else's loader as a split: its order repeats itself, its counts are held to, nothing else is done to them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from rmprune.data.given import GivenSplit
+from rmprune.errors import DataError
+
+MODEL = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).eval()
+X, Y = torch.randn(10, 3, 2, 2), torch.arange(10) % 5
+
+
+def images(split: GivenSplit, seed: int) -> Tensor:
+    return torch.cat([x for x, _ in split.batches(99, shuffle_seed=seed)])
+
+
+def test_a_shuffling_loader_repeats_itself_and_leaves_the_generator_alone() -> None:
+    split = GivenSplit(DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True), MODEL, None, "train")
+    torch.manual_seed(3)
+    first, drawn = images(split, 1), torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+    assert torch.equal(images(split, 1), first) and not torch.equal(images(split, 2), first)
+    assert torch.equal(first.sort(0).values, X.sort(0).values)
+    rest = torch.cat([x for x, _ in split.batches(99, shuffle_seed=1, start=1)])
+    assert torch.equal(rest, first[4:]) and split.num_batches(99, shuffled=True) == 3 and len(split) == 10
+
+
+def test_limits_and_examples_go_over_batches() -> None:
+    split = GivenSplit([(X[:2], Y[:2], "more"), [X[2:7], Y[2:7]], (X[7:], Y[7:])], MODEL, None, "train")
+    assert torch.equal(split.example(5), X[:5]) and torch.equal(split.example(1), X[:1])
+    assert [len(x) for x, _ in split.batches(99, limit=3)] == [2, 1] and split.classes == 5
+    whole = GivenSplit([{"x": X}], MODEL, lambda model, batch: model(2 * batch["x"]).mean(), "train")
+    (x, y) = next(whole.batches(99, limit=3))
+    assert torch.equal(x, 2 * X) and y["x"] is X and whole.classes == 0  # what the network reads, and the whole batch
+
+
+class Shrinking:
+    """Says three batches, and gives fewer from the second pass on."""
+
+    passes = 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        yield from [(X, Y)] * (3 if self.passes == 1 else 2)
+
+
+def test_a_loader_that_gives_less_than_it_says_is_refused() -> None:
+    split = GivenSplit(Shrinking(), MODEL, None, "train")
+    with pytest.raises(DataError, match="train gave 2 batches where it said 3"):
+        images(split, 0)

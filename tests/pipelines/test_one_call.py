@@ -1,0 +1,169 @@
+"""`rmprune.slim`: networks and loaders of one's own, with and without a loss; mistakes are said before anything is trained."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import rmprune
+from rmprune.config import MeasureConfig, PruneConfig
+from rmprune.errors import ArtifactError, ConfigError, DataError, InfeasibleBudget, RmpruneError, UnsupportedModel
+from rmprune.pipelines.one_call import Slimmed
+from rmprune.report.build import build_report
+
+QUICK: dict[str, Any] = {
+    "measure": MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(1,), seconds=0, min_rounds=3),
+    "prune": PruneConfig(round_to=1),
+}
+
+
+class Angles(nn.Module):
+    """A regression network with one residual, and a loss that reads batches of its own form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.relu(self.body(x) + x).mean((2, 3)))
+
+
+def to_angles(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return nn.functional.smooth_l1_loss(model(batch["pixels"].float() / 255), batch["angles"])
+
+
+def pixels(count: int = 3) -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (8, 3, 8, 8), generator=draw, dtype=torch.uint8) for _ in range(count)]
+    return [
+        {"pixels": x, "angles": torch.stack([x.float().mean((1, 2, 3)) / 255, x[:, 0].float().mean((1, 2)) / 255], 1)}
+        for x in images
+    ]
+
+
+def labelled(count: int = 3, classes: int = 4) -> list[tuple[Tensor, ...]]:
+    draw = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 3, 8, 8, generator=draw), torch.arange(8) % classes, torch.zeros(8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def regression() -> tuple[Angles, Slimmed]:
+    torch.manual_seed(0)
+    model = Angles().eval()
+    return model, rmprune.slim(model, pixels(), pixels(), macs_ratio=0.6, loss=to_angles, epochs=3, **QUICK)
+
+
+def test_a_regression_net_by_its_own_loss(regression: tuple[Angles, Slimmed]) -> None:
+    model, result = regression
+    assert result.table.columns[0] == "loss" and list(result.table.index) == ["original", "removed", "pruned"]
+    with torch.no_grad():
+        losses = [
+            float(torch.stack([to_angles(net, batch) for batch in pixels()]).mean()) for net in (model, result.model)
+        ]
+    assert losses == pytest.approx([result.table.loss["original"], result.table.loss["pruned"]], rel=1e-4)
+    assert (
+        result.table.loss["removed"] == pytest.approx(losses[0], rel=1e-4) and result.table.macs_ratio["pruned"] <= 0.6
+    )
+    assert list(result.plan.blocks.values()) == ["remove"]
+    assert "<table" in result._repr_html_() and "pruned" in repr(result)
+    epochs = [json.loads(line) for line in (result.directory / "log.jsonl").read_text().splitlines()]
+    assert [epoch["validation_accuracy"] for epoch in epochs] == [None] * 3
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+
+
+def test_what_is_saved_is_what_was_measured(regression: tuple[Angles, Slimmed], tmp_path: Path) -> None:
+    _, result = regression
+    folder = result.save(tmp_path / "kept")
+    x = torch.rand(2, 3, 8, 8)
+    assert (
+        torch.equal(rmprune.load(folder / "pruned")(x), result.model(x))
+        and (folder / "pruned" / "model.onnx").is_file()
+    )
+    record = json.loads((folder / "record.json").read_text())
+    assert record["pruned"]["loss"] == result.table.loss["pruned"] and record["command"].startswith(
+        "rmprune.slim(Angles"
+    )
+    with pytest.raises(ArtifactError, match="exists already"):
+        result.save(folder)
+    with pytest.raises(ArtifactError, match="a loss of their own"):  # nothing to draw without accuracy
+        build_report([folder], tmp_path / "report", "x")
+
+
+def test_a_torchvision_network_with_a_loader_of_its_own(tmp_path: Path) -> None:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)
+    x, y, _ = (torch.cat(parts) for parts in zip(*labelled(), strict=True))
+    loader = DataLoader(TensorDataset(x.repeat(1, 1, 4, 4), y), batch_size=8)
+    state = {name: tensor.clone() for name, tensor in model.eval().state_dict().items()}
+    kwargs: dict[str, Any] = {
+        "ratio": 0.7,
+        "method": "uniform",
+        "epochs": 1,
+        "learning_rate": 1e-3,
+        "out": tmp_path / "run",
+        **QUICK,
+    }
+    first = rmprune.slim(model, loader, loader, **kwargs)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()) and not model.training
+    assert first.table.params_ratio["pruned"] < 0.5 and list(first.table.index) == ["original", "pruned"]
+    with pytest.raises(ConfigError, match="another network"):
+        rmprune.slim(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).eval(), loader, loader, **kwargs)
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x if x.sum() > 0 else -x).mean((2, 3))
+
+
+def once() -> Iterator[Any]:
+    yield from labelled()
+
+
+def broken(model: nn.Module, batch: Any) -> Tensor:
+    return torch.tensor(1.0)
+
+
+HALF = {"macs_ratio": 0.5}
+MISTAKES: dict[str, tuple[dict[str, Any], type[RmpruneError], str]] = {
+    "training mode": ({"model": Angles().train()}, ConfigError, "training mode"),
+    "no weights": ({"model": nn.ReLU().eval()}, ConfigError, "has no weights"),
+    "no budget": ({"macs_ratio": None}, ConfigError, "exactly one of ratio=, macs_ratio= and latency_ratio=; got none"),
+    "two budgets": ({"ratio": 0.5}, ConfigError, "got ratio, macs_ratio"),
+    "a budget outside": ({"macs_ratio": 1.5}, ConfigError, "between 0 and 1"),
+    "an impossible budget": ({"macs_ratio": 0.001}, InfeasibleBudget, "macs_ratio"),
+    "an iterator": ({"train": once()}, DataError, "train is of type generator"),
+    "no batches": ({"validation": []}, DataError, "validation holds no batch"),
+    "dicts without a loss": ({"train": pixels()}, DataError, "train: data: a batch is a dict of pixels, angles"),
+    "labels of no class": ({"validation": labelled(classes=8)}, DataError, "validation: data: labels from 0 to 7"),
+    "labels of numbers": ({"train": [(torch.randn(2, 3, 8, 8), torch.rand(2, 1))]}, DataError, "train: .*pass loss="),
+    "a loss without the model": ({"loss": broken}, DataError, "train: loss: no gradient"),
+    "no trace": ({"model": Asking().eval()}, UnsupportedModel, "Asking"),
+    "no such method": ({"method": "magic"}, ConfigError, "unknown method 'magic'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_said_before_anything_is_trained(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, kind, said = MISTAKES[name]
+    monkeypatch.setattr("rmprune.methods.slim.tune", lambda *_, **__: pytest.fail("trained"))
+    model = rmprune.models.create("resnet8", num_classes=4, width=4).eval()
+    call = {"model": model, "train": labelled(), "validation": labelled(), **HALF, "out": tmp_path / "run"} | changes
+    with pytest.raises(kind, match=said):
+        rmprune.slim(**call, epochs=1, **QUICK)
+    assert not (tmp_path / "run").exists()
