@@ -36,7 +36,8 @@ def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
             f"{path}: these are the weights of another network than {name} (first difference: {wrong[0][:80]} is {there} there and "
             f"{here} here); give the model, number of classes, width and image size that they were trained with"
         )
-    model.load_state_dict(state)
+    own.update(state)
+    model.load_state_dict(own)
     return model
 
 
@@ -50,7 +51,8 @@ def start_from(model: nn.Module, weights: str, name: str, *, by_order: bool = Fa
 
 
 def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: str, *, by_order: bool = False) -> str:
-    """Put `state` into `model`, which may be of other classes: then its head stays new. Returns what there is to say, or "".
+    """Put `state` into `model`, which may be of other classes: then its head is made anew, in torch's own way, as some
+    networks begin with outputs that are loud beside what the weights put out. Returns what there is to say, or "".
 
     Names may stand behind any one prefix (`model.`, `backbone.`); what lies outside it is left out, and said. `by_order`: the
     tensors belong to the model's in this order, whatever their names. Raises ArtifactError that lists what does not fit, before
@@ -91,8 +93,11 @@ def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: s
         raise ArtifactError(
             f"{source}: not the weights of {name} ({what}); give the model, width and image size that they belong to"
         )
-    model.load_state_dict(own | kept)
+    own.update(kept)  # its own notes of versions stay with it, which some modules ask for
+    model.load_state_dict(own)
     if new:
+        for layer in {key.rpartition(".")[0]: None for key in new}:
+            model.get_submodule(layer).reset_parameters()  # type: ignore[operator]
         there = _sizes(state.get(new[0]))
         said.append(f"the head is new: {new[0]} is {there} there, {_sizes(own[new[0]])} here")
     return "; ".join(said)
