@@ -95,10 +95,12 @@ class SlimConfig(RunConfig):
     """Network by name: resnet20 ... resnet1202 (CIFAR), resnet18, resnet34, ... (torchvision), timm/NAME."""
     width: int | None = None
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
-    method: Names = ("rm",)
-    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    method: Names = ()
+    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (default: rm with --ratio, else auto)."""
     plan: Path | None = None
     """Carry out this plan (a JSON file: a choice for each block, a width for each channel group) instead of meeting a budget."""
+    search_minutes: float = 1.0
+    """How long method auto looks for better plans, once it has judged the presets and the first that its surrogate proposes."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
     """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
     seeds: int = 1
@@ -114,7 +116,6 @@ class SlimConfig(RunConfig):
         self.measure.require_judge()
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
-        require(len(self.method) > 0, "method is empty; give at least one, for example rm")
         require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
         given = len(self.prune.budgets) > 0
         require(
@@ -123,8 +124,11 @@ class SlimConfig(RunConfig):
         )
         require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
         if self.plan is not None:
-            require(self.method in (("rm",), ("plan",)), "a plan is carried out by itself; leave out --method")
-            object.__setattr__(self, "method", ("plan",))
+            require(self.method in ((), ("plan",)), "a plan is carried out by itself; leave out --method")
+        if not self.method:
+            default = "plan" if self.plan is not None else "rm" if self.prune.ratio else "auto"
+            object.__setattr__(self, "method", (default,))
+        require(0 <= self.search_minutes <= 1e4, f"search_minutes is {self.search_minutes}; use 0 to 10000")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
 
 

@@ -51,7 +51,8 @@ def judge(
     if not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)
     logger.info(
-        "on validation images, before fine-tuning: %s", ", ".join(f"{n} {_shown(v)}" for n, v in verdicts.items())
+        "on validation images, before fine-tuning: %s",
+        ", ".join(f"{name} {shown(verdicts[name])}" for name in candidates),
     )
     return verdicts
 
@@ -67,5 +68,6 @@ def best(verdicts: Verdicts) -> str:
     return min(found, key=lambda name: found[name])
 
 
-def _shown(verdict: Mapping[str, Any]) -> str:
+def shown(verdict: Mapping[str, Any]) -> str:
+    """A verdict in words."""
     return f"loss {verdict['loss']:.3f}" if "loss" in verdict else f"refused ({verdict['refused']})"

@@ -21,6 +21,7 @@ from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.one_shot import fitting
+from rmprune.pruning.plan import SlimPlan
 from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
@@ -32,7 +33,8 @@ LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut
 class Cutter:
     """How one method cuts one network, which is on the job's device; networks that are cut from it are on the CPU.
 
-    `place`: where time counts, for budgets in measured time; `cost`: what such a budget is divided up by (milliseconds, or MACs).
+    `place`: where time counts, for budgets in measured time; `cost`: what such a budget is divided up by (milliseconds, or MACs);
+    `begin`: {group: units} of a plan, from which a cut goes down to the budget.
     """
 
     network: nn.Module
@@ -43,6 +45,7 @@ class Cutter:
     job: Job[SlimConfig]
     place: Place | None = None
     cost: Cost | None = None
+    begin: Mapping[str, int] | None = None
 
     @property
     def gradual(self) -> bool:
@@ -113,6 +116,7 @@ class Cutter:
                 lookahead=self.lookahead,
                 origin=origin,
                 prove=scores is None,
+                begin=self.begin,
             )
         return smaller.cpu() if scores is not None else self.job.recentred(smaller)
 
@@ -204,8 +208,14 @@ class Cutter:
         return 1 if self.cost is None else 4
 
 
-def make_cutter(network: nn.Module, method: Method, job: Job[SlimConfig], budget: Budget | None = None) -> Cutter:
-    """The method applied to this network; ready to measure where `budget` is in measured time."""
+def make_cutter(
+    network: nn.Module,
+    method: Method,
+    job: Job[SlimConfig],
+    budget: Budget | None = None,
+    widths: Mapping[str, int] | None = None,
+) -> Cutter:
+    """The method applied to this network; ready to measure where `budget` is in measured time. `widths`: of a plan, by layers."""
     settings = dataclasses.replace(job.config.prune, **method.settings)
     example = job.data.train.example(1)
     structure = find_structure(network, example)
@@ -214,12 +224,17 @@ def make_cutter(network: nn.Module, method: Method, job: Job[SlimConfig], budget
     place = None if budget is None or budget.latency_ratio is None else place_of(job)
     cost = None
     if place is not None and settings.cost == "time" and method.pruner == "ours":
-        cache = job.config.directory / f"layer-times-{place.backend}-{place.threads}-{place.batch_size}.json"
-        table = LatencyModel(
-            place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
-        )
-        cost = TimeCost(table, network, structure, example)
-    return Cutter(job.here(network), structure, example.to(job.device), method, settings, job, place, cost)
+        cost = TimeCost(layer_times(job, place), network, structure, example)
+    begin = None if widths is None else SlimPlan(widths=widths).units(structure, strict=False)
+    return Cutter(job.here(network), structure, example.to(job.device), method, settings, job, place, cost, begin)
+
+
+def layer_times(job: Job[SlimConfig], place: Place) -> LatencyModel:
+    """The table of layer times of a run, which is kept in its directory."""
+    cache = job.config.directory / f"layer-times-{place.backend}-{place.threads}-{place.batch_size}.json"
+    return LatencyModel(
+        place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
+    )
 
 
 def place_of(job: Job[SlimConfig]) -> Place:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from torch import nn
 
@@ -22,17 +23,26 @@ Starts = Callable[[str], nn.Module]
 """The network that methods prune, by its name in STARTS."""
 
 
-def check_budgets(start: Starts, methods: dict[str, Method], budgets: list[Budget], job: Job[SlimConfig]) -> None:
+def check_budgets(
+    start: Starts,
+    methods: dict[str, Method],
+    budgets: list[Budget],
+    job: Job[SlimConfig],
+    searches: Mapping[str, Callable[[Budget], object]] = MappingProxyType({}),
+) -> None:
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
     Networks may have any weights. Of a method's candidates one that can do it is enough; with `skip_infeasible` one method is enough
-    for a budget.
+    for a budget. `searches`: {method: what raises where it finds nothing}, for budgets that need no measuring.
     """
     for budget in budgets:
         refusals: dict[str, Refusal] = {}
         for name, method in methods.items():
             try:
-                _check_any(name, method, start, budget, job)
+                if name in searches and budget.latency_ratio is None:
+                    searches[name](budget)
+                else:
+                    _check_any(name, method, start, budget, job)
             except InfeasibleBudget as error:
                 skip(name, error, job.config)
                 refusals[name] = error

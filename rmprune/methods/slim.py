@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -26,9 +27,15 @@ TIME_ATTEMPTS = 5  # further cuts, at most, where the trained network misses its
 
 
 def slim_network(
-    network: nn.Module, method: Method, budget: Budget, job: Job[SlimConfig], files: Files
+    network: nn.Module,
+    method: Method,
+    budget: Budget,
+    job: Job[SlimConfig],
+    files: Files,
+    widths: Mapping[str, int] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
+    `widths`: of a plan, by layers, from which it is cut to the budget.
 
     With it the facts for its artifact and record: the error of cuts of its groups (`prove_groups`), the units that each still has
     (`widths_of`), which residuals `mixed` removed. Only a network that misses a budget in measured time at the end is cut again, up to
@@ -37,7 +44,7 @@ def slim_network(
     """
     config, data = job.config, job.data
     timed = budget.latency_ratio is not None
-    cutter = make_cutter(network, method, job, budget)
+    cutter = make_cutter(network, method, job, budget, widths)
     facts: dict[str, Any] = {"cut_error": prove_groups(cutter.network, cutter.structure, cutter.example)}
     cut_to = met(budget, cutter, files)
     hook = None

@@ -17,6 +17,7 @@ from rmprune.artifact.describe import describe
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
+from rmprune.methods import auto
 from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
@@ -91,7 +92,9 @@ def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sl
     def network(name: str) -> nn.Module:
         return start(dense, name, lambda images: example[:images])[0]
 
-    check_budgets(network, methods, budgets, replace(job, teacher=dense))
+    check_budgets(
+        network, methods, budgets, replace(job, teacher=dense), {"auto": functools.partial(auto.look, dense, job=job)}
+    )
 
 
 def _run_cell(
@@ -137,7 +140,7 @@ def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Modul
         dense, plan, job.batches, importance=settings.importance, reconstruct=settings.reconstruct
     )
     say(facts)
-    return tune(network, job.config.finetune, job, Files.of(cell.directory, "plan")), facts
+    return tune(job.recentred(network), job.config.finetune, job, Files.of(cell.directory, "plan")), facts
 
 
 def _slim(
@@ -146,14 +149,23 @@ def _slim(
     """A method's network, trained to its end, and the facts for its artifact and record."""
     files = Files.of(cell.directory, name)
     facts: dict[str, Any] = {"method": name}
-    if method.candidates:
+    widths = None
+    if name == "auto":
+        found = auto.choose_plan(with_names(job.original, job), starts, budget, job, files)
+        method, network, widths, begun = found.method, found.network, found.widths, found.begun
+        files = files.named(f"{name}-{found.name}")
+        why = {name: {key: plan[key] for key in ("why", "predicted", "blocks")} for name, plan in found.plans.items()}
+        facts |= {"chosen": found.name, "candidates": {n: {**v, **why.get(n, {})} for n, v in found.verdicts.items()}}
+    elif method.candidates:
         cutters = {one: functools.partial(_cutter, METHODS[one], budget, job, starts) for one in method.candidates}
         verdicts = judge(cutters, budget, job, files)
         chosen = best(verdicts)
         method, files = METHODS[chosen], files.named(f"{name}-{chosen}")
         facts |= {"chosen": chosen, "candidates": verdicts}
-    network, more = slim_network(starts(method.start), method, budget, job, files)
-    begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
+    if name != "auto" or begun is None:
+        network = starts(method.start)
+        begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
+    network, more = slim_network(network, method, budget, job, files, widths)
     facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
     plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), network=layers_digest(job.original))
     return network, facts | more | {"plan": plan.to_dict()}

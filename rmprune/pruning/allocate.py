@@ -95,7 +95,7 @@ class GreedySearch:
         self.meter = Meter(structure, cost)
         # What a channel is worth is its price: where the budget counts channels, that is still the MACs it takes.
         self.price = Meter(structure, macs) if cost is channels else self.meter
-        self.widths = {n: list(w) for n, w in widths.items()}
+        self.widths: Mapping[str, Sequence[int]] = widths
         self.at = {n: len(w) - 1 for n, w in self.widths.items()}  # position in widths
         for name, allowed in self.widths.items():
             if allowed[-1] != self.meter.units[name]:
@@ -231,6 +231,7 @@ def allocate(
     origin: Mapping[str, int] | None = None,
     rank: str = "per_cost",
     lookahead: int = 1,
+    begin: Mapping[str, int] | None = None,
 ) -> Keep:
     """Keep masks {group: bool [units]} that meet the budget.
 
@@ -239,7 +240,7 @@ def allocate(
     savings are recomputed as neighbours shrink; at the end blocks that still fit come back. Ties go by saving, then
     by the order of groups and channels. `lookahead`: how many blocks ahead to look where cost is not monotone in
     width (measured times). `origin`: units that the limits refer to, where the network has been cut before.
-    `target` overrides the budget's own.
+    `target` overrides the budget's own. `begin`: {group: units} to descend from, of a plan that may cost a little more or less.
 
     Raises InfeasibleBudget naming the limit that forbids it and the nearest budget that can be met.
     """
@@ -247,9 +248,11 @@ def allocate(
         raise ConfigError(f"rank must be 'per_cost' or 'importance', got {rank!r}")
     target = target or resolve(structure, budget, cost)
     widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
-    search = GreedySearch(structure, importance, target.cost, widths, rank, lookahead)
+    start = {n: [u for u in us if u <= (begin or {}).get(n, us[-1])] or us[:1] for n, us in widths.items()}
+    search = GreedySearch(structure, importance, target.cost, start, rank, lookahead)
     if not search.shrink_to(target.limit):
         raise InfeasibleBudget(explain(structure, budget, target, origin))
+    search.widths = widths
     search.fill(target.limit)
     return search.keep()
 

@@ -7,9 +7,9 @@ mean (the intercept) is measured anew, for to restore the deviation would undo t
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,16 @@ class Fitted:
     shift: Tensor
 
 
+def _changes(op: Op, cut: Cut) -> bool:
+    """Whether an operation's own tensors lose something."""
+    return any(
+        f"{name}.{kind}" in cut.slices for name in (op.layer, op.norm) if name for kind in ("weight", "running_mean")
+    )
+
+
+K = TypeVar("K")
+
+
 class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
@@ -99,15 +109,44 @@ class Calibrator:
         fitted: dict[str, Fitted] = {}
         values = dict(values)
         for op in program.ops:
-            if op.static:
-                continue
-            if op.kind in ("layer", "norm"):
-                fitted[op.name], values[op.name] = self._fit(op, values[op.inputs[0]], cut, first)
-            else:
-                values[op.name] = self.apply_plain(program, op, values, cut)
-            for name in op.dead:
-                del values[name]
+            if not op.static:
+                self._step(program, op, values, cut, first, fitted)
         return fitted
+
+    def outcomes(self, program: Program, x: Tensor, cuts: Mapping[K, Cut], behind: int) -> Iterator[tuple[K, Tensor]]:
+        """What the network gives for the calibration images by each cut alone, what it changes and so many layers behind that fitted.
+
+        `program` shares nothing. It is run once up to the first layer that each cut changes, and from there once for each cut.
+        """
+        waiting = dict(cuts)
+        values = {program.ops[0].name: x}
+        for at, op in enumerate(program.ops):
+            for key in [key for key, cut in waiting.items() if _changes(op, cut)]:
+                own, cut = dict(values), waiting.pop(key)
+                left = behind
+                for later in program.ops[at:]:
+                    left = behind if _changes(later, cut) else left - (later.kind == "layer")
+                    self._step(program, later, own, cut, False, {}, fitting=left >= 0)
+                yield key, own[program.result]
+            self._step(program, op, values, Cut({}, {}), True, {})
+
+    def _step(
+        self,
+        program: Program,
+        op: Op,
+        values: dict[str, Tensor],
+        cut: Cut,
+        first: bool,
+        fitted: dict[str, Fitted],
+        *,
+        fitting: bool = True,
+    ) -> None:
+        if op.kind in ("layer", "norm"):
+            fitted[op.name], values[op.name] = self._fit(op, values[op.inputs[0]], cut, first, fitting)
+        elif op.kind != "input":
+            values[op.name] = self.apply_plain(program, op, values, cut)
+        for name in op.dead:
+            del values[name]
 
     def apply_plain(self, program: Program, op: Op, values: Mapping[str, Tensor], cut: Cut) -> Tensor:
         """An operation without statistics: a PReLU with a slope per channel, or whatever stands in the graph."""
@@ -127,13 +166,13 @@ class Calibrator:
     def _taken(self, name: str, cut: Cut) -> Tensor:
         return take(self.tensors[name], cut.slices[name]) if name in cut.slices else self.tensors[name]
 
-    def _fit(self, op: Op, x: Tensor, cut: Cut, first: bool) -> tuple[Fitted, Tensor]:
+    def _fit(self, op: Op, x: Tensor, cut: Cut, first: bool, fitting: bool = True) -> tuple[Fitted, Tensor]:
         """The layer (or batch norm) on these inputs, and its outputs."""
         weight, y = None, x
         if op.kind == "layer":
             layer = self.layers[op.layer]
             weight = self._taken(f"{op.layer}.weight", cut)
-            if self.settings.reconstruct and not first:
+            if self.settings.reconstruct and not first and fitting:
                 weight = self._reconstructed(op, x, weight, cut)
             y = convolve(layer, x, weight.to(_precision(layer, x, weight)), None)
             if self.settings.reconstruct and first:

@@ -57,6 +57,7 @@ def prune(
     lookahead: int = 1,
     origin: Mapping[str, int] | None = None,
     prove: bool = True,
+    begin: Mapping[str, int] | None = None,
     ignore: Iterable[str] = (),
     dead: bool = True,
 ) -> M:
@@ -73,6 +74,7 @@ def prune(
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
     on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
     network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
+    `begin`: widths to descend from (see `rmprune.pruning.allocate.allocate`).
     `ignore`: names of modules all of whose output channels stay, and those tied to them (of a block: of each layer in it).
     `dead`: channels that compute nothing go first, all of them, which is exact and may save more than was asked for (the log
     says so); False leaves them to importance and budget.
@@ -123,7 +125,9 @@ def prune(
         if which == "uniform":
             keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
         else:
-            keep = allocate(structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead)
+            keep = allocate(
+                structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin
+            )
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
         done = fold(result, example_inputs, structure=after)

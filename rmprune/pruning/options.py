@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from rmprune.graph.convolution import Obstacle, or_none
@@ -64,8 +66,16 @@ def block_names(model: nn.Module, example_inputs: Inputs) -> list[str]:
     return [name for name, _ in additions(network)]
 
 
-def block_layers(model: nn.Module, example_inputs: Inputs) -> dict[str, frozenset[str]]:
-    """{block: its layers, branch and shortcut, by flat names}, of the blocks that can be followed."""
+@dataclass(frozen=True)
+class BlockLayers:
+    """The layers of a block by their flat names: of its branch, and of the way that its shortcut takes."""
+
+    branch: frozenset[str]
+    way: frozenset[str]
+
+
+def block_layers(model: nn.Module, example_inputs: Inputs) -> dict[str, BlockLayers]:
+    """{block: its layers}, of the blocks that can be followed."""
     model, inputs = as_given(model, example_inputs)
     network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
     annotate_ranges(network)
@@ -73,5 +83,9 @@ def block_layers(model: nn.Module, example_inputs: Inputs) -> dict[str, frozense
     for name, add in additions(network):
         block = or_none(find_block, network, name, add)
         if block is not None:
-            found[name] = frozenset(flat_name(str(node.target)) for node in block.nodes if node.op == "call_module")
+            branch, way = (
+                frozenset(flat_name(str(node.target)) for node in nodes if node.op == "call_module")
+                for nodes in (block.branch, block.way)
+            )
+            found[name] = BlockLayers(branch, way)
     return found

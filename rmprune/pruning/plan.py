@@ -121,15 +121,17 @@ class SlimPlan:
             choices[name] = choice
         return choices
 
-    def units(self, structure: Structure) -> dict[str, int]:
+    def units(self, structure: Structure, *, strict: bool = True) -> dict[str, int]:
         """How many units each of these groups keeps; the plan may call a group by any layer that puts its channels out.
 
-        Raises ConfigError for a group that is not there, or is too wide.
+        Raises ConfigError for a group that is not there, or is too wide; unless `strict`, such widths are passed over.
         """
         names = {flat_name(layer): group.name for group in structure.groups for layer in (*group.producers, group.name)}
         kept = structure.units
         for group, width in self.widths.items():
             name = names.get(flat_name(group))
+            if not strict and (name is None or width > kept[name]):
+                continue
             if name is None:
                 there = ", ".join(kept)
                 raise ConfigError(
@@ -137,7 +139,7 @@ class SlimPlan:
                 )
             if width > structure.units[name]:
                 raise ConfigError(f"width of {group} is {width}; there are {structure.units[name]} to keep")
-            if kept[name] not in (structure.units[name], width):
+            if strict and kept[name] not in (structure.units[name], width):
                 raise ConfigError(
                     f"width of {group} is {width}, but its channels are those of {name}, kept at {kept[name]}"
                 )

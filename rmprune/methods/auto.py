@@ -1,0 +1,249 @@
+"""`auto`: a choice for every block and a width for every group, looked for under the budget. Trains nothing.
+
+The presets' own networks and the plans that a surrogate proposes (`rmprune.pruning.proposals`) are cut to the budget, fitted and judged as
+whole networks on validation images; then plans that differ in one block from the best, while the minutes given for it last.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rmprune.config import SlimConfig
+from rmprune.errors import InfeasibleBudget
+from rmprune.methods.choose import Verdicts, best, judge, shown
+from rmprune.methods.cutter import LEAST_FRACTION, Cutter, layer_times, make_cutter, place_of
+from rmprune.methods.refuse import Starts
+from rmprune.methods.table import METHODS, STARTS, Method
+from rmprune.pruning import Budget, find_structure
+from rmprune.pruning.allocate import even_fraction
+from rmprune.pruning.budget import allowed_units, resolve
+from rmprune.pruning.carry_out import carry_out_blocks
+from rmprune.pruning.groups import Cost, macs, total_cost
+from rmprune.pruning.importance import score_groups
+from rmprune.pruning.options import BlockLayers, block_layers, block_options
+from rmprune.pruning.plan import Choice, Options
+from rmprune.pruning.proposals import Proposal, Proposals, Sight, thinned
+from rmprune.pruning.surrogate import Ends, block_losses, width_losses
+from rmprune.pruning.time_cost import TimeCost
+from rmprune.runs.notes import read_notes, remembered, write_text
+from rmprune.runs.writing import append_line
+from rmprune.training.job import Files, Job
+
+logger = logging.getLogger("rmprune")
+PROPOSED = 8  # plans that the surrogate proposes at first
+END_IMAGES = 256  # training images on which the end of the network is looked at
+SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
+_FREE = Method("a plan's blocks, the widths by importance")
+PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
+    "uniform": Method(
+        "as uniform, its layers fitted anew as all plans' are", widths="uniform", settings={"gradual": False}
+    )
+}
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The three networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
+
+    networks: Mapping[Choice, nn.Module]
+    sights: Mapping[Choice, Sight]
+    options: Options
+    layers: Mapping[str, BlockLayers]
+    limit: float
+
+    @property
+    def nothing(self) -> dict[str, dict[Choice, float]]:
+        """The choices of every block, as if none lost anything."""
+        return {
+            name: {choice: 0.0 for choice in ("keep", "remove", "merge", "drop") if not own[choice]}
+            for name, own in self.options.items()
+        }
+
+
+def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
+    """The networks that plans of `network` (with modules that name its blocks) are put together from, whatever its weights.
+
+    Widths keep the default floor, or less where the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the
+    least that can be had.
+    """
+    images = job.data.train.example(SHAPE_IMAGES, job.device)
+    options = block_options(network, images[:2])
+
+    def shaped(*prefer: Choice) -> nn.Module:
+        choices = {name: next(choice for choice in prefer if not own[choice]) for name, own in options.items()}
+        return carry_out_blocks(network, choices, lambda count: images[:count], fuse="never")[0]
+
+    networks: dict[Choice, nn.Module] = {
+        "keep": network,
+        "remove": shaped("remove", "keep"),
+        "merge": shaped("merge", "remove", "keep"),
+    }
+    structures = {choice: find_structure(own, images[:2]) for choice, own in networks.items()}
+    costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
+    if budget.latency_ratio is not None:
+        table, example = layer_times(job, place_of(job)), images[:1].cpu()
+        here = {choice: copy.deepcopy(own).cpu() for choice, own in networks.items()}
+        costs = {choice: TimeCost(table, own, structures[choice], example) for choice, own in here.items()}
+        budget = dataclasses.replace(budget, reference_ms=total_cost(structures["keep"], costs["keep"]))
+    limit = resolve(structures["keep"], budget, costs["keep"]).limit
+    floor = min(LEAST_FRACTION * even_fraction(structures["keep"], budget, costs["keep"]), budget.max_fraction)
+    while True:
+        least = budget if job.config.prune.min_fraction is not None else dataclasses.replace(budget, min_fraction=floor)
+        sights = {}
+        for choice, structure in structures.items():
+            widths = {group.name: thinned(allowed_units(group, least)) for group in structure.groups}
+            none = {name: [0.0] * len(own) for name, own in widths.items()}
+            sights[choice] = Sight(structure, costs[choice], widths, none)
+        found = Outlook(networks, sights, options, block_layers(network, images[:2]), limit)
+        cost = Proposals(sights, found.layers, found.nothing).least_cost()
+        if cost <= limit:
+            return found
+        floor /= 2
+        if least is budget or floor < 0.01:
+            nearest = getattr(budget, budget.name) * cost / limit
+            raise InfeasibleBudget(
+                f"{budget.name} {getattr(budget, budget.name):g} cannot be met by any plan of blocks and widths under these limits; the "
+                f"least that can be had is about {nearest:.3g}: ask for more, or lower min_channels, min_fraction or round_to"
+            )
+
+
+def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
+    """The surrogate of these networks: what their blocks and widths lose, measured once for these files."""
+    network, batches = outlook.networks["keep"], job.batches
+    ends = Ends.of(network, job.examples(END_IMAGES), torch.cat([y for _, y in batches])[:END_IMAGES].cpu())
+    note = files.note("losses")
+
+    def of_blocks() -> Any:
+        logger.info("%s: what each block loses where it is merged or dropped (KL at the network's end)", files.label)
+        return block_losses(network, outlook.options, job.examples, ends, logger.info)
+
+    def of_widths(choice: Choice) -> Any:
+        own, sight = outlook.networks[choice], outlook.sights[choice]
+        count = len(sight.structure.groups)
+        logger.info(
+            "%s: what each of %d groups loses where it is narrow, residuals %s", files.label, count, _SAID[choice]
+        )
+        scores = score_groups("taylor", job.here(own), sight.structure, batches)
+        return width_losses(job.here(own), sight.structure, scores, sight.widths, ends)
+
+    blocks = remembered(note, "blocks", of_blocks)
+    sights = dict(outlook.sights)
+    for choice in _SAID:
+        found = remembered(note, choice, functools.partial(of_widths, choice))
+        sights[choice] = dataclasses.replace(sights[choice], losses=found)
+    return Proposals(sights, outlook.layers, blocks)
+
+
+_SAID: dict[Choice, str] = {"keep": "kept", "remove": "removed"}
+
+
+@dataclass(frozen=True)
+class Winner:
+    """What goes on: its method, the network that this prunes, the widths to descend from.
+
+    begun: the facts of how that network was made; None where it is one of STARTS. verdicts: of everything that was tried;
+    plans: those of it that the surrogate proposed, with the reason for each.
+    """
+
+    name: str
+    method: Method
+    network: nn.Module
+    widths: Mapping[str, int] | None
+    begun: dict[str, Any] | None
+    verdicts: Verdicts
+    plans: Mapping[str, Mapping[str, Any]]
+
+
+def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Winner:
+    """The plan of the least loss on validation images, cut to the budget and not fine-tuned, of the presets' and those looked for.
+
+    `network`: the trained original with modules that name its blocks. What was tried stands beside the checkpoint of `files` and is not
+    tried again: an interrupted search goes on, a finished one is not repeated, whatever the clock says. Raises InfeasibleBudget where
+    no plan meets the budget.
+    """
+    network = job.here(network)
+    outlook = look(network, budget, job)
+    proposals = propose(outlook, job, files)
+    note = files.note("plans")
+    known = read_notes(note)
+    plans: dict[str, dict[str, Any]] = known.get("plans", {})
+
+    @functools.lru_cache(maxsize=1)
+    def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
+        return carry_out_blocks(network, plans[name]["blocks"], job.examples)
+
+    def cutter(name: str) -> Cutter:
+        return make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"])
+
+    def add(found: Proposal, why: str) -> str:
+        name = f"plan-{len(plans) + 1}"
+        plans[name] = {"blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "why": why}
+        return name
+
+    def tried() -> list[Mapping[str, Choice]]:
+        return [plan["blocks"] for plan in plans.values()]
+
+    def keep(seconds: float) -> None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
+
+    while len(plans) < PROPOSED and (found := proposals.best(outlook.limit, other_than=tried())) is not None:
+        add(found, f"number {len(plans) + 1} by the surrogate")
+    seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
+    keep(seconds)
+    candidates: dict[str, Callable[[], Cutter]] = {
+        name: functools.partial(_preset, method, starts, job, budget) for name, method in PRESETS.items()
+    }
+    verdicts = judge(candidates | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
+    for name in list(plans)[:PROPOSED] if not seconds else ():
+        _tell(files, name, plans[name], verdicts[name], whole)
+    while seconds < whole:
+        begun, leader = time.monotonic(), best(verdicts)
+        centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], outlook.options)
+        found = proposals.best(outlook.limit, near=centre, other_than=tried())
+        if found is None:  # all its neighbours were tried
+            keep(whole)
+            break
+        changed = [f"{b} {centre[b]} -> {c}" for b, c in found.blocks.items() if c != centre[b]]
+        name = add(found, f"{leader} with {', '.join(changed) or 'other widths'}")
+        verdicts = judge({name: functools.partial(cutter, name)}, budget, job, files)
+        seconds += time.monotonic() - begun
+        keep(seconds)
+        _tell(files, name, plans[name], verdicts[name], max(0.0, whole - seconds))
+    name = best(verdicts)
+    if name in plans:
+        plain, facts = carried_out(name)
+        return Winner(
+            name, _FREE, plain, plans[name]["widths"], facts | {"blocks": plans[name]["blocks"]}, verdicts, plans
+        )
+    return Winner(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts, plans)
+
+
+def _preset(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:
+    return make_cutter(starts(method.start), method, job, budget)
+
+
+def _blocks(preset: Method, options: Options) -> dict[str, Choice]:
+    """What a preset makes of the blocks."""
+    prefer = STARTS[preset.start].prefer
+    return {block: next(choice for choice in prefer if not own[choice]) for block, own in options.items()}
+
+
+def _tell(files: Files, name: str, plan: Mapping[str, Any], verdict: Mapping[str, Any], left: float) -> None:
+    logger.info("%s: %s, %s: %s; %.0f s of search left", files.label, name, plan["why"], shown(verdict), left)
+    line = {
+        "search": files.label,
+        "plan": name,
+        **{key: plan[key] for key in ("why", "predicted", "blocks")},
+        **verdict,
+    }
+    append_line(files.log, json.dumps(line | {"seconds_left": round(left, 1)}))

@@ -1,0 +1,235 @@
+"""Plans by a surrogate: what a choice of every block and a width of every group cost and lose, as a program for `multiple_choice`.
+
+Three networks are seen: the original, the one without any residual that can go (RM), and the one whose blocks are all merged. A layer
+that stands in a block counts where the block is what that network has there; a layer outside of blocks always counts. The map between
+two blocks has a width of its own, as in the network without residuals. Where a block stays, or vanishes, and its shortcut is the
+identity, the maps before and after it have the same width and keep the same channels: what that loses besides (the original's tied
+group against the free ones) its blocks share equally. That all these losses add up is assumed, see `rmprune.pruning.surrogate`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmprune.pruning.groups import Cost, SizedLayer, Structure
+from rmprune.pruning.multiple_choice import Answer, Problem, Question, Term, solve
+from rmprune.pruning.options import BlockLayers
+from rmprune.pruning.plan import Choice, flat_name
+
+LEVELS = 8  # widths of a group that a program chooses among, at most
+
+
+@dataclass(frozen=True)
+class Sight:
+    """One of the three networks: what its layers cost at any widths, the widths its groups may have (units, ascending), and the KL of
+    each where that group alone is so narrow."""
+
+    structure: Structure
+    cost: Cost
+    widths: Mapping[str, Sequence[int]]
+    losses: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """blocks: {block: choice}; widths: {layer by its flat name: units of the group it puts out}; what the surrogate says of it."""
+
+    blocks: dict[str, Choice]
+    widths: dict[str, int]
+    cost: float
+    loss: float
+
+
+def thinned(widths: Sequence[int]) -> list[int]:
+    """At most LEVELS of these widths, evenly spread, the ends among them."""
+    if len(widths) <= LEVELS:
+        return list(widths)
+    return sorted({widths[round(i * (len(widths) - 1) / (LEVELS - 1))] for i in range(LEVELS)})
+
+
+class Proposals:
+    """The program of one network, and what was proposed before.
+
+    sights: of "keep", "remove" and "merge"; layers: of each block that can be followed; losses: {block: {choice: KL}}. A block that
+    does not read one map and put out one is as the network without residuals has it.
+    """
+
+    def __init__(
+        self,
+        sights: Mapping[Choice, Sight],
+        layers: Mapping[str, BlockLayers],
+        losses: Mapping[str, Mapping[Choice, float]],
+    ) -> None:
+        self.sights, self.losses = sights, losses
+        self._problem = Problem()
+        self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
+        self._members = {choice: _Members.of(sight.structure, layers) for choice, sight in sights.items()}
+        self._ports = {name: ports for name in layers if (ports := self._find_ports(name)) is not None}
+        self._others: dict[str, Choice] = {
+            name: "remove" if "remove" in own else "keep" for name, own in losses.items() if name not in self._ports
+        }
+        self._constant = 0.0
+        for name in self._ports:
+            self._problem.questions[name] = Question(len(losses[name]))
+        self._write_outside()
+        for name in self._ports:
+            for number, choice in enumerate(losses[name]):
+                self._write_block(name, choice, (name, number))
+
+    def best(
+        self, limit: float, *, other_than: Iterable[Mapping[str, Choice]] = (), near: Mapping[str, Choice] | None = None
+    ) -> Proposal | None:
+        """The plan of the least loss whose layers cost at most `limit`, or None.
+
+        other_than: choices that it may not make again, each of all blocks; near: of its choices one at most may be another.
+        """
+        tabu = [self._numbers(choices) for choices in other_than]
+        centre = None if near is None else (self._numbers(near), 1)
+        found = solve(self._problem, limit - self._constant, other_than=tabu, near=centre)
+        if found is None:
+            return None
+        blocks = {name: list(self.losses[name])[found.answers[name]] for name in self._ports}
+        widths = {layer: at[found.answers[asked]] for layer, asked, at in self._named if asked in found.answers}
+        return Proposal(blocks | self._others, widths, found.cost + self._constant, found.loss)
+
+    def least_cost(self) -> float:
+        """The least that any plan costs."""
+        found = solve(self._problem, None)
+        assert found is not None
+        return found.cost + self._constant
+
+    def _numbers(self, choices: Mapping[str, Choice]) -> dict[str, int]:
+        return {name: list(self.losses[name]).index(choices[name]) for name in self._ports}
+
+    def _find_ports(self, name: str) -> tuple[str | None, str | None] | None:
+        """The groups before and after a block in the network without residuals (None: of a fixed width); None where it has several."""
+        found = [members.ports(name) for members in self._members.values()]
+        if any(len(before) > 1 or len(after) > 1 for before, after in found) or name not in self.losses:
+            return None
+        plain, kept = self.sights["remove"], self.sights["keep"]
+        for mine, theirs in zip(*(self._members[choice].ports(name) for choice in ("remove", "keep")), strict=True):
+            if len(mine) != len(theirs) or any(
+                plain.widths[a] != kept.widths[b] for a, b in zip(mine, theirs, strict=True)
+            ):
+                return None
+        before, after = self._members["remove"].ports(name)
+        return next(iter(before), None), next(iter(after), None)
+
+    def _ask(self, choice: Choice, group: str, where: Answer | None = None) -> str:
+        """The question how wide a group of a sight is."""
+        asked, sight = f"{choice}: {group}", self.sights[choice]
+        if asked not in self._problem.questions:
+            loss = np.array(sight.losses[group], dtype=float)
+            self._problem.questions[asked] = Question(len(loss), where)
+            self._problem.terms.append(Term((asked,), np.zeros_like(loss), loss, where))
+            for layer in sight.structure.group(group).producers:
+                self._named.append((flat_name(layer), asked, sight.widths[group]))
+        return asked
+
+    def _write_outside(self) -> None:
+        members = self._members["remove"]
+        for layer in self.sights["remove"].structure.layers:
+            if members.block.get(layer.name) not in self._ports:
+                self._write_layer("remove", layer, None, None)
+
+    def _write_block(self, name: str, choice: Choice, where: Answer) -> None:
+        self._problem.terms.append(Term((), np.array(0.0), np.array(self.losses[name][choice]), where))
+        place: Choice = "keep" if choice == "drop" else choice
+        members = self._members[place]
+        for layer in self.sights[place].structure.layers:
+            if members.block.get(layer.name) == name and (choice != "drop" or layer.name in members.way):
+                self._write_layer(place, layer, name, where)
+        before, after = (group and self._ask("remove", group) for group in self._ports[name])
+        if after is not None and (choice in ("drop", "merge")):
+            self._named.append(
+                (f"{flat_name(name)}_conv", after, self.sights["remove"].widths[self._ports[name][1] or ""])
+            )
+        kept = self._members["keep"].ports(name)
+        if choice in ("keep", "drop") and kept[0] and kept[0] == kept[1] and before != after:
+            assert before is not None and after is not None
+            self._problem.equal.append((before, after, where))
+            loss = self._tied(next(iter(kept[0])))
+            self._problem.terms.append(Term((before,), np.zeros_like(loss), loss, where))
+
+    def _tied(self, stream: str) -> np.ndarray:
+        """What each block that ties this group of the original adds to the losses of the free groups."""
+        kept, plain = self.sights["keep"], self.sights["remove"]
+        producers = {flat_name(layer) for layer in kept.structure.group(stream).producers}
+        free = [g.name for g in plain.structure.groups if producers & {flat_name(layer) for layer in g.producers}]
+        free = [name for name in free if len(plain.losses[name]) == len(kept.losses[stream])]
+        excess = np.array(kept.losses[stream], dtype=float) - sum(np.array(plain.losses[name]) for name in free)
+        return np.maximum(excess, 0.0) / max(len(free) - 1, 1)
+
+    def _write_layer(self, choice: Choice, layer: SizedLayer, block: str | None, where: Answer | None) -> None:
+        """What a layer costs at every width of what it reads and puts out; of several groups at either side, as if each had its own."""
+        sight, members = self.sights[choice], self._members[choice]
+
+        def sides(ports: Sequence[tuple[str, int]], whole: int, side: int) -> list[tuple[str | None, list[int]]]:
+            found: list[tuple[str | None, list[int]]] = []
+            for group, k in ports:
+                widths, asked = sight.widths[group], None
+                if block is None or block == members.inner.get(group):
+                    asked = self._ask(choice, group, where)
+                elif (port := self._ports[block][side]) is not None:
+                    asked = self._ask("remove", port)
+                found.append((asked, [units * k for units in widths]))
+            units = sight.structure.units
+            fixed = whole - sum(units[group] * k for group, k in ports)
+            return found + ([(None, [fixed])] if fixed > 0 else [])
+
+        outs = sides(layer.outputs, layer.cout, 1)
+        if layer.kind == "depthwise":
+            for asked, widths in outs:
+                self._add([(asked, widths)], np.array([sight.cost(layer, w, w) for w in widths]), where)
+            return
+        for (a, before), (b, after) in itertools.product(sides(layer.inputs, layer.cin, 0), outs):
+            table = np.array([[sight.cost(layer, cin, cout) for cout in after] for cin in before])
+            if a == b and a is not None:
+                self._add([(a, before)], table.diagonal(), where)
+            else:
+                self._add([(a, before), (b, after)], table, where)
+
+    def _add(self, sides: Sequence[tuple[str | None, list[int]]], table: np.ndarray, where: Answer | None) -> None:
+        table = table[tuple(slice(None) if asked is not None else 0 for asked, _ in sides)]
+        asked = tuple(asked for asked, _ in sides if asked is not None)
+        if asked or where is not None:
+            self._problem.terms.append(Term(asked, table, np.zeros_like(table), where))
+        else:
+            self._constant += float(table)
+
+
+@dataclass(frozen=True)
+class _Members:
+    """block: {layer of a structure: the block it stands in}; inner: {group: the block that all its layers stand in}; way: layers of
+    shortcuts."""
+
+    structure: Structure
+    block: Mapping[str, str]
+    inner: Mapping[str, str]
+    way: frozenset[str]
+
+    @classmethod
+    def of(cls, structure: Structure, layers: Mapping[str, BlockLayers]) -> _Members:
+        known = {f"{flat_name(name)}_conv": name for name in layers}
+        for name, parts in layers.items():
+            known |= {f"{layer}{end}": name for layer in (*parts.branch, *parts.way) for end in ("", "_in", "_out")}
+        block = {x.name: known[flat_name(x.name)] for x in structure.layers if flat_name(x.name) in known}
+        touching: dict[str, set[str | None]] = {}
+        for layer in structure.layers:
+            for group, _ in (*layer.inputs, *layer.outputs):
+                touching.setdefault(group, set()).add(block.get(layer.name))
+        inner = {group: own for group, blocks in touching.items() if len(blocks) == 1 and (own := next(iter(blocks)))}
+        ways = {layer for parts in layers.values() for layer in parts.way}
+        return cls(structure, block, inner, frozenset(x.name for x in structure.layers if flat_name(x.name) in ways))
+
+    def ports(self, name: str) -> tuple[set[str], set[str]]:
+        """The groups that a block reads from outside, and that it puts out."""
+        own = [layer for layer in self.structure.layers if self.block.get(layer.name) == name]
+        return (
+            {group for layer in own for group, _ in layer.inputs if group not in self.inner},
+            {group for layer in own for group, _ in layer.outputs if group not in self.inner},
+        )

@@ -1,0 +1,139 @@
+"""`auto`: what its surrogate says of a plan's cost is what the plan costs, and it ends at least as well as its presets."""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from slim_runs import QUICK
+from torch import nn
+
+import rmprune
+from rmprune.config import PruneConfig, SlimConfig, TrainConfig
+from rmprune.data.load import load_dataset
+from rmprune.errors import InfeasibleBudget
+from rmprune.measure.latency_model import LatencyModel
+from rmprune.methods import auto
+from rmprune.pipelines.slim import run_slim
+from rmprune.pruning import Budget, find_structure
+from rmprune.pruning.allocate import Meter
+from rmprune.pruning.carry_out import carry_out_blocks
+from rmprune.pruning.groups import macs
+from rmprune.pruning.plan import SlimPlan
+from rmprune.pruning.proposals import Proposals
+from rmprune.runs import records
+from rmprune.training.job import Job
+
+
+class Inverted(nn.Module):
+    """x + its inverted residual branch, three times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inside = 3 * width
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, inside, 1, bias=False), nn.BatchNorm2d(inside), nn.ReLU6(),
+            nn.Conv2d(inside, inside, 3, padding=1, groups=inside, bias=False), nn.BatchNorm2d(inside), nn.ReLU6(),
+            nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+def create(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name != "inverted":
+        return rmprune.models.create(name, num_classes=10, in_channels=1, width=4).eval()
+    stem = (nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+    head = (nn.Conv2d(8, 16, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return nn.Sequential(*stem, Inverted(8), Inverted(8), *head).eval()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "inverted"])
+def test_the_surrogate_knows_what_a_plan_costs(name: str) -> None:
+    config = SlimConfig(prune=PruneConfig(macs_ratio=(0.6,), round_to=1))
+    data = load_dataset(config.data)
+    job = Job(config, data, torch.device("cpu"), 0)
+    model, images = create(name), data.train.example(48)
+    whole = rmprune.count_macs(model, images[:1])
+    shapes = auto.look(model, Budget(macs_ratio=0.6, reference_macs=whole), job)
+    assert shapes.limit == pytest.approx(0.6 * whole)
+    every = list(itertools.product(*(own.items() for own in shapes.nothing.values())))
+    wider = {  # the wider the better
+        choice: replace(
+            sight, losses={group: [1.0 / units for units in widths] for group, widths in sight.widths.items()}
+        )
+        for choice, sight in shapes.sights.items()
+    }
+    for number in range(0, len(every), 19):
+        losses = {block: {choice: 0.0} for block, (choice, _) in zip(shapes.nothing, every[number], strict=True)}
+        proposals = Proposals(wider, shapes.layers, losses)
+        for limit in (10.0 * whole, shapes.limit):
+            found = proposals.best(limit)
+            if found is None:
+                assert proposals.least_cost() > limit
+                continue
+            network, _ = carry_out_blocks(model, found.blocks, lambda count: images[:count], fuse="never")
+            structure = find_structure(network, images[:2])
+            units = SlimPlan(widths=found.widths).units(structure, strict=False)
+            if limit > whole:
+                assert found.cost == pytest.approx(rmprune.count_macs(network, images[:1])), found.blocks
+            assert found.cost == pytest.approx(sum(Meter(structure, macs).at(units))), found.blocks
+            assert found.cost <= limit * (1 + 1e-6)
+
+
+def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "PROPOSED", 2)
+    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform")})
+    prune = PruneConfig(macs_ratio=(0.5,), round_to=1)
+    config = replace(QUICK, method=(), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
+    config = replace(config, search_minutes=0.001, measure=replace(QUICK.measure, backends=("eager",)))
+    config = replace(config, data=replace(config.data, train_images=256))
+    assert config.method == ("auto",) and replace(config, method=(), prune=PruneConfig(ratio=(0.5,))).method == ("rm",)
+    (path,) = run_slim(replace(config, out=tmp_path / "run"), command="x")
+    record = records.read_record(path)
+    found = record["auto"]
+    losses = {name: verdict["loss"] for name, verdict in found["candidates"].items() if "loss" in verdict}
+    assert found["chosen"] == min(losses, key=lambda name: losses[name]) and {"residual", "plan-1"} <= set(losses)
+    assert found["candidates"]["plan-3"]["why"].startswith(
+        f"{min(('residual', 'uniform', 'plan-1', 'plan-2'), key=losses.__getitem__)} with"
+    )
+    assert found["macs"] <= 0.5 * record["original"]["macs"]
+    assert set(found["plan"]["blocks"]) <= {"layer1.0", "layer2.0", "layer3.0"} and found["plan"]["widths"]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["plan"] for line in log if "search" in line] == ["plan-1", "plan-2", "plan-3"]  # the third by a change
+    (path.parent / "record.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "auto")
+    monkeypatch.setattr(auto, "make_cutter", lambda *_: pytest.fail("judged again"))
+    run_slim(replace(config, out=tmp_path / "run"), command="x")
+    again = records.read_record(path)["auto"]
+    assert again["candidates"] == found["candidates"] and again["accuracy"] == found["accuracy"]
+
+
+def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -> None:
+    prune = PruneConfig(macs_ratio=(0.001,), round_to=1)
+    with pytest.raises(
+        InfeasibleBudget, match=r"macs_ratio 0.001 cannot be met by any plan.*least .* about 0\.0"
+    ) as refused:
+        run_slim(replace(QUICK, method=("auto",), prune=prune, out=tmp_path / "no"), command="x")
+    assert "\n" not in str(refused.value) and not (tmp_path / "no").exists()
+
+
+def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_up = lambda table, layers: [1e-2 + 1e-3 + 1e-5 * layer.cin * layer.cout for layer in layers]  # noqa: E731
+    monkeypatch.setattr(LatencyModel, "_measure", made_up)
+    config = SlimConfig(prune=PruneConfig(latency_ratio=(0.5,), round_to=1), out=tmp_path)
+    job = Job(config, load_dataset(config.data), torch.device("cpu"), 0, teacher=create("resnet8"))
+    outlook = auto.look(job.original, Budget(latency_ratio=0.5), job)
+    losses = {block: {choice: float(choice != "keep") for choice in own} for block, own in outlook.nothing.items()}
+    found = Proposals(outlook.sights, outlook.layers, losses).best(outlook.limit)
+    assert found is not None and found.cost <= outlook.limit * (1 + 1e-6)
+    assert 0 < found.loss <= 3 and "keep" in found.blocks.values()  # each layer has a time that no width saves
+    with pytest.raises(InfeasibleBudget, match=r"latency_ratio 0.01 cannot be met by any plan.*least .* about 0\.\d"):
+        auto.look(job.original, Budget(latency_ratio=0.01), job)
