@@ -147,6 +147,10 @@ def slim(
             f"give exactly one of ratio=, macs_ratio= and latency_ratio=; got {', '.join(given) or 'none'}"
         )
     tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
+    if loss is not None and method == "auto":
+        raise ConfigError(
+            "method 'auto' predicts class scores, and does not know a loss of one's own; take 'rm' or 'residual'"
+        )
     if found := reduced(places.backends):
         raise ConfigError(
             f"{', '.join(found)} count accuracy on labelled images of our own; measure result.model there by measure_latencies"

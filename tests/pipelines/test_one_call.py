@@ -161,6 +161,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[RmpruneError], str]] = {
     "a loss without the model": ({"loss": broken}, DataError, "train: loss: no gradient"),
     "no trace": ({"model": Asking().eval()}, UnsupportedModel, "Asking"),
     "int8": ({"measure": MeasureConfig(backends=("eager", "onnxruntime-int8"))}, ConfigError, "onnxruntime-int8 count"),
+    "auto by a loss": ({"method": "auto", "loss": to_angles}, ConfigError, "take 'rm' or 'residual'"),
     "no such method": ({"method": "magic"}, ConfigError, "unknown method 'magic'"),
 }
 
