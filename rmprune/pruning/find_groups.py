@@ -112,12 +112,9 @@ def _misfit(walk: Walk, groups: Sequence[_Alike]) -> fx.Node | None:
             units = len(group.roots)
             order = torch.randperm(units, generator=chance)
             count = int(torch.randint(units, (1,), generator=chance))
-            goes = (
-                (torch.arange(-(-units // 3)), torch.arange(units - units // 3, units))[cut]
-                if cut < 2
-                else order[:count]
-            )
-            gone[group.roots[goes[: units - 1]]] = True
+            some = min(max(1, units // 3), units - 1)
+            ends = (torch.arange(some), torch.arange(units - some, units))
+            gone[group.roots[ends[cut] if cut < 2 else order[:count]]] = True
         node = _first_misfit(walk, gone)
         if node is not None:
             return node
