@@ -240,7 +240,7 @@ class Walk:
             self.channels.unite(parts[:, :1].expand_as(parts), parts, "they are shuffled with channels that stay whole")
         found = self.run(node, args, kwargs)
         if (
-            name in ("chunk", "split", "tensorsplit") and found[0].shape == found[-1].shape
+            name in ("chunk", "split", "tensorsplit") and len({x.shape for x in found}) == 1
         ):  # equal pieces stay so where each loses as much
             for part in found[1:]:
                 self.channels.unite(found[0], part, "they are taken apart from channels that stay whole")

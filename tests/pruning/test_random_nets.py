@@ -94,15 +94,15 @@ class Draw:
     def halves(self, c: int) -> Step:
         inner, way, whole = self.block(c // 2), self.one("chunk", "split", "slices", "unpack"), self.one(True, False)
 
+        ways = {
+            "chunk": lambda y: y.chunk(2, 1),
+            "split": lambda y: y.split(c // 2, 1),
+            "unpack": lambda y: y.split([c // 2, c // 2], dim=1),
+            "slices": lambda y: (y[:, : c // 2], y[:, c // 2 :]),
+        }
+
         def run(s: Step, y: Tensor) -> Tensor:
-            if way == "slices":
-                a, b = y[:, : c // 2], y[:, c // 2 :]
-            else:
-                a, b = {
-                    "chunk": y.chunk(2, 1),
-                    "split": y.split(c // 2, 1),
-                    "unpack": y.split([c // 2, c // 2], dim=1),
-                }[way]
+            a, b = ways[way](y)
             return torch.cat([b, s.inner(a), a] if whole else [b, s.inner(a)], 1)
 
         return Step(inner.channels + (c if whole else c // 2), run, inner=inner)
@@ -129,7 +129,7 @@ class Draw:
             Step(c, lambda s, y: y * s.gain, gain=torch.rand(c, *[1] * self.dims) + 0.5),
             Step(c, lambda s, y: y * y.mean(1, keepdim=True).sigmoid()),
             Step(c, lambda s, y: y * y.amax(tuple(range(2, y.dim())), keepdim=True).sigmoid()),
-            Step(c, lambda s, y: y - y.mean(2, keepdim=True)),
+            Step(c, lambda s, y: y - 0.5 * y.mean(2, keepdim=True)),
         )
 
     def gate(self, c: int) -> Step:
