@@ -319,8 +319,8 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[str], bool]:
     done = sum(row["status"] == "pruned" for row in removed)
     met = not wrong and not raw and part >= GOAL
     lines = [
-        f"- {len(coupled)} networks of {len(NETS)}. **Pruned to {RATIO} of their MACs: {len(pruned)} ({part:.1%}; goal {GOAL:.0%})**; after RM "
-        f"{done} of the {len(removed)} where removal goes.",
+        f"- {len(coupled)} networks of {len(NETS)}. **Pruned to {RATIO} of their MACs: {len(pruned)} ({part:.1%}; goal {GOAL:.0%})**; "
+        f"after RM {done} of the {len(removed)} where removal goes.",
         f"- Wrong results: {len(wrong)} (goal 0). Raw tracebacks: {len(raw)} (goal 0).",
         f"- Largest error of the proof in float64: {max(errors, default=0):.0e}. Loaded and equal bit for bit: {saved} of {len(errors)}; "
         f"exported and equal in ONNX Runtime: {len(onnx)}.",
@@ -338,7 +338,7 @@ def write_report(rows: list[dict[str, Any]]) -> bool:
         "",
         "Made by `python experiments/pruning_coverage.py` ([how](../../experiments/pruning_coverage.py)); random weights; CPU seconds of",
         "one thread of a machine with other work on it.",
-        f"`error`: of the proof of the cut, float64. `onnx`: ONNX Runtime against PyTorch, float32.",
+        "`error`: of the proof of the cut, float64. `onnx`: ONNX Runtime against PyTorch, float32.",
         "",
         *lines,
         "",
