@@ -96,7 +96,7 @@ class SlimConfig(RunConfig):
     width: int | None = None
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
     method: Names = ()
-    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (default: rm with --ratio, else auto)."""
+    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (default: rm)."""
     plan: Path | None = None
     """Carry out this plan (a JSON file: a choice for each block, a width for each channel group) instead of meeting a budget."""
     search_minutes: float = 1.0
@@ -126,8 +126,7 @@ class SlimConfig(RunConfig):
         if self.plan is not None:
             require(self.method in ((), ("plan",)), "a plan is carried out by itself; leave out --method")
         if not self.method:
-            default = "plan" if self.plan is not None else "rm" if self.prune.ratio else "auto"
-            object.__setattr__(self, "method", (default,))
+            object.__setattr__(self, "method", ("rm" if self.plan is None else "plan",))
         require(0 <= self.search_minutes <= 1e4, f"search_minutes is {self.search_minutes}; use 0 to 10000")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
 

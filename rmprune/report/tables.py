@@ -139,6 +139,7 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
     (median/q1/q3 in ms) and its ratio, seeds.
     """
     keys = ["model", "dataset", "method", "budget", *CONFIGURATION]
+    data = data.reindex(columns=[*data.columns, *(name for name in COLUMNS if name not in data)])  # tables of before
     dense = data[data.method == "dense"].set_index(["run", *CONFIGURATION])
     dense = dense[~dense.index.duplicated()]
     base = dense.reindex(pd.MultiIndex.from_frame(data[["run", *CONFIGURATION]]))

@@ -211,15 +211,9 @@ class Recurrent(nn.Module):
         return self.gru(self.conv(x).mean(2).transpose(1, 2))[0]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("layer", [nn.InstanceNorm2d(8), nn.SyncBatchNorm(8), None])
-def test_layers_that_an_artifact_cannot_hold_are_named_and_measured(layer: nn.Module | None, tmp_path: Path) -> None:
-    net = (Recurrent() if layer is None else nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.ReLU())).eval()
-    said = (
-        r"^layer gru \(GRU\): not a layer type"
-        if layer is None
-        else rf"^layer 1 \({type(layer).__name__}\): not a layer type"
-    )
-    with pytest.raises(UnsupportedModel, match=said):
+def test_layers_that_an_artifact_cannot_hold_are_named_and_measured(tmp_path: Path) -> None:
+    net = Recurrent().eval()
+    with pytest.raises(UnsupportedModel, match=r"^layer gru \(GRU\): not a layer type"):
         rmprune.save(net, tmp_path / "net")
     assert rmprune.measure_latency(net, X, backend="eager", seconds=0.0, min_rounds=1).median_ms > 0
 

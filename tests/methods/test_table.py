@@ -103,7 +103,7 @@ class Counting:
     """A split that counts how often its images are loaded."""
 
     def __init__(self, split: Any) -> None:
-        self.split, self.loaded = split, 0
+        self.split, self.loss, self.loaded = split, split.loss, 0
 
     def batches(self, size: int, **settings: Any) -> Iterator[Any]:
         self.loaded += min(settings.get("limit") or len(self.split), len(self.split))
