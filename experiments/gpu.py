@@ -41,9 +41,9 @@ from rmprune.graph.equivalence import base_inputs, check_inputs, relative_error
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.backends import GPU_ONLY, Candidate, check_backend
 from rmprune.measure.latency import Configuration, measure_configuration
+from rmprune.measure.machine import environment
 from rmprune.pipelines.amc import run_amc
 from rmprune.pipelines.slim import run_slim
-from rmprune.runs.machine import environment
 
 SECONDS = {"exactness": 45.0, "speed": 200.0, "additions": 50.0, "training": 35.0, "accuracy": 190.0}
 """What each part may take on an H100."""

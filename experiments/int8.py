@@ -23,7 +23,7 @@ from rmprune.config import DataConfig, TrainConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import RmpruneError
 from rmprune.measure import calibration_images, measure_latencies
-from rmprune.runs.machine import environment
+from rmprune.measure.machine import environment
 from rmprune.training import evaluate, fit
 
 

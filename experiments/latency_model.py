@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import rmprune
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.layers import TimedLayer, network_layers
+from rmprune.measure.machine import environment
 from rmprune.pruning import find_structure, shrink
 from rmprune.pruning.allocate import keep_best
-from rmprune.runs.machine import environment
 
 GOAL = 0.10
 console = Console()

@@ -21,8 +21,8 @@ import tyro
 from torch import nn
 
 import rmprune
+from rmprune.measure.machine import environment
 from rmprune.measure.quiet import quietness
-from rmprune.runs.machine import environment
 
 GOAL = 0.03
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from rmprune.runs.machine import environment
+from rmprune.measure.machine import environment
 from rmprune.training.precision import compute_dtype
 
 

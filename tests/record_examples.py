@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rmprune.runs.machine import environment
+from rmprune.measure.machine import environment
 
 
 def network(accuracy: float, macs: int, ms: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from rmprune.errors import ConfigError, RmpruneError
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.candidate import Candidate, Prepared, Run, Setting, folded_form, onnx_form
+from rmprune.measure.machine import BFLOAT16, has_instruction
 from rmprune.measure.quantise import onnx_int8, openvino_int8
 from rmprune.measure.runtimes import (
     Provider,
@@ -33,7 +34,6 @@ from rmprune.measure.runtimes import (
     xnnpack,
 )
 from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, torchscript
-from rmprune.runs.machine import BFLOAT16, has_instruction
 
 __all__ = [
     "BACKENDS",

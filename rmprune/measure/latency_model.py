@@ -32,7 +32,7 @@ from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure.backends import BACKENDS, Candidate, prepare, surroundings
 from rmprune.measure.latency import measure_latencies, quiet_process, timed_rounds
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
-from rmprune.runs.machine import environment
+from rmprune.measure.machine import environment
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import write_text
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rmprune.measure.candidate import Candidate, onnx_form
+from rmprune.measure.machine import has_instruction
 from rmprune.measure.runtimes import openvino_form, silence
-from rmprune.runs.machine import has_instruction
 
 CALIBRATION_BATCH = 16  # calibration images that pass at once
 

@@ -9,8 +9,8 @@ from rmprune.config import DoctorConfig
 from rmprune.errors import ConfigError
 from rmprune.measure import BACKENDS
 from rmprune.measure.backends import Candidate, prepare, surroundings
+from rmprune.measure.machine import BFLOAT16, PACKAGES, environment, has_instruction
 from rmprune.measure.quiet import quietness
-from rmprune.runs.machine import BFLOAT16, PACKAGES, environment, has_instruction
 
 INSTRUCTIONS = {
     "AVX2": ("avx2",),

@@ -21,10 +21,10 @@ from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
+from rmprune.measure.machine import environment
 from rmprune.pipelines.stages import expected_statistics, image_shape
 from rmprune.runs import records
 from rmprune.runs.directory import runs_of, tidy
-from rmprune.runs.machine import environment
 
 logger = logging.getLogger("rmprune")
 

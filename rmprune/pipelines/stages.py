@@ -23,12 +23,12 @@ from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.outline import outline
 from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
+from rmprune.measure.machine import environment
 from rmprune.methods.start import start
 from rmprune.models.families import create_network
 from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
-from rmprune.runs.machine import environment
 from rmprune.training.evaluation import evaluate, logits_of, scores
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmprune.config import Precision
 from rmprune.graph.tf32 import tf32
-from rmprune.runs.machine import BFLOAT16, has_instruction
+from rmprune.measure.machine import BFLOAT16, has_instruction
 from rmprune.training.convolutions import TrainableConvolutions
 
 

@@ -10,7 +10,7 @@ import pytest
 from record_examples import example, network
 
 from rmprune.errors import ArtifactError
-from rmprune.runs.machine import environment
+from rmprune.measure.machine import environment
 from rmprune.runs.records import check_record, find_records, networks, read_record, write_record
 
 

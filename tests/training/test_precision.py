@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from rmprune.runs.machine import BFLOAT16, has_instruction
+from rmprune.measure.machine import BFLOAT16, has_instruction
 from rmprune.training.precision import autocast, compute_dtype
 
 
