@@ -85,7 +85,12 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
         part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
     arguments = _with_value("--augment", "True", arguments)
-    transfer = any(word == "--weights" or word.startswith("--weights=") for word in arguments)
+    given = [
+        a.partition("=")[2] or b
+        for a, b in zip(arguments, [*arguments[1:], ""], strict=False)
+        if a.split("=")[0] == "--weights"
+    ]
+    transfer = bool(given) and given[-1].lower() != "none"
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
@@ -108,7 +113,7 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
 def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
     """`flag` by itself, and its opposite, as they were before it took a value: `--augment`, `--no-augment`."""
     words = [
-        word.replace("--no-", "--") + "=none" if word == flag.replace("--", "--no-") else word for word in arguments
+        word.replace("--no-", "--") + "=False" if word == flag.replace("--", "--no-") else word for word in arguments
     ]
     bare = {
         i for i, word in enumerate(words) if word == flag and (i + 1 == len(words) or words[i + 1].startswith("--"))

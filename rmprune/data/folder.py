@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,18 +54,18 @@ def load_image_folder(
         drawn = draw_part(labels, config.test, TEST_SEED, groups)
         test, rest = drawn.nonzero().squeeze(1), (~drawn).nonzero().squeeze(1)
     if len(named["test"]) and len(named["val"]):
-        held_back, kept = named["val"], some_of(rest, config)
+        held_back, kept = named["val"], rest
     else:
         inside = None if groups is None else [groups[i] for i in rest.tolist()]
-        held_back, kept = (rest[part] for part in split_train(labels[rest], config, inside))
-    parts = [_mixed(kept), _mixed(held_back), test]
-    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        held_back, kept = (rest[part] for part in split_train(labels[rest], replace(config, train_images=None), inside))
+    for name, part in zip(("training", "validation", "test"), (kept, held_back, test), strict=True):
         counts = torch.bincount(labels[part], minlength=len(classes))
-        if not counts.all() and config.train_images is None:
+        if not counts.all():
             raise DataError(
                 f"{config.data_dir}: class {classes[int(counts.argmin())]!r} has no image left for {name}; "
                 "add images (or groups) of it, or take the class out"
             )
+    parts = [_mixed(some_of(kept, config)), _mixed(held_back), test]
     paths = [photo.path for photo in listed]
     photos = Photos(paths, round(config.image_size / config.crop), bit_depth(paths))
     photos.decode_all(config.cache, config.workers)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import Precision
+from rmprune.data.batches import check_labels
 from rmprune.data.splits import Split
-from rmprune.errors import RmpruneError
+from rmprune.errors import DataError, RmpruneError
 from rmprune.graph.finite import where_broken
 from rmprune.graph.foreign import copied
 from rmprune.training.precision import ask, autocast, weights_dtype
@@ -63,11 +64,14 @@ def logits_of(
     with _in_eval_mode(model), autocast(precision, device):
         for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
             found.append((ask(model, x).float(), y))
-    logits = torch.cat([some for some, _ in found])
+    if not found:
+        raise DataError("there are no images to evaluate the network on")
+    logits, labels = torch.cat([some for some, _ in found]), torch.cat([y for _, y in found])
+    check_labels(labels, logits.shape[1])
     if logits.log_softmax(1).isnan().any():
         where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
         raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
-    return logits, torch.cat([y for _, y in found])
+    return logits, labels
 
 
 @torch.no_grad()
@@ -81,6 +85,8 @@ def mean_loss(
         for x, y in split.batches(batch_size, device=device, limit=limit):
             total += split.loss(model, y).double().reshape(()) * len(x)
             seen += len(x)
+    if not seen:
+        raise DataError("there are no images to evaluate the network on")
     found = float(total) / seen
     if not math.isfinite(found):
         raise RmpruneError(f"the network cannot be evaluated, its loss is {found}")

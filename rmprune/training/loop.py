@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rmprune.config import TrainConfig, require
 from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
-from rmprune.errors import ArtifactError, RmpruneError
+from rmprune.errors import ArtifactError, DataError, RmpruneError
 from rmprune.measure.cuda_graphs import Replayed
 from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
@@ -209,6 +209,10 @@ class _Training:
                 raise KeyboardInterrupt
             if time.monotonic() - self.saved_at > self.config.checkpoint_seconds:
                 self.save()
+        raise DataError(
+            f"{self.label}: the training images gave {self.state.step} batches where they said "
+            f"{self.state.steps_per_epoch} an epoch"
+        )
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """Forward, backward, the optimizer's step and the hook."""

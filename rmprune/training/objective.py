@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.config import TrainConfig
-from rmprune.data.batches import Loss
+from rmprune.data.batches import Loss, check_labels, own_loss
 from rmprune.training.precision import ask
 from rmprune.training.teacher import distillation_loss
 
@@ -22,6 +22,8 @@ def class_objective(
 ) -> tuple[Tensor, Tensor]:
     """The loss of images x with class numbers y [B], and how many were right; `target`: the teacher's logits [B, C]."""
     output = ask(model, x)
+    if y.device.type == "cpu":  # a GPU is not waited for; it stops by itself
+        check_labels(y, output.shape[1])
     loss = nn.functional.cross_entropy(output.float(), y, weight=weights, label_smoothing=config.label_smoothing)
     if target is not None:
         soft = distillation_loss(output, target, config.temperature)
@@ -39,7 +41,7 @@ def own_objective(
     calls: list[tuple[tuple[Any, ...], Any]] = []
     handle = model.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
     try:
-        value = loss(model, batch).reshape(())
+        value = own_loss(loss, model, batch)
     finally:
         handle.remove()
     if teacher is not None and config.distillation:

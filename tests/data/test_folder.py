@@ -163,6 +163,13 @@ def test_grey_photos_of_any_depth_come_out_alike(tmp_path: Path, form: str, bits
     assert all(float((channel - expected).abs().max()) <= 1 for channel in square(path).float())
 
 
+def test_of_16_bit_photos_the_brightest_counts_wherever_it_lies(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{i:03d}.png") for i in range(70)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((2, 2), 60_000 if i == 68 else 4_000, np.uint16)).save(path)
+    assert photos.bit_depth(paths) == 16 and photos.bit_depth(paths[:60]) == 12
+
+
 def test_palettes_transparency_and_turned_photos(tmp_path: Path) -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[:2] = 255
@@ -287,6 +294,8 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (csv_of("image,label\n"), "no rows"),
         (csv_of("picture,label\n" + CAT), "no column 'image'; there are: picture, label"),
         (csv_of("image,label\n" + CAT + CAT + DOG), "stands in two rows"),
+        (csv_of("image,label\n" + CAT + DOG + "train/dog/../cat/0.png,dog\n"), "one calls it 'train/cat/0.png'"),
+        (csv_of("image,label\n" + CAT + DOG + "train/dog/1.png,\n"), "column 'label' is empty"),
         (csv_of("image,label\n" + CAT + "train/dog/77.png,dog\n"), "no such file"),
         (csv_of("image,label\n" + CAT + "train/dog/0.png\n"), "row 3 has another number of columns"),
         (csv_of("image,label\n" + CAT), "one class"),
