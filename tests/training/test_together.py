@@ -19,7 +19,7 @@ COMMON = (
     "--measure.min-rounds 1 --out"
 )
 SLIM = (
-    "slim --method uniform,inner --skip-infeasible --round-to 1 --macs-ratio 0.7 --gradual --cuts 2 --finetune.epochs 2 "
+    "slim --method residual,inner --skip-infeasible --round-to 1 --macs-ratio 0.7 --gradual --cuts 2 --finetune.epochs 2 "
     f"--finetune.sync-batch-norm {COMMON}"
 )
 
@@ -44,7 +44,7 @@ def test_slim_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (tmp_path / "1.txt").read_text() == ""  # one speaks
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (
-        record["refused"] == {"uniform": "as it turns out"}
+        record["refused"] == {"residual": "as it turns out"}
         and record["inner"]["macs"] <= 0.7 * record["original"]["macs"]
     )
     assert {label: len(log) for label, log in record["training"].items()} == {"dense": 1, "inner": 2}
