@@ -206,11 +206,16 @@ def table(folder: Path) -> str:
     if (folder / "times.csv").is_file():
         times = pd.read_csv(folder / "times.csv")
         whole = times[(times["network"] == "residual")].set_index(["model", "backend"])["median_ms"]
-        base = [whole.get((m, b.removesuffix("-int8")), math.nan) for m, b in zip(times["model"], times["backend"], strict=True)]
+        base = [
+            whole.get((m, b.removesuffix("-int8")), math.nan)
+            for m, b in zip(times["model"], times["backend"], strict=True)
+        ]
         times["relative"] = (times["median_ms"] / base).map("{:.2f}".format)
         wide = times.pivot(index=["model", "network"], columns="backend", values="relative").reset_index()
         shown["key"] = shown["model"].str.replace("[/:]", "-", regex=True)
-        shown = shown.merge(wide.rename(columns={"model": "key"}), on=["key", "network"], how="left", suffixes=("", ", time"))
+        shown = shown.merge(
+            wide.rename(columns={"model": "key"}), on=["key", "network"], how="left", suffixes=("", ", time")
+        )
         shown = shown.drop(columns="key")
     lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.fillna("").values.tolist()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
