@@ -121,7 +121,7 @@ def _times(entry: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
             one["device"],
             one["threads"],
             one["batch_size"],
-            f"{one['median_ms']:.3g} ({one['q1_ms']:.3g} to {one['q3_ms']:.3g})",
+            f"{one['median_ms']:.4g} ({one['q1_ms']:.4g} to {one['q3_ms']:.4g})",
             f"{one['ratio']:.2f}" if "ratio" in one else "",
         )
         for one in entry["latency"]
