@@ -155,3 +155,15 @@ def test_measuring_again_renews_the_card_and_the_ranking(slimmed: Path, tmp_path
     assert "1234 (" in (folder / "README.md").read_text() and (folder / "model.json").read_bytes() == before
     ranking = json.loads((folder / "ranking.json").read_text())["networks"]
     assert [entry["latency"][0]["median_ms"] for entry in ranking[:2]] == [1234] * 2
+
+
+def test_what_cannot_be_deployed_is_refused(slimmed: Path, tmp_path: Path) -> None:
+    data = load_dataset(QUICK.data)
+    with pytest.raises(ConfigError, match="no network 'coupled'; there are: "):
+        deploy.deploy(slimmed, data, network="coupled")
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ArtifactError, match="left alone"):
+        deploy.deploy(slimmed, data, tmp_path)
+    with pytest.raises(ArtifactError, match="not the directory of one run"):
+        deploy.run_deploy(DeployConfig(slimmed.parent))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"] and not (slimmed / "deploy").exists()
