@@ -34,9 +34,10 @@ _SHIFT = 8  # light augmentation moves by up to this part of the image in all, b
 
 def load_image_folder(
     config: DataConfig, statistics: Statistics
-) -> tuple[tuple[Split, Split, Split], list[Tensor], tuple[str, ...]]:
-    """(train, validation, test), their labels, and the classes' names. Parts that the folder or CSV names are taken as they are;
-    others are drawn, stratified by class, whole groups together; val/ without test/ is the test set, as ImageNet's is.
+) -> tuple[tuple[Split, Split, Split], list[Tensor], tuple[str, ...], int]:
+    """(train, validation, test), their labels, the classes' names, and the bits that 16-bit images use. Parts that
+    the folder or CSV names are taken as they are; others are drawn, stratified by class, whole groups together; val/ without test/ is
+    the test set, as ImageNet's is.
 
     Raises DataError for another layout, a damaged image (where a cache is made), and parts without an image of some class.
     """
@@ -67,10 +68,10 @@ def load_image_folder(
             )
     parts = [_mixed(some_of(kept, config)), _mixed(held_back), test]
     paths = [photo.path for photo in listed]
-    photos = Photos(paths, round(config.image_size / config.crop), bit_depth(paths))
+    photos = Photos(paths, config.photo_side, bit_depth(paths))
     photos.decode_all(config.cache, config.workers)
     splits = tuple(FolderSplit(photos, part, labels[part], config, statistics) for part in parts)
-    return (splits[0], splits[1], splits[2]), [labels[part] for part in parts], classes
+    return (splits[0], splits[1], splits[2]), [labels[part] for part in parts], classes, photos.depth
 
 
 class FolderSplit(IndexedSplit):

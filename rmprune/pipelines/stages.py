@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,7 @@ def measure_networks(
     return {
         name: {
             **_how_good(model.to(device), data, device),
+            "validation": on_validation(model, data, device),
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
             **outline(model, example),
@@ -206,6 +207,12 @@ def measure_networks(
         }
         for name, model in networks.items()
     }
+
+
+def on_validation(model: nn.Module, data: Dataset, device: torch.device) -> dict[str, float | None]:
+    """What choices among finished networks look at: accuracy (None where the data have a loss of their own) and loss."""
+    found = evaluate(model, data.validation, device=device)
+    return {name: value if math.isfinite(value) else None for name, value in asdict(found).items()}
 
 
 def _how_good(model: nn.Module, data: Dataset, device: torch.device) -> dict[str, Any]:
