@@ -2,8 +2,8 @@
 
 DIR/seed0/ holds what the cells of a seed share (`dense/`, `plain/`, ...), made by one worker before they begin;
 DIR/seed0/macs_ratio-0.5-rm/ is a cell, a run of `slim` with its record. What is done is not done again, and a cell that was cut short
-goes on from its checkpoint, so a worker that is lost costs the time since then. Times are measured at the end, of all cells in turns,
-by one worker with nobody beside it.
+goes on from its checkpoint, so a worker that is lost costs the time since then. Times are measured at the end, of all cells of a seed
+in turns, by one worker with nobody beside it.
 
 Workers are submitit's: processes of this machine, or jobs of Slurm. The order of the stages of a cell is slim's.
 """
@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ from rmprune.training.precision import repeatable
 
 logger = logging.getLogger("rmprune")
 TRIES = 3  # workers that a cell may lose, the last one included
+MEASURED = "measured.json"
 LOOK = 0.5  # seconds between two looks at the workers
 NO_TIME: dict[str, Any] = {
     "seconds": 0.0,
@@ -78,11 +79,8 @@ def run_grid(config: GridConfig, *, command: str, submit: Submit | None = None) 
     Raises RmpruneError where no cell can be had, `Finished` where all are done and measured, ConfigError for what is no grid.
     """
     _refuse(config)
-    refuse_early(
-        find_methods(config.method),
-        None,
-        Job(slim_config(config), open_data(config), pick_device(config.device), config.seed),
-    )
+    if config.cluster == "local":  # else this machine may lack the GPU or the images; the first worker says it
+        _open(replace(slim_config(config), out=config.directory))
     submit = submit or _workers(config)
     tasks = plan_tasks(config, command)
     refused = work_off(tasks, submit, config.jobs)
@@ -90,15 +88,13 @@ def run_grid(config: GridConfig, *, command: str, submit: Submit | None = None) 
     found = [task.files[0] for task in cells if task.done]
     if not found:
         raise RmpruneError(f"no cell can be had: {'; '.join(dict.fromkeys(refused.values()))}")
-    note, names = config.directory / "measured.json", [str(record.relative_to(config.directory)) for record in found]
-    if read_notes(note).get("records") == names:
+    measuring = list(plan_measuring(config, found))
+    if not measuring:
         raise Finished(
             f"{config.directory}: this grid is finished; see it with `python -m rmprune report {config.directory}`"
         )
-    logger.info("measuring all %d cells, on one worker", len(found))
-    note.unlink(missing_ok=True)
-    asked = RemeasureConfig(tuple(found), config.measure)
-    if refused := work_off([Task("measuring", measure_all, (asked, note, names), (note,))], submit, 1) | refused:
+    refused |= work_off(measuring, submit, 1)
+    if refused:
         logger.warning("not had: %s", "; ".join(f"{name}: {why}" for name, why in refused.items()))
     return found
 
@@ -136,9 +132,16 @@ def plan_tasks(config: GridConfig, command: str) -> list[Task]:
     return tasks
 
 
+def _open(config: SlimConfig) -> Job[SlimConfig]:
+    """The images and the device of a run, once all that can be refused early was."""
+    job = Job(config, open_data(config), pick_device(config.device), config.seed)
+    refuse_early(find_methods(config.method), None, job)
+    return job
+
+
 def share(config: SlimConfig) -> None:
     """What the cells of a seed share: the trained network, and those that methods start from."""
-    job = Job(config, open_data(config), pick_device(config.device), config.seed)
+    job = _open(config)
     cell = Cell(config.seed, "", 0.0, config.directory, config.directory)
     names = {method.start for method in find_methods(config.method).values()}
     files = [config.directory / name / ARCHITECTURE for name in {"dense", *names}]
@@ -219,13 +222,24 @@ def _said(worker: Worker) -> tuple[str, bool]:
     try:
         return str(worker.result()), False
     except Exception as error:  # submitit's, for whatever ended it
-        return str(error).strip().splitlines()[-1], True
+        return str(error).strip().splitlines()[0], True
+
+
+def plan_measuring(config: GridConfig, found: list[Path]) -> Iterator[Task]:
+    """For each seed that was not measured since its last cell was done: all its cells in turns, by one worker."""
+    for shared in dict.fromkeys(record.parent.parent for record in found):
+        note, own = shared / MEASURED, [record for record in found if record.is_relative_to(shared)]
+        names = [record.parent.name for record in own]
+        if read_notes(note).get("cells") != names:
+            note.unlink(missing_ok=True)
+            asked = RemeasureConfig(tuple(own), config.measure)
+            yield Task(f"measuring {shared.name}", measure_all, (asked, note, names), (note,))
 
 
 def measure_all(config: RemeasureConfig, note: Path, names: list[str]) -> None:
-    """Measure these records' networks, and write down that it was done."""
+    """Measure the networks of these records, and write down that it was done."""
     run_measure(config)
-    write_text(note, json.dumps({"records": names}))
+    write_text(note, json.dumps({"cells": names}))
 
 
 def _refuse(config: GridConfig) -> None:
