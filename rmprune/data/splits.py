@@ -123,7 +123,8 @@ class IndexedSplit(Split):
         for number in range(start, -(-len(order) // batch_size)):
             indices = order[number * batch_size : (number + 1) * batch_size]
             mine = torch.arange(rank, len(indices), world)
-            yield Share(batch_seed(shuffle_seed or 0, number), len(indices), mine, indices[mine])
+            if len(mine):  # the last batch may be smaller than the number of shards
+                yield Share(batch_seed(shuffle_seed or 0, number), len(indices), mine, indices[mine])
 
 
 class TensorSplit(IndexedSplit):
