@@ -92,8 +92,9 @@ WINDOWS = """
     tv:swin_t tv:swin_s tv:swin_b timm:swin_tiny_patch4_window7_224 timm:twins_svt_small timm:davit_tiny
     timm:samvit_base_patch16_224 timm:sam2_hiera_tiny
 """  # on smaller images most of what their windows hold is padding, which costs MACs in attention alone
-LARGER = dict.fromkeys((*POOLED.split(), *WINDOWS.split()), [224]) | {
-    f"tv:swin_v2_{size}": [256] for size in ("t", "s", "b")
+LARGER = {
+    **{net: [224] for net in (*POOLED.split(), *WINDOWS.split())},
+    **{f"tv:swin_v2_{size}": [256] for size in ("t", "s", "b")},
 }
 CLIPS = [(8, 64), (8, 112), (16, 224)]  # frames and size of a video
 SIZED = {"vit": "image_size", "maxvit": "input_size"}  # torchvision's networks that are built for one size of images
