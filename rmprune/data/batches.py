@@ -67,7 +67,7 @@ def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Te
     for number, batch in enumerate(data):
         found = True
         here = batch if like is None else to_device(batch, like.device)
-        yield functools.partial(_own_loss, data.loss, model, here, number), 0
+        yield functools.partial(_finite_loss, data.loss, model, here, number), 0
     if not found:
         raise DataError(_EMPTY)
 
@@ -110,20 +110,29 @@ NOT_RUN = "loss: it does not run the network that it is given; call model(images
 OWN_LOSS = "pass loss=, a function of (model, batch) that returns a scalar tensor"
 
 
-def _own_loss(loss: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
+def _finite_loss(loss: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
+    try:
+        value = own_loss(loss, model, batch)
+    except DataError as error:
+        raise DataError(f"{error} (batch {number})") from error
+    if not value.is_meta and not bool(value.isfinite()):
+        raise DataError(f"loss: it is {float(value.detach())} on batch {number}")
+    return value
+
+
+def own_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """The loss as a tensor of no dimensions. Raises DataError where it fails, or is nothing that can be minimised."""
     try:
         value = loss(model, batch)
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"loss: failed on batch {number} ({type(error).__name__}: {error})") from error
+        raise DataError(f"loss: failed ({type(error).__name__}: {error})") from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         what = f"a {value.dtype} tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"loss: it returns {what}; return one number as a tensor, for example the mean over the images")
     if torch.is_grad_enabled() and not value.requires_grad:
         raise DataError("loss: no gradient goes through it; compute it from model(...) without detach, item or no_grad")
-    if not value.is_meta and not bool(value.isfinite()):
-        raise DataError(f"loss: it is {float(value.detach())} on batch {number}")
     return value.reshape(())
 
 
@@ -174,7 +183,12 @@ def class_loss(outputs: Any, labels: Tensor) -> Tensor:
         raise DataError(
             f"data: labels are {labels.dtype} of shape {tuple(labels.shape)}, not class numbers [N]; {OWN_LOSS}"
         )
-    least, most = (0, 0) if labels.is_meta else (int(labels.min()), int(labels.max()))
-    if least < 0 or most >= outputs.shape[1]:
-        raise DataError(f"data: labels from {least} to {most}, but the network has {outputs.shape[1]} classes")
+    check_labels(labels, outputs.shape[1])
     return F.cross_entropy(outputs, labels.long())
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise DataError for class numbers below 0 or beyond the network's `classes`; waits for a GPU that holds them."""
+    least, most = (0, 0) if labels.is_meta or not labels.numel() else (int(labels.min()), int(labels.max()))
+    if least < 0 or most >= classes:
+        raise DataError(f"data: labels from {least} to {most}, but the network has {classes} classes")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, each_loss, labelled, network_inputs, to_device
+from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, check_labels, each_loss, labelled, network_inputs, to_device
 from rmprune.data.splits import Batch, Split
 from rmprune.errors import ConfigError, DataError
+
+GIVEN = "given"  # how the name of such data begins in config and record; what they hold is the rest
 
 
 class GivenSplit(Split):
@@ -39,10 +43,26 @@ class GivenSplit(Split):
             self.classes = self._classes(first)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{name}: the network cannot be run on the first batch ({reason})") from error
         if not bool(value.isfinite()):
             raise DataError(f"{name}: the loss of the model is {float(value.detach())} on the first batch")
-        self.count = len(loader) if isinstance(loader, Sized) else sum(1 for _ in self._read(0))
+        try:
+            self.count = len(loader)  # type: ignore[arg-type]
+        except TypeError:  # it has none; neither has a DataLoader of a stream
+            self.count = sum(1 for _ in self._read(0))
         self._first: Tensor | None = None
+
+    def digest(self) -> str:
+        """Of all images and labels (or what else the batches hold), to tell other data from these. Reads every batch."""
+        found = hashlib.sha256()
+        for pair in self.batches(1):
+            for value in tree_leaves(pair):
+                held = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
+                found.update(repr(value).encode() if held is None else repr((held.dtype, held.shape)).encode())
+                found.update(b"" if held is None else held.flatten().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()[:8]
 
     def __len__(self) -> int:
         return sum(len(x) for x, _ in self.batches(1))
@@ -66,7 +86,7 @@ class GivenSplit(Split):
             raise ConfigError("batches of one's own loader are not divided among processes; train in one")
         seen, number = 0, start
         for batch in itertools.islice(self._read(shuffle_seed or 0), start, self.count):
-            x, y = self._pair(batch, torch.device(device))
+            x, y = self._pair(batch, number, torch.device(device))
             if limit is not None and self.loss is None:
                 x, y = x[: limit - seen], y[: limit - seen]
             yield x.contiguous(memory_format=memory_format) if x.dim() == 4 else x, y
@@ -80,7 +100,12 @@ class GivenSplit(Split):
 
     def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
         if self._first is None or len(self._first) < n:
-            self._first = torch.cat([x for x, _ in self.batches(n, limit=n)])
+            found = [x for x, _ in self.batches(n, limit=n)]
+            if len(sizes := {tuple(x.shape[1:]) for x in found}) > 1:
+                raise DataError(
+                    f"{self.name}: images of several sizes, {', '.join(map(str, sorted(sizes)))}; give them one"
+                )
+            self._first = torch.cat(found)
         return self._first[:n].to(device)
 
     def _read(self, seed: int) -> Iterator[Any]:
@@ -91,9 +116,13 @@ class GivenSplit(Split):
             first = list(itertools.islice(iterator, 1))
         yield from itertools.chain(first, iterator)
 
-    def _pair(self, batch: Any, device: torch.device) -> Batch:
+    def _pair(self, batch: Any, number: int, device: torch.device) -> Batch:
         if self.loss is None:
-            ((x, y),) = labelled([batch], self.model)
+            try:
+                ((x, y),) = labelled([batch], self.model)
+                check_labels(y, self.classes)
+            except DataError as error:
+                raise DataError(f"{self.name}: batch {number}: {error}") from None
             return x.to(device), y.to(device, torch.int64)
         (x,) = network_inputs(WithLoss([batch], self.loss), self.model)
         return x.to(device), to_device(batch, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,26 +84,28 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     for name in (config.image_column, *([config.group_column] if config.group_column else [])):
         if name not in columns:
             raise DataError(f"{file}: has no column {name!r}; there are: {', '.join(columns)[:200]}")
-    if len({row[config.image_column] for row in rows}) < len(rows):
-        twice, _ = Counter(row[config.image_column] for row in rows).most_common(1)[0]
-        raise DataError(f"{file}: {twice!r} stands in two rows; an image belongs to one class and one part")
     labelled = config.label_column in columns
     names = [row[config.label_column] if labelled else Path(row[config.image_column]).parent.name for row in rows]
     classes = sorted(set(names))
     number = {name: i for i, name in enumerate(classes)}
     photos: list[Photo] = []
+    spelled: dict[str, str] = {}  # file -> its path in the CSV
     for row, name in zip(rows, names, strict=True):
-        path = root / row[config.image_column]
-        if not name or not path.is_file():
-            what = (
-                f"no column {config.label_column!r}, and no folder that names the class"
-                if path.is_file()
-                else "no such file"
-            )
-            raise DataError(f"{file}: {row[config.image_column]!r}: {what} under {root}")
+        image = row[config.image_column]
+        path = root / image
+        if not path.is_file():
+            raise DataError(f"{file}: {image!r}: no such file under {root}")
+        real = os.path.realpath(path)
+        if real in spelled:
+            also = "" if spelled[real] == image else f" (one calls it {spelled[real]!r})"
+            raise DataError(f"{file}: {image!r} stands in two rows{also}; an image belongs to one class and one part")
+        spelled[real] = image
+        if not name:
+            what = "is empty" if labelled else "is missing, and no folder names the class"
+            raise DataError(f"{file}: {image!r}: column {config.label_column!r} {what}; give each image its class")
         part = {"validation": "val", "valid": "val"}.get(row.get("split", ""), row.get("split", ""))
         if "split" in columns and part not in PARTS:
-            raise DataError(f"{file}: {row[config.image_column]!r} has split {part!r}; use train, val or test")
+            raise DataError(f"{file}: {image!r} has split {part!r}; use train, val or test")
         photos.append(Photo(str(path), number[name], part, row[config.group_column] if config.group_column else ""))
     if "split" in columns and not any(photo.part == "train" for photo in photos):
         raise DataError(f"{file}: no row has split 'train'")

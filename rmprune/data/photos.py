@@ -29,25 +29,39 @@ from rmprune.runs.writing import whole
 logger = logging.getLogger("rmprune")
 ELONGATED = 50  # times the shorter side: what is longer is no photo, and its enlarged form would fill the memory
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
-_LOOKED_AT = 64  # images, for their depth
+_LOOKED_AT = 64  # images, for whether any has 16 bits
 _AT_ONCE = 32  # images, from a loader process
-_VERSION = 1  # of what decoding does: another one makes new caches
+_VERSION = 2  # of what decoding does: another one makes new caches
 
 
 def bit_depth(paths: list[str]) -> int:
-    """The bits that the 16-bit images among these use, by a few of them: cameras put 10, 12 or 14 into 16. 8 where there are none."""
+    """The bits that the 16-bit images among these use: cameras put 10, 12 or 14 into 16. Whether there are any, a few tell; then all are
+    looked at, since a brighter one would lose its highlights. Where those few are none, 16, which loses nothing.
+    """
+    few = (
+        [paths[i] for i in sorted({len(paths) * number // _LOOKED_AT for number in range(_LOOKED_AT)})] if paths else []
+    )
+    if not any(map(_brightest, few)):
+        return 16
     highest = 0
-    for index in sorted({len(paths) * number // _LOOKED_AT for number in range(_LOOKED_AT)} if paths else ()):
-        try:
-            with Image.open(paths[index]) as file:
-                if file.mode.startswith("I"):
-                    highest = max(highest, int(np.asarray(file).max()))
-        except Exception as error:  # as above
-            raise _damaged(paths[index], error) from None
-    depth = next((bits for bits in _DEPTHS if highest < 2**bits), 16)
-    if highest:
-        logger.info("16-bit images: brightest value %d, so %d bits become 8", highest, depth)
+    with progress("how bright 16-bit images are", len(paths)) as advance:
+        for path in paths:
+            highest = max(highest, _brightest(path))
+            if highest >= 2 ** _DEPTHS[-2]:
+                break
+            advance(1)
+    depth = next(bits for bits in _DEPTHS if highest < 2**bits)
+    logger.info("16-bit images: brightest value %d, so %d bits become 8", highest, depth)
     return depth
+
+
+def _brightest(path: str) -> int:
+    """The largest value of a 16-bit image, 0 of any other."""
+    try:
+        with Image.open(path) as file:
+            return int(np.asarray(file).max()) if file.mode.startswith("I") else 0
+    except Exception as error:  # as below
+        raise _damaged(path, error) from None
 
 
 class Photos(TorchDataset[Tensor]):
@@ -59,6 +73,7 @@ class Photos(TorchDataset[Tensor]):
     def __init__(self, paths: list[str], side: int, depth: int) -> None:
         self.paths, self.side, self.depth = paths, side, depth
         self.squares: Tensor | None = None  # uint8 [N, 3, side, side]
+        self._held: tuple[torch.device, Tensor] | None = None  # the copy on a GPU
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,6 +87,18 @@ class Photos(TorchDataset[Tensor]):
                 f"{self.paths[index]} is {image.width}x{image.height} pixels, which is no photo; take it out"
             )
         return _square(image, self.side)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes, which read the cache."""
+        return self.__dict__ | {"_held": None}
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """The squares on a GPU, brought there once; None where they would take more than half of its free memory, or there are none."""
+        if self._held is None or self._held[0] != device:
+            if self.squares is None or self.squares.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+                return None
+            self._held = device, self.squares.to(device)
+        return self._held[1]
 
     def whole(self, index: int) -> Image.Image:
         """The photo as it is, in RGB. Raises DataError that names the file where it cannot be decoded."""
@@ -153,9 +180,11 @@ def _damaged(path: str, error: Exception) -> DataError:
 
 
 def _square(image: Image.Image, side: int) -> Tensor:
-    """The middle of the photo, its shorter side scaled to `side`: uint8 [3, side, side]."""
-    scaled = v2.functional.resize(v2.functional.to_image(image), [side], antialias=True)
-    return v2.functional.center_crop(scaled, [side, side]).as_subclass(Tensor)
+    """The middle of the photo, its shorter side scaled to `side`: uint8 [3, side, side]. Pillow scales, which on every processor and
+    in the predict.py of a deployed network gives the same bytes; torch's own kernels do not.
+    """
+    scaled = v2.functional.center_crop(v2.functional.resize(image, [side]), [side, side])
+    return v2.functional.to_image(scaled).as_subclass(Tensor)
 
 
 def room_for(size: int, folder: Path) -> CacheKind:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import shutil
 import tempfile
 import weakref
@@ -18,22 +20,24 @@ from torch import nn
 from rmprune import artifact
 from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.data.batches import Loss
-from rmprune.data.given import GivenSplit
+from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
-from rmprune.errors import ArtifactError, ConfigError
+from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.graph.foreign import plain_module
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job
 from rmprune.pipelines.stages import pick_device
 from rmprune.pruning.plan import SlimPlan
+from rmprune.runs.directory import Finished
 from rmprune.runs.records import read_record
 from rmprune.runs.writing import whole
 from rmprune.training.job import Job
+from rmprune.training.refuse import check_precision
 
 if TYPE_CHECKING:
     import pandas as pd
 
-GIVEN = "given"  # the data set's name in config and record
+logger = logging.getLogger("rmprune")
 NOT_KEPT = shutil.ignore_patterns("checkpoint", ".lock", ".*.tmp")
 
 
@@ -44,8 +48,8 @@ class Slimmed:
     record.json; `directory`: the run. Without `out` that lives as long as this object: `save` it.
     """
 
-    def __init__(self, directory: Path, network: str, device: torch.device, *, temporary: bool) -> None:
-        self.directory, self._network = directory, network
+    def __init__(self, directory: Path, network: str, device: torch.device, data: Dataset, *, temporary: bool) -> None:
+        self.directory, self._network, self._data = directory, network, data
         self.record: dict[str, Any] = read_record(directory)
         self.model = artifact.load(directory / network).to(device)
         if temporary:
@@ -80,12 +84,18 @@ class Slimmed:
 
     def save(self, path: str | Path) -> Path:
         """Copies the run to the folder `path`, which must not exist or be empty: the networks as artifacts (with model.onnx), record.json,
-        the log and the settings. Raises ArtifactError where it cannot."""
+        the log and the settings; and makes deploy/ there (docs/deploy.md). Raises ArtifactError where it cannot."""
+        from rmprune.pipelines.deploy import deploy  # with it come pandas and matplotlib
+
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ArtifactError(f"{path}: exists already; choose another folder")
         with whole(path) as work:
             shutil.copytree(self.directory, work, ignore=NOT_KEPT)
+            try:
+                deploy(work, self._data)
+            except RmpruneError as error:  # the rest is what was trained
+                logger.warning("%s: no deploy/ (%s)", path, error)
         return path
 
     def __repr__(self) -> str:
@@ -126,10 +136,12 @@ def slim(
     `method`: as in docs/methods.md. `epochs` (20) and `learning_rate` (0.02, the peak): of fine-tuning; `finetune`, `prune` and
     `measure`: all that the flags of these names set, before which these two go. With a loss the teacher's part is the squared
     difference of outputs over their variance.
-    `out`: a folder that keeps the run and from which an interrupted one goes on; without, `result.save(folder)`.
+    `out`: a folder that keeps the run: the same call goes on from it where one was interrupted, and gives back one that is finished.
+    Without it, `result.save(folder)`.
 
     Raises, before anything is trained: ConfigError for settings and for a network in training mode or without weights, DataError for
-    loaders, UnsupportedModel for a network that cannot be traced, saved or pruned, InfeasibleBudget where limits forbid the budget.
+    loaders (of `train` the first batch is looked at, of the others every one), UnsupportedModel for a network that cannot be traced,
+    saved or pruned, InfeasibleBudget where limits forbid the budget.
 
     >>> model = rmprune.models.create("resnet8", num_classes=4, width=16).eval()  # a trained one
     >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(2)]
@@ -138,7 +150,7 @@ def slim(
     >>> list(result.table.index), bool(result.table.macs_ratio["pruned"] <= 0.5)
     (['original', 'removed', 'pruned'], True)
     >>> sorted(path.name for path in result.save("slimmed").iterdir())
-    ['config.toml', 'dense', 'log.jsonl', 'plain', 'pruned', 'record.json']
+    ['config.toml', 'dense', 'deploy', 'log.jsonl', 'plain', 'pruned', 'record.json']
     """
     budgets = {"ratio": ratio, "macs_ratio": macs_ratio, "latency_ratio": latency_ratio}
     given = {name: value for name, value in budgets.items() if value is not None}
@@ -157,8 +169,12 @@ def slim(
         )
     at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     network = _trained(model)
-    splits = [GivenSplit(train, network, loss, "train"), GivenSplit(validation, network, loss, "validation")]
+    splits = [
+        GivenSplit(train, network, loss, "train"),
+        GivenSplit(validation, network, loss, "validation"),
+    ]
     splits.append(splits[1] if test is None else GivenSplit(test, network, loss, "test"))
+    dataset = "-".join([GIVEN, *(split.digest() for split in dict.fromkeys(splits[1:]))])
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="rmprune-"))
     try:
         config = SlimConfig(
@@ -166,7 +182,7 @@ def slim(
             seed=seed,
             device=device,
             method=(method,),
-            data=DataConfig(dataset=GIVEN, augment="none"),
+            data=DataConfig(dataset=dataset, augment="none"),
             prune=dataclasses.replace(
                 prune or PruneConfig(),
                 ratio=() if ratio is None else (ratio,),
@@ -184,11 +200,12 @@ def slim(
         )
         _refuse_another(folder, network)
         shape = tuple(splits[0].example(1).shape[1:])
-        data = Dataset(GIVEN, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
+        data = Dataset(dataset, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
         ((name, value),) = given.items()
         command = f"rmprune.slim({type(network).__name__}, ..., {name}={value:g}, method={method!r}, seed={seed})"
-        run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
-        return Slimmed(folder, "pruned" if method == "rm" else method, at, temporary=out is None)
+        with contextlib.suppress(Finished):  # out= holds this very run
+            run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
+        return Slimmed(folder, "pruned" if method == "rm" else method, at, data, temporary=out is None)
     except BaseException:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -196,13 +213,14 @@ def slim(
 
 
 def _trained(model: nn.Module) -> nn.Module:
-    """A copy of the network on the CPU. Raises ConfigError where it has no weights or is in training mode."""
+    """A copy of the network on the CPU. Raises ConfigError where it has no weights, too coarse ones, or is in training mode."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is of type {type(model).__name__}; give the trained nn.Module")
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"{type(model).__name__} has no weights; there is nothing to prune")
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; give a trained network, after model.eval()")
+    check_precision(model.parameters())
     return copy.deepcopy(plain_module(model)).cpu()
 
 

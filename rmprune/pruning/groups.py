@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs
+from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
 MemberSide = Literal["out", "in", "tied"]
 Keep = dict[str, Tensor]

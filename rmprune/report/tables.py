@@ -265,14 +265,16 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
 def _by_class(found: dict[str, dict[str, Any]]) -> list[Table]:
     """Where classes have names: what each network recognises of each, and the measures that do not depend on how many images one has."""
     classes = found["original"].get("classes", [])
-    if not classes or classes[0]["name"] == "0" or len(classes) > MOST_CLASSES:
+    names = [one["name"] for one in classes]
+    if len(names) > MOST_CLASSES or names == [str(number) for number in range(len(names))]:
         return []
     table = Table(title="Recognised, of each class", title_justify="left", title_style="bold")
     for heading in ("class", "images", *found):
         table.add_column(escape(heading), justify="left" if heading == "class" else "right")
-    for number, one in enumerate(classes):
-        recalls = [network.get("classes", classes)[number]["recall"] for network in found.values()]
-        table.add_row(escape(one["name"]), str(one["images"]), *("" if r is None else f"{r:.1%}" for r in recalls))
+    recalls = [{one["name"]: one["recall"] for one in network.get("classes", [])} for network in found.values()]
+    for one in classes:
+        shown = [recall.get(one["name"]) for recall in recalls]
+        table.add_row(escape(one["name"]), str(one["images"]), *("" if r is None else f"{r:.1%}" for r in shown))
     for label, field, form in (
         ("all alike (balanced accuracy)", "balanced_accuracy", "{:.1%}"),
         ("AUC", "auc", "{:.3f}"),

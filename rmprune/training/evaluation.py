@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import Precision
+from rmprune.data.batches import check_labels
 from rmprune.data.splits import Split
-from rmprune.errors import RmpruneError
+from rmprune.errors import DataError, RmpruneError
 from rmprune.graph.finite import where_broken
 from rmprune.graph.foreign import copied
+from rmprune.training.distributed import add_up
 from rmprune.training.precision import ask, autocast, weights_dtype
 
 
@@ -35,16 +37,22 @@ def evaluate(
     batch_size: int = 512,
     limit: int | None = None,
     precision: Precision = "float32",
+    shard: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
-    The model must be on `device` already. Raises RmpruneError where its outputs are NaN, and says where that begins.
+    The model must be on `device` already. `shard`: (number of this process, processes), each of which takes part with its images and
+    learns the result for all. Raises RmpruneError where its outputs are NaN, and says where that begins.
     """
     if split.loss is not None:
         return Evaluation(math.nan, mean_loss(model, split, torch.device(device), batch_size, limit, precision))
-    logits, y = logits_of(model, split, device=device, batch_size=batch_size, limit=limit, precision=precision)
-    loss = nn.functional.cross_entropy(logits, y, reduction="none").double().mean()
-    return Evaluation(float((logits.argmax(1) == y).double().mean()), float(loss))
+    logits, y = logits_of(
+        model, split, device=device, batch_size=batch_size, limit=limit, precision=precision, shard=shard
+    )
+    loss = nn.functional.cross_entropy(logits, y, reduction="none").double()
+    sums = torch.stack([loss.sum(), (logits.argmax(1) == y).double().sum(), torch.full_like(loss.sum(), len(y))])
+    total, hits, images = add_up(sums, shard[1]).tolist()
+    return Evaluation(hits / images, total / images)
 
 
 @torch.no_grad()
@@ -56,18 +64,24 @@ def logits_of(
     batch_size: int = 512,
     limit: int | None = None,
     precision: Precision = "float32",
+    shard: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
     """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
     found: list[tuple[Tensor, Tensor]] = []
     with _in_eval_mode(model), autocast(precision, device):
-        for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
+        for x, y in split.batches(
+            batch_size, device=device, memory_format=torch.channels_last, limit=limit, shard=shard
+        ):
             found.append((ask(model, x).float(), y))
-    logits = torch.cat([some for some, _ in found])
+    if not found:
+        raise DataError("there are no images to evaluate the network on")
+    logits, labels = torch.cat([some for some, _ in found]), torch.cat([y for _, y in found])
+    check_labels(labels, logits.shape[1])
     if logits.log_softmax(1).isnan().any():
         where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
         raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
-    return logits, torch.cat([y for _, y in found])
+    return logits, labels
 
 
 @torch.no_grad()
@@ -81,6 +95,8 @@ def mean_loss(
         for x, y in split.batches(batch_size, device=device, limit=limit):
             total += split.loss(model, y).double().reshape(()) * len(x)
             seen += len(x)
+    if not seen:
+        raise DataError("there are no images to evaluate the network on")
     found = float(total) / seen
     if not math.isfinite(found):
         raise RmpruneError(f"the network cannot be evaluated, its loss is {found}")

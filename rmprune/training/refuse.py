@@ -1,5 +1,6 @@
 """What a training refuses: networks that cannot be trained, and values that are no numbers any more. It trains nothing."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,9 +16,14 @@ from rmprune.training.state import TrainState
 
 def check_trainable(model: nn.Module) -> None:
     """Raises ConfigError for a network without weights, or with weights in which small steps are lost."""
-    kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    require(len(kinds) > 0, "the network has no weights to train")
-    for kind in kinds - {torch.float32, torch.float64}:
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    require(len(learning) > 0, "the network has no weights to train")
+    check_precision(learning)
+
+
+def check_precision(weights: Iterable[Tensor]) -> None:
+    """Raises ConfigError for weights in which small steps are lost."""
+    for kind in {tensor.dtype for tensor in weights} - {torch.float32, torch.float64}:
         name = str(kind).removeprefix("torch.")
         require(
             False, f"weights in {name} are too coarse to train: pass model.float(), with precision='bfloat16' for speed"

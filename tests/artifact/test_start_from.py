@@ -147,5 +147,12 @@ def test_modules_that_ask_for_their_version(tmp_path: Path) -> None:
 def test_the_head() -> None:
     assert head_parameters(net()) == ["fc.weight", "fc.bias"]
     assert head_parameters(nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))) == []
-    side_by_side = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    side_by_side = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 4), nn.Linear(8, 4, bias=False))
     assert head_parameters(side_by_side) == ["2.weight", "2.bias", "3.weight"]
+
+
+def test_a_hidden_layer_as_wide_as_the_head_keeps_its_weights() -> None:
+    there, here = (nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, classes)) for classes in (9, 4))
+    assert head_parameters(here) == ["2.weight", "2.bias"]
+    put_weights(here, there.state_dict(), "a.pt", "mlp")
+    assert torch.equal(here[0].weight, there[0].weight)

@@ -176,7 +176,7 @@ def test_layers_are_fitted_on_what_the_network_reads_in_the_loss() -> None:
         (lambda model, batch: model(batch).mean() / 0, "it is -?inf|it is nan"),
         (
             lambda model, batch: model(batch["image"]).mean(),
-            "failed on batch 0 .IndexError|failed on batch 0 .TypeError",
+            "failed .(IndexError|TypeError).*batch 0",
         ),
         (lambda model, batch: 0 * model(batch).mean(), "every score is 0"),
     ],

@@ -1,6 +1,7 @@
 """Folders of photographs: layouts, parts, kinds of files, the cache, augmentation, and what is refused."""
 
 import csv
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_device import pretended_gpu
 from PIL import Image
 
 from rmprune.config import DataConfig
@@ -163,6 +165,13 @@ def test_grey_photos_of_any_depth_come_out_alike(tmp_path: Path, form: str, bits
     assert all(float((channel - expected).abs().max()) <= 1 for channel in square(path).float())
 
 
+def test_of_16_bit_photos_the_brightest_counts_wherever_it_lies(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{i:03d}.png") for i in range(70)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((2, 2), 60_000 if i == 68 else 4_000, np.uint16)).save(path)
+    assert photos.bit_depth(paths) == 16 and photos.bit_depth(paths[:60]) == 12
+
+
 def test_palettes_transparency_and_turned_photos(tmp_path: Path) -> None:
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[:2] = 255
@@ -230,6 +239,39 @@ def test_light_augmentation_moves_mirrors_and_turns() -> None:
     assert edge.shape == (1, 8, 8) and set(edge.flatten().tolist()) <= set(range(64))
 
 
+@pytest.mark.parametrize("augment", ["none", "light", "mirrors", "turns"])
+@pytest.mark.parametrize("crop", [1.0, 0.6])
+def test_a_gpu_that_holds_the_photos_makes_the_same_batches(folder: Path, augment: str, crop: float) -> None:
+    split, passes = opened(folder, augment=augment, crop=crop).train, []
+    order = {"shuffle_seed": 3, "augment": True, "shard": (1, 2)}
+    with pretended_gpu() as places:
+        for device in ("cpu", "cuda"):
+            found = []
+            for batch in split.batches(4, device=device, **order):
+                assert all(t.device.type == device for t in batch)
+                found.append([t.cpu() for t in batch])
+                places.noted.clear()
+            passes.append(found)
+        batches = split.batches(4, device="cuda", **order)
+        next(batches)
+        before = len(places.noted)
+        assert (
+            before and list(batches) and len(places.noted) == before
+        )  # between batches nothing is waited for or copied
+    assert len(passes[0]) == 3 and all(
+        torch.equal(a, b) for one in zip(*passes, strict=True) for a, b in zip(*one, strict=True)
+    )
+
+
+def test_a_gpu_that_lacks_the_room_holds_no_photos(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = opened(folder).train.photos
+    with pretended_gpu():
+        assert held.on(torch.device("cuda")).device.type == "cuda" and pickle.loads(pickle.dumps(held))._held is None
+        held._held = None
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * held.squares.nbytes - 1, 2**40))
+        assert held.on(torch.device("cuda")) is None
+
+
 def test_statistics_are_those_of_the_weights_or_of_the_settings(folder: Path) -> None:
     expected = Statistics((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     data = load_dataset(config(folder), expected)
@@ -287,6 +329,8 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (csv_of("image,label\n"), "no rows"),
         (csv_of("picture,label\n" + CAT), "no column 'image'; there are: picture, label"),
         (csv_of("image,label\n" + CAT + CAT + DOG), "stands in two rows"),
+        (csv_of("image,label\n" + CAT + DOG + "train/dog/../cat/0.png,dog\n"), "one calls it 'train/cat/0.png'"),
+        (csv_of("image,label\n" + CAT + DOG + "train/dog/1.png,\n"), "column 'label' is empty"),
         (csv_of("image,label\n" + CAT + "train/dog/77.png,dog\n"), "no such file"),
         (csv_of("image,label\n" + CAT + "train/dog/0.png\n"), "row 3 has another number of columns"),
         (csv_of("image,label\n" + CAT), "one class"),

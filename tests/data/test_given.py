@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rmprune.data.given import GivenSplit
 from rmprune.errors import DataError
@@ -56,3 +56,33 @@ def test_a_loader_that_gives_less_than_it_says_is_refused() -> None:
     split = GivenSplit(Shrinking(), MODEL, None, "train")
     with pytest.raises(DataError, match="train gave 2 batches where it said 3"):
         images(split, 0)
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(X, Y, strict=True)
+
+
+def test_a_stream_is_counted() -> None:
+    split = GivenSplit(DataLoader(Stream(), batch_size=4), MODEL, None, "train")
+    assert split.num_batches(4, shuffled=True) == 3 and len(split) == 10
+
+
+@pytest.mark.parametrize(
+    ("batches", "reason"),
+    [
+        ([(X, Y), (X, Y + 3)], r"^test: batch 1: data: labels from 3 to 7, but the network has 5 classes"),
+        ([(X[:, :2], Y)], r"^test: the network cannot be run on the first batch \("),
+    ],
+)
+def test_every_batch_is_looked_at(batches: list[tuple[Tensor, Tensor]], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        GivenSplit(batches, MODEL, None, "test").digest()
+
+
+def test_examples_of_several_sizes_are_refused() -> None:
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5)).eval()
+    split = GivenSplit([(X[:2], Y[:2]), (torch.randn(2, 3, 4, 4), Y[:2])], net, None, "train")
+    assert split.example(2).shape == (2, 3, 2, 2)
+    with pytest.raises(DataError, match=r"^train: images of several sizes"):
+        split.example(3)

@@ -177,3 +177,15 @@ def test_mistakes_are_said_before_anything_is_trained(
     with pytest.raises(kind, match=said):
         rmprune.slim(**QUICK | call)
     assert not (tmp_path / "run").exists()
+
+
+def test_out_gives_back_its_finished_run_and_refuses_other_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = rmprune.models.create("resnet8", num_classes=4, width=4).eval()
+    call: dict[str, Any] = {"macs_ratio": 0.7, "epochs": 0, "out": tmp_path / "run", **QUICK}
+    first = rmprune.slim(model, labelled(), labelled(), **call)
+    again = rmprune.slim(model, labelled(), labelled(), **call)
+    assert again.record == first.record
+    others = [(x + 1, *rest) for x, *rest in labelled()]
+    with pytest.raises(ConfigError, match="other settings"):
+        rmprune.slim(model, labelled(), others, **call)
