@@ -22,7 +22,7 @@ from rmprune.errors import RmpruneError
 
 Config = TypeVar("Config")
 LEFT = dict.fromkeys(("slim", "amc", "train"), "what was done is saved") | dict.fromkeys(
-    ("convert", "report"), "files that were finished stay"
+    ("convert", "report", "deploy"), "files that were finished stay"
 )
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, on the CPU and on a GPU
 
@@ -33,22 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        print(f"rmprune {importlib.metadata.version('rmprune')}")
-        return
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        _fail(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _fail(
-            "under torchrun every process would write the same run; start the command by itself, "
-            "or call rmprune.training.fit, which divides its batches among the processes, from a script"
-        )
+    name = arguments[0] if arguments else ""
     try:
-        COMMANDS[name](rest)
+        with _alone_or_together() as first:
+            if first:
+                _do(arguments)
     except RmpruneError as error:
         _fail(str(error))
     except OSError as error:  # a file or folder that no stage expected to be out of reach
@@ -63,6 +52,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         on = "To go on" if name in ("slim", "amc", "train") else "Again"
         print(f"\nrmprune: interrupted; {left}. {on}: {again}", file=sys.stderr)
         sys.exit(130)
+
+
+def _alone_or_together() -> contextlib.AbstractContextManager[bool]:
+    """Yields whether this process does the command: the first, where torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return contextlib.nullcontext(True)
+    from rmprune.training.together import together
+
+    return together()
+
+
+def _do(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"rmprune {importlib.metadata.version('rmprune')}")
+        return
+    if arguments[0] not in COMMANDS:
+        _fail(f"unknown command {arguments[0]!r}; there are: {', '.join(COMMANDS)}")
+    COMMANDS[arguments[0]](arguments[1:])
 
 
 def _fail(message: str) -> NoReturn:
@@ -163,7 +173,8 @@ def train(arguments: list[str]) -> None:
 
 
 def _run(run: Callable[..., list[Path]], config: Any, command: str) -> None:
-    """Do a run, or only its report where it was killed before that; its tables on the screen, its figure on disk, and what to do next."""
+    """Do a run, or only its deploy/ and report where it was killed before these; its tables on the screen, and what to do next."""
+    from rmprune.pipelines.deploy import run_deploy
     from rmprune.report.build import COMMAND, build_report, show
     from rmprune.runs.directory import Finished
     from rmprune.runs.records import find_records
@@ -176,11 +187,19 @@ def _run(run: Callable[..., list[Path]], config: Any, command: str) -> None:
             raise
         records = find_records([directory])
     show(records)
-    files = build_report(records, directory / "report", command)
-    figures = ", ".join(str(file) for file in files if file.suffix == ".png")
-    print(
-        f"figure: {figures}\nnext:   python -m rmprune measure {shlex.quote(str(directory))} --backend eager,onnxruntime"
-    )
+    try:
+        deployed = _deployed(run_deploy(settings.DeployConfig(directory)))
+    except RmpruneError as error:  # the run itself is done, and its record written
+        deployed = f"deploy: none ({error})\nnext:   "
+    files = build_report(records, directory / "report", command)  # last: where it is, nothing is left to do
+    print(f"figure: {', '.join(str(file) for file in files if file.suffix == '.png')}")
+    print(f"{deployed}python -m rmprune measure {shlex.quote(str(directory))} --backend eager,onnxruntime")
+
+
+def _deployed(folder: Path) -> str:
+    """Where a deployed network is and how to run it; another command may follow."""
+    program = shlex.join(["python", str(folder / "predict.py"), "IMAGE"])
+    return f"deploy: {folder}\nnext:   {program}\n        "
 
 
 def inspect(arguments: list[str]) -> None:
@@ -199,6 +218,7 @@ def convert(arguments: list[str]) -> None:
 
 def measure(arguments: list[str]) -> None:
     """measure the networks of finished runs again, all interleaved in one process, and update their records"""
+    from rmprune.pipelines.deploy import renew_deployed
     from rmprune.pipelines.measure import run_measure
     from rmprune.report.build import renew_reports, show
     from rmprune.runs.directory import runs_of
@@ -208,6 +228,8 @@ def measure(arguments: list[str]) -> None:
     try:
         show(records)
         figures = renew_reports(runs_of(records), _command_line("measure", arguments))
+        for run in runs_of(records):
+            renew_deployed(run)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("all records hold the new times, reports in the runs may not") from None
     if figures:
@@ -224,6 +246,14 @@ def report(arguments: list[str]) -> None:
     run_report(config, command=_command_line("report", arguments))
 
 
+def deploy(arguments: list[str]) -> None:
+    """a network of a finished run as ONNX (int8 too where that holds its accuracy), with predict.py and a model card"""
+    from rmprune.pipelines.deploy import run_deploy
+
+    folder = run_deploy(_parse(settings.DeployConfig, arguments, "deploy"))
+    print(_deployed(folder).rstrip())
+
+
 def doctor(arguments: list[str]) -> None:
     """what is installed, which backends work here, what the processor can do, whether the machine is quiet enough to time"""
     from rmprune.pipelines.doctor import run_doctor
@@ -232,5 +262,5 @@ def doctor(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (slim, amc, train, inspect, convert, measure, report, doctor)
+    function.__name__: function for function in (slim, amc, train, inspect, convert, measure, report, deploy, doctor)
 }

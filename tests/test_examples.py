@@ -32,6 +32,7 @@ CONFIGS: dict[str, type[Any]] = {
     "convert": config.ConvertConfig,
     "measure": config.RemeasureConfig,
     "report": config.ReportConfig,
+    "deploy": config.DeployConfig,
     "doctor": config.DoctorConfig,
 }
 

@@ -10,6 +10,7 @@ from rmprune.config.measure import DoctorConfig, MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.runs import (
     ConvertConfig,
+    DeployConfig,
     InspectConfig,
     NetworkConfig,
     RemeasureConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "AmcConfig",
     "ConvertConfig",
     "DataConfig",
+    "DeployConfig",
     "DoctorConfig",
     "InspectConfig",
     "MeasureConfig",

@@ -63,6 +63,11 @@ class DataConfig:
             return self.augment
         return "none" if not self.augment else "imagenet" if self.dataset == "imagefolder" else "light"
 
+    @property
+    def photo_side(self) -> int:
+        """Pixels to which the shorter side of a photo is scaled; of that square `image_size` is seen (imagefolder only)."""
+        return round(self.image_size / self.crop)
+
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
         require_seed("split_seed", self.split_seed)

@@ -228,3 +228,20 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         require(len(self.runs) > 0, "there is nothing to report; give run directories or records")
+
+
+@dataclass(frozen=True)
+class DeployConfig:
+    """A network of a finished run, ready to be used: ONNX, int8, predict.py, a model card, a ranking of all its networks."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    network: str | None = None
+    """Another network than the run's best on validation images, as ranking.json calls it (pruned, seed0/macs_ratio-0.5/uniform, ...)."""
+    int8_loss: float = 0.01
+    """Accuracy on validation images, from 0 to 1, that int8 may lose at most; where it loses more there is no int8 form."""
+    out: Path | None = None
+    """Where it goes (default: deploy/ in the run); one that is there is replaced."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.int8_loss < 1, f"int8_loss is {self.int8_loss}; use 0 up to below 1")

@@ -15,6 +15,8 @@ from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, check_labels, each_lo
 from rmprune.data.splits import Batch, Split
 from rmprune.errors import ConfigError, DataError
 
+GIVEN = "given"  # how the name of such data begins in config and record; what they hold is the rest
+
 
 class GivenSplit(Split):
     """The batches of `loader`, in its order, of its size: (images [B, ...], labels [B], ...), or with a `loss` of any form.

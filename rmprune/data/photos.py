@@ -31,7 +31,7 @@ ELONGATED = 50  # times the shorter side: what is longer is no photo, and its en
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
 _LOOKED_AT = 64  # images, for whether any has 16 bits
 _AT_ONCE = 32  # images, from a loader process
-_VERSION = 1  # of what decoding does: another one makes new caches
+_VERSION = 2  # of what decoding does: another one makes new caches
 
 
 def bit_depth(paths: list[str]) -> int:
@@ -73,6 +73,7 @@ class Photos(TorchDataset[Tensor]):
     def __init__(self, paths: list[str], side: int, depth: int) -> None:
         self.paths, self.side, self.depth = paths, side, depth
         self.squares: Tensor | None = None  # uint8 [N, 3, side, side]
+        self._held: tuple[torch.device, Tensor] | None = None  # the copy on a GPU
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,6 +87,18 @@ class Photos(TorchDataset[Tensor]):
                 f"{self.paths[index]} is {image.width}x{image.height} pixels, which is no photo; take it out"
             )
         return _square(image, self.side)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes, which read the cache."""
+        return self.__dict__ | {"_held": None}
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """The squares on a GPU, brought there once; None where they would take more than half of its free memory, or there are none."""
+        if self._held is None or self._held[0] != device:
+            if self.squares is None or self.squares.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+                return None
+            self._held = device, self.squares.to(device)
+        return self._held[1]
 
     def whole(self, index: int) -> Image.Image:
         """The photo as it is, in RGB. Raises DataError that names the file where it cannot be decoded."""
@@ -167,9 +180,11 @@ def _damaged(path: str, error: Exception) -> DataError:
 
 
 def _square(image: Image.Image, side: int) -> Tensor:
-    """The middle of the photo, its shorter side scaled to `side`: uint8 [3, side, side]."""
-    scaled = v2.functional.resize(v2.functional.to_image(image), [side], antialias=True)
-    return v2.functional.center_crop(scaled, [side, side]).as_subclass(Tensor)
+    """The middle of the photo, its shorter side scaled to `side`: uint8 [3, side, side]. Pillow scales, which on every processor and
+    in the predict.py of a deployed network gives the same bytes; torch's own kernels do not.
+    """
+    scaled = v2.functional.center_crop(v2.functional.resize(image, [side]), [side, side])
+    return v2.functional.to_image(scaled).as_subclass(Tensor)
 
 
 def room_for(size: int, folder: Path) -> CacheKind:

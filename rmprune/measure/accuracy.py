@@ -15,8 +15,12 @@ CALIBRATION = 256  # images; more move the least and greatest values hardly
 
 def calibration_images(training: Split, count: int = CALIBRATION) -> Tensor:
     """`count` training images (all, if fewer), float32 [N, C, H, W], drawn with a fixed seed from the whole split."""
-    count = min(count, len(training))
-    return next(training.batches(count, shuffle_seed=0))[0]
+    found: list[Tensor] = []
+    for x, _ in training.batches(min(count, len(training)), shuffle_seed=0):
+        found.append(x)
+        if sum(map(len, found)) >= count:  # batches of somebody's own loader are as large as they are
+            break
+    return torch.cat(found)[:count]
 
 
 def backend_accuracy(
@@ -58,9 +62,10 @@ def candidate_accuracy(
     try:
         with surroundings(backend, device), torch.inference_mode():
             prepared = prepare(candidate, backend, device, threads, batch_size)
-            for x, y in split.batches(batch_size, limit=seen):
-                full = torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])])  # the batch size is fixed
-                correct += int((prepared.outputs(full)[: len(x)].argmax(1) == y).sum())
+            for whole, labels in split.batches(batch_size, limit=seen):
+                for x, y in zip(whole.split(batch_size), labels.split(batch_size), strict=True):
+                    full = torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])])  # the batch size is fixed
+                    correct += int((prepared.outputs(full)[: len(x)].argmax(1) == y).sum())
     finally:
         torch.set_num_threads(before)
     return correct / seen

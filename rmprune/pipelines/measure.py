@@ -16,6 +16,7 @@ from rmprune import artifact
 from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
 from rmprune.config.toml import UNSET
+from rmprune.data.given import GIVEN
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError
@@ -133,6 +134,11 @@ def dataset_of(paths: list[Path]) -> Dataset:
         if not isinstance(config.get("data"), dict):
             raise ArtifactError(
                 f"{path}: does not say which data set its accuracy is of; measure with backends of float32 only"
+            )
+        if str(config["data"].get("dataset", "")).startswith(GIVEN):
+            raise ArtifactError(
+                f"{path}: its images came from loaders of somebody's own, which are in no file; rmprune.slim, with the same "
+                "loaders and out=, gives its result back, whose save() deploys it"
             )
         known = {name: value for name, value in config["data"].items() if name in unset}
         values: dict[str, Any] = {

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import shutil
 import tempfile
 import weakref
@@ -19,9 +20,9 @@ from torch import nn
 from rmprune import artifact
 from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.data.batches import Loss
-from rmprune.data.given import GivenSplit
+from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
-from rmprune.errors import ArtifactError, ConfigError
+from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.graph.foreign import plain_module
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job
@@ -36,7 +37,7 @@ from rmprune.training.refuse import check_precision
 if TYPE_CHECKING:
     import pandas as pd
 
-GIVEN = "given"  # how the data set's name begins in config and record; what it holds is the rest
+logger = logging.getLogger("rmprune")
 NOT_KEPT = shutil.ignore_patterns("checkpoint", ".lock", ".*.tmp")
 
 
@@ -47,8 +48,8 @@ class Slimmed:
     record.json; `directory`: the run. Without `out` that lives as long as this object: `save` it.
     """
 
-    def __init__(self, directory: Path, network: str, device: torch.device, *, temporary: bool) -> None:
-        self.directory, self._network = directory, network
+    def __init__(self, directory: Path, network: str, device: torch.device, data: Dataset, *, temporary: bool) -> None:
+        self.directory, self._network, self._data = directory, network, data
         self.record: dict[str, Any] = read_record(directory)
         self.model = artifact.load(directory / network).to(device)
         if temporary:
@@ -83,12 +84,18 @@ class Slimmed:
 
     def save(self, path: str | Path) -> Path:
         """Copies the run to the folder `path`, which must not exist or be empty: the networks as artifacts (with model.onnx), record.json,
-        the log and the settings. Raises ArtifactError where it cannot."""
+        the log and the settings; and makes deploy/ there (docs/deploy.md). Raises ArtifactError where it cannot."""
+        from rmprune.pipelines.deploy import deploy  # with it come pandas and matplotlib
+
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ArtifactError(f"{path}: exists already; choose another folder")
         with whole(path) as work:
             shutil.copytree(self.directory, work, ignore=NOT_KEPT)
+            try:
+                deploy(work, self._data)
+            except RmpruneError as error:  # the rest is what was trained
+                logger.warning("%s: no deploy/ (%s)", path, error)
         return path
 
     def __repr__(self) -> str:
@@ -143,7 +150,7 @@ def slim(
     >>> list(result.table.index), bool(result.table.macs_ratio["pruned"] <= 0.5)
     (['original', 'removed', 'pruned'], True)
     >>> sorted(path.name for path in result.save("slimmed").iterdir())
-    ['config.toml', 'dense', 'log.jsonl', 'plain', 'pruned', 'record.json']
+    ['config.toml', 'dense', 'deploy', 'log.jsonl', 'plain', 'pruned', 'record.json']
     """
     budgets = {"ratio": ratio, "macs_ratio": macs_ratio, "latency_ratio": latency_ratio}
     given = {name: value for name, value in budgets.items() if value is not None}
@@ -198,7 +205,7 @@ def slim(
         command = f"rmprune.slim({type(network).__name__}, ..., {name}={value:g}, method={method!r}, seed={seed})"
         with contextlib.suppress(Finished):  # out= holds this very run
             run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
-        return Slimmed(folder, "pruned" if method == "rm" else method, at, temporary=out is None)
+        return Slimmed(folder, "pruned" if method == "rm" else method, at, data, temporary=out is None)
     except BaseException:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
 LOCK_FILE = ".lock"
 WRITTEN = re.compile(
-    r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
+    r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
 
 

@@ -45,8 +45,9 @@ def check_record(record: Any) -> None:
     A record has `schema`, `command`, `config`, `seed`, `method`, `environment` (`versions`, `processor`, `threads`),
     `removal` (`removed`, `kept`, `max_error`; None where no residual was to be removed), and `original` with at least
     one more network; it may have `refused`, {method: why its budget could not be met}. A network has `accuracy` (0 to
-    1; None where it has a `loss` instead), `macs` and `params` (of one image), may have `balanced_accuracy`, `auc` and `classes`
-    (name, images, recall, precision), and has `latency`, a list of {backend, device, threads, batch_size, median_ms, q1_ms, q3_ms}.
+    1; None where it has a `loss` instead), `macs` and `params` (of one image), may have `balanced_accuracy`, `auc`, `classes`
+    (name, images, recall, precision) and `validation` (accuracy and loss on the images that choices see),
+    and has `latency`, a list of {backend, device, threads, batch_size, median_ms, q1_ms, q3_ms}.
     """
     if not isinstance(record, dict):
         raise ArtifactError("a record is a JSON object")
@@ -82,6 +83,9 @@ def _check_network(name: str, entry: dict[str, Any]) -> None:
     for field in ("balanced_accuracy", "auc"):
         if entry.get(field) is not None and not _is_share(entry[field]):
             raise ArtifactError(f"{name}: {field} is {entry[field]!r}, not a number from 0 to 1")
+    validation = entry.get("validation", {})
+    if not isinstance(validation, dict) or not all(v is None or _is_number(v) for v in validation.values()):
+        raise ArtifactError(f"{name}: 'validation' is not an object of numbers")
     _check_classes(name, entry.get("classes", []))
     if not isinstance(entry["latency"], list):
         raise ArtifactError(f"{name}: latency is not a list")

@@ -118,12 +118,17 @@ def test_slim_takes_them_by_name(model: str, tmp_path: Path) -> None:
     assert isinstance(rmprune.load(tmp_path / "run" / "pruned"), nn.Sequential)
 
 
-def test_amc_takes_them_by_name(tmp_path: Path) -> None:
+def test_amc_takes_them_by_name_and_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--model repvgg13 --width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --budget 0.6 --multiple 1"
     search = "--episodes 2 --warm-up 1 --images 64 --calibration 16"
     main(("amc", *flags.split(), *search.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
     record = records.read_record(tmp_path / "run")
     assert record["rm-amc"]["macs"] <= 0.6 * record["original"]["macs"] and record["removal"]["kept"] == {}
+    figure, deployed, following, again = capsys.readouterr().out.splitlines()[-4:]
+    run = tmp_path / "run"
+    assert figure.startswith("figure: ") and deployed == f"deploy: {run / 'deploy'}"
+    assert following == f"next:   python {run / 'deploy' / 'predict.py'} IMAGE" and f"rmprune measure {run} " in again
+    assert (run / "deploy" / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize(

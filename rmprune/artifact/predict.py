@@ -1,0 +1,106 @@
+"""What a deployed network says of images: python predict.py FILE... [--model model-int8.onnx] [--json]
+
+Needs onnxruntime and numpy, and Pillow for image files. A FILE is an image, or a .npy array of the network's own size: bytes or 16-bit
+values [H, W] or [H, W, C], or float32 [C, H, W] that is normalised already. This file reads model.json and
+model.onnx beside it and nothing else; from Python: Deployed()(as_input("photo.png")).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+HERE = Path(__file__).resolve().parent
+
+
+def as_input(file: str, folder: Path = HERE) -> Any:
+    """The file as the network takes it, float32 [1, C, H, W]. Raises OSError or ValueError where it is no such image."""
+    facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    shape, how = tuple(facts["input_shape"]), facts["preprocessing"]
+    if file.endswith(".npy"):
+        values = np.load(file, allow_pickle=False)
+    elif how is None:
+        raise ValueError("only .npy arrays float32 [C, H, W], as your own loader made them for training")
+    else:
+        values = _decoded(file, how, shape)
+    if how is not None and values.dtype in (np.uint8, np.uint16):
+        values = _as_bytes(values, how["depth"]).reshape(*values.shape[:2], -1).transpose(2, 0, 1)
+        mean, std = (255 * np.array(how[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
+        values = (values - mean) / std  # of a grey array for a colour network three channels
+    if values.shape != shape or values.dtype.kind != "f":
+        raise ValueError(f"{values.dtype} of shape {values.shape}, but the network takes images of {shape}")
+    return values.astype(np.float32)[None]
+
+
+def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
+    """The middle of an image file, bytes [H, W] or [H, W, 3]: upright, its shorter side scaled, cropped, as in training."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode == "F":
+            raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
+        if image.mode.startswith("I"):
+            image = Image.fromarray(_as_bytes(np.asarray(image), how["depth"]))
+        image = image.convert("L" if shape[0] == 1 else "RGB")
+    if how["resize"] is not None:
+        short = min(image.size)
+        image = image.resize([how["resize"] * side // short for side in image.size], Image.Resampling.BILINEAR)
+        for width, height in ((how["resize"], how["resize"]), (shape[2], shape[1])):
+            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image)
+
+
+def _as_bytes(values: Any, depth: int) -> Any:
+    """16-bit values of which `depth` bits are used, as bytes; bytes as they are."""
+    if values.dtype == np.uint8:
+        return values
+    return (values.astype(np.float32) * (255 / (2**depth - 1))).round().clip(0, 255).astype(np.uint8)
+
+
+class Deployed:
+    """The network in ONNX Runtime: called with what `as_input` gives, it returns its outputs, float32 [1, classes]."""
+
+    def __init__(self, file: str = "model.onnx", folder: Path = HERE) -> None:
+        self.session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
+        self.classes = json.loads((folder / "model.json").read_text(encoding="utf-8"))["classes"]
+
+    def __call__(self, x: Any) -> Any:
+        outputs = self.session.run(None, {self.session.get_inputs()[0].name: x})
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def told(self, x: Any) -> dict[str, float]:
+        """The probability of each class, the likeliest first."""
+        scores = np.exp(self(x)[0] - self(x)[0].max())
+        return {self.classes[i]: float(scores[i] / scores.sum()) for i in np.argsort(-scores, kind="stable")}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--model", default="model.onnx", help="or model-int8.onnx, where it is there")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each file: outputs, and all classes")
+    given = parser.parse_args()
+    network = Deployed(given.model)
+    for file in given.files:
+        try:
+            x = as_input(file)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{file}: {error}")
+        told = {} if network.classes is None else network.told(x)
+        if given.json or not told:
+            outputs = network(x)
+            plain = [one.tolist() for one in outputs] if isinstance(outputs, list) else outputs.tolist()
+            print(json.dumps({"file": file, "outputs": plain} | ({"classes": told} if told else {})))
+        else:
+            print(f"{file}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in list(told.items())[:5]))
+
+
+if __name__ == "__main__":
+    main()
