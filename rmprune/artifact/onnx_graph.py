@@ -33,7 +33,7 @@ class Known(NamedTuple):
         )
 
 
-Value = Known | fx.Node
+OnnxValue = Known | fx.Node
 
 
 class NamedSum(nn.Module):
@@ -115,7 +115,7 @@ class Call:
     op: str
     name: str
     opset: int
-    values: list[Value | None]
+    values: list[OnnxValue | None]
     attributes: dict[str, Any]
     drawing: Drawing
     outputs: int = 1

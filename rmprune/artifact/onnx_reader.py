@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from rmprune.artifact.onnx_file import OnnxFile, OnnxInput, printable, said_of
 from rmprune.artifact.onnx_functions import FUNCTION_READERS
-from rmprune.artifact.onnx_graph import Call, Drawing, Known, Value, shapes
+from rmprune.artifact.onnx_graph import Call, Drawing, Known, OnnxValue, shapes
 from rmprune.artifact.onnx_layers import LAYER_READERS
 from rmprune.artifact.onnx_tidy import join_idioms
 from rmprune.artifact.onnx_values import FOLDED, fold
@@ -52,7 +52,7 @@ def read_network(file: OnnxFile, image_size: int | None = None, channels: int = 
         )
     sizes = [_sizes(file, entry, image_size, channels) for entry in file.inputs]
     drawing = Drawing()
-    values: dict[str, Value | None] = {"": None}
+    values: dict[str, OnnxValue | None] = {"": None}
     for entry, size in zip(file.inputs, sizes, strict=True):
         first = entry.sizes[0] or 2
         blanks = tuple(torch.empty(count, *size, device="meta") for count in (first, first + 1))
@@ -98,7 +98,7 @@ def _sizes(file: OnnxFile, entry: OnnxInput, image_size: int | None, channels: i
     return found
 
 
-def _read(file: OnnxFile, node: onnx.NodeProto, values: dict[str, Value | None], drawing: Drawing) -> None:
+def _read(file: OnnxFile, node: onnx.NodeProto, values: dict[str, OnnxValue | None], drawing: Drawing) -> None:
     """Reads one node, and notes what it gives."""
     attributes = {a.name: _attribute(file, a) for a in node.attribute}
     inputs = [values.get(name) for name in node.input]
@@ -119,8 +119,8 @@ def _read(file: OnnxFile, node: onnx.NodeProto, values: dict[str, Value | None],
 
 
 def _result(
-    file: OnnxFile, node: onnx.NodeProto, inputs: list[Value | None], attributes: dict[str, Any], drawing: Drawing
-) -> list[Value | None]:
+    file: OnnxFile, node: onnx.NodeProto, inputs: list[OnnxValue | None], attributes: dict[str, Any], drawing: Drawing
+) -> list[OnnxValue | None]:
     if node.op_type == "Constant":
         return [_constant(attributes)]
     if node.op_type == "Shape" and inputs and inputs[0] is not None:
