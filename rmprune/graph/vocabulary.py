@@ -269,7 +269,7 @@ _OPERATOR_NAMES = _words("""
     add iadd sub isub mul imul truediv itruediv floordiv mod neg pow matmul getitem eq ne lt le gt ge invert
 """)
 _TORCH_NAMES = _words("""
-    add sub mul div true_divide neg pow exp log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
+    add sub mul div true_divide neg pow exp erf log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
     stack chunk split flatten reshape permute transpose squeeze unsqueeze mean sum amax amin max min relu relu_ sigmoid
     tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos
     zeros ones arange
