@@ -79,7 +79,7 @@ PATHS = {
     "rmprune.measure.runtimes.tensorrt": "TensorRT's provider",
     "rmprune.measure.runtimes.onnx_runtime": "inputs bound on the device",
     "rmprune.graph.tf32.tf32": "what TF32 changes",
-    "rmprune.pipelines.stages.repeatable": "deterministic kernels",
+    "rmprune.training.precision.repeatable": "deterministic kernels",
     "rmprune.training.distributed": "NCCL, with more than one",
     "rmprune.training.precision.autocast": "autocast on CUDA",
     "rmprune.training.loop._Training.save": "the GPU's random state in checkpoints",

@@ -33,22 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        sys.exit(0 if arguments else 2)
-    if arguments[0] == "--version":
-        print(f"rmprune {importlib.metadata.version('rmprune')}")
-        return
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        _fail(f"unknown command {name!r}; there are: {', '.join(COMMANDS)}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _fail(
-            "under torchrun every process would write the same run; start the command by itself, "
-            "or call rmprune.training.fit, which divides its batches among the processes, from a script"
-        )
+    name = arguments[0] if arguments else ""
     try:
-        COMMANDS[name](rest)
+        with _alone_or_together() as first:
+            if first:
+                _do(arguments)
     except RmpruneError as error:
         _fail(str(error))
     except OSError as error:  # a file or folder that no stage expected to be out of reach
@@ -63,6 +52,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         on = "To go on" if name in ("slim", "amc", "train") else "Again"
         print(f"\nrmprune: interrupted; {left}. {on}: {again}", file=sys.stderr)
         sys.exit(130)
+
+
+def _alone_or_together() -> contextlib.AbstractContextManager[bool]:
+    """Yields whether this process does the command: the first, where torchrun started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return contextlib.nullcontext(True)
+    from rmprune.training.together import together
+
+    return together()
+
+
+def _do(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        print(f"rmprune {importlib.metadata.version('rmprune')}")
+        return
+    if arguments[0] not in COMMANDS:
+        _fail(f"unknown command {arguments[0]!r}; there are: {', '.join(COMMANDS)}")
+    COMMANDS[arguments[0]](arguments[1:])
 
 
 def _fail(message: str) -> NoReturn:

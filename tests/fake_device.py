@@ -185,6 +185,7 @@ def pretended_gpu() -> Iterator[Places]:
             "set_rng_state": lambda state, device=0: None,
             "synchronize": lambda device=None: None,
             "get_device_name": lambda device=None: "a pretended GPU",
+            "mem_get_info": lambda device=None: (2**30, 2**30),
             "Stream": lambda: stream,
             "current_stream": lambda: stream,
             "stream": lambda s: contextlib.nullcontext(),

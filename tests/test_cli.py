@@ -138,14 +138,6 @@ def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str
     assert "layer1.0" in printed and "removable" in printed and "convert resnet50" in printed
 
 
-def test_torchrun_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert status(*SLIM, "--out", str(tmp_path / "run")) == 2
-    assert "rmprune.training.fit" in capsys.readouterr().err and not (tmp_path / "run").exists()
-
-
 def test_the_module_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "rmprune", "nothing"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "unknown command" in done.stderr

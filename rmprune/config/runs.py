@@ -152,9 +152,9 @@ class NetworkConfig(Architecture):
     """A network to look at: a name or an artifact, and the images it takes."""
 
     model: tyro.conf.Positional[str]
-    """A network's name (resnet50, timm/resnet26, ...) or an artifact directory."""
+    """A network's name (resnet50, timm/resnet26, ...), an artifact directory, or FILE.onnx."""
     image_size: int | None = None
-    """Height and width of the images (default: what the artifact says, 32 for CIFAR networks, else 224)."""
+    """Height and width of the images (default: what artifact or file say, 32 for CIFAR networks, else 224)."""
     in_channels: int = 3
     """Channels of the images."""
     num_classes: int = 1000

@@ -37,6 +37,8 @@ class TrainConfig:
     """auto takes bfloat16 autocast where the processor computes in it, else float32."""
     channels_last: bool = True
     """Keep activations and weights in channels-last order (faster on most processors)."""
+    sync_batch_norm: bool = False
+    """Under torchrun, batch norms see the images of all processes, as one process would; else each its own part of the batch."""
     cuda_graph: bool = field(default=True, metadata=changeable())
     """On one GPU, record the kernels of a step once and launch them together from then on."""
     checkpoint_seconds: float = field(default=300.0, metadata=changeable())

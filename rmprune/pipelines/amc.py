@@ -34,7 +34,6 @@ from rmprune.pipelines.stages import (
     make_dense,
     open_data,
     pick_device,
-    repeatable,
     say,
     stage,
     with_names,
@@ -46,6 +45,7 @@ from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Files, Job, tune
+from rmprune.training.precision import repeatable
 
 logger = logging.getLogger("rmprune")
 GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training

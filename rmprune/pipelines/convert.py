@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from rmprune import artifact
 from rmprune.artifact.onnx import ROUNDINGS, rounding
+from rmprune.artifact.onnx_file import is_onnx
+from rmprune.artifact.onnx_runtime import checked_network
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
@@ -38,7 +40,8 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
         model = artifact.load(path).eval()
         told = artifact.read_extra(path).get("input_shape")
         known = None if told is None else image_shape(told, path)
-        _refuse_named_settings(config, known is None or config.in_channels == known[0])
+        fits = known is None or config.in_channels == known[0]
+        _refuse_named_settings(config, "an artifact", ("model", "image_size", *["in_channels"] * fits))
         shape = known or _shape_from(config)
         if known is not None and config.image_size is not None:
             shape = (known[0], *_shape_from(config)[1:])
@@ -58,14 +61,22 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _refuse_named_settings(config: NetworkConfig, channels_fit: bool) -> None:
-    """An artifact is what it is: raise ConfigError for a setting that only a network made by its name has."""
+def open_examples(config: NetworkConfig) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The network of a name, artifact or ONNX file in eval mode, and one example batch of each of its inputs."""
+    if is_onnx(config.model):
+        _refuse_named_settings(config, "an ONNX file", ("model", "image_size", "in_channels"))
+        network = checked_network(config.model, config.image_size, config.in_channels)
+        return network.model, network.examples
+    model, example = open_network(config)
+    return model, (example,)
+
+
+def _refuse_named_settings(config: NetworkConfig, what: str, free: tuple[str, ...]) -> None:
+    """A file is what it is: raise ConfigError for a setting that only a network made by its name has."""
     for field in dataclasses.fields(config):
-        given = getattr(config, field.name) != field.default
-        free = field.name in ("model", "image_size") or (field.name == "in_channels" and channels_fit)
-        if given and not free:
+        if getattr(config, field.name) != field.default and field.name not in free:
             flag = field.name.replace("_", "-")
-            raise ConfigError(f"{config.model} is an artifact, which --{flag} cannot change; leave it out")
+            raise ConfigError(f"{config.model} is {what}, which --{flag} cannot change; leave it out")
 
 
 def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:
@@ -82,11 +93,11 @@ def _options(config: RemovalConfig) -> dict[str, object]:
 
 def run_inspect(config: InspectConfig) -> list[BlockReport]:
     """Print each residual of the network: removable or why not, the form, and what it costs."""
-    model, example = open_network(config.network)
-    blocks = plan_removal(model, example, **_options(config.removal))  # type: ignore[arg-type]
+    model, examples = open_examples(config.network)
+    blocks = plan_removal(model, examples, **_options(config.removal))  # type: ignore[arg-type]
     console = Console()
-    options = block_options(model, example)
-    console.print(plan_table(config.network.model, blocks, count_macs(model, example[:1])))
+    options = block_options(model, examples)
+    console.print(plan_table(config.network.model, blocks, count_macs(model, examples)))
     reasons: dict[tuple[str, str], list[str]] = {}
     for block in blocks:
         may = ", ".join(choice for choice in _SHOWN if not options[block.name][choice])
@@ -105,7 +116,7 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
             f"{nothing_to_remove({}) if not blocks else 'no residual can go'}; slim --method residual prunes the network as it is"
         )
         return blocks
-    out = f"runs/{Path(config.network.model).name}-plain"
+    out = f"runs/{Path(config.network.model).name.removesuffix('.onnx')}-plain"
     again = shlex.join(["python", "-m", "rmprune", "convert", *network_arguments(config.network), "--out", out])
     console.print(f"next: {again}", markup=False, soft_wrap=True)
     return blocks

@@ -30,7 +30,6 @@ from rmprune.pipelines.stages import (
     make_dense,
     open_data,
     pick_device,
-    repeatable,
     say,
     stage,
     starting_network,
@@ -44,6 +43,7 @@ from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
 from rmprune.runs.records import RENAMED
 from rmprune.training.job import Files, Job, tune
+from rmprune.training.precision import repeatable
 
 
 def run_slim(config: SlimConfig, *, command: str) -> list[Path]:

@@ -5,8 +5,7 @@ import copy
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from rmprune.models.families import create_network
 from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
+from rmprune.training.distributed import check_batch, check_device
 from rmprune.training.evaluation import evaluate, logits_of, scores
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
@@ -52,7 +52,9 @@ def expected_statistics(model: str, weights: str | None) -> Statistics:
 
 def open_data(config: RunConfig) -> Dataset:
     """The data set of a run."""
-    return load_dataset(config.data, expected_statistics(config.model, config.weights))
+    data = load_dataset(config.data, expected_statistics(config.model, config.weights))
+    check_batch(min(config.data.batch_size, len(data.train), len(data.validation)))
+    return data
 
 
 def stage(
@@ -260,7 +262,7 @@ def image_shape(known: Any, where: Path) -> tuple[int, int, int]:
 def pick_device(name: str) -> torch.device:
     """The device of this name; auto takes the GPU where there is one. Raises ConfigError where it is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -269,21 +271,5 @@ def pick_device(name: str) -> torch.device:
         device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
     ):
         raise ConfigError(f"device {name!r} is not on this machine; use cpu or auto")
+    check_device(device)
     return device
-
-
-@contextlib.contextmanager
-def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
-    """Where asked, a GPU takes only kernels that give the same result every time. Raises ConfigError where there is none for a layer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if asked and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS shares its memory as it comes
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        raise ConfigError(f"{str(error).splitlines()[0]}; leave --deterministic out") from error
-    finally:
-        torch.use_deterministic_algorithms(before)

@@ -14,7 +14,6 @@ from rmprune.pipelines.stages import (
     make_dense,
     open_data,
     pick_device,
-    repeatable,
     starting_network,
 )
 from rmprune.removal import plan_removal
@@ -22,6 +21,7 @@ from rmprune.removal.remove import nothing_to_remove
 from rmprune.runs.cells import Cell
 from rmprune.runs.directory import claim
 from rmprune.training.job import Job
+from rmprune.training.precision import repeatable
 
 
 def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:

@@ -26,7 +26,15 @@ from rmprune.runs.writing import whole
 _FORMAT = 1
 _FREE_SETTINGS = ("checkpoint_seconds", "tensorboard", "cuda_graph")  # these do not change what is trained
 # settings that earlier checkpoints do not know, and what was done without them
-_LATER = {"head_rate": 1.0, "crop": 0.875, "normalization": "auto", "test": 0.2, "group_column": None, "balance": False}
+_LATER = {
+    "sync_batch_norm": False,
+    "head_rate": 1.0,
+    "crop": 0.875,
+    "normalization": "auto",
+    "test": 0.2,
+    "group_column": None,
+    "balance": False,
+}
 _DATA_SETTINGS = (
     "batch_size",
     "validation",

@@ -17,6 +17,7 @@ from rmprune.data.splits import Split
 from rmprune.errors import DataError, RmpruneError
 from rmprune.graph.finite import where_broken
 from rmprune.graph.foreign import copied
+from rmprune.training.distributed import add_up
 from rmprune.training.precision import ask, autocast, weights_dtype
 
 
@@ -36,16 +37,22 @@ def evaluate(
     batch_size: int = 512,
     limit: int | None = None,
     precision: Precision = "float32",
+    shard: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
-    The model must be on `device` already. Raises RmpruneError where its outputs are NaN, and says where that begins.
+    The model must be on `device` already. `shard`: (number of this process, processes), each of which takes part with its images and
+    learns the result for all. Raises RmpruneError where its outputs are NaN, and says where that begins.
     """
     if split.loss is not None:
         return Evaluation(math.nan, mean_loss(model, split, torch.device(device), batch_size, limit, precision))
-    logits, y = logits_of(model, split, device=device, batch_size=batch_size, limit=limit, precision=precision)
-    loss = nn.functional.cross_entropy(logits, y, reduction="none").double().mean()
-    return Evaluation(float((logits.argmax(1) == y).double().mean()), float(loss))
+    logits, y = logits_of(
+        model, split, device=device, batch_size=batch_size, limit=limit, precision=precision, shard=shard
+    )
+    loss = nn.functional.cross_entropy(logits, y, reduction="none").double()
+    sums = torch.stack([loss.sum(), (logits.argmax(1) == y).double().sum(), torch.full_like(loss.sum(), len(y))])
+    total, hits, images = add_up(sums, shard[1]).tolist()
+    return Evaluation(hits / images, total / images)
 
 
 @torch.no_grad()
@@ -57,12 +64,15 @@ def logits_of(
     batch_size: int = 512,
     limit: int | None = None,
     precision: Precision = "float32",
+    shard: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
     """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
     found: list[tuple[Tensor, Tensor]] = []
     with _in_eval_mode(model), autocast(precision, device):
-        for x, y in split.batches(batch_size, device=device, memory_format=torch.channels_last, limit=limit):
+        for x, y in split.batches(
+            batch_size, device=device, memory_format=torch.channels_last, limit=limit, shard=shard
+        ):
             found.append((ask(model, x).float(), y))
     if not found:
         raise DataError("there are no images to evaluate the network on")

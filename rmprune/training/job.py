@@ -13,9 +13,9 @@ from rmprune.config import TrainConfig
 from rmprune.data.batches import Batches, WithLoss
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Batch
-from rmprune.training.loop import fit
 from rmprune.training.recentre import recentre
 from rmprune.training.state import Hook
+from rmprune.training.together import fit_together
 
 Config = TypeVar("Config", covariant=True)
 IMAGES = 2048  # training images that importances are measured and layers fitted on, at most,
@@ -99,8 +99,8 @@ class Files:
 
 
 def tune(network: nn.Module, train: TrainConfig, job: Job[object], files: Files, hook: Hook | None = None) -> nn.Module:
-    """`fit` by a job: a trained copy in eval mode, on the CPU."""
-    return fit(
+    """`fit` by a job, on all processes of the command: a trained copy in eval mode, on the CPU."""
+    return fit_together(
         network,
         job.data,
         train,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -26,6 +27,7 @@ from rmprune.training.objective import class_objective, own_objective
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
 from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.refuse import begins, check_trainable, not_finite, one_value
+from rmprune.training.shared_statistics import SharedStatistics
 from rmprune.training.state import Hook, TrainState
 from rmprune.training.teacher import Teacher
 
@@ -53,8 +55,8 @@ def fit(
     every `config.checkpoint_seconds` and on Ctrl-C; where it exists, training goes on from there, on the same machine
     exactly as if it had never stopped. A hook with state offers `state_dict()` and `load_state_dict()`, which go into
     the checkpoint. `teacher` is followed with weight `config.distillation`; `teacher_memory` names a folder that keeps its
-    outputs for other trainings with the same seed (`rmprune.training.teacher`). Under torchrun every process calls `fit`;
-    the batch is divided among them.
+    outputs for other trainings with the same seed (`rmprune.training.teacher`). Under torchrun every process calls `fit`: the batch
+    is divided among them, the first one reads and writes files, and a checkpoint goes on with any number of processes.
 
     Raises `ArtifactError` for a checkpoint of another run, `RmpruneError` when loss or weights are no longer finite (with the first
     layer where that is so, the step, and the last good checkpoint), `ConfigError` for a network that cannot be trained.
@@ -69,6 +71,7 @@ def fit(
             if teacher is not None and config.distillation:
                 run.follow(teacher, teacher_memory)
             run.resume()
+            run.draw_apart()
             run.journal = (
                 Journal(
                     label,
@@ -131,6 +134,7 @@ class _Training:
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
         self.seconds = 0.0  # spent on this epoch before the current call
         self.between_steps = True
+        self.agreed = world == 1  # that all processes stop here: with one there is nobody to ask
         self.saved_step: int | None = None  # of the checkpoint
         self.started = self.saved_at = time.monotonic()
 
@@ -173,13 +177,12 @@ class _Training:
                 while True:
                     if self.at_epoch_end and self.totals[2] > 0:
                         self.finish_epoch()
-                    if interrupt.requested:
-                        raise KeyboardInterrupt
+                    self.look_up(interrupt)
                     if self.state.step >= self.state.total_steps:
                         return
                     self.train_epoch(interrupt)
             except KeyboardInterrupt:
-                if self.between_steps:  # within a step the last checkpoint stands
+                if self.between_steps and self.agreed:  # within a step the last checkpoint stands
                     self.save()
                 raise
 
@@ -205,14 +208,30 @@ class _Training:
                 self.journal.step(self.state.step, epoch + 1, loss, accuracy, rate * self.world)
             if self.at_epoch_end:
                 return
-            if interrupt.requested:
-                raise KeyboardInterrupt
-            if time.monotonic() - self.saved_at > self.config.checkpoint_seconds:
-                self.save()
+            self.look_up(interrupt)
         raise DataError(
             f"{self.label}: the training images gave {self.state.step} batches where they said "
             f"{self.state.steps_per_epoch} an epoch"
         )
+
+    def look_up(self, interrupt: DeferredInterrupt) -> None:
+        """Between two steps: stop all processes on Ctrl-C in any, save where it is time."""
+        due = (
+            time.monotonic() - self.saved_at > self.config.checkpoint_seconds
+            and self.rank == 0
+            and not self.at_epoch_end
+        )
+        stop, save = distributed.any_says(self.world, interrupt.requested, due)
+        if stop:
+            self.agreed = True
+            raise KeyboardInterrupt
+        if save:
+            self.save()
+
+    def draw_apart(self) -> None:
+        """Processes see different images, and drop out different values."""
+        if self.rank > 0:
+            torch.manual_seed(batch_seed(self.seed + self.state.step, self.rank))
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """Forward, backward, the optimizer's step and the hook."""
@@ -235,17 +254,19 @@ class _Training:
     def compute_gradients(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
         """The gradients of one batch, clipped, and its part of the totals. On a GPU nothing here waits for it."""
         config = self.config
-        with autocast(config.precision, self.device):
+        shared = SharedStatistics() if config.sync_batch_norm and self.world > 1 else contextlib.nullcontext()
+        with autocast(config.precision, self.device), shared:
             try:
                 if self.loss is None:
-                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights)
+                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights, self.world)
                 else:
                     teacher = None if self.teacher is None else self.teacher.frozen
                     loss, hits = own_objective(self.parallel, y, self.loss, teacher, config)
             except ValueError as error:
                 raise one_value(error, self.label) from error
         with torch.no_grad():
-            self.totals += torch.stack([loss * len(x), hits, torch.full_like(hits, len(x))])
+            count = torch.full_like(loss, len(x))
+            self.totals += torch.stack([loss * distributed.add_up(count, self.world) / self.world, hits, count])
         if self.device.type == "cpu":
             self.check_finite(x)
         self.state.optimizer.zero_grad()
@@ -268,8 +289,9 @@ class _Training:
         self.connect()
 
     def check_finite(self, x: Tensor | None = None) -> None:
-        """Refuse to go on from a loss that is no number. x: the images it comes from, where they are at hand."""
-        if not math.isfinite(float(self.totals[0])):
+        """Refuse to go on from a loss that is no number. x: the images it comes from, where they are at hand; else all processes ask."""
+        totals = self.totals if x is not None else distributed.add_up(self.totals, self.world)
+        if not math.isfinite(float(totals[0])):
             where = begins(self.state.model, None if self.teacher is None else self.teacher.frozen, x)
             raise self.broken("the loss is", where, self.state.step + (x is not None))
 
@@ -292,8 +314,14 @@ class _Training:
         self.check_weights()
         loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
         state = self.state
-        distributed.share_buffers(state.model, self.world)
-        validation = evaluate(state.model, self.data.validation, device=self.device, precision=self.config.precision)
+        distributed.share_state(state.model, self.world)
+        validation = evaluate(
+            state.model,
+            self.data.validation,
+            device=self.device,
+            precision=self.config.precision,
+            shard=(self.rank, self.world),
+        )
         seconds = self.seconds + time.monotonic() - self.started
         self.journal.epoch(
             {
@@ -314,11 +342,14 @@ class _Training:
 
     def save(self) -> None:
         """Write the checkpoint, unless the model is broken: then the one before is worth more."""
-        if self.checkpoint is None or self.rank != 0:
+        if self.checkpoint is None and self.world == 1:
             return
         model = self.state.model
         self.check_finite()
         self.check_weights()
+        totals = distributed.add_up(self.totals, self.world)
+        if self.checkpoint is None or self.rank != 0:
+            return
         changed = model is not self.first_model or files.shapes_digest(model) != self.fingerprint["network"]
         state_dict = getattr(self.hook, "state_dict", None)
         files.save_checkpoint(
@@ -330,7 +361,7 @@ class _Training:
                 "constants": files.constants_of(model) if changed else {},
                 "model": model.state_dict(),
                 "optimizer": files.optimizer_state(self.state.optimizer, model),
-                "totals": self.totals,
+                "totals": totals,
                 "seconds": self.seconds + time.monotonic() - self.started,
                 "random": torch.get_rng_state(),
                 "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -342,9 +373,11 @@ class _Training:
     def resume(self) -> None:
         """Go back to where the checkpoint was written, if there is one."""
         path = self.checkpoint
-        if path is None or not path.exists():
+        found = files.load_checkpoint(path) if self.rank == 0 and path is not None and path.exists() else None
+        saved = distributed.first_says(found, self.world)
+        if saved is None:
             return
-        saved = files.load_checkpoint(path)
+        path = path or Path(self.label)  # that of the first process is not known to the others
         try:
             files.check_fingerprint(path, saved["fingerprint"], self.fingerprint)
             files.check_progress(saved, self.state.total_steps)
@@ -355,7 +388,7 @@ class _Training:
             self.state.step, self.seconds = int(saved["step"]), float(saved["seconds"])
             self.saved_step = self.state.step
             self.state.learning_rate = learning_rate(self.config, self.state.step - 1, self.state.steps_per_epoch)
-            self.totals.copy_(saved["totals"])
+            self.totals.copy_(saved["totals"] if self.rank == 0 else torch.zeros(3))
             if saved["hook"] is not None and self.hook is not None:
                 self.hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
             torch.set_rng_state(saved["random"])

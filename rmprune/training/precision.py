@@ -1,14 +1,16 @@
-"""Which number format a device computes in fast; no model code."""
+"""Which number format a device computes in fast, and whether it repeats itself; no model code."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.config import Precision
+from rmprune.errors import ConfigError
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.machine import BFLOAT16, has_instruction
 from rmprune.training.convolutions import TrainableConvolutions
@@ -41,3 +43,20 @@ def ask(model: nn.Module, x: Tensor) -> Tensor:
     """What a model makes of images [B, C, H, W], given to it in the dtype of its weights."""
     found: Tensor = model(x.to(weights_dtype(model, x.dtype)))
     return found
+
+
+@contextlib.contextmanager
+def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
+    """Where asked, a GPU takes only kernels that give the same result every time. Raises ConfigError where there is none for a layer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if asked and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS shares its memory as it comes
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(f"{str(error).splitlines()[0]}; leave --deterministic out") from error
+    finally:
+        torch.use_deterministic_algorithms(before)
