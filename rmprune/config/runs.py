@@ -120,7 +120,7 @@ class SlimConfig(RunConfig):
         given = len(self.prune.budgets) > 0
         require(
             given or self.plan is not None,
-            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1, or a --plan",
+            "there is no budget; give --ratio, --macs-ratio, --latency-ratio or --memory-ratio, between 0 and 1, or a --plan",
         )
         require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
         if self.plan is not None:

@@ -35,7 +35,7 @@ COLUMNS = [
 ]
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
-_BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "ratio")
+_BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "memory_ratio", "ratio")
 MOST_CLASSES = 20  # that the screen shows one by one
 CONFIGURATION = ["backend", "device", "threads", "batch_size"]
 
