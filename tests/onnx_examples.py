@@ -41,7 +41,8 @@ def normal(*sizes: int, seed: int = 0) -> Array:
 def residual(batch: Any = "batch", pixels: Any = (8, 8), opset: int = 17) -> onnx.ModelProto:
     """Convolution, a block of two with an identity shortcut, pool, and a linear layer; names, metadata and sizes of its own."""
     weights = {
-        "a": normal(4, 3, 3, 3), "b": normal(4, 4, 3, 3, seed=1) / 6, "c": normal(4, 4, 3, 3, seed=2) / 6, "d": normal(5, 4, seed=3), "e": normal(5),
+        "a": normal(4, 3, 3, 3), "b": normal(4, 4, 3, 3, seed=1) / 6, "c": normal(4, 4, 3, 3, seed=2) / 6, "d": normal(5, 4, seed=3),
+        "e": normal(5),
     }  # fmt: skip
     same = {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
     nodes = [
