@@ -120,7 +120,7 @@ class SlimConfig(RunConfig):
         given = len(self.prune.budgets) > 0
         require(
             given or self.plan is not None,
-            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1, or a --plan",
+            "there is no budget; give --ratio, --macs-ratio, --latency-ratio or --memory-ratio, between 0 and 1, or a --plan",
         )
         require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
         if self.plan is not None:
@@ -152,9 +152,9 @@ class NetworkConfig(Architecture):
     """A network to look at: a name or an artifact, and the images it takes."""
 
     model: tyro.conf.Positional[str]
-    """A network's name (resnet50, timm/resnet26, ...) or an artifact directory."""
+    """A network's name (resnet50, timm/resnet26, ...), an artifact directory, or FILE.onnx."""
     image_size: int | None = None
-    """Height and width of the images (default: what the artifact says, 32 for CIFAR networks, else 224)."""
+    """Height and width of the images (default: what artifact or file say, 32 for CIFAR networks, else 224)."""
     in_channels: int = 3
     """Channels of the images."""
     num_classes: int = 1000
