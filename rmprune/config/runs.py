@@ -207,14 +207,19 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class RemeasureConfig:
-    """Measure the networks of finished runs again, all in turns in one process, and update their records."""
+    """Measure the networks of finished runs again, all in turns in one process, and update their records; or ONNX files."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or directories that hold them."""
+    """Run directories, or directories that hold them; or ONNX files, which are measured as they stand (by default in onnxruntime)."""
+    image_size: int | None = None
+    """Height and width of the images of ONNX files that leave them open (default: 224)."""
     measure: Unprefixed[MeasureConfig] = MeasureConfig()
 
     def __post_init__(self) -> None:
-        require(len(self.runs) > 0, "there is nothing to measure; give run directories")
+        require(len(self.runs) > 0, "there is nothing to measure; give run directories or ONNX files")
+        require(
+            self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1"
+        )
 
 
 @dataclass(frozen=True)
