@@ -230,13 +230,17 @@ def convert(arguments: list[str]) -> None:
 
 
 def measure(arguments: list[str]) -> None:
-    """measure the networks of finished runs again, all interleaved in one process, and update their records"""
+    """measure the networks of finished runs again, all interleaved in one process, and update their records; or ONNX files"""
     from rmprune.pipelines.deploy import renew_deployed
     from rmprune.pipelines.measure import run_measure
+    from rmprune.pipelines.measure_files import is_onnx, run_measure_files
     from rmprune.report.build import renew_reports, show
     from rmprune.runs.directory import runs_of
 
     config = _parse(settings.RemeasureConfig, arguments, "measure")
+    if any(is_onnx(path) for path in config.runs):
+        run_measure_files(config)
+        return
     records = run_measure(config)
     try:
         show(records)

@@ -27,13 +27,19 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
+import onnx
 import torch
 from hypothesis import strategies as st
+from onnx_examples import residual
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmprune.artifact import files as artifact
+from rmprune.artifact.onnx_reader import ONNX_READERS
+from rmprune.artifact.onnx_runtime import checked_network
+from rmprune.artifact.onnx_values import FOLDED
 from rmprune.artifact.weights import load_checkpoint_into
 from rmprune.config import AmcConfig, DataConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.config.toml import from_toml, to_toml
@@ -471,6 +477,52 @@ def read_weights(file: Path) -> None:
     )
 
 
+OPERATORS = [*sorted(ONNX_READERS), *sorted(FOLDED), "If", "Loop", "Shape", "Constant", "QuantizeLinear", "Acme"]
+INTEGERS = [-1, 0, 1, 2, 7, 2**16, 2**31 - 1, 2**40, -(2**40), 2**63 - 1]
+
+
+def make_onnx(file: Path, mode: int, changes: Changes) -> None:
+    """A file of a small residual network in which operators, attributes, sizes, names and places of data are others."""
+    model = residual()
+    for how, where, what in changes if mode < 80 else ():
+        node = model.graph.node[where % len(model.graph.node)]
+        tensor = model.graph.initializer[where % len(model.graph.initializer)]
+        number, word = INTEGERS[what % len(INTEGERS)], (PATHS + CODE)[what % len(PATHS + CODE)]
+        word = word.encode(errors="replace").decode()
+        if how % 9 == 0:
+            node.op_type = OPERATORS[what % len(OPERATORS)]
+        elif how % 9 == 1:
+            names = ("pads", "strides", "group", "axis", "axes", "alpha", "shape", "value_ints", "blocksize")
+            given = number if what % 2 else [number] * (what % 5)
+            node.attribute.append(
+                onnx.helper.make_attribute(names[where % len(names)], given, attr_type=None if given or what % 2 else 7)
+            )
+        elif how % 9 == 2:
+            tensor.dims[:] = [number, *tensor.dims][: what % 5]
+        elif how % 9 == 3:
+            tensor.data_location, tensor.name = 1, tensor.name
+            tensor.external_data.add(key="location", value=word)
+            tensor.external_data.add(key=("offset", "length")[what % 2], value=NUMBERS[where % len(NUMBERS)])
+        elif how % 9 == 4:
+            node.input[what % len(node.input)] = ["", word, "image:0", "a", "5"][what % 5]
+        elif how % 9 == 5:
+            model.graph.input[0].type.tensor_type.shape.dim[what % 4].dim_value = number
+        elif how % 9 == 6:
+            node.name = node.output[0] = word
+        elif how % 9 == 7:
+            tensor.data_type = what % 30
+        else:
+            held = onnx.numpy_helper.from_array(
+                np.array([number] * (what % 5), np.int64), f"sizes{len(model.graph.initializer)}"
+            )
+            model.graph.initializer.append(held)
+            node.input.append(held.name)
+    data = model.SerializeToString()
+    file.write_bytes(damage_bytes(data, changes) if mode >= 75 else data)
+    if mode >= 98:
+        misplace(file, changes[0][2])
+
+
 NOTES = {"before": 0.5, "multiplier": {"width": 0.25, "ratio": 0.5}, "after cut 1": 0.7}
 KINDS: dict[str, tuple[Callable[[Path, int, Changes], None], Callable[[Path], Any]]] = {
     "artifact": (make_artifact, read_artifact),
@@ -479,6 +531,7 @@ KINDS: dict[str, tuple[Callable[[Path, int, Changes], None], Callable[[Path], An
     "notes": (functools.partial(make_json, NOTES), read_notes),
     "checkpoint": (make_checkpoint, read_checkpoint),
     "weights": (make_weights, read_weights),
+    "onnx": (make_onnx, checked_network),
 }
 
 

@@ -120,7 +120,7 @@ class SlimConfig(RunConfig):
         given = len(self.prune.budgets) > 0
         require(
             given or self.plan is not None,
-            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1, or a --plan",
+            "there is no budget; give --ratio, --macs-ratio, --latency-ratio or --memory-ratio, between 0 and 1, or a --plan",
         )
         require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
         if self.plan is not None:
@@ -177,9 +177,9 @@ class NetworkConfig(Architecture):
     """A network to look at: a name or an artifact, and the images it takes."""
 
     model: tyro.conf.Positional[str]
-    """A network's name (resnet50, timm/resnet26, ...) or an artifact directory."""
+    """A network's name (resnet50, timm/resnet26, ...), an artifact directory, or FILE.onnx."""
     image_size: int | None = None
-    """Height and width of the images (default: what the artifact says, 32 for CIFAR networks, else 224)."""
+    """Height and width of the images (default: what artifact or file say, 32 for CIFAR networks, else 224)."""
     in_channels: int = 3
     """Channels of the images."""
     num_classes: int = 1000
@@ -232,14 +232,19 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class RemeasureConfig:
-    """Measure the networks of finished runs again, all in turns in one process, and update their records."""
+    """Measure the networks of finished runs again, all in turns in one process, and update their records; or ONNX files."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or directories that hold them."""
+    """Run directories, or directories that hold them; or ONNX files, which are measured as they stand (by default in onnxruntime)."""
+    image_size: int | None = None
+    """Height and width of the images of ONNX files that leave them open (default: 224)."""
     measure: Unprefixed[MeasureConfig] = MeasureConfig()
 
     def __post_init__(self) -> None:
-        require(len(self.runs) > 0, "there is nothing to measure; give run directories")
+        require(len(self.runs) > 0, "there is nothing to measure; give run directories or ONNX files")
+        require(
+            self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1"
+        )
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ from rmprune.data.splits import (
     Statistics,
     batch_seed,
     draw_part,
+    sent,
     some_of,
     split_train,
 )
+from rmprune.data.views import View, drawn, lightly_augmented, middle, views_of
 from rmprune.errors import DataError
 
 TEST_SEED = 20211  # where no test images are named: the same ones for every split_seed
-_SHIFT = 8  # light augmentation moves by up to this part of the image in all, beyond what lies outside the crop anyway
 
 
 def load_image_folder(
@@ -87,13 +88,20 @@ class FolderSplit(IndexedSplit):
         return len(self.indices)
 
     def _read(self, shares: Iterator[Share], device: torch.device, *, augment: bool, single: bool) -> Iterator[Batch]:
-        """Images are read and augmented by loader processes; from a cache or for a single batch in this one."""
+        """Images are read and augmented by loader processes; from a cache or for a single batch in this one; on a GPU that can hold the
+        cache, there.
+        """
+        kind = self.config.augmentation if augment else "none"
+        at_hand = self.photos.squares is not None and kind != "imagenet"
+        mean, std = self._mean.to(device), self._std.to(device)
+        if at_hand and device.type == "cuda" and (squares := self.photos.on(device)) is not None:
+            for images, labels in self._held(squares, list(shares), kind):
+                yield (images.float() - mean) / std, labels
+            return
         plan = (  # made batch by batch, as the loader asks for it
             [(index, batch_seed(share.seed, at)) for index, at in zip(share.indices.tolist(), share.positions.tolist(), strict=True)]
             for share in shares
         )  # fmt: skip
-        kind = self.config.augmentation if augment else "none"
-        at_hand = self.photos.squares is not None and kind != "imagenet"
         loader = DataLoader(
             _Views(self, kind),
             batch_sampler=plan,  # the keys are (index, seed) pairs
@@ -101,10 +109,24 @@ class FolderSplit(IndexedSplit):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the loader draws from the global one
         )
-        mean, std = self._mean.to(device), self._std.to(device)
         with one_line_errors():
             for images, labels in loader:
                 yield (images.to(device, non_blocking=True).float() - mean) / std, labels.to(device, non_blocking=True)
+
+    def _held(self, squares: Tensor, plan: list[Share], kind: Augmentation) -> Iterator[Batch]:
+        """The uint8 images and labels of each share, where the squares lie; what is drawn is drawn, and sent there, before the first."""
+        size, side = self.config.image_size, squares.shape[-1]
+
+        def view(seed: int) -> View:
+            return drawn(side, size, torch.Generator().manual_seed(seed), kind)
+
+        def rows(share: Share) -> Tensor:
+            seeds = [batch_seed(share.seed, at) for at in share.positions.tolist()]
+            views = [middle(side, size) if kind == "none" else view(seed) for seed in seeds]
+            return torch.column_stack([self.indices[share.indices], self.labels[share.indices], torch.tensor(views)])
+
+        for part in sent([rows(share) for share in plan], squares.device):
+            yield views_of(squares, part[:, 0], part[:, 2:], size), part[:, 1]
 
 
 class _Views(TorchDataset[tuple[Tensor, int]]):
@@ -128,27 +150,6 @@ class _Views(TorchDataset[tuple[Tensor, int]]):
         if self.kind == "none":
             return v2.functional.center_crop(square, [self.size, self.size]), label
         return lightly_augmented(square, self.size, torch.Generator().manual_seed(seed), self.kind), label
-
-
-def lightly_augmented(square: Tensor, size: int, generator: torch.Generator, kind: Augmentation) -> Tensor:
-    """A window [C, size, size] somewhere in the square [C, side, side], mirrored left and right in half of the cases; `mirrors`: upside
-    down in half as well; `turns`: turned by quarters instead, which makes all eight ways a square can lie.
-
-    Where the square is hardly larger than the window, its edges are mirrored outwards to shift across.
-    """
-
-    def draw(count: int) -> int:
-        return int(torch.randint(count, (), generator=generator))
-
-    margin = max(0, -(-(size + size // _SHIFT - square.shape[-1]) // 2))
-    wide = v2.functional.pad(square, [margin], padding_mode="reflect") if margin else square
-    top, left = draw(wide.shape[-1] - size + 1), draw(wide.shape[-1] - size + 1)
-    window = wide[:, top : top + size, left : left + size]
-    if draw(2):
-        window = window.flip(2)
-    if kind == "mirrors" and draw(2):
-        window = window.flip(1)
-    return torch.rot90(window, draw(4), (1, 2)) if kind == "turns" else window
 
 
 def _mixed(indices: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class Photos(TorchDataset[Tensor]):
     def __init__(self, paths: list[str], side: int, depth: int) -> None:
         self.paths, self.side, self.depth = paths, side, depth
         self.squares: Tensor | None = None  # uint8 [N, 3, side, side]
+        self._held: tuple[torch.device, Tensor] | None = None  # the copy on a GPU
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,6 +87,18 @@ class Photos(TorchDataset[Tensor]):
                 f"{self.paths[index]} is {image.width}x{image.height} pixels, which is no photo; take it out"
             )
         return _square(image, self.side)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes, which read the cache."""
+        return self.__dict__ | {"_held": None}
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """The squares on a GPU, brought there once; None where they would take more than half of its free memory, or there are none."""
+        if self._held is None or self._held[0] != device:
+            if self.squares is None or self.squares.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+                return None
+            self._held = device, self.squares.to(device)
+        return self._held[1]
 
     def whole(self, index: int) -> Image.Image:
         """The photo as it is, in RGB. Raises DataError that names the file where it cannot be decoded."""

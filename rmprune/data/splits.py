@@ -143,9 +143,9 @@ class TensorSplit(IndexedSplit):
         images, labels = self._on(device)
         shift, scale = self._shift.to(images.device), self._scale.to(images.device)
         plan = list(shares)
-        chosen = _sent([share.indices for share in plan], images.device)
+        chosen = sent([share.indices for share in plan], images.device)
         kinds = zip(*map(self._windows, plan), strict=True) if augment else ()
-        windows = [_sent(list(kind), images.device) for kind in kinds]
+        windows = [sent(list(kind), images.device) for kind in kinds]
         for number, at in enumerate(chosen):
             x = augment_batch(images[at], *(kind[number] for kind in windows)) if augment else images[at]
             yield (x.float() - shift) * scale, labels[at]
@@ -257,6 +257,6 @@ def augment_batch(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | 
     return cropped if mirrored is None else torch.where(mirrored[:, None, None, None], cropped.flip(3), cropped)
 
 
-def _sent(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+def sent(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     """The parts on the device, in one copy."""
     return torch.cat(parts).to(device).split([len(part) for part in parts]) if parts else ()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -21,6 +23,7 @@ _HOOKED = (
     "WeightNorm",
     "SpectralNorm",
 )  # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations
+_STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame")  # timm's
 
 
 def plain_module(model: nn.Module) -> nn.Module:
@@ -47,7 +50,8 @@ def plain_module(model: nn.Module) -> nn.Module:
         make_permanent(module)
     if computed:
         logger.warning(
-            "weights that are computed (weight norm, spectral norm, masks, parametrizations) are made permanent in the copy: %s",
+            "weights that are computed (weight norm, weight standardisation, spectral norm, masks, parametrizations) are made permanent "
+            "in the copy: %s",
             ", ".join(name or type(model).__name__ for name in computed),
         )
     return model
@@ -62,9 +66,13 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def _computed(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module) or any(
-        is_of_weights(hook) for hook in module._forward_pre_hooks.values()
-    )
+    hooked = any(is_of_weights(hook) for hook in module._forward_pre_hooks.values())
+    return parametrize.is_parametrized(module) or hooked or _is_standardised(module)
+
+
+def _is_standardised(module: nn.Module) -> bool:
+    """Whether a convolution of timm's standardises its weight, each filter for itself, whenever it runs."""
+    return type(module).__name__ in _STANDARDISED and type(module).__module__.split(".")[0] == "timm"
 
 
 def is_of_weights(hook: Any) -> bool:
@@ -101,12 +109,28 @@ def make_permanent(module: nn.Module) -> None:
             # Not remove_parametrizations: the copy shares its made-up class with the original, which that would damage.
             module.__class__ = type(module).__bases__[0]
             del module._modules["parametrizations"]
+        if _is_standardised(module):
+            values["weight"] = _plain_convolution(module)
     module.training = was
     for name, value in values.items():
         for other in (name, *(f"{name}_{end}" for end in ("g", "v", "orig", "mask", "u", "sigma"))):
             for held in (vars(module), module._parameters, module._buffers):
                 held.pop(other, None)
         module.register_parameter(name, nn.Parameter(value))
+
+
+def _plain_convolution(module: Any) -> Tensor:
+    """The standardised weight of one of timm's convolutions, which becomes a stock one, in place."""
+    gain = getattr(module, "gain", None)
+    by = None if gain is None else (gain * module.scale).view(-1)
+    flat = module.weight.reshape(1, module.out_channels, -1)
+    weight = F.batch_norm(flat, None, None, weight=by, training=True, momentum=0.0, eps=module.eps)
+    for name in ("gain", "scale", "eps", "gain_init"):
+        module._parameters.pop(name, None)
+        vars(module).pop(name, None)
+    same = vars(module).pop("same_pad", False)
+    module.__class__ = importlib.import_module("timm.layers").Conv2dSame if same else nn.Conv2d
+    return weight.reshape_as(module.weight).detach().clone()
 
 
 def _refuse_foreign(model: Any) -> None:

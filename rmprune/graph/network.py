@@ -27,7 +27,8 @@ GONE = (
     "DropPath",
 )
 _OPAQUE = ("Conv2dSame", "AvgPool2dSame", "MaxPool2dSame", "BlurPool2d")
-WHOLE = ("BatchNormAct2d", "FrozenBatchNorm2d", *_OPAQUE, *GONE)
+GROUP_NORMS = ("GroupNormAct", "GroupNorm", "GroupNorm1", "GroupNorm1Act")
+WHOLE = ("BatchNormAct2d", "FrozenBatchNorm2d", *GROUP_NORMS, *_OPAQUE, *GONE)
 
 
 def named(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -16,7 +16,7 @@ from rmprune.graph.convolution import plain
 from rmprune.graph.functional import COMMUTATIVE, modules_for
 from rmprune.graph.fx_tracer import Tracer, follow
 from rmprune.graph.in_place import undo_in_place
-from rmprune.graph.network import GONE, WHOLE, Network, named
+from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, named
 from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
 from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.written_out import as_layers
@@ -150,6 +150,8 @@ def _stock(module: nn.Module) -> list[nn.Module]:
         return []
     if named(module, ("BatchNormAct2d",)):
         return [plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
+    if named(module, GROUP_NORMS) and type(module) is not nn.GroupNorm:
+        return [plain_norm(module), *(layer for part in module.children() for layer in _stock(part))]  # drop and act
     if named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")):
         return [plain_norm(module)]
     if getattr(module, "inplace", False):
@@ -158,13 +160,18 @@ def _stock(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
-def plain_norm(module: Any) -> nn.BatchNorm2d:
-    """A stock batch norm with the tensors of timm's, or of one whose numbers are frozen."""
-    plain = nn.BatchNorm2d(len(module.running_mean), eps=module.eps, dtype=torch.float64)
-    plain.running_mean, plain.running_var = module.running_mean, module.running_var
+def plain_norm(module: Any) -> nn.BatchNorm2d | nn.GroupNorm:
+    """A stock batch norm or group norm with the tensors of timm's, or of a batch norm whose numbers are frozen."""
+    plain: nn.BatchNorm2d | nn.GroupNorm
+    if isinstance(module, nn.GroupNorm):
+        plain = nn.GroupNorm(module.num_groups, module.num_channels, module.eps, module.affine, dtype=torch.float64)
+    else:
+        plain = nn.BatchNorm2d(len(module.running_mean), eps=module.eps, dtype=torch.float64)
+        plain.running_mean, plain.running_var = module.running_mean, module.running_var
     for name in ("weight", "bias"):
-        if getattr(module, name) is not None:
-            setattr(plain, name, nn.Parameter(getattr(module, name), requires_grad=False))
+        value = getattr(module, name)
+        if value is not None:  # the same parameter, by which its owner is known
+            setattr(plain, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False))
     return plain.eval()
 
 

@@ -46,7 +46,7 @@ def node_value(node: fx.Node, value: Callable[[fx.Node], Any], own: Callable[[fx
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     function: Any = own(node) if node.op == "call_module" else node.target
-    return function(*args, **kwargs)
+    return function(*(list(x) if isinstance(x, list) else x for x in args), **kwargs)  # a function may change its lists
 
 
 def _bind(graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:

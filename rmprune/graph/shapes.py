@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.convolution import from_module, or_none, output_size
-from rmprune.graph.network import Network
+from rmprune.graph.network import Network, in_words
 from rmprune.graph.run import Values, node_value, run
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,7 +63,8 @@ def _value(network: Network, node: fx.Node, values: Values) -> Any:
             return node_value(node, values.__getitem__, lambda n: _own(network.own(n)))
     except Exception as error:
         shapes = [tuple(values[n].shape) for n in node.all_input_nodes if isinstance(values[n], Tensor)]
-        raise UnsupportedModel(f"{node.target}: fails on inputs of shape {shapes}: {error}") from error
+        what = node.target if isinstance(node.target, str) else in_words(network, node)
+        raise UnsupportedModel(f"{what}: fails on inputs of shape {shapes}: {error}") from error
 
 
 def _own(layer: Any) -> Any:

@@ -266,12 +266,13 @@ def _words(text: str) -> list[str]:
 
 
 _OPERATOR_NAMES = _words("""
-    add iadd sub isub mul imul truediv itruediv floordiv mod neg pow matmul getitem eq ne lt le gt ge
+    add iadd sub isub mul imul truediv itruediv floordiv mod neg pow matmul getitem eq ne lt le gt ge invert
 """)
 _TORCH_NAMES = _words("""
-    add sub mul div true_divide neg pow exp log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
+    add sub mul div true_divide neg pow exp erf log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
     stack chunk split flatten reshape permute transpose squeeze unsqueeze mean sum amax amin max min relu relu_ sigmoid
-    tanh softmax log_softmax square var flip roll movedim index_select unflatten
+    tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos
+    zeros ones arange
 """)
 _FUNCTIONAL_NAMES = _words("""
     relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu mish gelu elu selu celu leaky_relu prelu sigmoid tanh
@@ -279,25 +280,27 @@ _FUNCTIONAL_NAMES = _words("""
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d pad interpolate conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear
     batch_norm layer_norm group_norm instance_norm
-    normalize dropout dropout2d pixel_shuffle pixel_unshuffle scaled_dot_product_attention
+    normalize dropout dropout2d pixel_shuffle pixel_unshuffle scaled_dot_product_attention unfold fold
 """)
+_MATH_NAMES = _words("ceil floor sqrt")  # of sizes
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in _OPERATOR_NAMES},
     **{f"torch.{name}": getattr(torch, name) for name in _TORCH_NAMES},
     **{f"F.{name}": getattr(F, name) for name in _FUNCTIONAL_NAMES},
+    **{f"math.{name}": getattr(math, name) for name in _MATH_NAMES},
     "getattr": getattr,  # of ATTRIBUTES only
     "stochastic_depth": stochastic_depth,
 }
 FUNCTION_NAMES: dict[Any, str] = {function: name for name, function in FUNCTIONS.items()}
 # Functions whose `training` argument tracing freezes to what it was at that moment: allowed only where it was False.
 TRAINING_FLAG = {F.dropout: 2, F.dropout2d: 2, F.batch_norm: 5, stochastic_depth: 3}
-ATTRIBUTES = frozenset({"shape", "ndim", "T"})
+ATTRIBUTES = frozenset({"shape", "ndim", "T", "device", "dtype"})
 TENSOR_METHODS = frozenset(
     _words("""
     view reshape flatten mean sum amax amin max min size dim numel relu relu_ sigmoid sigmoid_ tanh softmax log_softmax
     add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt abs exp log clamp clamp_ clip permute transpose contiguous
     squeeze unsqueeze chunk split expand expand_as view_as repeat matmul bmm flip roll square t narrow select unflatten
-    unbind movedim index_select
+    unbind movedim index_select unfold repeat_interleave swapaxes to float type_as new_zeros sin cos
     """)
 )
 TENSOR_DTYPES = (

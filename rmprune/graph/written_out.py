@@ -26,12 +26,17 @@ def as_layers(network: Network) -> None:
 def _name_activations(network: Network) -> None:
     """Rewrites relu6(x + 3) / 6 as Hardsigmoid, x times that as Hardswish, and x * sigmoid(x) as SiLU, in place."""
     for node in list(network.graph.nodes):
-        source = _of_hard_sigmoid(network, node)
+        sixth = _sixth_of(network, node)
+        source = _of_shifted_clip(network, sixth)
         if source is not None:
             _replace(network, node, source, nn.Hardsigmoid())
+            continue
+        for factor, other in _factors(sixth):  # x * relu6(x + 3) / 6
+            if _of_shifted_clip(network, other) is factor:
+                _replace(network, node, factor, nn.Hardswish())
+                break
     for node in list(network.graph.nodes):
-        factors = node.all_input_nodes if node.target in MULTIPLICATIONS else []
-        for source, factor in (factors, factors[::-1]) if len(factors) == 2 else ():
+        for source, factor in _factors(node):
             found = _TIMES_X.get(type(network.layer(factor)))
             if found is not None and factor.args[0] is source:
                 _replace(network, node, source, found())
@@ -39,18 +44,28 @@ def _name_activations(network: Network) -> None:
     network.drop_unread()
 
 
-def _of_hard_sigmoid(network: Network, node: fx.Node) -> fx.Node | None:
-    """x, where the node is relu6(x + 3) / 6."""
+def _factors(node: fx.Node | None) -> list[tuple[fx.Node, fx.Node]]:
+    """The two factors of a product, in either order."""
+    factors = node.all_input_nodes if node is not None and node.target in MULTIPLICATIONS else []
+    return [(factors[0], factors[1]), (factors[1], factors[0])] if len(factors) == 2 else []
+
+
+def _sixth_of(network: Network, node: fx.Node) -> fx.Node | None:
+    """x, where the node is x / 6."""
     layer = network.layer(node)
     sixth = node.target in DIVISIONS and node.args[1:] == (6,) and not node.kwargs
     sixth |= isinstance(layer, Scale) and layer.factor.numel() == 1 and float(layer.factor) == 1 / 6
-    clipped = node.args[0] if sixth else None
-    if not isinstance(clipped, fx.Node):
-        return None
-    clip = network.layer(clipped)
+    source = node.args[0] if sixth else None
+    return source if isinstance(source, fx.Node) else None
+
+
+def _of_shifted_clip(network: Network, node: fx.Node | None) -> fx.Node | None:
+    """x, where the node is relu6(x + 3)."""
+    clip = None if node is None else network.layer(node)
     if not isinstance(clip, nn.Hardtanh) or (clip.min_val, clip.max_val) != (0, 6):  # a ReLU6 is one
         return None
-    plus = clipped.args[0]
+    assert node is not None
+    plus = node.args[0]
     if not isinstance(plus, fx.Node) or plus.target not in ADDITIONS or plus.kwargs or 3 not in plus.args:
         return None
     return plus.all_input_nodes[0]

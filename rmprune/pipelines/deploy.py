@@ -175,8 +175,7 @@ def meets_budget(record: dict[str, Any], entry: dict[str, Any]) -> bool:
     measured elsewhere since, which says nothing.
     """
     ((kind, allowed),) = record.get("budget", {}).items() or [("", 0.0)]
-    if kind in ("macs_ratio", "params_ratio"):
-        key = kind.removesuffix("_ratio")
+    if key := {"macs_ratio": "macs", "params_ratio": "params", "memory_ratio": "activation_bytes"}.get(kind):
         return bool(entry[key] <= allowed * record["original"][key])
     if kind != "latency_ratio":
         return True

@@ -37,6 +37,7 @@ from rmprune.pipelines.stages import (
 )
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out
+from rmprune.pruning.peak_memory import with_reference
 from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
@@ -86,7 +87,10 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
         carry_out(dense, plan, [(example, torch.zeros(2, dtype=torch.long))], importance="magnitude", reconstruct=False)
         return
     reference = count_macs(dense, example[:1])
-    budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
+    budgets = [
+        with_reference(Budget.from_config(config.prune, *budget, reference_macs=reference), dense, example)
+        for budget in config.prune.budgets
+    ]
 
     @functools.cache
     def network(name: str) -> nn.Module:
@@ -122,6 +126,7 @@ def run_cell(cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job:
         return
     refused: dict[str, Refusal] = {}
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
+    budget = with_reference(budget, dense, example)
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name
         make = functools.partial(_slim, name, method, budget, job, cell, starts)

@@ -106,8 +106,10 @@ def carry_out(
     choices = plan.check(model, options)
     network, facts = carry_out_blocks(model, choices, lambda count: images[:count], fuse=plan.fuse)
     structure = find_structure(network, images[:2])
-    result = cut_to(network, structure, plan.units(structure), data, importance, reconstruct)
-    whole = SlimPlan(choices, widths_of(structure, result), plan.fuse, layers_digest(model))
+    units = plan.units(structure)
+    result = cut_to(network, structure, units, data, importance, reconstruct)
+    widths = {flat_name(name): count for name, count in units.items()}
+    whole = SlimPlan(choices, widths, plan.fuse, layers_digest(model))
     return result, facts | {"plan": whole.to_dict()}
 
 
@@ -133,9 +135,21 @@ def cut_to(
 
 
 def widths_of(structure: Structure, network: nn.Module) -> dict[str, int]:
-    """How many units each group of `structure` still has in `network`, which was cut from the one that it describes, by flat names."""
-    found = {}
-    for group in structure.groups:
-        layer = network.get_submodule(group.producers[0])
-        found[flat_name(group.name)] = in_and_out(layer)[1] // group.multiple
-    return found
+    """How many units each group of `structure` still has in `network`, which was cut from the one that it describes, by flat names.
+
+    A layer may have channels of several groups, and some that stay: what all layers lost is solved for what each group lost.
+    """
+    place = {group.name: i for i, group in enumerate(structure.groups)}
+    rows, lost = [], []
+    for layer in structure.layers:
+        if layer.kind == "rest":
+            continue
+        cin, cout = in_and_out(network.get_submodule(layer.name))
+        for ports, gone in ((layer.inputs, layer.cin - cin), (layer.outputs, layer.cout - cout)):
+            row = torch.zeros(len(place), dtype=torch.float64)
+            for group, channels in ports:
+                row[place[group]] += channels
+            rows.append(row)
+            lost.append(float(gone))
+    found = torch.linalg.lstsq(torch.stack(rows), torch.tensor(lost, dtype=torch.float64)[:, None], driver="gelsd")
+    return {flat_name(g.name): g.units - round(float(found.solution[i])) for i, g in enumerate(structure.groups)}

@@ -290,7 +290,7 @@ class Walk:
         if node.target is F.pad:
             return F.pad(args[0], args[1] if len(args) > 1 else kwargs["pad"])  # what is around belongs to no channel
         assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return node.target(*(list(x) if isinstance(x, list) else x for x in args), **kwargs)
 
 
 class _Several:

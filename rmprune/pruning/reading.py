@@ -27,7 +27,10 @@ class Reading:
         own = isinstance(layer, nn.Module) and (
             channels_read(layer) is not None or any(True for _ in own_tensors(layer))
         )
-        return (own and self.owners.get(id(layer))) or self.owners.get(id(getattr(layer, "running_mean", self)))
+        if own and id(layer) in self.owners:
+            return self.owners[id(layer)]
+        held = "weight" if isinstance(layer, nn.GroupNorm) else "running_mean"
+        return self.owners.get(id(getattr(layer, held, self)))
 
     def name(self, node: fx.Node) -> str | None:
         """The name of the user's module that a node calls."""

@@ -1,6 +1,7 @@
 """Folders of photographs: layouts, parts, kinds of files, the cache, augmentation, and what is refused."""
 
 import csv
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_device import pretended_gpu
 from PIL import Image
 
 from rmprune.config import DataConfig
@@ -235,6 +237,39 @@ def test_light_augmentation_moves_mirrors_and_turns() -> None:
     assert all(min(counted.values()) > 100 / len(counted) for counted in seen.values())
     edge = lightly_augmented(numbered, 8, torch.Generator().manual_seed(1), "light")
     assert edge.shape == (1, 8, 8) and set(edge.flatten().tolist()) <= set(range(64))
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "mirrors", "turns"])
+@pytest.mark.parametrize("crop", [1.0, 0.6])
+def test_a_gpu_that_holds_the_photos_makes_the_same_batches(folder: Path, augment: str, crop: float) -> None:
+    split, passes = opened(folder, augment=augment, crop=crop).train, []
+    order = {"shuffle_seed": 3, "augment": True, "shard": (1, 2)}
+    with pretended_gpu() as places:
+        for device in ("cpu", "cuda"):
+            found = []
+            for batch in split.batches(4, device=device, **order):
+                assert all(t.device.type == device for t in batch)
+                found.append([t.cpu() for t in batch])
+                places.noted.clear()
+            passes.append(found)
+        batches = split.batches(4, device="cuda", **order)
+        next(batches)
+        before = len(places.noted)
+        assert (
+            before and list(batches) and len(places.noted) == before
+        )  # between batches nothing is waited for or copied
+    assert len(passes[0]) == 3 and all(
+        torch.equal(a, b) for one in zip(*passes, strict=True) for a, b in zip(*one, strict=True)
+    )
+
+
+def test_a_gpu_that_lacks_the_room_holds_no_photos(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = opened(folder).train.photos
+    with pretended_gpu():
+        assert held.on(torch.device("cuda")).device.type == "cuda" and pickle.loads(pickle.dumps(held))._held is None
+        held._held = None
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * held.squares.nbytes - 1, 2**40))
+        assert held.on(torch.device("cuda")) is None
 
 
 def test_statistics_are_those_of_the_weights_or_of_the_settings(folder: Path) -> None:

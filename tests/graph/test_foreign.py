@@ -118,6 +118,21 @@ COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", ["StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame"])
+def test_standardised_weights_are_made_permanent_as_they_compute(kind: str, caplog: Any) -> None:
+    torch.manual_seed(0)
+    layer = getattr(pytest.importorskip("timm.layers"), kind)
+    net = nn.Sequential(layer(3, 8, 3, stride=2), nn.ReLU(), layer(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            tensor.add_(torch.rand_like(tensor) if "gain" in name else 0.1)
+    plain = plain_module(net)
+    assert torch.equal(plain(X), net(X)) and not any("gain" in name for name in plain.state_dict())
+    with caplog.at_level(logging.WARNING, logger="rmprune"):
+        pruned = rmprune.prune(net, X, importance="magnitude", budget=rmprune.Budget(ratio=0.5))
+    assert pruned[0].out_channels + pruned[2].out_channels == 7 and "standardisation" in caplog.text  # type: ignore[index,operator]
+
+
 @pytest.mark.parametrize("kind", COMPUTED)
 def test_weights_that_are_computed_are_made_permanent_and_said_once(kind: str, tmp_path: Path, caplog: Any) -> None:
     torch.manual_seed(0)

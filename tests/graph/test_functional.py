@@ -90,3 +90,14 @@ def test_kin_of_batch_norm_are_batch_norms(norm: Callable[[], nn.Module]) -> Non
     model = prepared(*conv_bn(3, 6), nn.ReLU(), Residual(nn.Sequential(conv(6, 6), odd, nn.ReLU(), *conv_bn(6, 6))))
     removal = remove_residuals(model, images())
     assert len(removal.removed) == 1 and worst_error(removal, model) < 1e-12
+
+
+@pytest.mark.parametrize("written", [lambda x: x * (F.relu6(x + 3) / 6), lambda x: x * F.relu6(x + 3) / 6])
+def test_hardswish_written_out_is_hardswish(written: Callable[[Tensor], Tensor]) -> None:
+    class Spelt(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return written(x)
+
+    model = prepared(*conv_bn(3, 6), Residual(nn.Sequential(conv(6, 6), Spelt(), conv(6, 6))))
+    removal = remove_residuals(model, images())
+    assert nn.Hardswish in {type(module) for module in removal.model} and worst_error(removal, model) < 1e-12

@@ -9,9 +9,11 @@ from torch import nn
 
 import rmprune
 from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel
-from rmprune.pruning.carry_out import carry_out, carry_out_blocks
+from rmprune.pruning.carry_out import carry_out, carry_out_blocks, widths_of
+from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.options import block_options
-from rmprune.pruning.plan import CHOICES, SlimPlan, layers_digest
+from rmprune.pruning.plan import CHOICES, SlimPlan, flat_name, layers_digest
+from rmprune.pruning.surgery import shrink
 
 NAMES = ("resnet8", "preact_resnet8", "inverted")
 X = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -158,3 +160,25 @@ def test_a_plan_of_a_network_is_one_of_its_artifact(networks: dict[str, nn.Modul
     rmprune.save(networks["resnet8"], tmp_path / "net", example_inputs=X[:1])
     assert layers_digest(rmprune.load(tmp_path / "net")) == layers_digest(networks["resnet8"])
     assert layers_digest(networks["resnet8"]) != layers_digest(networks["preact_resnet8"])
+
+
+class Joined(nn.Module):
+    """A layer whose channels meet those of two others, one behind the other: they lie in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.one, self.two = nn.Conv2d(1, 9, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(1, 5, 3)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.both(x) + torch.cat([self.one(x), self.two(x)], 1)).relu().mean((2, 3)))
+
+
+def test_widths_of_a_layer_whose_channels_lie_in_two_groups() -> None:
+    model = Joined().eval()
+    structure = find_structure(model, X)
+    assert sorted(structure.units.values()) == [4, 5] and all("both" in g.producers for g in structure.groups)
+    units = {name: count - 2 for name, count in structure.units.items()}
+    keep = {name: torch.arange(structure.units[name]) < count for name, count in units.items()}
+    found = widths_of(structure, shrink(model, keep, structure)[0])
+    assert found == {flat_name(name): count for name, count in units.items()}

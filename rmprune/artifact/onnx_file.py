@@ -1,0 +1,269 @@
+"""An ONNX file from outside: parsed, and looked at before anything is allocated or run. Networks are onnx_reader's business."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from rmprune.artifact.tensors import first_line
+from rmprune.errors import ArtifactError, UnsupportedModel
+from rmprune.graph.vocabulary import MAX_ENTRIES
+
+OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)
+CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
+_TYPES = {
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+    "INT8": "int8",
+    "UINT8": "uint8",
+}
+_LISTS = {"FLOAT": "float_data", "DOUBLE": "double_data", "INT64": "int64_data"}  # the others are in int32_data
+_MOST_AXES = 8
+
+
+@dataclass(frozen=True)
+class OnnxInput:
+    """An input or output of a file, float32: its name, and its sizes, None where a size is left open."""
+
+    name: str
+    sizes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A file that was looked at: its path, what it says, the opset of its operators, its inputs without weights, and its outputs."""
+
+    path: Path
+    proto: onnx.ModelProto
+    opset: int
+    inputs: tuple[OnnxInput, ...]
+    outputs: tuple[OnnxInput, ...]
+
+    @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        """In the order of the file, which is one that they can be run in."""
+        return list(self.proto.graph.node)
+
+    def array(self, tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
+        """The values of a tensor; external ones are mapped from their file, and not read before they are used."""
+        return _array(tensor, self.path)
+
+
+def is_onnx(path: str | Path) -> bool:
+    """Whether this names an ONNX file: by its ending."""
+    return str(path).lower().endswith(".onnx")
+
+
+def open_onnx(path: str | Path) -> OnnxFile:
+    """Parses an ONNX file and checks all that it says of itself: nothing is executed, and no tensor read.
+
+    Raises ArtifactError for what is missing, damaged or contradicts itself, and UnsupportedModel for what another program would have
+    to run (operators of other domains, functions, control flow) or rmprune does not take (opset, types); each names file and place.
+    """
+    path = Path(path)
+    proto = _parse(path)
+    try:
+        opset = _opset(proto)
+        if len(proto.graph.node) + len(proto.graph.initializer) > MAX_ENTRIES:
+            raise ArtifactError(f"more than {MAX_ENTRIES} nodes and tensors; split the network")
+        _refuse_foreign_nodes(proto)
+        for where, tensor in _tensors(proto.graph):
+            _check_tensor(where, tensor, path)
+        _check_names(proto.graph)
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        inputs = tuple(_described(value, "input") for value in proto.graph.input if value.name not in weights)
+        outputs = tuple(_described(value, "output") for value in proto.graph.output)
+        if not inputs or not outputs:
+            raise ArtifactError(f"the graph has no {'inputs' if not inputs else 'outputs'}; export the network again")
+    except (ArtifactError, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error}") from None
+    return OnnxFile(path, proto, opset, inputs, outputs)
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device would never end
+            raise ArtifactError(f"{path}: not a regular file")
+        if path.stat().st_size >= 2**31:
+            raise ArtifactError(
+                f"{path}: over 2 GiB, which no ONNX file can be; store its weights as external data (onnx.save_model)"
+            )
+        proto.ParseFromString(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}); name an ONNX file") from error
+    except (DecodeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{path}: damaged, or no ONNX file ({first_line(error)}); copy or export it again"
+        ) from None
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ArtifactError(f"{path}: holds no network; it was cut short or is no ONNX file: copy or export it again")
+    return proto
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    own = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    if len(own) != 1 or own[0] not in OPSETS:
+        said = ", ".join(map(str, own)) or "missing"
+        raise UnsupportedModel(
+            f"its opset is {said}, read are {OPSETS.start} to {OPSETS.stop - 1}; convert it by onnx.version_converter, or export it again"
+        )
+    return own[0]
+
+
+def _refuse_foreign_nodes(proto: onnx.ModelProto) -> None:
+    if proto.functions:
+        raise UnsupportedModel(
+            f"it defines functions of its own ({printable(proto.functions[0].name)}); inline them (onnx.inliner.inline_local_functions)"
+        )
+    for node in proto.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            raise UnsupportedModel(
+                f"{said_of(node)}: an operator of {printable(node.domain)}, which is not ONNX's own; export the network without it"
+            )
+        if node.op_type in CONTROL_FLOW:
+            raise UnsupportedModel(
+                f"{said_of(node)}: control flow cannot be read as layers; export the network for one case, without branches and loops"
+            )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Every tensor of a graph without control flow, with where it stands."""
+    if graph.sparse_initializer:
+        raise UnsupportedModel("it holds sparse tensors; export it with dense ones")
+    for tensor in graph.initializer:
+        yield f"tensor {printable(tensor.name)}", tensor
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.ref_attr_name or attribute.graphs or attribute.tensors or attribute.HasField("g"):
+                raise UnsupportedModel(
+                    f"{said_of(node)}: its {printable(attribute.name)} is no plain value; export it again"
+                )
+            if attribute.HasField("t"):
+                yield f"{said_of(node)}, {printable(attribute.name)}", attribute.t
+
+
+def _check_tensor(where: str, tensor: onnx.TensorProto, path: Path) -> None:
+    """Raise where type, sizes and bytes of a tensor do not belong together, or where its bytes lie somewhere else than they may."""
+    kind = (
+        onnx.TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in _KNOWN_TYPES else str(tensor.data_type)
+    )
+    if kind not in _TYPES:
+        raise UnsupportedModel(
+            f"{where} is {kind.lower()}; read are {', '.join(_TYPES.values())}: export it in float32"
+        )
+    if len(tensor.dims) > _MOST_AXES or any(not 0 <= size < 2**40 for size in tensor.dims):
+        raise ArtifactError(f"{where} has sizes {list(tensor.dims)[:_MOST_AXES]}; export the network again")
+    count = math.prod(tensor.dims)
+    wanted = count * np.dtype(_TYPES[kind]).itemsize
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _external(where, tensor, path, wanted)
+        return
+    held = getattr(tensor, _LISTS.get(kind, "int32_data"))
+    found = len(tensor.raw_data) if tensor.HasField("raw_data") else len(held)
+    if found != (wanted if tensor.HasField("raw_data") else count):
+        raise ArtifactError(
+            f"{where} of sizes {list(tensor.dims)} holds another number of values; copy or export the file again"
+        )
+
+
+_KNOWN_TYPES = set(onnx.TensorProto.DataType.values())
+
+
+def _external(where: str, tensor: onnx.TensorProto, path: Path, wanted: int) -> tuple[Path, int]:
+    """The file and offset of external data, which lie in the ONNX file's folder and hold what they should."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    folder = path.resolve().parent
+    try:
+        outside = Path(location).is_absolute() or ".." in Path(location.replace("\\", "/")).parts or not location
+        file = (folder / location).resolve()
+        if outside or not file.is_relative_to(folder):
+            raise ArtifactError(
+                f"{where}: its data would lie in {printable(location)}, outside of the file's own folder; put it there and name it plainly"
+            )
+        offset, length = int(entries.get("offset") or 0), int(entries.get("length") or wanted)
+        size = file.stat().st_size if file.is_file() else -1
+    except (ValueError, OSError) as error:
+        raise ArtifactError(
+            f"{where}: its external data {printable(location)}: {first_line(error)}; copy it again"
+        ) from None
+    if size < 0:
+        raise ArtifactError(f"{where}: its data {printable(location)} is missing; copy it beside the ONNX file")
+    if offset < 0 or length != wanted or offset + length > size:
+        raise ArtifactError(
+            f"{where}: {printable(location)} is shorter than the tensor, or was cut short; copy it again"
+        )
+    return file, offset
+
+
+def _array(tensor: onnx.TensorProto, path: Path) -> np.ndarray[Any, Any]:
+    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
+    dtype, shape = np.dtype(_TYPES[kind]), tuple(tensor.dims)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        file, offset = _external(printable(tensor.name), tensor, path, math.prod(shape) * dtype.itemsize)
+        return np.memmap(file, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
+    if tensor.HasField("raw_data"):
+        return np.frombuffer(tensor.raw_data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+    return np.array(getattr(tensor, _LISTS.get(kind, "int32_data")), dtype).reshape(shape)
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    """Raise unless every name is given once, and before it is read."""
+    weights = [tensor.name for tensor in graph.initializer]
+    known = {*weights, *(value.name for value in graph.input), ""}
+    if len(set(weights)) < len(weights):
+        raise ArtifactError("two of its tensors have one name; export the network again")
+    for node in graph.node:
+        for name in node.input:
+            if name not in known:
+                raise ArtifactError(
+                    f"{said_of(node)} reads {printable(name)}, which nothing before it gives; export the network again"
+                )
+        for name in filter(None, node.output):
+            if name in known:
+                raise ArtifactError(
+                    f"{said_of(node)} gives {printable(name)}, which is there already; export the network again"
+                )
+            known.add(name)
+    for value in graph.output:
+        if value.name not in known:
+            raise ArtifactError(f"nothing gives its output {printable(value.name)}; export the network again")
+
+
+def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
+    kind = value.type.WhichOneof("value") or "no type"
+    tensor = value.type.tensor_type
+    if kind != "tensor_type" or tensor.elem_type != onnx.TensorProto.FLOAT:
+        found = tensor.elem_type if kind == "tensor_type" else 0
+        said = (
+            onnx.TensorProto.DataType.Name(found).lower()
+            if found in _KNOWN_TYPES and found
+            else kind.removesuffix("_type")
+        )
+        raise UnsupportedModel(f"its {what} {printable(value.name)} is {said}; taken are tensors of float32")
+    sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
+    if what == "input" and (not sizes or len(sizes) > _MOST_AXES):
+        raise UnsupportedModel(f"its {what} {printable(value.name)} has {len(sizes)} axes; taken are batches, (N, ...)")
+    return OnnxInput(value.name, sizes)
+
+
+def said_of(node: onnx.NodeProto) -> str:
+    """A node in words: its operator, and its name or the first thing that it gives."""
+    name = node.name or next(iter(node.output), "")
+    return f"{printable(node.op_type)} {printable(name)}"
+
+
+def printable(text: str) -> str:
+    """A name from outside as it can be printed, of bounded length."""
+    return "".join(c if c.isprintable() else "?" for c in text[:100]) or "(no name)"

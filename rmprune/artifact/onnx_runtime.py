@@ -1,0 +1,81 @@
+"""ONNX files run in ONNX Runtime, and compared: a file with the network that was read from it, and with the file that was made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rmprune.artifact.onnx import ROUNDINGS, named_outputs, rounding
+from rmprune.artifact.onnx_file import OnnxFile, open_onnx
+from rmprune.artifact.onnx_reader import OnnxNetwork, read_network
+from rmprune.artifact.tensors import first_line
+from rmprune.errors import ArtifactError, NotEquivalent
+
+_TOLERANCE = 1e-4  # of the largest output, as for files of ours
+
+
+def checked_network(path: str | Path, image_size: int | None = None, channels: int = 3) -> OnnxNetwork:
+    """The network of an ONNX file (`open_onnx`, `read_network`), compared with the file in ONNX Runtime.
+
+    Raises NotEquivalent where their outputs differ by more than float32 rounds: then something was read wrongly.
+    """
+    network = read_network(open_onnx(path), image_size, channels)
+    inputs = batch_for(network.file, network.examples)
+    expected = run_file(network.file, inputs)
+    with torch.no_grad():
+        found = list(named_outputs(network.model(*inputs)).values())
+    refuse_difference(network, inputs, expected, found, f"{path}: what was read of it")
+    return network
+
+
+def batch_for(file: OnnxFile, examples: Sequence[Tensor], seed: int = 0) -> tuple[Tensor, ...]:
+    """Normal inputs of as many images as the file takes, two where it leaves that open."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(entry.sizes[0] or 2, *x.shape[1:], generator=generator)
+        for entry, x in zip(file.inputs, examples, strict=True)
+    )
+
+
+def run_file(file: OnnxFile, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of a file in ONNX Runtime on the CPU. Raises ArtifactError where that refuses the file or the inputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    feed = {entry.name: x.numpy() for entry, x in zip(file.inputs, inputs, strict=True)}
+    try:
+        session: Any = onnxruntime.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
+        return [torch.from_numpy(value) for value in session.run([entry.name for entry in file.outputs], feed)]
+    except Exception as error:  # ONNX Runtime has many errors of its own
+        raise ArtifactError(
+            f"{file.path}: ONNX Runtime refuses it ({first_line(error)}); export the network again"
+        ) from None
+
+
+def refuse_difference(
+    network: OnnxNetwork, inputs: Sequence[Tensor], expected: list[Tensor], found: list[Tensor], what: str
+) -> float:
+    """The largest |difference| over the largest |entry| of an output.
+
+    Raises NotEquivalent where that is over _TOLERANCE and over what float32 itself does to the network, or an output is not finite.
+    """
+    if [x.shape for x in expected] != [x.shape for x in found]:
+        raise NotEquivalent(f"{what} gives outputs of other sizes; it cannot be used")
+    if not all(bool(x.isfinite().all()) for x in expected):
+        raise NotEquivalent(
+            f"{network.file.path}: its outputs are not finite for normal inputs, so nothing can be compared"
+        )
+    error = max(
+        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
+        for a, b in zip(expected, found, strict=True)
+    )
+    if not error <= _TOLERANCE and not error <= ROUNDINGS * rounding(network.model, tuple(inputs)):
+        raise NotEquivalent(
+            f"{what} differs from the file by {error:.1e} of the largest output in ONNX Runtime; it cannot be used"
+        )
+    return error
