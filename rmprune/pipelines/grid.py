@@ -232,7 +232,7 @@ def plan_measuring(config: GridConfig, found: list[Path]) -> Iterator[Task]:
         names = [record.parent.name for record in own]
         if read_notes(note).get("cells") != names:
             note.unlink(missing_ok=True)
-            asked = RemeasureConfig(tuple(own), config.measure)
+            asked = RemeasureConfig(tuple(own), measure=config.measure)
             yield Task(f"measuring {shared.name}", measure_all, (asked, note, names), (note,))
 
 
