@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent
+from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import base_inputs, check_inputs, hardly_depends, reference_copy, relative_error
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.pruning.groups import Structure
@@ -85,14 +85,11 @@ def _error(
     images, sizes = check_inputs(given, GIVEN, DRAWN)
     other = base_inputs(given)
 
-    def run(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-        return network(*(x.clone() for x in inputs))
-
     silent = copy.deepcopy(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
-    expected, base = run(silent, images), run(silent, other)
+    expected, base = in_double(silent, images), in_double(silent, other)
     try:
-        found = run(smaller, images)
+        found = in_double(smaller, images)
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
         return float("inf"), f"the smaller network does not run: {str(error).splitlines()[0][:200]}", True
     cut = relative_error(expected, found, sizes, base)
@@ -106,7 +103,7 @@ def _error(
     generator = torch.Generator().manual_seed(0)  # from 0.5 on: a variance stays one
     drawn = lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5  # noqa: E731
     _fill(silent, slices, drawn, columns=False)
-    others = relative_error(expected, run(silent, images), sizes, base)
+    others = relative_error(expected, in_double(silent, images), sizes, base)
     return max(cut, others), "something else than the layers that were cut reads the removed channels", told
 
 

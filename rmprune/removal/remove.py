@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
+from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import (
     base_inputs,
     check_inputs,
@@ -113,7 +114,7 @@ def remove_residuals(
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
     other = base_inputs(inputs, input_range)
     with torch.no_grad():  # a network may write into its inputs
-        expected, base = (reference(*(x.clone() for x in each)) for each in (checked, other))
+        expected, base = (in_double(reference, each) for each in (checked, other))
     del reference
     target = target_of(model)
     result, found = materialise(network, checked, given, target, batch_norm)
@@ -181,7 +182,7 @@ def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple
     hooked = copy.deepcopy(model).cpu().double().eval()
     one = tuple(to_double(x[:1]) for x in inputs)
     with torch.no_grad():
-        error = relative_error(reference(*(x.clone() for x in one)), hooked(*one), [len(one[0])])
+        error = relative_error(in_double(reference, one), in_double(hooked, one), [len(one[0])])
     if error > 1e-12:
         raise UnsupportedModel(
             "a forward hook changes what the network returns; take the hook off, or write it into forward"
