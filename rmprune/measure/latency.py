@@ -185,7 +185,9 @@ def measure_configuration(
                 torch.cuda.synchronize()
             facts[name] = {"first_ms": prepared.load_ms + (time.perf_counter() - start) * 1e3}
             if device != "cpu" and not BACKENDS[backend].packages:
-                facts[name]["peak_mib"] = _gpu_peak_mib(prepared)
+                facts[name]["peak_mib"] = (
+                    _gpu_peak_mib(prepared) or None
+                )  # a CUDA graph takes what it needs when it is recorded
         turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
     return {name: _summary(configuration, times, repeats[name], facts[name]) for name, times in turns.items()}
 
