@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rmprune.data.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
-from rmprune.graph.facts import note
 from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.graph.run import evaluating
 from rmprune.measure.cost import count_macs
@@ -34,7 +33,7 @@ from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_refere
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
-from rmprune.pruning.surgery import shrink
+from rmprune.pruning.surgery import note_cut, shrink
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -164,7 +163,7 @@ def prune(
     check_outputs(plain, pruned, example_inputs)
     if memory and activation_memory(pruned, one).peak_bytes > byte_limit(budget):
         raise UnsupportedModel("its peak memory does not follow from the widths of its groups; give macs_ratio instead")
-    note(pruned, whole=dict(structure.frozen), cut_error=error)
+    note_cut(pruned, plain, structure, error)
     return pruned  # type: ignore[return-value]
 
 
