@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from rmprune.graph.equivalence import (
     base_inputs,
     check_inputs,
     hardly_depends,
-    has_hooks,
     maps_error,
     over_tolerance,
     own_dtype_error,
     reference_copy,
+    refuse_changing_hooks,
     refuse_unseen,
     relative_error,
 )
@@ -102,7 +101,7 @@ def remove_residuals(
     _check_settings(ranges, form, fuse, tolerance)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
-    _refuse_changing_hooks(model, reference, inputs)
+    refuse_changing_hooks(model, inputs)
     network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
@@ -175,6 +174,7 @@ def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
     return max(1, min(len(images), budget - random)), random
 
 
+<<<<<<< HEAD
 def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Hooks are no part of the result. One that changes what the network returns is refused; it is run once to see."""
     if not has_hooks(model):
@@ -189,6 +189,8 @@ def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple
         )
 
 
+=======
+>>>>>>> main
 def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None:
     for name, value, known in (("ranges", ranges, RANGES), ("form", form, FORMS), ("fuse", fuse, RULES)):
         if value not in known:
