@@ -268,7 +268,7 @@ def refuse_changing_hooks(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     one, _ = check_inputs(inputs, 1, 0)
     hooked = copied(model).cpu().double().eval()
     try:
-        error = relative_error(reference_copy(model)(*(x.clone() for x in one)), hooked(*one), [len(one[0])])
+        error = relative_error(in_double(reference_copy(model), one), in_double(hooked, one), [len(one[0])])
     except Exception as failed:  # what a hook does is the user's code
         raise UnsupportedModel(f"a forward hook fails on the first example ({failed}); take the hook off") from failed
     if not error <= 1e-12:

@@ -14,16 +14,14 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
-<<<<<<< HEAD
 from rmprune.graph.double import in_double
-from rmprune.graph.equivalence import base_inputs, check_inputs, hardly_depends, reference_copy, relative_error
-=======
 from rmprune.graph.equivalence import (
     base_inputs,
     check_inputs,
@@ -32,7 +30,6 @@ from rmprune.graph.equivalence import (
     refuse_changing_hooks,
     relative_error,
 )
->>>>>>> main
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.layers import Slices, output_dim
@@ -110,20 +107,10 @@ def _error(
     """
     given = as_tuple(twin, example_inputs)
     images, sizes = check_inputs(given, GIVEN, DRAWN)
-<<<<<<< HEAD
-    other = base_inputs(given)
-
-    silent = copy.deepcopy(twin)
-    _fill(silent, slices, torch.zeros_like, columns=True)
-    expected, base = in_double(silent, images), in_double(silent, other)
-    try:
-        found = in_double(smaller, images)
-=======
     silent = copy.deepcopy(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
     try:
         found = _run(smaller, images, maps)
->>>>>>> main
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
         return float("inf"), f"the smaller network does not run: {str(error).splitlines()[0][:200]}", True
     expected, base = _run(silent, images, maps), _run(silent, base_inputs(given), maps)
@@ -143,11 +130,7 @@ def _error(
     generator = torch.Generator().manual_seed(0)  # from 0.5 on: a variance stays one
     drawn = lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5  # noqa: E731
     _fill(silent, slices, drawn, columns=False)
-<<<<<<< HEAD
-    others = relative_error(expected, in_double(silent, images), sizes, base)
-=======
     others = relative_error(part(expected), part(_run(silent, images, maps)), sizes, part(base))
->>>>>>> main
     return max(cut, others), "something else than the layers that were cut reads the removed channels", told
 
 
@@ -183,7 +166,7 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str
 
                 handles.append(module.register_forward_hook(hook))
     try:
-        keep("output", network(*(x.clone() for x in inputs)))
+        keep("output", in_double(network, inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -174,23 +174,6 @@ def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
     return max(1, min(len(images), budget - random)), random
 
 
-<<<<<<< HEAD
-def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Hooks are no part of the result. One that changes what the network returns is refused; it is run once to see."""
-    if not has_hooks(model):
-        return
-    hooked = copy.deepcopy(model).cpu().double().eval()
-    one = tuple(to_double(x[:1]) for x in inputs)
-    with torch.no_grad():
-        error = relative_error(in_double(reference, one), in_double(hooked, one), [len(one[0])])
-    if error > 1e-12:
-        raise UnsupportedModel(
-            "a forward hook changes what the network returns; take the hook off, or write it into forward"
-        )
-
-
-=======
->>>>>>> main
 def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None:
     for name, value, known in (("ranges", ranges, RANGES), ("form", form, FORMS), ("fuse", fuse, RULES)):
         if value not in known:
