@@ -28,9 +28,17 @@ TOLERANCE = 1e-9  # of (a) and (b), relative to what the inputs change in the ou
 GIVEN, DRAWN = 2, 1  # images of the examples, and random ones
 
 
-def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example_inputs: Inputs) -> float:
+def prove_cut(
+    model: nn.Module,
+    structure: Structure,
+    keep: Mapping[str, Tensor],
+    example_inputs: Inputs,
+    *,
+    network: nn.Module | None = None,
+) -> float:
     """The largest error of (a) and (b) for the network that `shrink(model, keep, structure)` gives, relative, in float64.
 
+    `network`: the one that many cuts led there, whatever its weights are by now; the whole one is then taken with these.
     example_inputs: (N, C, H, W) or several inputs, of which two are used, and a random one: three forward passes of three images.
     Where a cut so deep that the inputs no longer change the outputs would prove nothing, every other of the units that go is cut as well.
     Raises NotEquivalent over TOLERANCE, with the name of the group whose removal alone already fails.
@@ -38,10 +46,14 @@ def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
     if all(bool(mask.all()) for mask in keep.values()):
         return 0.0
     twin = reference_copy(model)
+    if network is not None:
+        network = reference_copy(network)
+        _take_over(twin, network, tensor_slices(twin, structure, keep))
     own = {name: mask.cpu() for name, mask in keep.items()}
 
     def error(cut: Mapping[str, Tensor]) -> tuple[float, str, bool]:
-        return _error(twin, shrink(twin, cut, structure)[0], tensor_slices(twin, structure, cut), example_inputs)
+        smaller = shrink(twin, cut, structure)[0] if network is None or cut is not own else network
+        return _error(twin, smaller, tensor_slices(twin, structure, cut), example_inputs)
 
     worst, why, told = error(own)
     if worst <= TOLERANCE and not told:
@@ -108,6 +120,27 @@ def _error(
     _fill(silent, slices, drawn, columns=False)
     others = relative_error(expected, run(silent, images), sizes, base)
     return max(cut, others), "something else than the layers that were cut reads the removed channels", told
+
+
+@torch.no_grad()
+def _take_over(whole: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices]) -> None:
+    """Puts the tensors of `smaller` in their places in `whole`, in place. Raises NotEquivalent for other sizes than `slices` say."""
+
+    def put(tensor: Tensor, own: Slices, part: Tensor) -> None:
+        if own:
+            (dim, index), *rest = own
+            chosen = tensor.index_select(dim, index.cpu())
+            put(chosen, tuple(rest), part)
+            tensor.index_copy_(dim, index.cpu(), chosen)
+        else:
+            tensor.copy_(part)
+
+    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    for name, part in (*smaller.named_parameters(), *smaller.named_buffers()):
+        try:
+            put(tensors[name], slices.get(name, ()), part)
+        except (KeyError, RuntimeError) as error:
+            raise NotEquivalent(f"{name}: {tuple(part.shape)} is not what the cuts leave of it; a fault") from error
 
 
 def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tensor], Tensor], *, columns: bool) -> None:
