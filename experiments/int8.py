@@ -128,7 +128,7 @@ Finish = Callable[[nn.Module, Dataset, Settings], nn.Module]
 
 def pruned(net: nn.Module, whole: nn.Module, data: Dataset, settings: Settings, finish: Finish) -> nn.Module:
     """Cut once to the budget, counted against the `whole` network, its layers fitted anew, and finished."""
-    x, batches = data.train.example(2), list(data.train.batches(64, limit=512))
+    x, batches = data.train.example(2), list(data.train.batches(128, limit=1024))
     budget = rmprune.Budget(macs_ratio=settings.macs_ratio, reference_macs=rmprune.count_macs(whole, x[:1]))
     return finish(
         rmprune.prune(net, x, importance="taylor", budget=budget, data=batches, reconstruct=True), data, settings
