@@ -229,6 +229,8 @@ def follow(
             fixed = _fixed(model, None if inputs is None else len(inputs))
             with _recorded_factories(tracer):
                 graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
+            for node in graph.nodes:
+                node.meta["traced_as"] = node.name
             return _cleaned(graph, fixed), list(tracer.decided)
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))

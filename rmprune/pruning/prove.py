@@ -5,6 +5,8 @@ A cut takes rows from the layers that make channels and columns from the layers 
 (a) the smaller network equals the whole one with those columns set to zero: what is left reads what it read before, and
 (b) the latter does not change when those rows get other weights: nothing else read what they make.
 
+Where channels meet in a product that is added over (queries and keys), the one factor's rows are set to zero and the other's get other weights.
+
 The weights do not matter, the cut does: what folding and fitting change afterwards is theirs to check.
 """
 
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from rmprune.errors import NotEquivalent
 from rmprune.graph.equivalence import base_inputs, check_inputs, hardly_depends, reference_copy, relative_error
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.pruning.groups import Structure
-from rmprune.pruning.layers import Slices, output_dim
+from rmprune.pruning.groups import Structure, layer_masks
+from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
 
 TOLERANCE = 1e-9  # of (a) and (b), relative to what the inputs change in the outputs
@@ -41,7 +43,8 @@ def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
     own = {name: mask.cpu() for name, mask in keep.items()}
 
     def error(cut: Mapping[str, Tensor]) -> tuple[float, str, bool]:
-        return _error(twin, shrink(twin, cut, structure)[0], tensor_slices(twin, structure, cut), example_inputs)
+        smaller, slices = shrink(twin, cut, structure)[0], tensor_slices(twin, structure, cut)
+        return _error(twin, smaller, slices, example_inputs, _silenced(twin, structure, cut))
 
     worst, why, told = error(own)
     if worst <= TOLERANCE and not told:
@@ -75,11 +78,15 @@ def prove_slices(
 
 @torch.no_grad()
 def _error(
-    twin: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs
+    twin: nn.Module,
+    smaller: nn.Module,
+    slices: Mapping[str, Slices],
+    example_inputs: Inputs,
+    silenced: Mapping[str, Slices] | None = None,
 ) -> tuple[float, str, bool]:
     """The larger of the errors of (a) and (b), what it means, and whether it tells anything: whether the inputs still change the outputs.
 
-    `twin` is the whole network in float64, left alone.
+    `twin` is the whole network in float64, left alone. `silenced`: rows that are zero in both (a) and (b), what of them stays.
     """
     given = as_tuple(twin, example_inputs)
     images, sizes = check_inputs(given, GIVEN, DRAWN)
@@ -90,6 +97,7 @@ def _error(
 
     silent = copy.deepcopy(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
+    _fill(silent, silenced or {}, torch.zeros_like, columns=False)
     expected, base = run(silent, images), run(silent, other)
     try:
         found = run(smaller, images)
@@ -106,8 +114,21 @@ def _error(
     generator = torch.Generator().manual_seed(0)  # from 0.5 on: a variance stays one
     drawn = lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5  # noqa: E731
     _fill(silent, slices, drawn, columns=False)
+    _fill(silent, silenced or {}, torch.zeros_like, columns=False)
     others = relative_error(expected, run(silent, images), sizes, base)
     return max(cut, others), "something else than the layers that were cut reads the removed channels", told
+
+
+def _silenced(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> dict[str, Slices]:
+    """{tensor: what stays} of the outputs that others meet in a product which is added over (keys, where queries are cut): they are what
+    reads those others."""
+    masks = {layer: mask for (layer, side), mask in layer_masks(structure, keep).items() if side == "zero"}
+    return {
+        f"{layer}.{name}": own
+        for layer, mask in masks.items()
+        for name, own in slices_of(model.get_submodule(layer), mask, None).items()
+        if name in ("weight", "bias")
+    }
 
 
 def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tensor], Tensor], *, columns: bool) -> None:
