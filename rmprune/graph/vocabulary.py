@@ -271,7 +271,7 @@ _OPERATOR_NAMES = _words("""
 _TORCH_NAMES = _words("""
     add sub mul div true_divide neg pow exp erf log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
     stack chunk split flatten reshape permute transpose squeeze unsqueeze mean sum amax amin max min relu relu_ sigmoid
-    tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos
+    tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos reshape_as
     zeros ones arange
 """)
 _FUNCTIONAL_NAMES = _words("""
@@ -300,7 +300,7 @@ TENSOR_METHODS = frozenset(
     view reshape flatten mean sum amax amin max min size dim numel relu relu_ sigmoid sigmoid_ tanh softmax log_softmax
     add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt abs exp log clamp clamp_ clip permute transpose contiguous
     squeeze unsqueeze chunk split expand expand_as view_as repeat matmul bmm flip roll square t narrow select unflatten
-    unbind movedim index_select unfold repeat_interleave swapaxes to float type_as new_zeros sin cos
+    unbind movedim index_select unfold repeat_interleave swapaxes to float type_as new_zeros sin cos reshape_as
     """)
 )
 TENSOR_DTYPES = (

@@ -19,7 +19,7 @@ from rmprune.graph.network import in_words, is_batch_norm, shape_of
 from rmprune.pruning.groups import MemberSide
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
 from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, rank_read
-from rmprune.pruning.operations import ALONG, ELEMENTWISE, INDEXING, LINEAR, MOVES, REDUCTIONS, SPATIAL, operation, product
+from rmprune.pruning.operations import ALONG, ELEMENTWISE, INDEXING, LIKE, LINEAR, MOVES, REDUCTIONS, SPATIAL, operation, product
 from rmprune.pruning.reading import Reading
 from rmprune.pruning.written import places
 
@@ -249,7 +249,8 @@ class Walk:
             dim = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
             return name, torch.arange(x.shape[dim]).view(-1, *(1,) * (x.dim() - dim - 1)).expand(x.shape)
         sources = [n for n in node.all_input_nodes if tensors_in(self.values[n])]
-        before = self._rows(sources[0]) if len(sources) == 1 and sources[0] in node.all_input_nodes[:1] else None
+        first = len(sources) == 1 or (sources and operation(node, self.network) in LIKE)
+        before = self._rows(sources[0]) if first and sources[0] is node.all_input_nodes[0] else None
         if before is None or operation(node, self.network) in LINEAR:
             return before
         if node not in self.moves:

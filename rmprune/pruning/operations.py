@@ -34,9 +34,10 @@ REDUCTIONS = _names("mean sum amax amin")
 ALONG = _names("softmax logsoftmax softmin cumsum cumprod")  # one dimension, whose elements meet
 MOVES = _names("""
     view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis chunk split tensorsplit narrow select getitem
-    cat concat concatenate stack flip roll expand expandas viewas repeat repeatinterleave indexselect squeeze unsqueeze unbind
+    cat concat concatenate stack flip roll expand expandas viewas reshapeas repeat repeatinterleave indexselect squeeze unsqueeze unbind
     pixelshuffle pixelunshuffle channelshuffle getattr size dim ndimension numel nelement
 """)
+LIKE = _names("viewas reshapeas expandas")  # which read no more than the shape of what else they are given
 INDEXING = _names("getitem indexselect repeatinterleave")  # whose tensors other than the first say which elements
 
 
