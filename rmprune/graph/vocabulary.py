@@ -271,7 +271,7 @@ _OPERATOR_NAMES = _words("""
 _TORCH_NAMES = _words("""
     add sub mul div true_divide neg pow exp erf log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
     stack chunk split flatten reshape permute transpose squeeze unsqueeze mean sum amax amin max min relu relu_ sigmoid
-    tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos reshape_as
+    tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos
     zeros ones arange
 """)
 _FUNCTIONAL_NAMES = _words("""

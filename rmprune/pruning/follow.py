@@ -19,7 +19,18 @@ from rmprune.graph.network import in_words, is_batch_norm, shape_of
 from rmprune.pruning.groups import MemberSide
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
 from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, rank_read
-from rmprune.pruning.operations import ALONG, ELEMENTWISE, INDEXING, LIKE, LINEAR, MOVES, REDUCTIONS, SPATIAL, operation, product
+from rmprune.pruning.operations import (
+    ALONG,
+    ELEMENTWISE,
+    INDEXING,
+    LIKE,
+    LINEAR,
+    MOVES,
+    REDUCTIONS,
+    SPATIAL,
+    operation,
+    product,
+)
 from rmprune.pruning.reading import Reading
 from rmprune.pruning.written import places
 
@@ -39,7 +50,9 @@ class Walk:
         self.fans: dict[str, int] = {}  # of depthwise layers: outputs for each input
         self.values: dict[fx.Node, Any] = {}
         self.moves: list[fx.Node] = []  # and what only computes sizes
-        self.sizes: dict[fx.Node, list[tuple[str, Tensor]]] = {}  # where code writes how many there are: of which channels
+        self.sizes: dict[
+            fx.Node, list[tuple[str, Tensor]]
+        ] = {}  # where code writes how many there are: of which channels
         for node in self.network.graph.nodes:
             args, kwargs = fx.map_arg(
                 (node.args, node.kwargs), lambda n: tree_map_only(Tensor, self.again, self.values[n])
@@ -192,7 +205,12 @@ class Walk:
                 along.setdefault(letter, []).append(
                     x[tuple(ends)] if dim in varying(x) else nobody(x.shape[dim : dim + 1])
                 )
-        added = {letter for x, letters in zip(labels, terms, strict=True) for d, letter in enumerate(letters) if d in varying(x)}
+        added = {
+            letter
+            for x, letters in zip(labels, terms, strict=True)
+            for d, letter in enumerate(letters)
+            if d in varying(x)
+        }
         if added - set(result) and not self._met(node, name, labels, terms, added - set(result)):
             for x, letters in zip(labels, terms, strict=True):
                 if {letters[d] for d in varying(x)} - set(result):
@@ -229,7 +247,8 @@ class Walk:
         if of is None:
             return False
         first, second = (
-            labels[i][tuple(slice(None) if d == terms[i].index(letter) else 0 for d in range(labels[i].dim()))] for i in two
+            labels[i][tuple(slice(None) if d == terms[i].index(letter) else 0 for d in range(labels[i].dim()))]
+            for i in two
         )
         self.channels.unite(first, second, "they meet channels that stay whole")
         (layer, rows), x = of[1], labels[of[0]]
@@ -259,7 +278,9 @@ class Walk:
         return before[0], tree_map_only(Tensor, compact, self.run(node, args, kwargs))
 
     def _outputs(self, layer: str) -> int:
-        return next(len(labels) for (name, side), labels in self.members.items() if name == layer and side in ("out", "tied"))
+        return next(
+            len(labels) for (name, side), labels in self.members.items() if name == layer and side in ("out", "tied")
+        )
 
     def _is_written(self, node: fx.Node) -> bool:
         """Whether a node is one of the user's own graph, in which a cut can write."""
@@ -347,7 +368,10 @@ class Walk:
         def left(dim: int) -> int:
             return tie(self.channels.copy(), dim)
 
-        tie(self.channels, max(dims, key=left))
+        order = (
+            dims if 1 in dims else dims[::-1]
+        )  # of equals that of a map's channels, or else the last: a head's width
+        tie(self.channels, max(order, key=left))
         return self.again(x)
 
     def again(self, x: Tensor) -> Tensor:
