@@ -162,7 +162,7 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_caches(model: nn.Module) -> Iterator[None]:
-    """Dictionaries in which modules keep what they computed (LeViT's attention biases) are empty for the while, and hold no proxy after it."""
+    """Dictionaries in which modules keep what they computed (LeViT's attention biases) are empty for the while, and as before after it."""
     found = [
         (held, dict(held))
         for module in model.modules()

@@ -162,6 +162,7 @@ def _run(walk: Walk, node: fx.Node, values: Mapping[fx.Node, Any], gone: Tensor 
     """A move on these values, with the sizes that are written there as they are without the channels `gone`."""
     args = node.args
     for path, labels in walk.sizes.get(node, ()) if gone is not None else ():
+        assert gone is not None
         args = put(args, path, int((~gone[walk.channels.root[labels]]).sum()))
     args, kwargs = fx.map_arg((args, node.kwargs), lambda n: values[n])
     return walk.run(node, args, kwargs)

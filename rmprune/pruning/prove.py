@@ -5,7 +5,7 @@ A cut takes rows from the layers that make channels and columns from the layers 
 (a) the smaller network equals the whole one with those columns set to zero: what is left reads what it read before, and
 (b) the latter does not change when those rows get other weights: nothing else read what they make.
 
-Where channels meet in a product that is added over (queries and keys), the one factor's rows are set to zero and the other's get other weights.
+Where channels meet in a product that is added over (queries and keys), rows of the one are set to zero and the other's get other weights.
 
 The weights do not matter, the cut does: what folding and fitting change afterwards is theirs to check.
 """

@@ -6,8 +6,6 @@ A place is "NODE:1.2", the third entry of the second argument of the node, or "N
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Iterator
 from typing import Any
 

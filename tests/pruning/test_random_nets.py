@@ -183,10 +183,9 @@ class Draw:
             tokens = y.flatten(2).transpose(1, 2)
             b, n, _ = tokens.shape
             q, k, v = s.qkv(tokens).reshape(b, n, *sizes).permute(2, 0, 3, 1, 4).unbind(0)
+            z = (q * 0.4 @ k.transpose(-2, -1)).softmax(-1) @ v
             if how == "sdpa":
                 z = nn.functional.scaled_dot_product_attention(q, k, v)
-            else:
-                z = ((q * 0.4) @ k.transpose(-2, -1)).softmax(-1) @ v
             return y + s.out(z.transpose(1, 2).reshape(b, n, inner)).transpose(1, 2).reshape(y.shape)
 
         qkv = nn.Linear(c, 3 * heads * width, bias=self.one(True, False))
@@ -289,7 +288,7 @@ def shrunk(model: nn.Module, x: Tensor, chance: random.Random) -> tuple[nn.Modul
 
 
 def outcome(seed: int) -> list[str]:
-    """What became of a network (or of its graph), coupled and, where its residuals go, free. AssertionError where the result is another function."""
+    """What became of a network or its graph, coupled and, where residuals go, free. AssertionError where the result is another function."""
     net, said = Net(seed), []
     x, chance = net.input, random.Random(seed)
     graph = as_graph(net, (x,)) if chance.random() < 0.5 else None  # whose sizes a cut writes anew
