@@ -171,11 +171,29 @@ class Calls(TorchFunctionMode):
         return result
 
 
+class Stream:
+    """All of them do their work at once."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+CURRENT = [Stream()]
+
+
+@contextlib.contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    before, CURRENT[0] = CURRENT[0], stream
+    try:
+        yield
+    finally:
+        CURRENT[0] = before
+
+
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[Places]:
     """Within it there is one GPU, without bfloat16."""
     places = Places()
-    stream = type("Stream", (), {"wait_stream": lambda self, other: None})()
     with pytest.MonkeyPatch.context() as patch, Operations(places), Calls(places):
         for name, value in {
             "device_count": lambda: 1,
@@ -186,9 +204,9 @@ def pretended_gpu() -> Iterator[Places]:
             "synchronize": lambda device=None: None,
             "get_device_name": lambda device=None: "a pretended GPU",
             "mem_get_info": lambda device=None: (2**30, 2**30),
-            "Stream": lambda: stream,
-            "current_stream": lambda: stream,
-            "stream": lambda s: contextlib.nullcontext(),
+            "Stream": Stream,
+            "current_stream": lambda: CURRENT[0],
+            "stream": on_stream,
             "CUDAGraph": Graph,
             "graph": recording,
         }.items():
@@ -225,8 +243,13 @@ class Graph:
 
 
 @contextlib.contextmanager
-def recording(graph: Graph, stream: object) -> Iterator[None]:
-    """A GPU does not compute what it records: what operations change in place is put back, and the random state."""
+def recording(graph: Graph, stream: object, capture_error_mode: str) -> Iterator[None]:
+    """A GPU does not compute what it records: what operations change in place is put back, and the random state.
+
+    As torch's own it leaves `stream` the current one where what is recorded fails.
+    """
+    assert capture_error_mode == "thread_local"
+    before, CURRENT[0] = CURRENT[0], stream
     saved: dict[int, tuple[Tensor, Tensor]] = {}
     state = torch.get_rng_state()
 
@@ -250,6 +273,7 @@ def recording(graph: Graph, stream: object) -> Iterator[None]:
 
     with Recorder():
         yield
+    CURRENT[0] = before
     with torch.no_grad():
         for tensor, before in saved.values():
             tensor.copy_(before)

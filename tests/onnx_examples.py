@@ -42,6 +42,7 @@ def residual(batch: Any = "batch", pixels: Any = (8, 8), opset: int = 17) -> onn
     """Convolution, a block of two with an identity shortcut, pool, and a linear layer; names, metadata and sizes of its own."""
     weights = {
         "a": normal(4, 3, 3, 3), "b": normal(4, 4, 3, 3, seed=1) / 6, "c": normal(4, 4, 3, 3, seed=2) / 6, "d": normal(5, 4, seed=3),
+        "e": normal(5),
     }  # fmt: skip
     same = {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
     nodes = [
@@ -54,7 +55,7 @@ def residual(batch: Any = "batch", pixels: Any = (8, 8), opset: int = 17) -> onn
         helper.make_node("Relu", ["6"], ["7"]),
         helper.make_node("GlobalAveragePool", ["7"], ["8"]),
         helper.make_node("Flatten", ["8"], ["9"]),
-        helper.make_node("Gemm", ["9", "d"], ["scores/out:0"], transB=1),
+        helper.make_node("Gemm", ["9", "d", "e"], ["scores/out:0"], transB=1),
     ]
     model = graph_of(nodes, weights, [batch, 3, *pixels], opset, ("scores/out:0",))
     model.graph.input[0].name = nodes[0].input[0] = model.graph.node[0].input[0] = "image:0"

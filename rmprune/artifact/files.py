@@ -7,6 +7,7 @@ A directory is written beside its place and renamed, so what stands under the na
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ def save(
     example_inputs: Inputs | None = None,
     extra: dict[str, Any] | None = None,
     overwrite: bool = False,
+    write_onnx: Callable[[Path], object] | None = None,
 ) -> Path:
     """Writes `model` as the directory `path` and returns it.
 
-    `example_inputs` (N, C, H, W), or a tuple or dict of inputs, where given, adds model.onnx. `extra` is any JSON-able dict kept with it
-    (`read_extra`). Raises UnsupportedModel for a network outside the closed list, ArtifactError where `path` exists (an
-    artifact is replaced with `overwrite=True`, anything else never) or cannot be written.
+    `example_inputs` (N, C, H, W), or a tuple or dict of inputs, where given, adds model.onnx; `write_onnx` writes it instead, at the
+    path that it gets. `extra` is any JSON-able dict kept with it (`read_extra`). Raises UnsupportedModel for a network outside the
+    closed list, ArtifactError where `path` exists (an artifact is replaced with `overwrite=True`, anything else never) or cannot be
+    written.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     >>> sorted(file.name for file in rmprune.save(net, "runs/x/net", extra={"why": "an example"}).iterdir())
@@ -59,6 +62,8 @@ def save(
         _write(model, description, work, extra or {})
         if inputs is not None:
             export_onnx(model, inputs, work / ONNX)
+        if write_onnx is not None:
+            write_onnx(work / ONNX)
     return path
 
 

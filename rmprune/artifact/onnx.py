@@ -61,7 +61,7 @@ def export_onnx(
 
 def onnx_bytes(folded: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, dynamic_batch: bool = True) -> bytes:
     """An eval-mode float32 CPU network as a serialised ONNX model (opset 17), without folding or checking."""
-    inputs = tuple(x.contiguous() for x in _as_float(example_inputs))
+    inputs = tuple(x.contiguous() for x in as_tensors(example_inputs))
     with torch.inference_mode():
         expected = folded(*inputs)
     outputs = named_outputs(expected)
@@ -71,7 +71,7 @@ def onnx_bytes(folded: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *
         name: {0: "batch"} for name, value in outputs.items() if value.dim() and len(value) == len(inputs[0])
     }
     buffer = io.BytesIO()
-    with _quiet(), torch.inference_mode():
+    with quiet_export(), torch.inference_mode():
         try:
             torch.onnx.export(
                 folded if isinstance(expected, Tensor) else _Flat(folded),
@@ -117,13 +117,14 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
     return found
 
 
-def _as_float(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_tensors(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs as a tuple on the CPU, those of floating point in float32."""
     values = (inputs,) if isinstance(inputs, Tensor) else inputs
     return tuple(x.detach().float().cpu() if x.is_floating_point() else x.cpu() for x in values)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """The exporter warns that it is the older one and logs; neither is for the user. Attention is exported as its parts."""
     logger = logging.getLogger("torch.onnx")
     level, fused = logger.level, torch.backends.mha.get_fastpath_enabled()
@@ -140,7 +141,7 @@ def _quiet() -> Iterator[None]:
 
 def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
     """What float32 does to the outputs of `model` in eval mode: largest |difference| to float64 over the largest |output|."""
-    single = _as_float(inputs)
+    single = as_tensors(inputs)
     with torch.inference_mode():
         exact = named_outputs(
             copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in single))
@@ -160,7 +161,7 @@ def _onnx_error(folded: nn.Module, data: bytes, inputs: tuple[Tensor, ...]) -> f
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    names, given = input_names(folded, len(inputs)), _as_float(inputs)
+    names, given = input_names(folded, len(inputs)), as_tensors(inputs)
     generator = torch.Generator().manual_seed(0)
     noise = tuple(torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for x in given)
     worst = 0.0

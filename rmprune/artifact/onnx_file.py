@@ -18,7 +18,15 @@ from rmprune.graph.vocabulary import MAX_ENTRIES
 
 OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
-_TYPES = {"FLOAT": "float32", "DOUBLE": "float64", "INT64": "int64", "INT32": "int32", "BOOL": "bool"}
+_TYPES = {
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+    "INT8": "int8",
+    "UINT8": "uint8",
+}
 _LISTS = {"FLOAT": "float_data", "DOUBLE": "double_data", "INT64": "int64_data"}  # the others are in int32_data
 _MOST_AXES = 8
 
@@ -126,15 +134,6 @@ def _refuse_foreign_nodes(proto: onnx.ModelProto) -> None:
         if node.op_type in CONTROL_FLOW:
             raise UnsupportedModel(
                 f"{said_of(node)}: control flow cannot be read as layers; export the network for one case, without branches and loops"
-            )
-        if "Quantize" in node.op_type or node.op_type in (
-            "QLinearConv",
-            "ConvInteger",
-            "MatMulInteger",
-            "QLinearMatMul",
-        ):
-            raise UnsupportedModel(
-                f"{said_of(node)}: the file is quantised; give the one in float32 that it was made of, and quantise the result"
             )
 
 

@@ -24,6 +24,7 @@ from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel
 from rmprune.graph.convolution import Obstacle
 
 ONNX_READERS = WINDOW_READERS | LAYER_READERS | FUNCTION_READERS
+_QUANTISED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 _SELF = ("Constant", "Shape")
 MOST_PIXELS = 2**24  # of an input
 
@@ -43,6 +44,11 @@ def read_network(file: OnnxFile, image_size: int | None = None, channels: int = 
     `image_size`, `channels`: where the file leaves them open (224, 3). Raises UnsupportedModel for an operator, an attribute or a use
     that is not on the list, and ArtifactError where the file contradicts itself; both name the node.
     """
+    for node in file.nodes:
+        if "Quantize" in node.op_type or node.op_type in _QUANTISED:
+            raise UnsupportedModel(
+                f"{file.path}: {said_of(node)}: the file is quantised; give the one in float32 that it was made of, and quantise the result"
+            )
     unknown = sorted({node.op_type for node in file.nodes} - ONNX_READERS.keys() - FOLDED.keys() - set(_SELF))
     if unknown:
         named = ", ".join(map(printable, unknown[:10]))

@@ -9,10 +9,12 @@ from rmprune.config.fields import Fractions, require
 
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
 
+_BUDGETS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
+
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Which channels go, by what budgets (one of ratio, macs_ratio and latency_ratio), at once or while training."""
+    """Which channels go, by what budgets (one of ratio, macs_ratio, latency_ratio and memory_ratio), at once or while training."""
 
     ratio: Fractions = ()
     """Fraction of the channels of the network being pruned that is removed; several, comma-separated, make a run each."""
@@ -20,6 +22,8 @@ class PruneConfig:
     """Fraction of the original model's MACs that stays; several, comma-separated, make a run each."""
     latency_ratio: Fractions = ()
     """Fraction of the original model's measured time that stays; several, comma-separated, make a run each."""
+    memory_ratio: Fractions = ()
+    """Fraction of the original model's peak activation memory (one image, as a runtime plans it) that stays; several make a run each."""
     importance: ImportanceName = "taylor"
     """What channels are ranked by. Cuts while training always use taylor, from the gradients at hand."""
     rank: Literal["per_cost", "importance"] = "per_cost"
@@ -65,4 +69,4 @@ class PruneConfig:
     @property
     def budgets(self) -> list[tuple[str, float]]:
         """(name, value) of every budget that is set, in the order given."""
-        return [(name, value) for name in ("ratio", "macs_ratio", "latency_ratio") for value in getattr(self, name)]
+        return [(name, value) for name in _BUDGETS for value in getattr(self, name)]

@@ -120,7 +120,7 @@ class SlimConfig(RunConfig):
         given = len(self.prune.budgets) > 0
         require(
             given or self.plan is not None,
-            "there is no budget; give --ratio, --macs-ratio or --latency-ratio, between 0 and 1, or a --plan",
+            "there is no budget; give --ratio, --macs-ratio, --latency-ratio or --memory-ratio, between 0 and 1, or a --plan",
         )
         require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
         if self.plan is not None:
@@ -129,6 +129,31 @@ class SlimConfig(RunConfig):
             object.__setattr__(self, "method", ("rm" if self.plan is None else "plan",))
         require(0 <= self.search_minutes <= 1e4, f"search_minutes is {self.search_minutes}; use 0 to 10000")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
+
+
+@dataclass(frozen=True)
+class GridConfig(SlimConfig):
+    """slim's comparison, each cell (a seed, a budget, a method) on a worker of its own; then all measured by one."""
+
+    command: ClassVar[str] = "grid"
+    cluster: Literal["local", "slurm"] = "local"
+    """Workers are processes of this machine, or jobs of Slurm."""
+    jobs: int = 2
+    """Cells at work at once."""
+    gpus: int = 0
+    """GPUs of each worker."""
+    hours: float = 24.0
+    """After this time a worker is stopped; its cell goes on in another."""
+    slurm: Names = ()
+    """More for sbatch, comma-separated: partition=gpu,cpus_per_task=8."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
+        require(self.gpus >= 0, f"gpus is {self.gpus}; it must not be negative")
+        require(0 < self.hours < 1e5, f"hours is {self.hours}; it must be positive")
+        require(self.cluster in ("local", "slurm"), f"cluster is {self.cluster!r}; use 'local' or 'slurm'")
+        require(all("=" in pair for pair in self.slurm), f"slurm is {', '.join(self.slurm)}; use NAME=VALUE,NAME=VALUE")
 
 
 @dataclass(frozen=True)
@@ -207,14 +232,19 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class RemeasureConfig:
-    """Measure the networks of finished runs again, all in turns in one process, and update their records."""
+    """Measure the networks of finished runs again, all in turns in one process, and update their records; or ONNX files."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or directories that hold them."""
+    """Run directories, or directories that hold them; or ONNX files, which are measured as they stand (by default in onnxruntime)."""
+    image_size: int | None = None
+    """Height and width of the images of ONNX files that leave them open (default: 224)."""
     measure: Unprefixed[MeasureConfig] = MeasureConfig()
 
     def __post_init__(self) -> None:
-        require(len(self.runs) > 0, "there is nothing to measure; give run directories")
+        require(len(self.runs) > 0, "there is nothing to measure; give run directories or ONNX files")
+        require(
+            self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1"
+        )
 
 
 @dataclass(frozen=True)

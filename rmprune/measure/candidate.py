@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.artifact.onnx import onnx_bytes
+from rmprune.artifact.onnx import input_names, onnx_bytes
+from rmprune.artifact.onnx_file import OnnxFile
 from rmprune.errors import ConfigError
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.inputs import as_tuple, only_input
@@ -70,6 +71,20 @@ class Candidate:
         return found
 
     @property
+    def names(self) -> list[str]:
+        """Of its inputs in the ONNX form."""
+        return input_names(self.folded, len(self.all_inputs))
+
+    @property
+    def results(self) -> list[str]:
+        """The names of what is computed on a GPU, of its outputs in the ONNX form."""
+        return ["output"]
+
+    def free_sizes(self, batch_size: int) -> dict[str, int]:
+        """Sizes that the ONNX form leaves open, by name, as they are for this many images."""
+        return {"batch": batch_size}
+
+    @property
     def example_inputs(self) -> Tensor:
         """The first example, (1, C, H, W). Raises UnsupportedModel where the network takes several inputs."""
         return only_input(self.all_inputs, "this backend")
@@ -93,11 +108,40 @@ class Candidate:
         return self._calibration.detach().float().cpu()
 
 
+class FileCandidate(Candidate):
+    """An ONNX file as it stands, for runtimes that read one; `all_inputs`: one example of each input, float32."""
+
+    def __init__(self, name: str, file: OnnxFile, all_inputs: tuple[Tensor, ...]) -> None:
+        self.name, self.file, self.all_inputs = name, file, all_inputs
+        self._forms: dict[Callable[[Candidate], Any], Any] = {onnx_form: str(file.path.resolve())}
+        self._calibration = None
+
+    @property
+    def names(self) -> list[str]:
+        """Those that the file gives."""
+        return [entry.name for entry in self.file.inputs]
+
+    @property
+    def results(self) -> list[str]:
+        """All that the file gives."""
+        return [entry.name for entry in self.file.outputs]
+
+    def free_sizes(self, batch_size: int) -> dict[str, int]:
+        """Where the file has names for them."""
+        named = {value.name: value.type.tensor_type.shape.dim for value in self.file.proto.graph.input}
+        pairs = [
+            (dim.dim_param, size)
+            for name, x in zip(self.names, self.batch(batch_size), strict=True)
+            for dim, size in zip(named[name], x.shape, strict=True)
+        ]
+        return {name: size for name, size in pairs if name}
+
+
 def folded_form(candidate: Candidate) -> nn.Module:
     """The module itself, as PyTorch runs it."""
     return candidate.folded
 
 
-def onnx_form(candidate: Candidate) -> bytes:
-    """ONNX, float32, batch size free."""
+def onnx_form(candidate: Candidate) -> bytes | str:
+    """ONNX, float32, batch size free; the path of a candidate that is a file."""
     return onnx_bytes(candidate.folded, candidate.all_inputs)

@@ -41,7 +41,7 @@ from rmprune.measure.backends import (
     says_what_fails,
     surroundings,
 )
-from rmprune.measure.results import BUSY, Latency, quartiles
+from rmprune.measure.results import Latency, quartiles, warn_if_busy
 
 logger = logging.getLogger("rmprune.measure")
 TURN_SECONDS = 0.005
@@ -135,19 +135,32 @@ def measure_latencies(
     candidates = {name: Candidate(name, model, example_inputs, calibration) for name, model in models.items()}
     if needs_calibration(backends) and calibration is None:
         next(iter(candidates.values())).calibration  # noqa: B018  says what is missing, before anything is timed
-    results: dict[str, list[Latency]] = {name: [] for name in models}
-    for configuration in itertools.starmap(Configuration, itertools.product(backends, [device], threads, batch_sizes)):
-        if progress is not None:
-            progress(str(configuration))
-        for name, latency in measure_configuration(candidates, configuration, seconds, min_rounds, seed).items():
-            results[name].append(latency)
+    results = measure_candidates(
+        candidates, backends=backends, threads=threads, batch_sizes=batch_sizes, device=device, seconds=seconds, min_rounds=min_rounds,
+        reference=reference, seed=seed, progress=progress, warn=warn,
+    )  # fmt: skip
     if split is not None:
         for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
             logger.info("accuracy of %s on %s, %d images", name, backend, len(split))
             accuracy = candidate_accuracy(candidate, split, backend, device, max(threads))
             results[name] = [replace(r, accuracy=accuracy) if r.backend == backend else r for r in results[name]]
+    return results
+
+
+def measure_candidates(
+    candidates: Mapping[str, Candidate], *, backends: Sequence[str], threads: Sequence[int], batch_sizes: Sequence[int], device: str,
+    seconds: float, min_rounds: int, reference: str | None, seed: int = 0, progress: Callable[[str], None] | None = None, warn: bool = True,
+) -> dict[str, list[Latency]]:  # fmt: skip
+    """`measure_latencies` of what is a candidate already, such as a file: times under every configuration, and ratios to `reference`."""
+    _check(candidates, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
+    results: dict[str, list[Latency]] = {name: [] for name in candidates}
+    for configuration in itertools.starmap(Configuration, itertools.product(backends, [device], threads, batch_sizes)):
+        if progress is not None:
+            progress(str(configuration))
+        for name, latency in measure_configuration(candidates, configuration, seconds, min_rounds, seed).items():
+            results[name].append(latency)
     if warn:
-        _warn_if_busy(results)
+        warn_if_busy(results)
     if reference is not None:
         for name, latencies in results.items():
             pairs = zip(latencies, results[reference], strict=True)
@@ -172,21 +185,11 @@ def measure_configuration(
                 torch.cuda.synchronize()
             facts[name] = {"first_ms": prepared.load_ms + (time.perf_counter() - start) * 1e3}
             if device != "cpu" and not BACKENDS[backend].packages:
-                facts[name]["peak_mib"] = _gpu_peak_mib(prepared)
+                facts[name]["peak_mib"] = (
+                    _gpu_peak_mib(prepared) or None
+                )  # a CUDA graph takes what it needs when it is recorded
         turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
     return {name: _summary(configuration, times, repeats[name], facts[name]) for name, times in turns.items()}
-
-
-def _warn_if_busy(results: Mapping[str, list[Latency]]) -> None:
-    times = [(latency.spread, name, latency) for name, latencies in results.items() for latency in latencies]
-    busy = [time for time in times if time[0] > BUSY]
-    if busy:
-        spread, name, worst = max(busy, key=lambda time: time[0])
-        logger.warning(
-            "the machine was busy: %d of %d times spread widely (worst: half of those of %s on %s, batch %d, over %.0f %% of the "
-            "median); measure again when it is quiet",
-            *(len(busy), len(times), name, worst.backend, worst.batch_size, 100 * spread),
-        )
 
 
 def check_available(backends: Sequence[str], device: str) -> None:
@@ -201,7 +204,7 @@ def check_available(backends: Sequence[str], device: str) -> None:
 
 
 def _check(
-    models: dict[str, nn.Module],
+    models: Mapping[str, object],
     backends: Sequence[str],
     threads: Sequence[int],
     batch_sizes: Sequence[int],

@@ -90,12 +90,8 @@ def activation_memory(model: nn.Module, example_inputs: Tensor, *, bytes_per_val
     4800
     """
     folded = fold_batch_norms(model, (example_inputs,))
-    module = fx.GraphModule(on_meta(folded), trace(folded))
-    with torch.no_grad():
-        ShapeProp(module).propagate(torch.empty(example_inputs.shape, device="meta"))
-    buffers = _buffers(module, bytes_per_value)
-    names = [node.name for node in module.graph.nodes]
-    totals = [sum(b.size for b in buffers if b.first <= step <= b.last) for step in range(len(names))]
+    names, buffers = _planned(folded, example_inputs, bytes_per_value)
+    totals = _totals(names, buffers)
     step = max(range(len(names)), key=totals.__getitem__)
     return ActivationMemory(
         peak_bytes=totals[step],
@@ -104,6 +100,23 @@ def activation_memory(model: nn.Module, example_inputs: Tensor, *, bytes_per_val
         at=names[step],
         live=tuple((b.name, b.size) for b in buffers if b.first <= step <= b.last),
     )
+
+
+def live_bytes(model: nn.Module, example_inputs: Tensor) -> list[int]:
+    """Bytes of float32 that live at each step of the network as it stands, batch norms and all (which write over what they read)."""
+    return _totals(*_planned(model, example_inputs, 4))
+
+
+def _planned(model: nn.Module, example_inputs: Tensor, bytes_per_value: int) -> tuple[list[str], list[_Buffer]]:
+    """The steps of a network, and the pieces of memory that they write and read."""
+    module = fx.GraphModule(on_meta(model), trace(model))
+    with torch.no_grad():
+        ShapeProp(module).propagate(torch.empty(example_inputs.shape, device="meta"))
+    return [node.name for node in module.graph.nodes], _buffers(module, bytes_per_value)
+
+
+def _totals(names: list[str], buffers: list[_Buffer]) -> list[int]:
+    return [sum(b.size for b in buffers if b.first <= step <= b.last) for step in range(len(names))]
 
 
 def _buffers(module: fx.GraphModule, bytes_per_value: int) -> list[_Buffer]:

@@ -1,11 +1,14 @@
 """What measuring gives: the times of one network under one configuration, and the ratio to another's. No runtimes here."""
 
+import logging
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+logger = logging.getLogger("rmprune.measure")
 RESAMPLES = 2000
 BUSY = 0.15  # an idle machine's middle half of times lies within a few per cent of the median
 
@@ -79,3 +82,16 @@ def median_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
     drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(np.median(np.asarray(values)[drawn], axis=1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def warn_if_busy(results: Mapping[str, list[Latency]]) -> None:
+    """Says in the log where times spread so widely that something else must have run."""
+    times = [(latency.spread, name, latency) for name, latencies in results.items() for latency in latencies]
+    busy = [time for time in times if time[0] > BUSY]
+    if busy:
+        spread, name, worst = max(busy, key=lambda time: time[0])
+        logger.warning(
+            "the machine was busy: %d of %d times spread widely (worst: half of those of %s on %s, batch %d, over %.0f %% of the "
+            "median); measure again when it is quiet",
+            *(len(busy), len(times), name, worst.backend, worst.batch_size, 100 * spread),
+        )

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmprune.artifact.onnx import input_names
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
 
@@ -66,7 +65,7 @@ def onnx_runtime(
     candidate: Candidate,
     setting: Setting,
     *,
-    form: Callable[[Candidate], bytes] = onnx_form,
+    form: Callable[[Candidate], bytes | str] = onnx_form,
     providers: Callable[[str], list[Provider]] = cpu_or_cuda,
 ) -> Prepared:
     """ONNX Runtime, its own threads, static batch size; on a GPU input and output stay there, and each run waits for its end.
@@ -79,26 +78,28 @@ def onnx_runtime(
     options.log_severity_level = 3
     options.intra_op_num_threads = setting.threads
     options.inter_op_num_threads = 1
-    options.add_free_dimension_override_by_name("batch", setting.batch_size)
+    for name, size in candidate.free_sizes(setting.batch_size).items():
+        options.add_free_dimension_override_by_name(name, size)
     options.add_session_config_entry("session.force_spinning_stop", "1")
     asked = providers(setting.device)
     session = onnxruntime.InferenceSession(candidate.form(form), options, providers=asked)
     if asked[0][0] not in session.get_providers():  # it goes on without one that does not load
         raise RuntimeError(f"{asked[0][0]} is installed and does not load")
-    names = input_names(candidate.form(folded_form), len(candidate.all_inputs))
+    names = candidate.names
     feed = {name: x.numpy() for name, x in zip(names, candidate.batch(setting.batch_size), strict=True)}
     if len(names) > 1:  # one that nothing depends on is left out
         feed = {entry.name: feed[entry.name] for entry in session.get_inputs()}
 
     def outputs(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+        return torch.from_numpy(session.run(None, {names[0]: images.numpy()})[0])
 
     if setting.device == "cpu":
         return Prepared(lambda: session.run(None, feed), outputs)
     candidate.inputs(1)  # refuses several
     bound, index = session.io_binding(), _index(setting.device)
-    bound.bind_ortvalue_input("input", onnxruntime.OrtValue.ortvalue_from_numpy(feed["input"], "cuda", index))
-    bound.bind_output("output", "cuda", index)
+    bound.bind_ortvalue_input(names[0], onnxruntime.OrtValue.ortvalue_from_numpy(feed[names[0]], "cuda", index))
+    for name in candidate.results:
+        bound.bind_output(name, "cuda", index)
     return Prepared(lambda: session.run_with_iobinding(bound), outputs)
 
 

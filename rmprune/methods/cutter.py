@@ -1,6 +1,7 @@
 """How one method cuts one network: its budget, one cut, or the hook that cuts while training. Trains and measures nothing itself."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.one_shot import fitting
+from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit
 from rmprune.pruning.plan import SlimPlan
 from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
@@ -74,11 +76,17 @@ class Cutter:
         """
         if self.settings.min_fraction is not None:
             return budget
-        target = resolve(self.structure, budget, self.cost)
-        floor = min(LEAST_FRACTION * even_fraction(self.structure, budget, self.cost), budget.max_fraction)
+        if budget.memory_ratio is not None and not self.coupled and not self.gradual:
+            limit, even = byte_limit(budget), budget.memory_ratio
+            least: Callable[[Budget], float] = functools.partial(self.memory.least, self.structure)
+        else:
+            target = resolve(self.structure, budget, self.cost)
+            limit, even = target.limit, even_fraction(self.structure, budget, self.cost)
+            least = functools.partial(least_cost, self.structure, cost=target.cost)
+        floor = min(LEAST_FRACTION * even, budget.max_fraction)
         while floor > 0.01:
             own = dataclasses.replace(budget, min_fraction=floor)
-            if least_cost(self.structure, own, target.cost) <= target.limit:
+            if least(own) <= limit:
                 return own
             floor /= 2  # streams left whole cost so much that the rest must go lower
         return budget
@@ -170,6 +178,11 @@ class Cutter:
         return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, self.place)
 
     @cached_property
+    def memory(self) -> ActivationPeaks:
+        """What its activations take at any widths."""
+        return ActivationPeaks(self.network, self.structure, self.example)
+
+    @cached_property
     def scores(self) -> Scores:
         """The importance of this network's channels, measured once for all cuts that are tried; none where Torch-Pruning scores."""
         if self.coupled:
@@ -181,6 +194,11 @@ class Cutter:
         """What Torch-Pruning's Taylor importance ranks this network's channels by, computed once for all its cuts; else None."""
         taylor = self.coupled and self.settings.importance == "taylor"
         return loss_gradients(self.network, self.job.batches) if taylor else None
+
+    def check_memory(self, budget: Budget) -> None:
+        """Raise InfeasibleBudget where the limits forbid a budget of memory, ConfigError where it cannot be asked of this method."""
+        flat = {name: torch.ones(units) for name, units in self.structure.units.items()}
+        self.memory.allocate(self.structure, flat, self.floored(budget), uniform=self.method.widths == "uniform")
 
     def narrowest(self, budget: Budget) -> nn.Module:
         """The network of the least MACs that the limits of `budget` allow, whatever its weights."""

@@ -90,6 +90,9 @@ def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], 
         raise UnsupportedModel(f"{error}; --method residual prunes the network as it is") from None
     cutter = make_cutter(network, method, job)
     cutter.check(once=candidate or budget.latency_ratio is not None)
+    if budget.memory_ratio is not None:
+        cutter.check_memory(budget)
+        return
     if budget.latency_ratio is None:
         cutter.hook(cutter.floored(budget), steps=1, epochs=1)
         return

@@ -11,12 +11,13 @@ from torch import nn
 
 from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, MissedBudget
-from rmprune.measure import count_macs
+from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.place import MARGIN, infeasible
 from rmprune.methods.cutter import Cutter, make_cutter, place_of
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import widths_of
+from rmprune.pruning.peak_memory import byte_limit
 from rmprune.pruning.prove import prove_groups
 from rmprune.removal import remove_where_faster
 from rmprune.runs.notes import remembered
@@ -61,10 +62,13 @@ def slim_network(
     if not method.faster:
         return network, facts
     limit = math.inf if budget.macs_ratio is None else budget.macs_ratio * (budget.reference_macs or math.inf)
-    example = data.train.example(2)
-    removal = remove_where_faster(
-        network, example, place_of(job).ratios, lambda network: count_macs(network, example[:1]) <= limit
-    )
+    example, most = data.train.example(2), byte_limit(budget)
+
+    def fits(network: nn.Module) -> bool:
+        peak = 0.0 if most == math.inf else activation_memory(network, example[:1]).peak_bytes
+        return count_macs(network, example[:1]) <= limit and peak <= most
+
+    removal = remove_where_faster(network, example, place_of(job).ratios, fits)
     logger.info("%s: removed %s", files.label, ", ".join(removal.removed) or "no residual, none made it faster")
     return removal.model, facts | {"removal": removal.facts}
 

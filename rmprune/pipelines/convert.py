@@ -13,9 +13,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.artifact.onnx import ROUNDINGS, rounding
+from rmprune.artifact.onnx import ROUNDINGS, named_outputs, rounding
 from rmprune.artifact.onnx_file import is_onnx
-from rmprune.artifact.onnx_runtime import checked_network
+from rmprune.artifact.onnx_reader import OnnxNetwork
+from rmprune.artifact.onnx_runtime import batch_for, checked_network
+from rmprune.artifact.onnx_writer import write_like
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
@@ -61,14 +63,14 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def open_examples(config: NetworkConfig) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The network of a name, artifact or ONNX file in eval mode, and one example batch of each of its inputs."""
+def open_examples(config: NetworkConfig) -> tuple[nn.Module, tuple[Tensor, ...], OnnxNetwork | None]:
+    """The network of a name, artifact or ONNX file in eval mode, one example batch of each of its inputs, and the file that was read."""
     if is_onnx(config.model):
         _refuse_named_settings(config, "an ONNX file", ("model", "image_size", "in_channels"))
         network = checked_network(config.model, config.image_size, config.in_channels)
-        return network.model, network.examples
+        return network.model, network.examples, network
     model, example = open_network(config)
-    return model, (example,)
+    return model, (example,), None
 
 
 def _refuse_named_settings(config: NetworkConfig, what: str, free: tuple[str, ...]) -> None:
@@ -93,7 +95,7 @@ def _options(config: RemovalConfig) -> dict[str, object]:
 
 def run_inspect(config: InspectConfig) -> list[BlockReport]:
     """Print each residual of the network: removable or why not, the form, and what it costs."""
-    model, examples = open_examples(config.network)
+    model, examples, _ = open_examples(config.network)
     blocks = plan_removal(model, examples, **_options(config.removal))  # type: ignore[arg-type]
     console = Console()
     options = block_options(model, examples)
@@ -161,26 +163,29 @@ def plan_table(name: str, blocks: Plan, macs: int) -> Table:
 
 def run_convert(config: ConvertConfig) -> Path:
     """Remove residuals, write the artifact, and say what was done and what it costs."""
-    if config.out.exists() and not (config.overwrite and artifact.is_artifact(config.out)):
-        raise ConfigError(f"{config.out}: exists already; choose another --out, or --overwrite an artifact")
-    if config.out.exists() and Path(config.network.model).exists() and config.out.samefile(config.network.model):
-        raise ConfigError(f"{config.out}: is what is being converted, and would be lost; choose another --out")
-    model, example = open_network(config.network)
-    removal = remove_residuals(model, example, batch_norm=config.batch_norm, **_options(config.removal))  # type: ignore[arg-type]
-    facts = {
-        "source": config.network.model,
-        "input_shape": list(example.shape[1:]),
-        "removal": removal.facts,
-    }
+    _check_out(config)
+    model, examples, file = open_examples(config.network)
+    removal = remove_residuals(model, examples, batch_norm=config.batch_norm, **_options(config.removal))  # type: ignore[arg-type]
+    facts: dict[str, object] = {"source": config.network.model, "removal": removal.facts}
+    if len(examples) == 1:
+        facts["input_shape"] = list(examples[0].shape[1:])
+    error = 0.0
+
+    def write_onnx(path: Path) -> None:
+        nonlocal error
+        assert file is not None
+        error = write_like(file, removal.model, path)
+
     artifact.save(
         removal.model,
         config.out,
-        example_inputs=example[:1] if config.onnx else None,
+        example_inputs=tuple(x[:1] for x in examples) if config.onnx and file is None else None,
+        write_onnx=write_onnx if config.onnx and file is not None else None,
         extra=facts,
         overwrite=config.overwrite,
     )
     console = Console(soft_wrap=True, highlight=False)
-    before, after = count_macs(model, example[:1]), count_macs(removal.model, example[:1])
+    before, after = count_macs(model, examples), count_macs(removal.model, examples)
     console.print(
         f"{config.out}: {len(removal.removed)} residuals removed, {len(removal.kept)} kept, largest error {removal.max_error:.1e}\n"
         f"MACs {before / 1e6:,.1f} M -> {after / 1e6:,.1f} M, "
@@ -189,29 +194,47 @@ def run_convert(config: ConvertConfig) -> Path:
     )
     for name, reason in removal.kept.items():
         console.print(f"kept {name}: {reason}", markup=False)
+    if config.onnx and file is not None:
+        console.print(
+            f"model.onnx differs from {file.file.path} by {error:.1e} of its scale in ONNX Runtime", markup=False
+        )
     if config.check:
-        for name, error in check_written(config.out, model, example).items():
+        inputs = examples if file is None else batch_for(file.file, examples)
+        for name, error in check_written(config.out, model, inputs).items():
             console.print(f"check: {name} differs from the original by {error:.1e} of its scale", markup=False)
     return config.out
 
 
-def check_written(path: Path, model: nn.Module, example: Tensor) -> dict[str, float]:
+def _check_out(config: ConvertConfig) -> None:
+    """Raise ConfigError where something stands at --out that is not to be replaced, or what is being converted lies there."""
+    source = Path(config.network.model)
+    if config.out.exists() and not (config.overwrite and artifact.is_artifact(config.out)):
+        raise ConfigError(f"{config.out}: exists already; choose another --out, or --overwrite an artifact")
+    if config.out.exists() and source.exists() and source.resolve().is_relative_to(config.out.resolve()):
+        raise ConfigError(
+            f"{config.out}: is what is being converted, or holds it, and would be lost; choose another --out"
+        )
+
+
+def check_written(path: Path, model: nn.Module, examples: tuple[Tensor, ...]) -> dict[str, float]:
     """Relative difference of the loaded artifact, and of its ONNX file, to the original in float32.
 
     Raises NotEquivalent over CHECK_TOLERANCE and over what float32 itself does to the original.
     """
     with torch.no_grad():
-        expected = model.eval()(example)
-        outputs = {"the artifact": artifact.load(path)(example)}
+        expected = list(named_outputs(model.eval()(*examples)).values())
+        outputs = {"the artifact": list(named_outputs(artifact.load(path)(*examples)).values())}
     file = path / "model.onnx"
     if file.is_file():
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        outputs["model.onnx in ONNX Runtime"] = torch.from_numpy(
-            session.run(None, {session.get_inputs()[0].name: example.numpy()})[0]
-        )
-    errors = {name: float((output - expected).abs().max() / expected.abs().max()) for name, output in outputs.items()}
+        feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), examples, strict=True)}
+        outputs["model.onnx in ONNX Runtime"] = [torch.from_numpy(value) for value in session.run(None, feed)]
+    errors = {
+        name: max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+        for name, found in outputs.items()
+    }
     for name, error in errors.items():
-        if not error <= CHECK_TOLERANCE and not error <= ROUNDINGS * rounding(model, example):
+        if not error <= CHECK_TOLERANCE and not error <= ROUNDINGS * rounding(model, examples):
             raise NotEquivalent(
                 f"{path}: {name} differs by {error:.1e}, more than {CHECK_TOLERANCE:.0e}; do not deploy it"
             )

@@ -62,7 +62,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         device=config.measure.device,
         seconds=config.measure.seconds,
         min_rounds=config.measure.min_rounds,
-        progress=_progress(len(found), config.measure),
+        progress=measuring(len(found), config.measure),
         calibration=None if data is None else calibration_images(data.train),
         split=None if data is None else data.test,
     )
@@ -91,7 +91,7 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
     return records.write_record(path, record)
 
 
-def _progress(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
+def measuring(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
     """Logs each configuration as it starts and the time left: by the settings at first, then by those that are done."""
     total = len(measure.backends) * len(measure.threads) * len(measure.batch_sizes)
     started, done = time.perf_counter(), itertools.count()

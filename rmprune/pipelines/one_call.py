@@ -113,6 +113,7 @@ def slim(
     ratio: float | None = None,
     macs_ratio: float | None = None,
     latency_ratio: float | None = None,
+    memory_ratio: float | None = None,
     test: Iterable[Any] | None = None,
     loss: Loss | None = None,
     method: str = "rm",
@@ -132,7 +133,8 @@ def slim(
     `train`, `validation`: re-iterable batches (a DataLoader, a list) of (images [N, ...], class numbers [N], ...), as the network was
     trained on, augmentation included; or, with `loss`, a function of (model, batch) that returns a scalar tensor, of any form. `test` is
     what the table is about (default: `validation`, on which nothing is chosen but by methods that compare candidates). One budget:
-    `ratio` of channels that go, `macs_ratio` or `latency_ratio` (measured, of `measure`'s first place) of the original that stays.
+    `ratio` of channels that go, `macs_ratio`, `latency_ratio` (measured, of `measure`'s first place) or `memory_ratio`
+    (peak of activations) of the original that stays.
     `method`: as in docs/methods.md. `epochs` (20) and `learning_rate` (0.02, the peak): of fine-tuning; `finetune`, `prune` and
     `measure`: all that the flags of these names set, before which these two go. With a loss the teacher's part is the squared
     difference of outputs over their variance.
@@ -152,11 +154,16 @@ def slim(
     >>> sorted(path.name for path in result.save("slimmed").iterdir())
     ['config.toml', 'dense', 'deploy', 'log.jsonl', 'plain', 'pruned', 'record.json']
     """
-    budgets = {"ratio": ratio, "macs_ratio": macs_ratio, "latency_ratio": latency_ratio}
+    budgets = {
+        "ratio": ratio,
+        "macs_ratio": macs_ratio,
+        "latency_ratio": latency_ratio,
+        "memory_ratio": memory_ratio,
+    }
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ConfigError(
-            f"give exactly one of ratio=, macs_ratio= and latency_ratio=; got {', '.join(given) or 'none'}"
+            f"give exactly one of ratio=, macs_ratio= and latency_ratio=; got {', '.join(given) or 'none'} (memory_ratio= is another)"
         )
     tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
     if loss is not None and method == "auto":
@@ -188,6 +195,7 @@ def slim(
                 ratio=() if ratio is None else (ratio,),
                 macs_ratio=() if macs_ratio is None else (macs_ratio,),
                 latency_ratio=() if latency_ratio is None else (latency_ratio,),
+                memory_ratio=() if memory_ratio is None else (memory_ratio,),
             ),
             finetune=dataclasses.replace(
                 tuning,

@@ -37,6 +37,7 @@ from rmprune.pipelines.stages import (
 )
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out
+from rmprune.pruning.peak_memory import with_reference
 from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
@@ -58,7 +59,7 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     methods = find_methods(config.method)
     plan = None if config.plan is None else SlimPlan.read(config.plan)
     cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets or [("", 0.0)])
-    _refuse_early(methods, plan, job)
+    refuse_early(methods, plan, job)
     networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
     with (
@@ -66,11 +67,11 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
         claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
     ):
         for cell in unfinished(cells):
-            _run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
+            run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
     return found
 
 
-def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig]) -> None:
+def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig]) -> None:
     """Everything that can be refused is refused before a file is written or an epoch trained."""
     config = job.config
     check_available(config.measure.backends, config.measure.device)
@@ -86,7 +87,10 @@ def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sl
         carry_out(dense, plan, [(example, torch.zeros(2, dtype=torch.long))], importance="magnitude", reconstruct=False)
         return
     reference = count_macs(dense, example[:1])
-    budgets = [Budget.from_config(config.prune, *budget, reference_macs=reference) for budget in config.prune.budgets]
+    budgets = [
+        with_reference(Budget.from_config(config.prune, *budget, reference_macs=reference), dense, example)
+        for budget in config.prune.budgets
+    ]
 
     @functools.cache
     def network(name: str) -> nn.Module:
@@ -97,14 +101,18 @@ def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sl
     )
 
 
-def _run_cell(
-    cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig], command: str
-) -> None:
+def starts_of(job: Job[SlimConfig], cell: Cell) -> Starts:
+    """The networks that methods start from, by their names, which the cells of a seed share; the job's teacher is the trained one."""
+    return functools.cache(functools.partial(starting_network, job, cell))
+
+
+def run_cell(cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig], command: str) -> None:
+    """Every stage of a cell that is not done yet, then its record."""
     config, example = job.config, job.data.train.example(1)
     dense = dense_network(job, cell)
     memory = None if job.given else cell.shared / "checkpoint" / "teacher"  # others' batches may differ each time
     job = replace(job, teacher=dense, memory=memory)
-    starts: Starts = functools.cache(functools.partial(starting_network, job, cell))
+    starts = starts_of(job, cell)
     for name in sorted({method.start for method in methods.values()}):
         starts(name)
     networks: dict[str, nn.Module] = {"original": dense}
@@ -118,6 +126,7 @@ def _run_cell(
         return
     refused: dict[str, Refusal] = {}
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
+    budget = with_reference(budget, dense, example)
     for name, method in methods.items():
         key = "pruned" if name == "rm" else name
         make = functools.partial(_slim, name, method, budget, job, cell, starts)

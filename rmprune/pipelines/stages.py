@@ -19,9 +19,16 @@ from rmprune.config import MeasureConfig, RunConfig, SlimConfig, TrainRunConfig,
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
-from rmprune.errors import ArtifactError, ConfigError
+from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.graph.outline import outline
-from rmprune.measure import calibration_images, count_macs, count_params, measure_latencies, needs_calibration
+from rmprune.measure import (
+    activation_memory,
+    calibration_images,
+    count_macs,
+    count_params,
+    measure_latencies,
+    needs_calibration,
+)
 from rmprune.measure.machine import environment
 from rmprune.methods.start import start
 from rmprune.models.families import create_network
@@ -202,11 +209,19 @@ def measure_networks(
             "validation": on_validation(model, data, device),
             "macs": count_macs(model.cpu(), example),
             "params": count_params(model),
+            **_activations(model, example),
             **outline(model, example),
             "latency": [latency.to_dict() for latency in latencies[name]],
         }
         for name, model in networks.items()
     }
+
+
+def _activations(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """The peak of activations of one image; nothing of a network whose shapes cannot be had without its values."""
+    with contextlib.suppress(RuntimeError, RmpruneError):
+        return {"activation_bytes": activation_memory(model, example).peak_bytes}
+    return {}
 
 
 def on_validation(model: nn.Module, data: Dataset, device: torch.device) -> dict[str, float | None]:

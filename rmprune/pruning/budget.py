@@ -8,14 +8,17 @@ from rmprune.errors import ConfigError
 from rmprune.pruning.groups import Group, Structure, total_cost
 from rmprune.pruning.layers import Cost, channels, macs
 
+KINDS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
+
 
 @dataclass(frozen=True)
 class Budget:
-    """What must be met, and the limits of each layer. Exactly one of the three ratios is set.
+    """What must be met, and the limits of each layer. Exactly one of the ratios is set.
 
     `ratio`: at least this fraction of the prunable channels is removed. `macs_ratio`: at most this fraction of
     `reference_macs`, the MACs of the *original* network (None: of the network being pruned), stays.
-    `latency_ratio`: at most this fraction of `reference_ms` stays, by the cost given to `allocate`. Of
+    `latency_ratio`: at most this fraction of `reference_ms` stays, by the cost given to `allocate`. `memory_ratio`: at most
+    this fraction of `reference_bytes` (None: as above), the peak of activations that `rmprune.measure.activation_memory` plans. Of
     every layer at least `min_channels` and `min_fraction` and at most `max_fraction` of its channels stay, in
     multiples of `round_to` (a layer with no multiple inside its limits stays whole).
 
@@ -23,24 +26,26 @@ class Budget:
     'macs_ratio'
     >>> rmprune.Budget(ratio=0.5, macs_ratio=0.5)
     Traceback (most recent call last):
-    rmprune.errors.ConfigError: a budget is exactly one of ratio, macs_ratio and latency_ratio; got ratio, macs_ratio
+    rmprune.errors.ConfigError: a budget is exactly one of ratio, macs_ratio, latency_ratio and memory_ratio; got ratio, macs_ratio
     """
 
     ratio: float | None = None
     macs_ratio: float | None = None
     latency_ratio: float | None = None
+    memory_ratio: float | None = None
     reference_macs: float | None = None
     reference_ms: float | None = None
+    reference_bytes: float | None = None
     min_channels: int = 1
     min_fraction: float = 0.0
     max_fraction: float = 1.0
     round_to: int = 1
 
     def __post_init__(self) -> None:
-        given = [n for n in ("ratio", "macs_ratio", "latency_ratio") if getattr(self, n) is not None]
+        given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
-                f"a budget is exactly one of ratio, macs_ratio and latency_ratio; got {', '.join(given) or 'none'}"
+                f"a budget is exactly one of {', '.join(KINDS[:-1])} and {KINDS[-1]}; got {', '.join(given) or 'none'}"
             )
         value = getattr(self, given[0])
         if not 0 < value < 1:
@@ -61,12 +66,14 @@ class Budget:
         *,
         reference_macs: float | None = None,
         reference_ms: float | None = None,
+        reference_bytes: float | None = None,
     ) -> "Budget":
         """One of `config.budgets` (name, value) with the config's limits, against the original network's figures."""
         return cls(
             **{name: value},
             reference_macs=reference_macs,
             reference_ms=reference_ms,
+            reference_bytes=reference_bytes,
             min_channels=config.min_channels,
             min_fraction=config.min_fraction or 0.0,
             max_fraction=config.max_fraction,
@@ -75,8 +82,8 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """Which of the three ratios is set."""
-        return next(n for n in ("ratio", "macs_ratio", "latency_ratio") if getattr(self, n) is not None)
+        """Which of the ratios is set."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,11 @@ def resolve(structure: Structure, budget: Budget, cost: Cost | None = None) -> T
     if budget.macs_ratio is not None:
         whole = budget.reference_macs or total_cost(structure, macs)
         return Target(macs, budget.macs_ratio * whole, whole)
+    if budget.memory_ratio is not None:
+        raise ConfigError(
+            "memory_ratio is met by one cut of ours: not while training, not by Torch-Pruning, not by auto; take --no-gradual, and a "
+            "method such as rm or residual"
+        )
     if cost is None or budget.latency_ratio is None:
         raise ConfigError("latency_ratio needs a cost in milliseconds: pass the latency model's cost")
     whole = budget.reference_ms or total_cost(structure, cost)

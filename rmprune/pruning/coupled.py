@@ -95,6 +95,7 @@ def prune_coupled(
             model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
         )
         value = measured_cost(candidate, structure, target.cost)
+        # `_followed` left groups alone that are all the channels of each of their producers
         units = {g.name: in_and_out(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
         if any(units[name] < least[name] for name in units):
             high = ratio

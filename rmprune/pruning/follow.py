@@ -28,6 +28,7 @@ from rmprune.pruning.operations import (
     MOVES,
     REDUCTIONS,
     SPATIAL,
+    batched,
     operation,
     product,
 )
@@ -85,7 +86,7 @@ class Walk:
             return self._moved(node, args, kwargs, name)
         if len(labels) == 1 and name in REDUCTIONS:
             return self._reduced(node, args, kwargs)
-        if len(labels) == 1 and name in SPATIAL:
+        if len(labels) == 1 and name in SPATIAL and batched(name, labels[0].dim()):
             return self._spatial(node, labels[0])
         if len(labels) == 1 and name == "pad":
             return self._padded(node, args, kwargs)
@@ -335,7 +336,8 @@ class Walk:
         around = 2 * (args[0].dim() - 2)
         if len(pad) <= around:
             return self._spatial(node, args[0])
-        if any(pad[:around]):
+        mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+        if any(pad[:around]) or mode != "constant":  # a reflection puts channels beside channels
             return self._unknown(node, [args[0]])
         return self._moved(node, args, kwargs)
 

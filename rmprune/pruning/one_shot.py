@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from rmprune.data.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
-from rmprune.graph.facts import note
-from rmprune.graph.inputs import Inputs, as_given
+from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.measure.cost import count_macs
+from rmprune.measure.planner import activation_memory
 from rmprune.pruning.allocate import allocate, allocate_uniform, least_cost
-from rmprune.pruning.budget import Budget, resolve
+from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import NothingToPrune, find_structure
 from rmprune.pruning.groups import Keep, Structure, evaluating, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.layers import Cost, macs
+from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.refit import refit
-from rmprune.pruning.surgery import shrink
+from rmprune.pruning.surgery import note_cut, shrink
 from rmprune.pruning.written import as_graph
 
 M = TypeVar("M", bound=nn.Module)
@@ -103,7 +104,11 @@ def prune(
     plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
     plain, reading, structure = _followed(plain, example_inputs, budget, origin, which, ignore, cost)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
-    target = resolve(structure, budget, cost)
+    memory = budget.memory_ratio is not None
+    if memory:
+        one = only_input(example_inputs, "a budget of memory")[:1]
+        budget = with_reference(budget, plain, one)
+    target = Target(macs, math.inf, math.inf) if memory else resolve(structure, budget, cost)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
     fold = partial(fold_dead, limits=budget, origin=origin, reading=reading, fold=dead)
@@ -115,9 +120,13 @@ def prune(
     means = removed_means(folded, data) if compensate and not reconstruct else {}
     norms = folded.constants.followers
 
+    peaks = ActivationPeaks(model, structure, one) if memory else None
+
     def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
         aim = replace(target, limit=limit)
-        if which == "uniform":
+        if peaks is not None:
+            keep = peaks.allocate(structure, scores, budget, uniform=which == "uniform", origin=origin)
+        elif which == "uniform":
             keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
         else:
             keep = allocate(
@@ -131,9 +140,10 @@ def prune(
             spent = count_macs(done.model, example_inputs)  # products of narrower maps cost less, which no group says
         return spent, (done.model, _both(keep, done.keep))
 
-    pruned, keep = _nearest(cut, target.limit, total_cost(structure, target.cost))
+    whole = total_cost(structure, target.cost)
+    pruned, keep = cut(math.inf)[1] if memory else _nearest(cut, target.limit, whole)
     left = total_cost(structure.shrunk(keep), target.cost)
-    if left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
+    if not memory and left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
             budget.name,
@@ -145,7 +155,9 @@ def prune(
         with fitting():
             pruned = refit(model, structure, keep, fitting_images(data or (), plain)).train(plain.training)
     check_outputs(plain, pruned, example_inputs)
-    note(pruned, whole=dict(structure.frozen), cut_error=error)
+    if memory and activation_memory(pruned, one).peak_bytes > byte_limit(budget):
+        raise UnsupportedModel("its peak memory does not follow from the widths of its groups; give macs_ratio instead")
+    note_cut(pruned, plain, structure, error)
     return pruned  # type: ignore[return-value]
 
 
@@ -171,6 +183,8 @@ def _followed(
 
     try:
         found = attempt(model)
+        if budget.memory_ratio is not None:
+            return found
         target = resolve(found[2], budget, cost)
         if least_cost(found[2], budget, target.cost, {**found[2].units, **(origin or {})}) <= target.limit:
             return found

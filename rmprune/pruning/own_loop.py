@@ -71,7 +71,7 @@ class Pruner:
         model = plain_module(model)
         if steps < 1 or cuts < 1:
             raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
-        if budget.latency_ratio is not None:
+        if budget.latency_ratio is not None or budget.memory_ratio is not None:
             raise ConfigError("cuts in a loop of one's own count channels or MACs; give ratio or macs_ratio")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in model.parameters()):

@@ -107,7 +107,12 @@ def _classes(entry: Mapping[str, Any]) -> list[str]:
 def _costs(entry: Mapping[str, Any], original: Mapping[str, Any]) -> str:
     rows = [
         (label, f"{entry[key]:,}", f"{original[key]:,}", f"{entry[key] / original[key]:.2f}")
-        for key, label in (("macs", "multiply-accumulates of an image"), ("params", "parameters"))
+        for key, label in (
+            ("macs", "multiply-accumulates of an image"),
+            ("params", "parameters"),
+            ("activation_bytes", "bytes of float32 activations of an image, peak"),
+        )
+        if key in entry and key in original
     ]
     return _table(("", "this network", "the trained original", "ratio"), rows)
 

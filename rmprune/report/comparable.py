@@ -16,6 +16,7 @@ _OWN = {
     "ratio",
     "macs_ratio",
     "latency_ratio",
+    "memory_ratio",
     "budget",
     "device",
     "workers",

@@ -70,7 +70,9 @@ const AXES = {
   macs: { name: "MACs", unit: () => "multiply-accumulates (MACs) of one image", of: (p) => [p.macs] },
   params: { name: "parameters", unit: () => "parameters", of: (p) => [p.params] },
 };
-const PARTS = { backend: "Backend", batch_size: "Batch size", threads: "Threads", device: "Device" };
+const PARTS = { backend: "Backend", number_format: "Number format", batch_size: "Batch size", threads: "Threads", device: "Device" };
+
+for (const place of data.places) place.number_format ??= "float32";
 
 /** Names of the methods of a group, those with the most networks first. */
 function methodsOf(group) {
@@ -122,7 +124,7 @@ function drawControls() {
     }));
   for (const [part, name] of Object.entries(PARTS)) {
     const values = [...new Set(inGroup().map((point) => data.places[point.place][part]))].sort(d3.ascending);
-    if (part !== "device" || values.length > 1)
+    if (!["device", "number_format"].includes(part) || values.length > 1)
       parts.push(segments(part, name, values.map((value) => [value, String(value)]), place()[part], (value) => { state.place = nearest(part, value); draw(); }));
   }
   parts.push(select("axis", "Horizontal axis", Object.entries(AXES).map(([key, axis]) => [key, axis.name]), state.axis, set("axis")));

@@ -22,6 +22,7 @@ _POINT = (
 )
 _TIME = ("median_ms", "q1_ms", "q3_ms", "ratio")
 _DIGITS = 6
+_BELOW_FLOAT32 = ("int8", "bfloat16", "float16", "tf32")
 
 
 def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: str) -> dict[str, Any]:
@@ -50,13 +51,20 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
         "groups": groups,
         "methods": methods,
         "at_once": SERIES_AT_ONCE,
-        "places": [dict(zip(CONFIGURATION, _plain(place), strict=True)) for place in places],
+        "places": [_place(place) for place in places],
         "points": _points(data, groups, places, found),
         "networks": found,
         "skeletons": [json.loads(skeleton) for skeleton in skeletons],
         "runs": runs,
         "left_out": left_out + _refused(records),
     }
+
+
+def _place(configuration: tuple[Any, ...]) -> dict[str, Any]:
+    """Where time was measured; a number format below float32, which ends a backend's name, apart from the runtime."""
+    place = dict(zip(CONFIGURATION, _plain(configuration), strict=True))
+    runtime, _, last = str(place["backend"]).rpartition("-")
+    return place | {"backend": runtime, "number_format": last} if last in _BELOW_FLOAT32 else place
 
 
 def _refused(records: Records) -> list[str]:

@@ -35,7 +35,7 @@ COLUMNS = [
 ]
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
-_BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "ratio")
+_BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "memory_ratio", "ratio")
 MOST_CLASSES = 20  # that the screen shows one by one
 CONFIGURATION = ["backend", "device", "threads", "batch_size"]
 
@@ -116,8 +116,14 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
             base = original.get(_key(latency))
             ratio = latency.get("ratio", latency["median_ms"] / base if base else None)
             times = {column: latency[column] for column in (*CONFIGURATION, "median_ms", "q1_ms", "q3_ms")}
-            found.append(shared | times | {"ratio": ratio})
+            own = {} if latency.get("accuracy") is None else _in_this_format(latency["accuracy"])
+            found.append(shared | own | times | {"ratio": ratio})
     return found
+
+
+def _in_this_format(accuracy: float) -> dict[str, float]:
+    """Accuracy as the backend computes it, below float32; what else is known of float32 alone is not said of it."""
+    return {"accuracy": accuracy, "balanced_accuracy": math.nan, "auc": math.nan}
 
 
 def frame(records: list[Path]) -> pd.DataFrame:

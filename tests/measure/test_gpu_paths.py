@@ -76,7 +76,7 @@ def test_a_cuda_graph_is_recorded_after_a_warm_up_and_replayed(monkeypatch: pyte
             out.copy_(2 * x)
 
     @contextlib.contextmanager
-    def recording(graph: Graph, stream: object) -> Iterator[None]:
+    def recording(graph: Graph, stream: object, capture_error_mode: str) -> Iterator[None]:
         done.append("record")
         yield
 

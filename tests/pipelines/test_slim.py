@@ -11,13 +11,15 @@ from slim_runs import QUICK
 
 import rmprune
 from rmprune.cli import main
-from rmprune.config import MeasureConfig, NetworkConfig, RemeasureConfig, TrainConfig
+from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pipelines import slim, stages
 from rmprune.pipelines.convert import open_network
+from rmprune.pipelines.deploy import ranked
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import run_slim
 from rmprune.report.build import build_report
+from rmprune.report.tables import budget_of
 from rmprune.runs import records
 
 
@@ -124,3 +126,19 @@ def test_a_damaged_stage_is_refused_before_it_is_done_again(tmp_path: Path) -> N
     (tmp_path / "dense" / "architecture.json").write_text("{")
     with pytest.raises(ArtifactError, match="damaged"):
         slim.stage(tmp_path / "dense", lambda: pytest.fail("trained for nothing"))
+
+
+def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(tmp_path: Path) -> None:
+    none, one = TrainConfig(epochs=0), MeasureConfig(("eager",), (1,), (1,), seconds=0.0, min_rounds=3)
+    budget = PruneConfig(memory_ratio=(0.7,), round_to=1, importance="magnitude", reconstruct=False)
+    config = replace(QUICK, out=tmp_path / "run", width=8, train=none, finetune=none, measure=one, prune=budget)
+    for method, settings in (("coupled", budget), ("rm", replace(budget, gradual=True))):
+        with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
+            run_slim(replace(config, method=(method,), prune=settings, finetune=TrainConfig(epochs=1)), command="x")
+    assert not (tmp_path / "run").exists()
+    run_slim(replace(config, method=("rm",)), command="x")
+    record = records.read_record(tmp_path / "run")
+    assert 0.5 < record["pruned"]["activation_bytes"] / record["original"]["activation_bytes"] <= 0.7
+    assert budget_of(record) == "memory 0.7" and all(
+        e["meets_budget"] for e in ranked(tmp_path / "run", None) if e["candidate"]
+    )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,12 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("wrong", [{"blocks": {"1": "zap"}}, {"blocks": 3}, {"widths": {"1": 2.5}}, {"fuse": None}])
+def test_plans_in_code_are_checked_as_those_in_files(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong)).rstrip("s")):
+        SlimPlan(**wrong)
+
+
 @pytest.mark.parametrize(("found", "message"), WRONG)
 def test_what_is_no_plan_of_this_network_is_refused(
     found: object, message: str, networks: dict[str, nn.Module]
@@ -172,6 +179,44 @@ class Joined(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head((self.both(x) + torch.cat([self.one(x), self.two(x)], 1)).relu().mean((2, 3)))
+
+
+class Padded(nn.Module):
+    """A layer of whose channels the first meet those of another, and the last meet zeros, and stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.one, self.head = nn.Conv2d(1, 9, 3), nn.Conv2d(1, 4, 3), nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = nn.functional.pad(self.one(x), (0, 0, 0, 0, 0, 5))
+        return self.head((self.both(x) + one).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [Joined, Padded])
+def test_plans_of_layers_whose_channels_lie_apart(build: type[nn.Module]) -> None:
+    """Each name is one group; what is written down gives the same network again, and `whole` names no layer that was cut."""
+    model, data = build().eval(), [(X, torch.arange(48) % 3)]
+    structure = find_structure(model, X)
+    for name in structure.units:
+        network, facts = carry_out(model, SlimPlan({}, {name: 2}), data, reconstruct=False)
+        assert facts["plan"]["widths"] == {flat_name(n): 2 if n == name else k for n, k in structure.units.items()}
+        again, _ = carry_out(model, SlimPlan.from_dict(facts["plan"]), data, reconstruct=False)
+        assert all(
+            torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+        )
+        gone = {
+            m.layer: (structure.units[name] - 2) * m.index.shape[1]
+            for m in structure.group(name).members
+            if m.side == "out"
+        }
+        kept = network.rmprune_facts["kept"]  # type: ignore[union-attr]
+        assert {n: model.get_submodule(n).out_channels - len(kept[n]) for n in gone} == gone  # type: ignore[operator, arg-type]
+    if "both" not in structure.units:
+        with pytest.raises(ConfigError, match="several groups, or such as stay; name a group: one"):
+            carry_out(model, SlimPlan({}, {"both": 3}), data)
+    pruned = rmprune.prune(model, X, importance="magnitude", budget=rmprune.Budget(macs_ratio=0.8))
+    assert set(pruned.rmprune_facts["whole"]) == {"head"}  # type: ignore[arg-type]
 
 
 def test_widths_of_a_layer_whose_channels_lie_in_two_groups() -> None:

@@ -138,6 +138,20 @@ def test_the_switches_of_the_place(page: Any) -> None:
     assert page.evaluate("document.activeElement.value") == "eager"
 
 
+def test_a_number_format_is_drawn_at_its_own_accuracy(page: Any, tmp_path: Path) -> None:
+    assert page.locator('#controls input[name="number_format"]').count() == 0  # all is float32
+    record = page_records.record(0, 0.5, ("rm",))
+    page_records.add_int8(record["original"])
+    file, records = tmp_path / "int8.html", {Path("runs/int8/record.json"): record}
+    file.write_text(page_of(payload(frame_of(records), records, [], "report")))
+    page.goto(file.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert [said.split()[1] for said in dots(page) if said.startswith("dense:")] == ["97.00"]
+    switch(page, "number_format", "int8")
+    assert [said.split()[1] for said in dots(page)] == ["72.00"]
+    assert page.locator('#controls input[name="backend"]:checked').input_value() == "onnxruntime"
+
+
 def test_the_switches_of_the_chart(page: Any) -> None:
     for value, label in (
         ("ratio", "dense network = 1"),

@@ -69,6 +69,20 @@ def test_points_are_means_over_seeds_and_name_their_networks(tmp_path: Path) -> 
     assert len({(method["colour"], method["marker"]) for method in data["methods"]}) == len(data["methods"])
 
 
+def test_a_number_format_is_a_switch_of_its_own_with_its_own_accuracy(tmp_path: Path) -> None:
+    record = page_records.record(0, 0.5, ["rm"])
+    page_records.add_int8(record["original"], record["pruned"])
+    write_record(tmp_path / "run" / "record.json", record)
+    data = json.loads(DATA.findall(page_of(tmp_path / "run"))[0])
+    whole = {"backend": "onnxruntime", "device": "cpu", "threads": 2, "batch_size": 32}
+    places = [data["places"].index(place) for place in (whole, whole | {"number_format": "int8"})]
+    exact, coarse = ({p["method"]: p["accuracy"] for p in data["points"] if p["place"] == place} for place in places)
+    assert {method: round(exact[method] - accuracy, 6) for method, accuracy in coarse.items()} == {
+        "dense": 0.25,
+        "rm": 0.25,
+    }
+
+
 def test_what_the_page_is_made_of_is_package_data() -> None:
     room = Path(pages.__file__).parent
     settings = tomllib.loads((room.parents[1] / "pyproject.toml").read_text())

@@ -1,0 +1,188 @@
+"""A network written as the ONNX file that it came from says: opset, names, open sizes, metadata; external data where it is large."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from rmprune.artifact.onnx import as_tensors, quiet_export
+from rmprune.artifact.onnx_file import OnnxFile, open_onnx
+from rmprune.artifact.onnx_reader import OnnxNetwork
+from rmprune.artifact.onnx_runtime import batch_for, refuse_difference, run_file
+from rmprune.artifact.tensors import first_line
+from rmprune.errors import RmpruneError, UnsupportedModel
+from rmprune.graph.fold import fold_batch_norms
+
+logger = logging.getLogger("rmprune")
+EXTERNAL_OVER = 2**31 - 2**20  # bytes of weights that one file can hold besides its graph
+_NEWEST = 20  # the last opset that the exporter knows; onnx's own converter goes on from there
+_MORE_PIXELS = 32  # of the second size on which open sizes are tried
+
+
+def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
+    """Writes `model`, which computes what `network` does, as an ONNX file like the one that was read; returns its error.
+
+    Opset, names and sizes of inputs and outputs, name and text of the graph, metadata_props and IR version are those of the file; over
+    EXTERNAL_OVER bytes the weights lie in PATH.data beside it. The error is the largest |difference| of the two files in ONNX
+    Runtime, over the largest output, for other batches as well where the file leaves them open. Sizes of images that it leaves open
+    stay open where both files agree on a second size, else they are those of the examples, and the log says so.
+
+    Raises NotEquivalent where they differ by more than float32 rounds, UnsupportedModel where the exporter cannot write the network.
+    """
+    file = network.file
+    proto, weights = _exported(network, model)
+    _rename(proto, file)
+    _tell(proto, file.proto)
+    _write(proto, weights, path)
+    error = _compare(network, path, 0)
+    if _open_sizes(file) and not _agree_on_more_pixels(network, path):
+        _fix_sizes(proto, network)
+        _write(proto, weights, path)
+        logger.warning(
+            "%s: what it computes depends on the size of its images, which is fixed in the new file", file.path
+        )
+    return max(error, _compare(network, path, 1))
+
+
+def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, dict[str, np.ndarray[Any, Any]]]:
+    """The graph as torch exports it, inputs i0, ... and outputs o0, ..., and its weights by name, which it does not hold."""
+    file, opset = network.file, min(network.file.opset, _NEWEST)
+    examples = batch_for(file, network.examples)
+    folded = fold_batch_norms(model, examples).float().cpu().to(memory_format=torch.contiguous_format)
+    inputs, outputs = ([f"{kind}{i}" for i in range(len(of))] for kind, of in (("i", file.inputs), ("o", file.outputs)))
+    free = {
+        name: {axis: f"{name}_{axis}" for axis, size in enumerate(entry.sizes) if size is None}
+        for name, entry in zip(inputs, file.inputs, strict=True)
+    }
+    buffer = io.BytesIO()
+    try:
+        with quiet_export(), torch.no_grad():
+            torch.onnx.export(
+                folded, as_tensors(examples), buffer, dynamo=False,  # type: ignore[arg-type]  # as in onnx.py
+                opset_version=opset, input_names=inputs, output_names=outputs,
+                dynamic_axes=free, export_params=False, do_constant_folding=False, training=torch.onnx.TrainingMode.PRESERVE,
+            )  # fmt: skip
+        proto = onnx.load_from_string(buffer.getvalue())
+        if file.opset > opset:
+            proto = onnx.version_converter.convert_version(proto, file.opset)
+    except Exception as error:  # neither has an error family of its own
+        raise UnsupportedModel(
+            f"{file.path}: the new network cannot be written in opset {file.opset} ({first_line(error)})"
+        ) from error
+    state = {name: tensor.detach().numpy() for name, tensor in folded.state_dict(keep_vars=True).items()}
+    own = {value.name for value in proto.graph.input} - set(inputs)
+    weights = {name: state[name] for name in own}
+    _fold_weights(proto.graph, weights)
+    return proto, weights
+
+
+def _fold_weights(graph: onnx.GraphProto, weights: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Weights that the graph would transpose or copy are written so; one that nothing reads then is left out."""
+    for node in list(graph.node):
+        if node.op_type in ("Transpose", "Identity") and node.input[0] in weights and len(node.output) == 1:
+            order = [list(a.ints) for a in node.attribute if a.name == "perm"]
+            value = weights[node.input[0]]
+            weights[node.output[0]] = np.transpose(value, *order) if node.op_type == "Transpose" else value
+            graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input}
+    for name in weights.keys() - read:
+        del weights[name]
+
+
+def _rename(proto: onnx.ModelProto, file: OnnxFile) -> None:
+    """The names of the file's inputs and outputs; whatever else has one of them gets another."""
+    wanted = {f"i{i}": entry.name for i, entry in enumerate(file.inputs)}
+    wanted |= {f"o{i}": entry.name for i, entry in enumerate(file.outputs)}
+    taken = set(wanted.values())
+
+    def new(name: str) -> str:
+        return wanted.get(name, f"{name}_inner" if name in taken else name)
+
+    for node in proto.graph.node:
+        node.input[:] = [new(name) for name in node.input]
+        node.output[:] = [new(name) for name in node.output]
+    for value in proto.graph.input:
+        value.name = new(value.name)
+
+
+def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
+    """What the file says of itself besides its nodes and weights."""
+    weights = {tensor.name for tensor in source.graph.initializer}
+    for name in ("input", "output", "value_info"):
+        proto.graph.ClearField(name)
+    proto.graph.input.extend(value for value in source.graph.input if value.name not in weights)
+    proto.graph.output.extend(source.graph.output)
+    proto.graph.name, proto.graph.doc_string = source.graph.name or "graph", source.graph.doc_string
+    proto.metadata_props.extend(source.metadata_props)
+    for field in ("doc_string", "domain", "model_version"):
+        setattr(proto, field, getattr(source, field))
+    proto.ir_version = max(4, source.ir_version)  # the first in which weights are no inputs
+    proto.producer_name, proto.producer_version = "rmprune", ""
+
+
+def _write(proto: onnx.ModelProto, weights: dict[str, np.ndarray[Any, Any]], path: Path) -> None:
+    proto.graph.ClearField("initializer")
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(np.ascontiguousarray(w), name) for name, w in weights.items()
+    )
+    large = sum(value.nbytes for value in weights.values()) > EXTERNAL_OVER
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    if large:
+        onnx.save_model(proto, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+        proto.graph.ClearField("initializer")
+    else:
+        path.write_bytes(proto.SerializeToString())
+    onnx.checker.check_model(str(path))
+
+
+def _compare(network: OnnxNetwork, path: Path, seed: int) -> float:
+    """Both files in ONNX Runtime: on the examples' sizes, and three images where their number is open."""
+    inputs: Sequence[Tensor] = batch_for(network.file, network.examples, seed)
+    if seed and all(entry.sizes[0] is None for entry in network.file.inputs):
+        inputs = [torch.cat([x, x.flip(0)[:1] * 3]) for x in inputs]
+    return _error_of(network, path, inputs)
+
+
+def _error_of(network: OnnxNetwork, path: Path, inputs: Sequence[Tensor]) -> float:
+    found, expected = run_file(open_onnx(path), inputs), run_file(network.file, inputs)
+    return refuse_difference(network, inputs, expected, found, f"{path.name}, the new file,")
+
+
+def _open_sizes(file: OnnxFile) -> bool:
+    return any(None in entry.sizes[2:] for entry in file.inputs)
+
+
+def _agree_on_more_pixels(network: OnnxNetwork, path: Path) -> bool:
+    """Whether both files give the same on images of another size, where the first takes them at all."""
+    inputs = []
+    for entry, x in zip(network.file.inputs, batch_for(network.file, network.examples), strict=True):
+        sizes = [n + _MORE_PIXELS * (i > 1 and entry.sizes[i] is None) for i, n in enumerate(x.shape)]
+        inputs.append(torch.randn(sizes, generator=torch.Generator().manual_seed(2)))
+    try:
+        expected = run_file(network.file, inputs)
+    except RmpruneError:
+        return False
+    try:
+        refuse_difference(network, inputs, expected, run_file(open_onnx(path), inputs), "the new file")
+    except (RmpruneError, RuntimeError):
+        return False
+    return True
+
+
+def _fix_sizes(proto: onnx.ModelProto, network: OnnxNetwork) -> None:
+    """The sizes of the examples stand in the new file in place of those that were open; the number of images stays as it was."""
+    for value, x in zip(proto.graph.input, network.examples, strict=True):
+        for axis, dim in list(enumerate(value.type.tensor_type.shape.dim))[1:]:
+            dim.dim_value = x.shape[axis]
+    for value in proto.graph.output:
+        for dim in value.type.tensor_type.shape.dim[1:]:
+            dim.ClearField("value")

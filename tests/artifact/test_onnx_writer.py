@@ -1,0 +1,139 @@
+"""From file to file: the same outputs in ONNX Runtime, and what a file says of itself besides."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx_examples import graph_of, normal, residual, written
+
+from rmprune import artifact
+from rmprune.artifact import onnx_writer
+from rmprune.config import ConvertConfig, NetworkConfig
+from rmprune.errors import RmpruneError
+from rmprune.pipelines.convert import run_convert
+
+
+def converted(model: onnx.ModelProto, folder: Path, **settings: Any) -> Path:
+    source = written(model, folder / "camera.onnx")
+    return run_convert(ConvertConfig(NetworkConfig(str(source)), folder / "out", **settings))
+
+
+def outputs(path: Path, *sizes: int) -> np.ndarray[Any, Any]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    found: np.ndarray[Any, Any] = session.run(None, {entry.name: normal(*sizes, seed=9)})[0]
+    return found
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize("opset", [7, 11, 13, 17, 22])
+def test_a_file_becomes_a_file_without_additions(
+    opset: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = converted(residual(opset=opset), tmp_path, check=True)
+    before, after = onnx.load(tmp_path / "camera.onnx"), onnx.load(out / "model.onnx")
+    assert "Add" not in operators(out / "model.onnx")
+    assert [(x.domain, x.version) for x in after.opset_import] == [("", opset)]
+    for name in ("input", "output", "name"):
+        assert getattr(after.graph, name) == getattr(before.graph, name)
+    for name in ("metadata_props", "doc_string", "ir_version"):
+        assert getattr(after, name) == getattr(before, name)
+    for batch in (1, 5):
+        expected = outputs(tmp_path / "camera.onnx", batch, 3, 8, 8)
+        assert np.allclose(outputs(out / "model.onnx", batch, 3, 8, 8), expected, atol=1e-5 * abs(expected).max())
+    assert sorted(file.name for file in out.iterdir()) == ["architecture.json", "model.onnx", "model.safetensors"]
+    assert artifact.read_extra(out)["removal"]["removed"] == ["block"]
+    assert "in ONNX Runtime" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_fixed_batch_stays(batch: int, tmp_path: Path) -> None:
+    out = converted(residual(batch=batch), tmp_path, check=True)
+    assert onnx.load(out / "model.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_value == batch
+    assert outputs(out / "model.onnx", batch, 3, 8, 8).shape == (batch, 5)
+
+
+def test_open_sizes_of_images_stay_open(tmp_path: Path) -> None:
+    source = written(residual(pixels=("height", "width")), tmp_path / "camera.onnx")
+    out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=16), tmp_path / "out"))
+    assert onnx.load(out / "model.onnx").graph.input == onnx.load(source).graph.input
+    assert np.allclose(outputs(out / "model.onnx", 2, 3, 9, 7), outputs(source, 2, 3, 9, 7), atol=1e-4)
+
+
+def test_sizes_that_decide_are_fixed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A network that adds its own width: with constants of one size the new file would be another function on the next."""
+    model = residual(pixels=("height", "width"))
+    scores = model.graph.node[-1]
+    scores.output[0] = "10"
+    make = onnx.helper.make_node
+    model.graph.node.extend(
+        [make("Shape", ["image:0"], ["11"], start=3), make("Cast", ["11"], ["12"], to=1), make("Add", ["10", "12"], ["scores/out:0"])]
+    )  # fmt: skip
+    source = written(model, tmp_path / "camera.onnx")
+    out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=16), tmp_path / "out"))
+    dims = onnx.load(out / "model.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [0, 3, 16, 16] and "depends on the size" in caplog.text
+    assert np.allclose(outputs(out / "model.onnx", 2, 3, 16, 16), outputs(source, 2, 3, 16, 16), atol=1e-4)
+
+
+def test_weights_over_the_limit_lie_beside_the_file_in_both_directions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, model = tmp_path / "camera.onnx", residual()
+    onnx.save_model(model, source, save_as_external_data=True, location="camera.bin", size_threshold=100)
+    monkeypatch.setattr(onnx_writer, "EXTERNAL_OVER", 1000)
+    out = run_convert(ConvertConfig(NetworkConfig(str(source)), tmp_path / "out"))
+    assert (out / "model.onnx").stat().st_size < 4000 and (out / "model.onnx.data").stat().st_size > 1000
+    expected = outputs(source, 2, 3, 8, 8)
+    assert np.allclose(outputs(out / "model.onnx", 2, 3, 8, 8), expected, atol=1e-5 * abs(expected).max())
+    again = run_convert(ConvertConfig(NetworkConfig(str(source)), out, overwrite=True))
+    assert (again / "model.onnx.data").is_file() and len(list(tmp_path.iterdir())) == 3
+
+
+def test_names_that_the_exporter_uses_itself_are_free(tmp_path: Path) -> None:
+    model = residual()
+    model.graph.input[0].name = model.graph.node[0].input[0] = "/relu/Relu_output_0"
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "i0"
+    out = converted(model, tmp_path, check=True)
+    assert onnx.load(out / "model.onnx").graph.output[0].name == "i0"
+
+
+def test_a_linear_layer_on_maps_is_written_without_a_transposition(tmp_path: Path) -> None:
+    model = residual()
+    make = onnx.helper.make_node
+    del model.graph.node[-3:]
+    model.graph.node.append(make("MatMul", ["7", "g"], ["scores/out:0"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(normal(8, 5), "g"))
+    out = converted(model, tmp_path, check=True)
+    assert operators(out / "model.onnx")[-1] == "MatMul" and "Transpose" not in operators(out / "model.onnx")
+
+
+def test_a_file_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(graph: Any, weights: dict[str, Any]) -> None:
+        for name in weights:
+            weights[name] = weights[name] * 1.01
+
+    monkeypatch.setattr(onnx_writer, "_fold_weights", damaged)
+    with pytest.raises(RmpruneError, match="the new file, differs from the file by"):
+        converted(residual(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["camera.onnx"]
+
+
+def test_a_network_without_residuals_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    model = graph_of([onnx.helper.make_node("Conv", ["x", "w"], ["y"])], {"w": normal(2, 3, 3, 3)}, ["n", 3, 8, 8])
+    with pytest.raises(RmpruneError, match="no residual to remove"):
+        converted(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["camera.onnx"]
+
+
+def test_what_is_converted_is_not_overwritten(tmp_path: Path) -> None:
+    out = converted(residual(), tmp_path)
+    config = ConvertConfig(NetworkConfig(str(out / "model.onnx")), out, overwrite=True)
+    with pytest.raises(RmpruneError, match="holds it"):
+        run_convert(config)

@@ -1,0 +1,66 @@
+"""Budgets in peak activation memory are met as the planner counts it, by what lives at the peak alone, or the least is named."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import rmprune
+from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.measure import activation_memory
+from rmprune.pruning import find_structure
+from rmprune.pruning.peak_memory import ActivationPeaks
+from rmprune.pruning.surgery import shrink
+
+X = torch.randn(2, 3, 16, 16)
+
+
+def network(plain: bool = False) -> torch.nn.Module:
+    torch.manual_seed(0)
+    net = rmprune.models.create("resnet8", num_classes=10, width=8).eval()
+    return rmprune.remove_residuals(net, X).model if plain else net
+
+
+def peak(net: torch.nn.Module) -> int:
+    return activation_memory(net, X[:1]).peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("plain", "which", "ratio"), [(True, "free", 0.6), (False, "free", 0.9), (True, "uniform", 0.9)]
+)
+def test_the_budget_is_met_and_hardly_missed(plain: bool, which: str, ratio: float) -> None:
+    net = network(plain)
+    budget = rmprune.Budget(memory_ratio=ratio, reference_bytes=peak(network()))
+    pruned = rmprune.prune(net, X, importance="magnitude", budget=budget, which=which, prove=False)  # type: ignore[arg-type]
+    assert 0.8 * ratio < peak(pruned) / peak(network()) <= ratio
+    if which == "free":  # the last stage holds a quarter of the first's
+        assert rmprune.count_params(pruned) > 0.8 * rmprune.count_params(net)
+
+
+def test_what_lives_follows_from_the_widths() -> None:
+    net = network(plain=True)
+    structure = find_structure(net, X)
+    memory = ActivationPeaks(net, structure, X)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        units = {n: int(torch.randint(1, u + 1, (), generator=generator)) for n, u in structure.units.items()}
+        keep = {name: torch.arange(structure.units[name]) < count for name, count in units.items()}
+        assert memory.peak(units) == peak(shrink(net, keep, structure)[0])
+
+
+def test_the_least_is_named_and_can_be_had() -> None:
+    net = network()
+    budget = rmprune.Budget(memory_ratio=0.01)
+    with pytest.raises(
+        InfeasibleBudget, match=r"even one channel a layer holds more.*under these limits is"
+    ) as refused:
+        rmprune.prune(net, X, importance="magnitude", budget=budget)
+    least = float(str(refused.value).split("limits is ")[1].split(" ")[0])
+    assert peak(rmprune.prune(net, X, importance="magnitude", budget=dataclasses.replace(budget, memory_ratio=least)))
+    with pytest.raises(InfeasibleBudget, match="min_channels, min_fraction or round_to forbids it"):
+        rmprune.prune(net, X, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.5, min_fraction=0.9))
+
+
+def test_ways_that_do_not_count_memory_say_so() -> None:
+    with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
+        rmprune.pruning.prune_coupled(network(), X, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.5))
