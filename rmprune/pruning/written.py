@@ -19,7 +19,7 @@ from rmprune.graph.fx_tracer import follow
 from rmprune.graph.normalise import PlainTracer
 
 SCALED = F.scaled_dot_product_attention  # by its own width, where nothing else is said
-ROUNDS = 3  # of tracing what was traced, until its names are those that tracing gives
+RETRACINGS = 3  # of tracing what was traced, until its names are those that tracing gives
 
 
 def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | None:
@@ -29,7 +29,7 @@ def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | N
     modes = [(module, module.training) for module in model.modules()]
     flat: nn.Module = model.eval()
     try:
-        for _ in range(ROUNDS):
+        for _ in range(RETRACINGS):
             before = [node.name for node in flat.graph.nodes] if isinstance(flat, fx.GraphModule) else None
             graph, _ = follow(PlainTracer, flat, inputs)
             flat = fx.GraphModule(flat, graph, type(model).__name__)
