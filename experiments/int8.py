@@ -1,7 +1,7 @@
 """What int8 does to a network, to its forms without residuals, and to pruned ones: accuracy, and time, in each number format.
 
     python experiments/int8.py --models resnet20 resnet18:16 mobilenet_v2_small:0.5 --dataset fashion-mnist --train-images 12000
-    python experiments/int8.py --probe experiments/int8-efficientnet-lite0.toml --macs-ratio 0.7
+    python experiments/int8.py --probe experiments/int8-efficientnet-lite0.toml --macs-ratio 0.7 --calibration 128
     python experiments/int8.py --runs runs/solar-cells/lite0-0/seed0/latency_ratio-0.5
     python experiments/int8.py --times
 
@@ -63,6 +63,8 @@ class Settings:
     data_dir: Path | None = None
     train_images: int | None = None
     test_images: int = 5000
+    calibration: int = 256
+    """Training images that ranges are chosen by."""
     epochs: int = 8
     finetune_epochs: int = 4
     macs_ratio: float = 0.5
@@ -187,7 +189,7 @@ def accuracy_rows(name: str, found: dict[str, nn.Module], data: Dataset, setting
         found,
         data.test,
         list(settings.backends),
-        calibration=calibration_images(data.train),
+        calibration=calibration_images(data.train, settings.calibration),
         threads=settings.threads,
         limit=limit,
     )
