@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.run import evaluating
-from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs
+from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs, price
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
 MemberSide = Literal["out", "in", "tied", "size", "zero"]
@@ -130,7 +130,7 @@ class Structure:
 
 def total_cost(structure: Structure, cost: Cost = macs) -> float:
     """The cost of the whole network as it is."""
-    return sum(cost(layer, layer.cin, layer.cout) for layer in structure.layers)
+    return sum(price(cost, layer, layer.cin, layer.cout) for layer in structure.layers)
 
 
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
+from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import (
     base_inputs,
     check_inputs,
@@ -41,9 +42,17 @@ TOLERANCE = 1e-9  # of (a) and (b), relative to what the inputs change in the ou
 GIVEN, DRAWN = 2, 1  # images of the examples, and random ones
 
 
-def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example_inputs: Inputs) -> float:
+def prove_cut(
+    model: nn.Module,
+    structure: Structure,
+    keep: Mapping[str, Tensor],
+    example_inputs: Inputs,
+    *,
+    network: nn.Module | None = None,
+) -> float:
     """The largest error of (a) and (b) for the network that `shrink(model, keep, structure)` gives, relative, in float64.
 
+    `network`: the one that many cuts led there, whatever its weights are by now; the whole one is then taken with these.
     example_inputs: (N, C, H, W) or several inputs, of which two are used, and a random one: three forward passes of three images.
     Where a cut so deep that the inputs no longer change the outputs would prove nothing, every other of the units that go is cut as well;
     where that tells no more (a head of zeros, class numbers as output), with weights that are drawn, and what layers give is compared, too.
@@ -53,11 +62,17 @@ def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
         return 0.0
     refuse_changing_hooks(model, as_tuple(model, example_inputs))
     twin = reference_copy(model)
-    own = {name: mask.cpu() for name, mask in keep.items()}
+    own = whole_cut = {name: mask.cpu() for name, mask in keep.items()}
+    last = None
+    finite = network is not None and all(bool(p.isfinite().all()) for p in network.parameters())
+    if network is not None and finite:  # NaN is for training to refuse
+        last = reference_copy(network)
+        _take_over(twin, last, tensor_slices(twin, structure, keep))
 
     def error(cut: Mapping[str, Tensor], drawn: bool = False) -> tuple[float, str, bool]:
         whole = _with_drawn_weights(twin) if drawn else twin
-        smaller, slices = shrink(whole, cut, structure)[0], tensor_slices(whole, structure, cut)
+        smaller = shrink(whole, cut, structure)[0] if last is None or drawn or cut is not whole_cut else last
+        slices = tensor_slices(whole, structure, cut)
         return _error(whole, smaller, slices, example_inputs, drawn, _silenced(whole, structure, cut))
 
     worst, why, told = error(own)
@@ -141,6 +156,27 @@ def _error(
     return max(cut, others), "something else than the layers that were cut reads the removed channels", told
 
 
+@torch.no_grad()
+def _take_over(whole: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices]) -> None:
+    """Puts the tensors of `smaller` in their places in `whole`, in place. Raises NotEquivalent for other sizes than `slices` say."""
+
+    def put(tensor: Tensor, own: Slices, part: Tensor) -> None:
+        if own:
+            (dim, index), *rest = own
+            chosen = tensor.index_select(dim, index.cpu())
+            put(chosen, tuple(rest), part)
+            tensor.index_copy_(dim, index.cpu(), chosen)
+        else:
+            tensor.copy_(part)
+
+    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    for name, part in (*smaller.named_parameters(), *smaller.named_buffers()):
+        try:
+            put(tensors[name], slices.get(name, ()), part)
+        except (KeyError, RuntimeError) as error:
+            raise NotEquivalent(f"{name}: {tuple(part.shape)} is not what the cuts leave of it; a fault") from error
+
+
 def _with_drawn_weights(twin: nn.Module) -> nn.Module:
     """A copy with random weights in the place of its own, of a size that carries maps through."""
     generator = torch.Generator().manual_seed(1)
@@ -173,7 +209,7 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str
 
                 handles.append(module.register_forward_hook(hook))
     try:
-        keep("output", network(*(x.clone() for x in inputs)))
+        keep("output", in_double(network, inputs))
     finally:
         for handle in handles:
             handle.remove()

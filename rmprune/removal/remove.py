@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
+from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import (
     base_inputs,
     check_inputs,
@@ -71,7 +72,7 @@ class Removal:
 
 
 def remove_residuals(
-    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
     input_range: tuple[float, float] = (-math.inf, math.inf), progress: Callable[[str], None] | None = None,
 ) -> Removal:  # fmt: skip
@@ -112,7 +113,7 @@ def remove_residuals(
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
     other = base_inputs(inputs, input_range)
     with torch.no_grad():  # a network may write into its inputs
-        expected, base = (reference(*(x.clone() for x in each)) for each in (checked, other))
+        expected, base = (in_double(reference, each) for each in (checked, other))
     del reference
     target = target_of(model)
     result, found = materialise(network, checked, given, target, batch_norm)
@@ -133,7 +134,7 @@ def remove_residuals(
 
 
 def plan_removal(
-    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
 ) -> Plan:  # fmt: skip
@@ -151,7 +152,7 @@ def plan_removal(
 
 
 def _rewrite(
-    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str], ranges: str, form: str, margin: float,
+    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str] | None, ranges: str, form: str, margin: float,
     input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
 ) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
