@@ -34,10 +34,7 @@ NETWORKS = [
         for name in ("mobilenet_v3_small", "mnasnet0_5", "mobilenet_v2", "resnet18", "regnet_x_400mf", "regnet_y_400mf")
     ),
     *(f"timm:{name}" for name in ("mobilenetv2_050", "seresnet18", "ghostnet_100", "efficientnet_lite0", "fbnetc_100")),
-    *(
-        f"tv:{name}"
-        for name in ("shufflenet_v2_x1_0", "googlenet", "densenet121", "convnext_tiny", "efficientnet_b0", "resnet50")
-    ),
+    *(f"tv:{name}" for name in ("shufflenet_v2_x1_0", "googlenet", "densenet121", "convnext_tiny", "efficientnet_b0")),
 ]
 SIZES = {"ch_PP-OCRv4_rec_infer": 48}  # of images, where a file leaves them open and takes no others
 PIXELS = 96
@@ -153,7 +150,8 @@ def write(rows: list[dict[str, Any]]) -> None:
 
 `python -m rmprune convert FILE.onnx --out DIR` on {len(rows)} files: {len(done)} converted, {len(rows) - len(done)} refused.
 Errors: the largest difference of the read network and its plain form in float64, relative to what the inputs change in the outputs;
-and that of both files in ONNX Runtime (float32), over the largest output. MACs are those before pruning, at the files' own image size
+and that of both files in ONNX Runtime, over the largest output (at most 1e-4, or 4 times what float32 itself does to the network:
+efficientnet_b0, whose random weights amplify rounding). MACs are those before pruning, at the files' own image size
 (224 where they leave it open, networks exported here: {PIXELS}). [files.csv](files.csv) holds the whole text of each refusal, and the
 processor's seconds. [importers.csv](importers.csv): the same files through importers (`experiments/onnx_importers.py`).
 
