@@ -1,10 +1,12 @@
 """What int8 does to a network, to its forms without residuals, and to pruned ones: accuracy, and time, in each number format.
 
     python experiments/int8.py --models resnet20 resnet18:16 mobilenet_v2_small:0.5 --dataset fashion-mnist --train-images 12000
+    python experiments/int8.py --probe experiments/int8-efficientnet-lite0.toml --macs-ratio 0.7 --calibration 128
     python experiments/int8.py --runs runs/solar-cells/lite0-0/seed0/latency_ratio-0.5
     python experiments/int8.py --times
 
-NAME:WIDTH is trained here, once; a run's cell brings its trained network and its pruned ones. `plain-FORM` is the exact removal with copies
+NAME:WIDTH is trained here, once; --probe takes the pretrained weights of a config of slim and fits a new head to their features, no more;
+a run's cell brings its trained network and its pruned ones. `plain-FORM` is the exact removal with copies
 passed in that form (shift, pair, slice: with ranges of their own, so int8 may tell them apart; fused: neighbouring linear convolutions made
 one), `pruned` the plain network cut to --macs-ratio of the trained one's MACs and trained on, `pruned-residual` the same with all residuals
 kept. Accuracy is of the first --test-images test images, as the backend computes it.
@@ -24,6 +26,7 @@ from typing import Any
 import pandas as pd
 import torch
 import tyro
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import rmprune
@@ -35,7 +38,7 @@ from rmprune.errors import RmpruneError
 from rmprune.measure import accuracies, calibration_images, measure_latencies
 from rmprune.measure.machine import environment
 from rmprune.pipelines.measure import network_directory
-from rmprune.pipelines.stages import open_data
+from rmprune.pipelines.stages import make_dense, open_data
 from rmprune.runs.directory import CONFIG_FILE
 from rmprune.training import evaluate, fit
 
@@ -52,16 +55,22 @@ FORMS: dict[str, dict[str, Any]] = {
 class Settings:
     models: tuple[str, ...] = ()
     """NAME or NAME:WIDTH."""
+    probe: Path | None = None
+    """A config of slim, with weights."""
     runs: tuple[Path, ...] = ()
     """Cells of runs of slim, whose networks are taken as they are."""
     dataset: str = "digits"
     data_dir: Path | None = None
     train_images: int | None = None
     test_images: int = 5000
+    calibration: int = 256
+    """Training images that ranges are chosen by."""
     epochs: int = 8
     finetune_epochs: int = 4
     macs_ratio: float = 0.5
     seed: int = 0
+    pruned: bool = True
+    """Cut networks as well."""
     forms: tuple[str, ...] = tuple(FORMS)
     backends: tuple[str, ...] = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
     times: bool = False
@@ -91,13 +100,39 @@ def tuned(net: nn.Module, data: Dataset, train: TrainConfig, settings: Settings)
     return fit(net, data, train, seed=settings.seed, device=torch.device("cpu"), progress=False).eval()
 
 
-def pruned(net: nn.Module, whole: nn.Module, data: Dataset, settings: Settings) -> nn.Module:
-    """Cut once to the budget, counted against the `whole` network, its layers fitted anew, and trained on."""
-    x, batches = data.train.example(2), list(data.train.batches(128, limit=1024))
-    budget = rmprune.Budget(macs_ratio=settings.macs_ratio, reference_macs=rmprune.count_macs(whole, x[:1]))
-    net = rmprune.prune(net, x, importance="taylor", budget=budget, data=batches, reconstruct=True)
+def finetuned(net: nn.Module, data: Dataset, settings: Settings) -> nn.Module:
     tuning = TrainConfig(epochs=settings.finetune_epochs, learning_rate=0.02, warmup_epochs=0.0)
     return tuned(net, data, tuning, settings)
+
+
+@torch.no_grad()
+def headed(net: nn.Module, data: Dataset, settings: Settings) -> nn.Module:
+    """The network with its last layer fitted to the features before it, by logistic regression on the training images."""
+    head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    found: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].clone()))
+    labels = [net(x) is None or y for x, y in data.train.batches(64)]
+    hook.remove()
+    x, y = torch.cat(found).double(), torch.cat(labels)
+    fitted = LogisticRegression(max_iter=2000).fit(x.numpy(), y.numpy())  # features as they are: even weights suit int8
+    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if len(weight) == 1:  # of two classes the second's
+        weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
+    return net
+
+
+Finish = Callable[[nn.Module, Dataset, Settings], nn.Module]
+
+
+def pruned(net: nn.Module, whole: nn.Module, data: Dataset, settings: Settings, finish: Finish) -> nn.Module:
+    """Cut once to the budget, counted against the `whole` network, its layers fitted anew, and finished."""
+    x, batches = data.train.example(2), list(data.train.batches(128, limit=1024))
+    budget = rmprune.Budget(macs_ratio=settings.macs_ratio, reference_macs=rmprune.count_macs(whole, x[:1]))
+    return finish(
+        rmprune.prune(net, x, importance="taylor", budget=budget, data=batches, reconstruct=True), data, settings
+    )
 
 
 def plain_forms(net: nn.Module, x: torch.Tensor, folder: Path, settings: Settings) -> dict[str, nn.Module]:
@@ -118,17 +153,23 @@ def plain_forms(net: nn.Module, x: torch.Tensor, folder: Path, settings: Setting
     return found
 
 
-def of_model(name: str, data: Dataset, settings: Settings) -> dict[str, nn.Module]:
-    """The network, trained here, and what is made of it."""
+def of_model(
+    name: str, data: Dataset, settings: Settings, make: Callable[[], nn.Module], finish: Finish
+) -> dict[str, nn.Module]:
+    """A network and what is made of it."""
     folder, x = settings.keep / name.replace("/", "-").replace(":", "-"), data.train.example(16)
-    net = kept(folder / "residual", lambda: trained(name, data, settings), x)
+    net = kept(folder / "residual", make, x)
     normed = lambda: rmprune.remove_residuals(net, x, batch_norm=True).model  # noqa: E731
-    return {
-        "residual": net,
-        **plain_forms(net, x, folder, settings),
-        "pruned-residual": kept(folder / "pruned-residual", lambda: pruned(net, net, data, settings), x),
-        "pruned": kept(folder / "pruned", lambda: pruned(normed(), net, data, settings), x),
-    }
+    found = {"residual": net, **plain_forms(net, x, folder, settings)}
+    return (
+        found
+        if not settings.pruned
+        else found
+        | {
+            "pruned-residual": kept(folder / "pruned-residual", lambda: pruned(net, net, data, settings, finish), x),
+            "pruned": kept(folder / "pruned", lambda: pruned(normed(), net, data, settings, finish), x),
+        }
+    )
 
 
 def of_run(cell: Path, name: str, data: Dataset, settings: Settings) -> dict[str, nn.Module]:
@@ -153,7 +194,7 @@ def accuracy_rows(name: str, found: dict[str, nn.Module], data: Dataset, setting
         found,
         data.test,
         list(settings.backends),
-        calibration=calibration_images(data.train),
+        calibration=calibration_images(data.train, settings.calibration),
         threads=settings.threads,
         limit=limit,
     )
@@ -246,11 +287,19 @@ def main(settings: Settings) -> None:
         )
     for name in settings.models:
         print(f"{name}: training where it is not kept", flush=True)
-        found = of_model(name, data, settings)
+        found = of_model(name, data, settings, lambda name=name: trained(name, data, settings), finetuned)
         add(accuracy_rows(name, found, data, settings), settings.out / "accuracy.csv")
+    if settings.probe is not None:
+        config: RunConfig = from_toml(SlimConfig, settings.probe)
+        config = replace(config, data=replace(config.data, data_dir=settings.data_dir or config.data.data_dir))
+        data = open_data(config)
+        found = of_model(
+            config.model, data, settings, lambda: headed(make_dense(config, data, 0), data, settings), headed
+        )
+        add(accuracy_rows(config.model, found, data, settings), settings.out / "accuracy.csv")
     for cell in settings.runs:
         run = next(folder for folder in (cell, *cell.parents) if (folder / CONFIG_FILE).is_file())
-        config: RunConfig = from_toml(SlimConfig, run / CONFIG_FILE)
+        config = from_toml(SlimConfig, run / CONFIG_FILE)
         config = replace(config, data=replace(config.data, data_dir=settings.data_dir or config.data.data_dir))
         name, data = config.model.replace("/", "-"), open_data(config)
         print(f"{name}: networks of {cell}", flush=True)

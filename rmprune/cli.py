@@ -21,7 +21,7 @@ from rmprune.config.transfer import transfer_flags
 from rmprune.errors import RmpruneError
 
 Config = TypeVar("Config")
-LEFT = dict.fromkeys(("slim", "amc", "train"), "what was done is saved") | dict.fromkeys(
+LEFT = dict.fromkeys(("slim", "grid", "amc", "train"), "what was done is saved") | dict.fromkeys(
     ("convert", "report", "deploy"), "files that were finished stay"
 )
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, on the CPU and on a GPU
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as interrupt:  # whoever had changed something by then says what
         again = shlex.join(["python", "-m", "rmprune", *(word for word in arguments if word != "--overwrite")])
         left = str(interrupt) or LEFT.get(name, "nothing was changed")
-        on = "To go on" if name in ("slim", "amc", "train") else "Again"
+        on = "To go on" if name in ("slim", "grid", "amc", "train") else "Again"
         print(f"\nrmprune: interrupted; {left}. {on}: {again}", file=sys.stderr)
         sys.exit(130)
 
@@ -154,6 +154,19 @@ def slim(arguments: list[str]) -> None:
 
     config = _parse(settings.SlimConfig, arguments, "slim")
     _run(run_slim, config, _command_line("slim", arguments))
+
+
+def grid(arguments: list[str]) -> None:
+    """slim's comparison of methods, budgets and seeds, each on a worker of its own: processes here, or jobs of Slurm"""
+    from rmprune.pipelines.grid import run_grid
+    from rmprune.report.build import build_report, show
+
+    config = _parse(settings.GridConfig, arguments, "grid")
+    command = _command_line("grid", arguments)
+    records = run_grid(config, command=command)
+    show(records)
+    files = build_report(records, config.directory / "report", command)
+    print(f"figure: {', '.join(str(file) for file in files if file.suffix == '.png')}")
 
 
 def amc(arguments: list[str]) -> None:
@@ -266,5 +279,6 @@ def doctor(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    function.__name__: function for function in (slim, amc, train, inspect, convert, measure, report, deploy, doctor)
+    function.__name__: function
+    for function in (slim, grid, amc, train, inspect, convert, measure, report, deploy, doctor)
 }

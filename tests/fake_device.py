@@ -9,6 +9,7 @@ Stock torch code that asks where a tensor is, from within an operation, is told 
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ class Operations(TorchDispatchMode):
         if name == "copy_" or (name.startswith("index") and self.places.of(args[0]) == GPU):
             self.places.note(f"copy: {name}")
             return self.places.of(args[0])
+        if name == "_has_compatible_shallow_copy_type":  # asked by Module.to, of a parameter and its copy
+            return CPU
         if all(t.dim() == 0 for t in here) and name not in ("cat", "stack"):
             return GPU
         raise RuntimeError(
@@ -171,11 +174,42 @@ class Calls(TorchFunctionMode):
         return result
 
 
+class Stream:
+    """All of them do their work at once."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+class Event:
+    """When the processor was there: all work is done by then."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at - self.at)
+
+
+CURRENT = [Stream()]
+
+
+@contextlib.contextmanager
+def on_stream(stream: Stream) -> Iterator[None]:
+    before, CURRENT[0] = CURRENT[0], stream
+    try:
+        yield
+    finally:
+        CURRENT[0] = before
+
+
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[Places]:
     """Within it there is one GPU, without bfloat16."""
     places = Places()
-    stream = type("Stream", (), {"wait_stream": lambda self, other: None})()
     with pytest.MonkeyPatch.context() as patch, Operations(places), Calls(places):
         for name, value in {
             "device_count": lambda: 1,
@@ -186,9 +220,15 @@ def pretended_gpu() -> Iterator[Places]:
             "synchronize": lambda device=None: None,
             "get_device_name": lambda device=None: "a pretended GPU",
             "mem_get_info": lambda device=None: (2**30, 2**30),
-            "Stream": lambda: stream,
-            "current_stream": lambda: stream,
-            "stream": lambda s: contextlib.nullcontext(),
+            "reset_peak_memory_stats": lambda device=None: None,
+            "memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: 2**20,
+            "empty_cache": lambda: None,
+            "device": lambda device: contextlib.nullcontext(),
+            "Event": Event,
+            "Stream": Stream,
+            "current_stream": lambda: CURRENT[0],
+            "stream": on_stream,
             "CUDAGraph": Graph,
             "graph": recording,
         }.items():
@@ -225,8 +265,13 @@ class Graph:
 
 
 @contextlib.contextmanager
-def recording(graph: Graph, stream: object) -> Iterator[None]:
-    """A GPU does not compute what it records: what operations change in place is put back, and the random state."""
+def recording(graph: Graph, stream: object, capture_error_mode: str) -> Iterator[None]:
+    """A GPU does not compute what it records: what operations change in place is put back, and the random state.
+
+    As torch's own it leaves `stream` the current one where what is recorded fails.
+    """
+    assert capture_error_mode == "thread_local"
+    before, CURRENT[0] = CURRENT[0], stream
     saved: dict[int, tuple[Tensor, Tensor]] = {}
     state = torch.get_rng_state()
 
@@ -250,6 +295,7 @@ def recording(graph: Graph, stream: object) -> Iterator[None]:
 
     with Recorder():
         yield
+    CURRENT[0] = before
     with torch.no_grad():
         for tensor, before in saved.values():
             tensor.copy_(before)

@@ -26,6 +26,7 @@ PUBLIC = {name: getattr(rmprune, name) for name in rmprune.__all__} | {
 }
 CONFIGS: dict[str, type[Any]] = {
     "slim": config.SlimConfig,
+    "grid": config.GridConfig,
     "amc": config.AmcConfig,
     "train": config.TrainRunConfig,
     "inspect": config.InspectConfig,

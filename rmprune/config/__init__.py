@@ -11,6 +11,7 @@ from rmprune.config.pruning import PruneConfig
 from rmprune.config.runs import (
     ConvertConfig,
     DeployConfig,
+    GridConfig,
     InspectConfig,
     NetworkConfig,
     RemeasureConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "DataConfig",
     "DeployConfig",
     "DoctorConfig",
+    "GridConfig",
     "InspectConfig",
     "MeasureConfig",
     "NetworkConfig",

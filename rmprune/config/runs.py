@@ -132,6 +132,31 @@ class SlimConfig(RunConfig):
 
 
 @dataclass(frozen=True)
+class GridConfig(SlimConfig):
+    """slim's comparison, each cell (a seed, a budget, a method) on a worker of its own; then all measured by one."""
+
+    command: ClassVar[str] = "grid"
+    cluster: Literal["local", "slurm"] = "local"
+    """Workers are processes of this machine, or jobs of Slurm."""
+    jobs: int = 2
+    """Cells at work at once."""
+    gpus: int = 0
+    """GPUs of each worker."""
+    hours: float = 24.0
+    """After this time a worker is stopped; its cell goes on in another."""
+    slurm: Names = ()
+    """More for sbatch, comma-separated: partition=gpu,cpus_per_task=8."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
+        require(self.gpus >= 0, f"gpus is {self.gpus}; it must not be negative")
+        require(0 < self.hours < 1e5, f"hours is {self.hours}; it must be positive")
+        require(self.cluster in ("local", "slurm"), f"cluster is {self.cluster!r}; use 'local' or 'slurm'")
+        require(all("=" in pair for pair in self.slurm), f"slurm is {', '.join(self.slurm)}; use NAME=VALUE,NAME=VALUE")
+
+
+@dataclass(frozen=True)
 class TrainRunConfig(RunConfig):
     """Train a network, remove its residuals for deployment, measure both; nothing is pruned."""
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
+from rmprune.graph.double import in_double
 from rmprune.graph.foreign import copied, is_of_weights, make_permanent
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
@@ -256,10 +257,24 @@ def has_hooks(model: nn.Module) -> bool:
     return any(not is_of_weights(hook) for hook in hooks)
 
 
-_UNSEEN = (
-    "the network does something that torch.fx does not see, such as an in-place operation on a value that has another "
-    "name (y = x; y += z); write it out of place"
-)
+_UNSEEN = "the network does something that torch.fx does not see, such as writing into y.data, or by y.__setitem__; write it out of place"
+
+
+@torch.no_grad()
+def refuse_changing_hooks(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Hooks are no part of what is read. Raises UnsupportedModel for one that changes what the network returns; it is run once to see."""
+    if not has_hooks(model):
+        return
+    one, _ = check_inputs(inputs, 1, 0)
+    hooked = copied(model).cpu().double().eval()
+    try:
+        error = relative_error(in_double(reference_copy(model), one), in_double(hooked, one), [len(one[0])])
+    except Exception as failed:  # what a hook does is the user's code
+        raise UnsupportedModel(f"a forward hook fails on the first example ({failed}); take the hook off") from failed
+    if not error <= 1e-12:
+        raise UnsupportedModel(
+            "a forward hook changes what the network returns; take the hook off, or write it into forward"
+        )
 
 
 @torch.no_grad()
@@ -267,7 +282,7 @@ def refuse_unseen(model: nn.Module, inputs: tuple[Tensor, ...], tolerance: float
     """Raises UnsupportedModel where the graph that was read is not what `model` computes of the first of these inputs, in float64."""
     checked, groups = check_inputs(inputs, 1, 0)
     twin = reference_copy(model)
-    expected = twin(*(x.clone() for x in checked))
+    expected = in_double(twin, checked)
     _, traced = materialise(normalise(twin, checked), checked, 1, target_of(model), True)
     if not relative_error(expected, traced, groups) <= tolerance:
         raise UnsupportedModel(_UNSEEN)
@@ -286,7 +301,7 @@ def over_tolerance(
     `where`: what was compared. `base`: see `relative_error`.
     """
     twin = reference_copy(model)
-    if not relative_error(expected, twin(*(x.clone() for x in checked)), groups, base) <= tolerance:
+    if not relative_error(expected, in_double(twin, checked), groups, base) <= tolerance:
         return UnsupportedModel(RANDOM)
     _, traced = materialise(normalise(twin, checked), checked, len(checked[0]), target_of(model), True)
     if not relative_error(expected, traced, groups, base) <= tolerance:
@@ -312,4 +327,4 @@ def own_rounding(
         if weight.is_floating_point():
             up = torch.rand(weight.shape, generator=generator) < 0.5
             weight.copy_(torch.nextafter(weight, torch.where(up, math.inf, -math.inf).to(weight)))
-    return relative_error(expected, reference(*(x.clone() for x in checked)), groups, base)
+    return relative_error(expected, in_double(reference, checked), groups, base)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.double import InDouble
 from rmprune.graph.equivalence import reference_copy
 
 
@@ -62,5 +63,7 @@ def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not is_finite(value):
             raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")
     one = tuple(x[:1].detach().cpu().double() if x.is_floating_point() else x[:1].cpu() for x in inputs)
-    if (where := where_broken(reference_copy(model), one, infinite=False)) is not None:
+    with InDouble():
+        where = where_broken(reference_copy(model), one, infinite=False)
+    if where is not None:
         raise UnsupportedModel(f"{where}: nothing can be proved, scored or fitted with it; load other weights")

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import CHUNKS, piece_sizes
 from rmprune.graph.run import node_value
-from rmprune.graph.shapes import blank, blank_inputs, floating_dtype, on_meta
+from rmprune.graph.shapes import blank, blank_inputs, floating_dtype, on_meta, without_values
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
 _PLACES = ("device", "is_cuda", "is_cpu", "is_meta")
@@ -70,7 +70,7 @@ class Tracer(fx.Tracer):
             if node.target is getattr and node.args[1] in _PLACES:
                 self.values[node] = getattr(self.inputs[0], str(node.args[1]))
             else:
-                with _untraced(), torch.device("meta"):
+                with _untraced(), without_values():
                     self.values[node] = node_value(node, self.values.__getitem__, self._own)
         except Exception:  # the user's own function, or an operator without a rule for shapes
             return
@@ -180,6 +180,19 @@ class _Known(fx.Proxy):
 
     def __index__(self) -> int:
         return operator.index(self.tracer.known(self))  # type: ignore[attr-defined]
+
+
+def _in_place(operation: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+):  # torch.fx takes `y += z` for `y = y + z`, and other names of y would keep the old value
+    setattr(_Known, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 
 class _KnownAttribute(_Known, Attribute):

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.calls import concatenated
 from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size
+from rmprune.graph.double import InDouble
 from rmprune.graph.run import Values, node_value
 
 NodeLayer = nn.Module | Conv
@@ -66,8 +67,9 @@ class Network:
         return self.layers[str(node.target)] if node.op == "call_module" else self.constants.get(str(node.target))
 
     def value(self, node: fx.Node, values: Values) -> Any:
-        """The node's value, run as it stands; a convolution as data cannot be run."""
-        return node_value(node, values.__getitem__, self.own)
+        """The node's value, run in float64; a convolution as data cannot be run."""
+        with InDouble():
+            return node_value(node, values.__getitem__, self.own)
 
     def add(self, name: str, layer: NodeLayer) -> str:
         """Registers a layer under a free name like `name` and returns that name."""

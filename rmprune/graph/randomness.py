@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import argument, module_around
+from rmprune.graph.double import in_double
 from rmprune.graph.network import Network, named
 from rmprune.graph.shapes import to_double
 
@@ -87,8 +88,8 @@ def draws() -> tuple[Any, ...]:
 @torch.no_grad()
 def refuse_drawn(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
     """Raises UnsupportedModel where numbers that were drawn while `model` (float64) was traced, and so became fixed, reach its outputs."""
-    image = [to_double(x[:1]) for x in example_inputs]
-    first, second = (tree_leaves(model(*(x.clone() for x in image))) for _ in range(2))
+    image = tuple(to_double(x[:1]) for x in example_inputs)
+    first, second = (tree_leaves(in_double(model, image)) for _ in range(2))
     pairs = zip(first, second, strict=True)
     if any(isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
         raise UnsupportedModel(RANDOM)

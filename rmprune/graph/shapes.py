@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.convolution import from_module, or_none, output_size
+from rmprune.graph.double import InDouble
 from rmprune.graph.network import Network, in_words
 from rmprune.graph.run import Values, node_value, run
 
@@ -59,12 +64,34 @@ def _value(network: Network, node: fx.Node, values: Values) -> Any:
         known = _known_shape(network, node, values)
         if known is not None:
             return torch.empty(known, dtype=values[node.all_input_nodes[0]].dtype, device="meta")
-        with torch.device("meta"):  # also for what the code makes of sizes alone
+        with InDouble(), without_values():
             return node_value(node, values.__getitem__, lambda n: _own(network.own(n)))
+    except UnsupportedModel:
+        raise
     except Exception as error:
         shapes = [tuple(values[n].shape) for n in node.all_input_nodes if isinstance(values[n], Tensor)]
         what = node.target if isinstance(node.target, str) else in_words(network, node)
         raise UnsupportedModel(f"{what}: fails on inputs of shape {shapes}: {error}") from error
+
+
+class _NoDevices(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu:
+            return args[0]
+        args, kwargs = tree_map(_off_device, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _off_device(value: Any) -> Any:
+    named = isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda"))
+    return torch.device("meta") if named else value
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """What code makes of sizes alone has no values either (torch.zeros), whatever device it names."""
+    with _NoDevices(), torch.device("meta"):
+        yield
 
 
 def _own(layer: Any) -> Any:

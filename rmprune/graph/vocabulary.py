@@ -272,7 +272,7 @@ _TORCH_NAMES = _words("""
     add sub mul div true_divide neg pow exp erf log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
     stack chunk split flatten reshape permute transpose squeeze unsqueeze mean sum amax amin max min relu relu_ sigmoid
     tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos
-    zeros ones arange
+    zeros ones full eye arange linspace
 """)
 _FUNCTIONAL_NAMES = _words("""
     relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu mish gelu elu selu celu leaky_relu prelu sigmoid tanh
@@ -300,7 +300,7 @@ TENSOR_METHODS = frozenset(
     view reshape flatten mean sum amax amin max min size dim numel relu relu_ sigmoid sigmoid_ tanh softmax log_softmax
     add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt abs exp log clamp clamp_ clip permute transpose contiguous
     squeeze unsqueeze chunk split expand expand_as view_as repeat matmul bmm flip roll square t narrow select unflatten
-    unbind movedim index_select unfold repeat_interleave swapaxes to float type_as new_zeros sin cos
+    unbind movedim index_select unfold repeat_interleave swapaxes to type float double type_as new_zeros new_ones sin cos
     """)
 )
 TENSOR_DTYPES = (

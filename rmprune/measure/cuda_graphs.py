@@ -23,9 +23,15 @@ def aside(run: Callable[[], Result], stream: torch.cuda.Stream, times: int = 1) 
 
 
 def recorded(run: Callable[[], Result], stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """The graph of what `run` does, which is not done yet, and the tensors that each replay fills."""
+    """The graph of what `run` does, which is not done yet, and the tensors that each replay fills.
+
+    Other threads may go on (a loader's, which pins memory), and where `run` fails the stream is the current one's again: torch leaves it.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
         result = run()
     return graph, result
 

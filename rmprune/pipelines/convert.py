@@ -104,7 +104,9 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
     for block in blocks:
         may = ", ".join(choice for choice in _SHOWN if not options[block.name][choice])
         reasons.setdefault(("a plan may choose", may), []).append(block.name)
-        own = {"stays": block.reason} | {f"no {choice}": options[block.name][choice] for choice in ("merge", "drop")}
+        own = {"stays": block.reason} | {
+            f"no {choice}": options[block.name][choice] for choice in ("remove", "merge", "drop")
+        }
         for said, reason in own.items():
             if reason and (said == "stays" or reason != block.reason):
                 reasons.setdefault((said, reason), []).append(block.name)

@@ -140,14 +140,15 @@ def ranked(run: Path, data: Dataset | None) -> list[dict[str, Any]]:
                 validation = on_validation(artifact.load(judge), data, torch.device("cpu"))
             if (key := place.relative_to(run).as_posix()) in found:
                 continue  # shared by several cells
+            budget = record.get("budget", {}) if name in pruned else {}
             found[key] = {
                 "path": key,
                 "record": path.relative_to(run).as_posix(),
                 "network": name,
                 "method": entry.get("method"),
                 "seed": record["seed"],
-                "budget": record.get("budget", {}),
-                "meets_budget": meets_budget(record, entry),
+                "budget": budget,
+                "meets_budget": meets_budget(budget, record, entry),
                 "candidate": name in pruned or not pruned,
                 "validation": validation or {},
                 "test": {score: entry[score] for score in ("accuracy", "loss") if entry.get(score) is not None},
@@ -170,11 +171,11 @@ def _rank(entry: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def meets_budget(record: dict[str, Any], entry: dict[str, Any]) -> bool:
-    """Whether a network is within its run's budget. In measured time: unless its time there is over it by more than chance, or was
+def meets_budget(budget: dict[str, float], record: dict[str, Any], entry: dict[str, Any]) -> bool:
+    """Whether a network of a record is within its budget. In measured time: unless its time there is over it by more than chance, or was
     measured elsewhere since, which says nothing.
     """
-    ((kind, allowed),) = record.get("budget", {}).items() or [("", 0.0)]
+    ((kind, allowed),) = budget.items() or [("", 0.0)]
     if key := {"macs_ratio": "macs", "params_ratio": "params", "memory_ratio": "activation_bytes"}.get(kind):
         return bool(entry[key] <= allowed * record["original"][key])
     if kind != "latency_ratio":

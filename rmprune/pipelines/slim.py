@@ -59,7 +59,7 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     methods = find_methods(config.method)
     plan = None if config.plan is None else SlimPlan.read(config.plan)
     cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets or [("", 0.0)])
-    _refuse_early(methods, plan, job)
+    refuse_early(methods, plan, job)
     networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
     with (
@@ -67,11 +67,11 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
         claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
     ):
         for cell in unfinished(cells):
-            _run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
+            run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
     return found
 
 
-def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig]) -> None:
+def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig]) -> None:
     """Everything that can be refused is refused before a file is written or an epoch trained."""
     config = job.config
     check_available(config.measure.backends, config.measure.device)
@@ -101,14 +101,18 @@ def _refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sl
     )
 
 
-def _run_cell(
-    cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig], command: str
-) -> None:
+def starts_of(job: Job[SlimConfig], cell: Cell) -> Starts:
+    """The networks that methods start from, by their names, which the cells of a seed share; the job's teacher is the trained one."""
+    return functools.cache(functools.partial(starting_network, job, cell))
+
+
+def run_cell(cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig], command: str) -> None:
+    """Every stage of a cell that is not done yet, then its record."""
     config, example = job.config, job.data.train.example(1)
     dense = dense_network(job, cell)
     memory = None if job.given else cell.shared / "checkpoint" / "teacher"  # others' batches may differ each time
     job = replace(job, teacher=dense, memory=memory)
-    starts: Starts = functools.cache(functools.partial(starting_network, job, cell))
+    starts = starts_of(job, cell)
     for name in sorted({method.start for method in methods.values()}):
         starts(name)
     networks: dict[str, nn.Module] = {"original": dense}

@@ -250,7 +250,7 @@ class Calibrator:
     def _reconstructed(self, op: Op, x: Tensor, weight: Tensor, cut: Cut) -> Tensor:
         layer, at, index = self.layers[op.layer], self._positions[op.name], cut.outputs(op.layer)
         wanted = self._wanted[op.name] if index is None else self._wanted[op.name][:, index]
-        groups = len(weight) if layer.kind == "depthwise" else layer.groups
+        groups = x.shape[1] if layer.kind == "depthwise" else layer.groups
         fit = reconstruct_checked if self.settings.own_statistics else reconstruct
         return fit(weight, patches_at(x, layer, at), wanted, groups)[0]
 
@@ -259,7 +259,7 @@ def convolve(layer: SizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None) 
     """The layer's operation with these weights; a linear layer computes in their precision."""
     if layer.kind == "linear":
         return F.linear(x.to(weight.dtype), weight, bias)
-    groups = len(weight) if layer.kind == "depthwise" else layer.groups
+    groups = x.shape[1] if layer.kind == "depthwise" else layer.groups  # a cut may have taken some of them
     weight = weight.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
 

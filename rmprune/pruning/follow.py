@@ -18,7 +18,17 @@ from rmprune.graph.network import in_words, shape_of
 from rmprune.pruning.groups import MemberSide
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
 from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, rank_read
-from rmprune.pruning.operations import ALONG, ELEMENTWISE, INDEXING, MOVES, REDUCTIONS, SPATIAL, operation, product
+from rmprune.pruning.operations import (
+    ALONG,
+    ELEMENTWISE,
+    INDEXING,
+    MOVES,
+    REDUCTIONS,
+    SPATIAL,
+    batched,
+    operation,
+    product,
+)
 from rmprune.pruning.reading import Reading
 
 
@@ -69,7 +79,7 @@ class Walk:
             return self._moved(node, args, kwargs, name)
         if len(labels) == 1 and name in REDUCTIONS:
             return self._reduced(node, args, kwargs)
-        if len(labels) == 1 and name in SPATIAL:
+        if len(labels) == 1 and name in SPATIAL and batched(name, labels[0].dim()):
             return self._spatial(node, labels[0])
         if len(labels) == 1 and name == "pad":
             return self._padded(node, args, kwargs)
@@ -229,7 +239,8 @@ class Walk:
         around = 2 * (args[0].dim() - 2)
         if len(pad) <= around:
             return self._spatial(node, args[0])
-        if any(pad[:around]):
+        mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+        if any(pad[:around]) or mode != "constant":  # a reflection puts channels beside channels
             return self._unknown(node, [args[0]])
         return self._moved(node, args, kwargs)
 

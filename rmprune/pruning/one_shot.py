@@ -18,22 +18,23 @@ from torch import Tensor, nn
 
 from rmprune.data.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
-from rmprune.graph.facts import note
-from rmprune.graph.inputs import Inputs, as_given, only_input
+from rmprune.graph.facts import facts_of
+from rmprune.graph.inputs import Inputs, as_given, as_names, only_input
+from rmprune.graph.run import evaluating
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
 from rmprune.pruning.allocate import allocate, allocate_uniform
-from rmprune.pruning.budget import Budget, Target, resolve
+from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Keep, Structure, evaluating, inner_only, outputs, total_cost
+from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import read
 from rmprune.pruning.refit import refit
-from rmprune.pruning.surgery import shrink
+from rmprune.pruning.surgery import note_cut, shrink
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def prune(
     origin: Mapping[str, int] | None = None,
     prove: bool = True,
     begin: Mapping[str, int] | None = None,
-    ignore: Iterable[str] = (),
+    ignore: Iterable[str] | None = (),
     dead: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
@@ -96,6 +97,7 @@ def prune(
     >>> len(pruned.rmprune_facts["kept"]["0"]), pruned.rmprune_facts["whole"]
     (8, {'3': "its channels are the network's output"})
     """
+    refuse_no_budget(budget)
     if reconstruct and data is None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
@@ -106,6 +108,7 @@ def prune(
     if reading.network.sizes_note:
         logger.warning("prune: %s", reading.network.sizes_note)
     structure = find_structure(plain, example_inputs, reading=reading)
+    refuse_unknown(structure, plain, origin=origin, begin=begin)
     if which == "inner":
         structure = inner_only(structure)
     structure = leave_whole(structure, plain, ignore)
@@ -163,18 +166,18 @@ def prune(
     check_outputs(plain, pruned, example_inputs)
     if memory and activation_memory(pruned, one).peak_bytes > byte_limit(budget):
         raise UnsupportedModel("its peak memory does not follow from the widths of its groups; give macs_ratio instead")
-    note(pruned, whole=dict(structure.frozen), cut_error=error)
+    note_cut(pruned, plain, structure, error)
     return pruned  # type: ignore[return-value]
 
 
-def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str]) -> Structure:
+def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str] | None) -> Structure:
     """The same network with the output channels of the modules of these names left whole (of a block: of each layer in it).
 
     Raises ConfigError for a name that is not there, with those like it, and for a module with no channels of its own.
     """
     known = dict(model.named_modules())
     of: dict[str, str] = {}
-    for name in names:
+    for name in as_names(names, "ignore"):
         if name not in known or not name:
             near = difflib.get_close_matches(name, known, 5, 0.4) or list(known)[1:6]
             raise ConfigError(f"ignore names {name!r}, which is no module of the network; there are: {', '.join(near)}")
@@ -193,6 +196,18 @@ def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str]) ->
     if reasons and len(reasons) == len(structure.groups):
         raise UnsupportedModel(f"nothing can be pruned: ignore leaves every channel ({', '.join(reasons)})")
     return structure.without(reasons) if reasons else structure
+
+
+def refuse_unknown(structure: Structure, model: nn.Module, **widths: Mapping[str, int] | None) -> None:
+    """Raises ConfigError where one of these settings names no group; of a network that was cut, whose groups may be fewer, no layer."""
+    known = {*structure.units} | ({n for n, _ in model.named_modules()} if "kept" in facts_of(model) else set())
+    for setting, units in widths.items():
+        for name in units or ():
+            if name not in known and name.partition("[")[0] not in known:
+                near = difflib.get_close_matches(str(name), structure.units, 5, 0.4) or list(structure.units)[:5]
+                raise ConfigError(
+                    f"{setting} names {name!r}, which is no group of channels; there are: {', '.join(near)}"
+                )
 
 
 @contextlib.contextmanager

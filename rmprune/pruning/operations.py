@@ -1,6 +1,7 @@
 """What operations and stock modules do to channels, by their names without underscores: relu_, F.relu and nn.ReLU are one. Follows none."""
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ ELEMENTWISE = _ranks("dropout") | _names("""
 """)
 SPATIAL = _ranks("""
     maxpool avgpool lppool adaptiveavgpool adaptivemaxpool zeropad constantpad reflectionpad replicationpad circularpad
-""") | _names("maxpool2dsame avgpool2dsame upsample interpolate instancenorm")
+""") | _names("maxpool2dsame avgpool2dsame upsample interpolate instancenorm")  # of a batch, see `batched`
 REDUCTIONS = _names("mean sum amax amin")
 ALONG = _names("softmax logsoftmax softmin cumsum cumprod")  # one dimension, whose elements meet
 MOVES = _names("""
@@ -37,6 +38,12 @@ MOVES = _names("""
     pixelshuffle pixelunshuffle channelshuffle getattr size dim ndimension numel nelement
 """)
 INDEXING = _names("getitem indexselect repeatinterleave")  # whose tensors other than the first say which elements
+
+
+def batched(name: str, rank: int) -> bool:
+    """Whether a value of this rank is a batch for a spatial operation: avg_pool2d reads [N, C, H, W]; [C, H, W], too, is one example."""
+    axes = re.search(r"(\d)d", name)
+    return axes is None or rank == int(axes[1]) + 2
 
 
 def operation(node: fx.Node, network: Network) -> str:

@@ -19,6 +19,7 @@ from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.surgery import shrink
+from rmprune.runs.progress import progress
 
 
 class ActivationPeaks:
@@ -32,14 +33,19 @@ class ActivationPeaks:
         self.units = structure.units
         self._whole = np.array(live_bytes(model, x), dtype=np.float64)
         self._each: dict[str, np.ndarray] = {}
-        for name, units in self.units.items():
-            if units < 2:
-                self._each[name] = np.zeros_like(self._whole)
-                continue
-            narrow = live_bytes(shrink(model, {name: torch.arange(units) < units // 2}, structure)[0], x)
-            if len(narrow) != len(self._whole):
-                raise UnsupportedModel(f"{name}: the steps of the network depend on its width; give macs_ratio instead")
-            self._each[name] = (self._whole - narrow) / (units - units // 2)
+        with progress("what each group of channels holds", len(self.units)) as advance:
+            for name, units in self.units.items():
+                self._each[name] = self._unit(model, structure, x, name, units)
+                advance(1)
+
+    def _unit(self, model: nn.Module, structure: Structure, x: Tensor, name: str, units: int) -> np.ndarray:
+        """[steps], of one unit: half of them leave, and the rest is counted again."""
+        if units < 2:
+            return np.zeros_like(self._whole)
+        narrow = live_bytes(shrink(model, {name: torch.arange(units) < units // 2}, structure)[0], x)
+        if len(narrow) != len(self._whole):
+            raise UnsupportedModel(f"{name}: the steps of the network depend on its width; give macs_ratio instead")
+        return (self._whole - narrow) / (units - units // 2)
 
     def live(self, units: Mapping[str, int]) -> np.ndarray:
         """[steps], when the groups keep so many units; one that is absent stays whole."""
@@ -106,17 +112,15 @@ class ActivationPeaks:
                 after, lost = step(name, at[name] - 1)
                 if (saved := over - _over(after, limit)) > 0:
                     offers.append((lost / saved, order, name))
-            live = take(min(offers)[2], at[min(offers)[2]] - 1)
+            *_, name = min(offers)  # never none: with every group at its least no step is over the limit
+            live = take(name, at[name] - 1)
         while True:  # blocks that fit come back, the most important first
-            back = [name for name, place in at.items() if place + 1 < len(allowed[name])]
-            fits = [
-                (-step(n, at[n] + 1)[1], n)
-                for n in back
-                if step(n, at[n] + 1)[0].max() <= limit and at[n] + 1 < len(allowed[n])
-            ]
+            back = {n: step(n, place + 1) for n, place in at.items() if place + 1 < len(allowed[n])}
+            fits = [(-lost, name) for name, (after, lost) in back.items() if after.max() <= limit]
             if not fits:
                 return now
-            live = take(max(fits)[1], at[max(fits)[1]] + 1)
+            _, name = max(fits)
+            live = take(name, at[name] + 1)
 
     def _explain(
         self, structure: Structure, budget: Budget, least: float, limit: float, origin: Mapping[str, int] | None

@@ -46,7 +46,7 @@ class SlimPlan:
     choices make, as `rmprune.pruning.find_structure` names it, with _ for dots: units that stay, the most important ones}; a group that
     is absent stays whole. fuse: which neighbouring linear convolutions become one once residuals are removed, as in
     `remove_residuals`; "always" is MobileNetV1's form. network: `layers_digest` of the network that the plan is for; empty: any with
-    these blocks.
+    these blocks. Raises ConfigError for a value that is none of these.
 
     >>> from rmprune.pruning.plan import SlimPlan
     >>> SlimPlan.from_dict({"schema": 1, "blocks": {"layer1.0": "merge"}, "widths": {"conv1": 8}}).blocks
@@ -57,6 +57,22 @@ class SlimPlan:
     widths: Mapping[str, int] = field(default_factory=dict)
     fuse: Literal["cheaper", "always", "never"] = "cheaper"
     network: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Mapping):
+            raise ConfigError("a plan is a JSON object with the objects blocks and widths")
+        for name, choice in self.blocks.items():
+            if choice not in CHOICES:
+                raise ConfigError(f"block {name}: {choice!r} is no choice; there are {', '.join(CHOICES)}")
+        if not isinstance(self.widths, Mapping):
+            raise ConfigError("widths is no object {group: channels that stay}")
+        for name, width in self.widths.items():
+            if type(width) is not int or width < 1:
+                raise ConfigError(f"width of {name} is {width!r}; it must be a whole number, at least 1")
+        if self.fuse not in _FUSE or not isinstance(self.network, str):
+            raise ConfigError(
+                f"fuse is {self.fuse!r} and network {self.network!r}; use one of {', '.join(_FUSE)}, and a text"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -71,26 +87,14 @@ class SlimPlan:
     @classmethod
     def from_dict(cls, found: Any) -> SlimPlan:
         """A plan from JSON; raises ConfigError that names the first field that is wrong."""
-        if not isinstance(found, dict) or not isinstance(found.get("blocks", {}), dict):
+        if not isinstance(found, dict):
             raise ConfigError("a plan is a JSON object with the objects blocks and widths")
         unknown = found.keys() - {"schema", "network", "fuse", "blocks", "widths"}
         if unknown:
             raise ConfigError(f"a plan has no field {', '.join(sorted(map(repr, unknown)))}")
         if found.get("schema") != PLAN_SCHEMA or isinstance(found["schema"], bool):
             raise ConfigError(f"schema is {found.get('schema')!r}, this version reads {PLAN_SCHEMA}")
-        blocks, widths = found.get("blocks", {}), found.get("widths", {})
-        fuse, network = found.get("fuse", "cheaper"), found.get("network", "")
-        for name, choice in blocks.items():
-            if choice not in CHOICES:
-                raise ConfigError(f"block {name}: {choice!r} is no choice; there are {', '.join(CHOICES)}")
-        if not isinstance(widths, dict):
-            raise ConfigError("widths is no object {group: channels that stay}")
-        for name, width in widths.items():
-            if type(width) is not int or width < 1:
-                raise ConfigError(f"width of {name} is {width!r}; it must be a whole number, at least 1")
-        if fuse not in _FUSE or not isinstance(network, str):
-            raise ConfigError(f"fuse is {fuse!r} and network {network!r}; use one of {', '.join(_FUSE)}, and a text")
-        return cls(blocks, widths, fuse, network)
+        return cls(**{name: value for name, value in found.items() if name != "schema"})
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> SlimPlan:
@@ -122,20 +126,24 @@ class SlimPlan:
         return choices
 
     def units(self, structure: Structure, *, strict: bool = True) -> dict[str, int]:
-        """How many units each of these groups keeps; the plan may call a group by any layer that puts its channels out.
+        """How many units each of these groups keeps; the plan may call a group by any layer that puts out its channels and no others.
 
         Raises ConfigError for a group that is not there, or is too wide; unless `strict`, such widths are passed over.
         """
-        names = {flat_name(layer): group.name for group in structure.groups for layer in (*group.producers, group.name)}
+        made = [(flat_name(m.layer), g.name, m) for g in structure.groups for m in g.members if m.side == "out"]
+        names = {layer: name for layer, name, member in made if member.index.numel() == member.size}
+        names |= {flat_name(name): name for name in structure.units}
         kept = structure.units
         for group, width in self.widths.items():
             name = names.get(flat_name(group))
             if not strict and (name is None or width > kept[name]):
                 continue
             if name is None:
-                there = ", ".join(kept)
+                several = ", ".join(name for layer, name, _ in made if layer == flat_name(group))
                 raise ConfigError(
-                    f"there is no channel group {group} once the blocks are as planned; there are: {there}"
+                    f"{group} puts out channels of several groups, or such as stay; name a group: {several}"
+                    if several
+                    else f"there is no channel group {group} once the blocks are as planned; there are: {', '.join(kept)}"
                 )
             if width > structure.units[name]:
                 raise ConfigError(f"width of {group} is {width}; there are {structure.units[name]} to keep")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmprune.graph.facts import facts_of, note
 from rmprune.pruning.groups import Structure, layer_masks
-from rmprune.pruning.layers import Slices, set_width, slices_of
+from rmprune.pruning.layers import Slices, in_and_out, set_width, slices_of
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
@@ -34,22 +34,33 @@ def shrink(
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = take(buffer, slices.get(name, ()))
     smaller = copy.deepcopy(model, memo)
-    for (layer, side), mask in layer_masks(structure, keep).items():
+    masks = layer_masks(structure, keep)
+    for (layer, side), mask in masks.items():
         set_width(smaller.get_submodule(layer), side, int(mask.sum()))
-    note(smaller, kept=_kept(model, structure, keep))
+    note_kept(smaller, model, {layer: mask for (layer, side), mask in masks.items() if side == "out"})
     if optimizer is None:
         return smaller, None
     return smaller, _shrink_optimizer(optimizer, {id(p): (memo[id(p)], slices.get(n, ())) for n, p in old.items()})
 
 
-def _kept(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """{layer that could lose output channels: those that it still has, by their numbers in the network that was cut first}."""
+def note_kept(smaller: nn.Module, model: nn.Module, stays: Mapping[str, Tensor]) -> None:
+    """Notes on `smaller`, cut from `model`, which output channels its layers have: {layer that could lose some: bool mask of `model`'s}.
+
+    By their numbers in the network that was cut first; in `model` where another layer has been put in the place of one since.
+    """
     kept: dict[str, list[int]] = dict(facts_of(model).get("kept", {}))
-    for (layer, side), mask in layer_masks(structure, keep).items():
-        if side == "out":
-            stays = mask.nonzero().flatten().tolist()
-            kept[layer] = [kept[layer][i] for i in stays] if layer in kept else stays
-    return kept
+    for layer, mask in stays.items():
+        own = mask.nonzero().flatten().tolist()
+        before = kept.get(layer, ())
+        kept[layer] = [before[i] for i in own] if len(before) == len(mask) else own
+    note(smaller, kept=kept)
+
+
+def note_cut(smaller: nn.Module, model: nn.Module, structure: Structure, error: float | None) -> None:
+    """Notes on `smaller`, cut from `model`, what could not be pruned, and what the proof of the cut measured (None: it was left out)."""
+    layers = [layer.name for layer in structure.layers if layer.kind != "rest"]
+    cut = [x for x in layers if in_and_out(smaller.get_submodule(x))[1] < in_and_out(model.get_submodule(x))[1]]
+    note(smaller, whole={name: why for name, why in structure.frozen.items() if name not in cut}, cut_error=error)
 
 
 def take(tensor: Tensor, slices: Slices) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,15 +12,16 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
+from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import (
     base_inputs,
     check_inputs,
     hardly_depends,
-    has_hooks,
     maps_error,
     over_tolerance,
     own_dtype_error,
     reference_copy,
+    refuse_changing_hooks,
     refuse_unseen,
     relative_error,
 )
@@ -72,7 +72,7 @@ class Removal:
 
 
 def remove_residuals(
-    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
     input_range: tuple[float, float] = (-math.inf, math.inf), progress: Callable[[str], None] | None = None,
 ) -> Removal:  # fmt: skip
@@ -101,7 +101,7 @@ def remove_residuals(
     _check_settings(ranges, form, fuse, tolerance)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
-    _refuse_changing_hooks(model, reference, inputs)
+    refuse_changing_hooks(model, inputs)
     network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
@@ -113,7 +113,7 @@ def remove_residuals(
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
     other = base_inputs(inputs, input_range)
     with torch.no_grad():  # a network may write into its inputs
-        expected, base = (reference(*(x.clone() for x in each)) for each in (checked, other))
+        expected, base = (in_double(reference, each) for each in (checked, other))
     del reference
     target = target_of(model)
     result, found = materialise(network, checked, given, target, batch_norm)
@@ -134,7 +134,7 @@ def remove_residuals(
 
 
 def plan_removal(
-    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
 ) -> Plan:  # fmt: skip
@@ -152,7 +152,7 @@ def plan_removal(
 
 
 def _rewrite(
-    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str], ranges: str, form: str, margin: float,
+    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str] | None, ranges: str, form: str, margin: float,
     input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
 ) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
@@ -172,20 +172,6 @@ def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
     budget = max(3, min(_IMAGE_MACS // max(1, macs), _PIXELS // max(1, math.prod(images.shape[2:]))))
     random = 4 if budget >= 8 else 2
     return max(1, min(len(images), budget - random)), random
-
-
-def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Hooks are no part of the result. One that changes what the network returns is refused; it is run once to see."""
-    if not has_hooks(model):
-        return
-    hooked = copy.deepcopy(model).cpu().double().eval()
-    one = tuple(to_double(x[:1]) for x in inputs)
-    with torch.no_grad():
-        error = relative_error(reference(*(x.clone() for x in one)), hooked(*one), [len(one[0])])
-    if error > 1e-12:
-        raise UnsupportedModel(
-            "a forward hook changes what the network returns; take the hook off, or write it into forward"
-        )
 
 
 def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None:

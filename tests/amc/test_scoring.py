@@ -47,7 +47,10 @@ def plain3x3() -> nn.Module:
 
 
 def grouped() -> nn.Module:
-    return nn.Sequential(*conv(3, 8), *conv(8, 12, 3, groups=2), nn.PReLU(12), *conv(12, 8), *head(8))
+    """Groups, and a depthwise layer with two filters for each channel, as RM makes of narrow inverted residuals."""
+    return nn.Sequential(
+        *conv(3, 8), *conv(8, 12, 3, groups=2), nn.PReLU(12), *conv(12, 24, 3, groups=12), *conv(24, 8), *head(8)
+    )
 
 
 class Residual(nn.Module):

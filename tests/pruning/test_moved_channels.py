@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -111,6 +112,26 @@ PERMUTATION = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
 STAY: dict[str, tuple[Callable[[Tensor], Tensor], int, nn.Module | None, str]] = {
     "roll": (lambda y: torch.roll(y, 1, 1), 8, None, r"roll\(...\) is written for this number"),
     "view with numbers": (lambda y: y.view(-1, 8 * 64), 0, FLAT, "view"),
+    "a pool over channels": (lambda y: F.avg_pool3d(y, (3, 1, 1), 1, (1, 0, 0)), 8, None, "avg_pool3d"),
+    "a pool of features": (
+        lambda y: F.max_pool1d(y.mean((2, 3)), 3, 1, 1)[..., None, None].repeat(1, 1, 3, 3),
+        8,
+        None,
+        "max_pool1d",
+    ),
+    "a pool of rows": (
+        lambda y: F.lp_pool2d(y.flatten(2), 1.0, 1)[..., None].expand(-1, -1, -1, 3),
+        8,
+        None,
+        "lp_pool2d",
+    ),
+    "a pool to as many channels": (lambda y: F.adaptive_avg_pool3d(y, (8, 4, 4)), 8, None, "adaptive_avg_pool3d"),
+    "reflected channels": (
+        lambda y: F.pad(y.flatten(2), (0, 0, 1, 1), "reflect")[..., None].expand(-1, -1, -1, 3),
+        10,
+        None,
+        "pad",
+    ),
     "softmax": (lambda y: y.softmax(1), 8, None, "softmax"),
     "a permutation as a tensor": (lambda y: y[:, PERMUTATION], 8, None, "slice"),
     "matmul": (lambda y: (y.flatten(2) @ y.flatten(2).mT).flatten(1), 0, nn.Linear(64, 6), "matmul"),

@@ -25,16 +25,16 @@ def peak(net: torch.nn.Module) -> int:
     return activation_memory(net, X[:1]).peak_bytes
 
 
-@pytest.mark.parametrize("plain", [True, False])
-@pytest.mark.parametrize("which", ["free", "uniform"])
-def test_the_budget_is_met_and_hardly_missed(plain: bool, which: str) -> None:
+@pytest.mark.parametrize(
+    ("plain", "which", "ratio"), [(True, "free", 0.6), (False, "free", 0.9), (True, "uniform", 0.9)]
+)
+def test_the_budget_is_met_and_hardly_missed(plain: bool, which: str, ratio: float) -> None:
     net = network(plain)
-    for ratio in (0.9, 0.6):
-        budget = rmprune.Budget(memory_ratio=ratio, reference_bytes=peak(network()))
-        pruned = rmprune.prune(net, X, importance="magnitude", budget=budget, which=which)  # type: ignore[arg-type]
-        assert 0.8 * ratio < peak(pruned) / peak(network()) <= ratio
-        if which == "free":  # the last stage holds a quarter of the first's
-            assert rmprune.count_params(pruned) > 0.8 * rmprune.count_params(net)
+    budget = rmprune.Budget(memory_ratio=ratio, reference_bytes=peak(network()))
+    pruned = rmprune.prune(net, X, importance="magnitude", budget=budget, which=which, prove=False)  # type: ignore[arg-type]
+    assert 0.8 * ratio < peak(pruned) / peak(network()) <= ratio
+    if which == "free":  # the last stage holds a quarter of the first's
+        assert rmprune.count_params(pruned) > 0.8 * rmprune.count_params(net)
 
 
 def test_what_lives_follows_from_the_widths() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,17 @@ class Inverted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.branch(x)
+
+
+class Held(nn.Module):
+    """x + what it holds."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.held(x)
 
 
 def create(name: str) -> nn.Module:
@@ -87,6 +99,19 @@ def test_every_choice_that_is_offered_can_be_had(name: str, networks: dict[str, 
             carry_out_blocks(model, {block: "merge"}, lambda count: X[:count])
 
 
+def test_a_block_that_holds_another_goes_only_with_it() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(Held(nn.Conv2d(4, 4, 3, padding=1)), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), Held(inner), nn.Flatten(), nn.Linear(4 * 36, 10)).eval()
+    options = block_options(model, X[:2])
+    assert list(options) == ["2.held.0", "2"] and not options["2.held.0"]["remove"]
+    assert "another residual that stays; it can go only with that one" in options["2"]["remove"]
+    with pytest.raises(UnsupportedModel, match="another residual"):
+        carry_out(model, SlimPlan({"2": "remove"}), DATA)
+    network, _ = carry_out(model, SlimPlan(dict.fromkeys(options, "remove")), DATA)
+    assert torch.allclose(network(X), model(X), atol=1e-4)
+
+
 def test_a_dropped_block_vanishes_where_its_shortcut_is_the_identity(networks: dict[str, nn.Module]) -> None:
     network, _ = carry_out_blocks(networks["resnet8"], {"layer1.0": "drop"}, lambda count: X[:count])
     kinds = [type(module).__name__ for module in network.modules()]
@@ -114,7 +139,7 @@ def test_a_plan_of_every_choice_is_carried_out_to_its_widths(
     (tmp_path / "plan.json").write_text(json.dumps({"method": "rm", "plan": half.to_dict()}))
     assert SlimPlan.read(tmp_path / "plan.json") == half  # as it stands in a record
     network, facts = carry_out(model, half, DATA)
-    assert facts["plan"]["widths"] == dict(half.widths)
+    assert facts["plan"]["widths"] == dict(half.widths) and 0 < facts["cut_error"] < 1e-9
     assert rmprune.count_macs(network, X[:1]) < 0.5 * rmprune.count_macs(whole, X[:1])
     assert network(X).shape == (48, 10) and bool(torch.isfinite(network(X)).all())
 
@@ -134,6 +159,12 @@ WRONG = [
     ({"schema": 1, "fuse": "often"}, "fuse is 'often'"),
     ({"schema": 1, "network": "0123456789abcdef"}, "for another network"),
 ]
+
+
+@pytest.mark.parametrize("wrong", [{"blocks": {"1": "zap"}}, {"blocks": 3}, {"widths": {"1": 2.5}}, {"fuse": None}])
+def test_plans_in_code_are_checked_as_those_in_files(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong)).rstrip("s")):
+        SlimPlan(**wrong)
 
 
 @pytest.mark.parametrize(("found", "message"), WRONG)
@@ -172,6 +203,44 @@ class Joined(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head((self.both(x) + torch.cat([self.one(x), self.two(x)], 1)).relu().mean((2, 3)))
+
+
+class Padded(nn.Module):
+    """A layer of whose channels the first meet those of another, and the last meet zeros, and stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.one, self.head = nn.Conv2d(1, 9, 3), nn.Conv2d(1, 4, 3), nn.Linear(9, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = nn.functional.pad(self.one(x), (0, 0, 0, 0, 0, 5))
+        return self.head((self.both(x) + one).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [Joined, Padded])
+def test_plans_of_layers_whose_channels_lie_apart(build: type[nn.Module]) -> None:
+    """Each name is one group; what is written down gives the same network again, and `whole` names no layer that was cut."""
+    model, data = build().eval(), [(X, torch.arange(48) % 3)]
+    structure = find_structure(model, X)
+    for name in structure.units:
+        network, facts = carry_out(model, SlimPlan({}, {name: 2}), data, reconstruct=False)
+        assert facts["plan"]["widths"] == {flat_name(n): 2 if n == name else k for n, k in structure.units.items()}
+        again, _ = carry_out(model, SlimPlan.from_dict(facts["plan"]), data, reconstruct=False)
+        assert all(
+            torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+        )
+        gone = {
+            m.layer: (structure.units[name] - 2) * m.index.shape[1]
+            for m in structure.group(name).members
+            if m.side == "out"
+        }
+        kept = network.rmprune_facts["kept"]  # type: ignore[union-attr]
+        assert {n: model.get_submodule(n).out_channels - len(kept[n]) for n in gone} == gone  # type: ignore[operator, arg-type]
+    if "both" not in structure.units:
+        with pytest.raises(ConfigError, match="several groups, or such as stay; name a group: one"):
+            carry_out(model, SlimPlan({}, {"both": 3}), data)
+    pruned = rmprune.prune(model, X, importance="magnitude", budget=rmprune.Budget(macs_ratio=0.8))
+    assert set(pruned.rmprune_facts["whole"]) == {"head"}  # type: ignore[arg-type]
 
 
 def test_widths_of_a_layer_whose_channels_lie_in_two_groups() -> None:

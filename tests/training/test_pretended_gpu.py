@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import nn
 from training_nets import CONFIG, Stop, blobs, same, tiny_net
 
 from rmprune.config import SparsityConfig
+from rmprune.errors import ConfigError
 from rmprune.measure import cuda_graphs
 from rmprune.pruning import Budget
 from rmprune.pruning.gradual import GradualPruner
 from rmprune.training import TrainState, evaluate, fit
 from rmprune.training import loop as training_loop
+from rmprune.training.precision import repeatable
 from rmprune.training.sparsity import ProximalL1
 
 
@@ -94,15 +97,30 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(caplog: pytest.LogCaptureFixtu
             return super().forward(x) if float(x.sum()) < 1e9 else x
 
     with pretended_gpu():
+        before = torch.cuda.current_stream()
         fit(Asking(*tiny_net()), blobs(), CONFIG, seed=0, device="cuda")
+        assert torch.cuda.current_stream() is before
     assert "not recorded as a CUDA graph: operation not permitted" in caplog.text
+
+
+def test_deterministic_kernels_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for asked, device, found in ((True, "cuda", True), (False, "cuda", False), (True, "cpu", False)):
+        with repeatable(asked, torch.device(device)):
+            assert torch.are_deterministic_algorithms_enabled() is found
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is (asked and device == "cuda")
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        assert not torch.are_deterministic_algorithms_enabled()
+    refused = pytest.raises(ConfigError, match="no deterministic implementation; leave --deterministic out")
+    with refused, repeatable(True, torch.device("cuda")):
+        raise RuntimeError("max_pool2d_backward: there is no deterministic implementation\nand so on")
 
 
 def test_another_gpu_is_the_current_one_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams are the current GPU's: a graph recorded on the first would hold nothing of what the second does."""
     chosen: list[str] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda name: chosen.append(name) or contextlib.nullcontext())
     with pretended_gpu():
+        monkeypatch.setattr(torch.cuda, "device", lambda name: chosen.append(name) or contextlib.nullcontext())
         fit(tiny_net(), blobs(), dataclasses.replace(CONFIG, epochs=0), seed=0, device="cuda:1")
     assert chosen == ["cuda:1"]
 

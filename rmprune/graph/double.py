@@ -1,0 +1,49 @@
+"""Running the float64 copy of a network whose code names its own dtype: what it casts to float32 stays float64. Copies nothing."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from rmprune.errors import UnsupportedModel
+
+_WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+class InDouble(TorchFunctionMode):
+    """Every cast to float32 is one to float64, and so is every float32 tensor that the code makes or holds beside its buffers.
+
+    Raises UnsupportedModel for a cast to half precision, which rounds: two networks that agree in float64 may differ by that rounding.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_widened, (args, kwargs or {}))
+        if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
+            func = Tensor.double if func is Tensor.float else func
+            args, kwargs = tree_map(_wider, (args, kwargs))
+        found = func(*args, **kwargs)
+        rounded = isinstance(found, Tensor) and found.is_floating_point() and found.dtype.itemsize < 4
+        if rounded and any(isinstance(x, Tensor) for x in args):
+            raise UnsupportedModel(
+                f"the network computes in {str(found.dtype).removeprefix('torch.')} inside ({getattr(func, '__name__', func)}): that "
+                "rounding is no part of a proof in float64; take the cast out, and cast the whole network afterwards"
+            )
+        return _widened(found)
+
+
+def in_double(twin: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What the float64 copy of a network gives for these inputs, of which it gets copies: a network may write into them."""
+    with InDouble():
+        return twin(*(x.clone() for x in inputs))
+
+
+def _widened(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.dtype == torch.float64 or not value.dtype.is_floating_point:
+        return value.to(torch.complex128) if isinstance(value, Tensor) and value.dtype == torch.complex64 else value
+    return value.double()
+
+
+def _wider(value: Any) -> Any:
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value

@@ -1,0 +1,180 @@
+"""A comparison on several workers: what one loses, what is refused, what is measured, and that nothing is done twice."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmprune.cli import main
+from rmprune.config import GridConfig, PruneConfig
+from rmprune.errors import ConfigError, RmpruneError
+from rmprune.pipelines import grid
+from rmprune.pipelines.grid import TRIES, Task, _workers, plan_tasks, run_grid, work_off
+from rmprune.training.loop import _Training
+
+GRID = (
+    "grid --dataset digits --train-images 48 --batch-size 16 --device cpu --model resnet8 --width 2 --epochs 1 --finetune.epochs 2 "
+    "--round-to 1 --macs-ratio 0.7 --method residual,inner --finetune.checkpoint-seconds 1e-9 --measure.backend eager "
+    "--measure.threads 1 --measure.batch-size 1 --measure.seconds 0.01 --measure.min-rounds 2 --jobs 1 --out"
+)
+
+
+class Forked:
+    """A worker as submitit has them, but forked: `done`, `result`, `cancel`. It leaves its result in a file, or none."""
+
+    def __init__(self, said: Path, function: Callable[..., object], *arguments: Any) -> None:
+        self.said, self.ended = said, False
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                said.write_text(json.dumps(function(*arguments)))
+            finally:
+                os._exit(0)
+
+    def done(self) -> bool:
+        self.ended = self.ended or os.waitpid(self.pid, os.WNOHANG)[0] != 0
+        return self.ended
+
+    def result(self) -> Any:
+        return json.loads(self.said.read_text())
+
+    def cancel(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    step = _Training.train_step
+
+    def dies(self: _Training, *batch: Any) -> None:
+        if self.label == "inner" and begun.count("inner") == 1 and self.state.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, *batch)
+
+    def submit(function: Callable[..., object], work: Callable[..., object], *arguments: Any) -> Forked:
+        begun.append(arguments[0].method[0] if work is grid.do_cell else work.__name__)
+        return Forked(tmp_path / f"{len(begun)}.json", function, work, *arguments)
+
+    monkeypatch.setattr(_Training, "train_step", dies)
+    monkeypatch.setattr(grid, "LOOK", 0.02)
+    monkeypatch.setattr(grid, "_workers", lambda config: submit)
+    out = tmp_path / "run"
+    main([*GRID.split(), str(out)])
+    assert begun == ["share", "residual", "inner", "inner", "measure_all"]
+    cells = [out / "seed0" / f"macs_ratio-0.7-{method}" for method in ("residual", "inner")]
+    records = [json.loads((cell / "record.json").read_text()) for cell in cells]
+    assert [record["method"] for record in records] == ["residual", "inner"]
+    assert records[0]["original"]["latency"] == records[1]["original"]["latency"]  # measured in turns, at the end
+    assert not (cells[1] / "dense").exists() and (out / "seed0" / "dense").is_dir()  # what is shared is kept once
+    assert [line["epoch"] for line in records[1]["training"]["inner"]] == [1, 2]
+    with pytest.raises(SystemExit):
+        main([*GRID.split(), str(out)])
+    assert len(begun) == 5 and (out / "report" / "index.html").is_file()
+
+
+class Said:
+    """A worker that is done, with what it said or how it was lost."""
+
+    def __init__(self, said: str | Exception) -> None:
+        self.said, self.cancelled = said, False
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> str:
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_what_cannot_be_had_is_said_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "LOOK", 0.0)
+    first, other = (Task(name, print, (name,), (tmp_path / name,)) for name in ("first", "other"))
+    tasks = [first, Task("of first", print, ("of first",), (tmp_path / "f",), first), other]
+    tasks.append(Task("of other", print, ("of other",), (tmp_path / "o",), other))
+    begun: list[str] = []
+
+    def submit(function: object, work: object, name: str) -> Said:
+        begun.append(name)
+        if name == "first":
+            return Said(RuntimeError("no result"))
+        (tmp_path / name).touch()
+        return Said("the budget cannot be met" if name == "of other" else "")
+
+    refused = work_off(tasks, submit, 2)
+    assert refused == {
+        "first": "no result", "of first": "first could not be had", "of other": "the budget cannot be met"
+    }  # fmt: skip
+    assert begun.count("first") == TRIES and begun.count("other") == 1 and "of first" not in begun
+
+
+def test_ctrl_c_stops_the_workers(tmp_path: Path) -> None:
+    workers: list[Said] = []
+
+    def submit(*_: object) -> Said:
+        if workers:
+            raise KeyboardInterrupt
+        workers.append(Said(""))
+        return workers[0]
+
+    with pytest.raises(KeyboardInterrupt):
+        work_off([Task(str(n), print, (), (tmp_path / str(n),)) for n in range(2)], submit, 2)
+    assert workers[0].cancelled
+
+
+def config(out: Path, **settings: Any) -> GridConfig:
+    return GridConfig(**{"prune": PruneConfig(macs_ratio=(0.5, 0.25)), "out": out} | settings)
+
+
+def test_cells_are_runs_of_slim(tmp_path: Path) -> None:
+    tasks = plan_tasks(config(tmp_path, method=("rm", "inner"), seeds=2), "as asked")
+    assert len(tasks) == 2 * (1 + 2 * 2)
+    own, cell, _ = tasks[-1].arguments
+    assert (own.seed, own.seeds, own.method, own.prune.budgets) == (1, 1, ("inner",), [("macs_ratio", 0.25)])
+    assert type(own).__name__ == "SlimConfig" and own.directory == cell.directory and cell.shared == tmp_path / "seed1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prune": PruneConfig(latency_ratio=(0.5,))}, "latency_ratio: decided by measured times"),
+        ({"method": ("mixed",)}, "mixed: decided by measured times"),
+        ({"overwrite": True}, "never overwritten"),
+        ({"cluster": "slurm"}, "slurm: "),
+    ],
+)
+def test_what_is_no_grid_is_refused(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        run_grid(config(tmp_path / "run", **settings), command="")
+    assert not (tmp_path / "run" / "seed0").exists()
+
+
+def test_no_cell_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "LOOK", 0.0)
+    with pytest.raises(RmpruneError, match="no cell can be had: the data are gone; seed 0 could not be had"):
+        run_grid(config(tmp_path), command="", submit=lambda *_: Said("the data are gone"))
+
+
+def test_submitit_says_which_worker_was_lost(tmp_path: Path) -> None:
+    submit = _workers(config(tmp_path, jobs=1))
+    well, lost = submit(len, "abc"), submit(time.sleep, 60)
+    assert well.result() == 3
+    children = lambda pid: Path(f"/proc/{pid}/task/{pid}/children").read_text().split()  # noqa: E731
+    controller = int(lost.job_id)  # type: ignore[attr-defined]
+    while not (found := children(controller)):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(int(found[0]), signal.SIGKILL)
+    lost._results_timeout_s = 0  # type: ignore[attr-defined]  # how long it waits for a file that will not come
+    while not lost.done():
+        time.sleep(0.05)
+    with pytest.raises(Exception, match=r"(?s)job|Job"):
+        lost.result()
