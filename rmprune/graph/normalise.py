@@ -22,7 +22,7 @@ from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.written_out import as_layers
 
 
-class _Tracer(Tracer):
+class PlainTracer(Tracer):
     """Leaves stock modules whole, and classes that merely inherit a stock forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -42,7 +42,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
     drawn = draws()
-    traced, decided = follow(_Tracer, model, example_inputs)
+    traced, decided = follow(PlainTracer, model, example_inputs)
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
     undo_in_place(traced, dict(model.named_modules()))

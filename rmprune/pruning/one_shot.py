@@ -23,18 +23,19 @@ from rmprune.graph.inputs import Inputs, as_given, as_names, only_input
 from rmprune.graph.run import evaluating
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
-from rmprune.pruning.allocate import allocate, allocate_uniform
+from rmprune.pruning.allocate import allocate, allocate_uniform, least_cost
 from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
-from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.find_groups import NothingToPrune, find_structure
 from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
 from rmprune.pruning.prove import prove_cut
-from rmprune.pruning.reading import read
+from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import note_cut, shrink
+from rmprune.pruning.written import as_graph
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -104,14 +105,7 @@ def prune(
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
     data = with_loss(data, loss)
     plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
-    reading = read(plain, example_inputs, values=True)
-    if reading.network.sizes_note:
-        logger.warning("prune: %s", reading.network.sizes_note)
-    structure = find_structure(plain, example_inputs, reading=reading)
-    refuse_unknown(structure, plain, origin=origin, begin=begin)
-    if which == "inner":
-        structure = inner_only(structure)
-    structure = leave_whole(structure, plain, ignore)
+    plain, reading, structure = _followed(plain, example_inputs, budget, origin, begin, which, ignore, cost)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
     memory = budget.memory_ratio is not None
     if memory:
@@ -168,6 +162,49 @@ def prune(
         raise UnsupportedModel("its peak memory does not follow from the widths of its groups; give macs_ratio instead")
     note_cut(pruned, plain, structure, error)
     return pruned  # type: ignore[return-value]
+
+
+def _followed(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    budget: Budget,
+    origin: Mapping[str, int] | None,
+    begin: Mapping[str, int] | None,
+    which: str,
+    ignore: Iterable[str] | None,
+    cost: Cost | None,
+) -> tuple[nn.Module, Reading, Structure]:
+    """The network, as a graph in which other sizes can be written where the budget cannot be met else; what was read of it, its groups."""
+
+    def attempt(network: nn.Module) -> tuple[nn.Module, Reading, Structure]:
+        reading = read(network, inputs, values=True)
+        if reading.network.sizes_note:
+            logger.warning("prune: %s", reading.network.sizes_note)
+        structure = find_structure(network, inputs, reading=reading)
+        refuse_unknown(structure, network, origin=origin, begin=begin)
+        structure = inner_only(structure) if which == "inner" else structure
+        structure = leave_whole(structure, network, ignore)
+        return network, reading, structure
+
+    try:
+        found = attempt(model)
+        if budget.memory_ratio is not None:
+            return found
+        target = resolve(found[2], budget, cost)
+        if least_cost(found[2], budget, target.cost, {**found[2].units, **(origin or {})}) <= target.limit:
+            return found
+        graph = as_graph(model, inputs)
+    except NothingToPrune:
+        if (graph := as_graph(model, inputs)) is None:
+            raise
+    if graph is None:
+        return found
+    found = attempt(graph)
+    logger.warning(
+        "prune: what holds its channels is written for their number; the result is a torch.fx graph of the same layers, in eval mode, with "
+        "other sizes written"
+    )
+    return found
 
 
 def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str] | None) -> Structure:
