@@ -169,7 +169,7 @@ def run_convert(config: ConvertConfig) -> Path:
     model, examples, file = open_examples(config.network)
     removal = remove_residuals(model, examples, batch_norm=config.batch_norm, **_options(config.removal))  # type: ignore[arg-type]
     facts: dict[str, object] = {"source": config.network.model, "removal": removal.facts}
-    if len(examples) == 1:
+    if len(examples) == 1 and examples[0].dim() == 4:
         facts["input_shape"] = list(examples[0].shape[1:])
     error = 0.0
 
