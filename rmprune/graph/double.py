@@ -19,6 +19,8 @@ class InDouble(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:  # its second argument is all that was copied before
+            return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(_widened, (args, kwargs or {}))
         if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
             func = Tensor.double if func is Tensor.float else func
