@@ -171,13 +171,14 @@ def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str]) ->
 
     Raises ConfigError for a name that is not there, with those like it, and for a module with no channels of its own.
     """
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): name for name, module in model.named_modules()}  # a module may have several names: groups know this one
     of: dict[str, str] = {}
     for name in names:
         if name not in known or not name:
             near = difflib.get_close_matches(name, known, 5, 0.4) or list(known)[1:6]
             raise ConfigError(f"ignore names {name!r}, which is no module of the network; there are: {', '.join(near)}")
-        own = [part for part, _ in known[name].named_modules(prefix=name)]
+        own = [first[id(part)] for part in known[name].modules()]
         if not any(True for _ in known[name].parameters()):
             raise ConfigError(
                 f"ignore names {name!r}, which has no channels of its own; name the layer whose it passes on"
