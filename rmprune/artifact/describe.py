@@ -6,6 +6,7 @@ Limits: dropout and batch norm called as functions must be in eval mode (tracing
 forward pass never reaches are left out.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import module_around
-from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace_sized
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FORMATS,
@@ -29,6 +30,7 @@ from rmprune.graph.vocabulary import (
     TRAINING_FLAG,
 )
 
+logger = logging.getLogger("rmprune")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -40,7 +42,19 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict
     Raises UnsupportedModel that names the first thing outside the closed list and what to do.
     """
     flat = is_flat_sequential(model)
-    graph = None if flat else trace(model, inputs)
+    for path, module in model.named_modules():
+        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+            where = f"layer {path} ({type(module).__name__})" if path else type(module).__name__
+            raise UnsupportedModel(f"{where}: it carries hooks, which a file cannot hold; remove them first")
+        if "forward" in vars(module) and (flat or not module._modules):
+            raise UnsupportedModel(
+                f"{path or type(module).__name__}: its forward was replaced; make that a module of its own"
+            )
+    graph, decided = (None, []) if flat else trace_sized(model, inputs)
+    if decided and inputs is not None:
+        logger.warning(
+            "save: sizes of the inputs decide what is computed (%s): the artifact holds for these", "; ".join(decided)
+        )
     names = list(model._modules) if flat else _called_layers(model, graph)
     layers = _describe_layers(model, names)
     nodes = [] if graph is None else [_describe_node(node, model) for node in graph.nodes]
@@ -95,14 +109,19 @@ def _describe_layer(path: str, module: nn.Module) -> dict[str, Any]:
         raise UnsupportedModel(
             f"layer {path} ({kind}): not a layer type an artifact can hold; known are {', '.join(LAYERS)}"
         )
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
-        raise UnsupportedModel(f"layer {path} ({kind}): it carries hooks, which a file cannot hold; remove them first")
     args = spec.read(module)
     for name, check in spec.args.items():
         if not check(args[name]):
             raise UnsupportedModel(f"layer {path} ({kind}): {name}={args[name]!r} is outside what an artifact can hold")
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in spec.make(args).state_dict().items()}
+        made = spec.make(args)
+    expected = {name: tuple(t.shape) for name, t in made.state_dict().items()}
+    for name, value in vars(made).items():
+        own = vars(module).get(name, value)
+        if isinstance(value, bool | int | float | str) and name[0] != "_" and name != "training" and own != value:
+            raise UnsupportedModel(
+                f"layer {path} ({kind}): its {name} is {own!r}, where one made anew has {value!r}; an artifact cannot hold that"
+            )
     actual = {name: tuple(t.shape) for name, t in module.state_dict().items() if spec.owns(name)}
     if expected != actual:
         raise UnsupportedModel(

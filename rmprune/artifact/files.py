@@ -6,6 +6,7 @@ A directory is written beside its place and renamed, so what stands under the na
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +20,19 @@ from rmprune.artifact.describe import describe, file_tensors
 from rmprune.artifact.onnx import export_onnx
 from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
-from rmprune.errors import ArtifactError
+from rmprune.errors import ArtifactError, UnsupportedModel
+from rmprune.graph.equivalence import relative_error
 from rmprune.graph.facts import facts_of, note
 from rmprune.graph.foreign import plain_module, refuse_meta
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.run import evaluating
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import whole
 
 SCHEMA = 1
 ARCHITECTURE, WEIGHTS, ONNX = "architecture.json", "model.safetensors", "model.onnx"
 _FORMAT = "rmprune-artifact"
+_ALIKE = 1e-3  # relative, in the network's own dtype: far above what a kernel rounds otherwise
 
 
 def save(
@@ -42,7 +46,8 @@ def save(
 ) -> Path:
     """Writes `model` as the directory `path` and returns it.
 
-    `example_inputs` (N, C, H, W), or a tuple or dict of inputs, where given, adds model.onnx; `write_onnx` writes it instead, at the
+    `example_inputs` (N, C, H, W), or a tuple or dict of inputs, where given, adds model.onnx, and what was written is compared with the
+    network on one and two of them; `write_onnx` writes it instead, at the
     path that it gets. `extra` is any JSON-able dict kept with it (`read_extra`). Raises UnsupportedModel for a network outside the
     closed list, ArtifactError where `path` exists (an artifact is replaced with `overwrite=True`, anything else never) or cannot be
     written.
@@ -61,10 +66,35 @@ def save(
         work.mkdir()
         _write(model, description, work, extra or {})
         if inputs is not None:
+            _refuse_unlike(model, load(work), inputs)
             export_onnx(model, inputs, work / ONNX)
         if write_onnx is not None:
             write_onnx(work / ONNX)
     return path
+
+
+@torch.no_grad()
+def _refuse_unlike(model: nn.Module, loaded: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Raises UnsupportedModel where the network that was written gives other outputs than the model, both in eval mode."""
+    with evaluating(model), evaluating(loaded.to(inputs[0].device)):
+        for count in (1, 2):
+            batch = [torch.cat([x[:1]] * count) for x in inputs]
+            try:
+                expected = model(*(x.clone() for x in batch))
+            except RuntimeError:
+                if count > 1:  # made for one image
+                    return
+                raise
+            try:
+                error = relative_error(expected, loaded(*batch), [count])
+            except Exception:  # indices and shapes of another number of images
+                error = math.inf
+            if not error <= _ALIKE:
+                many = "two images" if count > 1 else "an image"
+                raise UnsupportedModel(
+                    f"{type(model).__name__}: what torch.fx reads of it gives something else on {many}: its code writes into tensors "
+                    "unseen (y.data), or asks for the number of images (len(x)); write it without"
+                )
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:

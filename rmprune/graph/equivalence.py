@@ -257,10 +257,24 @@ def has_hooks(model: nn.Module) -> bool:
     return any(not is_of_weights(hook) for hook in hooks)
 
 
-_UNSEEN = (
-    "the network does something that torch.fx does not see, such as an in-place operation on a value that has another "
-    "name (y = x; y += z); write it out of place"
-)
+_UNSEEN = "the network does something that torch.fx does not see, such as writing into y.data, or by y.__setitem__; write it out of place"
+
+
+@torch.no_grad()
+def refuse_changing_hooks(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Hooks are no part of what is read. Raises UnsupportedModel for one that changes what the network returns; it is run once to see."""
+    if not has_hooks(model):
+        return
+    one, _ = check_inputs(inputs, 1, 0)
+    hooked = copied(model).cpu().double().eval()
+    try:
+        error = relative_error(in_double(reference_copy(model), one), in_double(hooked, one), [len(one[0])])
+    except Exception as failed:  # what a hook does is the user's code
+        raise UnsupportedModel(f"a forward hook fails on the first example ({failed}); take the hook off") from failed
+    if not error <= 1e-12:
+        raise UnsupportedModel(
+            "a forward hook changes what the network returns; take the hook off, or write it into forward"
+        )
 
 
 @torch.no_grad()

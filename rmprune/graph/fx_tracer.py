@@ -182,6 +182,19 @@ class _Known(fx.Proxy):
         return operator.index(self.tracer.known(self))  # type: ignore[attr-defined]
 
 
+def _in_place(operation: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+):  # torch.fx takes `y += z` for `y = y + z`, and other names of y would keep the old value
+    setattr(_Known, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _KnownAttribute(_Known, Attribute):
     """`x.shape`, or the method of a call."""
 

@@ -67,10 +67,15 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> fx.Grap
     inputs: examples, whose sizes decide where the code asks for sizes. Raises UnsupportedModel when torch.fx cannot follow the
     forward pass. The model is left as it was.
     """
+    return trace_sized(model, inputs)[0]
+
+
+def trace_sized(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> tuple[fx.Graph, list[str]]:
+    """`trace`, and the places where sizes of the inputs decided what is in the graph."""
     for kind in (_Tracer, _BufferTracer):
         before = set(model.__dict__)
         try:
-            graph, _ = follow(kind, model, inputs)
+            graph, decided = follow(kind, model, inputs)
         finally:
             constants = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
         if not constants:
@@ -81,7 +86,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> fx.Grap
             "buffers of the module"
         )
     graph.eliminate_dead_code(is_impure_node=_has_effect)
-    return graph
+    return graph, decided
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from rmprune.errors import UnsupportedModel
 
@@ -60,3 +61,15 @@ def _bind(graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:
             raise UnsupportedModel(f"the network takes an input {node.target!r} that example_inputs lack")
         values[node] = node.args[0]
     return values
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode for the while; each module's own mode is put back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode

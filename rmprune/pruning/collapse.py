@@ -21,7 +21,7 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
-from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.equivalence import reference_copy, refuse_changing_hooks, refuse_unseen
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
@@ -32,6 +32,7 @@ from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal.blocks import Block, additions, find_block
 from rmprune.removal.forms import free
 
+_SEEN = 1e-10  # by how much what torch.fx read may differ from the network, relative, in float64
 INPUTS = 8192  # unknowns of a fit (channels times kernel) at most: its equations are that many squared
 
 
@@ -42,6 +43,7 @@ class Collapse:
     model: eval mode, dtype, device and memory format of the original, residuals still in it.
     collapsed: {block: R2}, the part of its sum's variance on the images that one convolution and the shortcut still give.
     kept: {block: reason} of the others.
+    note: what to know of it: where sizes decided what was read; empty as a rule.
 
     >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
     >>> found = rmprune.collapse_blocks(model, images, keep=["layer3.0"])
@@ -52,6 +54,7 @@ class Collapse:
     model: nn.Module
     collapsed: dict[str, float]
     kept: dict[str, str]
+    note: str = ""
 
 
 def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] = ()) -> Collapse:
@@ -132,6 +135,7 @@ def _reshaped(
     """What `pick` says of each addition: the part that it becomes, or (also by an Obstacle) why it stays."""
     model, given = as_given(model, images)
     inputs = tuple(x.cpu() for x in given)
+    refuse_changing_hooks(model, inputs)
     network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
     annotate_ranges(network)
     found = additions(network)
@@ -151,12 +155,13 @@ def _reshaped(
             parts[add] = picked
     if not parts:
         return Collapse(model, {}, kept)
+    refuse_unseen(model, inputs, _SEEN)
     fitted = _fit_in_order(network, parts, inputs)
     explained = {part.block.name: fitted[add].explained for add, part in parts.items()}
     for add, fit in reversed(fitted.items()):  # a fork is what an earlier block gives
         replace_branch(network, parts[add].block, fit, parts[add].dropped)
     result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target_of(model), batch_norm=True)
-    return Collapse(result, explained, kept)
+    return Collapse(result, explained, kept, network.sizes_note)
 
 
 def collapsible(network: Network, name: str, add: fx.Node, linear: bool = False) -> Block:

@@ -20,10 +20,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
+from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Structure, device_of, evaluating
+from rmprune.pruning.groups import Structure, device_of
 from rmprune.pruning.layers import Cost, Slices, in_and_out
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices

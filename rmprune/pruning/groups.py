@@ -6,8 +6,7 @@ One description serves plain chains (every group has one producer) and networks 
 group), so that free and coupled pruning are compared with the same importance, limits, schedule and surgery.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.run import evaluating
 from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
@@ -178,18 +178,6 @@ def with_ports(structure: Structure) -> Structure:
         for x in structure.layers
     )
     return Structure(structure.groups, tuple(layers), structure.frozen)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode for the while; each module's own mode is put back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:

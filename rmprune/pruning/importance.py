@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_loss, each_pass
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
+from rmprune.graph.run import evaluating
 from rmprune.pruning.groups import (
     Group,
     Scores,
     Structure,
     device_of,
-    evaluating,
     member_values,
     zero_scores,
 )

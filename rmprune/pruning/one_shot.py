@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from rmprune.data.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_given, only_input
+from rmprune.graph.run import evaluating
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Keep, Structure, evaluating, inner_only, outputs, total_cost
+from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference

@@ -11,19 +11,31 @@ The weights do not matter, the cut does: what folding and fitting change afterwa
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.double import in_double
-from rmprune.graph.equivalence import base_inputs, check_inputs, hardly_depends, reference_copy, relative_error
+from rmprune.graph.equivalence import (
+    base_inputs,
+    check_inputs,
+    hardly_depends,
+    reference_copy,
+    refuse_changing_hooks,
+    relative_error,
+)
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.layers import Slices, output_dim
 from rmprune.pruning.surgery import shrink, tensor_slices
 
+logger = logging.getLogger("rmprune")
 TOLERANCE = 1e-9  # of (a) and (b), relative to what the inputs change in the outputs
 GIVEN, DRAWN = 2, 1  # images of the examples, and random ones
 
@@ -32,26 +44,34 @@ def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
     """The largest error of (a) and (b) for the network that `shrink(model, keep, structure)` gives, relative, in float64.
 
     example_inputs: (N, C, H, W) or several inputs, of which two are used, and a random one: three forward passes of three images.
-    Where a cut so deep that the inputs no longer change the outputs would prove nothing, every other of the units that go is cut as well.
+    Where a cut so deep that the inputs no longer change the outputs would prove nothing, every other of the units that go is cut as well;
+    where that tells no more (a head of zeros, class numbers as output), with weights that are drawn, and what layers give is compared, too.
     Raises NotEquivalent over TOLERANCE, with the name of the group whose removal alone already fails.
     """
     if all(bool(mask.all()) for mask in keep.values()):
         return 0.0
+    refuse_changing_hooks(model, as_tuple(model, example_inputs))
     twin = reference_copy(model)
     own = {name: mask.cpu() for name, mask in keep.items()}
 
-    def error(cut: Mapping[str, Tensor]) -> tuple[float, str, bool]:
-        return _error(twin, shrink(twin, cut, structure)[0], tensor_slices(twin, structure, cut), example_inputs)
+    def error(cut: Mapping[str, Tensor], drawn: bool = False) -> tuple[float, str, bool]:
+        whole = _with_drawn_weights(twin) if drawn else twin
+        return _error(
+            whole, shrink(whole, cut, structure)[0], tensor_slices(whole, structure, cut), example_inputs, drawn
+        )
 
     worst, why, told = error(own)
     if worst <= TOLERANCE and not told:
         own = {name: mask | (mask.logical_not().cumsum(0) % 2 == 0) for name, mask in own.items()}
-        half, why, _ = error(own)
+        half, why, told = error(own)
         worst = max(worst, half)
+    if worst <= TOLERANCE and not told:
+        drawn, why, _ = error(own, drawn=True)
+        worst = max(worst, drawn)
     if worst <= TOLERANCE:
         return worst
     for name, mask in own.items():  # rare: the reader wants to know which
-        alone, what, _ = error({name: mask})
+        alone, what, _ = error({name: mask}, drawn=not told)
         if not alone <= TOLERANCE:
             raise NotEquivalent(f"{name}: {what} ({alone:.1e}); a fault, nothing was cut")
     raise NotEquivalent(f"the cut as a whole: {why} ({worst:.1e}); a fault, nothing was cut")
@@ -67,7 +87,10 @@ def prove_slices(
     model: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs, by: str
 ) -> float:
     """`prove_cut` for a cut that somebody else made (`by`): `slices` say what is left of each parameter and buffer."""
-    worst, why, _ = _error(reference_copy(model), reference_copy(smaller), slices, example_inputs)
+    refuse_changing_hooks(model, as_tuple(model, example_inputs))
+    worst, why, told = _error(reference_copy(model), reference_copy(smaller), slices, example_inputs)
+    if worst <= TOLERANCE and not told:
+        logger.warning("%s: the outputs hardly depend on the inputs, so that its proof says little", by)
     if not worst <= TOLERANCE:
         raise NotEquivalent(f"{by}: {why} ({worst:.1e}); leave such layers whole, or prune by another method")
     return worst
@@ -75,25 +98,29 @@ def prove_slices(
 
 @torch.no_grad()
 def _error(
-    twin: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs
+    twin: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs, maps: bool = False
 ) -> tuple[float, str, bool]:
     """The larger of the errors of (a) and (b), what it means, and whether it tells anything: whether the inputs still change the outputs.
 
-    `twin` is the whole network in float64, left alone.
+    `twin` is the whole network in float64, left alone. maps: what layers give is compared with the outputs, where the cut leaves it its
+    shape: of class numbers the outputs alone tell little.
     """
     given = as_tuple(twin, example_inputs)
     images, sizes = check_inputs(given, GIVEN, DRAWN)
-    other = base_inputs(given)
-
     silent = copy.deepcopy(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
-    expected, base = in_double(silent, images), in_double(silent, other)
     try:
-        found = in_double(smaller, images)
+        found = _run(smaller, images, maps)
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
         return float("inf"), f"the smaller network does not run: {str(error).splitlines()[0][:200]}", True
-    cut = relative_error(expected, found, sizes, base)
-    told = not hardly_depends(expected, sizes, base)
+    expected, base = _run(silent, images, maps), _run(silent, base_inputs(given), maps)
+    alike = [key for key, value in expected.items() if key in found and found[key].shape == value.shape and key in base]
+    if len(alike) < len(found) and not maps:
+        return float("inf"), "the smaller network gives outputs of other shapes", True
+    part = lambda values: [values[key] for key in alike]  # noqa: E731
+    cut = relative_error(part(expected), part(found), sizes, part(base))
+    exact = all(value.is_floating_point() for value in expected.values())
+    told = exact and not hardly_depends(part(expected), sizes, part(base))
     if not cut <= TOLERANCE:
         return (
             cut,
@@ -103,8 +130,47 @@ def _error(
     generator = torch.Generator().manual_seed(0)  # from 0.5 on: a variance stays one
     drawn = lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5  # noqa: E731
     _fill(silent, slices, drawn, columns=False)
-    others = relative_error(expected, in_double(silent, images), sizes, base)
+    others = relative_error(part(expected), part(_run(silent, images, maps)), sizes, part(base))
     return max(cut, others), "something else than the layers that were cut reads the removed channels", told
+
+
+def _with_drawn_weights(twin: nn.Module) -> nn.Module:
+    """A copy with random weights in the place of its own, of a size that carries maps through."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = copy.deepcopy(twin)
+    for tensor in drawn.parameters():
+        if tensor.dim() > 1:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / tensor[0].numel() ** 0.5)
+        elif tensor.dim() == 1:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype) + 0.5)
+    return drawn
+
+
+def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str, Tensor]:
+    """The outputs by their place, and with `maps` what each layer gives each time that it is called."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Any) -> None:
+        for place, tensor in enumerate(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+            found[f"{name} {place}"] = tensor.clone()
+
+    handles = []
+    if maps:
+        counts: Counter[str] = Counter()
+        for name, module in network.named_modules():
+            if not module._modules:
+
+                def hook(_: nn.Module, __: Any, value: Any, name: str = name) -> None:
+                    counts[name] += 1
+                    keep(f"{name} {counts[name]}", value)
+
+                handles.append(module.register_forward_hook(hook))
+    try:
+        keep("output", in_double(network, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tensor], Tensor], *, columns: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from rmprune.graph.equivalence import (
     base_inputs,
     check_inputs,
     hardly_depends,
-    has_hooks,
     maps_error,
     over_tolerance,
     own_dtype_error,
     reference_copy,
+    refuse_changing_hooks,
     refuse_unseen,
     relative_error,
 )
@@ -102,7 +101,7 @@ def remove_residuals(
     _check_settings(ranges, form, fuse, tolerance, input_range)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
-    _refuse_changing_hooks(model, reference, inputs)
+    refuse_changing_hooks(model, inputs)
     network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
@@ -173,20 +172,6 @@ def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
     budget = max(3, min(_IMAGE_MACS // max(1, macs), _PIXELS // max(1, math.prod(images.shape[2:]))))
     random = 4 if budget >= 8 else 2
     return max(1, min(len(images), budget - random)), random
-
-
-def _refuse_changing_hooks(model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Hooks are no part of the result. One that changes what the network returns is refused; it is run once to see."""
-    if not has_hooks(model):
-        return
-    hooked = copy.deepcopy(model).cpu().double().eval()
-    one = tuple(to_double(x[:1]) for x in inputs)
-    with torch.no_grad():
-        error = relative_error(in_double(reference, one), in_double(hooked, one), [len(one[0])])
-    if error > 1e-12:
-        raise UnsupportedModel(
-            "a forward hook changes what the network returns; take the hook off, or write it into forward"
-        )
 
 
 def _check_settings(ranges: str, form: str, fuse: str, tolerance: float, input_range: tuple[float, float]) -> None:

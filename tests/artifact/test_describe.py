@@ -58,6 +58,43 @@ def surgically_damaged() -> nn.Module:
     return model
 
 
+def hooked_outside() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    model.register_forward_hook(lambda _, __, y: 2 * y)
+    return model
+
+
+def replaced() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    model[0].forward = lambda x: x
+    return model
+
+
+def changed() -> nn.Module:
+    model = nn.Sequential(nn.ReLU6())
+    model[0].max_val = 0.5
+    return model
+
+
+class Unseen(nn.Module):
+    """What torch.fx reads of these is another network."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv = how, nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y * len(x) if self.how == "len" else torch.stack([y[0], y[-1] * len(y)])
+
+
+@pytest.mark.parametrize("how", ["len", "pieces"])
+def test_what_holds_for_one_number_of_images_is_refused(how: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="asks for the number of images"):
+        save(Unseen(how).eval(), tmp_path / "a", example_inputs=torch.randn(3, 3, 4, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
 class Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x, 0.5, self.training)
@@ -70,6 +107,9 @@ class Functional(nn.Module):
         (Branching(), "control flow"),
         (nn.Sequential(MyConv(3, 3, 1)), "erfinv"),
         (hooked(), "hooks"),
+        (hooked_outside(), "Sequential: it carries hooks"),
+        (replaced(), "its forward was replaced"),
+        (changed(), "its max_val is 0.5, where one made anew has 6.0"),
         (surgically_damaged(), "do not fit"),
         (Functional().train(), "training mode"),
         (nn.LSTM(3, 3), "trace"),

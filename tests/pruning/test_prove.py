@@ -1,14 +1,17 @@
 """A cut is proved: right ones pass, and every way of getting one wrong is found and named."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import NotEquivalent
+from rmprune.artifact import load, save
+from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.models import create
 from rmprune.pruning import Budget, coupled, find_structure, one_shot, prune, prune_coupled
+from rmprune.pruning.collapse import collapse_blocks
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.prove import prove_cut, prove_groups
 from rmprune.pruning.surgery import take
@@ -153,3 +156,61 @@ def test_what_torch_pruning_left_is_told_from_its_cut(name: str, monkeypatch: py
     assert cut and cut == set(slices)
     assert all(torch.equal(take(whole[name], slices.get(name, ())), left[name]) for name in left)
     assert {value.dtype for value in left.values() if value.dim()} == {torch.float32}
+
+
+def test_other_names_of_a_value_that_is_changed_in_place_see_the_change(tmp_path: Path) -> None:
+    """torch.fx alone takes `z += ...` for `z = z + ...`, where y would keep its old value."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.h = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            z = y
+            z += self.b(x)
+            z *= 2
+            return self.h(y)
+
+    torch.manual_seed(0)
+    model = Named().eval()
+    assert prove_groups(model, find_structure(model, IMAGES), IMAGES) < 1e-12
+    assert torch.equal(load(save(model, tmp_path / "named"))(IMAGES), model(IMAGES))
+
+
+def shifted(_: nn.Module, __: object, y: Tensor) -> Tensor:
+    return y.roll(1, 1)
+
+
+@pytest.mark.parametrize("at", ["", "0", "2"])
+def test_hooks_that_change_values_are_refused(at: str) -> None:
+    model = chain()
+    model.get_submodule(at).register_forward_hook(shifted)
+    for call in (
+        lambda: prune(model, IMAGES, importance="magnitude", budget=Budget(ratio=0.3)),
+        lambda: prune_coupled(model, IMAGES, importance="magnitude", budget=Budget(ratio=0.3)),
+        lambda: collapse_blocks(model, IMAGES),
+    ):
+        with pytest.raises(UnsupportedModel, match="a forward hook changes what the network returns"):
+            call()
+
+
+@pytest.mark.parametrize("end", ["zeros", "class numbers"])
+def test_a_head_that_tells_nothing_hides_no_wrong_cut(end: str) -> None:
+    model = chain()
+    if end == "zeros":
+        nn.init.zeros_(model[7].weight)
+    else:
+        model.append(Largest())
+    structure = find_structure(model, IMAGES)
+    wrong = changed(structure, "0", lambda m: replace(m, index=m.index.flip(0)) if m.side == "in" else m)
+    keep = {"0": torch.tensor([True, False, False, False])}
+    assert prove_cut(model, structure, keep, IMAGES) < 1e-12
+    with pytest.raises(NotEquivalent, match="the smaller network differs"):
+        prove_cut(model, wrong, keep, IMAGES)
+
+
+class Largest(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(1)
