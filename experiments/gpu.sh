@@ -82,14 +82,16 @@ for kit in "$@"; do
         fashion)
             data="--data-dir gpu-kit/fashion/fashion-mnist --networks gpu-kit/fashion/networks"
             echo "1. timeout_s 300: $measure $data --parts exactness,speed,additions $log"
-            echo "2. timeout_s 320: $measure $data --parts training,accuracy $log"
-            echo "Where time is left: $measure $data --parts accuracy --scale 0.6 --comparisons mobilenet_v2 $log"
-            echo "    and python3 -m pytest -m cuda -n 0 -p no:cacheprovider tests/training tests/measure"
+            echo "2. timeout_s 340: $measure $data --parts training,accuracy $log"
+            echo "Another time, with timeout_s 560: $measure $data --parts accuracy --comparisons mobilenet_v2 --scale 1.9 $log"
+            echo "    and $measure $data --parts speed --backends eager-contiguous,torchscript,compile-float16 --scale 3 $log"
+            echo "    and $install; PYTHONPATH=.:/tmp/site python3 -m pytest -m cuda -n 0 -p no:cacheprovider tests/training tests/measure"
             ;;
         solar)
             data="--solar-dir gpu-kit/solar/cells"
             echo "1. timeout_s 560: $measure $data --parts solar $log"
-            echo "Where time is left, or another time: $measure $data --parts solar --scale 0.3 --seed 2 --seeds 3 $log"
+            echo "Another time, likewise: $measure $data --parts solar --seed 3 --seeds 2 $log"
+            echo "    and $measure $data --parts solar --comparisons mobilenet_v2 $log"
             ;;
     esac
 done

@@ -5,6 +5,7 @@ import json
 import operator
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from removal_coverage import randomise
@@ -26,9 +27,9 @@ FORMATS = (
 FAMILIES = ("mobilenet_v2", "resnet18", "timm/efficientnet_lite0", "resnet50", "resnet34", "timm/repvgg_a0")
 WITH_ADDITIONS = ("mobilenet_v2", "resnet18", "resnet50", "timm/efficientnet_lite0")
 SHARES = {
-    "mobilenet_v2": (0.775, 0.72, 0.615, 0.515),
-    "timm/efficientnet_lite0": (0.615, 0.515),
-}  # at most; widths are multiples of 8
+    "mobilenet_v2": (0.755, 0.705, 0.605, 0.505),
+    "timm/efficientnet_lite0": (0.605, 0.505),
+}
 """Of the fused RM form's MACs (MobileNetV2's: 848 million at 224 pixels), as the paper's V1 forms have; others: the original's MACs."""
 READ_AT = 64  # pixels at which networks are rewritten and cut: the result takes any size, and float64 is slow
 
@@ -65,12 +66,14 @@ def forms(name: str, *, quick: bool) -> dict[str, nn.Module]:
     removed = {
         fuse: rmprune.remove_residuals(original, x, fuse=fuse, batch_norm=True).model for fuse in ("never", "always")
     }
-    found |= {"RM": removed["never"], "RM fused": removed["always"]}
     plain, large = removed["always"], torch.randn(1, 3, size if quick else 224, size if quick else 224)
     whole, most = rmprune.count_macs(original, large), rmprune.count_macs(plain, large)
-    shares = SHARES.get(name, (min(1.0, whole / most),))
+    found["RM"] = removed["never"]
+    if rmprune.count_macs(removed["never"], large) != most:  # else there was nothing to fuse
+        found["RM fused"] = plain
+    shares = SHARES.get(name, (whole / most,) if whole < most else ())
     for share in shares[-1:] if quick else shares:
-        narrow = cut(plain, share, x)
+        narrow = cut(plain, share, x, unused=1.0 if quick else 0.02)
         macs = rmprune.count_macs(narrow, large)
         found[f"RM {macs / most:.2f}"] = narrow
         equal = of_macs(name, macs, large, quick)
@@ -88,14 +91,22 @@ def made(name: str, quick: bool, width: float | None = None) -> nn.Module:
     return model
 
 
-def cut(plain: nn.Module, share: float, x: torch.Tensor) -> nn.Module:
-    """The same fraction of every layer's channels, multiples of 8, of this share of its MACs."""
-    if share == 1:
-        return plain
-    budget = Budget(macs_ratio=share, round_to=8)
-    return rmprune.prune(
-        plain, x, importance="magnitude", budget=budget, which="uniform", compensate=False, prove=False
-    )
+def cut(plain: nn.Module, share: float, x: torch.Tensor, unused: float) -> nn.Module:
+    """The same fraction of every layer's channels, multiples of 8, of this share of its MACs. Where those steps leave more than `unused`
+    of all MACs, channels are taken from the next larger such network, by magnitude."""
+    whole = rmprune.count_macs(plain, x)
+    settings: dict[str, Any] = {"importance": "magnitude", "compensate": False, "prove": False}
+
+    def even(part: float) -> tuple[nn.Module, float]:
+        budget = Budget(macs_ratio=part, round_to=8)
+        found = rmprune.prune(plain, x, budget=budget, which="uniform", **settings)
+        return found, rmprune.count_macs(found, x) / whole
+
+    found, own = even(share)
+    if own > share - unused:
+        return found
+    larger = next(net for net, own in (even(share + step * unused) for step in range(1, 20)) if own > share)
+    return rmprune.prune(larger, x, budget=Budget(macs_ratio=share, round_to=8, reference_macs=whole), **settings)
 
 
 def of_macs(name: str, macs: float, x: torch.Tensor, quick: bool) -> nn.Module | None:

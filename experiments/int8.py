@@ -69,6 +69,8 @@ class Settings:
     finetune_epochs: int = 4
     macs_ratio: float = 0.5
     seed: int = 0
+    pruned: bool = True
+    """Cut networks as well."""
     forms: tuple[str, ...] = tuple(FORMS)
     backends: tuple[str, ...] = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
     times: bool = False
@@ -112,13 +114,12 @@ def headed(net: nn.Module, data: Dataset, settings: Settings) -> nn.Module:
     labels = [net(x) is None or y for x, y in data.train.batches(64)]
     hook.remove()
     x, y = torch.cat(found).double(), torch.cat(labels)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    fitted = LogisticRegression(C=0.01, max_iter=1000).fit(((x - mean) / std).numpy(), y.numpy())
+    fitted = LogisticRegression(max_iter=2000).fit(x.numpy(), y.numpy())  # features as they are: even weights suit int8
     weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
     if len(weight) == 1:  # of two classes the second's
         weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
-    head.weight.copy_(weight / std)
-    head.bias.copy_(bias - (weight / std) @ mean)
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
     return net
 
 
@@ -127,7 +128,7 @@ Finish = Callable[[nn.Module, Dataset, Settings], nn.Module]
 
 def pruned(net: nn.Module, whole: nn.Module, data: Dataset, settings: Settings, finish: Finish) -> nn.Module:
     """Cut once to the budget, counted against the `whole` network, its layers fitted anew, and finished."""
-    x, batches = data.train.example(2), list(data.train.batches(64, limit=512))
+    x, batches = data.train.example(2), list(data.train.batches(128, limit=1024))
     budget = rmprune.Budget(macs_ratio=settings.macs_ratio, reference_macs=rmprune.count_macs(whole, x[:1]))
     return finish(
         rmprune.prune(net, x, importance="taylor", budget=budget, data=batches, reconstruct=True), data, settings
@@ -159,12 +160,16 @@ def of_model(
     folder, x = settings.keep / name.replace("/", "-").replace(":", "-"), data.train.example(16)
     net = kept(folder / "residual", make, x)
     normed = lambda: rmprune.remove_residuals(net, x, batch_norm=True).model  # noqa: E731
-    return {
-        "residual": net,
-        **plain_forms(net, x, folder, settings),
-        "pruned-residual": kept(folder / "pruned-residual", lambda: pruned(net, net, data, settings, finish), x),
-        "pruned": kept(folder / "pruned", lambda: pruned(normed(), net, data, settings, finish), x),
-    }
+    found = {"residual": net, **plain_forms(net, x, folder, settings)}
+    return (
+        found
+        if not settings.pruned
+        else found
+        | {
+            "pruned-residual": kept(folder / "pruned-residual", lambda: pruned(net, net, data, settings, finish), x),
+            "pruned": kept(folder / "pruned", lambda: pruned(normed(), net, data, settings, finish), x),
+        }
+    )
 
 
 def of_run(cell: Path, name: str, data: Dataset, settings: Settings) -> dict[str, nn.Module]:

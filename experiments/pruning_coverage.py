@@ -28,7 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +198,9 @@ def cut(model: Any, x: Any, whole: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"status": "pruned", "message": ""}
     start = time.process_time()
     with reasons(facts):
-        pruning = rmprune.pruning.find_structure(model, x)
+        with suppress(rmprune.RmpruneError):  # `prune` says it, or finds a way
+            rmprune.pruning.find_structure(model, x)
         facts["trace_seconds"] = round(time.process_time() - start, 1)
-        del pruning
         budget = rmprune.Budget(macs_ratio=RATIO, reference_macs=whole, min_fraction=FLOOR)
         pruned = rmprune.prune(model, x, importance="magnitude", budget=budget)
         facts["seconds"] = round(time.process_time() - start, 1)

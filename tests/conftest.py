@@ -3,6 +3,8 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from hypothesis import settings
@@ -33,3 +35,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_warm_up(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Networks are measured without a warm-up, except where measuring itself is looked at."""
+    if "measure" in request.path.parts:
+        yield
+        return
+    from rmprune.measure import latency
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "timed_rounds", partial(latency.timed_rounds, warmup=0.0))
+        yield

@@ -9,6 +9,7 @@ Stock torch code that asks where a tensor is, from within an operation, is told 
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ class Operations(TorchDispatchMode):
         if name == "copy_" or (name.startswith("index") and self.places.of(args[0]) == GPU):
             self.places.note(f"copy: {name}")
             return self.places.of(args[0])
+        if name == "_has_compatible_shallow_copy_type":  # asked by Module.to, of a parameter and its copy
+            return CPU
         if all(t.dim() == 0 for t in here) and name not in ("cat", "stack"):
             return GPU
         raise RuntimeError(
@@ -178,6 +181,19 @@ class Stream:
         pass
 
 
+class Event:
+    """When the processor was there: all work is done by then."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at - self.at)
+
+
 CURRENT = [Stream()]
 
 
@@ -204,6 +220,12 @@ def pretended_gpu() -> Iterator[Places]:
             "synchronize": lambda device=None: None,
             "get_device_name": lambda device=None: "a pretended GPU",
             "mem_get_info": lambda device=None: (2**30, 2**30),
+            "reset_peak_memory_stats": lambda device=None: None,
+            "memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: 2**20,
+            "empty_cache": lambda: None,
+            "device": lambda device: contextlib.nullcontext(),
+            "Event": Event,
             "Stream": Stream,
             "current_stream": lambda: CURRENT[0],
             "stream": on_stream,

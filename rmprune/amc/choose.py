@@ -24,8 +24,8 @@ from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, record_shapes
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import Cost, sized_layers
-from rmprune.pruning.prove import prove_groups
-from rmprune.pruning.surgery import shrink
+from rmprune.pruning.prove import prove_cut, prove_groups
+from rmprune.pruning.surgery import note_cut, shrink
 from rmprune.pruning.time_cost import TimeCost, calibrate
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Job
@@ -156,8 +156,11 @@ def choose(
         verified = Verified(**found | {"widths": tuple(found["widths"])})
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
-    facts = _facts(result, space, verified, accuracy, goal.ratio) | {"cut_error": cut_error}
-    return Chosen(job.recentred(scorer.build(verified.widths)), widths, facts)
+    model = job.recentred(scorer.build(verified.widths))
+    own = prove_cut(network, space.structure, space.keep(verified.widths, scorer.order), job.data.train.example(2))
+    note_cut(model, network, space.structure, own)
+    facts = _facts(result, space, verified, accuracy, goal.ratio) | {"cut_error": max(cut_error, own)}
+    return Chosen(model, widths, facts)
 
 
 def make_scorer(network: nn.Module, space: Space, job: Job[AmcConfig]) -> Scorer:

@@ -56,7 +56,12 @@ class OnnxFile:
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
         """The values of a tensor; external ones are mapped from their file, and not read before they are used."""
-        return _array(tensor, self.path)
+        try:
+            return _array(tensor, self.path)
+        except (ValueError, OverflowError, OSError) as error:
+            raise ArtifactError(
+                f"{self.path}: tensor {printable(tensor.name)}: {first_line(error)}; export the file again"
+            ) from None
 
 
 def is_onnx(path: str | Path) -> bool:

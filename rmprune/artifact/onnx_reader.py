@@ -25,6 +25,7 @@ from rmprune.graph.convolution import Obstacle
 
 ONNX_READERS = WINDOW_READERS | LAYER_READERS | FUNCTION_READERS
 _QUANTISED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
+_SCOPES = "pkg.torch.onnx.name_scopes"
 _SELF = ("Constant", "Shape")
 MOST_PIXELS = 2**24  # of an input
 
@@ -114,7 +115,7 @@ def _read(file: OnnxFile, node: onnx.NodeProto, values: dict[str, OnnxValue | No
             raise Obstacle(f"it reads {printable(missing[0])}, a second result that is not read")
         found = _result(file, node, inputs, attributes, drawing)
     except Obstacle as obstacle:
-        raise UnsupportedModel(f"{file.path}: {said_of(node)}: {obstacle}") from None
+        raise UnsupportedModel(f"{file.path}: {said_of(node)}: {str(obstacle)[:500]}") from None
     except Exception as error:  # torch and numpy complain in many ways of sizes that do not fit
         raise ArtifactError(
             f"{file.path}: {said_of(node)}: {first_line(error)}; the file contradicts itself, export it again"
@@ -185,4 +186,6 @@ def _layer_name(node: onnx.NodeProto) -> str:
         inner = [part for part, after in pairwise(scopes) if not after.startswith(f"{part}.")]
         return ".".join(inner)
     weight = re.fullmatch(r"(.+)\.weight", node.input[1]) if len(node.input) > 1 else None
-    return weight[1] if weight else node.name or next(iter(node.output), "") or node.op_type
+    said = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
+    around = filter(None, re.findall(r"'([^']*)'", said)[:-1])  # torch's newer exporter: ['', 'layer1.0', 'add_65']
+    return weight[1] if weight else [node.name or next(iter(node.output), "") or node.op_type, *around][-1]

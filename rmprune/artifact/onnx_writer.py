@@ -21,8 +21,10 @@ from rmprune.artifact.onnx_runtime import batch_for, refuse_difference, run_file
 from rmprune.artifact.tensors import first_line
 from rmprune.errors import RmpruneError, UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
+from rmprune.graph.network import free_name
 
 logger = logging.getLogger("rmprune")
+Weights = dict[str, np.ndarray[Any, Any]]
 EXTERNAL_OVER = 2**31 - 2**20  # bytes of weights that one file can hold besides its graph
 _NEWEST = 20  # the last opset that the exporter knows; onnx's own converter goes on from there
 _MORE_PIXELS = 32  # of the second size on which open sizes are tried
@@ -40,7 +42,7 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
     """
     file = network.file
     proto, weights = _exported(network, model)
-    _rename(proto, file)
+    weights = _rename(proto, weights, file)
     _tell(proto, file.proto)
     _write(proto, weights, path)
     error = _compare(network, path, 0)
@@ -48,12 +50,13 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
         _fix_sizes(proto, network)
         _write(proto, weights, path)
         logger.warning(
-            "%s: what it computes depends on the size of its images, which is fixed in the new file", file.path
+            "%s: what it computes depends on the size of its images, which is fixed in the new file (--image-size says another)",
+            file.path,
         )
     return max(error, _compare(network, path, 1))
 
 
-def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, dict[str, np.ndarray[Any, Any]]]:
+def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, Weights]:
     """The graph as torch exports it, inputs i0, ... and outputs o0, ..., and its weights by name, which it does not hold."""
     file, opset = network.file, min(network.file.opset, _NEWEST)
     examples = batch_for(file, network.examples)
@@ -74,18 +77,18 @@ def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, 
         proto = onnx.load_from_string(buffer.getvalue())
         if file.opset > opset:
             proto = onnx.version_converter.convert_version(proto, file.opset)
+        own = {value.name for value in proto.graph.input} - set(inputs)
+        state = folded.state_dict(keep_vars=True)
+        weights = {name: state[name].detach().numpy() for name in own}
     except Exception as error:  # neither has an error family of its own
         raise UnsupportedModel(
             f"{file.path}: the new network cannot be written in opset {file.opset} ({first_line(error)})"
         ) from error
-    state = {name: tensor.detach().numpy() for name, tensor in folded.state_dict(keep_vars=True).items()}
-    own = {value.name for value in proto.graph.input} - set(inputs)
-    weights = {name: state[name] for name in own}
     _fold_weights(proto.graph, weights)
     return proto, weights
 
 
-def _fold_weights(graph: onnx.GraphProto, weights: dict[str, np.ndarray[Any, Any]]) -> None:
+def _fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
     """Weights that the graph would transpose or copy are written so; one that nothing reads then is left out."""
     for node in list(graph.node):
         if node.op_type in ("Transpose", "Identity") and node.input[0] in weights and len(node.output) == 1:
@@ -98,20 +101,17 @@ def _fold_weights(graph: onnx.GraphProto, weights: dict[str, np.ndarray[Any, Any
         del weights[name]
 
 
-def _rename(proto: onnx.ModelProto, file: OnnxFile) -> None:
-    """The names of the file's inputs and outputs; whatever else has one of them gets another."""
+def _rename(proto: onnx.ModelProto, weights: Weights, file: OnnxFile) -> Weights:
+    """The names of the file's inputs and outputs; whatever else has one of them gets another. Returns the weights by their new names."""
     wanted = {f"i{i}": entry.name for i, entry in enumerate(file.inputs)}
     wanted |= {f"o{i}": entry.name for i, entry in enumerate(file.outputs)}
-    taken = set(wanted.values())
-
-    def new(name: str) -> str:
-        return wanted.get(name, f"{name}_inner" if name in taken else name)
-
+    names = {*weights, *(name for node in proto.graph.node for name in (*node.input, *node.output))}
+    for name in (names & set(wanted.values())) - wanted.keys():
+        wanted[name] = free_name(f"{name}_inner", names)
     for node in proto.graph.node:
-        node.input[:] = [new(name) for name in node.input]
-        node.output[:] = [new(name) for name in node.output]
-    for value in proto.graph.input:
-        value.name = new(value.name)
+        node.input[:] = [wanted.get(name, name) for name in node.input]
+        node.output[:] = [wanted.get(name, name) for name in node.output]
+    return {wanted.get(name, name): value for name, value in weights.items()}
 
 
 def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
@@ -129,7 +129,7 @@ def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
     proto.producer_name, proto.producer_version = "rmprune", ""
 
 
-def _write(proto: onnx.ModelProto, weights: dict[str, np.ndarray[Any, Any]], path: Path) -> None:
+def _write(proto: onnx.ModelProto, weights: Weights, path: Path) -> None:
     proto.graph.ClearField("initializer")
     proto.graph.initializer.extend(
         numpy_helper.from_array(np.ascontiguousarray(w), name) for name, w in weights.items()
@@ -141,7 +141,10 @@ def _write(proto: onnx.ModelProto, weights: dict[str, np.ndarray[Any, Any]], pat
         proto.graph.ClearField("initializer")
     else:
         path.write_bytes(proto.SerializeToString())
-    onnx.checker.check_model(str(path))
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise UnsupportedModel(f"the new network cannot be written as the file was ({first_line(error)})") from error
 
 
 def _compare(network: OnnxNetwork, path: Path, seed: int) -> float:

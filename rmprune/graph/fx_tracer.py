@@ -160,6 +160,25 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
             setattr(torch, name, make)
 
 
+@contextlib.contextmanager
+def _own_caches(model: nn.Module) -> Iterator[None]:
+    """Dictionaries in which modules keep what they computed (LeViT's attention biases) are empty for the while, and as before after it."""
+    found = [
+        (held, dict(held))
+        for module in model.modules()
+        for name, held in vars(module).items()
+        if type(held) is dict and "cache" in name
+    ]
+    for held, _ in found:
+        held.clear()
+    try:
+        yield
+    finally:
+        for held, before in found:
+            held.clear()
+            held.update(before)
+
+
 class _Known(fx.Proxy):
     """A proxy that Python may ask for its length, or for its number where it is one made of sizes."""
 
@@ -240,14 +259,22 @@ def follow(
         tracer.inputs = known
         try:
             fixed = _fixed(model, None if inputs is None else len(inputs))
-            with _recorded_factories(tracer):
+            with _recorded_factories(tracer), _own_caches(model):
                 graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
+            _note_origin(graph, model)
             return _cleaned(graph, fixed), list(tracer.decided)
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
                 del model.__dict__[name]
     raise _refusal(model, *tried[-1]) from tried[-1][1]
+
+
+def _note_origin(graph: fx.Graph, model: nn.Module) -> None:
+    """Which node of the graph that a GraphModule has each node is, in its meta, where tracing gave the same ones."""
+    if isinstance(model, fx.GraphModule) and [n.name for n in graph.nodes] == [n.name for n in model.graph.nodes]:
+        for node in graph.nodes:
+            node.meta["traced_as"] = node.name
 
 
 def _refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> None:

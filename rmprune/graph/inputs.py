@@ -1,9 +1,9 @@
-"""Example inputs of a network: one tensor, a tuple of them, or a dict by the names in forward; and whether they fit."""
+"""What a call is given: example inputs (one tensor, a tuple of them, or a dict by the names in forward), and whether they fit; names."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from rmprune.errors import UnsupportedModel
+from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
 from rmprune.graph.shapes import blank, on_meta
@@ -53,6 +53,17 @@ def _as_many(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 f"input {place + 1} of {len(inputs)} holds {len(x)} examples, another one {count}: give as many of each"
             )
     return tuple(x if len(x) == count else x.expand(count, *x.shape[1:]) for x in inputs)
+
+
+def as_names(names: Any, setting: str) -> tuple[str, ...]:
+    """One name, several, or None for none, as a tuple. Raises ConfigError for anything else in this setting."""
+    found = (
+        (names,) if isinstance(names, str) else tuple(names or ()) if isinstance(names, Iterable | None) else (names,)
+    )
+    for name in found:
+        if not isinstance(name, str):
+            raise ConfigError(f"{setting} is a list of names; got {type(name).__name__} in it")
+    return found
 
 
 def only_input(inputs: tuple[Tensor, ...], call: str) -> Tensor:

@@ -22,7 +22,7 @@ from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.written_out import as_layers
 
 
-class _Tracer(Tracer):
+class PlainTracer(Tracer):
     """Leaves stock modules whole, and classes that merely inherit a stock forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -42,7 +42,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
     drawn = draws()
-    traced, decided = follow(_Tracer, model, example_inputs)
+    traced, decided = follow(PlainTracer, model, example_inputs)
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
     written = _as_written(model, traced) if decided else []
@@ -178,7 +178,9 @@ def plain_norm(module: Any) -> nn.BatchNorm2d | nn.GroupNorm:
 
 def _refuse_fixed_batch(model: nn.Module, written: list[Any], decided: list[str], inputs: tuple[Tensor, ...]) -> None:
     """Sizes that decide may be those of the batch; then it runs for batches of this size only, and nothing can be checked."""
-    if decided and written != _as_written(model, follow(_Tracer, model, tuple(torch.cat([x, x[:1]]) for x in inputs))[0]):
+    if decided and written != _as_written(
+        model, follow(PlainTracer, model, tuple(torch.cat([x, x[:1]]) for x in inputs))[0]
+    ):
         raise UnsupportedModel(
             f"the code asks for sizes ({'; '.join(decided)}), and so the size of the batch is written into the network: one image more "
             "is another computation; make what depends on it of tensors (zeros_like, new_zeros, x.view(-1, ...)), and loop over no images"

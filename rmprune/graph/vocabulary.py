@@ -300,7 +300,7 @@ TENSOR_METHODS = frozenset(
     view reshape flatten mean sum amax amin max min size dim numel relu relu_ sigmoid sigmoid_ tanh softmax log_softmax
     add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt abs exp log clamp clamp_ clip permute transpose contiguous
     squeeze unsqueeze chunk split expand expand_as view_as repeat matmul bmm flip roll square t narrow select unflatten
-    unbind movedim index_select unfold repeat_interleave swapaxes to type float double type_as new_zeros new_ones sin cos
+    unbind movedim index_select unfold repeat_interleave swapaxes to type float double type_as new_zeros new_ones sin cos reshape_as
     """)
 )
 TENSOR_DTYPES = (

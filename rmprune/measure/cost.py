@@ -1,8 +1,11 @@
 """What a network costs on paper: multiply-accumulates and parameters. Measured time is latency.py's business."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -16,8 +19,9 @@ def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
     Several inputs: a tuple, or a dict by the names in forward. Raises UnsupportedModel where they do not fit the network.
 
     Counted: convolutions, linear layers, matrix products and attention, as modules or as functions, padding taps
-    included, biases not. Not counted: batch norms, activations, pooling, additions, resizing. The table from operator
-    to cost is torch's own (torch.utils.flop_counter, which counts a MAC as two operations). Nothing is computed: the
+    included, biases not; products with vectors and bilinear layers too. Not counted: batch norms, activations, pooling, additions,
+    resizing. The table from operator to cost is torch's own (torch.utils.flop_counter, which counts a MAC as two operations) and
+    what it lacks. Nothing is computed: the
     pass runs on shapes (the meta device), on a copy; networks that cannot run so are run for real.
 
     >>> rmprune.count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.randn(32, 3, 10, 10))  # 3 * 8 * 3 * 3 * 10 * 10
@@ -38,6 +42,29 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _trilinear(
+    a: Tensor, b: Tensor, c: Tensor, expand_a: list[int], expand_b: list[int], expand_c: list[int], *_: Any
+) -> int:
+    """Of the product of three tensors that `nn.Bilinear` is: each has dimensions of 1 where its list says so."""
+    sizes = []
+    for tensor, ones in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        own = iter(tensor.shape)
+        sizes.append([1 if dim in ones else next(own) for dim in range(tensor.dim() + len(ones))])
+    return math.prod(map(max, *sizes))
+
+
+_ATEN = torch.ops.aten
+_LACKING: Mapping[Any, Callable[..., int]] = {
+    _ATEN.mv: lambda matrix, vector: matrix.numel(),
+    _ATEN.addmv: lambda added, matrix, vector, **_: matrix.numel(),
+    _ATEN.dot: lambda a, b: a.numel(),
+    _ATEN.vdot: lambda a, b: a.numel(),
+    _ATEN.addbmm: lambda added, a, b, **_: a.numel() * b.shape[2],
+    _ATEN._trilinear: _trilinear,
+}
+"""MACs of products that torch's table of costs lacks."""
+
+
 class _Counter(TorchDispatchMode):
     """Adds up the cost of every operator that reaches the dispatcher."""
 
@@ -52,7 +79,9 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        cost = flop_registry.get(func._overloadpacket)
-        if cost is not None:
+        packet = func._overloadpacket
+        if (lacking := _LACKING.get(packet)) is not None:
+            self.macs += lacking(*args, **kwargs)
+        elif (cost := flop_registry.get(packet)) is not None:
             self.macs += cost(*args, **kwargs, out_val=out) // 2
         return out

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.graph.foreign import plain_module
-from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.inputs import Inputs, as_names, as_tuple
 from rmprune.measure.accuracy import candidate_accuracy
 from rmprune.measure.backends import (
     BACKENDS,
@@ -129,6 +129,7 @@ def measure_latencies(
     >>> found["wide"][0].ratio, found["narrow"][0].median_ms > 0
     (1.0, True)
     """
+    backends = as_names(backends, "backends")
     _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
     models = {name: plain_module(model) for name, model in models.items()}
     example_inputs = as_tuple(next(iter(models.values())), example_inputs)

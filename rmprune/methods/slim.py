@@ -11,6 +11,7 @@ from torch import nn
 
 from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, MissedBudget
+from rmprune.graph.facts import facts_of
 from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.place import MARGIN, infeasible
 from rmprune.methods.cutter import Cutter, make_cutter, place_of
@@ -38,10 +39,10 @@ def slim_network(
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
     `widths`: of a plan, by layers, from which it is cut to the budget.
 
-    With it the facts for its artifact and record: the error of cuts of its groups (`prove_groups`), the units that each still has
-    (`widths_of`), which residuals `mixed` removed. Only a network that misses a budget in measured time at the end is cut again, up to
-    TIME_ATTEMPTS times, with one epoch after each cut. Raises InfeasibleBudget where limits forbid the budget, MissedBudget where even
-    these cuts do not meet it, UnsupportedModel where the method cannot cut this network.
+    With it the facts for its artifact and record: the error of cuts of its groups (`prove_groups`) and of the last network, the units that
+    each still has (`widths_of`), which residuals `mixed` removed. Only a network that misses a budget in measured time at the end is cut
+    again, up to TIME_ATTEMPTS times, with one epoch after each cut. Raises InfeasibleBudget where limits forbid the budget, MissedBudget
+    where even these cuts do not meet it, UnsupportedModel where the method cannot cut this network.
     """
     config, data = job.config, job.data
     timed = budget.latency_ratio is not None
@@ -56,8 +57,11 @@ def slim_network(
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to
         network = cutter.once(cutter.network, cut_to)
     network = tune(network, config.finetune, job, files, hook)
+    if hook is not None:
+        hook.proved(network)  # once more, as it was trained to its end: a checkpoint holds no facts
     if timed:
         network = _within_time(network, cutter, budget, cut_to, files)
+    facts["cut_error"] = max(facts["cut_error"], facts_of(network).get("cut_error") or 0.0)
     facts["widths"] = widths_of(cutter.structure, network)
     if not method.faster:
         return network, facts

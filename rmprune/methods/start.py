@@ -23,7 +23,7 @@ def start(dense: nn.Module, name: str, examples: Examples) -> tuple[nn.Module, d
     rule = STARTS[name]
     if rule.prefer == ("keep",):
         return dense, {}
-    options = block_options(dense, examples(2), linear=False)
+    options = block_options(dense, examples(2), linear=False, alone=False)
     choices: dict[str, Choice] = {
         block: next(choice for choice in rule.prefer if not own[choice]) for block, own in options.items()
     }

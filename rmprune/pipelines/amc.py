@@ -164,6 +164,8 @@ def _slim(name: str, base: nn.Module, goal: Goal, job: Job[AmcConfig], cell: Cel
         network = base
         hook = PolicyPruner(base, example, chosen.widths, prune_epochs=config.prune_epochs, every=every)
     network = tune(network, config.finetune, job, Files.of(cell.directory, name), hook)
+    if hook is not None:
+        chosen.facts["cut_error"] = max(chosen.facts["cut_error"], hook.proved(network))
     if not AMC_METHODS[name].mixed:
         return network, {"search": chosen.facts}
     removal = _remove_faster(network, goal, job)

@@ -104,7 +104,9 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
     for block in blocks:
         may = ", ".join(choice for choice in _SHOWN if not options[block.name][choice])
         reasons.setdefault(("a plan may choose", may), []).append(block.name)
-        own = {"stays": block.reason} | {f"no {choice}": options[block.name][choice] for choice in ("merge", "drop")}
+        own = {"stays": block.reason} | {
+            f"no {choice}": options[block.name][choice] for choice in ("remove", "merge", "drop")
+        }
         for said, reason in own.items():
             if reason and (said == "stays" or reason != block.reason):
                 reasons.setdefault((said, reason), []).append(block.name)
@@ -167,7 +169,7 @@ def run_convert(config: ConvertConfig) -> Path:
     model, examples, file = open_examples(config.network)
     removal = remove_residuals(model, examples, batch_norm=config.batch_norm, **_options(config.removal))  # type: ignore[arg-type]
     facts: dict[str, object] = {"source": config.network.model, "removal": removal.facts}
-    if len(examples) == 1:
+    if len(examples) == 1 and examples[0].dim() == 4:
         facts["input_shape"] = list(examples[0].shape[1:])
     error = 0.0
 

@@ -147,7 +147,7 @@ def slim(
 
     >>> model = rmprune.models.create("resnet8", num_classes=4, width=16).eval()  # a trained one
     >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(2)]
-    >>> quick = rmprune.config.MeasureConfig(backends=("eager",), seconds=0)
+    >>> quick = rmprune.config.MeasureConfig(backends=("eager",), seconds=0, min_rounds=3)
     >>> result = rmprune.slim(model, batches, batches, macs_ratio=0.5, epochs=1, measure=quick)
     >>> list(result.table.index), bool(result.table.macs_ratio["pruned"] <= 0.5)
     (['original', 'removed', 'pruned'], True)

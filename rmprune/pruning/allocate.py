@@ -11,7 +11,7 @@ from torch import Tensor
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.budget import Budget, Target, allowed_units, resolve
 from rmprune.pruning.groups import Keep, Structure, total_cost
-from rmprune.pruning.layers import Cost, channels, macs
+from rmprune.pruning.layers import Cost, channels, macs, price
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
@@ -50,7 +50,7 @@ class Meter:
         for name, k in layer.outputs:
             cout += units[name] * k
         if (i, cin, cout) not in self._known:
-            self._known[i, cin, cout] = self.cost(layer, cin, cout)
+            self._known[i, cin, cout] = price(self.cost, layer, cin, cout)
         return self._known[i, cin, cout]
 
     def change(self, name: str, units: int) -> float:

@@ -50,6 +50,10 @@ class Budget:
         value = getattr(self, given[0])
         if not 0 < value < 1:
             raise ConfigError(f"{given[0]} must lie between 0 and 1, both excluded; got {value}")
+        for name in ("reference_macs", "reference_ms", "reference_bytes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is a positive number, or None for the network being pruned; got {value}")
         if self.min_channels < 1 or self.round_to < 1:
             raise ConfigError(f"min_channels and round_to are at least 1; got {self.min_channels} and {self.round_to}")
         if not 0 <= self.min_fraction <= self.max_fraction <= 1:
@@ -86,6 +90,12 @@ class Budget:
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
+def refuse_no_budget(budget: object) -> None:
+    """Raises ConfigError for what is none."""
+    if not isinstance(budget, Budget):
+        raise ConfigError(f"budget says what to meet, such as rmprune.Budget(macs_ratio=0.5); got {budget!r}")
+
+
 @dataclass(frozen=True)
 class Target:
     """A budget in absolute numbers: `cost` summed over the layers must not exceed `limit`. `whole`: what the
@@ -105,6 +115,7 @@ def resolve(structure: Structure, budget: Budget, cost: Cost | None = None) -> T
     """The budget of this network in absolute numbers. `cost` replaces MACs for `latency_ratio`, in the unit of
     `reference_ms`.
     """
+    refuse_no_budget(budget)
     if budget.ratio is not None:
         whole = total_cost(structure, channels)
         return Target(channels, (1 - budget.ratio) * whole + 1e-9, whole)

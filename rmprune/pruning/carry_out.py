@@ -22,7 +22,7 @@ from rmprune.pruning.options import block_names, block_options
 from rmprune.pruning.plan import Choice, SlimPlan, flat_name, layers_digest
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.refit import refit
-from rmprune.pruning.surgery import shrink
+from rmprune.pruning.surgery import note_cut, shrink
 from rmprune.removal import remove_residuals
 
 CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
@@ -102,15 +102,15 @@ def carry_out(
     3
     """
     images = torch.cat(list(network_inputs(data, model)))
-    options = block_options(model, images[:2])
+    options = block_options(model, images[:2], alone=False)
     choices = plan.check(model, options)
     network, facts = carry_out_blocks(model, choices, lambda count: images[:count], fuse=plan.fuse)
     structure = find_structure(network, images[:2])
     units = plan.units(structure)
-    result = cut_to(network, structure, units, data, importance, reconstruct)
+    result, error = cut_to(network, structure, units, data, importance, reconstruct)
     widths = {flat_name(name): count for name, count in units.items()}
     whole = SlimPlan(choices, widths, plan.fuse, layers_digest(model))
-    return result, facts | {"plan": whole.to_dict()}
+    return result, facts | {"plan": whole.to_dict(), "cut_error": error}
 
 
 def cut_to(
@@ -120,18 +120,19 @@ def cut_to(
     data: Batches,
     importance: str,
     reconstruct: bool,
-) -> nn.Module:
-    """The network with so many units of each group, its most important ones, and its layers fitted to what they put out before."""
+) -> tuple[nn.Module, float]:
+    """The network with so many units of each group, its most important ones, and its layers fitted to what they put out before; the
+    error of its cut (`prove_cut`)."""
     scores = score_groups(importance, network, structure, data)
     keep = {name: keep_best(score.double().cpu(), units[name]) for name, score in scores.items()}
     if all(bool(mask.all()) for mask in keep.values()):
-        return network
+        return network, 0.0
     images = fitting_images(data, network)
-    prove_cut(network, structure, keep, images[:2])
-    if not reconstruct:
-        return shrink(network, keep, structure)[0]
+    error = prove_cut(network, structure, keep, images[:2])
     with fitting():
-        return refit(network, structure, keep, images)
+        smaller = refit(network, structure, keep, images) if reconstruct else shrink(network, keep, structure)[0]
+    note_cut(smaller, network, structure, error)
+    return smaller, error
 
 
 def widths_of(structure: Structure, network: nn.Module) -> dict[str, int]:

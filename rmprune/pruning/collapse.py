@@ -22,7 +22,7 @@ from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.equivalence import reference_copy, refuse_changing_hooks, refuse_unseen
-from rmprune.graph.inputs import Inputs, as_given
+from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, range_of
@@ -57,7 +57,7 @@ class Collapse:
     note: str = ""
 
 
-def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] = ()) -> Collapse:
+def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] | None = ()) -> Collapse:
     """Each residual block's branch of several layers as one convolution, with a batch norm after it. `model` is left alone.
 
     The kernel is the branch's largest, the stride its own; blocks that this would make dearer (bottlenecks) are kept.
@@ -77,7 +77,7 @@ def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] = (
     def pick(network: Network, name: str, add: fx.Node) -> _Part | str:
         return "asked to stay" if name in left else _Part(collapsible(network, name, add))
 
-    left = set(keep)
+    left = set(as_names(keep, "keep"))
     found = _reshaped(model, images, left, pick)
     if not found.collapsed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.kept.items())

@@ -25,9 +25,10 @@ from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.budget import Budget, allowed_units, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, device_of
-from rmprune.pruning.layers import Cost, Slices, in_and_out
+from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, own_tensors, price
 from rmprune.pruning.one_shot import check_outputs
 from rmprune.pruning.prove import prove_slices
+from rmprune.pruning.surgery import note_cut, note_kept
 from rmprune.training.convolutions import TrainableConvolutions
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def prune_coupled(
     tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed, or those that `loss` takes, as in `prune`; or
     these `gradients` themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
     where the network was cut before. `prove`: the cut is compared with the whole network in float64
-    (`rmprune.pruning.prove`; NotEquivalent where it is wrong).
+    (`rmprune.pruning.prove`; NotEquivalent where it is wrong). The result has `rmprune_facts`, as that of `prune`.
 
     Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel where the
     importance has nothing to go by, or where Torch-Pruning cannot follow the network.
@@ -113,10 +114,25 @@ def prune_coupled(
             f"coupled pruning: {budget.name} {getattr(budget, budget.name):g} was met by no cut of Torch-Pruning, which leaves or ties "
             "more channels than these limits ask for; use another method"
         )
-    if prove:
-        prove_slices(model, best[1], best[2], example_inputs, "Torch-Pruning's cut")
-    check_outputs(model, best[1], example_inputs)
-    return best[1]  # type: ignore[return-value]
+    _, pruned, slices = best
+    error = prove_slices(model, pruned, slices, example_inputs, "Torch-Pruning's cut") if prove else None
+    check_outputs(model, pruned, example_inputs)
+    note_kept(pruned, model, _kept(model, structure, slices))
+    note_cut(pruned, model, structure, error)
+    return pruned  # type: ignore[return-value]
+
+
+def _kept(model: nn.Module, structure: Structure, slices: Mapping[str, Slices]) -> dict[str, Tensor]:
+    """{layer that could lose output channels: bool mask, True for those that stay}, by what is left of its tensors."""
+    masks = {}
+    for member in (m for group in structure.groups for m in group.members if m.side != "in"):
+        module = model.get_submodule(member.layer)
+        masks[member.layer] = torch.ones(member.size, dtype=torch.bool)
+        for name, _ in own_tensors(module):
+            for dim, index in slices.get(f"{member.layer}.{name}", ()):
+                if dim == output_dim(module, name):
+                    masks[member.layer] = torch.zeros(member.size, dtype=torch.bool).index_fill(0, index.cpu(), True)
+    return masks
 
 
 def _followed(model: nn.Module, structure: Structure) -> Structure:
@@ -142,7 +158,7 @@ def _followed(model: nn.Module, structure: Structure) -> Structure:
 def measured_cost(pruned: nn.Module, structure: Structure, cost: Cost) -> float:
     """The cost of a network whose layers carry the names of `structure` but have widths of their own."""
     return sum(
-        cost(layer, *(in_and_out(pruned.get_submodule(layer.name)) if layer.name else (layer.cin, layer.cout)))
+        price(cost, layer, *(in_and_out(pruned.get_submodule(layer.name)) if layer.name else (layer.cin, layer.cout)))
         for layer in structure.layers
     )
 

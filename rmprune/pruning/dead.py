@@ -131,6 +131,8 @@ def _dead_units(
     keep: Keep = {}
     merged: dict[str, int] = {}
     for group in structure.groups:
+        if group.paired:  # what of it is dead, two layers say together
+            continue
         free, mergeable, keeper = _judge(model, group, constants)
         if keeper is not None:
             mergeable[keeper] = False

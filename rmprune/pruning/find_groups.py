@@ -18,8 +18,13 @@ from rmprune.pruning.groups import Group, Member, Structure, with_ports
 from rmprune.pruning.labels import compact, select, tensors_in, thin, varying
 from rmprune.pruning.layers import Weighted, own_tensors, sized_layers
 from rmprune.pruning.reading import Reading, read
+from rmprune.pruning.written import put
 
 CUTS = 6  # that operations are tried with
+
+
+class NothingToPrune(UnsupportedModel):
+    """No channel can go."""
 
 
 def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading | None = None) -> Structure:
@@ -44,7 +49,7 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
     if not found:
         alone = isinstance(model, Weighted) and "it is one layer, whose channels are the output"
         reasons = alone or "; ".join(f"{name}: {why}" for name, why in frozen.items())
-        raise UnsupportedModel(
+        raise NothingToPrune(
             f"{type(model).__name__}: no channel can be pruned ({reasons or 'no convolution or linear layer'})"
         )
     layers = sized_layers(model, example_inputs, walk.shapes)
@@ -72,6 +77,7 @@ class _Alike:
 
     roots: Tensor
     members: tuple[Member, ...]
+    beside: tuple[Member, ...]
 
 
 def _alike(walk: Walk) -> list[_Alike]:
@@ -88,7 +94,7 @@ def _alike(walk: Walk) -> list[_Alike]:
     found = []
     for having_it, units in same.items():
         rank = torch.full((len(root),), -1).index_copy(0, torch.tensor(units), torch.arange(len(units)))
-        if not any(members[number][1] == "in" for number, _ in having_it):
+        if not any(members[number][1] in ("in", "zero") for number, _ in having_it):
             walk.channels.stay(torch.tensor(units), "no layer that can be cut reads its channels")
             continue
         own = []
@@ -97,7 +103,8 @@ def _alike(walk: Walk) -> list[_Alike]:
             place = rank[roots].argsort(stable=True)[-count * len(units) :]
             fan = walk.fans.get(layer, 1)
             own.append(Member(layer, side, place.view(-1, count), len(roots), fan))
-        found.append(_Alike(torch.tensor(units), tuple(own)))
+        apart = [tuple(m for m in own if (m.side in ("size", "zero")) == beside) for beside in (False, True)]
+        found.append(_Alike(torch.tensor(units), *apart))
     return found
 
 
@@ -140,7 +147,7 @@ def _first_misfit(walk: Walk, gone: Tensor) -> fx.Node | None:
             cut = {n: sizes[n] if n in sizes else _without(places[n], walk.values[n], walk, gone) for n in places}
             wanted = walk.values[node]
             if node in moves:
-                found = _run(walk, node, cut)
+                found = _run(walk, node, cut, gone)
                 if not tensors_in(wanted):
                     sizes[node] = found
                 elif not _same(found, _without(_run(walk, node, places), wanted, walk, gone)):
@@ -152,8 +159,13 @@ def _first_misfit(walk: Walk, gone: Tensor) -> fx.Node | None:
     return None
 
 
-def _run(walk: Walk, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+def _run(walk: Walk, node: fx.Node, values: Mapping[fx.Node, Any], gone: Tensor | None = None) -> Any:
+    """A move on these values, with the sizes that are written there as they are without the channels `gone`."""
+    args = node.args
+    for path, labels in walk.sizes.get(node, ()) if gone is not None else ():
+        assert gone is not None
+        args = put(args, path, int((~gone[walk.channels.root[labels]]).sum()))
+    args, kwargs = fx.map_arg((args, node.kwargs), lambda n: values[n])
     return walk.run(node, args, kwargs)
 
 
@@ -216,7 +228,7 @@ def _named(groups: Sequence[_Alike], walk: Walk) -> tuple[Group, ...]:
     named: dict[str, Group] = {}
     for _, channel, layer, group in sorted(firsts, key=lambda x: x[:2]):
         name = f"{layer}[{channel}]" if layer in named else layer
-        named[name] = Group(name, len(group.roots), group.members)
+        named[name] = Group(name, len(group.roots), group.members, group.beside)
     return tuple(named.values())
 
 

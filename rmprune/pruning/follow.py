@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.network import in_words, shape_of
+from rmprune.graph.network import in_words, is_batch_norm, shape_of
 from rmprune.pruning.groups import MemberSide
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
 from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, rank_read
@@ -22,6 +23,8 @@ from rmprune.pruning.operations import (
     ALONG,
     ELEMENTWISE,
     INDEXING,
+    LIKE,
+    LINEAR,
     MOVES,
     REDUCTIONS,
     SPATIAL,
@@ -30,6 +33,7 @@ from rmprune.pruning.operations import (
     product,
 )
 from rmprune.pruning.reading import Reading
+from rmprune.pruning.written import places
 
 
 class Walk:
@@ -47,6 +51,9 @@ class Walk:
         self.fans: dict[str, int] = {}  # of depthwise layers: outputs for each input
         self.values: dict[fx.Node, Any] = {}
         self.moves: list[fx.Node] = []  # and what only computes sizes
+        self.sizes: dict[
+            fx.Node, list[tuple[str, Tensor]]
+        ] = {}  # where code writes how many there are: of which channels
         for node in self.network.graph.nodes:
             args, kwargs = fx.map_arg(
                 (node.args, node.kwargs), lambda n: tree_map_only(Tensor, self.again, self.values[n])
@@ -88,7 +95,7 @@ class Walk:
             if isinstance(dim, int) and dim % labels[0].dim() not in varying(labels[0]):
                 return labels[0]
         letters = product(name, args, labels)
-        return self._unknown(node, labels) if letters is None else self._multiplied(node, labels, *letters)
+        return self._unknown(node, labels) if letters is None else self._multiplied(node, name, labels, *letters)
 
     # Layers
 
@@ -188,8 +195,8 @@ class Walk:
             self.channels.unite(first, second, why)
         return self.again(found)
 
-    def _multiplied(self, node: fx.Node, labels: list[Tensor], terms: list[str], result: str) -> Tensor:
-        """A product of maps: channels along a dimension that it keeps go through, those that it adds over cannot."""
+    def _multiplied(self, node: fx.Node, name: str, labels: list[Tensor], terms: list[str], result: str) -> Tensor:
+        """A product of maps: channels along a dimension that it keeps go through, those that it adds over go together, or stay."""
         shape, words = shape_of(node), in_words(self.network, node)
         assert shape is not None
         along: dict[str, list[Tensor]] = {}
@@ -199,8 +206,16 @@ class Walk:
                 along.setdefault(letter, []).append(
                     x[tuple(ends)] if dim in varying(x) else nobody(x.shape[dim : dim + 1])
                 )
-            if {letters[d] for d in varying(x)} - set(result):
-                self.channels.stay(x, f"{words} adds over them")
+        added = {
+            letter
+            for x, letters in zip(labels, terms, strict=True)
+            for d, letter in enumerate(letters)
+            if d in varying(x)
+        }
+        if added - set(result) and not self._met(node, name, labels, terms, added - set(result)):
+            for x, letters in zip(labels, terms, strict=True):
+                if {letters[d] for d in varying(x)} - set(result):
+                    self.channels.stay(x, f"{words} adds over them")
         kept = [letter for letter in result if any(bool(self.channels.root[x].any()) for x in along[letter])]
         for letter in kept[1:]:
             for x in along[letter]:
@@ -209,9 +224,91 @@ class Walk:
             return nobody(shape)
         first, *others = along[kept[0]]
         for x in others:
-            self.channels.unite(first, x, "they meet channels that stay whole")
+            if len(x) == len(first):  # one for all: a mask of attention
+                self.channels.unite(first, x, "they meet channels that stay whole")
         place = result.index(kept[0])
         return self.again(first.view(-1, *(1,) * (len(shape) - place - 1)).expand(shape))
+
+    def _met(self, node: fx.Node, name: str, labels: list[Tensor], terms: list[str], added: set[str]) -> bool:
+        """Two factors whose channels meet, place by place, and are added over, as those of queries and keys: they go together, where the
+        one factor's are rows of a layer, and nothing but moves and numbers to multiply by lies between.
+        """
+        sources = [n for n in node.all_input_nodes if tensors_in(self.values[n])]
+        if len(added) != 1 or len(sources) != len(labels):
+            return False
+        (letter,) = added
+        two = [i for i, letters in enumerate(terms) if letter in letters]
+        if len(two) != 2 or any(varying(labels[i]) != [terms[i].index(letter)] for i in two):
+            return False
+        scale = node.kwargs.get("scale", node.args[6] if len(node.args) > 6 else None)
+        scaled = name == "scaleddotproductattention" and scale is None  # by what is cut
+        if scaled and not self._is_written(node):
+            return False
+        of = next(((i, rows) for i in reversed(two) if (rows := self._rows(sources[i])) is not None), None)
+        if of is None:
+            return False
+        first, second = (
+            labels[i][tuple(slice(None) if d == terms[i].index(letter) else 0 for d in range(labels[i].dim()))]
+            for i in two
+        )
+        self.channels.unite(first, second, "they meet channels that stay whole")
+        (layer, rows), x = of[1], labels[of[0]]
+        for d in set(range(x.dim())) - set(varying(rows)):
+            rows, x = rows.narrow(d, 0, 1), x.narrow(d, 0, 1)
+        known = self.members.setdefault((layer, "zero"), torch.zeros(self._outputs(layer), dtype=torch.int64))
+        known[rows.flatten()] = x.expand_as(rows).flatten()
+        if scaled:
+            self._written(node, "scale", first)
+        return True
+
+    def _rows(self, node: fx.Node) -> tuple[str, Any] | None:
+        """(layer, which of its outputs each element of a value is), where nothing but moves and numbers to multiply by lies between."""
+        layer, x = self.network.layer(node), self.values[node]
+        name = self.layers.get(node) or (self.reading.name(node) if is_batch_norm(layer) else None)
+        if name is not None and isinstance(x, Tensor):
+            dim = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
+            return name, torch.arange(x.shape[dim]).view(-1, *(1,) * (x.dim() - dim - 1)).expand(x.shape)
+        sources = [n for n in node.all_input_nodes if tensors_in(self.values[n])]
+        first = len(sources) == 1 or (sources and operation(node, self.network) in LIKE)
+        before = self._rows(sources[0]) if first and sources[0] is node.all_input_nodes[0] else None
+        if before is None or operation(node, self.network) in LINEAR:
+            return before
+        if node not in self.moves:
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: before[1] if n is sources[0] else self.values[n])
+        return before[0], tree_map_only(Tensor, compact, self.run(node, args, kwargs))
+
+    def _outputs(self, layer: str) -> int:
+        return next(
+            len(labels) for (name, side), labels in self.members.items() if name == layer and side in ("out", "tied")
+        )
+
+    def _is_written(self, node: fx.Node) -> bool:
+        """Whether a node is one of the user's own graph, in which a cut can write."""
+        return node.meta.get("traced_as") in self.reading.written
+
+    def _written(self, node: fx.Node, path: str, vector: Tensor) -> None:
+        """At this place of the node's arguments stands how many channels these are."""
+        if self._is_written(node) and bool(vector.any()):
+            self.members[(f"{node.meta['traced_as']}:{path}", "size")] = vector
+            if path != "scale":
+                self.sizes.setdefault(node, []).append((path, vector))
+
+    def _note_sizes(self, node: fx.Node, name: str, found: Any) -> None:
+        """Where the code of a move writes how many channels there are."""
+        parts = tensors_in(found)
+        if name in ("reshape", "view", "expand", "repeat") and len(parts) == 1:
+            start = "1." if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else ""
+            known = dict(places(node.args))
+            for dim in varying(parts[0]):
+                path = f"{start}{dim}" if start else str(dim + 1)
+                if path in known and known[path] != -1:
+                    self._written(node, path, _along(parts[0], dim))
+        if name == "split" and len(node.args) > 1:
+            pieces = node.args[1]
+            for i, part in enumerate(parts if isinstance(pieces, tuple | list) else parts[:1]):
+                for dim in varying(part):
+                    self._written(node, f"1.{i}" if isinstance(pieces, tuple | list) else "1", _along(part, dim))
 
     def _reduced(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x, shape = args[0], shape_of(node)
@@ -255,7 +352,9 @@ class Walk:
         ):  # equal pieces stay so where each loses as much
             for part in found[1:]:
                 self.channels.unite(found[0], part, "they are taken apart from channels that stay whole")
-        return tree_map_only(Tensor, lambda x: self._tied(self.again(x)), found)
+        found = tree_map_only(Tensor, lambda x: self._tied(self.again(x)), found)
+        self._note_sizes(node, name, found)
+        return found
 
     def _tied(self, x: Tensor) -> Tensor:
         """Labels that change along one dimension alone, so that channels can be cut out: others are tied, as few as can be."""
@@ -271,7 +370,10 @@ class Walk:
         def left(dim: int) -> int:
             return tie(self.channels.copy(), dim)
 
-        tie(self.channels, max(dims, key=left))
+        order = (
+            dims if 1 in dims else dims[::-1]
+        )  # of equals that of a map's channels, or else the last: a head's width
+        tie(self.channels, max(order, key=left))
         return self.again(x)
 
     def again(self, x: Tensor) -> Tensor:
@@ -302,6 +404,11 @@ class Walk:
             return F.pad(args[0], args[1] if len(args) > 1 else kwargs["pad"])  # what is around belongs to no channel
         assert callable(node.target)
         return node.target(*(list(x) if isinstance(x, list) else x for x in args), **kwargs)
+
+
+def _along(x: Tensor, dim: int) -> Tensor:
+    """The labels along the one dimension on which they change."""
+    return x[tuple(slice(None) if d == dim else 0 for d in range(x.dim()))]
 
 
 class _Several:

@@ -10,6 +10,7 @@ get the same importance and schedule.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +20,11 @@ from rmprune.errors import ArtifactError, ConfigError, DataError
 from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Keep, Structure, total_cost
+from rmprune.pruning.groups import Keep, Structure, layer_masks, total_cost
 from rmprune.pruning.importance import TaylorSum, score_groups
 from rmprune.pruning.layers import Cost
-from rmprune.pruning.surgery import shrink
+from rmprune.pruning.prove import prove_cut
+from rmprune.pruning.surgery import note_cut, note_kept, shrink
 
 MEASURED_FROM = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
@@ -49,10 +51,10 @@ class GradualPruner:
     of `find_structure`. `meets`: measures a network against what the budget stands for. Near the budget no
     cut is made that it does not ask for; where it says r above 1 after the last one, the budget is divided by r, as
     far as the limits allow, and `every` steps later there is one more. Give the model and one image batch at the
-    start.
+    start. The last network is compared with the first (`proved`).
 
     Raises InfeasibleBudget at once, before any training, where limits forbid the budget; DataError at a cut that no gradient tells
-    anything about.
+    anything about; NotEquivalent where a cut was wrong.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class GradualPruner:
         budget: Budget,
         *,
         prune_epochs: float,
-        every: int = 30,
+        every: int | Fraction = 30,
         importance: str = "taylor",
         decay: float = 0.5,
         cost: Cost | None = None,
@@ -75,6 +77,7 @@ class GradualPruner:
             raise ConfigError(
                 f"need every >= 1, prune_epochs > 0 and 0 <= decay < 1; got {every}, {prune_epochs} and {decay}"
             )
+        self.whole, self.example = model, example_inputs
         self.first = structure or find_structure(model, example_inputs)
         self.budget, self.prune_epochs, self.every, self.decay = budget, prune_epochs, every, decay
         self.importance, self.rank, self.lookahead = importance, rank, lookahead
@@ -107,6 +110,7 @@ class GradualPruner:
         self.cuts = cuts
         if suffices:
             self.done = True
+            self.proved(state.model)
             return
         scores = self.scores.scores
         if self.importance != "taylor":
@@ -121,9 +125,26 @@ class GradualPruner:
             self._cut(state, keep)
         self.scores.scale(self.decay)
         self.done = final
+        if final:
+            self.proved(state.model)
         self.unmeasured = final and self.meets is not None and state.step < state.total_steps
         if self.unmeasured:
             self._measure(state)
+
+    def proved(self, network: nn.Module) -> float:
+        """The error of `network`, as these cuts left it, against the first one in float64 (`rmprune.pruning.prove`); notes it there, as
+        `prune` does. Raises NotEquivalent where a cut was wrong.
+        """
+        keep = self._masks(self.kept)
+        error = prove_cut(self.whole, self.first, keep, self.example, network=network)
+        masks = layer_masks(self.first, keep)
+        note_kept(network, self.whole, {layer: mask for (layer, side), mask in masks.items() if side == "out"})
+        note_cut(network, self.whole, self.first, error)
+        return error
+
+    def _masks(self, kept: Mapping[str, Tensor]) -> Keep:
+        units = self.first.units
+        return {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i.cpu(), True) for n, i in kept.items()}
 
     def planned_cuts(self, state: Training) -> int:
         """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is
@@ -185,9 +206,8 @@ class GradualPruner:
         units = self.first.units
         if set(kept) != set(units) or any(len(i) == 0 or int(i.max()) >= units[n] for n, i in kept.items()):
             raise ArtifactError("the checkpoint's cuts are of another network; delete it to start again")
-        masks = {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i, True) for n, i in kept.items()}
         self.kept = {name: index.clone() for name, index in kept.items()}
-        self.scores.reset(self.first.shrunk(masks), scores)
+        self.scores.reset(self.first.shrunk(self._masks(kept)), scores)
         self.cuts, self.done, self.unmeasured = int(saved["cuts"]), bool(saved["done"]), bool(saved.get("unmeasured"))
         self.target = replace(self.target, limit=float(saved["limit"]))
 
@@ -206,7 +226,7 @@ class PolicyPruner(GradualPruner):
         widths: Mapping[str, int],
         *,
         prune_epochs: float,
-        every: int = 30,
+        every: int | Fraction = 30,
         decay: float = 0.5,
     ) -> None:
         self.widths = dict(widths)

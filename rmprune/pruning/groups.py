@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.run import evaluating
-from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs
+from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs, price
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
-MemberSide = Literal["out", "in", "tied"]
+MemberSide = Literal["out", "in", "tied", "size", "zero"]
 Keep = dict[str, Tensor]
 """Group name -> bool [units]; True is what stays. A group that is absent stays whole."""
 
@@ -31,7 +31,9 @@ class Member:
     owns, out of `size`.
 
     `side`: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
-    PReLU, depthwise). `fan`: outputs for each input of a depthwise layer; `index` and `size` are those of its outputs.
+    PReLU, depthwise); beside those of layers "size" (`layer` is a place where code writes how many there are, see
+    `rmprune.pruning.written`) and "zero" (outputs that meet others of the group in a product that is added over: without them the others
+    are read by nobody). `fan`: outputs for each input of a depthwise layer; `index` and `size` are those of its outputs.
     """
 
     layer: str
@@ -44,12 +46,19 @@ class Member:
 @dataclass(frozen=True)
 class Group:
     """Channels that go together. `units`: how many can be decided on; each is `multiple` channels of a producer
-    (1 but for grouped convolutions, where the same position in every convolution group goes at once).
+    (1 but for grouped convolutions, where the same position in every convolution group goes at once). `beside`: what is no dimension
+    of a layer, of the sides "size" and "zero".
     """
 
     name: str
     units: int
     members: tuple[Member, ...]
+    beside: tuple[Member, ...] = ()
+
+    @property
+    def paired(self) -> bool:
+        """Whether its channels meet each other in a product that is added over, as those of queries and keys do."""
+        return any(member.side == "zero" for member in self.beside)
 
     @property
     def multiple(self) -> int:
@@ -121,12 +130,12 @@ class Structure:
 
 def total_cost(structure: Structure, cost: Cost = macs) -> float:
     """The cost of the whole network as it is."""
-    return sum(cost(layer, layer.cin, layer.cout) for layer in structure.layers)
+    return sum(price(cost, layer, layer.cin, layer.cout) for layer in structure.layers)
 
 
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """{(layer, "out" or "in"): bool mask over its channels}, for every layer that loses something or could. Checks
-    `keep`.
+    """{(layer or place, "out", "in", "size" or "zero"): bool mask over its channels}, for everything that loses something or could.
+    Checks `keep`.
     """
     units = structure.units
     for name, mask in keep.items():
@@ -143,7 +152,7 @@ def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[
     masks: dict[tuple[str, str], Tensor] = {}
     for group in structure.groups:
         gone = ~keep[group.name].cpu() if group.name in keep else None
-        for member in group.members:
+        for member in (*group.members, *group.beside):
             for side in ("out", "in") if member.side == "tied" else (member.side,):
                 fan = member.fan if side == "in" else 1
                 mask = masks.setdefault((member.layer, side), torch.ones(member.size // fan, dtype=torch.bool))
@@ -153,13 +162,15 @@ def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[
 
 
 def _shrink_group(group: Group, keep: Tensor | None, masks: Mapping[tuple[str, str], Tensor]) -> Group:
-    members = []
-    for member in group.members:
+    def shrunk(member: Member) -> Member:
         mask = masks[(member.layer, "out" if member.side == "tied" else member.side)]
         renumber = mask.cumsum(0) - 1
         index = member.index if keep is None else member.index[keep.cpu()]
-        members.append(replace(member, index=renumber[index], size=int(mask.sum())))
-    return replace(group, units=group.units if keep is None else int(keep.sum()), members=tuple(members))
+        return replace(member, index=renumber[index], size=int(mask.sum()))
+
+    units = group.units if keep is None else int(keep.sum())
+    members, beside = (tuple(map(shrunk, found)) for found in (group.members, group.beside))
+    return replace(group, units=units, members=members, beside=beside)
 
 
 def with_ports(structure: Structure) -> Structure:

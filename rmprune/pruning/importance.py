@@ -182,9 +182,17 @@ def score_groups(
 
 
 def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
-    if group.name in table and len(table[group.name]) == group.units:
+    if getattr(table.get(group.name), "shape", None) == (group.units,):
         return table[group.name]
-    found = [member_values(table[m.layer], m).mean(1) for m in group.members if m.side != "in" and m.layer in table]
+    own = [m for m in group.members if m.side != "in" and m.layer in table]
+    for member in own:
+        seen = getattr(table[member.layer], "shape", None)
+        if seen != (member.size,):
+            raise ConfigError(
+                f"importance of {member.layer}: expected a tensor of {member.size} numbers, one for each channel, got "
+                f"{type(table[member.layer]).__name__ if seen is None else f'shape {tuple(seen)}'}"
+            )
+    found = [member_values(table[m.layer], m).mean(1) for m in own]
     if not found:
         raise ConfigError(
             f"the importance table has no entry for {group.name} (or {', '.join(m.layer for m in group.members)})"

@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsFloat, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from rmprune.errors import ConfigError
 from rmprune.graph.convolution import plain
 from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import is_batch_norm, named
@@ -56,6 +57,18 @@ class SizedLayer:
 
 Cost = Callable[[SizedLayer, int, int], float]
 """cost(layer, cin, cout): what the layer costs at these widths (MACs, milliseconds, ...)."""
+
+
+def price(cost: Cost, layer: SizedLayer, cin: int, cout: int) -> float:
+    """`cost` of a layer. Raises ConfigError where that is no finite number."""
+    found = cost(layer, cin, cout)
+    if not isinstance(found, int | float):
+        found = float(found) if isinstance(found, SupportsFloat) else math.nan
+    if not math.isfinite(found):
+        raise ConfigError(
+            f"cost of layer {layer.name} from {cin} to {cout} channels is {found}; it must be a finite number"
+        )
+    return found
 
 
 def macs(layer: SizedLayer, cin: int, cout: int) -> float:

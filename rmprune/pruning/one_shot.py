@@ -18,22 +18,24 @@ from torch import Tensor, nn
 
 from rmprune.data.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
-from rmprune.graph.inputs import Inputs, as_given, only_input
+from rmprune.graph.facts import facts_of
+from rmprune.graph.inputs import Inputs, as_given, as_names, only_input
 from rmprune.graph.run import evaluating
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
-from rmprune.pruning.allocate import allocate, allocate_uniform
-from rmprune.pruning.budget import Budget, Target, resolve
+from rmprune.pruning.allocate import allocate, allocate_uniform, least_cost
+from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
 from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
-from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.find_groups import NothingToPrune, find_structure
 from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
 from rmprune.pruning.prove import prove_cut
-from rmprune.pruning.reading import read
+from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import note_cut, shrink
+from rmprune.pruning.written import as_graph
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -60,7 +62,7 @@ def prune(
     origin: Mapping[str, int] | None = None,
     prove: bool = True,
     begin: Mapping[str, int] | None = None,
-    ignore: Iterable[str] = (),
+    ignore: Iterable[str] | None = (),
     dead: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
@@ -96,19 +98,14 @@ def prune(
     >>> len(pruned.rmprune_facts["kept"]["0"]), pruned.rmprune_facts["whole"]
     (8, {'3': "its channels are the network's output"})
     """
+    refuse_no_budget(budget)
     if reconstruct and data is None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
     data = with_loss(data, loss)
     plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
-    reading = read(plain, example_inputs, values=True)
-    if reading.network.sizes_note:
-        logger.warning("prune: %s", reading.network.sizes_note)
-    structure = find_structure(plain, example_inputs, reading=reading)
-    if which == "inner":
-        structure = inner_only(structure)
-    structure = leave_whole(structure, plain, ignore)
+    plain, reading, structure = _followed(plain, example_inputs, budget, origin, begin, which, ignore, cost)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
     memory = budget.memory_ratio is not None
     if memory:
@@ -167,15 +164,60 @@ def prune(
     return pruned  # type: ignore[return-value]
 
 
-def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str]) -> Structure:
+def _followed(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    budget: Budget,
+    origin: Mapping[str, int] | None,
+    begin: Mapping[str, int] | None,
+    which: str,
+    ignore: Iterable[str] | None,
+    cost: Cost | None,
+) -> tuple[nn.Module, Reading, Structure]:
+    """The network, as a graph in which other sizes can be written where the budget cannot be met else; what was read of it, its groups."""
+
+    def attempt(network: nn.Module) -> tuple[nn.Module, Reading, Structure]:
+        reading = read(network, inputs, values=True)
+        if reading.network.sizes_note:
+            logger.warning("prune: %s", reading.network.sizes_note)
+        structure = find_structure(network, inputs, reading=reading)
+        refuse_unknown(structure, network, origin=origin, begin=begin)
+        structure = inner_only(structure) if which == "inner" else structure
+        structure = leave_whole(structure, network, ignore)
+        return network, reading, structure
+
+    try:
+        found = attempt(model)
+        if budget.memory_ratio is not None:
+            return found
+        target = resolve(found[2], budget, cost)
+        if least_cost(found[2], budget, target.cost, {**found[2].units, **(origin or {})}) <= target.limit:
+            return found
+        graph = as_graph(model, inputs)
+    except NothingToPrune:
+        if (graph := as_graph(model, inputs)) is None:
+            raise
+    if graph is None:
+        return found
+    found = attempt(graph)
+    logger.warning(
+        "prune: what holds its channels is written for their number; the result is a torch.fx graph of the same layers, in eval mode, with "
+        "other sizes written"
+    )
+    return found
+
+
+def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str] | None) -> Structure:
     """The same network with the output channels of the modules of these names left whole (of a block: of each layer in it).
 
     Raises ConfigError for a name that is not there, with those like it, and for a module with no channels of its own.
     """
     known = dict(model.named_modules(remove_duplicate=False))
-    first = {id(module): name for name, module in model.named_modules()}  # a module may have several names: groups know this one
+    first = {
+        id(module): name for name, module in model.named_modules()
+    }  # a module may have several names: groups know this one
     of: dict[str, str] = {}
-    for name in names:
+    for name in as_names(names, "ignore"):
         if name not in known or not name:
             near = difflib.get_close_matches(name, known, 5, 0.4) or list(known)[1:6]
             raise ConfigError(f"ignore names {name!r}, which is no module of the network; there are: {', '.join(near)}")
@@ -194,6 +236,18 @@ def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str]) ->
     if reasons and len(reasons) == len(structure.groups):
         raise UnsupportedModel(f"nothing can be pruned: ignore leaves every channel ({', '.join(reasons)})")
     return structure.without(reasons) if reasons else structure
+
+
+def refuse_unknown(structure: Structure, model: nn.Module, **widths: Mapping[str, int] | None) -> None:
+    """Raises ConfigError where one of these settings names no group; of a network that was cut, whose groups may be fewer, no layer."""
+    known = {*structure.units} | ({n for n, _ in model.named_modules()} if "kept" in facts_of(model) else set())
+    for setting, units in widths.items():
+        for name in units or ():
+            if name not in known and name.partition("[")[0] not in known:
+                near = difflib.get_close_matches(str(name), structure.units, 5, 0.4) or list(structure.units)[:5]
+                raise ConfigError(
+                    f"{setting} names {name!r}, which is no group of channels; there are: {', '.join(near)}"
+                )
 
 
 @contextlib.contextmanager

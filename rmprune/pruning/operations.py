@@ -27,6 +27,9 @@ ELEMENTWISE = _ranks("dropout") | _names("""
     softshrink tanhshrink dropout alphadropout stochasticdepth contiguous clone detach to float double half typeas zeroslike oneslike
     scale
 """)
+LINEAR = _names(
+    "mul div truediv truedivide neg contiguous clone detach to float double typeas scale"
+)  # of one value: 0 stays 0
 SPATIAL = _ranks("""
     maxpool avgpool lppool adaptiveavgpool adaptivemaxpool zeropad constantpad reflectionpad replicationpad circularpad
 """) | _names("maxpool2dsame avgpool2dsame upsample interpolate instancenorm")  # of a batch, see `batched`
@@ -34,9 +37,10 @@ REDUCTIONS = _names("mean sum amax amin")
 ALONG = _names("softmax logsoftmax softmin cumsum cumprod")  # one dimension, whose elements meet
 MOVES = _names("""
     view reshape flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis chunk split tensorsplit narrow select getitem
-    cat concat concatenate stack flip roll expand expandas viewas repeat repeatinterleave indexselect squeeze unsqueeze unbind
+    cat concat concatenate stack flip roll expand expandas viewas reshapeas repeat repeatinterleave indexselect squeeze unsqueeze unbind
     pixelshuffle pixelunshuffle channelshuffle getattr size dim ndimension numel nelement
 """)
+LIKE = _names("viewas reshapeas expandas")  # which read no more than the shape of what else they are given
 INDEXING = _names("getitem indexselect repeatinterleave")  # whose tensors other than the first say which elements
 
 
@@ -66,9 +70,16 @@ def product(name: str, args: tuple[Any, ...], factors: list[Tensor]) -> tuple[li
     if name in ("matmul", "bmm") and len(factors) == 2 and min(ranks) > 1:
         common = letters[: max(ranks) - 2]
         return [(common + ends)[-rank:] for ends, rank in zip(("xy", "yz"), ranks, strict=True)], common + "xz"
-    if name == "scaleddotproductattention" and len(factors) == 3 and len(set(ranks)) == 1:
-        common = letters[: ranks[0] - 2]
-        return [common + ends for ends in ("xy", "zy", "zv")], common + "xv"
+    if (
+        name == "scaleddotproductattention"
+        and len(factors) in (3, 4)
+        and len(set(ranks[:3])) == 1
+        and max(ranks) == ranks[0]
+    ):
+        common = letters[: ranks[0] - 2]  # the fourth is a mask
+        return [
+            (common + ends)[-rank:] for ends, rank in zip(("xy", "zy", "zv", "xz"), ranks, strict=False)
+        ], common + "xv"
     if name == "einsum" and args and isinstance(args[0], str):
         terms, arrow, result = args[0].replace(" ", "").partition("->")
         found = terms.split(",")

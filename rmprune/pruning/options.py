@@ -19,12 +19,13 @@ from rmprune.removal.blocks import Block, additions, find_block
 from rmprune.removal.rewrite import remove_all
 
 
-def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = True) -> Options:
+def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = True, alone: bool = True) -> Options:
     """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back.
 
     A block is dropped where branch and shortcut can be told apart; collapsed where one convolution can stand for its branch without
     more MACs (`linear`: also where that leaves the block without an activation); merged where, besides, RM then needs to reserve
-    nothing, as in a block of one layer. Raises UnsupportedModel where torch.fx cannot follow the model.
+    nothing, as in a block of one layer. `alone`: all other blocks are kept; False: they may be removed with it, as one that holds another
+    needs. Raises UnsupportedModel where torch.fx cannot follow the model.
 
     >>> from rmprune.pruning.options import block_options
     >>> model = rmprune.models.create("resnet8", num_classes=10, width=4).eval()
@@ -45,6 +46,8 @@ def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = Tr
             find_block(network, name, add)
         except Obstacle as obstacle:
             found[name] |= dict.fromkeys(("drop", "merge", "collapse"), str(obstacle))
+            if alone and not found[name]["remove"]:
+                found[name]["remove"] = f"{obstacle}; it can go only with that one"
             continue
         try:
             shorter[name] = collapsible(network, name, add, linear)

@@ -1,13 +1,15 @@
 """Pruning while somebody else trains: `GradualPruner` for loops that are not ours. Makes no step and decides no learning rate."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.graph.facts import facts_of
 from rmprune.graph.foreign import plain_module
-from rmprune.pruning.budget import Budget
+from rmprune.pruning.budget import Budget, refuse_no_budget
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import GradualPruner
 from rmprune.pruning.groups import device_of
@@ -28,7 +30,8 @@ class _Loop:
 class Pruner:
     """Small cuts while you train: call `step()` after each step of your optimizer, before the gradients are cleared.
 
-    Within `steps` steps `cuts` cuts are made, spread evenly; the last one meets the budget, hard, and `done` is True from then on. Each
+    Within `steps` steps `cuts` cuts are made (one a step at most), spread evenly; the last one, at the last step, meets the budget, hard,
+    and `done` is True from then on. Each
     cut puts a smaller network into `model`, which the loop must call from then on (`step()` says so by returning True), and brings
     `optimizer` along in place: its parameters are those of the new network, its state (momentum, Adam's moments) is cut like they
     are, and whatever holds it, such as a schedule of learning rates, goes on. Channels go by the Taylor scores that the gradients of the
@@ -36,9 +39,10 @@ class Pruner:
     coupled, or none (`remove_residuals` first, with `batch_norm=True`, the default).
 
     `example_inputs`: images [N, C, H, W]. `budget`: a `ratio` or a `macs_ratio`; `min_fraction` keeps layers from being emptied.
-    `cut_error`: what a trial cut of every group was wrong by, relative, in float64. Raises InfeasibleBudget where limits forbid the
-    budget, UnsupportedModel where nothing can be pruned, NotEquivalent where a cut would be wrong, ConfigError for an optimizer of
-    another model: all at once, before any step.
+    `cut_error`: what a trial cut of every group was wrong by, relative, in float64; once `done`, or the last network, which has
+    `rmprune_facts` like the result of `prune`. Raises InfeasibleBudget where limits forbid the budget, UnsupportedModel where nothing can
+    be pruned or the network's own weights are computed from others, NotEquivalent where a cut would be wrong, ConfigError for an
+    optimizer of another model: all at once, before any step.
 
     >>> model = rmprune.models.create("resnet8", num_classes=10, width=8)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -68,13 +72,20 @@ class Pruner:
         cuts: int = 30,
         importance: str = "taylor",
     ) -> None:
-        model = plain_module(model)
+        given, model = model, plain_module(model)
         if steps < 1 or cuts < 1:
             raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
+        refuse_no_budget(budget)
         if budget.latency_ratio is not None or budget.memory_ratio is not None:
             raise ConfigError("cuts in a loop of one's own count channels or MACs; give ratio or macs_ratio")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in model.parameters()):
+            if any(id(p) in held for p in given.parameters()):
+                raise UnsupportedModel(
+                    "weights that are computed from others (weight norm, masks, parametrizations), or wrappers inside the network, cannot "
+                    "be cut while they train: make them numbers first (torch.nn.utils.parametrize.remove_parametrizations, "
+                    "torch.nn.utils.remove_weight_norm), and the optimizer after that"
+                )
             raise ConfigError("the optimizer holds no parameter of this model; make it of model.parameters()")
         structure = find_structure(model, example_inputs)
         self.cut_error = prove_groups(model, structure, example_inputs)
@@ -83,7 +94,7 @@ class Pruner:
             example_inputs.to(device_of(model)),
             budget,
             prune_epochs=steps,
-            every=max(1, steps // cuts),
+            every=max(Fraction(1), Fraction(steps, cuts)),
             importance=importance,
             structure=structure,
         )
@@ -108,6 +119,8 @@ class Pruner:
         loop, before = self._loop, self._loop.model
         loop.step += 1
         self._hook(loop)
+        if self.done:
+            self.cut_error = max(self.cut_error, facts_of(loop.model).get("cut_error") or 0.0)
         if loop.model is before:
             return False
         for own, cut in zip(self.optimizer.param_groups, loop.optimizer.param_groups, strict=True):

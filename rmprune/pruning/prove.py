@@ -5,6 +5,8 @@ A cut takes rows from the layers that make channels and columns from the layers 
 (a) the smaller network equals the whole one with those columns set to zero: what is left reads what it read before, and
 (b) the latter does not change when those rows get other weights: nothing else read what they make.
 
+Where channels meet in a product that is added over (queries and keys), rows of the one are set to zero and the other's get other weights.
+
 The weights do not matter, the cut does: what folding and fitting change afterwards is theirs to check.
 """
 
@@ -31,8 +33,8 @@ from rmprune.graph.equivalence import (
     relative_error,
 )
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.pruning.groups import Structure
-from rmprune.pruning.layers import Slices, output_dim
+from rmprune.pruning.groups import Structure, layer_masks
+from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
 
 logger = logging.getLogger("rmprune")
@@ -40,9 +42,17 @@ TOLERANCE = 1e-9  # of (a) and (b), relative to what the inputs change in the ou
 GIVEN, DRAWN = 2, 1  # images of the examples, and random ones
 
 
-def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example_inputs: Inputs) -> float:
+def prove_cut(
+    model: nn.Module,
+    structure: Structure,
+    keep: Mapping[str, Tensor],
+    example_inputs: Inputs,
+    *,
+    network: nn.Module | None = None,
+) -> float:
     """The largest error of (a) and (b) for the network that `shrink(model, keep, structure)` gives, relative, in float64.
 
+    `network`: the one that many cuts led there, whatever its weights are by now; the whole one is then taken with these.
     example_inputs: (N, C, H, W) or several inputs, of which two are used, and a random one: three forward passes of three images.
     Where a cut so deep that the inputs no longer change the outputs would prove nothing, every other of the units that go is cut as well;
     where that tells no more (a head of zeros, class numbers as output), with weights that are drawn, and what layers give is compared, too.
@@ -52,13 +62,18 @@ def prove_cut(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
         return 0.0
     refuse_changing_hooks(model, as_tuple(model, example_inputs))
     twin = reference_copy(model)
-    own = {name: mask.cpu() for name, mask in keep.items()}
+    own = whole_cut = {name: mask.cpu() for name, mask in keep.items()}
+    last = None
+    finite = network is not None and all(bool(p.isfinite().all()) for p in network.parameters())
+    if network is not None and finite:  # NaN is for training to refuse
+        last = reference_copy(network)
+        _take_over(twin, last, tensor_slices(twin, structure, keep))
 
     def error(cut: Mapping[str, Tensor], drawn: bool = False) -> tuple[float, str, bool]:
         whole = _with_drawn_weights(twin) if drawn else twin
-        return _error(
-            whole, shrink(whole, cut, structure)[0], tensor_slices(whole, structure, cut), example_inputs, drawn
-        )
+        smaller = shrink(whole, cut, structure)[0] if last is None or drawn or cut is not whole_cut else last
+        slices = tensor_slices(whole, structure, cut)
+        return _error(whole, smaller, slices, example_inputs, drawn, _silenced(whole, structure, cut))
 
     worst, why, told = error(own)
     if worst <= TOLERANCE and not told:
@@ -98,17 +113,23 @@ def prove_slices(
 
 @torch.no_grad()
 def _error(
-    twin: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs, maps: bool = False
+    twin: nn.Module,
+    smaller: nn.Module,
+    slices: Mapping[str, Slices],
+    example_inputs: Inputs,
+    maps: bool = False,
+    silenced: Mapping[str, Slices] | None = None,
 ) -> tuple[float, str, bool]:
     """The larger of the errors of (a) and (b), what it means, and whether it tells anything: whether the inputs still change the outputs.
 
     `twin` is the whole network in float64, left alone. maps: what layers give is compared with the outputs, where the cut leaves it its
-    shape: of class numbers the outputs alone tell little.
+    shape: of class numbers the outputs alone tell little. `silenced`: rows that are zero in both (a) and (b), what of them stays.
     """
     given = as_tuple(twin, example_inputs)
     images, sizes = check_inputs(given, GIVEN, DRAWN)
     silent = copy.deepcopy(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
+    _fill(silent, silenced or {}, torch.zeros_like, columns=False)
     try:
         found = _run(smaller, images, maps)
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
@@ -130,8 +151,30 @@ def _error(
     generator = torch.Generator().manual_seed(0)  # from 0.5 on: a variance stays one
     drawn = lambda gone: torch.rand(gone.shape, generator=generator, dtype=gone.dtype) + 0.5  # noqa: E731
     _fill(silent, slices, drawn, columns=False)
+    _fill(silent, silenced or {}, torch.zeros_like, columns=False)
     others = relative_error(part(expected), part(_run(silent, images, maps)), sizes, part(base))
     return max(cut, others), "something else than the layers that were cut reads the removed channels", told
+
+
+@torch.no_grad()
+def _take_over(whole: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices]) -> None:
+    """Puts the tensors of `smaller` in their places in `whole`, in place. Raises NotEquivalent for other sizes than `slices` say."""
+
+    def put(tensor: Tensor, own: Slices, part: Tensor) -> None:
+        if own:
+            (dim, index), *rest = own
+            chosen = tensor.index_select(dim, index.cpu())
+            put(chosen, tuple(rest), part)
+            tensor.index_copy_(dim, index.cpu(), chosen)
+        else:
+            tensor.copy_(part)
+
+    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    for name, part in (*smaller.named_parameters(), *smaller.named_buffers()):
+        try:
+            put(tensors[name], slices.get(name, ()), part)
+        except (KeyError, RuntimeError) as error:
+            raise NotEquivalent(f"{name}: {tuple(part.shape)} is not what the cuts leave of it; a fault") from error
 
 
 def _with_drawn_weights(twin: nn.Module) -> nn.Module:
@@ -171,6 +214,18 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str
         for handle in handles:
             handle.remove()
     return found
+
+
+def _silenced(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]) -> dict[str, Slices]:
+    """{tensor: what stays} of the outputs that others meet in a product which is added over (keys, where queries are cut): they are what
+    reads those others."""
+    masks = {layer: mask for (layer, side), mask in layer_masks(structure, keep).items() if side == "zero"}
+    return {
+        f"{layer}.{name}": own
+        for layer, mask in masks.items()
+        for name, own in slices_of(model.get_submodule(layer), mask, None).items()
+        if name in ("weight", "bias")
+    }
 
 
 def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tensor], Tensor], *, columns: bool) -> None:

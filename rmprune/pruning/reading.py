@@ -12,6 +12,7 @@ from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.normalise import normalise, plain_norm
 from rmprune.graph.shapes import on_meta, propagate_shapes
 from rmprune.pruning.layers import Weighted, channels_read, own_tensors
+from rmprune.pruning.written import agree
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Reading:
     network: Network
     owners: Mapping[int, str]
     inputs: tuple[Tensor, ...]
+    written: frozenset[str] = frozenset()  # nodes of the user's graph, whose numbers a cut can write anew
 
     def owner(self, layer: NodeLayer | None) -> str | None:
         """The name of the user's module whose tensors a layer has; None where it has none, or is made up for a function."""
@@ -45,6 +47,8 @@ class Reading:
                 module = model.get_submodule(name)
                 layers[target] = module if type(module) is type(layer) else plain_norm(module)
         network = replace(self.network, layers=layers)
+        if isinstance(model, fx.GraphModule):
+            agree(network.graph, model.graph)
         propagate_shapes(network, self.inputs)
         return network
 
@@ -78,4 +82,6 @@ def read(model: nn.Module, example_inputs: Inputs, *, values: bool = False) -> R
         for part in (module, *(t for _, t in own_tensors(module)))
     }
     inputs = tuple(x[:1] for x in as_tuple(model, example_inputs))
-    return Reading(normalise(twin, inputs, pieces=False), owners, inputs)
+    network = normalise(twin, inputs, pieces=False)
+    written = {n.name for n in model.graph.nodes} if isinstance(model, fx.GraphModule) else ()
+    return Reading(network, owners, inputs, frozenset(written))

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rmprune.graph.facts import facts_of, note
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, in_and_out, set_width, slices_of
+from rmprune.pruning.written import write
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
@@ -36,7 +37,11 @@ def shrink(
     smaller = copy.deepcopy(model, memo)
     masks = layer_masks(structure, keep)
     for (layer, side), mask in masks.items():
-        set_width(smaller.get_submodule(layer), side, int(mask.sum()))
+        if side in ("in", "out"):
+            set_width(smaller.get_submodule(layer), side, int(mask.sum()))
+    if isinstance(smaller, fx.GraphModule) and (sizes := {at: m for (at, side), m in masks.items() if side == "size"}):
+        write(smaller.graph, sizes)
+        smaller.recompile()
     note_kept(smaller, model, {layer: mask for (layer, side), mask in masks.items() if side == "out"})
     if optimizer is None:
         return smaller, None
@@ -79,7 +84,7 @@ def tensor_slices(model: nn.Module, structure: Structure, keep: Mapping[str, Ten
     """{parameter or buffer: what of it stays}, for every tensor that loses something."""
     masks = layer_masks(structure, keep)
     slices: dict[str, Slices] = {}
-    for layer in dict.fromkeys(layer for layer, _ in masks):
+    for layer in dict.fromkeys(layer for layer, side in masks if side in ("in", "out")):
         found = slices_of(model.get_submodule(layer), masks.get((layer, "out")), masks.get((layer, "in")))
         slices |= {f"{layer}.{name}": own for name, own in found.items()}
     return slices

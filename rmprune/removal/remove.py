@@ -72,7 +72,7 @@ class Removal:
 
 
 def remove_residuals(
-    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
     input_range: tuple[float, float] = (-math.inf, math.inf), progress: Callable[[str], None] | None = None,
 ) -> Removal:  # fmt: skip
@@ -134,7 +134,7 @@ def remove_residuals(
 
 
 def plan_removal(
-    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] = (), ranges: str = "provable", form: str = "auto",
+    model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
 ) -> Plan:  # fmt: skip
@@ -152,7 +152,7 @@ def plan_removal(
 
 
 def _rewrite(
-    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str], ranges: str, form: str, margin: float,
+    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str] | None, ranges: str, form: str, margin: float,
     input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
 ) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import fx, nn
 from rmprune.errors import ConfigError
 from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, or_none
 from rmprune.graph.fuse import fuse_convolutions, join_norms
+from rmprune.graph.inputs import as_names
 from rmprune.graph.network import Network, joined_maps, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import annotate_range
 from rmprune.removal.blocks import Block, additions, find_block
@@ -57,7 +58,7 @@ class Plan(list[BlockReport]):
 
 def remove_all(
     network: Network,
-    keep: Iterable[str],
+    keep: Iterable[str] | None,
     form: str,
     batch_norm: bool,
     fuse: str,
@@ -68,7 +69,7 @@ def remove_all(
     Blocks named in `keep` are left. An obstacle met anywhere in finding or planning a block ends here, as its reason to stay.
     """
     found = additions(network)
-    kept = set(keep)
+    kept = set(as_names(keep, "keep"))
     unknown = kept - {name for name, _ in found} - {name.split("#")[0] for name, _ in found}
     if unknown:
         raise ConfigError(

@@ -211,6 +211,27 @@ def test_layers_have_names_of_their_place_and_biases_join(tmp_path: Path) -> Non
     assert model.layer1_0_conv1.bias.shape == (6,)
 
 
+def test_gelu_written_out_is_a_layer(tmp_path: Path) -> None:
+    nodes = [
+        node("Div", ["x", "root"], ["a"]),
+        node("Erf", ["a"], ["b"]),
+        node("Add", ["b", "one"], ["c"]),
+        node("Mul", ["x", "c"], ["d"]),
+        node("Mul", ["d", "half"], ["y"]),
+    ]
+    values = {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+    model = checked_network(written(between(nodes, **values), tmp_path / "m.onnx")).model
+    assert [type(layer) for layer in model.children()] == [torch.nn.GELU]
+
+
+def test_residuals_are_called_by_the_place_that_either_exporter_of_torch_says(tmp_path: Path) -> None:
+    for name, scopes in (("/layer1/layer1.0/Add", ""), ("node_add_65", "['', 'layer1', 'layer1.0', 'add_65']")):
+        model = residual()
+        model.graph.node[5].name = name
+        model.graph.node[5].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+        assert "layer1_0" in dict(checked_network(written(model, tmp_path / "m.onnx")).model.named_children())
+
+
 def edited(change: Any) -> onnx.ModelProto:
     model = residual()
     change(model)

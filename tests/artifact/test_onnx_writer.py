@@ -99,9 +99,10 @@ def test_weights_over_the_limit_lie_beside_the_file_in_both_directions(
 def test_names_that_the_exporter_uses_itself_are_free(tmp_path: Path) -> None:
     model = residual()
     model.graph.input[0].name = model.graph.node[0].input[0] = "/relu/Relu_output_0"
-    model.graph.output[0].name = model.graph.node[-1].output[0] = "i0"
-    out = converted(model, tmp_path, check=True)
-    assert onnx.load(out / "model.onnx").graph.output[0].name == "i0"
+    for name in ("i0", "n1.weight"):
+        model.graph.output[0].name = model.graph.node[-1].output[0] = name
+        out = converted(model, tmp_path, check=True, overwrite=True)
+        assert onnx.load(out / "model.onnx").graph.output[0].name == name
 
 
 def test_a_linear_layer_on_maps_is_written_without_a_transposition(tmp_path: Path) -> None:
@@ -123,6 +124,11 @@ def test_a_file_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RmpruneError, match="the new file, differs from the file by"):
         converted(residual(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["camera.onnx"]
+
+
+def test_the_file_can_be_left_out(tmp_path: Path) -> None:
+    out = converted(residual(), tmp_path, onnx=False, check=True)
+    assert sorted(file.name for file in out.iterdir()) == ["architecture.json", "model.safetensors"]
 
 
 def test_a_network_without_residuals_is_refused_and_nothing_written(tmp_path: Path) -> None:

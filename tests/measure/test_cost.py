@@ -37,6 +37,24 @@ def test_functional_calls_count_too() -> None:
     assert count_macs(Functional(), x) == 6 * 2 * 9 * 25 + 6 * 6 * 25 + 6 * 6 * 5
 
 
+class Vectors(nn.Module):
+    """A bilinear layer, products of matrices and vectors in every spelling, and one summed over matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear, self.weight = nn.Bilinear(3, 4, 5), nn.Parameter(torch.zeros(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.mean(0)
+        rows = x @ self.weight[0] + torch.mv(x, v) + torch.addmv(x[:, 0], x, v) + torch.dot(v, v)
+        pairs = torch.addbmm(x[:, :1], x[None].expand(2, -1, -1), v.view(1, 3, 1).expand(2, -1, -1))
+        return self.bilinear(x, x[:, [0, 1, 2, 0]]).sum(1) + rows + pairs[:, 0]
+
+
+def test_products_with_vectors_count() -> None:
+    assert count_macs(Vectors(), torch.zeros(2, 3)) == 3 + 3 + 3 + 3 + 2 * 3 + 3 * 4 * 5
+
+
 def test_a_network_that_makes_tensors_is_run_for_real() -> None:
     class Made(nn.Module):
         def __init__(self) -> None:

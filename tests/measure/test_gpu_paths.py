@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_device import pretended_gpu
 from torch import Tensor, nn
 
 from rmprune.config import AmcConfig, MeasureConfig, PruneConfig, SearchConfig, SlimConfig
@@ -196,6 +197,28 @@ def test_budgets_in_time_may_be_counted_on_a_gpu() -> None:
     measure = MeasureConfig(device="cuda")
     assert SlimConfig(measure=measure, prune=PruneConfig(latency_ratio=(0.5,), cost="time")).measure.device == "cuda"
     assert AmcConfig(measure=measure, search=SearchConfig(constraint="latency")).measure.device == "cuda"
+
+
+def test_graphs_are_timed_and_layers_tabled_where_the_network_goes(tmp_path: Path) -> None:
+    """On a GPU that is not there: recorded, replayed, timed by events, and the outputs of replays are the network's."""
+    with pretended_gpu():
+        settings = {"threads": [1], "batch_sizes": [2], "device": "cuda", "seconds": 0.0, "min_rounds": 3}
+        times = measure_latencies(
+            {"net": NET, "twin": NET}, X, backends=["cudagraph", "eager-tf32"], reference="net", **settings
+        )
+        found = [(t.backend, t.number_format, t.peak_mib) for t in times["twin"]]
+        assert found == [("cudagraph", "float32", 1.0), ("eager-tf32", "tf32", 1.0)]
+        assert all(t.device == "cuda" and t.ratio is not None and t.median_ms > 0 for t in times["twin"])
+        with torch.inference_mode(), surroundings("cudagraph", "cuda"):
+            prepared = prepare(Candidate("net", NET, X), "cudagraph", "cuda", 1, 2)
+            for x in (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)):
+                assert torch.allclose(prepared.outputs(x), NET(x), atol=1e-6)
+        table = LatencyModel(
+            "cudagraph", threads=1, device="cuda", cache=tmp_path / "times.json", seconds=0.0, min_rounds=3
+        )
+        assert (
+            table.predict(NET, X) > 0 and json.loads((tmp_path / "times.json").read_text())["gpu"] == "a pretended GPU"
+        )
 
 
 @pytest.mark.cuda

@@ -19,6 +19,10 @@ def test_macs_budget_is_hard_and_nearly_used(importance: str, ratio: float) -> N
     assert 0.85 * ratio * whole <= measured_macs(pruned, x) <= ratio * whole
     assert pruned(x).shape == (2, 5) and pruned[0][0].in_channels == 3
     assert pruned[1].conv2.out_channels == pruned[0][0].out_channels  # the stream is one group
+    facts = pruned.rmprune_facts
+    assert facts["cut_error"] < 1e-9 and set(facts["whole"]) == {"6"}
+    rows, columns = facts["kept"]["1.conv1"], facts["kept"]["0.0"]
+    assert torch.equal(pruned[1].conv1.weight, model[1].conv1.weight[rows][:, columns])
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in (*model.parameters(), *pruned.parameters()))
 

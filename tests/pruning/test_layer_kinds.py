@@ -1,12 +1,15 @@
 """Layers of every rank and kind: cut exactly or left whole with the reason, and counted always."""
 
+import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import rmprune
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.pruning import Budget, find_structure, prune, prune_coupled
@@ -107,17 +110,67 @@ TOKENS = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=
 
 
 @pytest.mark.parametrize("how", ["matmul", "bmm", "einsum", "one head", "two heads"])
-def test_values_go_through_products_and_what_these_add_over_stays(how: str) -> None:
+def test_values_go_through_products_and_what_these_add_over_goes_together(how: str) -> None:
     model = Product(how).double().eval()
     structure = find_structure(model, TOKENS)
-    assert structure.units == {"v": 4 if how == "two heads" else 8}
-    assert structure.frozen["q"].endswith("(...) adds over them") and structure.frozen["k"] == structure.frozen["q"]
+    wide, scaled = 4 if how == "two heads" else 8, "head" in how
+    assert structure.units == ({"v": wide} if scaled else {"v": wide, "q": wide})
+    if scaled:  # by the width that would be cut, and a module's code cannot be written anew
+        assert structure.frozen["q"].endswith("(...) adds over them") and structure.frozen["k"] == structure.frozen["q"]
+    else:
+        assert sorted(structure.group("q").producers) == ["k", "q"] and structure.group("q").paired
     assert prove_groups(model, structure, TOKENS) < 1e-12
     assert total_cost(structure) == count_macs(model, TOKENS)  # the products with it
-    with pytest.raises(
-        InfeasibleBudget, match=r"left whole: q, k.*nearest that can be met under these limits is 0\.[67]"
-    ):
-        prune(model, TOKENS, importance="magnitude", budget=Budget(macs_ratio=0.5))
+    pruned = prune(model, TOKENS, importance="magnitude", budget=Budget(macs_ratio=0.5))
+    assert count_macs(pruned, TOKENS) <= 0.5 * count_macs(model, TOKENS)
+    assert isinstance(pruned, fx.GraphModule) == scaled and equal_silenced(model, pruned)
+
+
+def equal_silenced(model: nn.Module, pruned: nn.Module) -> bool:
+    """Whether a network with zeros in the place of the outputs that went is the pruned one."""
+    silent = copy.deepcopy(model)
+    for name, stays in pruned.rmprune_facts["kept"].items():
+        for tensor in silent.get_submodule(name).parameters():
+            tensor.data[[i for i in range(len(tensor)) if i not in stays]] = 0
+    return bool(torch.allclose(silent(TOKENS), pruned(TOKENS), 1e-9, 1e-12))
+
+
+class Fused(nn.Module):
+    """Attention as vision transformers write it: the widths stand in the code."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.heads, self.qkv, self.proj = how, 2, nn.Linear(8, 24), nn.Linear(8, 8)
+        self.positions = nn.Parameter(torch.randn(2, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        if self.how == "split":
+            q, k, v = (y.view(b, n, 2, 4).transpose(1, 2) for y in self.qkv(x).split([8, 8, 8], -1))
+        else:
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.how == "scale":
+            y = ((q * 0.5) @ k.transpose(-2, -1) + self.positions).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.positions)
+        return x + self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+@pytest.mark.parametrize("how", ["scale", "sdpa", "split"])
+def test_sizes_that_code_writes_are_written_anew_where_the_budget_needs_it(how: str, tmp_path: Path) -> None:
+    model = Fused(how).double().eval()
+    with pytest.raises(UnsupportedModel, match="no channel"):
+        find_structure(model, TOKENS)
+    pruned = prune(model, TOKENS, importance="magnitude", budget=Budget(macs_ratio=0.85))
+    assert pruned.qkv.out_features < 24 == model.qkv.out_features and pruned.rmprune_facts["cut_error"] < 1e-12
+    assert isinstance(pruned, fx.GraphModule) and equal_silenced(model, pruned)
+    again = prune(
+        pruned, TOKENS, importance="magnitude", budget=Budget(macs_ratio=0.8)
+    )  # its scale is that of the first width
+    assert again.qkv.out_features < pruned.qkv.out_features and equal_silenced(model, again)
+    three = torch.cat([TOKENS, TOKENS[:1]])
+    assert torch.equal(rmprune.load(rmprune.save(again, tmp_path / "net"))(three), again(three))
 
 
 class Transformer(nn.Module):

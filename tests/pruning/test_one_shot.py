@@ -1,12 +1,14 @@
 """The public `prune`: hard budgets, dead channels first and free, compensation, and the argument left alone."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pruning_nets import Untraceable, batches, chain, images, kill, measured_macs, mobile_chain, residual
+from pruning_nets import Untraceable, batches, chain, conv, images, kill, measured_macs, mobile_chain, residual
 from torch import nn
 
 from rmprune.artifact.files import load, save
@@ -213,6 +215,44 @@ def test_modules_that_are_ignored_stay_whole() -> None:
     assert widths["3.conv1"] < 16 and pruned.rmprune_facts["whole"]["2.conv1"] == "ignore='2.bn1'"  # type: ignore[operator]
     with pytest.raises(UnsupportedModel, match="nothing can be pruned: ignore"):
         prune(chain(), x, budget=Budget(ratio=0.5), ignore=["0", "3", "6"])
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no budget": ({"budget": None}, "budget says what to meet"),
+    "a layer, not its name": ({"ignore": [nn.ReLU()]}, "ignore is a list of names; got ReLU"),
+    "a module, not its name": ({"ignore": nn.ReLU()}, "ignore is a list of names; got ReLU"),
+    "origin": ({"origin": {"typo": 3}}, "origin names 'typo', which is no group of channels; there are: 0, 3"),
+    "begin": ({"begin": {"11": 3}}, "begin names '11'"),
+    "a short table": ({"importance": {"0": torch.ones(5), "3": torch.ones(12)}}, r"importance of 0: .* 8 numbers, .* shape \(5,\)"),
+    "no tensor": ({"importance": {"0": [1.0] * 8, "3": torch.ones(12)}}, "importance of 0: .* got list"),
+    "a cost of NaN": ({"budget": Budget(latency_ratio=0.5), "cost": lambda layer, cin, cout: math.nan}, "cost of layer 0 .* nan"),
+    "a cost of NaN for some": (
+        {"budget": Budget(latency_ratio=0.5), "cost": lambda layer, cin, cout: math.inf if cin == 5 else cin * cout}, "is inf"
+    ),
+    "no cost": ({"budget": Budget(latency_ratio=0.5, reference_ms=1.0), "cost": lambda layer, cin, cout: None}, "is nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_clear_error(mistake: str) -> None:
+    settings, says = MISTAKES[mistake]
+    with pytest.raises(ConfigError, match=says):
+        prune(chain(), images(), **{"budget": Budget(ratio=0.5), "importance": "magnitude"} | settings)
+
+
+@pytest.mark.parametrize(("ignore", "whole"), [("3", {"3", "11"}), (None, {"11"}), ((n for n in ["3"]), {"3", "11"})])
+def test_one_name_is_one_and_none_is_none(ignore: Any, whole: set[str]) -> None:
+    pruned = prune(chain(), images(), importance="magnitude", budget=Budget(ratio=0.2), ignore=ignore, prove=False)
+    assert set(pruned.rmprune_facts["whole"]) == whole  # type: ignore[arg-type]
+
+
+def test_a_layer_in_the_place_of_one_that_was_cut_is_counted_anew() -> None:
+    pruned = prune(chain(), images(), importance="random", budget=Budget(ratio=0.5))
+    pruned[0], pruned[1] = conv(3, 9).double(), nn.BatchNorm2d(9).double()
+    pruned[3] = conv(9, len(pruned[3].weight)).double()  # type: ignore[arg-type]
+    again = prune(pruned.eval(), images(), importance="random", budget=Budget(ratio=0.3), dead=False)
+    kept: dict[str, list[int]] = again.rmprune_facts["kept"]  # type: ignore[index, assignment]
+    assert torch.equal(again[0].weight, pruned[0].weight[kept["0"]]) and max(kept["3"]) < 12  # type: ignore[index]
 
 
 @pytest.mark.parametrize("name, says", [("0.con", "no module"), ("2", "no channels of its own"), ("", "no module")])

@@ -8,7 +8,7 @@ from pruning_nets import images, residual
 from torch import nn
 
 import rmprune
-from rmprune.errors import ConfigError, DataError, InfeasibleBudget
+from rmprune.errors import ConfigError, DataError, InfeasibleBudget, NotEquivalent, UnsupportedModel
 
 HALF = rmprune.Budget(macs_ratio=0.5, min_fraction=0.2)
 LABELS = torch.arange(8) % 5
@@ -60,11 +60,41 @@ def test_momentum_is_that_of_the_channels_that_stay() -> None:
     assert len(rows) < len(weight) and torch.equal(optimizer.state[now]["momentum_buffer"], momentum[rows])
 
 
+@pytest.mark.parametrize(("steps", "cuts", "at"), [(10, 4, {3, 5, 8, 10}), (7, 5, {2, 3, 5, 6, 7}), (2, 30, {1, 2})])
+def test_as_many_cuts_as_asked_for_evenly(steps: int, cuts: int, at: set[int]) -> None:
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    budget = rmprune.Budget(ratio=0.5)
+    pruner = rmprune.Pruner(model, images(2), budget, optimizer=optimizer, steps=steps, cuts=cuts, importance="random")
+    assert {step for step in range(1, steps + 3) if pruner.step()} == at and pruner.done
+    facts: dict[str, Any] = pruner.model.rmprune_facts  # type: ignore[assignment]
+    assert pruner.cut_error >= facts["cut_error"] and set(facts["whole"]) == {"6"}
+    kept = facts["kept"]["0.0"]
+    assert torch.equal(pruner.model.get_parameter("0.0.weight"), model.get_parameter("0.0.weight")[kept])
+
+
+def test_the_last_network_is_compared_with_the_first() -> None:
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=2, cuts=2, importance="magnitude")
+    assert (
+        pruner.step() and pruner.step() and pruner._hook.proved(pruner.model) == pruner.model.rmprune_facts["cut_error"]
+    )  # type: ignore[index]
+    name, index = next(iter(pruner._hook.kept.items()))
+    pruner._hook.kept[name] = index[1:]  # as if another of its channels had gone
+    with pytest.raises(NotEquivalent, match=r"is not what the cuts leave of it"):
+        pruner._hook.proved(pruner.model)
+
+
 def test_mistakes_are_said_at_once() -> None:
     model = residual()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with pytest.raises(ConfigError, match="holds no parameter of this model"):
         rmprune.Pruner(residual(), images(2), HALF, optimizer=optimizer, steps=4)
+    normed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    torch.nn.utils.parametrizations.weight_norm(normed[0])
+    with pytest.raises(UnsupportedModel, match="computed from others"):
+        rmprune.Pruner(normed, images(2), HALF, optimizer=torch.optim.SGD(normed.parameters()), steps=4)
     with pytest.raises(ConfigError, match="give ratio or macs_ratio"):
         rmprune.Pruner(model, images(2), rmprune.Budget(latency_ratio=0.5), optimizer=optimizer, steps=4)
     with pytest.raises(InfeasibleBudget):

@@ -38,6 +38,17 @@ class Inverted(nn.Module):
         return x + self.branch(x)
 
 
+class Held(nn.Module):
+    """x + what it holds."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.held(x)
+
+
 def create(name: str) -> nn.Module:
     if name != "inverted":
         return rmprune.models.create(name, num_classes=10, in_channels=1, width=4)
@@ -88,6 +99,19 @@ def test_every_choice_that_is_offered_can_be_had(name: str, networks: dict[str, 
             carry_out_blocks(model, {block: "merge"}, lambda count: X[:count])
 
 
+def test_a_block_that_holds_another_goes_only_with_it() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(Held(nn.Conv2d(4, 4, 3, padding=1)), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), Held(inner), nn.Flatten(), nn.Linear(4 * 36, 10)).eval()
+    options = block_options(model, X[:2])
+    assert list(options) == ["2.held.0", "2"] and not options["2.held.0"]["remove"]
+    assert "another residual that stays; it can go only with that one" in options["2"]["remove"]
+    with pytest.raises(UnsupportedModel, match="another residual"):
+        carry_out(model, SlimPlan({"2": "remove"}), DATA)
+    network, _ = carry_out(model, SlimPlan(dict.fromkeys(options, "remove")), DATA)
+    assert torch.allclose(network(X), model(X), atol=1e-4)
+
+
 def test_a_dropped_block_vanishes_where_its_shortcut_is_the_identity(networks: dict[str, nn.Module]) -> None:
     network, _ = carry_out_blocks(networks["resnet8"], {"layer1.0": "drop"}, lambda count: X[:count])
     kinds = [type(module).__name__ for module in network.modules()]
@@ -115,7 +139,7 @@ def test_a_plan_of_every_choice_is_carried_out_to_its_widths(
     (tmp_path / "plan.json").write_text(json.dumps({"method": "rm", "plan": half.to_dict()}))
     assert SlimPlan.read(tmp_path / "plan.json") == half  # as it stands in a record
     network, facts = carry_out(model, half, DATA)
-    assert facts["plan"]["widths"] == dict(half.widths)
+    assert facts["plan"]["widths"] == dict(half.widths) and 0 < facts["cut_error"] < 1e-9
     assert rmprune.count_macs(network, X[:1]) < 0.5 * rmprune.count_macs(whole, X[:1])
     assert network(X).shape == (48, 10) and bool(torch.isfinite(network(X)).all())
 

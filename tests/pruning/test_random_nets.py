@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 import rmprune
 from rmprune.errors import NotEquivalent, RmpruneError
 from rmprune.pruning import find_structure, shrink
+from rmprune.pruning.written import as_graph
 
 DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "6"))
 FIRST = int(os.environ.get("RMPRUNE_PROPERTY_FIRST", "0"))
@@ -155,6 +156,8 @@ class Draw:
     def attention(self, c: int) -> Step:
         heads, width = self.one(1, 2), 4
         how = self.one("matmul", "einsum", "sdpa")
+        if self.one(True, False):
+            return self.fused_attention(c, heads, how)
         q, k, v = (nn.Linear(c, heads * width, bias=self.one(True, False)) for _ in range(3))
 
         def run(s: Step, y: Tensor) -> Tensor:
@@ -170,6 +173,23 @@ class Draw:
             return y + z.transpose(1, 2).reshape(y.shape)
 
         return Step(c, run, q=q, k=k, v=v, out=nn.Linear(heads * width, c))
+
+    def fused_attention(self, c: int, heads: int, how: str) -> Step:
+        """As vision transformers write it, their widths in the code."""
+        width = self.one(4, 5)
+        sizes, inner = self.one((3, heads, width), (3, heads, -1)), self.one(heads * width, -1)
+
+        def run(s: Step, y: Tensor) -> Tensor:
+            tokens = y.flatten(2).transpose(1, 2)
+            b, n, _ = tokens.shape
+            q, k, v = s.qkv(tokens).reshape(b, n, *sizes).permute(2, 0, 3, 1, 4).unbind(0)
+            z = (q * 0.4 @ k.transpose(-2, -1)).softmax(-1) @ v
+            if how == "sdpa":
+                z = nn.functional.scaled_dot_product_attention(q, k, v)
+            return y + s.out(z.transpose(1, 2).reshape(b, n, inner)).transpose(1, 2).reshape(y.shape)
+
+        qkv = nn.Linear(c, 3 * heads * width, bias=self.one(True, False))
+        return Step(c, run, qkv=qkv, out=nn.Linear(heads * width, c))
 
     def pixels(self, c: int) -> Step:
         if self.dims != 2 or c % 4:
@@ -268,9 +288,11 @@ def shrunk(model: nn.Module, x: Tensor, chance: random.Random) -> tuple[nn.Modul
 
 
 def outcome(seed: int) -> list[str]:
-    """What became of a network, coupled and, where its residuals go, free. AssertionError where the result is another function."""
+    """What became of a network or its graph, coupled and, where residuals go, free. AssertionError where the result is another function."""
     net, said = Net(seed), []
     x, chance = net.input, random.Random(seed)
+    graph = as_graph(net, (x,)) if chance.random() < 0.5 else None  # whose sizes a cut writes anew
+    net = graph or net
     forms: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
         "coupled": lambda: (net, pruned(net, x, chance)),
         "free": lambda: shrunk(rmprune.remove_residuals(net, x).model, x, chance),

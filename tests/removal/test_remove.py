@@ -100,7 +100,7 @@ def test_keep_leaves_blocks_in() -> None:
     assert removal.removed == ["4"] and list(removal.kept) == ["3"] and has_addition(removal.model)
     assert isinstance(removal.model, fx.GraphModule) and worst_error(removal, model) < 1e-12
     with pytest.raises(ConfigError, match=r"names no residual: layer9; there are 3, 4"):
-        remove_residuals(model, images(), keep=["layer9"])
+        remove_residuals(model, images(), keep="layer9")
 
 
 @pytest.mark.parametrize("setting", [{"ranges": "guessed"}, {"form": "clamp"}, {"fuse": "maybe"}, {"tolerance": 0.0}])

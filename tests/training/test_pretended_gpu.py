@@ -119,8 +119,8 @@ def test_deterministic_kernels_where_asked(monkeypatch: pytest.MonkeyPatch) -> N
 def test_another_gpu_is_the_current_one_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams are the current GPU's: a graph recorded on the first would hold nothing of what the second does."""
     chosen: list[str] = []
-    monkeypatch.setattr(torch.cuda, "device", lambda name: chosen.append(name) or contextlib.nullcontext())
     with pretended_gpu():
+        monkeypatch.setattr(torch.cuda, "device", lambda name: chosen.append(name) or contextlib.nullcontext())
         fit(tiny_net(), blobs(), dataclasses.replace(CONFIG, epochs=0), seed=0, device="cuda:1")
     assert chosen == ["cuda:1"]
 
