@@ -48,7 +48,7 @@ def each_pass(data: Batches, model: nn.Module) -> Iterator[Callable[[], object]]
         yield from (run for run, _ in each_loss(data, model))
         return
     for x, _ in labelled(data, model):
-        yield functools.partial(model, x)
+        yield functools.partial(_scores, model, x)
 
 
 def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Tensor], int]]:
@@ -60,7 +60,7 @@ def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Te
     """
     if not isinstance(data, WithLoss):
         for x, y in labelled(data, model):
-            yield (lambda x=x, y=y: class_loss(model(x), y)), len(x)  # type: ignore[misc]
+            yield (lambda x=x, y=y: class_loss(_scores(model, x), y)), len(x)  # type: ignore[misc]
         return
     like = next(model.parameters(), None)
     found = False
@@ -94,6 +94,19 @@ def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise DataError("loss: layers are fitted on networks that the loss calls with one tensor, model(images)")
         yield inputs[0].detach()
+
+
+def _scores(model: nn.Module, x: Tensor) -> Any:
+    """What the network says of images. Raises DataError where it does not take them."""
+    try:
+        return model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        said = str(error).splitlines()[0][:200]
+        raise DataError(
+            f"data: the network fails on images of shape {tuple(x.shape)} ({said}); give them as it was trained on them"
+        ) from error
 
 
 class _Reached(BaseException):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import CHUNKS, piece_sizes
 from rmprune.graph.run import node_value
-from rmprune.graph.shapes import blank, blank_inputs, floating_dtype, on_meta, without_values
+from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, on_meta
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
 _PLACES = ("device", "is_cuda", "is_cpu", "is_meta")
@@ -70,7 +70,7 @@ class Tracer(fx.Tracer):
             if node.target is getattr and node.args[1] in _PLACES:
                 self.values[node] = getattr(self.inputs[0], str(node.args[1]))
             else:
-                with _untraced(), without_values():
+                with _untraced(), WithoutValues():
                     self.values[node] = node_value(node, self.values.__getitem__, self._own)
         except Exception:  # the user's own function, or an operator without a rule for shapes
             return

@@ -33,8 +33,26 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Te
     if any(x.is_meta for x in inputs):
         raise UnsupportedModel("example_inputs on the meta device have no values: give images as the network sees them")
     trial(model, inputs)
+    inputs = _as_many(inputs)
+    try:
+        trial(model, tuple(torch.cat([x[:1], x[:1]]) for x in inputs), count=2)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"the network runs on one example, but not on two, as every check does ({error}): write it for batches of any size"
+        ) from error
     refuse_broken(model, inputs)
     return model, inputs
+
+
+def _as_many(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs of one batch size: one example beside many is each one's, as PyTorch broadcasts it."""
+    count = max(map(len, inputs))
+    for place, x in enumerate(inputs):
+        if len(x) not in (1, count):
+            raise UnsupportedModel(
+                f"input {place + 1} of {len(inputs)} holds {len(x)} examples, another one {count}: give as many of each"
+            )
+    return tuple(x if len(x) == count else x.expand(count, *x.shape[1:]) for x in inputs)
 
 
 def as_names(names: Any, setting: str) -> tuple[str, ...]:
@@ -121,14 +139,16 @@ def _by_name(model: nn.Module, given: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def trial(model: nn.Module, inputs: tuple[Tensor, ...], watch: AbstractContextManager[Any] | None = None) -> None:
-    """Runs one example through the network in eval mode, on a copy and on the meta device where that goes, else for real.
+def trial(
+    model: nn.Module, inputs: tuple[Tensor, ...], watch: AbstractContextManager[Any] | None = None, count: int = 1
+) -> None:
+    """Runs the first `count` examples through the network in eval mode, on a copy and on the meta device where that goes, else for real.
 
     inputs: as `as_tuple` gives them; watch: entered around each run.
 
     Raises UnsupportedModel where it does not run, with the layer at which it stops and what that takes and got.
     """
-    one, watch = tuple(x[:1] for x in inputs), watch or nullcontext()
+    one, watch = tuple(x[:count] for x in inputs), watch or nullcontext()
     try:
         with watch, _watched(on_meta(model).eval(), says=False) as twin:
             twin(*(blank(x) for x in one))

@@ -45,6 +45,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     traced, decided = follow(PlainTracer, model, example_inputs)
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
+    written = _as_written(model, traced) if decided else []
     undo_in_place(traced, dict(model.named_modules()))
     network = _Normaliser(model, traced).run(unread=not pieces)
     refuse_random(network)
@@ -52,7 +53,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     if pieces:
         as_layers(network)
         network.drop_unread()
-        _refuse_fixed_batch(network, decided, example_inputs)
+        _refuse_fixed_batch(model, written, decided, example_inputs)
     network.decided = decided
     return network
 
@@ -175,15 +176,23 @@ def plain_norm(module: Any) -> nn.BatchNorm2d | nn.GroupNorm:
     return plain.eval()
 
 
-def _refuse_fixed_batch(network: Network, decided: list[str], inputs: tuple[Tensor, ...]) -> None:
+def _refuse_fixed_batch(model: nn.Module, written: list[Any], decided: list[str], inputs: tuple[Tensor, ...]) -> None:
     """Sizes that decide may be those of the batch; then it runs for batches of this size only, and nothing can be checked."""
-    if not decided:
-        return
-    try:
-        propagate_shapes(network, tuple(torch.cat([x, x[:1]]) for x in inputs))
-    except UnsupportedModel as error:
+    if decided and written != _as_written(
+        model, follow(PlainTracer, model, tuple(torch.cat([x, x[:1]]) for x in inputs))[0]
+    ):
         raise UnsupportedModel(
-            f"the code asks for sizes ({'; '.join(decided)}), and so the size of the batch is written into the network: {error}; "
-            "make what depends on it of tensors (zeros_like, new_zeros, x.view(-1, ...))"
-        ) from error
-    propagate_shapes(network, inputs)
+            f"the code asks for sizes ({'; '.join(decided)}), and so the size of the batch is written into the network: one image more "
+            "is another computation; make what depends on it of tensors (zeros_like, new_zeros, x.view(-1, ...)), and loop over no images"
+        )
+
+
+def _as_written(model: nn.Module, graph: fx.Graph) -> list[Any]:
+    """A graph in words that do not depend on the names of its nodes and constants."""
+    places = {node: f"%{place}" for place, node in enumerate(graph.nodes)}
+
+    def target(node: fx.Node) -> Any:
+        value = operator.attrgetter(str(node.target))(model) if node.op == "get_attr" else None
+        return tuple(value.shape) if isinstance(value, Tensor) else node.target
+
+    return [(node.op, target(node), str(fx.map_arg((node.args, node.kwargs), places.get))) for node in graph.nodes]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
@@ -64,7 +62,7 @@ def _value(network: Network, node: fx.Node, values: Values) -> Any:
         known = _known_shape(network, node, values)
         if known is not None:
             return torch.empty(known, dtype=values[node.all_input_nodes[0]].dtype, device="meta")
-        with InDouble(), without_values():
+        with InDouble(), WithoutValues():
             return node_value(node, values.__getitem__, lambda n: _own(network.own(n)))
     except UnsupportedModel:
         raise
@@ -74,26 +72,26 @@ def _value(network: Network, node: fx.Node, values: Values) -> Any:
         raise UnsupportedModel(f"{what}: fails on inputs of shape {shapes}: {error}") from error
 
 
-class _NoDevices(TorchFunctionMode):
+class WithoutValues(TorchFunctionMode):
+    """What code makes of sizes alone (torch.zeros) has no values either, whatever device it names.
+
+    Not torch.device("meta"): that notes once which functions make tensors, which may be while `fx_tracer` stands in for them.
+    """
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.cpu:
             return args[0]
         if func is Tensor.__deepcopy__:  # its second argument is all that was copied before
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(_off_device, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        made = isinstance(found, Tensor) and not any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs)))
+        return found.to("meta") if made else found
 
 
 def _off_device(value: Any) -> Any:
     named = isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda"))
     return torch.device("meta") if named else value
-
-
-@contextmanager
-def without_values() -> Iterator[None]:
-    """What code makes of sizes alone has no values either (torch.zeros), whatever device it names."""
-    with _NoDevices(), torch.device("meta"):
-        yield
 
 
 def _own(layer: Any) -> Any:

@@ -16,7 +16,7 @@ from rmprune.graph.network import in_words
 from rmprune.pruning.follow import Walk
 from rmprune.pruning.groups import Group, Member, Structure, with_ports
 from rmprune.pruning.labels import compact, select, tensors_in, thin, varying
-from rmprune.pruning.layers import own_tensors, sized_layers
+from rmprune.pruning.layers import Weighted, own_tensors, sized_layers
 from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.written import put
 
@@ -47,7 +47,8 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
     frozen |= walk.whole
     found = _named(groups, walk)
     if not found:
-        reasons = "; ".join(f"{name}: {why}" for name, why in frozen.items())
+        alone = isinstance(model, Weighted) and "it is one layer, whose channels are the output"
+        reasons = alone or "; ".join(f"{name}: {why}" for name, why in frozen.items())
         raise NothingToPrune(
             f"{type(model).__name__}: no channel can be pruned ({reasons or 'no convolution or linear layer'})"
         )

@@ -29,7 +29,7 @@ from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
 from rmprune.pruning.find_groups import NothingToPrune, find_structure
 from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
-from rmprune.pruning.layers import Cost, macs
+from rmprune.pruning.layers import Cost, Weighted, macs
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.reading import Reading, read
@@ -195,7 +195,7 @@ def _followed(
             return found
         graph = as_graph(model, inputs)
     except NothingToPrune:
-        if (graph := as_graph(model, inputs)) is None:
+        if isinstance(model, Weighted) or (graph := as_graph(model, inputs)) is None:
             raise
     if graph is None:
         return found
@@ -212,13 +212,14 @@ def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str] | N
 
     Raises ConfigError for a name that is not there, with those like it, and for a module with no channels of its own.
     """
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): name for name, module in model.named_modules()}  # of several names, the one groups know
     of: dict[str, str] = {}
     for name in as_names(names, "ignore"):
         if name not in known or not name:
             near = difflib.get_close_matches(name, known, 5, 0.4) or list(known)[1:6]
             raise ConfigError(f"ignore names {name!r}, which is no module of the network; there are: {', '.join(near)}")
-        own = [part for part, _ in known[name].named_modules(prefix=name)]
+        own = [first[id(part)] for part in known[name].modules()]
         if not any(True for _ in known[name].parameters()):
             raise ConfigError(
                 f"ignore names {name!r}, which has no channels of its own; name the layer whose it passes on"

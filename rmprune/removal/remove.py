@@ -98,7 +98,7 @@ def remove_residuals(
     >>> type(plain).__name__, torch.allclose(plain(images), model(images), atol=1e-5)
     ('Sequential', True)
     """
-    _check_settings(ranges, form, fuse, tolerance)
+    _check_settings(ranges, form, fuse, tolerance, input_range)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
     refuse_changing_hooks(model, inputs)
@@ -146,7 +146,7 @@ def plan_removal(
     >>> [(block.name, block.removable, block.form, block.reserved) for block in rmprune.plan_removal(model, images)]
     [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
     """
-    _check_settings(ranges, form, fuse, tolerance)
+    _check_settings(ranges, form, fuse, tolerance, input_range)
     model, inputs = as_given(model, example_inputs)
     return _rewrite(reference_copy(model), inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None)[1]
 
@@ -174,12 +174,14 @@ def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
     return max(1, min(len(images), budget - random)), random
 
 
-def _check_settings(ranges: str, form: str, fuse: str, tolerance: float) -> None:
+def _check_settings(ranges: str, form: str, fuse: str, tolerance: float, input_range: tuple[float, float]) -> None:
     for name, value, known in (("ranges", ranges, RANGES), ("form", form, FORMS), ("fuse", fuse, RULES)):
         if value not in known:
             raise ConfigError(f"{name}={value!r} is none of {', '.join(known)}")
     if not tolerance > 0:
         raise ConfigError(f"tolerance={tolerance} must be positive")
+    if not input_range[0] < input_range[1]:
+        raise ConfigError(f"input_range={tuple(input_range)} is empty: give (lowest, highest)")
 
 
 def nothing_to_remove(kept: dict[str, str]) -> str:
