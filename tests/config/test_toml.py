@@ -114,6 +114,6 @@ def test_augment_took_no_value(tmp_path: Path) -> None:
         [],
     ]
     found = [cli._parse(TrainRunConfig, words, "train").data.augment for words in given]
-    assert found == [True, "none", True, "light", "none", True]
+    assert found == [True, False, True, "light", "none", True]
     (tmp_path / "a.toml").write_text("[data]\naugment = false\n")
     assert from_toml(TrainRunConfig, tmp_path / "a.toml").data.augmentation == "none"
