@@ -29,7 +29,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests that need a GPU are skipped where there is none."""
+    """Tests that need a GPU are skipped where there is none, and those that fork but in a process of their own (tests/test_forks.py)."""
+    if item.get_closest_marker("forks") is not None and "RMPRUNE_FORKS" not in os.environ:
+        pytest.skip("forks: tests/test_forks.py runs it")
     if item.get_closest_marker("cuda") is not None:
         import torch
 

@@ -236,9 +236,9 @@ class RemeasureConfig:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, or directories that hold them; or ONNX files, which are measured as they stand (by default in onnxruntime)."""
+    measure: Unprefixed[MeasureConfig] = MeasureConfig()
     image_size: int | None = None
     """Height and width of the images of ONNX files that leave them open (default: 224)."""
-    measure: Unprefixed[MeasureConfig] = MeasureConfig()
 
     def __post_init__(self) -> None:
         require(len(self.runs) > 0, "there is nothing to measure; give run directories or ONNX files")

@@ -47,6 +47,7 @@ class Forked:
         os.kill(self.pid, signal.SIGKILL)
 
 
+@pytest.mark.forks
 def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
     step = _Training.train_step

@@ -16,6 +16,7 @@ from rmprune.pruning import Budget, GradualPruner
 from rmprune.training import fit
 from rmprune.training.distributed import check_batch, check_device
 
+pytestmark = pytest.mark.forks
 CONFIG = TrainConfig(
     epochs=2, precision="float32", learning_rate=0.02, sync_batch_norm=True, distillation=0.3, checkpoint_seconds=1e-9
 )

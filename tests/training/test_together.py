@@ -13,6 +13,7 @@ from rmprune.cli import main
 from rmprune.errors import DataError, InfeasibleBudget
 from rmprune.training import TrainState, together
 
+pytestmark = pytest.mark.forks
 COMMON = (
     "--dataset digits --train-images 48 --batch-size 16 --device cpu --model resnet8 --width 2 --epochs 1 --sync-batch-norm "
     "--precision float32 --measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 "
