@@ -1,6 +1,5 @@
 """Tests that train in forked processes, each file in a process of its own: autograd refuses to run in a fork of one where it has run."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +26,7 @@ def test_those_that_fork(file: str) -> None:
         "forks",
         str(TESTS / file),
     ]
-    done = subprocess.run(
-        command, cwd=TESTS.parent, env=os.environ | {"RMPRUNE_FORKS": "1"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -4,7 +4,6 @@ For cuts while training: `gradual.py`.
 """
 
 import contextlib
-import copy
 import difflib
 import logging
 import math
@@ -16,16 +15,16 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.data.batches import NOT_RUN, Batches, Loss, each_pass, network_inputs, with_loss
-from rmprune.errors import ConfigError, DataError, UnsupportedModel
+from rmprune.data.batches import Batches, Loss, network_inputs, with_loss
+from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import Inputs, as_given, as_names, only_input
-from rmprune.graph.run import evaluating
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
 from rmprune.pruning.allocate import allocate, allocate_uniform, least_cost
 from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
-from rmprune.pruning.dead import Folded, add_to_bias, fold_dead, response
+from rmprune.pruning.compensate import compensated, removed_means
+from rmprune.pruning.dead import fold_dead
 from rmprune.pruning.find_groups import NothingToPrune, find_structure
 from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
@@ -298,61 +297,6 @@ def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float)
     return best
 
 
-def removed_means(folded: Folded, data: Batches | None) -> dict[str, Tensor]:
-    """{layer: [c_in], the mean of each input channel}: measured on `data`; without it only constants are known."""
-    if data is not None:
-        return mean_inputs(folded.model, {m.layer for g in folded.structure.groups for m in g.consumers}, data)
-    return {n: v.nan_to_num(0.0) for n, v in folded.constants.inputs.items()}
-
-
-def compensated(
-    model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor], norms: Mapping[str, str]
-) -> nn.Module:
-    """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases."""
-    if not any(bool(v.any()) for v in means.values()):
-        return model
-    result = copy.deepcopy(model)
-    for group in structure.groups:
-        gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
-        for member in group.consumers if bool(gone.any()) else ():
-            if member.layer not in means or (member.layer not in norms and _has_no_bias(result, member.layer)):
-                continue
-            value = torch.zeros(member.size, dtype=torch.float64)
-            index = member.index[gone].flatten()
-            value[index] = means[member.layer][index]
-            delta = response(result.get_submodule(member.layer), value)
-            add_to_bias(result, member.layer, delta, norms.get(member.layer))
-    return result
-
-
-def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[str, Tensor]:
-    """{layer: [c_in] float64, the mean of each input channel over images and positions}, in eval mode."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            x = x.reshape(-1, x.shape[-1]).t() if isinstance(module, nn.Linear) else x.transpose(0, 1).flatten(1)
-            total = x.double().sum(1)
-            sums[name] = total if name not in sums else sums[name] + total
-            counts[name] = counts.get(name, 0) + x.shape[1]
-
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
-    try:
-        with evaluating(model), torch.no_grad():
-            for run in each_pass(data, model):
-                run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not sums:
-        raise DataError(NOT_RUN)
-    return {name: total.cpu() / counts[name] for name, total in sums.items()}
-
-
 def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -> None:
     """The pruned network runs, and its outputs have the shapes they had."""
     for expected, got in zip(outputs(before, example_inputs), outputs(after, example_inputs), strict=True):
@@ -360,7 +304,3 @@ def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -
             raise UnsupportedModel(
                 f"pruning changed an output's shape from {tuple(expected.shape)} to {tuple(got.shape)}"
             )
-
-
-def _has_no_bias(model: nn.Module, layer: str) -> bool:
-    return getattr(model.get_submodule(layer), "bias", None) is None

@@ -17,10 +17,10 @@ from rmprune.amc.space import Limits, Space
 from rmprune.measure.candidate import Candidate, Setting
 from rmprune.measure.torch_backends import eager
 from rmprune.pruning import Budget, find_structure, prune_coupled
+from rmprune.pruning.compensate import mean_inputs
 from rmprune.pruning.coupled import loss_gradients
 from rmprune.pruning.groups import macs
 from rmprune.pruning.importance import IMPORTANCES, MEASURED, score_groups
-from rmprune.pruning.one_shot import mean_inputs
 
 HALF = Budget(macs_ratio=0.5)
 Batches = list[tuple[Tensor, Tensor]]

@@ -1,0 +1,72 @@
+"""What the removed channels gave on the mean, folded into the layers that read them: the least-squares intercept of a cut."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.data.batches import NOT_RUN, Batches, each_pass
+from rmprune.errors import DataError
+from rmprune.graph.run import evaluating
+from rmprune.pruning.dead import Folded, add_to_bias, response
+from rmprune.pruning.groups import Keep, Structure
+
+
+def removed_means(folded: Folded, data: Batches | None) -> dict[str, Tensor]:
+    """{layer: [c_in], the mean of each input channel}: measured on `data`; without it only constants are known."""
+    if data is not None:
+        return mean_inputs(folded.model, {m.layer for g in folded.structure.groups for m in g.consumers}, data)
+    return {n: v.nan_to_num(0.0) for n, v in folded.constants.inputs.items()}
+
+
+def compensated(
+    model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor], norms: Mapping[str, str]
+) -> nn.Module:
+    """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases."""
+    if not any(bool(v.any()) for v in means.values()):
+        return model
+    result = copy.deepcopy(model)
+    for group in structure.groups:
+        gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
+        for member in group.consumers if bool(gone.any()) else ():
+            if member.layer not in means or (member.layer not in norms and _has_no_bias(result, member.layer)):
+                continue
+            value = torch.zeros(member.size, dtype=torch.float64)
+            index = member.index[gone].flatten()
+            value[index] = means[member.layer][index]
+            delta = response(result.get_submodule(member.layer), value)
+            add_to_bias(result, member.layer, delta, norms.get(member.layer))
+    return result
+
+
+def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[str, Tensor]:
+    """{layer: [c_in] float64, the mean of each input channel over images and positions}, in eval mode."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            x = x.reshape(-1, x.shape[-1]).t() if isinstance(module, nn.Linear) else x.transpose(0, 1).flatten(1)
+            total = x.double().sum(1)
+            sums[name] = total if name not in sums else sums[name] + total
+            counts[name] = counts.get(name, 0) + x.shape[1]
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
+    try:
+        with evaluating(model), torch.no_grad():
+            for run in each_pass(data, model):
+                run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not sums:
+        raise DataError(NOT_RUN)
+    return {name: total.cpu() / counts[name] for name, total in sums.items()}
+
+
+def _has_no_bias(model: nn.Module, layer: str) -> bool:
+    return getattr(model.get_submodule(layer), "bias", None) is None
