@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _alone_or_together() -> contextlib.AbstractContextManager[bool]:
     """Yields whether this process does the command: the first, where torchrun started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return contextlib.nullcontext(True)
     from rmprune.training.together import together
 
@@ -159,14 +159,8 @@ def slim(arguments: list[str]) -> None:
 def grid(arguments: list[str]) -> None:
     """slim's comparison of methods, budgets and seeds, each on a worker of its own: processes here, or jobs of Slurm"""
     from rmprune.pipelines.grid import run_grid
-    from rmprune.report.build import build_report, show
 
-    config = _parse(settings.GridConfig, arguments, "grid")
-    command = _command_line("grid", arguments)
-    records = run_grid(config, command=command)
-    show(records)
-    files = build_report(records, config.directory / "report", command)
-    print(f"figure: {', '.join(str(file) for file in files if file.suffix == '.png')}")
+    _run(run_grid, _parse(settings.GridConfig, arguments, "grid"), _command_line("grid", arguments), deploys=False)
 
 
 def amc(arguments: list[str]) -> None:
@@ -185,7 +179,7 @@ def train(arguments: list[str]) -> None:
     _run(run_train, config, _command_line("train", arguments))
 
 
-def _run(run: Callable[..., list[Path]], config: Any, command: str) -> None:
+def _run(run: Callable[..., list[Path]], config: Any, command: str, *, deploys: bool = True) -> None:
     """Do a run, or only its deploy/ and report where it was killed before these; its tables on the screen, and what to do next."""
     from rmprune.pipelines.deploy import run_deploy
     from rmprune.report.build import COMMAND, build_report, show
@@ -201,7 +195,7 @@ def _run(run: Callable[..., list[Path]], config: Any, command: str) -> None:
         records = find_records([directory])
     show(records)
     try:
-        deployed = _deployed(run_deploy(settings.DeployConfig(directory)))
+        deployed = _deployed(run_deploy(settings.DeployConfig(directory))) if deploys else "next:   "
     except RmpruneError as error:  # the run itself is done, and its record written
         deployed = f"deploy: none ({error})\nnext:   "
     files = build_report(records, directory / "report", command)  # last: where it is, nothing is left to do

@@ -69,6 +69,7 @@ SLIM = ("slim", "--ratio", "0.5")
         (("inspect", "resnet5o"), "resnet50"),
         (("report", "nowhere"), "nowhere"),
         (("measure", "nowhere"), "nowhere"),
+        (("measure", "nowhere", "--image-size", "64"), "image_size is for ONNX files"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -197,3 +198,13 @@ def test_a_run_that_was_killed_before_its_report_gets_it(tmp_path: Path, monkeyp
     write_text(tmp_path / "report" / "command.txt", "")
     with pytest.raises(SystemExit):
         main(["train", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("world", ["2", "x"])
+def test_what_torchrun_sets_and_torchrun_did_not(
+    world: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert status("--version") == 2
+    error = capsys.readouterr().err
+    assert "without what torchrun sets beside it" in error and len(error.strip().splitlines()) == 1

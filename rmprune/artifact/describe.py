@@ -57,7 +57,7 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict
         )
     names = list(model._modules) if flat else _called_layers(model, graph)
     layers = _describe_layers(model, names)
-    nodes = [] if graph is None else [_describe_node(node, model) for node in graph.nodes]
+    nodes = [] if graph is None else [_describe_node(node) for node in graph.nodes]
     tensors = [] if graph is None else _describe_tensors(model, graph, layers)
     description: dict[str, Any] = {
         "kind": "sequential" if flat else "graph",
@@ -157,7 +157,7 @@ def _describe_tensors(model: nn.Module, graph: fx.Graph, layers: list[dict[str, 
     return found
 
 
-def _describe_node(node: fx.Node, model: nn.Module) -> dict[str, Any]:
+def _describe_node(node: fx.Node) -> dict[str, Any]:
     target = node.target
     if node.op == "call_function":
         name = FUNCTION_NAMES.get(target)

@@ -95,6 +95,8 @@ def _clip(call: Call) -> fx.Node:
             for end, value in zip((-math.inf, math.inf), ends, strict=True)
         )
     below, above = low <= LOWEST, high >= -LOWEST
+    if below and above:
+        return call.source()
     if (low, high) == (0, 6):
         return call.layer(nn.ReLU6())
     if low == 0 and above:

@@ -117,10 +117,14 @@ def _rename(proto: onnx.ModelProto, weights: Weights, file: OnnxFile) -> Weights
 def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
     """What the file says of itself besides its nodes and weights."""
     weights = {tensor.name for tensor in source.graph.initializer}
+    outputs = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in proto.graph.output]
     for name in ("input", "output", "value_info"):
         proto.graph.ClearField(name)
     proto.graph.input.extend(value for value in source.graph.input if value.name not in weights)
-    proto.graph.output.extend(source.graph.output)
+    proto.graph.output.extend(
+        theirs if theirs.type.tensor_type.HasField("shape") else ours
+        for theirs, ours in zip(source.graph.output, outputs, strict=True)
+    )
     proto.graph.name, proto.graph.doc_string = source.graph.name or "graph", source.graph.doc_string
     proto.metadata_props.extend(source.metadata_props)
     for field in ("doc_string", "domain", "model_version"):

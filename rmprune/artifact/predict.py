@@ -76,9 +76,9 @@ class Deployed:
         outputs = self.session.run(None, {self.session.get_inputs()[0].name: x})
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def told(self, x: Any) -> dict[str, float]:
-        """The probability of each class, the likeliest first."""
-        scores = np.exp(self(x)[0] - self(x)[0].max())
+    def told(self, outputs: Any) -> dict[str, float]:
+        """The probability of each class by the outputs for one image, the likeliest first."""
+        scores = np.exp(outputs[0] - outputs[0].max())
         return {self.classes[i]: float(scores[i] / scores.sum()) for i in np.argsort(-scores, kind="stable")}
 
 
@@ -97,9 +97,9 @@ def main() -> None:
             x = as_input(file)
         except Exception as error:  # Pillow's readers stumble in many ways over damaged files
             sys.exit(f"{file}: {error}")
-        told = {} if network.classes is None else network.told(x)
+        outputs = network(x)
+        told = {} if network.classes is None else network.told(outputs)
         if given.json or not told:
-            outputs = network(x)
             plain = [one.tolist() for one in outputs] if isinstance(outputs, list) else outputs.tolist()
             print(json.dumps({"file": file, "outputs": plain} | ({"classes": told} if told else {})))
         else:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def deploy(
             "input_shape": list(data.input_shape),
             "preprocessing": preprocessing(data),
             "classes": class_names(data),
+            "test_is_validation": data.test is data.validation,
             "onnx_error": export_onnx(model, data.train.example(2), work / FLOAT32),
             "int8": _write_int8(model, data, work / INT8, int8_loss),
         }
@@ -99,8 +101,15 @@ def renew_deployed(run: Path) -> None:
     """
     folder = run / FOLDER
     if (folder / RANKING).is_file():
-        facts = read_json(folder / FACTS, missing="missing; deploy the run again", damaged="deploy the run again")
-        _write_told(folder, facts, run, ranked(run, None))
+        facts, before = (
+            read_json(folder / name, missing="missing; deploy the run again", damaged="deploy the run again")
+            for name in (FACTS, RANKING)
+        )
+        try:
+            known = {entry["path"]: entry["validation"] for entry in before["networks"]}
+            _write_told(folder, facts, run, ranked(run, None, known))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{folder}: not what deploying writes ({error!r}); deploy the run again") from error
 
 
 def _write_told(folder: Path, facts: dict[str, Any], run: Path, ranking: list[dict[str, Any]]) -> None:
@@ -121,9 +130,9 @@ def _records(run: Path) -> list[Path]:
     return find_records([run])
 
 
-def ranked(run: Path, data: Dataset | None) -> list[dict[str, Any]]:
+def ranked(run: Path, data: Dataset | None, known: Mapping[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Every network of a finished run, the one to deploy first, as plain JSON (see `RULE`); those that were not pruned come last, where
-    others were. `data`: for runs whose records do not yet say how networks do on validation images.
+    others were. For runs whose records do not yet say how networks do on validation images: `data`, or what was `known` by path.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in _records(run):
@@ -132,14 +141,17 @@ def ranked(run: Path, data: Dataset | None) -> list[dict[str, Any]]:
         pruned = own.keys() - {"original", "plain"}
         for name, entry in own.items():
             place = network_directory(path.parent, name)
+            if not place.is_relative_to(run):
+                raise ArtifactError(f"{run}: is a part of {place.parent}, where its {name} lies; deploy that")
+            if (key := place.relative_to(run).as_posix()) in found:
+                continue  # shared by several cells
             # exact removal changes rounding alone, by which nothing shall be chosen
             judged, judge = (
                 (entry, place) if name != "plain" else (own["original"], network_directory(path.parent, "original"))
             )
-            if (validation := judged.get("validation")) is None and data is not None:
+            validation = judged.get("validation") or (known or {}).get(key)
+            if validation is None and data is not None:
                 validation = on_validation(artifact.load(judge), data, torch.device("cpu"))
-            if (key := place.relative_to(run).as_posix()) in found:
-                continue  # shared by several cells
             budget = record.get("budget", {}) if name in pruned else {}
             found[key] = {
                 "path": key,

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from rmprune.artifact.files import ARCHITECTURE
+from rmprune.artifact.tensors import first_line
 from rmprune.config import GridConfig, RemeasureConfig, SlimConfig
 from rmprune.errors import ConfigError, RmpruneError
 from rmprune.methods.table import find_methods
@@ -30,6 +31,7 @@ from rmprune.pipelines.stages import dense_network, open_data, pick_device
 from rmprune.runs.cells import Cell
 from rmprune.runs.directory import Finished, claim
 from rmprune.runs.notes import read_notes, write_text
+from rmprune.training.distributed import processes
 from rmprune.training.job import Job
 from rmprune.training.precision import repeatable
 
@@ -203,7 +205,7 @@ def work_off(tasks: list[Task], submit: Submit, workers: int) -> dict[str, str]:
                     logger.info("%s: done (%d of %d, %.0f s)", task.name, done, total, time.monotonic() - started)
             for task in [task for task in waiting if task.after and task.after.name in refused]:
                 waiting.remove(task)
-                refused[task.name] = f"{task.after.name} could not be had" if task.after else ""
+                refused[task.name] = f"{task.after.name} could not be had"  # type: ignore[union-attr]
             ready = [task for task in waiting if task.after is None or task.after.done]
             for task in ready[: workers - len(running)]:
                 waiting.remove(task)
@@ -243,6 +245,8 @@ def measure_all(config: RemeasureConfig, note: Path, names: list[str]) -> None:
 
 
 def _refuse(config: GridConfig) -> None:
+    if processes() > 1:
+        raise ConfigError("under torchrun: start grid by itself, its workers are its processes")
     if config.plan is not None:
         raise ConfigError("a plan is one network, and no grid; carry it out by slim")
     if config.overwrite:
@@ -275,6 +279,6 @@ def _workers(config: GridConfig) -> Submit:
             **{f"slurm_{name}": int(value) if value.isdigit() else value for name, value in asked.items()},
         )
     except (RuntimeError, ValueError, NameError, TypeError) as error:
-        raise ConfigError(f"{config.cluster}: {error}") from None
+        raise ConfigError(f"{config.cluster}: {first_line(error)}") from None
     submit: Submit = executor.submit
     return submit

@@ -19,7 +19,7 @@ from rmprune.config.toml import UNSET
 from rmprune.data.given import GIVEN
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import Statistics
-from rmprune.errors import ArtifactError
+from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
 from rmprune.measure.machine import environment
@@ -36,6 +36,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     A network that several runs share, or hold a copy of (the original of a sweep), is measured once. Ratios are taken to each
     run's own original. Nothing is written before all is measured; a KeyboardInterrupt after that says how many records are.
     """
+    if config.image_size is not None:
+        raise ConfigError("image_size is for ONNX files, of which there is none; networks of runs know theirs")
     paths = records.find_records(list(config.runs))
     for run in runs_of(paths):
         tidy(run)

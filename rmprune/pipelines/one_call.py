@@ -163,7 +163,7 @@ def slim(
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ConfigError(
-            f"give exactly one of ratio=, macs_ratio= and latency_ratio=; got {', '.join(given) or 'none'} (memory_ratio= is another)"
+            f"give exactly one of {', '.join(f'{name}=' for name in budgets)}; got {', '.join(given) or 'none'}"
         )
     tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
     if loss is not None and method == "auto":

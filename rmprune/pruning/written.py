@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +17,6 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.fx_tracer import follow
 from rmprune.graph.normalise import PlainTracer
 
-SCALED = F.scaled_dot_product_attention  # by its own width, where nothing else is said
 RETRACINGS = 3  # of tracing what was traced, until its names are those that tracing gives
 
 

@@ -10,18 +10,20 @@ MOST_ROWS = 30  # of classes; with more there is no table of them
 def model_card(record: Mapping[str, Any], name: str, facts: Mapping[str, Any]) -> str:
     """Markdown for `name`, a network of `record`; `facts`: as `deploy/model.json` holds them."""
     entry, original = record[name], record["original"]
+    images = "validation images" if facts.get("test_is_validation") else "test images"
+    pillow, file = (" pillow", "IMAGE") if facts["preprocessing"] is not None else ("", "FILE.npy")
     parts = [
         f"# {_plain(record['model'])}, {_plain(_kind(record, name))}",
         f"A network of `rmprune` {record['environment']['versions'].get('rmprune', '')}, made by",
         f"```\n{_plain(record['command'])}\n```",
         f"It is `{facts['network']}` of that run: {facts['chosen']} ([all networks of the run](ranking.json)).",
         "## Use it",
-        "```\npip install onnxruntime numpy pillow\npython predict.py IMAGE\n```",
-        _inputs(record, facts),
+        f"```\npip install onnxruntime numpy{pillow}\npython predict.py {file}\n```",
+        _inputs(facts),
         "## How good it is",
-        _accuracy(record, entry, original),
-        _int8(facts),
-        *_classes(entry),
+        _accuracy(record, entry, original, images),
+        _int8(facts, images),
+        *_classes(entry, images),
         "## How fast it is",
         _costs(entry, original),
         _times(entry, record["environment"]),
@@ -38,11 +40,14 @@ def model_card(record: Mapping[str, Any], name: str, facts: Mapping[str, Any]) -
 def _kind(record: Mapping[str, Any], name: str) -> str:
     if name in ("original", "plain"):
         return {"original": "as it was trained", "plain": "its residuals removed"}[name]
-    budget = "".join(f" to {kind.replace('_', ' ')} {value:g}" for kind, value in record.get("budget", {}).items())
+    budget = "".join(
+        f", {value:g} of its channels removed" if kind == "ratio" else f" to {kind.replace('_', ' ')} {value:g}"
+        for kind, value in record.get("budget", {}).items()
+    )
     return f"slimmed by {record[name].get('method', name)}{budget}"
 
 
-def _inputs(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def _inputs(facts: Mapping[str, Any]) -> str:
     how, shape, classes = facts["preprocessing"], ", ".join(map(str, facts["input_shape"])), facts["classes"]
     if how is None:
         read = "as the loaders of its training made them, which this folder does not know; `predict.py` takes `.npy` arrays"
@@ -64,7 +69,7 @@ def _inputs(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     )
 
 
-def _accuracy(record: Mapping[str, Any], entry: Mapping[str, Any], original: Mapping[str, Any]) -> str:
+def _accuracy(record: Mapping[str, Any], entry: Mapping[str, Any], original: Mapping[str, Any], images: str) -> str:
     measured = [("balanced_accuracy", "balanced accuracy", "{:.2%}"), ("auc", "AUC", "{:.3f}")]
     score, form = ("accuracy", "{:.2%}") if entry["accuracy"] is not None else ("loss", "{:.4g}")
     rows = [(score, form.format(entry[score]), form.format(original[score]))]
@@ -73,12 +78,17 @@ def _accuracy(record: Mapping[str, Any], entry: Mapping[str, Any], original: Map
         for key, label, shown in measured
         if entry.get(key) is not None and original.get(key) is not None
     ]
-    return f"Test images of {_plain(record.get('dataset', ''))}, read once, at the end:\n\n" + _table(
+    when = (
+        "read once, at the end"
+        if images == "test images"
+        else "by which networks may have been chosen; there are no others"
+    )
+    return f"{images.capitalize()} of {_plain(record.get('dataset', ''))}, {when}:\n\n" + _table(
         ("", "this network", "the trained original"), rows
     )
 
 
-def _int8(facts: Mapping[str, Any]) -> str:
+def _int8(facts: Mapping[str, Any], images: str) -> str:
     int8 = facts["int8"]
     if "refused" in int8:
         return f"There is no int8 form: {_plain(int8['refused'])}."
@@ -88,12 +98,10 @@ def _int8(facts: Mapping[str, Any]) -> str:
     )
     if not int8["kept"]:
         return f"There is no int8 form: {found}."
-    return (
-        f"`model-int8.onnx` holds its accuracy: {found}. On the test images it is right on {int8['test_accuracy']:.2%}."
-    )
+    return f"`model-int8.onnx` holds its accuracy: {found}. On the {images} it is right on {int8['test_accuracy']:.2%}."
 
 
-def _classes(entry: Mapping[str, Any]) -> list[str]:
+def _classes(entry: Mapping[str, Any], images: str) -> list[str]:
     classes = entry.get("classes", [])
     if not classes or len(classes) > MOST_ROWS:
         return []
@@ -101,7 +109,7 @@ def _classes(entry: Mapping[str, Any]) -> list[str]:
         (one["name"], one["images"], *("" if one[k] is None else f"{one[k]:.1%}" for k in ("recall", "precision")))
         for one in classes
     ]
-    return [_table(("class", "test images", "recall", "precision"), shown)]
+    return [_table(("class", images, "recall", "precision"), shown)]
 
 
 def _costs(entry: Mapping[str, Any], original: Mapping[str, Any]) -> str:

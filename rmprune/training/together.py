@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map_only
 from rmprune.config import DataConfig, SparsityConfig, TrainConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
-from rmprune.errors import DataError, RmpruneError
+from rmprune.errors import ConfigError, DataError, RmpruneError
 from rmprune.training import checkpoint as files
 from rmprune.training.distributed import any_says, backends, first_says, processes, this_process
 from rmprune.training.loop import fit
@@ -129,8 +129,13 @@ class Team:
     """The processes of this command, and the store of torchrun in which they leave each other words."""
 
     def __init__(self) -> None:
-        self.rank, self.world = this_process(), processes()
-        self.store = next(dist.rendezvous("env://"))[0]
+        try:
+            self.rank, self.world = this_process(), processes()
+            self.store = next(dist.rendezvous("env://"))[0]
+        except ValueError as error:
+            raise ConfigError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE'][:40]!r} without what torchrun sets beside it ({error}); unset it, or use torchrun"
+            ) from None
         self.orders = 0
         self.stuck = False  # whether the others wait in a training that has failed here
 

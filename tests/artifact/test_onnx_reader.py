@@ -85,6 +85,7 @@ OPERATORS = {
     "clip": one("Clip", np.float32(-0.5), np.float32(1)),
     "clip below": one("Clip", np.float32(0.5)),
     "relu6, opset 6": one("Clip", opset=7, min=0.0, max=6.0),
+    "clip without limits": one("Clip"),
     "clip at zero": one("Clip", np.float32(0)),
     "hard swish": one("HardSwish"),
     "hard sigmoid": one("HardSigmoid", alpha=1 / 6),

@@ -24,7 +24,7 @@ from rmprune.pipelines import deploy
 from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import open_data
 from rmprune.pipelines.train import run_train
-from rmprune.runs.records import read_record, write_record
+from rmprune.runs.records import networks, read_record, write_record
 
 UNTRAINED = TrainConfig(epochs=0)
 MEASURE = MeasureConfig(("eager",), (1,), (1,), seconds=0.0, min_rounds=3)
@@ -155,6 +155,31 @@ def test_measuring_again_renews_the_card_and_the_ranking(slimmed: Path, tmp_path
     assert "1234 (" in (folder / "README.md").read_text() and (folder / "model.json").read_bytes() == before
     ranking = json.loads((folder / "ranking.json").read_text())["networks"]
     assert [entry["latency"][0]["median_ms"] for entry in ranking[:2]] == [1234] * 2
+
+
+def test_measuring_again_keeps_what_deploying_found_out(slimmed: Path, tmp_path: Path) -> None:
+    """Records of before do not say how networks do on validation images: deploying asks, and measuring does not forget."""
+    run = shutil.copytree(slimmed, tmp_path / "run")
+    record = read_record(run)
+    for entry in networks(record).values():
+        entry.pop("validation", None)
+    write_record(run / "record.json", record)
+    folder = deploy.deploy(run, load_dataset(QUICK.data))
+    before = (folder / "ranking.json").read_bytes()
+    deploy.renew_deployed(run)
+    assert (folder / "ranking.json").read_bytes() == before and b'"validation": {}' not in before
+    (folder / "model.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="deploy the run again"):
+        deploy.renew_deployed(run)
+
+
+def test_a_part_of_a_run_is_refused_by_name(slimmed: Path, tmp_path: Path) -> None:
+    """A cell of a grid has settings and a record, and its dense network lies with the others of its seed."""
+    cell = shutil.copytree(slimmed, tmp_path / "seed0" / "rm")
+    for name in ("dense", "plain"):
+        shutil.move(cell / name, cell.parent / name)
+    with pytest.raises(ArtifactError, match=r"rm: is a part of .*seed0, where its original lies; deploy that"):
+        deploy.ranked(cell, None)
 
 
 def test_what_cannot_be_deployed_is_refused(slimmed: Path, tmp_path: Path) -> None:

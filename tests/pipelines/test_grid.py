@@ -158,6 +158,12 @@ def test_what_is_no_grid_is_refused(settings: dict[str, Any], says: str, tmp_pat
     assert not (tmp_path / "run" / "seed0").exists()
 
 
+def test_a_grid_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="start grid by itself"):
+        run_grid(config(tmp_path / "run"), command="")
+
+
 def test_no_cell_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grid, "LOOK", 0.0)
     with pytest.raises(RmpruneError, match="no cell can be had: the data are gone; seed 0 could not be had"):
