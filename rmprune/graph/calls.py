@@ -11,6 +11,24 @@ from torch import fx
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 DIVISIONS = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
+IN_PLACE_OPERATORS = {
+    name: getattr(operator, name)
+    for name in [
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ipow",
+        "ifloordiv",
+        "imod",
+        "iand",
+        "ior",
+        "ixor",
+        "ilshift",
+        "irshift",
+    ]
+}
+"""The operators that change their first argument (`y += z`)."""
 CONCATENATIONS = (torch.cat, torch.concat)
 CHUNKS, SPLITS = ("chunk", torch.chunk), ("split", torch.split)
 _SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride")

@@ -18,7 +18,7 @@ from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import CHUNKS, piece_sizes
+from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, on_meta
 
@@ -205,13 +205,13 @@ def _in_place(operation: Any) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
 
 
-for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
+for (
+    _name,
+    _operation,
+) in (
+    IN_PLACE_OPERATORS.items()
 ):  # torch.fx takes `y += z` for `y = y + z`, and other names of y would keep the old value
-    setattr(_Known, f"__{_name}__", _in_place(getattr(operator, _name)))
+    setattr(_Known, f"__{_name}__", _in_place(_operation))
 
 
 class _KnownAttribute(_Known, Attribute):

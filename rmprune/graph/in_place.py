@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.calls import IN_PLACE_OPERATORS
 from rmprune.graph.network import GONE, named
 
-_IN_PLACE_FUNCTIONS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_)
+_IN_PLACE_FUNCTIONS = (*IN_PLACE_OPERATORS.values(), torch.relu_)
 _SAME_METHODS = ("contiguous", "detach", "float", "double", "to", "type_as")
 _VIEW_METHODS = (
     "view", "reshape", "flatten", "chunk", "split", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "unbind", "expand",

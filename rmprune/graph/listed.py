@@ -1,12 +1,12 @@
 """A network as a torch.fx graph in terms of the listed layer types (vocabulary.py), for files and clocks; removal reads normalise.py's."""
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.calls import IN_PLACE_OPERATORS
 from rmprune.graph.fx_tracer import Tracer, follow
 from rmprune.graph.vocabulary import LAYERS
 
@@ -96,7 +96,7 @@ def _has_effect(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output", "call_module"):
         return True
     name = str(getattr(node.target, "__name__", node.target))
-    inplace_operator = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    inplace_operator = node.target in IN_PLACE_OPERATORS.values()
     return name.endswith("_") or inplace_operator or True in (node.kwargs.get("inplace"), *node.args[1:])
 
 

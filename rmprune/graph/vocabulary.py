@@ -266,7 +266,7 @@ def _words(text: str) -> list[str]:
 
 
 _OPERATOR_NAMES = _words("""
-    add iadd sub isub mul imul truediv itruediv floordiv mod neg pow matmul getitem eq ne lt le gt ge invert
+    add iadd sub isub mul imul truediv itruediv floordiv ifloordiv mod imod neg pow ipow matmul getitem eq ne lt le gt ge invert
 """)
 _TORCH_NAMES = _words("""
     add sub mul div true_divide neg pow exp erf log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat

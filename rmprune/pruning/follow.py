@@ -202,10 +202,8 @@ class Walk:
         along: dict[str, list[Tensor]] = {}
         for x, letters in zip(labels, terms, strict=True):
             for dim, letter in enumerate(letters):
-                ends = [slice(None) if d == dim else 0 for d in range(x.dim())]
-                along.setdefault(letter, []).append(
-                    x[tuple(ends)] if dim in varying(x) else nobody(x.shape[dim : dim + 1])
-                )
+                own = _along(x, dim) if dim in varying(x) else nobody(x.shape[dim : dim + 1])
+                along.setdefault(letter, []).append(own)
         added = {
             letter
             for x, letters in zip(labels, terms, strict=True)
@@ -240,17 +238,14 @@ class Walk:
         two = [i for i, letters in enumerate(terms) if letter in letters]
         if len(two) != 2 or any(varying(labels[i]) != [terms[i].index(letter)] for i in two):
             return False
-        scale = node.kwargs.get("scale", node.args[6] if len(node.args) > 6 else None)
+        scale = node.kwargs.get("scale")
         scaled = name == "scaleddotproductattention" and scale is None  # by what is cut
         if scaled and not self._is_written(node):
             return False
         of = next(((i, rows) for i in reversed(two) if (rows := self._rows(sources[i])) is not None), None)
         if of is None:
             return False
-        first, second = (
-            labels[i][tuple(slice(None) if d == terms[i].index(letter) else 0 for d in range(labels[i].dim()))]
-            for i in two
-        )
+        first, second = (_along(labels[i], terms[i].index(letter)) for i in two)
         self.channels.unite(first, second, "they meet channels that stay whole")
         (layer, rows), x = of[1], labels[of[0]]
         for d in set(range(x.dim())) - set(varying(rows)):

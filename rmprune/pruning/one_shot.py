@@ -65,7 +65,8 @@ def prune(
     dead: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
-    eval) kept.
+    eval) kept. Where the budget cannot be met else because code writes sizes down (attention), the result is a torch.fx graph of the
+    same layers in which other sizes are written, and dropout as a function is off; the log says so.
 
     `importance`: a name of `rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
     [channels]}, or a callable. `data`: (images, labels) batches, for importances that are measured and, with
@@ -108,6 +109,10 @@ def prune(
     origin = {**structure.units, **(origin or {})}
     memory = budget.memory_ratio is not None
     if memory:
+        if begin or rank != "per_cost" or lookahead != 1:
+            raise ConfigError(
+                "begin, rank and lookahead count costs of layers; a budget of memory goes by the peak, leave them out"
+            )
         one = only_input(example_inputs, "a budget of memory")[:1]
         budget = with_reference(budget, plain, one)
     target = Target(macs, math.inf, math.inf) if memory else resolve(structure, budget, cost)
@@ -185,25 +190,32 @@ def _followed(
         structure = leave_whole(structure, network, ignore)
         return network, reading, structure
 
+    def least_of(structure: Structure) -> tuple[Target, float]:
+        target = resolve(structure, budget, cost)
+        return target, least_cost(structure, budget, target.cost, {**structure.units, **(origin or {})})
+
     try:
         found = attempt(model)
         if budget.memory_ratio is not None:
             return found
-        target = resolve(found[2], budget, cost)
-        if least_cost(found[2], budget, target.cost, {**found[2].units, **(origin or {})}) <= target.limit:
+        target, least = least_of(found[2])
+        if least <= target.limit:
             return found
         graph = as_graph(model, inputs)
     except NothingToPrune:
         if isinstance(model, Weighted) or (graph := as_graph(model, inputs)) is None:
             raise
+        least = math.inf
     if graph is None:
         return found
-    found = attempt(graph)
+    written = attempt(graph)
+    if least < math.inf and least_of(written[2])[1] >= least:
+        return found
     logger.warning(
         "prune: what holds its channels is written for their number; the result is a torch.fx graph of the same layers, in eval mode, with "
         "other sizes written"
     )
-    return found
+    return written
 
 
 def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str] | None) -> Structure:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.fx_tracer import follow
 from rmprune.graph.normalise import PlainTracer
+from rmprune.graph.run import evaluating
 
 RETRACINGS = 3  # of tracing what was traced, until its names are those that tracing gives
 
@@ -24,25 +25,22 @@ def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | N
     """The same network as a torch.fx graph in eval mode, whose layers (shared with it) have the names they had; None where that is not
     the same for one example more, or less: where code asks for the size of the batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flat: nn.Module = model.eval()
-    try:
-        for _ in range(RETRACINGS):
-            before = [node.name for node in flat.graph.nodes] if isinstance(flat, fx.GraphModule) else None
-            graph, _ = follow(PlainTracer, flat, inputs)
-            flat = fx.GraphModule(flat, graph, type(model).__name__)
-            if before == [node.name for node in graph.nodes]:
-                break
-        with torch.no_grad():
-            for x in (inputs, tuple(torch.cat([x, x[:1]]) for x in inputs)):
-                pairs = zip(tree_leaves(flat(*copies(x))), tree_leaves(model(*copies(x))), strict=True)
-                if not all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs if isinstance(a, Tensor)):
-                    return None
-    except (UnsupportedModel, RuntimeError, ValueError, TypeError):
-        return None
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    flat: nn.Module = model
+    with evaluating(model):
+        try:
+            for _ in range(RETRACINGS):
+                before = [node.name for node in flat.graph.nodes] if isinstance(flat, fx.GraphModule) else None
+                graph, _ = follow(PlainTracer, flat, inputs)
+                flat = fx.GraphModule(flat, graph, type(model).__name__)
+                if before == [node.name for node in graph.nodes]:
+                    break
+            with torch.no_grad():
+                for x in (inputs, tuple(torch.cat([x, x[:1]]) for x in inputs)):
+                    pairs = zip(tree_leaves(flat(*copies(x))), tree_leaves(model(*copies(x))), strict=True)
+                    if not all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs if isinstance(a, Tensor)):
+                        return None
+        except (UnsupportedModel, RuntimeError, ValueError, TypeError):
+            return None
     flat.training = model.training
     assert isinstance(flat, fx.GraphModule)
     return flat

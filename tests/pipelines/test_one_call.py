@@ -149,7 +149,11 @@ HALF = {"macs_ratio": 0.5}
 MISTAKES: dict[str, tuple[dict[str, Any], type[RmpruneError], str]] = {
     "training mode": ({"model": Angles().train()}, ConfigError, "training mode"),
     "no weights": ({"model": nn.ReLU().eval()}, ConfigError, "has no weights"),
-    "no budget": ({"macs_ratio": None}, ConfigError, "exactly one of ratio=, macs_ratio=, latency_ratio=, memory_ratio=; got none"),
+    "no budget": (
+        {"macs_ratio": None},
+        ConfigError,
+        "exactly one of ratio=, macs_ratio=, latency_ratio=, memory_ratio=; got none",
+    ),
     "two budgets": ({"ratio": 0.5}, ConfigError, "got ratio, macs_ratio"),
     "a budget outside": ({"macs_ratio": 1.5}, ConfigError, "between 0 and 1"),
     "an impossible budget": ({"macs_ratio": 0.001}, InfeasibleBudget, "macs_ratio"),

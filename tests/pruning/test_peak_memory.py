@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import rmprune
 from rmprune.errors import ConfigError, InfeasibleBudget
@@ -56,7 +57,8 @@ def test_the_least_is_named_and_can_be_had() -> None:
     ) as refused:
         rmprune.prune(net, X, importance="magnitude", budget=budget)
     least = float(str(refused.value).split("limits is ")[1].split(" ")[0])
-    assert peak(rmprune.prune(net, X, importance="magnitude", budget=dataclasses.replace(budget, memory_ratio=least)))
+    found = rmprune.prune(net, X, importance="magnitude", budget=dataclasses.replace(budget, memory_ratio=least))
+    assert peak(found) <= least * peak(net)
     with pytest.raises(InfeasibleBudget, match="min_channels, min_fraction or round_to forbids it"):
         rmprune.prune(net, X, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.5, min_fraction=0.9))
 
@@ -64,3 +66,24 @@ def test_the_least_is_named_and_can_be_had() -> None:
 def test_ways_that_do_not_count_memory_say_so() -> None:
     with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
         rmprune.pruning.prune_coupled(network(), X, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.5))
+
+
+def test_settings_that_count_costs_of_layers_are_refused() -> None:
+    for setting in ({"rank": "score"}, {"lookahead": 3}, {"begin": {"conv1": 4}}):
+        with pytest.raises(ConfigError, match="a budget of memory goes by the peak"):
+            rmprune.prune(network(), X, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.7), **setting)
+
+
+class MakesTensors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu() + torch.zeros(x.shape[0], 1, 1, 1))
+
+
+def test_tensors_that_are_made_on_the_way_are_planned() -> None:
+    net, x = MakesTensors().eval(), torch.randn(2, 3, 8, 8)
+    cut = rmprune.prune(net, x, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.8))
+    assert activation_memory(cut, x[:1]).peak_bytes <= 0.8 * activation_memory(net, x[:1]).peak_bytes

@@ -171,6 +171,8 @@ def test_other_names_of_a_value_that_is_changed_in_place_see_the_change(tmp_path
             z = y
             z += self.b(x)
             z *= 2
+            z **= 2
+            z %= 3
             return self.h(y)
 
     torch.manual_seed(0)
