@@ -41,8 +41,8 @@ class Pruner:
     `example_inputs`: images [N, C, H, W]. `budget`: a `ratio` or a `macs_ratio`; `min_fraction` keeps layers from being emptied.
     `cut_error`: what a trial cut of every group was wrong by, relative, in float64; once `done`, of the last
     network as well, which has `rmprune_facts` like the result of `prune`. Raises InfeasibleBudget where limits forbid the budget,
-    UnsupportedModel where nothing can be pruned or the network's own weights are computed from others, NotEquivalent where a cut would be wrong, ConfigError for an
-    optimizer of another model: all at once, before any step.
+    UnsupportedModel where nothing can be pruned or the network's own weights are computed from others, NotEquivalent where
+    a cut would be wrong, ConfigError for an optimizer of another model: all at once, before any step.
 
     >>> model = rmprune.models.create("resnet8", num_classes=10, width=8)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
