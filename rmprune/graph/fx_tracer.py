@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import linecache
 import operator
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes
+from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes, set_item
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, on_meta
 
@@ -49,6 +50,16 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Known(node, self)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """`forward(self, x, *more, **others)` is called with x alone."""
+        call, own = super().create_args_for_root(*args, **kwargs)
+        for place, value in enumerate(own):
+            name = str(value.node.target) if isinstance(value, fx.Proxy) else ""
+            if place > 1 and name.startswith("*"):
+                self.graph.erase_node(value.node)
+                own[place] = {} if name.startswith("**") else ()
+        return call, own
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
@@ -121,6 +132,7 @@ class Tracer(fx.Tracer):
 
 
 _UNKNOWN = object()
+_PROXIES = r"<class '[\w.]*_Known\w*'>|'?_Known\w*'?( object)?"  # what Python calls our stand-ins
 _NO_LENGTH = "the length of this value is not known while the network is traced"
 
 
@@ -190,6 +202,9 @@ class _Known(fx.Proxy):
         if count is None:
             raise TypeError(_NO_LENGTH)  # `list` asks for it, goes on where there is none, and asks for the entries
         return count
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", set_item, (self, index, value), {})
 
     def __int__(self) -> int:
         return int(self.tracer.known(self))  # type: ignore[attr-defined]
@@ -319,7 +334,7 @@ def _erase(node: fx.Node) -> None:
 
 
 def _refusal(model: nn.Module, tracer: Tracer, error: Exception) -> UnsupportedModel:
-    where, text = tracer.place(error), " ".join(str(error).split())
+    where, text = tracer.place(error), re.sub(_PROXIES, "a value of the network", " ".join(str(error).split()))
     if isinstance(error, TraceError) and ("decide" in text or "control flow" in text):
         cause = "control flow that depends on the values of tensors"
         way = "write it without (torch.where, a product with a mask), or give the part without it"

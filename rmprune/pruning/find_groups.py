@@ -32,7 +32,7 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
 
     `example_inputs`: images [N, ...], of which the first is looked at. `reading`: the network as `read` has it, where that is at
     hand. Operations that channels pass through are tried with some of them gone: what is written for their number stays whole.
-    Raises UnsupportedModel where torch.fx cannot follow the network, a layer is used twice, or nothing can be pruned.
+    Raises UnsupportedModel where torch.fx cannot follow the network, or nothing can be pruned.
     """
     walk = Walk(reading or read(model, example_inputs), _unsliceable(model))
     groups = _alike(walk)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Size, Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rmprune.errors import UnsupportedModel
 from rmprune.graph.network import in_words, is_batch_norm, shape_of
 from rmprune.pruning.groups import MemberSide
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
@@ -44,6 +43,7 @@ class Walk:
 
     def __init__(self, reading: Reading, whole: Mapping[str, str]) -> None:
         self.reading, self.network, self.whole = reading, reading.network, dict(whole)
+        self.apart = {reading.owners.get(id(tensor)) for tensor in reading.network.constants.values()}
         self.channels = Channels()
         self.members: dict[tuple[str, MemberSide], Tensor] = {}
         self.layers: dict[fx.Node, str] = {}  # convolutions and linear layers; their input and output shapes
@@ -108,6 +108,8 @@ class Walk:
             return self._unknown(node, labels, "a free-standing parameter has these channels")
         if isinstance(layer, Weighted):
             self._note(node, name, labels)
+        if name in self.apart:
+            self.whole.setdefault(name, "code reads its tensors beside it")
         if name in self.whole:
             return self._unknown(node, labels, f"{name}: {self.whole[name]}")
         if isinstance(layer, nn.LayerNorm) and len(labels) == 1:
@@ -160,9 +162,11 @@ class Walk:
 
     def _note(self, node: fx.Node, name: str, labels: list[Tensor]) -> None:
         if name in self.shapes:
-            raise UnsupportedModel(
-                f"{name} is used twice in one forward pass; give each use its own layer before pruning"
-            )
+            self.whole.setdefault(name, "it is used twice in one forward pass")
+            for (layer, _), own in self.members.items():
+                if layer == name:
+                    self.channels.stay(own, f"{name} is used twice in one forward pass")
+            return
         self.layers[node], self.shapes[name] = name, (labels[0].shape, Size(shape_of(node) or ()))
 
     def _member(self, name: str, side: MemberSide, vector: Tensor) -> None:
