@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from rmprune.config import REMOVAL
+from rmprune.config.toml import to_dict
 from rmprune.report.tables import budget_of, find_setting, method_of, model_of
 from rmprune.runs.records import networks
 
@@ -26,11 +28,13 @@ _OWN = {
 """Settings that rows are told apart by, or that do not change a network."""
 _UNREAD = frozenset(
     f"prune.{name}" for name in ("gradual", "reconstruct", "cuts", "cut_fraction", "score_decay", "cost", "rank")
-)
+) | {f"removal.{name}" for name in vars(REMOVAL)}
 _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _BY_TIME = ("mixed", "mixed-amc")
 """Methods that measure what they do, whatever the budget counts."""
+_SINCE = {"search_minutes": 1.0, "removal": to_dict(REMOVAL)}
+"""Settings that earlier records of slim do not name, as they then were."""
 _BEFORE = frozenset({"data", "train", "sparsity", "checkpoint"})
 """Settings that the network before pruning depends on."""
 
@@ -64,7 +68,8 @@ def _settings(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
     for name in networks(record):
         dense = name in ("original", "plain")
         parts = _BEFORE | {"removal"} if name == "plain" else _BEFORE
-        config = {key: record["config"].get(key) for key in parts} if dense else record["config"]
+        config = _SINCE | record["config"]
+        config = {key: config.get(key) for key in parts} if dense else config
         method, budget = method_of(record, name), "" if dense else budget_of(record)
         mine = flat(config)
         if method in _BY_TIME or budget.startswith("latency"):
