@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
 from rmprune.graph.equivalence import reference_copy
 from rmprune.graph.inputs import Inputs, as_given
@@ -19,13 +20,20 @@ from rmprune.removal.blocks import Block, additions, find_block
 from rmprune.removal.rewrite import remove_all
 
 
-def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = True, alone: bool = True) -> Options:
+def block_options(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    linear: bool = True,
+    alone: bool = True,
+    removal: RemovalConfig = REMOVAL,
+) -> Options:
     """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back.
 
     A block is dropped where branch and shortcut can be told apart; collapsed where one convolution can stand for its branch without
     more MACs (`linear`: also where that leaves the block without an activation); merged where, besides, RM then needs to reserve
     nothing, as in a block of one layer. `alone`: all other blocks are kept; False: they may be removed with it, as one that holds another
-    needs. Raises UnsupportedModel where torch.fx cannot follow the model.
+    needs. `removal`: how residuals go; a block in its `keep` only stays. Raises UnsupportedModel where torch.fx cannot follow the model.
 
     >>> from rmprune.pruning.options import block_options
     >>> model = rmprune.models.create("resnet8", num_classes=10, width=4).eval()
@@ -33,7 +41,7 @@ def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = Tr
     {'keep': '', 'remove': '', 'merge': '', 'drop': '', 'collapse': ''}
     """
     model, inputs = as_given(model, example_inputs)
-    reports = plan_removal(model, inputs)
+    reports = plan_removal(model, inputs, **vars(removal))
     free = {report.name for report in reports if report.removable and not report.reserved}
     found: dict[str, dict[Choice, str]] = {
         report.name: dict.fromkeys(CHOICES, "") | {"remove": report.reason} for report in reports
@@ -59,6 +67,9 @@ def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = Tr
     for report in remove_all(network, found.keys() - shorter.keys(), "auto", True, "never"):
         if report.name in shorter and (not report.removable or report.reserved):
             found[report.name]["merge"] = report.reason or f"RM would reserve {report.reserved} channels"
+    for name, own in found.items():
+        if {name, name.split("#")[0]} & set(removal.keep):
+            own |= dict.fromkeys(("merge", "drop"), own["remove"])
     return found
 
 
