@@ -32,7 +32,7 @@ from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.graph.shapes import to_double
 from rmprune.removal.forms import FORMS
-from rmprune.removal.rewrite import BlockReport, Plan, remove_all
+from rmprune.removal.rewrite import Plan, remove_all
 
 RANGES = ("provable", "calibrated")
 _PIXELS = 2**21  # of all images of the check and of the batch norms' statistics together
@@ -45,7 +45,7 @@ class Removal:
 
     model: eval mode, dtype, device and memory format of the original; a flat nn.Sequential where the graph is a chain.
     removed: names of the blocks whose residual is gone; kept: {name: reason} of the others.
-    max_error: largest |difference| to the original in float64, relative to what the inputs change in its outputs, or in the maps
+    max_error: largest difference to the original in float64, relative to what the inputs change in its outputs, or in the maps
     before its head where the outputs hardly depend on the inputs (`note` says so); see `rmprune.graph.equivalence.relative_error`.
     own_dtype_error: the same of `model` in its own dtype, rounding and all; None where that was not compared (`note` says why).
     note: what to know of the comparison; empty as a rule.
@@ -60,7 +60,7 @@ class Removal:
     removed: list[str]
     kept: dict[str, str]
     max_error: float
-    blocks: list[BlockReport]
+    blocks: Plan
     own_dtype_error: float | None = None
     note: str = ""
 
@@ -69,6 +69,10 @@ class Removal:
         """What an artifact and a record say of it."""
         names = ("removed", "kept", "max_error", "own_dtype_error", "note")
         return {name: getattr(self, name) for name in names}
+
+    def _repr_html_(self) -> str:
+        said = f"removed {len(self.removed)} residuals, kept {len(self.kept)}; largest error {self.max_error:.1e}"
+        return f"<p>{said}</p>{self.blocks._repr_html_()}"
 
 
 def remove_residuals(

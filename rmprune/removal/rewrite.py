@@ -55,6 +55,14 @@ class Plan(list[BlockReport]):
     macs_change: int = 0
     params_change: int = 0
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each residual."""
+        import pandas as pd
+
+        names = ("removable", "form", "shortcut", "reserved", "macs_before", "macs_after", "reason")
+        rows = {block.name: {name: getattr(block, name) for name in names} for block in self}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=names).to_html(border=0)
+
 
 def remove_all(
     network: Network,
