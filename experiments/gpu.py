@@ -63,7 +63,8 @@ EXACT = (
 )
 BACKENDS = (  # the most telling first; torch.compile takes half a minute for each network
     *("cudagraph-float16", "cudagraph-tf32", "eager-float16", "eager", "cudagraph-bfloat16", "cudagraph", "eager-tf32"),
-    *("eager-bfloat16", "tensorrt-float16", "onnxruntime", "tensorrt", "eager-contiguous", "torchscript"),
+    *("eager-bfloat16", "tensorrt-engine-float16", "tensorrt-engine", "tensorrt-float16", "onnxruntime", "tensorrt"),
+    *("eager-contiguous", "torchscript"),
     *("compile-float16", "compile", "compile-bfloat16"),
 )
 BATCHES = (32, 256, 1)
@@ -73,7 +74,8 @@ PATHS = {
     "rmprune.measure.torch_backends.cuda_graph": "a network as a CUDA graph",
     "rmprune.measure.torch_backends.current": "the GPU that streams and events are of",
     "rmprune.measure.cuda_graphs": "recording and replaying, of training steps too",
-    "rmprune.measure.runtimes.tensorrt": "TensorRT's provider",
+    "rmprune.measure.runtimes.tensorrt": "TensorRT as ONNX Runtime's provider",
+    "rmprune.measure.runtimes.tensorrt_engine": "TensorRT by itself",
     "rmprune.measure.runtimes.onnx_runtime": "inputs bound on the device",
     "rmprune.graph.tf32.tf32": "what TF32 changes",
     "rmprune.training.precision.repeatable": "deterministic kernels",

@@ -177,6 +177,8 @@ class Calls(TorchFunctionMode):
 class Stream:
     """All of them do their work at once."""
 
+    cuda_stream = 0
+
     def wait_stream(self, other: "Stream") -> None:
         pass
 

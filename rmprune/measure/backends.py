@@ -23,6 +23,7 @@ from rmprune.measure.runtimes import (
     Provider,
     cpu_or_cuda,
     dnnl,
+    float16_form,
     missing_provider,
     ncnn,
     ncnn_form,
@@ -30,6 +31,7 @@ from rmprune.measure.runtimes import (
     openvino,
     openvino_form,
     tensorrt,
+    tensorrt_engine,
     tensorrt_float16,
     xnnpack,
 )
@@ -103,11 +105,16 @@ BACKENDS: dict[str, Backend] = {
     "cudagraph-float16": _torch(cuda_graph, "float16", "cuda"),
     "tensorrt": _onnx(tensorrt, "cuda"),
     "tensorrt-float16": _onnx(tensorrt_float16, "cuda", number_format="float16"),
+    "tensorrt-engine": Backend(tensorrt_engine, onnx_form, "float32", ("cuda",), ("tensorrt",)),
+    "tensorrt-engine-float16": Backend(
+        partial(tensorrt_engine, form=float16_form), float16_form, "float16", ("cuda",), ("tensorrt",)
+    ),
 }
 
 GPU_ONLY = tuple(name for name, backend in BACKENDS.items() if "cpu" not in backend.devices)
 """Backends that nothing but a GPU runs. Besides these a GPU alone runs: `latency._cuda_ms` and `_gpu_peak_mib`, `torch_backends.cuda_graph`
-and `tf32`, the bound inputs of `runtimes.onnx_runtime`, and `runtimes.tensorrt`. Tests stand in for the device; none of it was run on one.
+and `tf32`, the bound inputs of `runtimes.onnx_runtime`, `runtimes.tensorrt` and `tensorrt_engine`. Tests stand in for the device; none of
+it was run on one.
 """
 
 
@@ -116,12 +123,12 @@ def check_backend(backend: str, device: str) -> None:
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
     entry = BACKENDS[backend]
-    missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"backend {backend!r} is not installed; pip install {' '.join(missing)}")
     if device.partition(":")[0] not in entry.devices:
         only = "CPU" if entry.devices == ("cpu",) else "GPU (device cuda)"
         raise ConfigError(f"backend {backend!r} measures on the {only} only, not on {device}; leave it out")
+    missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"backend {backend!r} is not installed; pip install {' '.join(missing)}")
     if device == "cpu" and entry.number_format == "bfloat16" and not has_instruction(*BFLOAT16):
         raise ConfigError(
             f"backend {backend!r}: this processor has no bfloat16 instructions ({', '.join(BFLOAT16)}), it would only be imitated; "

@@ -12,7 +12,7 @@ import torch
 
 PACKAGES = (
     *("rmprune", "torch", "torchvision", "torch-pruning", "timm", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu"),
-    *("openvino", "nncf", "ncnn", "pnnx"),
+    *("tensorrt", "openvino", "nncf", "ncnn", "pnnx"),
 )
 
 

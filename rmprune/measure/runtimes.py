@@ -1,6 +1,7 @@
-"""Runtimes beside PyTorch: ONNX Runtime with its providers, OpenVINO, ncnn. Packages are imported when asked for; no timing here."""
+"""Runtimes beside PyTorch: ONNX Runtime and its providers, TensorRT, OpenVINO, ncnn. Packages are imported when asked for."""
 
 import contextlib
+import copy
 import importlib
 import importlib.util
 import io
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rmprune.artifact.onnx import onnx_bytes
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
+from rmprune.measure.torch_backends import graphed
 
 Provider = tuple[str, dict[str, Any]]
 
@@ -101,6 +104,65 @@ def onnx_runtime(
     for name in candidate.results:
         bound.bind_output(name, "cuda", index)
     return Prepared(lambda: session.run_with_iobinding(bound), outputs)
+
+
+class _Half(nn.Module):
+    """A network that computes in float16 between float32 inputs and outputs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.network(x.half())
+        return found.float()
+
+
+def float16_form(candidate: Candidate) -> bytes:
+    """ONNX that computes in float16, for runtimes that keep its types; inputs and outputs float32, batch size free."""
+    return onnx_bytes(_Half(candidate.form(folded_form)).eval(), candidate.example_inputs)
+
+
+def tensorrt_engine(
+    candidate: Candidate, setting: Setting, *, form: Callable[[Candidate], bytes | str] = onnx_form
+) -> Prepared:
+    """TensorRT 10 or later by itself: an engine for this batch size, its number formats those of the ONNX form (strongly typed), without
+    TF32; recorded as a CUDA graph, since it waits where it is given the default stream.
+
+    Never run on a GPU. The calls are those of its Python bindings 10.0 and 11.4, whose signatures were looked at.
+    """
+    trt = importlib.import_module("tensorrt")
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser, given = trt.OnnxParser(network, log), candidate.form(form)
+    if not (parser.parse_from_file(given) if isinstance(given, str) else parser.parse(given)):
+        raise RuntimeError(f"TensorRT cannot read its ONNX form: {parser.get_error(0)}")
+    x, config = candidate.inputs(setting.batch_size).to(setting.device), builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    entry, sizes = network.get_input(0), tuple(x.shape)
+    if -1 in tuple(entry.shape):
+        profile = builder.create_optimization_profile()
+        profile.set_shape(entry.name, sizes, sizes, sizes)
+        config.add_optimization_profile(profile)
+    if (plan := builder.build_serialized_network(network, config)) is None:
+        raise RuntimeError("TensorRT cannot build an engine of it")
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    context = engine.create_execution_context()
+    context.set_input_shape(entry.name, sizes)
+    held = {entry.name: x}
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        if name not in held:
+            like = np.empty(tuple(context.get_tensor_shape(name)), trt.nptype(engine.get_tensor_dtype(name)))
+            held[name] = torch.from_numpy(like).to(setting.device)
+        context.set_tensor_address(name, held[name].data_ptr())
+
+    def run() -> Tensor:
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError("TensorRT does not run its engine")
+        return held[candidate.results[0]]
+
+    return graphed(run, x)
 
 
 def openvino_form(candidate: Candidate) -> Any:

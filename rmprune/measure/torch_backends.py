@@ -80,16 +80,26 @@ def compiled(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = tor
 def cuda_graph(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32) -> Prepared:
     """Eager's kernels recorded once and replayed in one call (a CUDA graph), channels-last."""
     model, x = _on_device(candidate, setting, dtype, True)
+    return graphed(lambda: model(x), x)
+
+
+def graphed(run: Callable[[], Tensor], x: Tensor) -> Prepared:
+    """What `run` does with the images in `x` as a CUDA graph, which is replayed on the current stream; it returns the outputs."""
     stream = torch.cuda.Stream()
-    aside(lambda: model(x), stream, times=3)
-    graph, y = recorded(lambda: model(x), stream)
+    aside(run, stream, times=3)
+    graph, y = recorded(run, stream)
 
     def outputs(images: Tensor) -> Tensor:
         x.copy_(images)
         graph.replay()
         return y.float().cpu()
 
-    return Prepared(graph.replay, outputs)
+    def replay(
+        reads: object = run,
+    ) -> None:  # held as long as it is replayed: the graph knows the addresses of its weights
+        graph.replay()
+
+    return Prepared(replay, outputs)
 
 
 def current(device: str) -> contextlib.AbstractContextManager[object]:

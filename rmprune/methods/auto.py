@@ -76,11 +76,12 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     least that can be had.
     """
     images = job.data.train.example(SHAPE_IMAGES, job.device)
-    options = block_options(network, images[:2])
+    removal = dataclasses.replace(job.config.removal, fuse="never")
+    options = block_options(network, images[:2], removal=removal)
 
     def shaped(*prefer: Choice) -> nn.Module:
         choices = {name: next(choice for choice in prefer if not own[choice]) for name, own in options.items()}
-        return carry_out_blocks(network, choices, lambda count: images[:count], fuse="never")[0]
+        return carry_out_blocks(network, choices, lambda count: images[:count], removal)[0]
 
     networks: dict[Choice, nn.Module] = {
         "keep": network,
@@ -179,7 +180,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
 
     @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
-        return carry_out_blocks(network, plans[name]["blocks"], job.examples)
+        return carry_out_blocks(network, plans[name]["blocks"], job.examples, job.config.removal)
 
     def cutter(name: str) -> Cutter:
         return make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"])
@@ -222,9 +223,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     name = best(verdicts)
     if name in plans:
         plain, facts = carried_out(name)
-        return Winner(
-            name, _FREE, plain, plans[name]["widths"], facts | {"blocks": plans[name]["blocks"]}, verdicts, plans
-        )
+        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans)
     return Winner(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts, plans)
 
 

@@ -72,7 +72,7 @@ def slim_network(
         peak = 0.0 if most == math.inf else activation_memory(network, example[:1]).peak_bytes
         return count_macs(network, example[:1]) <= limit and peak <= most
 
-    removal = remove_where_faster(network, example, place_of(job).ratios, fits)
+    removal = remove_where_faster(network, example, place_of(job).ratios, fits, **vars(config.removal))
     logger.info("%s: removed %s", files.label, ", ".join(removal.removed) or "no residual, none made it faster")
     return removal.model, facts | {"removal": removal.facts}
 

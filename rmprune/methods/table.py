@@ -11,15 +11,17 @@ from rmprune.runs.records import RENAMED
 
 class BlockRule(NamedTuple):
     """A choice for every residual block: the first of `prefer` that it has. `half`: the first only for that half of the blocks that
-    one convolution fits best."""
+    one convolution fits best. `fuse`: what removal then fuses, in the place of what the settings say."""
 
     prefer: tuple[Choice, ...]
     half: bool = False
+    fuse: Literal["always"] | None = None
 
 
 STARTS: dict[str, BlockRule] = {
     "dense": BlockRule(("keep",)),
     "plain": BlockRule(("remove", "keep")),
+    "fused": BlockRule(("fuse", "remove", "keep"), fuse="always"),
     "collapsed": BlockRule(("merge", "remove", "keep")),
     "collapsed-residual": BlockRule(("collapse", "keep")),
     "half-collapsed": BlockRule(("merge", "keep"), half=True),
@@ -49,6 +51,10 @@ METHODS: dict[str, Method] = {
     "rm": Method(
         "RM, then any channel of the plain network by the settings given (by default one cut, its layers fitted anew)",
         start="plain",
+    ),
+    "rm-v1": Method(
+        "RM and fusing everywhere, also where that has more MACs (inverted residuals become MobileNetV1's form), then as rm",
+        start="fused",
     ),
     "rm-collapse": Method(
         "each block's branch fitted by one convolution, which RM merges with the shortcut without reserving a channel: "

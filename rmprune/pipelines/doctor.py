@@ -33,7 +33,7 @@ def run_doctor(config: DoctorConfig) -> None:
     for package in PACKAGES:
         if package in here["versions"]:
             print(f"  {package:16} {here['versions'][package]}")
-        elif package != "onnxruntime-gpu" or here["gpu"]:
+        elif package not in ("onnxruntime-gpu", "tensorrt") or here["gpu"]:
             print(f"  {package:16} not installed: pip install {package}")
     print(f"processor {here['processor']}, {here['cores']} cores, torch on {here['threads']} threads")
     for name, flags in INSTRUCTIONS.items():

@@ -39,6 +39,7 @@ from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out
 from rmprune.pruning.peak_memory import with_reference
 from rmprune.pruning.plan import SlimPlan, layers_digest
+from rmprune.removal import plan_removal
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
 from rmprune.runs.records import RENAMED
@@ -83,8 +84,11 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
     example = job.data.train.example(2)
     dense = job.given or make_dense(config, job.data, job.seed)
     describe(dense)
+    if config.removal.keep:  # of the original's blocks, whatever the methods make of them
+        plan_removal(dense, example, **vars(config.removal))
     if plan is not None:
-        carry_out(dense, plan, [(example, torch.zeros(2, dtype=torch.long))], importance="magnitude", reconstruct=False)
+        two = [(example, torch.zeros(2, dtype=torch.long))]
+        carry_out(dense, plan, two, importance="magnitude", reconstruct=False, removal=config.removal)
         return
     reference = count_macs(dense, example[:1])
     budgets = [
@@ -94,7 +98,7 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
 
     @functools.cache
     def network(name: str) -> nn.Module:
-        return start(dense, name, lambda images: example[:images])[0]
+        return start(dense, name, lambda images: example[:images], config.removal)[0]
 
     check_budgets(
         network, methods, budgets, replace(job, teacher=dense), {"auto": functools.partial(auto.look, dense, job=job)}
@@ -144,12 +148,17 @@ def run_cell(cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job:
 
 def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a plan, trained to its end, and the facts for its artifact and record."""
-    settings, dense = job.config.prune, job.here(with_names(job.original, job))
+    config, dense = job.config, job.here(with_names(job.original, job))
     network, facts = carry_out(
-        dense, plan, job.batches, importance=settings.importance, reconstruct=settings.reconstruct
+        dense,
+        plan,
+        job.batches,
+        importance=config.prune.importance,
+        reconstruct=config.prune.reconstruct,
+        removal=config.removal,
     )
     say(facts)
-    return tune(job.recentred(network), job.config.finetune, job, Files.of(cell.directory, "plan")), facts
+    return tune(job.recentred(network), config.finetune, job, Files.of(cell.directory, "plan")), facts
 
 
 def _slim(
@@ -176,7 +185,8 @@ def _slim(
         begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
     network, more = slim_network(network, method, budget, job, files, widths)
     facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
-    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), network=layers_digest(job.original))
+    fuse = begun.get("fuse", "cheaper")
+    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), fuse, layers_digest(job.original))
     return network, facts | more | {"plan": plan.to_dict()}
 
 

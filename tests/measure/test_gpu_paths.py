@@ -1,15 +1,18 @@
 """What only a GPU runs, with stand-ins for the device: no GPU has run any of it in these tests."""
 
 import contextlib
+import gc
 import importlib
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_tensorrt
 import pytest
 import torch
 from fake_device import pretended_gpu
@@ -20,6 +23,7 @@ from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import BACKENDS, LatencyModel, check_available, measure_latencies, torch_backends
 from rmprune.measure.backends import GPU_ONLY, Backend, Candidate, prepare, surroundings
 from rmprune.measure.candidate import Prepared, Setting
+from rmprune.pipelines.measure_files import FILE_BACKENDS
 
 NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
 X = torch.randn(1, 3, 8, 8)
@@ -67,9 +71,10 @@ def test_a_cuda_graph_is_recorded_after_a_warm_up_and_replayed(monkeypatch: pyte
     done: list[str] = []
     out, x = torch.zeros(1, 2), torch.ones(1, 2)
 
-    def model(images: Tensor) -> Tensor:
-        done.append("run")
-        return out.copy_(2 * images)
+    class Doubled(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            done.append("run")
+            return out.copy_(2 * images)
 
     class Graph:
         def replay(self) -> None:
@@ -82,7 +87,13 @@ def test_a_cuda_graph_is_recorded_after_a_warm_up_and_replayed(monkeypatch: pyte
         yield
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch_backends, "_on_device", lambda *args: (model, x))
+    models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def on_device(*args: object) -> tuple[nn.Module, Tensor]:
+        models.add(model := Doubled())
+        return model, x
+
+    monkeypatch.setattr(torch_backends, "_on_device", on_device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
@@ -92,6 +103,8 @@ def test_a_cuda_graph_is_recorded_after_a_warm_up_and_replayed(monkeypatch: pyte
     assert done == ["run"] * 3 + ["record", "run"]
     prepared()
     assert done[5:] == ["replay"] and torch.equal(prepared.outputs(torch.full((1, 2), 5.0)), torch.full((1, 2), 10.0))
+    gc.collect()
+    assert len(models) == 1  # its weights lie where the graph reads them
 
 
 @pytest.mark.parametrize(
@@ -139,6 +152,31 @@ def test_a_provider_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPat
         prepare(Candidate("net", NET, X), "onnxruntime", "cuda", 1, 1)
     with pytest.raises(ConfigError, match="no TensorrtExecutionProvider; pip install onnxruntime-gpu"):
         prepare(Candidate("net", NET, X), "tensorrt", "cuda", 1, 1)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-engine", "tensorrt-engine-float16"])
+def test_tensorrt_itself_runs_an_engine_of_the_batch_on_what_torch_holds(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the calls of TensorRT's own Python bindings, which computes on the CPU at the addresses that it is given."""
+    x, candidate = torch.randn(2, 3, 8, 8), Candidate("net", NET, X)
+    with pretended_gpu():
+        if importlib.util.find_spec("tensorrt") is None:
+            with pytest.raises(ConfigError, match=f"'{backend}' is not installed; pip install tensorrt"):
+                prepare(candidate, backend, "cuda", 1, 2)
+        monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
+        with torch.inference_mode(), surroundings(backend, "cuda"):
+            prepared = prepare(candidate, backend, "cuda", 1, 2)
+            prepared()
+            error = float((prepared.outputs(x) - NET(x)).abs().max() / NET(x).abs().max())
+        assert error < 1e-6 if backend == "tensorrt-engine" else 1e-5 < error < 0.01
+        with (
+            pytest.raises(ConfigError, match=r"'cannot be built' .*TensorRT cannot build an engine"),
+            torch.inference_mode(),
+        ):
+            monkeypatch.setattr(fake_tensorrt.Builder, "build_serialized_network", lambda *args: None)
+            prepare(Candidate("cannot be built", NET, X), backend, "cuda", 1, 2)
+    assert backend in FILE_BACKENDS or backend.endswith("float16")  # a file's types are its own
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_runs import QUICK
+from slim_runs import QUICK, inverted
 from torch import nn
 
 import rmprune
@@ -28,29 +28,11 @@ from rmprune.runs import records
 from rmprune.training.job import Job
 
 
-class Inverted(nn.Module):
-    """x + its inverted residual branch, three times as wide inside."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        inside = 3 * width
-        self.branch = nn.Sequential(
-            nn.Conv2d(width, inside, 1, bias=False), nn.BatchNorm2d(inside), nn.ReLU6(),
-            nn.Conv2d(inside, inside, 3, padding=1, groups=inside, bias=False), nn.BatchNorm2d(inside), nn.ReLU6(),
-            nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width),
-        )  # fmt: skip
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.branch(x)
-
-
 def create(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name != "inverted":
         return rmprune.models.create(name, num_classes=10, in_channels=1, width=4).eval()
-    stem = (nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
-    head = (nn.Conv2d(8, 16, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    return nn.Sequential(*stem, Inverted(8), Inverted(8), *head).eval()
+    return inverted()
 
 
 @pytest.mark.parametrize("name", ["resnet8", "inverted"])
