@@ -21,7 +21,7 @@ class BlockRule(NamedTuple):
 STARTS: dict[str, BlockRule] = {
     "dense": BlockRule(("keep",)),
     "plain": BlockRule(("remove", "keep")),
-    "fused": BlockRule(("remove", "keep"), fuse="always"),
+    "fused": BlockRule(("fuse", "remove", "keep"), fuse="always"),
     "collapsed": BlockRule(("merge", "remove", "keep")),
     "collapsed-residual": BlockRule(("collapse", "keep")),
     "half-collapsed": BlockRule(("merge", "keep"), half=True),

@@ -30,7 +30,7 @@ from rmprune.removal import BlockReport, Plan, plan_removal, remove_residuals
 from rmprune.removal.remove import nothing_to_remove
 
 logger = logging.getLogger("rmprune")
-_SHOWN: tuple[Choice, ...] = ("keep", "remove", "merge", "drop")
+_SHOWN: tuple[Choice, ...] = ("keep", "remove", "fuse", "merge", "drop")
 CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
 _IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_small": 32, "mobilenet_v2_digits": 8}
 
@@ -100,9 +100,7 @@ def run_inspect(config: InspectConfig) -> list[BlockReport]:
     for block in blocks:
         may = ", ".join(choice for choice in _SHOWN if not options[block.name][choice])
         reasons.setdefault(("a plan may choose", may), []).append(block.name)
-        own = {"stays": block.reason} | {
-            f"no {choice}": options[block.name][choice] for choice in ("remove", "merge", "drop")
-        }
+        own = {"stays": block.reason} | {f"no {choice}": options[block.name][choice] for choice in _SHOWN[1:]}
         for said, reason in own.items():
             if reason and (said == "stays" or reason != block.reason):
                 reasons.setdefault((said, reason), []).append(block.name)

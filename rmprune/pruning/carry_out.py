@@ -53,18 +53,21 @@ def carry_out_blocks(
     def named(*wanted: Choice) -> list[str]:
         return [name for name, choice in choices.items() if choice in wanted]
 
-    network, names = model, list(choices)
+    network = model
+    names: list[str] | None = None
     facts: dict[str, Any] = {"blocks": dict(choices), "fuse": removal.fuse}
     if named("merge", "collapse", "drop"):
         images = collapse_images(examples)
         names = [name for name in block_names(model, images) if name not in named("drop")]
         shorter = shorten_blocks(model, images, collapse=named("merge", "collapse"), drop=named("drop"))
         network, facts["collapsed"] = shorter.model, shorter.collapsed
-    if gone := named("remove", "merge"):
+    if gone := named("remove", "fuse", "merge"):
         images = examples(CALIBRATION_IMAGES)
-        now = dict(zip(block_names(network, images), names, strict=True))  # a flat network may call them otherwise
+        here = block_names(network, images)
+        now = dict(zip(here, names or here, strict=True))  # a flat network may call them otherwise
         keep = [name for name, block in now.items() if block not in gone]
-        found = remove_residuals(network, images, **vars(replace(removal, keep=tuple(keep))))
+        fused = [name for name, block in now.items() if choices.get(block) == "fuse"]
+        found = remove_residuals(network, images, **vars(removal) | {"keep": keep, "fused": fused})
         network, facts["removal"] = (
             found.model,
             found.facts
