@@ -41,6 +41,7 @@ class Tracer(fx.Tracer):
     """
 
     inputs: tuple[Tensor, ...] | None = None
+    held = False  # whether tensors that modules hold beside their parameters are read in the graph, too
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +51,14 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Known(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        found = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if not self.held or not isinstance(found, Tensor):
+            return found
+        names = {id(t): name for name, t in self.root.named_buffers()} | {id(t): n for t, n in self.tensor_attrs.items()}  # type: ignore[misc]
+        name = names.get(id(found))
+        return found if name is None else self.create_proxy("get_attr", name, (), {})
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """`forward(self, x, *more, **others)` is called with x alone."""
@@ -152,7 +161,7 @@ _FACTORIES = ("zeros", "ones", "full", "empty", "arange")
 
 @contextlib.contextmanager
 def _recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph."""
+    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph; autocast that is off is left out."""
 
     def recorded(make: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -162,10 +171,14 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
 
         return call
 
-    own = {name: getattr(torch, name) for name in _FACTORIES}
+    def autocast(device_type: Any, *args: Any, **kwargs: Any) -> Any:
+        off = isinstance(device_type, fx.Proxy) and kwargs.get("enabled") is False
+        return contextlib.nullcontext() if off else own["autocast"](device_type, *args, **kwargs)
+
+    own = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
     try:
         for name, make in own.items():
-            setattr(torch, name, recorded(make))
+            setattr(torch, name, autocast if name == "autocast" else recorded(make))
         yield
     finally:
         for name, make in own.items():
@@ -269,9 +282,9 @@ def follow(
     """
     _refuse_mixed(model, inputs)
     tried: list[tuple[Tracer, Exception]] = []
-    for known in (None, inputs) if inputs is not None else (None,):
+    for known, held in ((None, False), (inputs, False), (inputs, True)) if inputs is not None else ((None, False),):
         tracer, before = kind(), set(model.__dict__)
-        tracer.inputs = known
+        tracer.inputs, tracer.held = known, held
         try:
             fixed = _fixed(model, None if inputs is None else len(inputs))
             with _recorded_factories(tracer), _own_caches(model):
@@ -282,7 +295,8 @@ def follow(
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
                 del model.__dict__[name]
-    raise _refusal(model, *tried[-1]) from tried[-1][1]
+    failed = tried[min(1, len(tried) - 1)]
+    raise _refusal(model, *failed) from failed[1]
 
 
 def _note_origin(graph: fx.Graph, model: nn.Module) -> None:
