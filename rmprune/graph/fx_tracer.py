@@ -56,7 +56,9 @@ class Tracer(fx.Tracer):
         found = super().getattr(attr, attr_val, parameter_proxy_cache)
         if not self.held or not isinstance(found, Tensor):
             return found
-        names = {id(t): name for name, t in self.root.named_buffers()} | {id(t): n for t, n in self.tensor_attrs.items()}  # type: ignore[misc]
+        names = {id(t): name for name, t in self.root.named_buffers()} | {
+            id(t): n for t, n in self.tensor_attrs.items()
+        }  # type: ignore[misc]
         name = names.get(id(found))
         return found if name is None else self.create_proxy("get_attr", name, (), {})
 
