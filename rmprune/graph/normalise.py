@@ -24,12 +24,23 @@ from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.written_out import as_layers
 
 
+_TRANSFORMERS = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.Transformer,
+)  # of torch, but made of layers that can be cut
+
+
 class PlainTracer(Tracer):
-    """Leaves stock modules whole, and classes that merely inherit a stock forward."""
+    """Leaves stock modules whole, but transformers, and classes that merely inherit a stock forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if named(m, WHOLE):
             return True
+        if isinstance(m, _TRANSFORMERS):
+            return False
         kind = next((c for c in type(m).__mro__ if c.__module__ == _ConvNd.__module__), nn.Module)
         inherited = isinstance(m, _ConvNd) and plain(m, kind)
         return inherited or super().is_leaf_module(m, module_qualified_name)
@@ -77,7 +88,7 @@ class _Normaliser:
                 self._module(node)
             elif node.op in ("call_function", "call_method"):
                 self._call(node)
-            else:
+            elif node.users or node.op != "get_attr":  # code may look at a parameter and go on without it
                 self._keep(node)
         self.network.drop_unread(layers=not unread)
         return self.network
