@@ -12,7 +12,7 @@ from slim_runs import QUICK, inverted
 from torch import nn
 
 import rmprune
-from rmprune.config import PruneConfig, SlimConfig, TrainConfig
+from rmprune.config import PruneConfig, RemovalConfig, SlimConfig, TrainConfig
 from rmprune.data.load import load_dataset
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
@@ -35,7 +35,10 @@ def create(name: str) -> nn.Module:
     return inverted()
 
 
-@pytest.mark.parametrize("name", ["resnet8", "inverted"])
+STEPS = {"resnet8": 19, "inverted": 3}  # one of so many combinations
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_the_surrogate_knows_what_a_plan_costs(name: str) -> None:
     config = SlimConfig(prune=PruneConfig(macs_ratio=(0.6,), round_to=1))
     data = load_dataset(config.data)
@@ -51,15 +54,19 @@ def test_the_surrogate_knows_what_a_plan_costs(name: str) -> None:
         )
         for choice, sight in shapes.sights.items()
     }
-    for number in range(0, len(every), 19):
+    for number in range(0, len(every), STEPS[name]):
         losses = {block: {choice: 0.0} for block, (choice, _) in zip(shapes.nothing, every[number], strict=True)}
+        if name == "inverted" and every[number][0][0] == "fuse" and every[number][1][0] not in ("remove", "fuse"):
+            continue  # its last layer has no linear one behind it
         proposals = Proposals(wider, shapes.layers, losses)
         for limit in (10.0 * whole, shapes.limit):
             found = proposals.best(limit)
             if found is None:
                 assert proposals.least_cost() > limit
                 continue
-            network, _ = carry_out_blocks(model, found.blocks, lambda count: images[:count], fuse="never")
+            network, _ = carry_out_blocks(
+                model, found.blocks, lambda count: images[:count], RemovalConfig(fuse="never")
+            )
             structure = find_structure(network, images[:2])
             units = SlimPlan(widths=found.widths).units(structure, strict=False)
             if limit > whole:
