@@ -120,8 +120,8 @@ class _Rows:
                 top = 1.0 if where else 0.0
                 self.add(pair + slack, -np.inf, top)
                 self.add([(at, -value) for at, value in pair] + slack, -np.inf, top)
-        for answer, others in problem.needs:
-            self.add([(self.at[answer], 1.0), *((self.at[other], -1.0) for other in others)], -np.inf, 0.0)
+        for needing, others in problem.needs:
+            self.add([(self.at[needing], 1.0), *((self.at[other], -1.0) for other in others)], -np.inf, 0.0)
 
     def _column(self, cost: float, loss: float, integral: int) -> int:
         self.cost.append(cost)
@@ -143,9 +143,9 @@ class _Rows:
 
     def _term(self, term: Term) -> None:
         if not term.questions and term.where:
-            for answer in term.where:
-                self.cost[self.at[answer]] += float(term.cost)
-                self.loss[self.at[answer]] += float(term.loss)
+            for one in term.where:
+                self.cost[self.at[one]] += float(term.cost)
+                self.loss[self.at[one]] += float(term.loss)
             return
         axes = [range(n) for n in term.cost.shape]
         share = {

@@ -69,7 +69,9 @@ class Proposals:
         self.sights, self.losses = sights, losses
         self._problem = Problem()
         self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
-        self._members = {c: _Members.of(sight.structure, layers) for c, sight in sights.items() if c != "fuse"}
+        self._members: dict[Choice, _Members] = {
+            c: _Members.of(sight.structure, layers) for c, sight in sights.items() if c != "fuse"
+        }
         self._ports = {name: ports for name in layers if (ports := self._find_ports(name)) is not None}
         self._others: dict[str, Choice] = {
             name: "remove" if "remove" in own else "keep" for name, own in losses.items() if name not in self._ports
