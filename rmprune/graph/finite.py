@@ -62,7 +62,9 @@ def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     are complex.
     """
     if name := next((name for name, weight in model.named_parameters() if weight.is_complex()), None):
-        raise UnsupportedModel(f"{name} is complex: only real weights are scored and fitted; hold its two parts as real ones")
+        raise UnsupportedModel(
+            f"{name} is complex: only real weights are scored and fitted; hold its two parts as real ones"
+        )
     for value in inputs:
         if not is_finite(value):
             raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")

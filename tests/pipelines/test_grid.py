@@ -72,7 +72,9 @@ def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pyt
     records = [json.loads((cell / "record.json").read_text()) for cell in cells]
     assert [record["method"] for record in records] == ["residual", "inner"]
     assert records[0]["original"]["latency"] == records[1]["original"]["latency"]  # measured in turns, at the end
-    assert all(record["config"]["measure"]["seconds"] == 0.01 for record in records)  # not those that a cell measured with
+    assert all(
+        record["config"]["measure"]["seconds"] == 0.01 for record in records
+    )  # not those that a cell measured with
     with pytest.raises(ArtifactError, match=r"not the directory of one run.*; give one of \S+/run/seed0$"):
         run_deploy(DeployConfig(out))
     assert {entry["network"] for entry in ranked(out / "seed0", None)} == {"residual", "inner", "original"}
