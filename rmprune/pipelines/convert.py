@@ -13,16 +13,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.artifact.onnx import ROUNDINGS, named_outputs, rounding
-from rmprune.artifact.onnx_file import is_onnx
-from rmprune.artifact.onnx_reader import OnnxNetwork
-from rmprune.artifact.onnx_runtime import batch_for, checked_network
-from rmprune.artifact.onnx_writer import write_like
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
+from rmprune.onnx.export import ROUNDINGS, named_outputs, rounding
+from rmprune.onnx.file import is_onnx
+from rmprune.onnx.read import OnnxNetwork
+from rmprune.onnx.runtime import batch_for, checked_network
+from rmprune.onnx.write import write_like
 from rmprune.pipelines.stages import image_shape
 from rmprune.pruning.options import block_options
 from rmprune.pruning.plan import Choice

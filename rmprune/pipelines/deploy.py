@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from rmprune import artifact
-from rmprune.artifact.onnx import export_onnx
 from rmprune.config import DeployConfig
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
@@ -23,6 +22,7 @@ from rmprune.measure import calibration_images
 from rmprune.measure.accuracy import candidate_accuracy
 from rmprune.measure.candidate import Candidate
 from rmprune.measure.quantise import onnx_int8
+from rmprune.onnx.export import export_onnx
 from rmprune.pipelines.measure import dataset_of, network_directory
 from rmprune.pipelines.stages import on_validation
 from rmprune.runs.directory import CONFIG_FILE

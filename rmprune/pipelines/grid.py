@@ -21,9 +21,8 @@ from typing import Any, Protocol
 import torch
 
 from rmprune.artifact.files import ARCHITECTURE
-from rmprune.artifact.tensors import first_line
 from rmprune.config import GridConfig, RemeasureConfig, SlimConfig
-from rmprune.errors import ConfigError, RmpruneError
+from rmprune.errors import ConfigError, RmpruneError, first_line
 from rmprune.methods.table import find_methods
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
