@@ -67,7 +67,7 @@ def from_toml(kind: type[Config], path: Path, *, transfer: bool = False, whole: 
             values[field.name] = to_dict(field.default) | gentle.get(field.name, {}) | given
     unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__module__": kind.__module__})
     try:
-        config = dacite.from_dict(
+        config: Any = dacite.from_dict(
             kind if whole else unchecked,
             _as_python(kind, values),
             dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path}),
