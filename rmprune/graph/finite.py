@@ -63,7 +63,8 @@ def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if not is_finite(value):
             raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")
     one = tuple(x[:1].detach().cpu().double() if x.is_floating_point() else x[:1].cpu() for x in inputs)
+    twin = reference_copy(model)
     with InDouble():
-        where = where_broken(reference_copy(model), one, infinite=False)
+        where = where_broken(twin, one, infinite=False)
     if where is not None:
         raise UnsupportedModel(f"{where}: nothing can be proved, scored or fitted with it; load other weights")
