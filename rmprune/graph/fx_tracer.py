@@ -58,7 +58,7 @@ class Tracer(fx.Tracer):
             return found
         names = {id(t): name for name, t in self.root.named_buffers()} | {
             id(t): n for t, n in self.tensor_attrs.items()
-        }  # type: ignore[misc]
+        }
         name = names.get(id(found))
         return found if name is None else self.create_proxy("get_attr", name, (), {})
 
