@@ -23,7 +23,6 @@ from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.written_out import as_layers
 
-
 _TRANSFORMERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
