@@ -36,7 +36,7 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
     """
     walk = Walk(reading or read(model, example_inputs), _unsliceable(model))
     groups = _alike(walk)
-    while (node := _misfit(walk, groups)) is not None:
+    while groups and (node := _misfit(walk, groups)) is not None:
         _leave(walk, node)
         groups = _alike(walk)
     frozen = {}

@@ -178,7 +178,7 @@ class Walk(Labelled):
     def _note_sizes(self, node: fx.Node, name: str, found: Any) -> None:
         """Where the code of a move writes how many channels there are."""
         parts = tensors_in(found)
-        if name in ("reshape", "view", "expand", "repeat") and len(parts) == 1:
+        if name in ("reshape", "view", "expand") and len(parts) == 1:
             start = "1." if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else ""
             known = dict(places(node.args))
             for dim in varying(parts[0]):
