@@ -192,17 +192,13 @@ def with_ports(structure: Structure) -> Structure:
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example. A layer used twice is refused."""
+    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example; of a layer used twice, those of its first use."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     handles = []
 
     def recorder(name: str) -> Callable[..., None]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in shapes:
-                raise UnsupportedModel(
-                    f"{name} is used twice in one forward pass; give each use its own layer before pruning"
-                )
-            shapes[name] = (inputs[0].shape, output.shape)
+            shapes.setdefault(name, (inputs[0].shape, output.shape))
 
         return record
 
