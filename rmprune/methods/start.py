@@ -50,4 +50,4 @@ def _nothing(choice: Choice, options: Options) -> str:
     if choice == "remove":
         return nothing_to_remove(dict(reasons))
     why = "; ".join(f"{block}: {reason}" for block, reason in reasons.items())
-    return f"no block to collapse: {why or 'the network has no residual'}"
+    return f"no block to {'fuse' if choice == 'fuse' else 'collapse'}: {why or 'the network has no residual'}"

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.data.batches import Batches, network_inputs
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.inputs import as_tuple
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.collapse import shorten_blocks
-from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import in_and_out
@@ -53,18 +54,21 @@ def carry_out_blocks(
     def named(*wanted: Choice) -> list[str]:
         return [name for name, choice in choices.items() if choice in wanted]
 
-    network, names = model, list(choices)
+    network = model
+    names: list[str] | None = None
     facts: dict[str, Any] = {"blocks": dict(choices), "fuse": removal.fuse}
     if named("merge", "collapse", "drop"):
         images = collapse_images(examples)
         names = [name for name in block_names(model, images) if name not in named("drop")]
         shorter = shorten_blocks(model, images, collapse=named("merge", "collapse"), drop=named("drop"))
         network, facts["collapsed"] = shorter.model, shorter.collapsed
-    if gone := named("remove", "merge"):
+    if gone := named("remove", "fuse", "merge"):
         images = examples(CALIBRATION_IMAGES)
-        now = dict(zip(block_names(network, images), names, strict=True))  # a flat network may call them otherwise
+        here = block_names(network, images)
+        now = dict(zip(here, names or here, strict=True))  # a flat network may call them otherwise
         keep = [name for name, block in now.items() if block not in gone]
-        found = remove_residuals(network, images, **vars(replace(removal, keep=tuple(keep))))
+        fused = [name for name, block in now.items() if choices.get(block) == "fuse"]
+        found = remove_residuals(network, images, **vars(removal) | {"keep": keep, "fused": fused})
         network, facts["removal"] = (
             found.model,
             found.facts
@@ -116,7 +120,7 @@ def carry_out(
     options = block_options(model, images[:2], alone=False, removal=removal)
     choices = plan.check(model, options)
     network, facts = carry_out_blocks(model, choices, lambda count: images[:count], removal)
-    structure = find_structure(network, images[:2])
+    network, _, structure = followed(network, as_tuple(network, images[:2]))
     units = plan.units(structure)
     result, error = cut_to(network, structure, units, data, importance, reconstruct)
     widths = {flat_name(name): count for name, count in units.items()}
