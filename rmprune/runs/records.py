@@ -30,8 +30,6 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "original": (dict,),
 }
 
-Form = Any  # a type, a test, [what a list holds], {field: form}, or {str: what an object of any fields holds}
-
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -45,12 +43,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _may(form: Form) -> Callable[[Any], bool]:
+def _may(form: Any) -> Callable[[Any], bool]:
     """As `form`, or not there."""
     return lambda value: value is None or _fits(value, form)
 
 
-def _fits(value: Any, form: Form) -> bool:
+def _fits(value: Any, form: Any) -> bool:
+    """Whether a value is of a form: a type, a test, [what a list holds], {field: form}, or {str: what an object of any fields holds}."""
     if isinstance(form, dict):
         of = dict.fromkeys(value, form[str]) if str in form and isinstance(value, dict) else form
         return isinstance(value, dict) and all(_fits(value.get(field), inner) for field, inner in of.items())
@@ -71,7 +70,7 @@ _LAYER = {
 _EPISODE = {"reward": _is_number, "source": str}
 _WIDTH = {"group": str, "whole": _is_count, "kept": int}
 _SEARCH = {"episodes": _may([_EPISODE]), "widths": _may([_WIDTH]), "verified_ratio": _may(_is_number)}
-_SHOWN: dict[str, Form] = {
+_SHOWN: dict[str, Any] = {
     "model": _may(str),
     "dataset": _may(str),
     "budget": _may({str: _is_number}),
@@ -79,7 +78,7 @@ _SHOWN: dict[str, Form] = {
     "training": _may({str: [{"validation_accuracy": _may(_is_share)}]}),
 }
 """What a record may say besides; of records and (below) of networks, since reports and cards draw it."""
-_DRAWN: dict[str, Form] = {
+_DRAWN: dict[str, Any] = {
     "method": _may(str),
     "balanced_accuracy": _may(_is_share),
     "auc": _may(_is_share),
@@ -166,7 +165,7 @@ def _check_network(name: str, entry: dict[str, Any]) -> None:
         _check_more(f"{where}: ", latency, {"accuracy": _is_share, "number_format": str})
 
 
-def _check_more(where: str, found: dict[str, Any], forms: dict[str, Form]) -> None:
+def _check_more(where: str, found: dict[str, Any], forms: dict[str, Any]) -> None:
     """Raise ArtifactError for the first of these fields that is there in another form than runs write."""
     for field, form in forms.items():
         if field in found and not _fits(found[field], form):
