@@ -18,7 +18,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_images_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    network = ["--model", "vgg11_bn", "--method", "residual", "--ratio", "0.5", "--out", str(tmp_path / "run")]
+    network = ["--model", "squeezenet1_1", "--method", "residual", "--ratio", "0.5", "--out", str(tmp_path / "run")]
     said = refused(["slim", *network], capsys)
     assert "error: the images are too small for the network: layer features" in said and said.count("\n") == 1
 
