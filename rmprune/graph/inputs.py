@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
 from rmprune.graph.shapes import blank, on_meta
@@ -30,8 +31,8 @@ class Given(tuple[Tensor, ...]):
 def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
     """The network without wrappers (`plain_module`), and its inputs in order (`as_tuple`), tried.
 
-    Raises UnsupportedModel for a network that cannot be read or has no values, where it does not take these inputs, and where they or
-    it are not finite.
+    The one gate of every call that reads a network. Raises UnsupportedModel for a network that cannot be read or has no values, where it
+    does not take these inputs, where they or it are not finite, and where a hook changes what it returns.
     """
     model = plain_module(model)
     if isinstance(example_inputs, Given) and example_inputs.network is model:
@@ -55,6 +56,7 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
     except Exception:  # of one example something else is wrong than of two
         trial(model, one)
         raise
+    refuse_changing_hooks(model, inputs)
     given = Given(inputs)
     given.network = model
     return model, given
