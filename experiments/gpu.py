@@ -49,6 +49,7 @@ from rmprune.measure.results import Latency
 from rmprune.methods import auto
 from rmprune.pipelines.amc import run_amc
 from rmprune.pipelines.slim import run_slim
+from rmprune.pruning import time_cost
 
 SECONDS = {"exactness": 40.0, "speed": 160.0, "additions": 30.0, "training": 25.0, "accuracy": 270.0, "solar": 500.0}
 """After which each part is stopped."""
@@ -296,7 +297,11 @@ def accuracy(part: Part, settings: Settings) -> None:
         quick=settings.quick,
         budgets=settings.budgets,
     )
-    plans = 2 if settings.quick else auto.PROPOSED
+    timed = settings.budgets == "time"
+    plans = 2 if settings.quick or timed else auto.PROPOSED
+    grid = (
+        (0.0, 0.25, 0.5, 1.0) if timed else time_cost.GRID
+    )  # of widths in the table of layer times: half as many layers
     for (comparison, seed), own in itertools.groupby(runs, lambda run: (run.comparison, run.seed)):
         of_seed = list(own)
         if part.has(comparison=comparison, seed=seed, command=of_seed[-1].config.command):
@@ -307,7 +312,7 @@ def accuracy(part: Part, settings: Settings) -> None:
             with part.trying(f"{what}, seed {seed}", run.seconds, kind=what) as begun:
                 if begun:
                     start = run_slim if isinstance(run.config, SlimConfig) else run_amc
-                    with mock.patch.object(auto, "PROPOSED", plans):
+                    with mock.patch.object(auto, "PROPOSED", plans), mock.patch.object(time_cost, "GRID", grid):
                         records = start(run.config, command=command())
                     found = gpu_runs.rows(records)
                     facts = {"comparison": comparison, "seed": seed, "command": run.config.command, "begun": begun_at}

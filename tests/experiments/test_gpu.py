@@ -269,5 +269,8 @@ def test_widths_of_equal_macs_for_networks_without_a_multiplier(gpu: Any) -> Non
         for name in ("timm/repvgg_a0", "timm/efficientnet_lite0"):
             whole = widths(rmprune.models.create(name))
             assert widths(gpu.networks.of_width(name, 1.0, False)) == whole
-            narrow = widths(gpu.networks.of_width(name, 0.7, False))
-            assert all(n % 8 == 0 and abs(n - 0.7 * w) <= 8 for n, w in list(zip(narrow, whole, strict=True))[1:-1])
+            narrow = widths(gpu.networks.of_width(name, 0.7, False))[
+                1:-1
+            ]  # EfficientNet-Lite's first and last layer stay
+            assert all(n % 8 == 0 and n <= w for n, w in zip(narrow, whole[1:-1], strict=True))
+            assert 0.65 < sum(narrow) / sum(whole[1:-1]) < 0.75
