@@ -22,8 +22,8 @@ import onnx
 import torch
 from removal_coverage import Net, build, randomise
 
-from rmprune.artifact.onnx import quiet_export
 from rmprune.cli import main
+from rmprune.onnx.export import quiet_export
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "onnx-files"

@@ -19,10 +19,10 @@ import torch
 from onnx_files import REPORT, RUNS, SIZES
 from torch import Tensor
 
-from rmprune.artifact.onnx_file import OnnxFile, open_onnx
-from rmprune.artifact.onnx_reader import read_network
-from rmprune.artifact.onnx_runtime import run_file
 from rmprune.errors import RmpruneError
+from rmprune.onnx.file import OnnxFile, open_onnx
+from rmprune.onnx.read import read_network
+from rmprune.onnx.runtime import run_file
 from rmprune.removal import plan_removal
 
 READERS: dict[str, Callable[[Path], Any]] = {

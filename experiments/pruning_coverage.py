@@ -193,7 +193,7 @@ def cut(model: Any, x: Any, whole: int) -> dict[str, Any]:
     import torch
 
     import rmprune
-    from rmprune.artifact.onnx import export_onnx
+    from rmprune.onnx.export import export_onnx
 
     facts: dict[str, Any] = {"status": "pruned", "message": ""}
     start = time.process_time()

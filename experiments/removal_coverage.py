@@ -167,7 +167,7 @@ def onnx_facts(plain: Any, inputs: list[Any]) -> dict[str, Any]:
     import onnx
     import onnxruntime
 
-    from rmprune.artifact.onnx import export_onnx
+    from rmprune.onnx.export import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

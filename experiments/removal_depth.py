@@ -27,8 +27,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import rmprune
-from rmprune.artifact.onnx import onnx_bytes
 from rmprune.graph.fold import fold_batch_norms
+from rmprune.onnx.export import onnx_bytes
 
 
 @dataclass(frozen=True)

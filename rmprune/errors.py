@@ -38,3 +38,8 @@ class ArtifactError(RmpruneError):
 
 class ConfigError(RmpruneError):
     """A setting is outside its range or contradicts another."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line of bounded length."""
+    return str(getattr(error, "strerror", None) or error).split("\n", 1)[0][:200] or type(error).__name__

@@ -37,9 +37,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmprune.artifact import files as artifact
-from rmprune.artifact.onnx_reader import ONNX_READERS
-from rmprune.artifact.onnx_runtime import checked_network
-from rmprune.artifact.onnx_values import FOLDED
 from rmprune.artifact.weights import load_checkpoint_into
 from rmprune.config import AmcConfig, DataConfig, PruneConfig, RemeasureConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.config.toml import from_toml, to_toml
@@ -48,6 +45,9 @@ from rmprune.data.splits import Images, TensorSplit
 from rmprune.errors import RmpruneError
 from rmprune.measure.memory import PeakMemory
 from rmprune.models.families import create_network
+from rmprune.onnx.constants import FOLDED
+from rmprune.onnx.read import ONNX_READERS
+from rmprune.onnx.runtime import checked_network
 from rmprune.report.tables import refusals, rows, summary_tables
 from rmprune.runs.notes import read_notes
 from rmprune.runs.records import read_record

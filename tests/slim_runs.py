@@ -54,5 +54,28 @@ class Small(torch.nn.Module):
         return self.head(torch.relu(self.hidden(self.features(x))))
 
 
+class Inverted(torch.nn.Module):
+    """x + its inverted residual branch, three times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inside = 3 * width
+        self.branch = torch.nn.Sequential(
+            torch.nn.Conv2d(width, inside, 1, bias=False), torch.nn.BatchNorm2d(inside), torch.nn.ReLU6(),
+            torch.nn.Conv2d(inside, inside, 3, padding=1, groups=inside, bias=False), torch.nn.BatchNorm2d(inside), torch.nn.ReLU6(),
+            torch.nn.Conv2d(inside, width, 1, bias=False), torch.nn.BatchNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+def inverted() -> torch.nn.Module:
+    """Two inverted residuals, for the digits."""
+    stem = (torch.nn.Conv2d(1, 8, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(8), torch.nn.ReLU6())
+    head = (torch.nn.Conv2d(8, 16, 1), torch.nn.ReLU6(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return torch.nn.Sequential(*stem, Inverted(8), Inverted(8), *head, torch.nn.Linear(16, 10)).eval()
+
+
 def convolutions(model: torch.nn.Module) -> int:
     return sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())

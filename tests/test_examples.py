@@ -124,7 +124,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
         ("methods", METHODS),
         ("methods", AMC_METHODS),
         ("methods", IMPORTANCES),
-        ("commands", BACKENDS),
+        ("measuring", BACKENDS),
         ("commands", CONFIGS),
     ],
 )

@@ -22,6 +22,7 @@ ROOMS = (
     "measure",
     "removal",
     "artifact",
+    "onnx",
     "models",
     "data",
     "runs",

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmprune.artifact.describe import describe, file_tensors
-from rmprune.artifact.onnx import export_onnx
 from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
 from rmprune.errors import ArtifactError, UnsupportedModel
@@ -26,6 +25,7 @@ from rmprune.graph.facts import facts_of, note
 from rmprune.graph.foreign import plain_module, refuse_meta
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.run import evaluating
+from rmprune.onnx.export import export_onnx
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import whole
 

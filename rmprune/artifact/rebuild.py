@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.artifact.describe import file_tensors
-from rmprune.artifact.tensors import first_line, is_plain
-from rmprune.errors import ArtifactError
+from rmprune.artifact.tensors import is_plain
+from rmprune.errors import ArtifactError, first_line
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FORMATS,

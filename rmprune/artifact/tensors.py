@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rmprune.errors import first_line
+
 LARGEST_HEADER = 2**24  # bytes that name the tensors of a .safetensors file, 100 or so for each
 LARGEST_PICKLE = 2**23  # bytes of a pickle without its tensors, 200 or so for each
 MOST_STEPS = 2**21  # of an unpickler, 40 or so for each
@@ -68,11 +70,6 @@ def read_pickled(path: Path) -> Any:
         raise pickle.UnpicklingError(reason) from None
     except Exception as error:  # zip readers and unpicklers stumble in many ways over damaged bytes
         raise ValueError(first_line(error)) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line of bounded length."""
-    return str(getattr(error, "strerror", None) or error).split("\n", 1)[0][:200] or type(error).__name__
 
 
 def is_plain(value: Any) -> bool:

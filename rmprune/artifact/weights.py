@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.artifact.tensors import first_line, is_plain, read_pickled, read_safetensors
-from rmprune.errors import ArtifactError
+from rmprune.artifact.tensors import is_plain, read_pickled, read_safetensors
+from rmprune.errors import ArtifactError, first_line
 from rmprune.models.head import head_parameters
 from rmprune.models.pretrained import IMAGENET, imagenet_weights
 

@@ -9,6 +9,7 @@ from rmprune.config.fields import require
 from rmprune.config.measure import DoctorConfig, MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.runs import (
+    REMOVAL,
     ConvertConfig,
     DeployConfig,
     GridConfig,
@@ -25,6 +26,7 @@ from rmprune.config.runs import (
 from rmprune.config.training import Precision, Scales, SparsityConfig, TrainConfig
 
 __all__ = [
+    "REMOVAL",
     "AmcConfig",
     "ConvertConfig",
     "DataConfig",

@@ -87,6 +87,24 @@ class RunConfig(Architecture):
 
 
 @dataclass(frozen=True)
+class RemovalConfig:
+    """How residuals are removed."""
+
+    keep: Names = ()
+    """Blocks whose residual stays, comma-separated (names as `inspect` prints them)."""
+    ranges: Literal["provable", "calibrated"] = "provable"
+    """Bounds that hold for every input, or tighter ones taken from the example images with a margin."""
+    form: Literal["auto", "shift", "pair", "slice"] = "auto"
+    """How copies pass an activation; auto takes the cheapest exact one for each block."""
+    fuse: Literal["cheaper", "always", "never"] = "cheaper"
+    """Consecutive linear convolutions become one: where that has fewer MACs, always, or never."""
+
+
+REMOVAL = RemovalConfig()
+"""As the settings say it where nothing is set."""
+
+
+@dataclass(frozen=True)
 class SlimConfig(RunConfig):
     """Train with sparsity, remove all residuals, prune the plain network freely, fine-tune, measure."""
 
@@ -108,6 +126,7 @@ class SlimConfig(RunConfig):
     checkpoint: Path | None = None
     """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
     sparsity: SparsityConfig = SparsityConfig(strength=0.8)
+    removal: Unprefixed[RemovalConfig] = REMOVAL
     prune: Unprefixed[PruneConfig] = PruneConfig()
     finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0, distillation=0.5)
 
@@ -125,6 +144,9 @@ class SlimConfig(RunConfig):
         require(not given or self.plan is None, "a plan says every width itself; give --plan or a budget, not both")
         if self.plan is not None:
             require(self.method in ((), ("plan",)), "a plan is carried out by itself; leave out --method")
+            require(
+                self.removal.fuse == "cheaper", 'a plan says itself what is fused ("fuse": "always"); leave out --fuse'
+            )
         if not self.method:
             object.__setattr__(self, "method", ("rm" if self.plan is None else "plan",))
         require(0 <= self.search_minutes <= 1e4, f"search_minutes is {self.search_minutes}; use 0 to 10000")
@@ -191,25 +213,11 @@ class NetworkConfig(Architecture):
 
 
 @dataclass(frozen=True)
-class RemovalConfig:
-    """How residuals are removed."""
-
-    keep: Names = ()
-    """Blocks whose residual stays, comma-separated (names as `inspect` prints them)."""
-    ranges: Literal["provable", "calibrated"] = "provable"
-    """Bounds that hold for every input, or tighter ones taken from the example images with a margin."""
-    form: Literal["auto", "shift", "pair", "slice"] = "auto"
-    """How copies pass an activation; auto takes the cheapest exact one for each block."""
-    fuse: Literal["cheaper", "always", "never"] = "cheaper"
-    """Consecutive linear convolutions become one: where that has fewer MACs, always, or never."""
-
-
-@dataclass(frozen=True)
 class InspectConfig:
     """Each residual of a network: removable or why not, in which form, and what it costs. Nothing is written."""
 
     network: Unprefixed[NetworkConfig]
-    removal: Unprefixed[RemovalConfig] = RemovalConfig()
+    removal: Unprefixed[RemovalConfig] = REMOVAL
 
 
 @dataclass(frozen=True)
@@ -219,7 +227,7 @@ class ConvertConfig:
     network: Unprefixed[NetworkConfig]
     out: Path
     """Directory of the new artifact (architecture.json, model.safetensors, model.onnx)."""
-    removal: Unprefixed[RemovalConfig] = RemovalConfig()
+    removal: Unprefixed[RemovalConfig] = REMOVAL
     batch_norm: bool = False
     """Keep batch norms, for training; without, they are folded into the convolutions."""
     onnx: bool = True

@@ -6,6 +6,7 @@ Two convolutions become one where their product is exact and, under the rule "ch
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -42,9 +43,12 @@ def join_norms(network: Network) -> None:
         _drop(network, node, source)
 
 
-def fuse_convolutions(network: Network, rule: str) -> int:
-    """Multiplies neighbouring convolutions, first to last; returns how many went. Sizes are those the network was traced with."""
-    if rule == "never":
+def fuse_convolutions(network: Network, rule: str, fused: Collection[str] = ()) -> int:
+    """Multiplies neighbouring convolutions, first to last; returns how many went. Sizes are those the network was traced with.
+
+    `fused`: blocks whose pairs always are; a pair belongs to the block that its first layer stands in, or else its second.
+    """
+    if rule == "never" and not fused:
         return 0
     join_norms(network)
     count = 0
@@ -55,7 +59,8 @@ def fuse_convolutions(network: Network, rule: str) -> int:
         pair = _conv(network, source), _conv(network, node)
         if pair[0] is None or pair[1] is None:
             continue
-        product = _product(pair[0], pair[1], source, node, rule)
+        owner = source.meta.get("block") or node.meta.get("block")
+        product = _product(pair[0], pair[1], source, node, "always" if owner in fused else rule)
         if product is not None:
             network.layers[str(node.target)] = product
             _bypass(network, source, node)
@@ -71,7 +76,7 @@ def _conv(network: Network, node: fx.Node) -> Conv | None:
 def _product(first: Conv, second: Conv, source: fx.Node, node: fx.Node, rule: str) -> Conv | None:
     first_folded, second_folded = first.folded(), second.folded()
     geometry = product_geometry(first_folded, second_folded)
-    if geometry is None:
+    if geometry is None or rule == "never":
         return None
     size, out_size = spatial(source), spatial(node)
     inputs = first.in_channels // _common_groups(first, second)

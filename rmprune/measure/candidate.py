@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.artifact.onnx import input_names, onnx_bytes
-from rmprune.artifact.onnx_file import OnnxFile
 from rmprune.errors import ConfigError
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.inputs import as_tuple, only_input
+from rmprune.onnx.export import input_names, onnx_bytes
+from rmprune.onnx.file import OnnxFile
 
 Form = TypeVar("Form")
 Run = Callable[[], object]

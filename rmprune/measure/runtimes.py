@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmprune.artifact.onnx import onnx_bytes
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
 from rmprune.measure.torch_backends import graphed
+from rmprune.onnx.export import onnx_bytes
 
 Provider = tuple[str, dict[str, Any]]
 

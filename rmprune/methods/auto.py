@@ -52,7 +52,7 @@ PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].ca
 
 @dataclass(frozen=True)
 class Outlook:
-    """The three networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
+    """The networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
 
     networks: Mapping[Choice, nn.Module]
     sights: Mapping[Choice, Sight]
@@ -64,7 +64,7 @@ class Outlook:
     def nothing(self) -> dict[str, dict[Choice, float]]:
         """The choices of every block, as if none lost anything."""
         return {
-            name: {choice: 0.0 for choice in ("keep", "remove", "merge", "drop") if not own[choice]}
+            name: {choice: 0.0 for choice in ("keep", "remove", "fuse", "merge", "drop") if not own[choice]}
             for name, own in self.options.items()
         }
 
@@ -76,17 +76,20 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     least that can be had.
     """
     images = job.data.train.example(SHAPE_IMAGES, job.device)
-    options = block_options(network, images[:2])
+    removal = dataclasses.replace(job.config.removal, fuse="never")
+    options = block_options(network, images[:2], removal=removal)
 
     def shaped(*prefer: Choice) -> nn.Module:
         choices = {name: next(choice for choice in prefer if not own[choice]) for name, own in options.items()}
-        return carry_out_blocks(network, choices, lambda count: images[:count], fuse="never")[0]
+        return carry_out_blocks(network, choices, lambda count: images[:count], removal)[0]
 
     networks: dict[Choice, nn.Module] = {
         "keep": network,
         "remove": shaped("remove", "keep"),
         "merge": shaped("merge", "remove", "keep"),
     }
+    if not all(own["fuse"] for own in options.values()):
+        networks["fuse"] = shaped("fuse", "remove", "keep")
     structures = {choice: find_structure(own, images[:2]) for choice, own in networks.items()}
     costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
     if budget.latency_ratio is not None:
@@ -179,7 +182,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
 
     @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
-        return carry_out_blocks(network, plans[name]["blocks"], job.examples)
+        return carry_out_blocks(network, plans[name]["blocks"], job.examples, job.config.removal)
 
     def cutter(name: str) -> Cutter:
         return make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"])
@@ -222,9 +225,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     name = best(verdicts)
     if name in plans:
         plain, facts = carried_out(name)
-        return Winner(
-            name, _FREE, plain, plans[name]["widths"], facts | {"blocks": plans[name]["blocks"]}, verdicts, plans
-        )
+        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans)
     return Winner(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts, plans)
 
 

@@ -33,13 +33,13 @@ def check_budgets(
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
     Networks may have any weights. Of a method's candidates one that can do it is enough; with `skip_infeasible` one method is enough
-    for a budget. `searches`: {method: what raises where it finds nothing}, for budgets that need no measuring.
+    for a budget. `searches`: {method: what raises where it finds nothing}, with candidates for budgets that need no measuring alone.
     """
     for budget in budgets:
         refusals: dict[str, Refusal] = {}
         for name, method in methods.items():
             try:
-                if name in searches and budget.latency_ratio is None:
+                if name in searches and (budget.latency_ratio is None or not method.candidates):
                     searches[name](budget)
                 else:
                     _check_any(name, method, start, budget, job)
@@ -88,7 +88,7 @@ def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], 
         if candidate or method.start == "dense" or "no residual to remove" not in str(error):
             raise
         raise UnsupportedModel(f"{error}; --method residual prunes the network as it is") from None
-    cutter = make_cutter(network, method, job)
+    cutter = make_cutter(network, method, job, budget, measured=False)
     cutter.check(once=candidate or budget.latency_ratio is not None)
     if budget.memory_ratio is not None:
         cutter.check_memory(budget)

@@ -11,15 +11,17 @@ from rmprune.runs.records import RENAMED
 
 class BlockRule(NamedTuple):
     """A choice for every residual block: the first of `prefer` that it has. `half`: the first only for that half of the blocks that
-    one convolution fits best."""
+    one convolution fits best. `fuse`: what removal then fuses, in the place of what the settings say."""
 
     prefer: tuple[Choice, ...]
     half: bool = False
+    fuse: Literal["always"] | None = None
 
 
 STARTS: dict[str, BlockRule] = {
     "dense": BlockRule(("keep",)),
     "plain": BlockRule(("remove", "keep")),
+    "fused": BlockRule(("fuse", "remove", "keep"), fuse="always"),
     "collapsed": BlockRule(("merge", "remove", "keep")),
     "collapsed-residual": BlockRule(("collapse", "keep")),
     "half-collapsed": BlockRule(("merge", "keep"), half=True),
@@ -33,7 +35,8 @@ class Method(NamedTuple):
 
     `widths`: any channel goes, those inside blocks alone, or the same fraction of every layer. `candidates`: methods of which the one
     goes on whose network, cut to the budget, has the least loss on validation images before any fine-tuning (`rmprune.methods.choose`).
-    `faster`: once the network is pruned, those residuals are removed whose removal then makes it faster.
+    `faster`: once the network is pruned, those residuals are removed whose removal then makes it faster. `scratch`: nothing is pruned.
+    `isomorphic`: Torch-Pruning ranks channels among those of groups of the same form alone.
     """
 
     about: str
@@ -43,12 +46,18 @@ class Method(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
     candidates: tuple[str, ...] = ()
     faster: bool = False
+    scratch: bool = False
+    isomorphic: bool = False
 
 
 METHODS: dict[str, Method] = {
     "rm": Method(
         "RM, then any channel of the plain network by the settings given (by default one cut, its layers fitted anew)",
         start="plain",
+    ),
+    "rm-v1": Method(
+        "RM and fusing everywhere, also where that has more MACs (inverted residuals become MobileNetV1's form), then as rm",
+        start="fused",
     ),
     "rm-collapse": Method(
         "each block's branch fitted by one convolution, which RM merges with the shortcut without reserving a channel: "
@@ -91,6 +100,12 @@ METHODS: dict[str, Method] = {
         pruner="torch-pruning",
         settings={"gradual": False, "importance": "taylor"},
     ),
+    "coupled-isomorphic": Method(
+        "the same, channels ranked among groups of the same form alone (isomorphic pruning)",
+        pruner="torch-pruning",
+        settings={"gradual": False, "importance": "taylor"},
+        isomorphic=True,
+    ),
     "coupled-norm": Method(
         "residuals kept, one cut by Torch-Pruning's group norm (L2 of all weights of a group)",
         pruner="torch-pruning",
@@ -103,10 +118,14 @@ METHODS: dict[str, Method] = {
         widths="uniform",
         settings={"gradual": False, "reconstruct": False},
     ),
+    "scratch": Method(
+        "the network at a smaller width, the largest within the budget, trained from nothing for all epochs of training and fine-tuning",
+        scratch=True,
+    ),
     "auto": Method(
         "a choice for every block and a width for every group, looked for under the budget: a surrogate proposes plans, validation images "
         "choose among them and the presets before fine-tuning",
-        candidates=("residual", "rm", "rm-collapse", "uniform", "coupled-taylor"),
+        candidates=("residual", "rm", "rm-v1", "rm-collapse", "uniform", "coupled-taylor"),
     ),
     "plan": Method("the plan in a file (--plan): its choice for each block, its width for each channel group"),
 }

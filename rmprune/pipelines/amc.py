@@ -106,10 +106,7 @@ def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
 
 def _without_residuals(config: AmcConfig, dense: nn.Module, images: Tensor) -> Removal:
     """RM and fusing, with batch norms measured on these training images."""
-    settings = config.removal
-    return remove_residuals(
-        dense, images, keep=settings.keep, ranges=settings.ranges, form=settings.form, fuse=settings.fuse
-    )
+    return remove_residuals(dense, images, **vars(config.removal))
 
 
 def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
@@ -184,7 +181,8 @@ def _remove_faster(network: nn.Module, goal: Goal, job: Job[AmcConfig]) -> Remov
         cost = COSTS[constraint]
         return network_cost(network, example, cost) <= goal.ratio * network_cost(job.original, example, cost)
 
-    return remove_where_faster(network, example, place.ratios, fits)
+    settings = replace(job.config.removal, fuse="cheaper")  # one that was cut becomes faster, not MobileNetV1
+    return remove_where_faster(network, example, place.ratios, fits, **vars(settings))
 
 
 def _narrow(name: str, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:

@@ -13,16 +13,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.artifact.onnx import ROUNDINGS, named_outputs, rounding
-from rmprune.artifact.onnx_file import is_onnx
-from rmprune.artifact.onnx_reader import OnnxNetwork
-from rmprune.artifact.onnx_runtime import batch_for, checked_network
-from rmprune.artifact.onnx_writer import write_like
 from rmprune.artifact.weights import load_checkpoint_into, start_from
-from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, RemovalConfig, architecture
+from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
+from rmprune.onnx.export import ROUNDINGS, named_outputs, rounding
+from rmprune.onnx.file import is_onnx
+from rmprune.onnx.read import OnnxNetwork
+from rmprune.onnx.runtime import batch_for, checked_network
+from rmprune.onnx.write import write_like
 from rmprune.pipelines.stages import image_shape
 from rmprune.pruning.options import block_options
 from rmprune.pruning.plan import Choice
@@ -30,7 +30,7 @@ from rmprune.removal import BlockReport, Plan, plan_removal, remove_residuals
 from rmprune.removal.remove import nothing_to_remove
 
 logger = logging.getLogger("rmprune")
-_SHOWN: tuple[Choice, ...] = ("keep", "remove", "merge", "drop")
+_SHOWN: tuple[Choice, ...] = ("keep", "remove", "fuse", "merge", "drop")
 CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
 _IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_small": 32, "mobilenet_v2_digits": 8}
 
@@ -89,24 +89,18 @@ def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:
     return config.in_channels, size, size
 
 
-def _options(config: RemovalConfig) -> dict[str, object]:
-    return {"keep": config.keep, "ranges": config.ranges, "form": config.form, "fuse": config.fuse}
-
-
 def run_inspect(config: InspectConfig) -> list[BlockReport]:
     """Print each residual of the network: removable or why not, the form, and what it costs."""
     model, examples, _ = open_examples(config.network)
-    blocks = plan_removal(model, examples, **_options(config.removal))  # type: ignore[arg-type]
+    blocks = plan_removal(model, examples, **vars(config.removal))
     console = Console()
-    options = block_options(model, examples)
+    options = block_options(model, examples, removal=config.removal)
     console.print(plan_table(config.network.model, blocks, count_macs(model, examples)))
     reasons: dict[tuple[str, str], list[str]] = {}
     for block in blocks:
         may = ", ".join(choice for choice in _SHOWN if not options[block.name][choice])
         reasons.setdefault(("a plan may choose", may), []).append(block.name)
-        own = {"stays": block.reason} | {
-            f"no {choice}": options[block.name][choice] for choice in ("remove", "merge", "drop")
-        }
+        own = {"stays": block.reason} | {f"no {choice}": options[block.name][choice] for choice in _SHOWN[1:]}
         for said, reason in own.items():
             if reason and (said == "stays" or reason != block.reason):
                 reasons.setdefault((said, reason), []).append(block.name)
@@ -167,7 +161,7 @@ def run_convert(config: ConvertConfig) -> Path:
     """Remove residuals, write the artifact, and say what was done and what it costs."""
     _check_out(config)
     model, examples, file = open_examples(config.network)
-    removal = remove_residuals(model, examples, batch_norm=config.batch_norm, **_options(config.removal))  # type: ignore[arg-type]
+    removal = remove_residuals(model, examples, batch_norm=config.batch_norm, **vars(config.removal))
     facts: dict[str, object] = {"source": config.network.model, "removal": removal.facts}
     if len(examples) == 1 and examples[0].dim() == 4:
         facts["input_shape"] = list(examples[0].shape[1:])

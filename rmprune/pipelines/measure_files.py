@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rmprune.artifact.onnx_file import OnnxFile, is_onnx, open_onnx
 from rmprune.config import MeasureConfig, RemeasureConfig
 from rmprune.errors import ConfigError
 from rmprune.measure import Latency
@@ -16,6 +15,7 @@ from rmprune.measure.backends import BACKENDS
 from rmprune.measure.candidate import FileCandidate, onnx_form
 from rmprune.measure.latency import Configuration, measure_candidates
 from rmprune.measure.runtimes import openvino_form
+from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
 from rmprune.pipelines.measure import measuring
 
 _SIZE = 224  # of images whose size no file says

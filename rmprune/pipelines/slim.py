@@ -5,7 +5,8 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 """
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from rmprune import artifact
+from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.describe import describe
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
-from rmprune.methods import auto
+from rmprune.methods import auto, scratch
 from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
@@ -39,8 +41,10 @@ from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out
 from rmprune.pruning.peak_memory import with_reference
 from rmprune.pruning.plan import SlimPlan, layers_digest
+from rmprune.removal import plan_removal
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
+from rmprune.runs.notes import remembered
 from rmprune.runs.records import RENAMED
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.precision import repeatable
@@ -83,8 +87,11 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
     example = job.data.train.example(2)
     dense = job.given or make_dense(config, job.data, job.seed)
     describe(dense)
+    if config.removal.keep:  # of the original's blocks, whatever the methods make of them
+        plan_removal(dense, example, **vars(config.removal))
     if plan is not None:
-        carry_out(dense, plan, [(example, torch.zeros(2, dtype=torch.long))], importance="magnitude", reconstruct=False)
+        two = [(example, torch.zeros(2, dtype=torch.long))]
+        carry_out(dense, plan, two, importance="magnitude", reconstruct=False, removal=config.removal)
         return
     reference = count_macs(dense, example[:1])
     budgets = [
@@ -94,11 +101,15 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
 
     @functools.cache
     def network(name: str) -> nn.Module:
-        return start(dense, name, lambda images: example[:images])[0]
+        return start(dense, name, lambda images: example[:images], config.removal)[0]
 
-    check_budgets(
-        network, methods, budgets, replace(job, teacher=dense), {"auto": functools.partial(auto.look, dense, job=job)}
-    )
+    job = replace(job, teacher=dense)
+    searches: dict[str, Callable[[Budget], object]] = {"auto": functools.partial(auto.look, dense, job=job)}
+    if any(method.scratch for method in methods.values()):
+        scratch.own_width(job)
+        make = functools.partial(make_dense, config, job.data, job.seed)
+        searches["scratch"] = functools.partial(scratch.check_narrowest, make, job=job)
+    check_budgets(network, methods, budgets, job, searches)
 
 
 def starts_of(job: Job[SlimConfig], cell: Cell) -> Starts:
@@ -144,12 +155,17 @@ def run_cell(cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job:
 
 def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a plan, trained to its end, and the facts for its artifact and record."""
-    settings, dense = job.config.prune, job.here(with_names(job.original, job))
+    config, dense = job.config, job.here(with_names(job.original, job))
     network, facts = carry_out(
-        dense, plan, job.batches, importance=settings.importance, reconstruct=settings.reconstruct
+        dense,
+        plan,
+        job.batches,
+        importance=config.prune.importance,
+        reconstruct=config.prune.reconstruct,
+        removal=config.removal,
     )
     say(facts)
-    return tune(job.recentred(network), job.config.finetune, job, Files.of(cell.directory, "plan")), facts
+    return tune(job.recentred(network), config.finetune, job, Files.of(cell.directory, "plan")), facts
 
 
 def _slim(
@@ -157,6 +173,8 @@ def _slim(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A method's network, trained to its end, and the facts for its artifact and record."""
     files = Files.of(cell.directory, name)
+    if method.scratch:
+        return _from_nothing(budget, job, files)
     facts: dict[str, Any] = {"method": name}
     widths = None
     if name == "auto":
@@ -176,8 +194,20 @@ def _slim(
         begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
     network, more = slim_network(network, method, budget, job, files, widths)
     facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
-    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), network=layers_digest(job.original))
+    fuse = begun.get("fuse", "cheaper")
+    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), fuse, layers_digest(job.original))
     return network, facts | more | {"plan": plan.to_dict()}
+
+
+def _from_nothing(budget: Budget, job: Job[SlimConfig], files: Files) -> tuple[nn.Module, dict[str, Any]]:
+    """The network at the largest width within the budget, trained as long as all others in total."""
+    config = job.config
+    make = functools.partial(make_dense, config, job.data, job.seed)
+    find = lambda: asdict(scratch.narrowed(make, budget, job))  # noqa: E731
+    found = Multiplier(**remembered(files.note("width"), "width", find))
+    train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
+    facts = {"method": "width", "width": found.width, "verified_ratio": found.ratio}
+    return tune(make(found.width), train, job, files), {"method": files.label, "search": facts}
 
 
 def _cutter(method: Method, budget: Budget, job: Job[SlimConfig], starts: Starts) -> Cutter:

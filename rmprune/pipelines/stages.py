@@ -15,7 +15,7 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.artifact.weights import load_checkpoint_into, start_from
-from rmprune.config import MeasureConfig, RunConfig, SlimConfig, TrainRunConfig, architecture
+from rmprune.config import REMOVAL, MeasureConfig, RunConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
@@ -130,7 +130,8 @@ def starting_network(job: Job[SlimConfig | TrainRunConfig], cell: Cell, name: st
     examples = job.data.train.example if name == "plain" else job.examples  # fits of blocks take as many as pruning
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
-        network, facts = start(with_names(job.original, job), name, examples)
+        settings = job.config.removal if isinstance(job.config, SlimConfig) else REMOVAL
+        network, facts = start(with_names(job.original, job), name, examples, settings)
         say(facts)
         return network, facts
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.data.batches import Batches, network_inputs
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.inputs import as_tuple
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.collapse import shorten_blocks
-from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import in_and_out
@@ -33,11 +36,12 @@ Examples = Callable[[int], Tensor]
 
 
 def carry_out_blocks(
-    model: nn.Module, choices: Mapping[str, Choice], examples: Examples, *, fuse: str = "cheaper"
+    model: nn.Module, choices: Mapping[str, Choice], examples: Examples, removal: RemovalConfig = REMOVAL
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network in which each block is what was chosen (one that is not named is kept), and the facts for its artifact.
 
     First branches are fitted and dropped, in order, then residuals removed, exactly; `model` itself where nothing changes.
+    `removal`: how; which residuals go is what was chosen.
     Raises UnsupportedModel where a block has no such option (see `rmprune.pruning.options.block_options`).
 
     >>> from rmprune.pruning.carry_out import carry_out_blocks
@@ -50,24 +54,27 @@ def carry_out_blocks(
     def named(*wanted: Choice) -> list[str]:
         return [name for name, choice in choices.items() if choice in wanted]
 
-    network, names = model, list(choices)
-    facts: dict[str, Any] = {}
+    network = model
+    names: list[str] | None = None
+    facts: dict[str, Any] = {"blocks": dict(choices), "fuse": removal.fuse}
     if named("merge", "collapse", "drop"):
         images = collapse_images(examples)
         names = [name for name in block_names(model, images) if name not in named("drop")]
-        found = shorten_blocks(model, images, collapse=named("merge", "collapse"), drop=named("drop"))
-        network, facts["collapsed"] = found.model, found.collapsed
-    if gone := named("remove", "merge"):
+        shorter = shorten_blocks(model, images, collapse=named("merge", "collapse"), drop=named("drop"))
+        network, facts["collapsed"] = shorter.model, shorter.collapsed
+    if gone := named("remove", "fuse", "merge"):
         images = examples(CALIBRATION_IMAGES)
-        now = dict(zip(block_names(network, images), names, strict=True))  # a flat network may call them otherwise
+        here = block_names(network, images)
+        now = dict(zip(here, names or here, strict=True))  # a flat network may call them otherwise
         keep = [name for name, block in now.items() if block not in gone]
-        removal = remove_residuals(network, images, keep=keep, fuse=fuse)
+        fused = [name for name, block in now.items() if choices.get(block) == "fuse"]
+        found = remove_residuals(network, images, **vars(removal) | {"keep": keep, "fused": fused})
         network, facts["removal"] = (
-            removal.model,
-            removal.facts
+            found.model,
+            found.facts
             | {
-                "removed": [now[name] for name in removal.removed],
-                "kept": {now[name]: reason for name, reason in removal.kept.items()},
+                "removed": [now[name] for name in found.removed],
+                "kept": {now[name]: reason for name, reason in found.kept.items()},
             },
         )
         for name in gone:
@@ -85,13 +92,20 @@ def collapse_images(examples: Examples) -> Tensor:
 
 
 def carry_out(
-    model: nn.Module, plan: SlimPlan, data: Batches, *, importance: str = "taylor", reconstruct: bool = True
+    model: nn.Module,
+    plan: SlimPlan,
+    data: Batches,
+    *,
+    importance: str = "taylor",
+    reconstruct: bool = True,
+    removal: RemovalConfig = REMOVAL,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a plan, made of `model` in eval mode on its device, and the facts for its artifact, the plan with every choice and
     width spelled out among them; nothing is trained.
 
     data: (images [N, C, H, W], labels [N]) batches of training images, which blocks and layers are fitted on and, by `importance`,
     the units that stay are chosen by. Of the groups that the blocks then have, those that the plan names get their width.
+    `removal`: how residuals go; what is fused is the plan's.
     Raises ConfigError for a plan that does not fit this network, UnsupportedModel where the choices cannot be had together.
 
     >>> from rmprune.pruning.carry_out import carry_out
@@ -102,10 +116,11 @@ def carry_out(
     3
     """
     images = torch.cat(list(network_inputs(data, model)))
-    options = block_options(model, images[:2], alone=False)
+    removal = replace(removal, fuse=plan.fuse)
+    options = block_options(model, images[:2], alone=False, removal=removal)
     choices = plan.check(model, options)
-    network, facts = carry_out_blocks(model, choices, lambda count: images[:count], fuse=plan.fuse)
-    structure = find_structure(network, images[:2])
+    network, facts = carry_out_blocks(model, choices, lambda count: images[:count], removal)
+    network, _, structure = followed(network, as_tuple(network, images[:2]))
     units = plan.units(structure)
     result, error = cut_to(network, structure, units, data, importance, reconstruct)
     widths = {flat_name(name): count for name, count in units.items()}

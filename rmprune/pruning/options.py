@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
 from rmprune.graph.equivalence import reference_copy
 from rmprune.graph.inputs import Inputs, as_given
@@ -18,25 +19,39 @@ from rmprune.removal import plan_removal
 from rmprune.removal.blocks import Block, additions, find_block
 from rmprune.removal.rewrite import remove_all
 
+_ALONE = "no linear layer stands beside it that it could be multiplied with"
 
-def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = True, alone: bool = True) -> Options:
+
+def block_options(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    linear: bool = True,
+    alone: bool = True,
+    removal: RemovalConfig = REMOVAL,
+) -> Options:
     """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back.
 
-    A block is dropped where branch and shortcut can be told apart; collapsed where one convolution can stand for its branch without
-    more MACs (`linear`: also where that leaves the block without an activation); merged where, besides, RM then needs to reserve
-    nothing, as in a block of one layer. `alone`: all other blocks are kept; False: they may be removed with it, as one that holds another
-    needs. Raises UnsupportedModel where torch.fx cannot follow the model.
+    A block is fused where removal (of all others, too) leaves a linear layer beside another; dropped where branch and shortcut can be
+    told apart; collapsed where one convolution can stand for its branch without more MACs (`linear`: also where that leaves the block
+    without an activation); merged where, besides, RM then needs to reserve nothing, as in a block of one layer. `alone`: all other
+    blocks are kept; False: they may be removed with it, as one that holds another needs. `removal`: how residuals go; a block in its
+    `keep` only stays. Raises UnsupportedModel where torch.fx cannot follow the model.
 
     >>> from rmprune.pruning.options import block_options
     >>> model = rmprune.models.create("resnet8", num_classes=10, width=4).eval()
-    >>> block_options(model, torch.randn(2, 3, 8, 8))["layer1.0"]
-    {'keep': '', 'remove': '', 'merge': '', 'drop': '', 'collapse': ''}
+    >>> {choice: reason for choice, reason in block_options(model, torch.randn(2, 3, 8, 8))["layer1.0"].items() if reason}
+    {'fuse': 'no linear layer stands beside it that it could be multiplied with'}
     """
     model, inputs = as_given(model, example_inputs)
-    reports = plan_removal(model, inputs)
+    settings = vars(removal) | {"fuse": "never"}
+    reports = plan_removal(model, inputs, **settings)
+    fused = plan_removal(model, inputs, **settings, fused=[report.name for report in reports])
     free = {report.name for report in reports if report.removable and not report.reserved}
     found: dict[str, dict[Choice, str]] = {
-        report.name: dict.fromkeys(CHOICES, "") | {"remove": report.reason} for report in reports
+        report.name: dict.fromkeys(CHOICES, "")
+        | {"remove": report.reason, "fuse": report.reason or ("" if report != other else _ALONE)}
+        for report, other in zip(reports, fused, strict=True)
     }
     network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
     annotate_ranges(network)
@@ -47,7 +62,7 @@ def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = Tr
         except Obstacle as obstacle:
             found[name] |= dict.fromkeys(("drop", "merge", "collapse"), str(obstacle))
             if alone and not found[name]["remove"]:
-                found[name]["remove"] = f"{obstacle}; it can go only with that one"
+                found[name]["remove"] = found[name]["fuse"] = f"{obstacle}; it can go only with that one"
             continue
         try:
             shorter[name] = collapsible(network, name, add, linear)
@@ -59,6 +74,9 @@ def block_options(model: nn.Module, example_inputs: Inputs, *, linear: bool = Tr
     for report in remove_all(network, found.keys() - shorter.keys(), "auto", True, "never"):
         if report.name in shorter and (not report.removable or report.reserved):
             found[report.name]["merge"] = report.reason or f"RM would reserve {report.reserved} channels"
+    for name, own in found.items():
+        if {name, name.split("#")[0]} & set(removal.keep):
+            own |= dict.fromkeys(("merge", "drop"), own["remove"])
     return found
 
 

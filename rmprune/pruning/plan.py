@@ -16,10 +16,11 @@ from rmprune.errors import ConfigError
 from rmprune.pruning.groups import Structure
 from rmprune.runs.reading import read_json
 
-Choice = Literal["keep", "remove", "merge", "drop", "collapse"]
-"""keep: the residual stays and its channels stay tied. remove: RM, exactly, with reserved copies. merge: the branch is fitted by one
-convolution, which RM merges with the shortcut, nothing reserved. drop: the branch goes, the shortcut stays. collapse: merge without RM,
-the residual stays: what RM is responsible for in a merged block is measured against it."""
+Choice = Literal["keep", "remove", "merge", "drop", "collapse", "fuse"]
+"""keep: the residual stays and its channels stay tied. remove: RM, exactly, with reserved copies. fuse: as remove, and the linear
+layers beside it are multiplied, as `remove_residuals` does for blocks in `fused`: an inverted residual in MobileNetV1's form. merge: the
+branch is fitted by one convolution, which RM merges with the shortcut, nothing reserved. drop: the branch goes, the shortcut stays.
+collapse: merge without RM, the residual stays: what RM is responsible for in a merged block is measured against it."""
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 Options = Mapping[str, Mapping[Choice, str]]
 """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back."""

@@ -21,7 +21,6 @@ from rmprune.graph.equivalence import (
     over_tolerance,
     own_dtype_error,
     reference_copy,
-    refuse_changing_hooks,
     refuse_unseen,
     relative_error,
 )
@@ -32,7 +31,7 @@ from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.graph.shapes import to_double
 from rmprune.removal.forms import FORMS
-from rmprune.removal.rewrite import BlockReport, Plan, remove_all
+from rmprune.removal.rewrite import Plan, remove_all
 
 RANGES = ("provable", "calibrated")
 _PIXELS = 2**21  # of all images of the check and of the batch norms' statistics together
@@ -45,7 +44,7 @@ class Removal:
 
     model: eval mode, dtype, device and memory format of the original; a flat nn.Sequential where the graph is a chain.
     removed: names of the blocks whose residual is gone; kept: {name: reason} of the others.
-    max_error: largest |difference| to the original in float64, relative to what the inputs change in its outputs, or in the maps
+    max_error: largest difference to the original in float64, relative to what the inputs change in its outputs, or in the maps
     before its head where the outputs hardly depend on the inputs (`note` says so); see `rmprune.graph.equivalence.relative_error`.
     own_dtype_error: the same of `model` in its own dtype, rounding and all; None where that was not compared (`note` says why).
     note: what to know of the comparison; empty as a rule.
@@ -60,7 +59,7 @@ class Removal:
     removed: list[str]
     kept: dict[str, str]
     max_error: float
-    blocks: list[BlockReport]
+    blocks: Plan
     own_dtype_error: float | None = None
     note: str = ""
 
@@ -70,11 +69,16 @@ class Removal:
         names = ("removed", "kept", "max_error", "own_dtype_error", "note")
         return {name: getattr(self, name) for name in names}
 
+    def _repr_html_(self) -> str:
+        said = f"removed {len(self.removed)} residuals, kept {len(self.kept)}; largest error {self.max_error:.1e}"
+        return f"<p>{said}</p>{self.blocks._repr_html_()}"
+
 
 def remove_residuals(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
     input_range: tuple[float, float] = (-math.inf, math.inf), progress: Callable[[str], None] | None = None,
+    fused: Iterable[str] | None = (),
 ) -> Removal:  # fmt: skip
     """Removes residual connections exactly (RMNet, arXiv 2111.00687): the same function without additions. `model` is left alone.
 
@@ -86,7 +90,8 @@ def remove_residuals(
     `margin` times their width, exact only inside. form: how copies pass an activation that is not the identity on their range:
     "auto", "shift" (one copy, needs bounds), "pair" (two copies), "slice" (one copy beside it; the result is no chain then;
     "auto" takes it only in blocks with a gate or a concatenation). batch_norm: False folds every batch norm, True only new ones
-    whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring convolutions.
+    whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring convolutions;
+    always beside the blocks named in `fused`: what each ends in, and what enters it where no other block ends there.
     tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype of `model` it may be off by 16
     times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
 
@@ -101,8 +106,9 @@ def remove_residuals(
     _check_settings(ranges, form, fuse, tolerance, input_range)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
-    refuse_changing_hooks(model, inputs)
-    network, reports = _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress)
+    network, reports = _rewrite(
+        reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress, fused
+    )
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
     if not removed:
@@ -136,7 +142,7 @@ def remove_residuals(
 def plan_removal(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),
-    batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10,
+    batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, fused: Iterable[str] | None = (),
 ) -> Plan:  # fmt: skip
     """What `remove_residuals` would do to each residual and what it would cost, without building anything.
 
@@ -148,12 +154,14 @@ def plan_removal(
     """
     _check_settings(ranges, form, fuse, tolerance, input_range)
     model, inputs = as_given(model, example_inputs)
-    return _rewrite(reference_copy(model), inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None)[1]
+    reference = reference_copy(model)
+    return _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None, fused)[1]
 
 
 def _rewrite(
     reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str] | None, ranges: str, form: str, margin: float,
     input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
+    fused: Iterable[str] | None,
 ) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
         network = normalise(reference, inputs)
@@ -164,7 +172,7 @@ def _rewrite(
             tighten(network, margin)
         elif may_shift(network):
             observe(network, tuple(x[:2] for x in doubles))
-        return network, remove_all(network, keep, form, batch_norm, fuse, progress)
+        return network, remove_all(network, keep, form, batch_norm, fuse, progress, fused)
 
 
 def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +55,14 @@ class Plan(list[BlockReport]):
     macs_change: int = 0
     params_change: int = 0
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each residual."""
+        import pandas as pd
+
+        names = ("removable", "form", "shortcut", "reserved", "macs_before", "macs_after", "reason")
+        rows = {block.name: {name: getattr(block, name) for name in names} for block in self}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=names).to_html(border=0)
+
 
 def remove_all(
     network: Network,
@@ -63,18 +71,19 @@ def remove_all(
     batch_norm: bool,
     fuse: str,
     progress: Callable[[str], None] | None = None,
+    fused: Iterable[str] | None = (),
 ) -> Plan:
     """Rewrites every addition that can go, in topological order, joins what can be joined, and reports on each addition.
 
-    Blocks named in `keep` are left. An obstacle met anywhere in finding or planning a block ends here, as its reason to stay.
+    Blocks named in `keep` are left; the linear layers beside those in `fused` are multiplied, whatever `fuse` says. An obstacle met
+    anywhere in finding or planning a block ends here, as its reason to stay.
     """
     found = additions(network)
-    kept = set(as_names(keep, "keep"))
-    unknown = kept - {name for name, _ in found} - {name.split("#")[0] for name, _ in found}
-    if unknown:
-        raise ConfigError(
-            f"keep names no residual: {', '.join(sorted(unknown))}; there are {', '.join(n for n, _ in found) or 'none'}"
-        )
+    kept, always = set(as_names(keep, "keep")), set(as_names(fused, "fused"))
+    for setting, names in (("keep", kept), ("fused", always)):
+        if unknown := names - {name for name, _ in found} - {name.split("#")[0] for name, _ in found}:
+            there = ", ".join(name for name, _ in found) or "none"
+            raise ConfigError(f"{setting} names no residual: {', '.join(sorted(unknown))}; there are {there}")
     reports = Plan()
     original = cost_of(network, network.graph.nodes)[0], parameters(network)
     for name, add in found:
@@ -95,7 +104,7 @@ def remove_all(
         reports.append(BlockReport(name, True, "", forms, block.shortcut, chain.reserved, *costs, note))
         if progress is not None:
             progress(name)
-    _join(network, reports, batch_norm, fuse)
+    _join(network, reports, batch_norm, fuse, always)
     final = cost_of(network, network.graph.nodes, batch_norm)
     reports.macs_change, reports.params_change = final[0] - original[0], final[1] - original[1]
     return reports
@@ -110,14 +119,14 @@ def _kept(network: Network, name: str, reason: str, block: Block | None) -> Bloc
     return BlockReport(name, False, reason, "", block.shortcut, 0, macs, macs, params, params)
 
 
-def _join(network: Network, reports: Plan, batch_norm: bool, fuse: str) -> None:
+def _join(network: Network, reports: Plan, batch_norm: bool, fuse: str, fused: Collection[str]) -> None:
     """Norms and neighbouring convolutions as one, as asked for; what that changes in a block's cost goes into its report."""
     before = by_block(network)
     if not batch_norm:
         join_norms(network)
     if fuse != "never":
         join_copies(network)
-    fuse_convolutions(network, fuse)
+    fuse_convolutions(network, fuse, fused)
     after = by_block(network, batch_norm)
     for index, report in enumerate(reports):
         macs, params = (new - old for new, old in zip(after[report.name], before[report.name], strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,24 +19,27 @@ def remove_where_faster(
     example_inputs: Tensor,
     ratios: Callable[[Mapping[str, nn.Module]], Mapping[str, float]],
     fits: Callable[[nn.Module], bool] = lambda network: True,
+    *,
+    keep: Iterable[str] = (),
+    **settings: Any,
 ) -> Removal:
     """`model` without those residuals whose removal, one at a time, makes it faster; `model` itself where none does.
 
     Removal is exact, so time is all that decides: a residual stays where its addition is cheaper than the reserved rows. One that
     cannot go while those before it stay is tried with them, and pays where it makes the network faster than without them alone.
     `ratios` measures networks by name, in turns, in one unit; `fits` says whether a network is within another budget, and what
-    does not fit is not measured. Those that pay one by one are removed together and measured again. Raises what
-    `remove_residuals` raises, but no error where nothing can be removed.
+    does not fit is not measured. Those that pay one by one are removed together and measured again. `keep` and `settings`: as
+    `remove_residuals` takes them, whose errors are raised, but no error where nothing can be removed.
     """
-    blocks = plan_removal(model, example_inputs)
+    blocks = plan_removal(model, example_inputs, keep=keep, **settings)
     names = _removable(blocks)
 
     def others(gone: Collection[str]) -> list[str]:
-        return [name for name in names if name not in gone]
+        return [*keep, *(name for name in names if name not in gone)]
 
     def without(gone: Collection[str]) -> tuple[Removal, float]:
         """The network without these residuals, and the part of its time that it then takes."""
-        removal = remove_residuals(model, example_inputs, keep=others(gone))
+        removal = remove_residuals(model, example_inputs, keep=others(gone), **settings)
         if not fits(removal.model):
             return removal, math.inf
         times = ratios({"kept": model, "removed": removal.model})
@@ -43,11 +47,12 @@ def remove_where_faster(
 
     def needed(last: int) -> list[str]:
         """The shortest run of residuals that ends in this one and in which it can go."""
+        own = settings | {"fuse": "never"}
         runs = (names[first : last + 1] for first in range(last, -1, -1))
         return next(
             run
             for run in runs
-            if names[last] in _removable(plan_removal(model, example_inputs, keep=others(run), fuse="never"))
+            if names[last] in _removable(plan_removal(model, example_inputs, keep=others(run), **own))
         )
 
     paying: dict[str, float] = {}

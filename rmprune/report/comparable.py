@@ -27,10 +27,13 @@ _OWN = {
 _UNREAD = frozenset(
     f"prune.{name}" for name in ("gradual", "reconstruct", "cuts", "cut_fraction", "score_decay", "cost", "rank")
 )
-_TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-norm")
+_TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-isomorphic", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _BY_TIME = ("mixed", "mixed-amc")
 """Methods that measure what they do, whatever the budget counts."""
+_REMOVAL = {"removal.keep": [], "removal.ranges": "provable", "removal.form": "auto", "removal.fuse": "cheaper"}
+_SINCE = _REMOVAL | {"search_minutes": 1.0}
+"""Settings that earlier records do not name, as they then were."""
 _BEFORE = frozenset({"data", "train", "sparsity", "checkpoint"})
 """Settings that the network before pruning depends on."""
 
@@ -45,7 +48,7 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
         settings = _settings(record)
         for key, mine in settings.items():
             other, theirs = first.get(key, (path, mine))
-            unread = _UNREAD if key[2] in _TORCH_PRUNING else frozenset()
+            unread = _UNREAD | _REMOVAL.keys() if key[2] in _TORCH_PRUNING else frozenset()
             for setting in sorted((theirs.keys() | mine.keys()) - unread):
                 before, now = theirs.get(setting), mine.get(setting)
                 if before != now and path not in found:
@@ -66,7 +69,7 @@ def _settings(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
         parts = _BEFORE | {"removal"} if name == "plain" else _BEFORE
         config = {key: record["config"].get(key) for key in parts} if dense else record["config"]
         method, budget = method_of(record, name), "" if dense else budget_of(record)
-        mine = flat(config)
+        mine = _SINCE | flat(config)
         if method in _BY_TIME or budget.startswith("latency"):
             mine |= counted_at(record["config"])
         dataset = record.get("dataset") or find_setting(record["config"], "dataset")

@@ -16,10 +16,10 @@ from torch import nn
 
 from rmprune.artifact.describe import describe
 from rmprune.artifact.rebuild import build, fill
-from rmprune.artifact.tensors import first_line, is_plain, read_pickled
+from rmprune.artifact.tensors import is_plain, read_pickled
 from rmprune.config import TrainConfig
 from rmprune.data.load import Dataset
-from rmprune.errors import ArtifactError
+from rmprune.errors import ArtifactError, first_line
 from rmprune.runs.reading import parse_json
 from rmprune.runs.writing import whole
 

@@ -6,6 +6,7 @@ What is agreed on (flags, checkpoints, sums of a log) goes through gloo on the C
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -66,7 +67,15 @@ def process_group(device: torch.device) -> Iterator[tuple[torch.device, int, int
         yield device, dist.get_rank(), dist.get_world_size()
     finally:
         if created:
-            dist.destroy_process_group()
+            disband()
+
+
+def disband() -> None:
+    """Leave the group of all processes, where there is one."""
+    if dist.is_initialized():
+        # torch 2.6 joins gloo's threads without letting go of the interpreter's lock, which one that still drops its last tensor waits for
+        time.sleep(0.05)
+        dist.destroy_process_group()
 
 
 class _ByName(nn.Module):
@@ -91,7 +100,6 @@ def wrap(model: nn.Module, world: int, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(
         _ByName(model),
         device_ids=[device.index] if device.type == "cuda" else None,
-        init_sync=False,
     )
 
 
@@ -111,9 +119,9 @@ def add_up(values: Tensor, world: int) -> Tensor:
     return total
 
 
-def part_of_all(amount: Tensor, world: int) -> Tensor:
-    """What a mean over `amount` (images, or their weights) here is multiplied with, so that the mean over processes is that over all."""
-    return world * amount / add_up(amount, world)
+def part_of_all(amounts: Tensor, world: int) -> Tensor:
+    """What means over `amounts` (images, their weights) here are multiplied with, so that the mean over processes is that over all."""
+    return world * amounts / add_up(amounts, world)
 
 
 def first_says(value: Value, world: int) -> Value:

@@ -20,7 +20,7 @@ from rmprune.measure.cuda_graphs import Replayed
 from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
-from rmprune.training.evaluation import evaluate, number_or_none
+from rmprune.training.evaluation import NoOutputs, evaluate, number_or_none
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
 from rmprune.training.objective import class_objective, own_objective
@@ -255,10 +255,11 @@ class _Training:
         """The gradients of one batch, clipped, and its part of the totals. On a GPU nothing here waits for it."""
         config = self.config
         shared = SharedStatistics() if config.sync_batch_norm and self.world > 1 else contextlib.nullcontext()
+        parts = None if self.world == 1 else self.parts(x, y)
         with autocast(config.precision, self.device), shared:
             try:
                 if self.loss is None:
-                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights, self.world)
+                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights, parts)
                 else:
                     teacher = None if self.teacher is None else self.teacher.frozen
                     loss, hits = own_objective(self.parallel, y, self.loss, teacher, config)
@@ -266,13 +267,20 @@ class _Training:
                 raise one_value(error, self.label) from error
         with torch.no_grad():
             count = torch.full_like(loss, len(x))
-            self.totals += torch.stack([loss * distributed.add_up(count, self.world) / self.world, hits, count])
+            self.totals += torch.stack([loss * (count if parts is None else count / parts[0]), hits, count])
         if self.device.type == "cpu":
             self.check_finite(x)
         self.state.optimizer.zero_grad()
         loss.backward()
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip_norm)
+
+    def parts(self, x: Tensor, y: Tensor) -> Tensor:
+        """What this process's means over its images, and over their weights, count among those of all [2]."""
+        amounts = torch.full((2,), float(len(x)), device=self.device)
+        if self.class_weights is not None:
+            amounts[1] = self.class_weights[y].sum()
+        return distributed.part_of_all(amounts, self.world)
 
     def call_hook(self, hook: Hook) -> None:
         """Let the hook work, and take over a model that it put in place."""
@@ -315,13 +323,11 @@ class _Training:
         loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
         state = self.state
         distributed.share_state(state.model, self.world)
-        validation = evaluate(
-            state.model,
-            self.data.validation,
-            device=self.device,
-            precision=self.config.precision,
-            shard=(self.rank, self.world),
-        )
+        split, shard = self.data.validation, (self.rank, self.world)
+        try:
+            validation = evaluate(state.model, split, device=self.device, precision=self.config.precision, shard=shard)
+        except NoOutputs as error:
+            raise self.broken("outputs on validation images are", f" ({error.where})", state.step) from error
         seconds = self.seconds + time.monotonic() - self.started
         self.journal.epoch(
             {

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.config import TrainConfig
 from rmprune.data.batches import Loss, check_labels, own_loss
-from rmprune.training.distributed import part_of_all
 from rmprune.training.precision import ask
 from rmprune.training.teacher import distillation_loss
 
@@ -25,22 +24,23 @@ def class_objective(
     target: Tensor | None,
     config: TrainConfig,
     weights: Tensor | None,
-    world: int = 1,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of images x with class numbers y [B], and how many were right; `target`: the teacher's logits [B, C].
 
-    Of several processes (`world`) the mean of their losses is that of the whole batch, however it is divided.
+    `parts` [2]: of several processes, what `part_of_all` says of the images here and of their weights; the mean of all losses is then that
+    of the whole batch, however it is divided.
     """
     output = ask(model, x)
     if y.device.type == "cpu":  # a GPU is not waited for; it stops by itself
         check_labels(y, output.shape[1])
     loss = nn.functional.cross_entropy(output.float(), y, weight=weights, label_smoothing=config.label_smoothing)
-    if world > 1:
-        loss = loss * part_of_all(y.new_tensor(len(y)).float() if weights is None else weights[y].sum(), world)
+    if parts is not None:
+        loss = loss * parts[1]
     if target is not None:
         soft = distillation_loss(output, target, config.temperature)
-        if world > 1:
-            soft = soft * part_of_all(soft.new_tensor(len(y)), world)
+        if parts is not None:
+            soft = soft * parts[0]
         loss = (1 - config.distillation) * loss + config.distillation * soft
     return loss, (output.detach().argmax(1) == y).sum()
 

@@ -31,7 +31,7 @@ from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ConfigError, DataError, RmpruneError
 from rmprune.training import checkpoint as files
-from rmprune.training.distributed import any_says, backends, first_says, processes, this_process
+from rmprune.training.distributed import any_says, backends, disband, first_says, processes, this_process
 from rmprune.training.loop import fit
 from rmprune.training.optimizer import make_optimizer
 from rmprune.training.precision import repeatable
@@ -167,8 +167,7 @@ class Team:
         """In the first process: send the others home, those too that wait for it in a training."""
         with contextlib.suppress(RuntimeError):  # the store may be gone
             self.store.set(self._next, "end")
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            disband()
 
     def ended(self) -> bool:
         """Whether the first process is at its end, or gone."""
@@ -186,8 +185,7 @@ class Team:
                 traceback.print_exception(error)
         traceback.clear_frames(error.__traceback__)  # they hold what is connected to the others
         gc.collect()
-        if dist.is_initialized():
-            dist.destroy_process_group()  # the others notice
+        disband()  # the others notice
         waited_until(self.ended)
         sys.exit(130 if stopped else 2)
 

@@ -4,13 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from slim_runs import QUICK, convolutions
+from slim_runs import QUICK, convolutions, inverted
 
 import rmprune
-from rmprune.config import PruneConfig, TrainConfig
+from rmprune.config import PruneConfig, RemovalConfig, TrainConfig
+from rmprune.data.load import load_dataset
 from rmprune.errors import UnsupportedModel
 from rmprune.measure.place import Place
+from rmprune.pipelines import stages
 from rmprune.pipelines.slim import run_slim
+from rmprune.pruning.carry_out import carry_out
+from rmprune.pruning.plan import SlimPlan
 from rmprune.runs import records
 
 
@@ -51,3 +55,24 @@ def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -
     with pytest.raises(UnsupportedModel, match="no block to collapse"):
         run_slim(replace(QUICK, model="preact_resnet8", method=("rm-collapse",), out=tmp_path / "no"), command="x")
     assert not (tmp_path / "no").exists()
+
+
+def test_the_v1_form_and_how_residuals_go_are_what_the_record_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused everywhere, copies beside the activations, one block kept; the recorded plan makes a network of these widths again."""
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: inverted())
+    none, removal = TrainConfig(epochs=0), RemovalConfig(keep=("3",), form="slice")
+    config = replace(QUICK, method=("rm", "rm-v1"), removal=removal, train=none, finetune=none, out=tmp_path)
+    record = records.read_record(run_slim(config, command="x")[0])
+    assert (record["pruned"]["plan"]["fuse"], record["rm-v1"]["plan"]["fuse"]) == ("cheaper", "always")
+    assert set(record["rm-v1"]["removal"]["kept"]) == set(record["removal"]["kept"]) == {"3"}
+    plain, fused = (rmprune.load(tmp_path / name) for name in ("plain", "fused"))
+    assert convolutions(fused) < convolutions(plain)
+    assert not any(type(module).__name__ == "Sequential" for module in (plain, fused))  # slices are no chain
+    data = load_dataset(config.data)
+    batches = list(data.train.batches(128))
+    plan = SlimPlan.from_dict(record["rm-v1"]["plan"])
+    again, facts = carry_out(stages.make_dense(config, data, 0), plan, batches, removal=removal)
+    assert facts["plan"] == plan.to_dict()
+    assert rmprune.count_macs(again, data.train.example(1)) == pytest.approx(record["rm-v1"]["macs"], rel=0.02)

@@ -13,7 +13,7 @@ from torch import nn
 from rmprune import count_macs
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.data.load import Dataset, load_dataset
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.methods.choose import judge
 from rmprune.methods.cutter import make_cutter
 from rmprune.methods.start import start
@@ -43,7 +43,7 @@ BEFORE: dict[str, dict[str, Any]] = {  # name: directory of the network that it 
     "inner": {"start": "dense", "widths": "inner"},
     "uniform": {"start": "dense", "widths": "uniform", "settings": ONE_CUT | {"reconstruct": False}},
 }
-SINCE = {"auto", "plan"}
+SINCE = {"auto", "plan", "rm-v1", "scratch", "coupled-isomorphic"}
 BLOCKS = ["layer1.0", "layer2.0", "layer3.0"]
 
 
@@ -89,7 +89,11 @@ def convolutions(model: nn.Module) -> int:
 def test_the_networks_that_methods_start_from(data: Dataset, dense: nn.Module) -> None:
     assert start(dense, "dense", data.train.example) == (dense, {})
     images = data.train.example(32)
+    with pytest.raises(UnsupportedModel, match=r"no block to fuse: layer1\.0: no linear layer stands beside it"):
+        start(dense, "fused", data.train.example)
     for name, rule in STARTS.items():
+        if name == "fused":
+            continue
         network, facts = start(dense, name, lambda count: images[:count])
         collapses, removes = rule.prefer[0] in ("merge", "collapse"), rule.prefer[0] in ("merge", "remove")
         explained = facts.get("collapsed", {})

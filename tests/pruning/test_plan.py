@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from slim_runs import convolutions
 from torch import nn
 
 import rmprune
@@ -76,13 +77,14 @@ def networks() -> dict[str, nn.Module]:
 def test_every_choice_that_is_offered_can_be_had(name: str, networks: dict[str, nn.Module]) -> None:
     model = networks[name]
     options = block_options(model, X[:2])
-    before = rmprune.count_macs(model, X[:1])
+    before, sizes = rmprune.count_macs(model, X[:1]), {}
     for choice in CHOICES:
         blocks = {block: choice for block, own in options.items() if not own[choice]}
         network, facts = carry_out_blocks(model, blocks, lambda count: X[:count])
         gone = [report.name for report in rmprune.plan_removal(network, X[:2])] if choice != "keep" else []
         assert network(X).shape == (48, 10)
-        if choice in ("keep", "remove"):
+        sizes[choice] = convolutions(network)
+        if choice in ("keep", "remove", "fuse"):
             assert torch.allclose(network(X), model(X), atol=1e-4)
         else:
             assert rmprune.count_macs(network, X[:1]) < before and set(facts["collapsed"]) == set(blocks)
@@ -90,6 +92,7 @@ def test_every_choice_that_is_offered_can_be_had(name: str, networks: dict[str, 
         assert len(gone) == (
             len(options) if choice == "collapse" else len(options) - len(blocks) if choice != "keep" else 0
         )
+    assert (sizes["fuse"] < sizes["remove"]) == (name == "inverted")
     assert not any(own["keep"] or own["remove"] or own["drop"] for own in options.values())
     refused = {block: own["merge"] for block, own in options.items() if own["merge"]}
     assert set(refused) == ({"7"} if name == "inverted" else set())

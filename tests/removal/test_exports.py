@@ -17,7 +17,7 @@ from removal_nets import (
 )
 from torch import nn
 
-from rmprune.artifact.onnx import onnx_bytes
+from rmprune.onnx.export import onnx_bytes
 from rmprune.removal import remove_residuals
 
 

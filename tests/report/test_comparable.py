@@ -32,6 +32,14 @@ def test_settings_that_change_no_network_may_differ(runs: Path) -> None:
     assert not left_out(runs)
 
 
+def test_a_record_of_before_a_setting_is_one_of_its_default(runs: Path) -> None:
+    path = runs / "s1-0.5" / "record.json"
+    record = read_record(path)
+    record["config"] |= {"removal": {"keep": [], "form": "auto", "fuse": "cheaper"}, "search_minutes": 1.0}
+    write_record(path, record)
+    assert not left_out(runs)
+
+
 def test_plain_networks_of_different_removals_are_not_averaged(runs: Path) -> None:
     path = runs / "s1-0.5" / "record.json"
     record = read_record(path)

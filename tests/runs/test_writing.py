@@ -79,7 +79,7 @@ WRITERS: dict[str, Callable[[Path, int], object]] = {
     "artifact and onnx": lambda path, size: rmprune.save(
         network(1 + size // 10), path, example_inputs=torch.zeros(1, 1, 8, 8), overwrite=True
     ),
-    "onnx": lambda path, size: __import__("rmprune.artifact.onnx").artifact.onnx.export_onnx(
+    "onnx": lambda path, size: __import__("rmprune.onnx.export").onnx.export.export_onnx(
         network(1 + size // 10), torch.zeros(1, 1, 8, 8), path
     ),
     "checkpoint": lambda path, size: save_checkpoint(path, {"weights": torch.zeros(100 * size)}),

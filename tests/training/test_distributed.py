@@ -14,7 +14,7 @@ from rmprune.config import DataConfig, TrainConfig
 from rmprune.errors import ConfigError
 from rmprune.pruning import Budget, GradualPruner
 from rmprune.training import fit
-from rmprune.training.distributed import check_batch, check_device
+from rmprune.training.distributed import check_batch, check_device, process_group, share_state
 
 pytestmark = pytest.mark.forks
 CONFIG = TrainConfig(
@@ -81,6 +81,15 @@ def test_another_number_of_processes_goes_on(first: int, then: int, alone: Path,
     assert torch.load(tmp_path / "c.pt")["step"] in (6, 7)  # the last one that all processes agreed on
     assert on_processes(lambda rank: train(tmp_path, rank), tmp_path, then) == [0] * then
     compare(tmp_path, alone, then)
+
+
+def test_an_error_right_after_something_was_shared_ends_all(tmp_path: Path) -> None:
+    def fail(rank: int) -> None:
+        with process_group(torch.device("cpu")):
+            share_state(tiny_net(), 2)
+            raise TypeError
+
+    assert on_processes(fail, tmp_path) == [1, 1]  # with torch 2.6 they hung
 
 
 def test_devices_and_batches_that_cannot_be_divided(monkeypatch: pytest.MonkeyPatch) -> None:

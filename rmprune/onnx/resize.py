@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
-from rmprune.artifact.onnx_graph import Call
 from rmprune.graph.convolution import Obstacle
+from rmprune.onnx.drawing import Call
 
 _MODES = {3: "linear", 4: "bilinear", 5: "trilinear"}
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from rmprune.artifact.onnx_graph import Call, NamedSum, shapes
-from rmprune.artifact.onnx_resize import resize
-from rmprune.artifact.onnx_values import Array, axes_of, reshaped, slices
 from rmprune.graph.convolution import Obstacle
+from rmprune.onnx.constants import Array, axes_of, reshaped, slices
+from rmprune.onnx.drawing import Call, NamedSum, shapes
+from rmprune.onnx.resize import resize
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "Add": operator.add,

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.artifact.onnx_values import Array
 from rmprune.graph.convolution import Obstacle
 from rmprune.graph.network import free_name
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import blank, on_meta
+from rmprune.onnx.constants import Array
 
 MOST_ENTRIES = 2**26  # of one map of a batch of two: 64 channels of 512 x 1024 pixels
 

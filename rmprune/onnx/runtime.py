@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmprune.artifact.onnx import ROUNDINGS, named_outputs, rounding
-from rmprune.artifact.onnx_file import OnnxFile, open_onnx
-from rmprune.artifact.onnx_reader import OnnxNetwork, read_network
-from rmprune.artifact.tensors import first_line
-from rmprune.errors import ArtifactError, NotEquivalent
+from rmprune.errors import ArtifactError, NotEquivalent, first_line
+from rmprune.onnx.export import ROUNDINGS, named_outputs, rounding
+from rmprune.onnx.file import OnnxFile, open_onnx
+from rmprune.onnx.read import OnnxNetwork, read_network
 
 _TOLERANCE = 1e-4  # of the largest output, as for files of ours
 

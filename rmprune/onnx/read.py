@@ -12,16 +12,15 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from rmprune.artifact.onnx_file import OnnxFile, OnnxInput, printable, said_of
-from rmprune.artifact.onnx_functions import FUNCTION_READERS
-from rmprune.artifact.onnx_graph import Call, Drawing, Known, OnnxValue, shapes
-from rmprune.artifact.onnx_layers import LAYER_READERS
-from rmprune.artifact.onnx_tidy import join_idioms
-from rmprune.artifact.onnx_values import FOLDED, fold
-from rmprune.artifact.onnx_windows import WINDOW_READERS
-from rmprune.artifact.tensors import first_line
-from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel
+from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel, first_line
 from rmprune.graph.convolution import Obstacle
+from rmprune.onnx.constants import FOLDED, fold
+from rmprune.onnx.drawing import Call, Drawing, Known, OnnxValue, shapes
+from rmprune.onnx.file import OnnxFile, OnnxInput, printable, said_of
+from rmprune.onnx.functions import FUNCTION_READERS
+from rmprune.onnx.idioms import join_idioms
+from rmprune.onnx.layers import LAYER_READERS
+from rmprune.onnx.windows import WINDOW_READERS
 
 ONNX_READERS = WINDOW_READERS | LAYER_READERS | FUNCTION_READERS
 _QUANTISED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")

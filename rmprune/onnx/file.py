@@ -1,4 +1,4 @@
-"""An ONNX file from outside: parsed, and looked at before anything is allocated or run. Networks are onnx_reader's business."""
+"""An ONNX file from outside: parsed, and looked at before anything is allocated or run. `read` makes networks of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from rmprune.artifact.tensors import first_line
-from rmprune.errors import ArtifactError, UnsupportedModel
+from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.vocabulary import MAX_ENTRIES
 
 OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)

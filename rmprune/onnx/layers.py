@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from rmprune.artifact.onnx_graph import Call, empty_layer, fill_layer, of_rank
-from rmprune.artifact.onnx_windows import LOWEST
 from rmprune.graph.convolution import Obstacle
+from rmprune.onnx.drawing import Call, empty_layer, fill_layer, of_rank
+from rmprune.onnx.windows import LOWEST
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

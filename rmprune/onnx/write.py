@@ -14,14 +14,13 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from rmprune.artifact.onnx import as_tensors, quiet_export
-from rmprune.artifact.onnx_file import OnnxFile, open_onnx
-from rmprune.artifact.onnx_reader import OnnxNetwork
-from rmprune.artifact.onnx_runtime import batch_for, refuse_difference, run_file
-from rmprune.artifact.tensors import first_line
-from rmprune.errors import RmpruneError, UnsupportedModel
+from rmprune.errors import RmpruneError, UnsupportedModel, first_line
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.network import free_name
+from rmprune.onnx.export import as_tensors, quiet_export
+from rmprune.onnx.file import OnnxFile, open_onnx
+from rmprune.onnx.read import OnnxNetwork
+from rmprune.onnx.runtime import batch_for, refuse_difference, run_file
 
 logger = logging.getLogger("rmprune")
 Weights = dict[str, np.ndarray[Any, Any]]
@@ -70,7 +69,7 @@ def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, 
     try:
         with quiet_export(), torch.no_grad():
             torch.onnx.export(
-                folded, as_tensors(examples), buffer, dynamo=False,  # type: ignore[arg-type]  # as in onnx.py
+                folded, as_tensors(examples), buffer, dynamo=False,  # type: ignore[arg-type]  # as in export.py
                 opset_version=opset, input_names=inputs, output_names=outputs,
                 dynamic_axes=free, export_params=False, do_constant_folding=False, training=torch.onnx.TrainingMode.PRESERVE,
             )  # fmt: skip

@@ -7,10 +7,10 @@ import torch
 from artifact_nets import net
 from torch import nn
 
-from rmprune.artifact import onnx as onnx_export
 from rmprune.artifact.files import save
-from rmprune.artifact.onnx import export_onnx, rounding
 from rmprune.errors import NotEquivalent
+from rmprune.onnx import export
+from rmprune.onnx.export import export_onnx, rounding
 
 
 def test_onnx_equals_pytorch_for_any_batch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -55,9 +55,9 @@ def test_onnx_may_differ_by_what_float32_does_to_the_network_and_no_more(
         model[2].weight[1::2], model[2].bias[1::2] = model[2].weight[::2] * (1 + 1e-6), model[2].bias[::2]
     own = rounding(model, x)
     assert own > 1e-4
-    monkeypatch.setattr(onnx_export, "_onnx_error", lambda *_: 3 * own)
+    monkeypatch.setattr(export, "_onnx_error", lambda *_: 3 * own)
     export_onnx(model, x, tmp_path / "model.onnx")
-    monkeypatch.setattr(onnx_export, "_onnx_error", lambda *_: 5 * own)
+    monkeypatch.setattr(export, "_onnx_error", lambda *_: 5 * own)
     with pytest.raises(NotEquivalent, match="differs"):
         export_onnx(model, x, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()

@@ -12,10 +12,10 @@ from onnx import helper
 from onnx_examples import graph_of, normal, one, residual, written
 
 from rmprune.artifact.describe import describe
-from rmprune.artifact.onnx_reader import ONNX_READERS
-from rmprune.artifact.onnx_runtime import batch_for, checked_network
 from rmprune.config import InspectConfig, NetworkConfig
 from rmprune.errors import RmpruneError
+from rmprune.onnx.read import ONNX_READERS
+from rmprune.onnx.runtime import batch_for, checked_network
 from rmprune.pipelines.convert import run_inspect
 
 W = normal(6, 4, 3, 3)

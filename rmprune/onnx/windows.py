@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from rmprune.artifact.onnx_graph import Call, empty_layer, fill_layer, of_rank
 from rmprune.graph.convolution import Obstacle
+from rmprune.onnx.drawing import Call, empty_layer, fill_layer, of_rank
 
 LOWEST = float(np.finfo(np.float32).min)  # below every float32: what a maximum over a border reads
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

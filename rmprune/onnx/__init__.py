@@ -1,0 +1,1 @@
+"""ONNX files, written and read: networks in and out of other programs."""
