@@ -50,6 +50,7 @@ def prune_coupled(
     example_inputs: Tensor,
     *,
     importance: str = "batch_norm",
+    isomorphic: bool = False,
     budget: Budget,
     data: Batches | None = None,
     loss: Loss | None = None,
@@ -62,6 +63,7 @@ def prune_coupled(
     """A new network pruned globally by Torch-Pruning with its group-aware `importance` (batch_norm, taylor,
     magnitude).
 
+    `isomorphic`: channels are ranked among those of groups of the same form alone (Isomorphic Pruning, Fang et al. 2024).
     The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
     tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed, or those that `loss` takes, as in `prune`; or
     these `gradients` themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
@@ -96,7 +98,7 @@ def prune_coupled(
     for _ in range(attempts):
         ratio = (low + high) / 2
         candidate, slices = _attempt(
-            model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
+            model, example_inputs, structure, importance, isomorphic, gradients, least, budget.round_to, ratio
         )
         value = measured_cost(candidate, structure, target.cost)
         # `_followed` left groups alone that are all the channels of each of their producers
@@ -200,6 +202,7 @@ def _attempt(
     example_inputs: Tensor,
     structure: Structure,
     importance: str,
+    isomorphic: bool,
     gradients: Mapping[str, Tensor],
     least: Mapping[str, int],
     round_to: int,
@@ -226,6 +229,7 @@ def _attempt(
             example_inputs,
             importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names),
             global_pruning=True,
+            isomorphic=isomorphic,
             pruning_ratio=ratio,
             ignored_layers=[twin.get_submodule(name) for name in staying],
             round_to=round_to if round_to > 1 else None,
