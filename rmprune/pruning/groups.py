@@ -192,7 +192,7 @@ def with_ports(structure: Structure) -> Structure:
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example; of a layer used twice, those of its first use."""
+    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example; of its first use where it is used twice."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     handles = []
 
