@@ -59,9 +59,16 @@ def test_a_fixed_batch_stays(batch: int, tmp_path: Path) -> None:
     assert outputs(out / "model.onnx", batch, 3, 8, 8).shape == (batch, 5)
 
 
-def test_open_sizes_of_images_stay_open(tmp_path: Path) -> None:
+def test_open_sizes_of_images_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(residual(pixels=("height", "width")), tmp_path / "camera.onnx")
-    out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=16), tmp_path / "out"))
+    opened: list[Any] = []
+    real = onnxruntime.InferenceSession
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            onnxruntime, "InferenceSession", lambda *given, **kw: opened.append(given[0]) or real(*given, **kw)
+        )
+        out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=16), tmp_path / "out"))
+    assert len(opened) == 2 and opened[0] == str(source)  # the file and the new one, once each
     assert onnx.load(out / "model.onnx").graph.input == onnx.load(source).graph.input
     assert np.allclose(outputs(out / "model.onnx", 2, 3, 9, 7), outputs(source, 2, 3, 9, 7), atol=1e-4)
 
