@@ -18,7 +18,7 @@ import tyro
 from rmprune import config as settings
 from rmprune.config.toml import from_toml
 from rmprune.config.transfer import transfer_flags
-from rmprune.errors import RmpruneError
+from rmprune.errors import ConfigError, RmpruneError
 
 Config = TypeVar("Config")
 LEFT = dict.fromkeys(("slim", "grid", "amc", "train"), "what was done is saved") | dict.fromkeys(
@@ -91,6 +91,7 @@ def _overview() -> str:
 def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
     """Flags to a config; `--config FILE` gives the defaults that the other flags override."""
     default: Any = tyro.MISSING_NONPROP
+    said_by = ""
     arguments = [
         part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
@@ -105,8 +106,9 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             _fail("--config needs the path of a TOML file")
-        default = from_toml(kind, Path(arguments[at + 1]), transfer=transfer)
-        arguments = arguments[:at] + arguments[at + 2 :]
+        path, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+        default = from_toml(kind, Path(path), transfer=transfer, whole=False)
+        said_by = f"{path} and the flags: " if arguments else f"{path}: "
     elif transfer:  # of two flags the last counts, which is the user's
         arguments = transfer_flags({field.name for field in dataclasses.fields(kind)}) + arguments  # type: ignore[arg-type]
     description = (COMMANDS[command].__doc__ or "") + "\n\n--config FILE reads settings from TOML first."
@@ -114,6 +116,8 @@ def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, args=arguments, default=default, prog=prog, description=description)
+    except ConfigError as error:
+        raise ConfigError(f"{said_by}{error}") from None
     except SystemExit as stopped:
         if not stopped.code:  # --help
             raise

@@ -50,9 +50,11 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(to_dict(config))
 
 
-def from_toml(kind: type[Config], path: Path, *, transfer: bool = False) -> Config:
+def from_toml(kind: type[Config], path: Path, *, transfer: bool = False, whole: bool = True) -> Config:
     """Read a config of dataclass `kind` from TOML. Settings left out keep the defaults of `kind`, stage by stage; those of
     transfer where the file names `weights`, or with `transfer`.
+
+    Not `whole`: flags come after the file and may give what it lacks, so whether its settings fit one another is not looked at.
 
     Raises ConfigError that names the file where it is missing, is not TOML, or holds an unknown setting or a wrong value.
     """
@@ -63,14 +65,19 @@ def from_toml(kind: type[Config], path: Path, *, transfer: bool = False) -> Conf
         given = values.get(field.name, gentle.get(field.name))
         if isinstance(given, dict) and dataclasses.is_dataclass(field.default):
             values[field.name] = to_dict(field.default) | gentle.get(field.name, {}) | given
+    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__module__": kind.__module__})
     try:
-        return dacite.from_dict(
-            kind,
+        config: Any = dacite.from_dict(
+            kind if whole else unchecked,
             _as_python(kind, values),
             dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path}),
         )
     except (dacite.DaciteError, ConfigError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"{path}: {str(error)[:500]}") from None
+    if not whole:
+        config, unlooked = object.__new__(kind), config
+        vars(config).update(vars(unlooked))
+    return config
 
 
 def _read(path: Path) -> dict[str, Any]:

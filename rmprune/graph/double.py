@@ -1,5 +1,6 @@
 """Running the float64 copy of a network whose code names its own dtype: what it casts to float32 stays float64. Copies nothing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_map
 from rmprune.errors import UnsupportedModel
 
 _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+_PLAIN = (Tensor, int, float, str, type(None), torch.dtype)
 
 
 class InDouble(TorchFunctionMode):
@@ -21,10 +23,10 @@ class InDouble(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:  # its second argument is all that was copied before
             return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_widened, (args, kwargs or {}))
+        args, kwargs = _each(_widened, args, kwargs or {})
         if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args):
             func = Tensor.double if func is Tensor.float else func
-            args, kwargs = tree_map(_wider, (args, kwargs))
+            args, kwargs = _each(_wider, args, kwargs)
         found = func(*args, **kwargs)
         rounded = isinstance(found, Tensor) and found.is_floating_point() and found.dtype.itemsize < 4
         if rounded and any(isinstance(x, Tensor) for x in args):
@@ -39,6 +41,12 @@ def in_double(twin: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """What the float64 copy of a network gives for these inputs, of which it gets copies: a network may write into them."""
     with InDouble():
         return twin(*(x.clone() for x in inputs))
+
+
+def _each(change: Callable[[Any], Any], args: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`tree_map` of the arguments, at a tenth of its time: nearly all of them hold nothing."""
+    one = lambda x: change(x) if isinstance(x, _PLAIN) else tree_map(change, x)  # noqa: E731
+    return tuple(map(one, args)), {name: one(x) for name, x in kwargs.items()}
 
 
 def _widened(value: Any) -> Any:

@@ -52,6 +52,11 @@ def blank(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
+def blank_images(x: Tensor) -> Tensor:
+    """For a network in float32 without values: an input of the shape of `x` without any; whole numbers stay whole."""
+    return torch.empty(x.shape, dtype=torch.float32 if x.is_floating_point() else x.dtype, device="meta")
+
+
 def to_double(x: Tensor) -> Tensor:
     """In float64 where it is of floating point, on the CPU."""
     return x.detach().cpu().double() if x.is_floating_point() else x.cpu()

@@ -13,7 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import trace
-from rmprune.graph.shapes import on_meta
+from rmprune.graph.shapes import blank_images, on_meta
 from rmprune.graph.vocabulary import FUNCTION_NAMES, LAYERS
 
 _FREE = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -84,9 +84,9 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[TimedLayer]
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
     folded = fold_batch_norms(model, (example_inputs,))
-    graph_module = fx.GraphModule(on_meta(folded), trace(folded))
+    graph_module = fx.GraphModule(on_meta(folded).float(), trace(folded))
     with torch.no_grad():
-        ShapeProp(graph_module).propagate(torch.empty(example_inputs[:1].shape, device="meta"))
+        ShapeProp(graph_module).propagate(blank_images(example_inputs[:1]))
     return _read_graph(graph_module)
 
 

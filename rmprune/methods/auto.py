@@ -52,7 +52,7 @@ PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].ca
 
 @dataclass(frozen=True)
 class Outlook:
-    """The three networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
+    """The networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
 
     networks: Mapping[Choice, nn.Module]
     sights: Mapping[Choice, Sight]
@@ -64,7 +64,7 @@ class Outlook:
     def nothing(self) -> dict[str, dict[Choice, float]]:
         """The choices of every block, as if none lost anything."""
         return {
-            name: {choice: 0.0 for choice in ("keep", "remove", "merge", "drop") if not own[choice]}
+            name: {choice: 0.0 for choice in ("keep", "remove", "fuse", "merge", "drop") if not own[choice]}
             for name, own in self.options.items()
         }
 
@@ -88,6 +88,8 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
         "remove": shaped("remove", "keep"),
         "merge": shaped("merge", "remove", "keep"),
     }
+    if not all(own["fuse"] for own in options.values()):
+        networks["fuse"] = shaped("fuse", "remove", "keep")
     structures = {choice: find_structure(own, images[:2]) for choice, own in networks.items()}
     costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
     if budget.latency_ratio is not None:

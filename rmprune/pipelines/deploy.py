@@ -25,7 +25,7 @@ from rmprune.measure.quantise import onnx_int8
 from rmprune.onnx.export import export_onnx
 from rmprune.pipelines.measure import dataset_of, network_directory
 from rmprune.pipelines.stages import on_validation
-from rmprune.runs.directory import CONFIG_FILE
+from rmprune.runs.directory import CONFIG_FILE, runs_of
 from rmprune.runs.reading import read_json
 from rmprune.runs.records import find_records, networks, read_record
 from rmprune.runs.writing import whole, write_text
@@ -125,9 +125,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _records(run: Path) -> list[Path]:
+    records = find_records([run])
     if not (run / CONFIG_FILE).is_file():
-        raise ArtifactError(f"{run}: not the directory of one run, which holds {CONFIG_FILE}; give that")
-    return find_records([run])
+        runs = runs_of(records)
+        whole = [
+            str(one) for one in runs if not {*one.parents} & {*runs}
+        ]  # not the cells of a grid, which share a network
+        raise ArtifactError(
+            f"{run}: not the directory of one run, which holds {CONFIG_FILE}; give one of {', '.join(whole[:9])}"
+        )
+    return records
 
 
 def ranked(run: Path, data: Dataset | None, known: Mapping[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     written: list[Path] = []
     try:
         for path in paths:
-            written.append(_renew(path, latencies, labels))
+            written.append(_renew(path, latencies, labels, config.measure))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{len(written)} of {len(paths)} records hold the new times, the others are as they were"
@@ -79,8 +79,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     return paths
 
 
-def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, str]) -> Path:
-    """Write the new times of its networks into a record."""
+def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, str], measure: MeasureConfig) -> Path:
+    """Write the new times of its networks into a record, and how long was measured; where, each time says itself."""
     record = records.read_record(path)
     for name, network in records.networks(record).items():
         own = latencies[labels[network_directory(path.parent, name)]]
@@ -90,6 +90,10 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
             for latency, base in zip(own, original, strict=True)
         ]
     record["environment"] = environment()
+    if isinstance(
+        record["config"].get("measure"), dict
+    ):  # its first place stays that in which a budget of time was met
+        record["config"]["measure"] |= {"seconds": measure.seconds, "min_rounds": measure.min_rounds}
     return records.write_record(path, record)
 
 

@@ -25,29 +25,31 @@ NODES = 2000  # of the search tree, at most: a limit by the clock would not find
 
 @dataclass(frozen=True)
 class Question:
-    """Answers 0 ... count - 1; asked only where all answers in `where` hold."""
+    """Answers 0 ... count - 1; asked only where one of `where` holds, answers to one question (none: always)."""
 
     count: int
-    where: Answer | None = None
+    where: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
 class Term:
-    """cost[a, b] and loss[a, b] where the two questions are answered a and b, and `where` holds; with fewer questions fewer axes."""
+    """cost[a, b] and loss[a, b] where the two questions are answered a and b, and one of `where` holds; with fewer questions fewer axes."""
 
     questions: tuple[str, ...]
     cost: NDArray[np.float64]
     loss: NDArray[np.float64]
-    where: Answer | None = None
+    where: tuple[Answer, ...] = ()
 
 
 @dataclass
 class Problem:
-    """Questions and terms; `equal`: (question, question, where) that have the same answer where that holds."""
+    """Questions and terms; `equal`: (question, question, where) that have the same answer where that holds; `needs`: an answer, and
+    those of which one must hold with it."""
 
     questions: dict[str, Question] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
-    equal: list[tuple[str, str, Answer | None]] = field(default_factory=list)
+    equal: list[tuple[str, str, tuple[Answer, ...]]] = field(default_factory=list)
+    needs: list[tuple[Answer, tuple[Answer, ...]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,12 @@ class _Rows:
         for first, second, where in problem.equal:
             for answer in range(problem.questions[first].count):
                 pair = [(self.at[first, answer], 1.0), (self.at[second, answer], -1.0)]
-                slack = [] if where is None else [(self.at[where], 1.0)]
-                top = 0.0 if where is None else 1.0
+                slack = [(self.at[one], 1.0) for one in where]
+                top = 1.0 if where else 0.0
                 self.add(pair + slack, -np.inf, top)
                 self.add([(at, -value) for at, value in pair] + slack, -np.inf, top)
+        for needing, others in problem.needs:
+            self.add([(self.at[needing], 1.0), *((self.at[other], -1.0) for other in others)], -np.inf, 0.0)
 
     def _column(self, cost: float, loss: float, integral: int) -> int:
         self.cost.append(cost)
@@ -131,16 +135,17 @@ class _Rows:
         self._low.append(low)
         self._high.append(high)
 
-    def _one(self, columns: Sequence[int], where: Answer | None) -> None:
-        """They add up to 1, or to whether `where` holds."""
-        asked = [] if where is None else [(self.at[where], -1.0)]
-        total = 1.0 if where is None else 0.0
+    def _one(self, columns: Sequence[int], where: tuple[Answer, ...]) -> None:
+        """They add up to 1, or to whether one of `where` holds."""
+        asked = [(self.at[one], -1.0) for one in where]
+        total = 0.0 if where else 1.0
         self.add([(at, 1.0) for at in columns] + asked, total, total)
 
     def _term(self, term: Term) -> None:
-        if not term.questions and term.where is not None:
-            self.cost[self.at[term.where]] += float(term.cost)
-            self.loss[self.at[term.where]] += float(term.loss)
+        if not term.questions and term.where:
+            for one in term.where:
+                self.cost[self.at[one]] += float(term.cost)
+                self.loss[self.at[one]] += float(term.loss)
             return
         axes = [range(n) for n in term.cost.shape]
         share = {

@@ -1,10 +1,12 @@
 """Plans by a surrogate: what a choice of every block and a width of every group cost and lose, as a program for `multiple_choice`.
 
-Three networks are seen: the original, the one without any residual that can go (RM), and the one whose blocks are all merged. A layer
+Networks that are seen: the original, the one without any residual that can go (RM), the one whose blocks are all merged, and that of RM
+with its linear pairs multiplied. A layer
 that stands in a block counts where the block is what that network has there; a layer outside of blocks always counts. The map between
 two blocks has a width of its own, as in the network without residuals. Where a block stays, or vanishes, and its shortcut is the
 identity, the maps before and after it have the same width and keep the same channels: what that loses besides (the original's tied
-group against the free ones) its blocks share equally. That all these losses add up is assumed, see `rmprune.pruning.surrogate`.
+group against the free ones) its blocks share equally. A block that is fused has the layers of one that is removed, but for each pair that
+the fourth network multiplies there, its product. That all these losses add up is assumed, see `rmprune.pruning.surrogate`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ LEVELS = 8  # widths of a group that a program chooses among, at most
 
 @dataclass(frozen=True)
 class Sight:
-    """One of the three networks: what its layers cost at any widths, the widths its groups may have (units, ascending), and the KL of
+    """One of these networks: what its layers cost at any widths, the widths its groups may have (units, ascending), and the KL of
     each where that group alone is so narrow."""
 
     structure: Structure
@@ -54,8 +56,8 @@ def thinned(widths: Sequence[int]) -> list[int]:
 class Proposals:
     """The program of one network, and what was proposed before.
 
-    sights: of "keep", "remove" and "merge"; layers: of each block that can be followed; losses: {block: {choice: KL}}. A block that
-    does not read one map and put out one is as the network without residuals has it.
+    sights: of "keep", "remove", "merge" and "fuse"; layers: of each block that can be followed; losses: {block: {choice: KL}}. A block
+    that does not read one map and put out one is as the network without residuals has it.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class Proposals:
         self.sights, self.losses = sights, losses
         self._problem = Problem()
         self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
-        self._members = {choice: _Members.of(sight.structure, layers) for choice, sight in sights.items()}
+        self._members: dict[Choice, _Members] = {
+            c: _Members.of(sight.structure, layers) for c, sight in sights.items() if c != "fuse"
+        }
         self._ports = {name: ports for name in layers if (ports := self._find_ports(name)) is not None}
         self._others: dict[str, Choice] = {
             name: "remove" if "remove" in own else "keep" for name, own in losses.items() if name not in self._ports
@@ -77,8 +81,10 @@ class Proposals:
             self._problem.questions[name] = Question(len(losses[name]))
         self._write_outside()
         for name in self._ports:
-            for number, choice in enumerate(losses[name]):
-                self._write_block(name, choice, (name, number))
+            for choice in losses[name]:
+                self._write_block(name, choice)
+        if "fuse" in sights:
+            self._write_pairs()
 
     def best(
         self, limit: float, *, other_than: Iterable[Mapping[str, Choice]] = (), near: Mapping[str, Choice] | None = None
@@ -103,7 +109,15 @@ class Proposals:
         return found.cost + self._constant
 
     def _numbers(self, choices: Mapping[str, Choice]) -> dict[str, int]:
-        return {name: list(self.losses[name]).index(choices[name]) for name in self._ports}
+        def number(own: list[Choice], choice: Choice) -> int:
+            return own.index(choice if choice in own else "remove")  # notes of before know no "fuse"
+
+        return {name: number(list(self.losses[name]), choices[name]) for name in self._ports}
+
+    def _where(self, name: str, *choices: Choice) -> tuple[Answer, ...]:
+        """The answers that are one of these choices of a block; none of a block that no choice is left to."""
+        own = self.losses[name] if name in self._ports else ()
+        return tuple((name, number) for number, choice in enumerate(own) if choice in choices)
 
     def _find_ports(self, name: str) -> tuple[str | None, str | None] | None:
         """The groups before and after a block in the network without residuals (None: of a fixed width); None where it has several."""
@@ -119,7 +133,7 @@ class Proposals:
         before, after = self._members["remove"].ports(name)
         return next(iter(before), None), next(iter(after), None)
 
-    def _ask(self, choice: Choice, group: str, where: Answer | None = None) -> str:
+    def _ask(self, choice: Choice, group: str, where: tuple[Answer, ...] = ()) -> str:
         """The question how wide a group of a sight is."""
         asked, sight = f"{choice}: {group}", self.sights[choice]
         if asked not in self._problem.questions:
@@ -134,11 +148,16 @@ class Proposals:
         members = self._members["remove"]
         for layer in self.sights["remove"].structure.layers:
             if members.block.get(layer.name) not in self._ports:
-                self._write_layer("remove", layer, None, None)
+                self._write_layer("remove", layer, None, ())
 
-    def _write_block(self, name: str, choice: Choice, where: Answer) -> None:
+    def _write_block(self, name: str, choice: Choice) -> None:
+        where = self._where(name, choice)
         self._problem.terms.append(Term((), np.array(0.0), np.array(self.losses[name][choice]), where))
-        place: Choice = "keep" if choice == "drop" else choice
+        if choice in ("remove", "fuse"):
+            where = self._where(name, "remove", "fuse")
+            if where[0] != self._where(name, choice)[0]:
+                return  # written with the first of the two
+        place: Choice = "keep" if choice == "drop" else "remove" if choice == "fuse" else choice
         members = self._members[place]
         for layer in self.sights[place].structure.layers:
             if members.block.get(layer.name) == name and (choice != "drop" or layer.name in members.way):
@@ -155,6 +174,24 @@ class Proposals:
             loss = self._tied(next(iter(kept[0])))
             self._problem.terms.append(Term((before,), np.zeros_like(loss), loss, where))
 
+    def _write_pairs(self) -> None:
+        """Each pair of layers that is multiplied where the block that it belongs to is fused: its product in the place of both."""
+        whole, members = self.sights["remove"].structure.layers, self._members["remove"].block
+        products = {layer.name: layer for layer in self.sights["fuse"].structure.layers}
+        for second in whole:
+            product = products.get(second.name, second)
+            if product.inputs == second.inputs:
+                continue
+            firsts = [x for x in whole if x.inputs == product.inputs and x.outputs == second.inputs]
+            blocks = [members[x.name] for x in (*firsts, second) if x.name in members]
+            if len(firsts) != 1 or not blocks or not (where := self._where(blocks[0], "fuse")):
+                continue
+            for other in self._ports.keys() & set(blocks[1:]):
+                self._problem.needs.append((where[0], self._where(other, "remove", "fuse")))
+            self._write_layer("remove", product, None, where, self.sights["fuse"].cost)
+            for layer in (*firsts, second):
+                self._write_layer("remove", layer, None, where, sign=-1)
+
     def _tied(self, stream: str) -> np.ndarray:
         """What each block that ties this group of the original adds to the losses of the free groups."""
         kept, plain = self.sights["keep"], self.sights["remove"]
@@ -164,9 +201,18 @@ class Proposals:
         excess = np.array(kept.losses[stream], dtype=float) - sum(np.array(plain.losses[name]) for name in free)
         return np.maximum(excess, 0.0) / max(len(free) - 1, 1)
 
-    def _write_layer(self, choice: Choice, layer: SizedLayer, block: str | None, where: Answer | None) -> None:
+    def _write_layer(
+        self,
+        choice: Choice,
+        layer: SizedLayer,
+        block: str | None,
+        where: tuple[Answer, ...],
+        cost: Cost | None = None,
+        sign: int = 1,
+    ) -> None:
         """What a layer costs at every width of what it reads and puts out; of several groups at either side, as if each had its own."""
         sight, members = self.sights[choice], self._members[choice]
+        cost = cost or sight.cost
 
         def sides(ports: Sequence[tuple[str, int]], whole: int, side: int) -> list[tuple[str | None, list[int]]]:
             found: list[tuple[str | None, list[int]]] = []
@@ -184,19 +230,19 @@ class Proposals:
         outs = sides(layer.outputs, layer.cout, 1)
         if layer.kind == "depthwise":
             for asked, widths in outs:
-                self._add([(asked, widths)], np.array([sight.cost(layer, w, w) for w in widths]), where)
+                self._add([(asked, widths)], np.array([sign * cost(layer, w, w) for w in widths]), where)
             return
         for (a, before), (b, after) in itertools.product(sides(layer.inputs, layer.cin, 0), outs):
-            table = np.array([[sight.cost(layer, cin, cout) for cout in after] for cin in before])
+            table = np.array([[sign * cost(layer, cin, cout) for cout in after] for cin in before])
             if a == b and a is not None:
                 self._add([(a, before)], table.diagonal(), where)
             else:
                 self._add([(a, before), (b, after)], table, where)
 
-    def _add(self, sides: Sequence[tuple[str | None, list[int]]], table: np.ndarray, where: Answer | None) -> None:
+    def _add(self, sides: Sequence[tuple[str | None, list[int]]], table: np.ndarray, where: tuple[Answer, ...]) -> None:
         table = table[tuple(slice(None) if asked is not None else 0 for asked, _ in sides)]
         asked = tuple(asked for asked, _ in sides if asked is not None)
-        if asked or where is not None:
+        if asked or where:
             self._problem.terms.append(Term(asked, table, np.zeros_like(table), where))
         else:
             self._constant += float(table)

@@ -67,11 +67,11 @@ def _said(network: nn.Module, images: Tensor) -> Tensor:
 def block_losses(
     model: nn.Module, options: Options, examples: Examples, ends: Ends, tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[Choice, float]]:
-    """{block: {choice: KL}} of every block that is merged or dropped, alone and fitted; what is kept or removed changes nothing."""
+    """{block: {choice: KL}} of every block that is merged or dropped, alone and fitted; what is kept, removed or fused changes nothing."""
     found: dict[str, dict[Choice, float]] = {}
     images = collapse_images(examples)
     for name, own in options.items():
-        exact: tuple[Choice, ...] = ("keep", "remove")
+        exact: tuple[Choice, ...] = ("keep", "remove", "fuse")
         found[name] = {choice: 0.0 for choice in exact if not own[choice]}
         if not own["merge"]:
             found[name]["merge"] = ends.change(shorten_blocks(model, images, collapse=[name]).model)[0]

@@ -29,6 +29,14 @@ class Evaluation:
     loss: float
 
 
+class NoOutputs(RmpruneError):
+    """Outputs are NaN, which begins `where`."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"the network cannot be evaluated, its outputs are NaN: {where}")
+        self.where = where
+
+
 def evaluate(
     model: nn.Module,
     split: Split,
@@ -42,7 +50,7 @@ def evaluate(
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
     The model must be on `device` already. `shard`: (number of this process, processes), each of which takes part with its images and
-    learns the result for all. Raises RmpruneError where its outputs are NaN, and says where that begins.
+    learns the result for all. Raises NoOutputs, which says where that begins.
     """
     if split.loss is not None:
         return Evaluation(math.nan, mean_loss(model, split, torch.device(device), batch_size, limit, precision))
@@ -80,7 +88,7 @@ def logits_of(
     check_labels(labels, logits.shape[1])
     if logits.log_softmax(1).isnan().any():
         where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
-        raise RmpruneError(f"the network cannot be evaluated, its outputs are NaN: {where}")
+        raise NoOutputs(where)
     return logits, labels
 
 

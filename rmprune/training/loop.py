@@ -20,7 +20,7 @@ from rmprune.measure.cuda_graphs import Replayed
 from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
-from rmprune.training.evaluation import evaluate, number_or_none
+from rmprune.training.evaluation import NoOutputs, evaluate, number_or_none
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
 from rmprune.training.objective import class_objective, own_objective
@@ -323,13 +323,11 @@ class _Training:
         loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
         state = self.state
         distributed.share_state(state.model, self.world)
-        validation = evaluate(
-            state.model,
-            self.data.validation,
-            device=self.device,
-            precision=self.config.precision,
-            shard=(self.rank, self.world),
-        )
+        split, shard = self.data.validation, (self.rank, self.world)
+        try:
+            validation = evaluate(state.model, split, device=self.device, precision=self.config.precision, shard=shard)
+        except NoOutputs as error:
+            raise self.broken("outputs on validation images are", f" ({error.where})", state.step) from error
         seconds = self.seconds + time.monotonic() - self.started
         self.journal.epoch(
             {

@@ -117,3 +117,14 @@ def test_augment_took_no_value(tmp_path: Path) -> None:
     assert found == [True, False, True, "light", "none", True]
     (tmp_path / "a.toml").write_text("[data]\naugment = false\n")
     assert from_toml(TrainRunConfig, tmp_path / "a.toml").data.augmentation == "none"
+
+
+def test_flags_give_what_the_file_lacks(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('model = "resnet8"\n')
+    expected = SlimConfig(model="resnet8", prune=PruneConfig(latency_ratio=(0.3,)))
+    assert cli._parse(SlimConfig, ["--config", str(file), "--latency-ratio", "0.3"], "slim") == expected
+    with pytest.raises(ConfigError, match=r"c\.toml: there is no budget"):
+        cli._parse(SlimConfig, ["--config", str(file)], "slim")
+    with pytest.raises(ConfigError, match=r"c\.toml and the flags: seeds is 0"):
+        cli._parse(SlimConfig, ["--config", str(file), "--ratio", "0.5", "--seeds", "0"], "slim")

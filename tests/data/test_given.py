@@ -39,6 +39,18 @@ def test_limits_and_examples_go_over_batches() -> None:
     assert torch.equal(x, 2 * X) and y["x"] is X and whole.classes == 0  # what the network reads, and the whole batch
 
 
+@pytest.mark.parametrize(
+    ("weight", "pixel", "where"), [(1.0, torch.nan, "the images are"), (torch.inf, 1.0, "1.weight is")]
+)
+def test_a_first_loss_that_is_no_number_says_where_that_begins(weight: float, pixel: float, where: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    nn.init.constant_(model[1].weight, weight)
+    with pytest.raises(
+        DataError, match=rf"train: the loss of the model is nan on the first batch \({where} not finite\)"
+    ):
+        GivenSplit([(torch.full_like(X, pixel), Y)], model, None, "train")
+
+
 class Shrinking:
     """Says three batches, and gives fewer from the second pass on."""
 

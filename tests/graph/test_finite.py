@@ -41,6 +41,12 @@ def images(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def test_complex_weights_are_refused() -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4, dtype=torch.cfloat) for _ in range(2)))
+    with pytest.raises(UnsupportedModel, match=r"0\.weight is complex"):
+        rmprune.prune(net, torch.ones(1, 4, dtype=torch.cfloat), budget=Budget(ratio=0.5), importance="magnitude")
+
+
 def remove(model: nn.Module, x: Tensor) -> Tensor:
     return rmprune.remove_residuals(model, x).model(x)
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import rmprune
 from rmprune.measure import activation_memory
+from rmprune.measure.layers import network_layers
 from rmprune.measure.planner import ALIGNMENT, _arena, _Buffer
 
 CHANNEL = 400
@@ -100,3 +101,18 @@ def test_named_networks(name: str) -> None:
     net = rmprune.models.create(name, num_classes=4).eval()
     memory = activation_memory(net, torch.randn(2, 3, 32, 32))
     assert 0 < memory.peak_bytes <= memory.arena_bytes and sum(size for _, size in memory.live) == memory.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_every_format_have_the_same_peak_and_layers(
+    dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net, x = nn.Sequential(conv(3, 8), Bottleneck()).eval(), X[:, :, :4, :4]
+    peak, layers = activation_memory(net, x).peak_bytes, network_layers(net, x)
+    assert activation_memory(net.to(dtype), x.to(dtype)).peak_bytes == peak and network_layers(net, x) == layers
+    assert capsys.readouterr().err == ""
+
+
+def test_whole_numbers_stay_whole() -> None:
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))
+    assert activation_memory(net, torch.zeros(1, 5, dtype=torch.long)).peak_bytes == 4 * 5 * (4 + 2)

@@ -189,6 +189,6 @@ def test_what_cannot_be_deployed_is_refused(slimmed: Path, tmp_path: Path) -> No
     (tmp_path / "mine").write_text("")
     with pytest.raises(ArtifactError, match="left alone"):
         deploy.deploy(slimmed, data, tmp_path)
-    with pytest.raises(ArtifactError, match="not the directory of one run"):
+    with pytest.raises(ArtifactError, match=r"not the directory of one run.*; give one of .*run$"):
         deploy.run_deploy(DeployConfig(slimmed.parent))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"] and not (slimmed / "deploy").exists()

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rmprune.cli import main
-from rmprune.config import GridConfig, PruneConfig
-from rmprune.errors import ConfigError, RmpruneError
+from rmprune.config import DeployConfig, GridConfig, PruneConfig
+from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.pipelines import grid
+from rmprune.pipelines.deploy import ranked, run_deploy
 from rmprune.pipelines.grid import TRIES, Task, _workers, plan_tasks, run_grid, work_off
 from rmprune.training.loop import _Training
 
@@ -71,6 +72,12 @@ def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pyt
     records = [json.loads((cell / "record.json").read_text()) for cell in cells]
     assert [record["method"] for record in records] == ["residual", "inner"]
     assert records[0]["original"]["latency"] == records[1]["original"]["latency"]  # measured in turns, at the end
+    assert all(
+        record["config"]["measure"]["seconds"] == 0.01 for record in records
+    )  # not those that a cell measured with
+    with pytest.raises(ArtifactError, match=r"not the directory of one run.*; give one of \S+/run/seed0$"):
+        run_deploy(DeployConfig(out))
+    assert {entry["network"] for entry in ranked(out / "seed0", None)} == {"residual", "inner", "original"}
     assert not (cells[1] / "dense").exists() and (out / "seed0" / "dense").is_dir()  # what is shared is kept once
     assert [line["epoch"] for line in records[1]["training"]["inner"]] == [1, 2]
     with pytest.raises(SystemExit):

@@ -12,22 +12,22 @@ from rmprune.pruning.multiple_choice import Problem, Question, Term, solve
 def random_problem(seed: int) -> Problem:
     """Two blocks of two choices, a width that is asked only where the first is 1, and two that are equal where the second is 0."""
     draw = np.random.default_rng(seed)
-    questions = {"a": Question(2), "b": Question(2), "w": Question(3, ("a", 1)), "u": Question(3), "v": Question(3)}
+    questions = {"a": Question(2), "b": Question(2), "w": Question(3, (("a", 1),)), "u": Question(3), "v": Question(3)}
 
-    def term(asked: tuple[str, ...], where: tuple[str, int] | None) -> Term:
+    def term(asked: tuple[str, ...], *where: tuple[str, int]) -> Term:
         shape = tuple(questions[name].count for name in asked)
         return Term(asked, draw.uniform(0.5, 2, shape), draw.uniform(0, 1, shape), where)
 
-    terms = [term((), ("a", 1)), term((), ("b", 0)), term(("w", "u"), ("a", 1)), term(("u",), None)]
+    terms = [term((), ("a", 1)), term((), ("b", 0)), term(("w", "u"), ("a", 1)), term(("u",))]
     terms += [term(("u", "v"), ("b", 1)), term(("v",), ("b", 0))]
-    return Problem(questions, terms, [("u", "v", ("b", 0))])
+    return Problem(questions, terms, [("u", "v", (("b", 0),))])
 
 
 def by_hand(problem: Problem, answers: dict[str, int]) -> tuple[float, float] | None:
     """(cost, loss) of these answers; None where they may not be given together."""
-    if any(answers[first] != answers[second] for first, second, (q, a) in problem.equal if answers[q] == a):
+    if any(answers[first] != answers[second] for first, second, ((q, a),) in problem.equal if answers[q] == a):
         return None
-    held = [t for t in problem.terms if t.where is None or answers[t.where[0]] == t.where[1]]
+    held = [t for t in problem.terms if not t.where or any(answers[q] == a for q, a in t.where)]
     pairs = [(t.cost[at], t.loss[at]) for t in held for at in [tuple(answers[name] for name in t.questions)]]
     return math.fsum(float(cost) for cost, _ in pairs), math.fsum(float(loss) for _, loss in pairs)
 

@@ -24,6 +24,12 @@ NAN = float("nan")
     [
         ("4.weight", NAN, 8, r"the loss is .* step 9 of 15 .*\(4\.weight is not finite\)"),
         ("4.weight", 3e38, 8, r"the loss is .* step 9 of 15 .*\(the output of layer [459] \(\w+\) is not finite\)"),
+        (
+            "4.weight",
+            3e38,
+            10,
+            r"outputs on validation images are .* step 10 of 15 .*\(the output of layer [459] \(\w+\) is not finite\)",
+        ),
         ("9.bias", NAN, 10, r"weights are .* step 10 of 15 .*\(9\.bias is not finite\)"),
         ("1.running_mean", NAN, 10, r"weights are .* step 10 of 15 .*\(1\.running_mean is NaN\)"),
     ],
