@@ -76,8 +76,8 @@ class _Builder:
         self.network, self.measured, self.target, self.batch_norm = network, measured, target, batch_norm
         self.graph = fx.Graph()
         self.nodes: dict[fx.Node, fx.Node] = {}
-        self.modules: OrderedDict[str, nn.Module] = OrderedDict()
-        self.constants: dict[str, Tensor] = {}
+        self.own: OrderedDict[str, nn.Module | Tensor] = OrderedDict()
+        self.names: dict[Any, str] = {}  # of free-standing tensors
 
     @torch.no_grad()
     def run(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, Any]:
@@ -97,9 +97,11 @@ class _Builder:
         if layer is not None:
             copied.target = self._register(str(node.target), self._cast(copy.deepcopy(layer)))
         if node.op == "get_attr":
-            copied.target = str(node.target).replace(".", "_")
-            own = value.detach().clone()
-            self.constants[copied.target] = nn.Parameter(own) if isinstance(value, nn.Parameter) else own
+            if node.target not in self.names:
+                own = value.detach().clone()
+                own = nn.Parameter(own) if isinstance(value, nn.Parameter) else own
+                self.names[node.target] = self._register(str(node.target), own)
+            copied.target = self.names[node.target]
         return value
 
     def _conv(self, node: fx.Node, conv: Conv, x: Tensor) -> Tensor:
@@ -118,9 +120,9 @@ class _Builder:
         self.nodes[node] = new
         return value
 
-    def _register(self, name: str, module: nn.Module) -> str:
-        name = free_name("".join(c if c.isalnum() else "_" for c in name), self.modules)
-        self.modules[name] = module
+    def _register(self, name: str, own: nn.Module | Tensor) -> str:
+        name = free_name("".join(c if c.isalnum() else "_" for c in name), self.own)
+        self.own[name] = own
         return name
 
     def _cast(self, module: nn.Module) -> nn.Module:
@@ -136,11 +138,12 @@ class _Builder:
             n.op == "call_module" and n.args == (p,) and not n.kwargs for n, p in zip(inner, nodes, strict=False)
         )
         if chain and nodes[0].op == "placeholder" and nodes[-1].args == (nodes[-2],):
-            return nn.Sequential(OrderedDict((str(n.target), self.modules[str(n.target)]) for n in inner)).eval()
+            return nn.Sequential(OrderedDict((str(n.target), self.own[str(n.target)]) for n in inner)).eval()  # type: ignore[misc]
         root = nn.Module()
-        for name, module in self.modules.items():
-            root.add_module(name, module)
-        for name, value in self.constants.items():
+        for name, value in self.own.items():
+            if isinstance(value, nn.Module):
+                root.add_module(name, value)
+                continue
             cast = value.detach().to(
                 self.target.device, self.target.dtype if value.is_floating_point() else value.dtype
             )

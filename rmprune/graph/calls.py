@@ -34,6 +34,12 @@ CHUNKS, SPLITS = ("chunk", torch.chunk), ("split", torch.split)
 _SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride")
 
 
+def set_item(x: Any, index: Any, value: Any) -> Any:
+    """x[index] = value, in place, as a call that gives x."""
+    x[index] = value
+    return x
+
+
 def argument(node: fx.Node, place: int, *names: str, default: Any = None) -> Any:
     """The argument of a call at this place, or by one of these names."""
     if len(node.args) > place:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import linecache
 import operator
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes
+from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes, set_item
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, on_meta
 
@@ -40,6 +41,7 @@ class Tracer(fx.Tracer):
     """
 
     inputs: tuple[Tensor, ...] | None = None
+    held = False  # whether tensors that modules hold beside their parameters are read in the graph, too
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +51,26 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Known(node, self)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        found = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if not self.held or not isinstance(found, Tensor):
+            return found
+        names = {id(t): name for name, t in self.root.named_buffers()} | {
+            id(t): n for t, n in self.tensor_attrs.items()
+        }
+        name = names.get(id(found))
+        return found if name is None else self.create_proxy("get_attr", name, (), {})
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """`forward(self, x, *more, **others)` is called with x alone."""
+        call, own = super().create_args_for_root(*args, **kwargs)
+        for place, value in enumerate(own):
+            name = str(value.node.target) if isinstance(value, fx.Proxy) else ""
+            if place > 1 and name.startswith("*"):
+                self.graph.erase_node(value.node)
+                own[place] = {} if name.startswith("**") else ()
+        return call, own
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
@@ -121,6 +143,7 @@ class Tracer(fx.Tracer):
 
 
 _UNKNOWN = object()
+_PROXIES = r"<class '[\w.]*_Known\w*'>|'?_Known\w*'?( object)?"  # what Python calls our stand-ins
 _NO_LENGTH = "the length of this value is not known while the network is traced"
 
 
@@ -140,7 +163,7 @@ _FACTORIES = ("zeros", "ones", "full", "empty", "arange")
 
 @contextlib.contextmanager
 def _recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph."""
+    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph; autocast that is off is left out."""
 
     def recorded(make: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -150,10 +173,14 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
 
         return call
 
-    own = {name: getattr(torch, name) for name in _FACTORIES}
+    def autocast(device_type: Any, *args: Any, **kwargs: Any) -> Any:
+        off = isinstance(device_type, fx.Proxy) and kwargs.get("enabled") is False
+        return contextlib.nullcontext() if off else own["autocast"](device_type, *args, **kwargs)
+
+    own = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
     try:
         for name, make in own.items():
-            setattr(torch, name, recorded(make))
+            setattr(torch, name, autocast if name == "autocast" else recorded(make))
         yield
     finally:
         for name, make in own.items():
@@ -190,6 +217,9 @@ class _Known(fx.Proxy):
         if count is None:
             raise TypeError(_NO_LENGTH)  # `list` asks for it, goes on where there is none, and asks for the entries
         return count
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", set_item, (self, index, value), {})
 
     def __int__(self) -> int:
         return int(self.tracer.known(self))  # type: ignore[attr-defined]
@@ -254,9 +284,9 @@ def follow(
     """
     _refuse_mixed(model, inputs)
     tried: list[tuple[Tracer, Exception]] = []
-    for known in (None, inputs) if inputs is not None else (None,):
+    for known, held in ((None, False), (inputs, False), (inputs, True)) if inputs is not None else ((None, False),):
         tracer, before = kind(), set(model.__dict__)
-        tracer.inputs = known
+        tracer.inputs, tracer.held = known, held
         try:
             fixed = _fixed(model, None if inputs is None else len(inputs))
             with _recorded_factories(tracer), _own_caches(model):
@@ -267,7 +297,8 @@ def follow(
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
                 del model.__dict__[name]
-    raise _refusal(model, *tried[-1]) from tried[-1][1]
+    failed = tried[min(1, len(tried) - 1)]
+    raise _refusal(model, *failed) from failed[1]
 
 
 def _note_origin(graph: fx.Graph, model: nn.Module) -> None:
@@ -319,7 +350,7 @@ def _erase(node: fx.Node) -> None:
 
 
 def _refusal(model: nn.Module, tracer: Tracer, error: Exception) -> UnsupportedModel:
-    where, text = tracer.place(error), " ".join(str(error).split())
+    where, text = tracer.place(error), re.sub(_PROXIES, "a value of the network", " ".join(str(error).split()))
     if isinstance(error, TraceError) and ("decide" in text or "control flow" in text):
         cause = "control flow that depends on the values of tensors"
         way = "write it without (torch.where, a product with a mask), or give the part without it"

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import IN_PLACE_OPERATORS
+from rmprune.graph.calls import IN_PLACE_OPERATORS, set_item
 from rmprune.graph.network import GONE, named
 
-_IN_PLACE_FUNCTIONS = (*IN_PLACE_OPERATORS.values(), torch.relu_)
+_IN_PLACE_FUNCTIONS = (*IN_PLACE_OPERATORS.values(), torch.relu_, set_item)
 _SAME_METHODS = ("contiguous", "detach", "float", "double", "to", "type_as")
 _VIEW_METHODS = (
     "view", "reshape", "flatten", "chunk", "split", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "unbind", "expand",
@@ -44,6 +44,9 @@ def undo_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
             continue
         for other in [n for n in sharing[storage[source]] if n is not node]:
             later = [user for user in other.users if order[user] > order[node]]
+            first = min(later, key=order.__getitem__, default=node)
+            if first.target is set_item and first.args[0] is other and first.args[2] is node:
+                continue  # y[:, 8:] *= 2, whose last step puts the view's new values where they are
             if later and same[other] is not same[source]:
                 raise UnsupportedModel(
                     f"{node.name} changes {other.name} in place through a view; write it out of place"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
 from rmprune.graph.shapes import blank, on_meta
@@ -24,8 +25,8 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The network without wrappers (`plain_module`), and its inputs in order (`as_tuple`), tried.
 
-    Raises UnsupportedModel for a network that cannot be read or has no values, where it does not take these inputs, and where they or
-    it are not finite.
+    The one gate of every call that reads a network. Raises UnsupportedModel for a network that cannot be read or has no values, where it
+    does not take these inputs, where they or it are not finite, and where a hook changes what it returns.
     """
     model = plain_module(model)
     refuse_meta(model)
@@ -41,6 +42,7 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Te
             f"the network runs on one example, but not on two, as every check does ({error}): write it for batches of any size"
         ) from error
     refuse_broken(model, inputs)
+    refuse_changing_hooks(model, inputs)
     return model, inputs
 
 

@@ -13,21 +13,33 @@ from torch.nn.modules.conv import _ConvNd
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import is_size, module_around
 from rmprune.graph.convolution import plain
+from rmprune.graph.double import InDouble
 from rmprune.graph.functional import COMMUTATIVE, modules_for
 from rmprune.graph.fx_tracer import Tracer, follow
 from rmprune.graph.in_place import undo_in_place
-from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, named
-from rmprune.graph.randomness import draws, refuse_drawn, refuse_random
+from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, free_name, named
+from rmprune.graph.randomness import draws, is_pure, refuse_drawn, refuse_random
+from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.written_out import as_layers
 
+_TRANSFORMERS = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.Transformer,
+)  # of torch, but made of layers that can be cut
+
 
 class PlainTracer(Tracer):
-    """Leaves stock modules whole, and classes that merely inherit a stock forward."""
+    """Leaves stock modules whole, but transformers, and classes that merely inherit a stock forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if named(m, WHOLE):
             return True
+        if isinstance(m, _TRANSFORMERS):
+            return False
         kind = next((c for c in type(m).__mro__ if c.__module__ == _ConvNd.__module__), nn.Module)
         inherited = isinstance(m, _ConvNd) and plain(m, kind)
         return inherited or super().is_leaf_module(m, module_qualified_name)
@@ -66,6 +78,7 @@ class _Normaliser:
         self.network = Network(fx.Graph())
         self.env: dict[fx.Node, fx.Node] = {}
         self.twins: dict[tuple[fx.Node, str], fx.Node] = {}
+        self.known: dict[fx.Node, Tensor] = {}  # parameters, buffers, and what is made of them alone
 
     def run(self, unread: bool) -> Network:
         """`unread`: keep layers whose results nobody reads; they run all the same, and go with their inputs."""
@@ -74,7 +87,7 @@ class _Normaliser:
                 self._module(node)
             elif node.op in ("call_function", "call_method"):
                 self._call(node)
-            else:
+            elif node.users or node.op != "get_attr":  # code may look at a parameter and go on without it
                 self._keep(node)
         self.network.drop_unread(layers=not unread)
         return self.network
@@ -87,11 +100,13 @@ class _Normaliser:
             self._put(node, _stock(module))
 
     def _call(self, node: fx.Node) -> None:
+        if self._folded(node):
+            return
         first = node.args[0] if node.args else None
         if (
             node.target in COMMUTATIVE
             and len(node.args) == 2
-            and (not isinstance(first, fx.Node) or first.op == "get_attr")
+            and (not isinstance(first, fx.Node) or first in self.known)
         ):
             node.args = (node.args[1], node.args[0])  # 0.5 * x, gain * x
         if node.target in (operator.add, torch.add) and len(node.args) == 2 and not node.kwargs:
@@ -106,9 +121,24 @@ class _Normaliser:
             self._put(node, [module.double().eval() for module in found], _own_name(node))
 
     def _constant(self, value: Any) -> Any:
-        if isinstance(value, fx.Node) and value.op == "get_attr":
-            return operator.attrgetter(str(value.target))(self.model)
-        return value
+        return self.known.get(value, value) if isinstance(value, fx.Node) else value
+
+    @torch.no_grad()
+    def _folded(self, node: fx.Node) -> bool:
+        """Whether a call reads nothing but parameters and buffers and has no effect: gamma.view(1, -1, 1, 1) is a tensor, too."""
+        sources = node.all_input_nodes
+        if not sources or not all(source in self.known for source in sources) or not is_pure(node):
+            return False
+        with InDouble():
+            value = node_value(node, self.known.__getitem__, self.known.__getitem__)
+        if not isinstance(value, Tensor):
+            return False
+        if any(isinstance(self.known[source], nn.Parameter) for source in sources):
+            value = nn.Parameter(value, requires_grad=False)
+        target = free_name(node.name, self.network.constants)
+        self.known[node] = self.network.constants[target] = value
+        self.env[node] = self._annotated(self.network.graph.create_node("get_attr", target), node)
+        return True
 
     def _put(self, node: fx.Node, modules: list[nn.Module], name: str | None = None) -> None:
         current = self.env[node.args[0]] if isinstance(node.args[0], fx.Node) else None
@@ -132,7 +162,7 @@ class _Normaliser:
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(self.model)
             if isinstance(value, Tensor):
-                self.network.constants[str(node.target)] = value
+                self.known[node] = self.network.constants[str(node.target)] = value
 
     def _annotated(self, new: fx.Node, old: fx.Node) -> fx.Node:
         new.meta = dict(old.meta)

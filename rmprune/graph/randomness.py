@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import argument, module_around
+from rmprune.graph.calls import IN_PLACE_OPERATORS, argument, module_around, set_item
 from rmprune.graph.double import in_double
 from rmprune.graph.network import Network, named
 from rmprune.graph.shapes import to_double
@@ -53,6 +53,14 @@ def refuse_random(network: Network) -> None:
                 f"{_place(node)}: {name} draws random numbers in eval mode, too; call it only if self.training (drop_path and "
                 "stochastic_depth take training=self.training), or keep fixed numbers as a buffer"
             )
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a call neither draws nor changes what it reads."""
+    name = str(getattr(node.target, "__name__", node.target))
+    changes = name.endswith("_") or node.target in IN_PLACE_OPERATORS.values() or node.target is set_item
+    flags = {"out", "inplace"} & node.kwargs.keys()
+    return not changes and not flags and name not in _ALWAYS | _TRAINING
 
 
 def _place(node: fx.Node) -> str:

@@ -48,7 +48,14 @@ def node_value(node: fx.Node, value: Callable[[fx.Node], Any], own: Callable[[fx
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     function: Any = own(node) if node.op == "call_module" else node.target
-    return function(*(list(x) if isinstance(x, list) else x for x in args), **kwargs)  # a function may change its lists
+    return function(*map(_thawed, args), **_thawed(kwargs))
+
+
+def _thawed(value: Any) -> Any:
+    """With lists and dicts that a function may change, as those of fx cannot be."""
+    if isinstance(value, list):
+        return list(map(_thawed, value))
+    return {key: _thawed(x) for key, x in value.items()} if isinstance(value, dict) else value
 
 
 def _bind(graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:

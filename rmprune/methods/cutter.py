@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rmprune.config import PruneConfig, SlimConfig
 from rmprune.errors import InfeasibleBudget
+from rmprune.graph.inputs import as_tuple
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place, find_ratio
 from rmprune.methods.table import Method
@@ -18,6 +19,7 @@ from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, pru
 from rmprune.pruning.allocate import even_fraction, least_cost
 from rmprune.pruning.budget import resolve
 from rmprune.pruning.coupled import check_coupled, loss_gradients
+from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.layers import Cost, macs
@@ -232,14 +234,20 @@ def make_cutter(
     job: Job[SlimConfig],
     budget: Budget | None = None,
     widths: Mapping[str, int] | None = None,
+    *,
+    measured: bool = True,
 ) -> Cutter:
-    """The method applied to this network; ready to measure where `budget` is in measured time. `widths`: of a plan, by layers."""
+    """The method applied to this network (or its graph, see `followed`); ready to measure where `budget` is in time, unless not `measured`.
+    `widths`: of a plan, by layers."""
     settings = dataclasses.replace(job.config.prune, **method.settings)
     example = job.data.train.example(1)
-    structure = find_structure(network, example)
-    if method.widths == "inner":
-        structure = inner_only(structure)
-    place = None if budget is None or budget.latency_ratio is None else place_of(job)
+    inner = method.widths == "inner"
+    if method.pruner == "ours":
+        settle = lambda structure, _: inner_only(structure) if inner else structure  # noqa: E731
+        network, _, structure = followed(network, as_tuple(network, example), budget, settle=settle)
+    else:  # which cannot write sizes
+        structure = find_structure(network, example)
+    place = place_of(job) if measured and budget is not None and budget.latency_ratio is not None else None
     cost = None
     if place is not None and settings.cost == "time" and method.pruner == "ours":
         cost = TimeCost(layer_times(job, place), network, structure, example)

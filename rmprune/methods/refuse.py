@@ -88,7 +88,7 @@ def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], 
         if candidate or method.start == "dense" or "no residual to remove" not in str(error):
             raise
         raise UnsupportedModel(f"{error}; --method residual prunes the network as it is") from None
-    cutter = make_cutter(network, method, job)
+    cutter = make_cutter(network, method, job, budget, measured=False)
     cutter.check(once=candidate or budget.latency_ratio is not None)
     if budget.memory_ratio is not None:
         cutter.check_memory(budget)

@@ -49,13 +49,13 @@ def slim_network(
     cutter = make_cutter(network, method, job, budget, widths)
     facts: dict[str, Any] = {"cut_error": prove_groups(cutter.network, cutter.structure, cutter.example)}
     cut_to = met(budget, cutter, files)
-    hook = None
+    network, hook = cutter.network, None
     if cutter.gradual:
         steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
         meets = functools.partial(_excess, cutter, budget) if timed else None
         hook = cutter.hook(cut_to, steps=steps, epochs=config.finetune.epochs, meets=meets)
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to
-        network = cutter.once(cutter.network, cut_to)
+        network = cutter.once(network, cut_to)
     network = tune(network, config.finetune, job, files, hook)
     if hook is not None:
         hook.proved(network)  # once more, as it was trained to its end: a checkpoint holds no facts

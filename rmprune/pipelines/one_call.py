@@ -24,6 +24,7 @@ from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.graph.foreign import plain_module
+from rmprune.graph.inputs import as_given
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job
 from rmprune.pipelines.stages import pick_device
@@ -180,6 +181,7 @@ def slim(
         GivenSplit(train, network, loss, "train"),
         GivenSplit(validation, network, loss, "validation"),
     ]
+    as_given(network, splits[0].example(2))
     splits.append(splits[1] if test is None else GivenSplit(test, network, loss, "test"))
     dataset = "-".join([GIVEN, *(split.digest() for split in dict.fromkeys(splits[1:]))])
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="rmprune-"))

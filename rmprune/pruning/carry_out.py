@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.data.batches import Batches, network_inputs
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.inputs import as_tuple
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.collapse import shorten_blocks
-from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import in_and_out
@@ -119,7 +120,7 @@ def carry_out(
     options = block_options(model, images[:2], alone=False, removal=removal)
     choices = plan.check(model, options)
     network, facts = carry_out_blocks(model, choices, lambda count: images[:count], removal)
-    structure = find_structure(network, images[:2])
+    network, _, structure = followed(network, as_tuple(network, images[:2]))
     units = plan.units(structure)
     result, error = cut_to(network, structure, units, data, importance, reconstruct)
     widths = {flat_name(name): count for name, count in units.items()}

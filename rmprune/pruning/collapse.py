@@ -21,7 +21,7 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
-from rmprune.graph.equivalence import reference_copy, refuse_changing_hooks, refuse_unseen
+from rmprune.graph.equivalence import reference_copy, refuse_unseen
 from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
@@ -135,7 +135,6 @@ def _reshaped(
     """What `pick` says of each addition: the part that it becomes, or (also by an Obstacle) why it stays."""
     model, given = as_given(model, images)
     inputs = tuple(x.cpu() for x in given)
-    refuse_changing_hooks(model, inputs)
     network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
     annotate_ranges(network)
     found = additions(network)

@@ -19,6 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
+from rmprune.graph.inputs import as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import explain, least_cost
@@ -77,8 +78,9 @@ def prune_coupled(
             f"importance 'taylor' is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
         )
     data = with_loss(data, loss)
+    model, given = as_given(model, example_inputs)  # type: ignore[assignment]
+    example_inputs = only_input(given, "coupled pruning")
     structure = _followed(model, find_structure(model, example_inputs))
-    example_inputs = example_inputs.to(device_of(model))
     target = resolve(structure, budget, cost)
     check_coupled(model, structure, importance, example_inputs)
     if importance != "taylor":

@@ -32,11 +32,11 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
 
     `example_inputs`: images [N, ...], of which the first is looked at. `reading`: the network as `read` has it, where that is at
     hand. Operations that channels pass through are tried with some of them gone: what is written for their number stays whole.
-    Raises UnsupportedModel where torch.fx cannot follow the network, a layer is used twice, or nothing can be pruned.
+    Raises UnsupportedModel where torch.fx cannot follow the network, or nothing can be pruned.
     """
     walk = Walk(reading or read(model, example_inputs), _unsliceable(model))
     groups = _alike(walk)
-    while (node := _misfit(walk, groups)) is not None:
+    while groups and (node := _misfit(walk, groups)) is not None:
         _leave(walk, node)
         groups = _alike(walk)
     frozen = {}
@@ -205,12 +205,21 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _leave(walk: Walk, node: fx.Node) -> None:
-    """Leave whole what a misfit touches: its result, or else what it reads, or else everything."""
+    """Leave whole what a misfit touches: its result, or else what it reads, or whose sizes it does, or else everything."""
     why = f"{in_words(walk.network, node)} is written for this number of channels"
     read_by_it = [walk.values[n] for n in node.all_input_nodes]
-    for values in (walk.values[node], read_by_it, torch.arange(len(walk.channels.root))):
+    for values in (walk.values[node], read_by_it, _measured(walk, node), torch.arange(len(walk.channels.root))):
         if max((walk.channels.stay(x, why) for x in tensors_in(values)), default=False):
             return
+
+
+def _measured(walk: Walk, node: fx.Node) -> list[Any]:
+    """The values whose sizes an operation reads."""
+    found = []
+    for source in node.all_input_nodes:
+        if not tensors_in(walk.values[source]):
+            found += [walk.values[n] for n in source.all_input_nodes] + _measured(walk, source)
+    return found
 
 
 def _named(groups: Sequence[_Alike], walk: Walk) -> tuple[Group, ...]:

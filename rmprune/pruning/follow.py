@@ -9,22 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Size, Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from rmprune.errors import UnsupportedModel
-from rmprune.graph.network import in_words, is_batch_norm, shape_of
-from rmprune.pruning.groups import MemberSide
+from rmprune.graph.network import in_words, shape_of
+from rmprune.pruning.labelled import Labelled, along
 from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
 from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, rank_read
 from rmprune.pruning.operations import (
     ALONG,
     ELEMENTWISE,
     INDEXING,
-    LIKE,
-    LINEAR,
     MOVES,
     REDUCTIONS,
     SPATIAL,
@@ -32,28 +27,16 @@ from rmprune.pruning.operations import (
     operation,
     product,
 )
+from rmprune.pruning.products import multiplied
 from rmprune.pruning.reading import Reading
 from rmprune.pruning.written import places
 
 
-class Walk:
-    """The labels of every value, and who has which: `members` {(layer, "out" | "in" | "tied"): labels of its channels}.
-
-    `whole`: {module: why it cannot be sliced}.
-    """
+class Walk(Labelled):
+    """The labels of every value of a network, and who has which, once they are followed from its inputs to its outputs."""
 
     def __init__(self, reading: Reading, whole: Mapping[str, str]) -> None:
-        self.reading, self.network, self.whole = reading, reading.network, dict(whole)
-        self.channels = Channels()
-        self.members: dict[tuple[str, MemberSide], Tensor] = {}
-        self.layers: dict[fx.Node, str] = {}  # convolutions and linear layers; their input and output shapes
-        self.shapes: dict[str, tuple[Size, Size]] = {}
-        self.fans: dict[str, int] = {}  # of depthwise layers: outputs for each input
-        self.values: dict[fx.Node, Any] = {}
-        self.moves: list[fx.Node] = []  # and what only computes sizes
-        self.sizes: dict[
-            fx.Node, list[tuple[str, Tensor]]
-        ] = {}  # where code writes how many there are: of which channels
+        super().__init__(reading, whole)
         for node in self.network.graph.nodes:
             args, kwargs = fx.map_arg(
                 (node.args, node.kwargs), lambda n: tree_map_only(Tensor, self.again, self.values[n])
@@ -61,14 +44,14 @@ class Walk:
             labels = tensors_in((args, kwargs))
             found = self._value(node, args, kwargs, labels)
             if isinstance(found, Tensor) and tuple(found.shape) != shape_of(node):
-                found = self._unknown(node, labels)
+                found = self.unknown(node, labels)
             self.values[node] = found
 
     def _value(self, node: fx.Node, args: Any, kwargs: Any, labels: list[Tensor]) -> Any:
         if node.op == "output":
             many = len(labels) > 1
             why = "its channels are among the network's outputs" if many else "its channels are the network's output"
-            return self._fenced(labels, why)
+            return self.fenced(labels, why)
         if node.op in ("placeholder", "get_attr"):
             shape = shape_of(node)
             return self.network.constants.get(str(node.target)) if shape is None else nobody(shape)
@@ -95,7 +78,7 @@ class Walk:
             if isinstance(dim, int) and dim % labels[0].dim() not in varying(labels[0]):
                 return labels[0]
         letters = product(name, args, labels)
-        return self._unknown(node, labels) if letters is None else self._multiplied(node, name, labels, *letters)
+        return self.unknown(node, labels) if letters is None else multiplied(self, node, name, labels, *letters)
 
     # Layers
 
@@ -105,11 +88,13 @@ class Walk:
         if size is None and not any(t.numel() > 1 for t in (*layer.parameters(), *layer.buffers())):
             return None
         if name is None:
-            return self._unknown(node, labels, "a free-standing parameter has these channels")
+            return self.unknown(node, labels, "a free-standing parameter has these channels")
         if isinstance(layer, Weighted):
             self._note(node, name, labels)
+        if name in self.apart:
+            self.whole.setdefault(name, "code reads its tensors beside it")
         if name in self.whole:
-            return self._unknown(node, labels, f"{name}: {self.whole[name]}")
+            return self.unknown(node, labels, f"{name}: {self.whole[name]}")
         if isinstance(layer, nn.LayerNorm) and len(labels) == 1:
             x = labels[0]
             if max(varying(x), default=0) < x.dim() - len(layer.normalized_shape):  # each channel for itself
@@ -119,7 +104,7 @@ class Walk:
             if any(t.dim() > 1 for t in layer.parameters()):
                 self.whole[name] = f"layers of type {kind} are not pruned"
             does = "normalises over channels" if "Norm" in kind else "has these channels and cannot be sliced"
-            return self._unknown(node, labels, f"{name} ({kind}) {does}")
+            return self.unknown(node, labels, f"{name} ({kind}) {does}")
         x = labels[0]
         dim, rank = x.dim() - 1 if isinstance(layer, nn.Linear) else 1, rank_read(layer)
         if x.dim() != (rank or max(x.dim(), 2)) or x.shape[dim] != size or set(varying(x)) - {dim}:
@@ -130,7 +115,7 @@ class Walk:
             return self._weighted(node, name, layer, vector)
         if isinstance(layer, nn.GroupNorm):
             self._same_place(vector.view(layer.num_groups, -1).T, f"{name} normalises over channels that stay")
-        self._member(name, "tied", vector)
+        self.member(name, "tied", vector)
         return self.again(x)
 
     def _weighted(self, node: fx.Node, name: str, layer: Weighted, vector: Tensor) -> Tensor:
@@ -139,12 +124,12 @@ class Walk:
         if is_depthwise(layer):
             self.fans[name] = layer.out_channels // len(vector)  # type: ignore[operator, assignment]
             vector = vector.repeat_interleave(self.fans[name])
-            self._member(name, "tied", vector)
+            self.member(name, "tied", vector)
             out = self.channels.root[vector]
         else:
-            self._member(name, "in", vector)
+            self.member(name, "in", vector)
             out = self.channels.new(in_and_out(layer)[1])
-            self._member(name, "out", out)
+            self.member(name, "out", out)
             groups = getattr(layer, "groups", 1)
             for side in (vector, out) if groups > 1 else ():  # the same position of every convolution group
                 self._same_place(
@@ -160,17 +145,12 @@ class Walk:
 
     def _note(self, node: fx.Node, name: str, labels: list[Tensor]) -> None:
         if name in self.shapes:
-            raise UnsupportedModel(
-                f"{name} is used twice in one forward pass; give each use its own layer before pruning"
-            )
+            self.whole.setdefault(name, "it is used twice in one forward pass")
+            for (layer, _), own in self.members.items():
+                if layer == name:
+                    self.channels.stay(own, f"{name} is used twice in one forward pass")
+            return
         self.layers[node], self.shapes[name] = name, (labels[0].shape, Size(shape_of(node) or ()))
-
-    def _member(self, name: str, side: MemberSide, vector: Tensor) -> None:
-        known = self.members.setdefault((name, side), vector)
-        if known is not vector:
-            self.channels.unite(known, vector, f"{name}, which is used twice, has channels that stay beside them")
-
-    # Other operations
 
     def _joined(self, node: fx.Node, labels: list[Tensor]) -> Tensor:
         """Elementwise: where two values meet, their channels go together."""
@@ -195,122 +175,28 @@ class Walk:
             self.channels.unite(first, second, why)
         return self.again(found)
 
-    def _multiplied(self, node: fx.Node, name: str, labels: list[Tensor], terms: list[str], result: str) -> Tensor:
-        """A product of maps: channels along a dimension that it keeps go through, those that it adds over go together, or stay."""
-        shape, words = shape_of(node), in_words(self.network, node)
-        assert shape is not None
-        along: dict[str, list[Tensor]] = {}
-        for x, letters in zip(labels, terms, strict=True):
-            for dim, letter in enumerate(letters):
-                own = _along(x, dim) if dim in varying(x) else nobody(x.shape[dim : dim + 1])
-                along.setdefault(letter, []).append(own)
-        added = {
-            letter
-            for x, letters in zip(labels, terms, strict=True)
-            for d, letter in enumerate(letters)
-            if d in varying(x)
-        }
-        if added - set(result) and not self._met(node, name, labels, terms, added - set(result)):
-            for x, letters in zip(labels, terms, strict=True):
-                if {letters[d] for d in varying(x)} - set(result):
-                    self.channels.stay(x, f"{words} adds over them")
-        kept = [letter for letter in result if any(bool(self.channels.root[x].any()) for x in along[letter])]
-        for letter in kept[1:]:
-            for x in along[letter]:
-                self.channels.stay(x, f"{words} pairs them with other channels")
-        if not kept:
-            return nobody(shape)
-        first, *others = along[kept[0]]
-        for x in others:
-            if len(x) == len(first):  # one for all: a mask of attention
-                self.channels.unite(first, x, "they meet channels that stay whole")
-        place = result.index(kept[0])
-        return self.again(first.view(-1, *(1,) * (len(shape) - place - 1)).expand(shape))
-
-    def _met(self, node: fx.Node, name: str, labels: list[Tensor], terms: list[str], added: set[str]) -> bool:
-        """Two factors whose channels meet, place by place, and are added over, as those of queries and keys: they go together, where the
-        one factor's are rows of a layer, and nothing but moves and numbers to multiply by lies between.
-        """
-        sources = [n for n in node.all_input_nodes if tensors_in(self.values[n])]
-        if len(added) != 1 or len(sources) != len(labels):
-            return False
-        (letter,) = added
-        two = [i for i, letters in enumerate(terms) if letter in letters]
-        if len(two) != 2 or any(varying(labels[i]) != [terms[i].index(letter)] for i in two):
-            return False
-        scale = node.kwargs.get("scale")
-        scaled = name == "scaleddotproductattention" and scale is None  # by what is cut
-        if scaled and not self._is_written(node):
-            return False
-        of = next(((i, rows) for i in reversed(two) if (rows := self._rows(sources[i])) is not None), None)
-        if of is None:
-            return False
-        first, second = (_along(labels[i], terms[i].index(letter)) for i in two)
-        self.channels.unite(first, second, "they meet channels that stay whole")
-        (layer, rows), x = of[1], labels[of[0]]
-        for d in set(range(x.dim())) - set(varying(rows)):
-            rows, x = rows.narrow(d, 0, 1), x.narrow(d, 0, 1)
-        known = self.members.setdefault((layer, "zero"), torch.zeros(self._outputs(layer), dtype=torch.int64))
-        known[rows.flatten()] = x.expand_as(rows).flatten()
-        if scaled:
-            self._written(node, "scale", first)
-        return True
-
-    def _rows(self, node: fx.Node) -> tuple[str, Any] | None:
-        """(layer, which of its outputs each element of a value is), where nothing but moves and numbers to multiply by lies between."""
-        layer, x = self.network.layer(node), self.values[node]
-        name = self.layers.get(node) or (self.reading.name(node) if is_batch_norm(layer) else None)
-        if name is not None and isinstance(x, Tensor):
-            dim = x.dim() - 1 if isinstance(layer, nn.Linear) else 1
-            return name, torch.arange(x.shape[dim]).view(-1, *(1,) * (x.dim() - dim - 1)).expand(x.shape)
-        sources = [n for n in node.all_input_nodes if tensors_in(self.values[n])]
-        first = len(sources) == 1 or (sources and operation(node, self.network) in LIKE)
-        before = self._rows(sources[0]) if first and sources[0] is node.all_input_nodes[0] else None
-        if before is None or operation(node, self.network) in LINEAR:
-            return before
-        if node not in self.moves:
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: before[1] if n is sources[0] else self.values[n])
-        return before[0], tree_map_only(Tensor, compact, self.run(node, args, kwargs))
-
-    def _outputs(self, layer: str) -> int:
-        return next(
-            len(labels) for (name, side), labels in self.members.items() if name == layer and side in ("out", "tied")
-        )
-
-    def _is_written(self, node: fx.Node) -> bool:
-        """Whether a node is one of the user's own graph, in which a cut can write."""
-        return node.meta.get("traced_as") in self.reading.written
-
-    def _written(self, node: fx.Node, path: str, vector: Tensor) -> None:
-        """At this place of the node's arguments stands how many channels these are."""
-        if self._is_written(node) and bool(vector.any()):
-            self.members[(f"{node.meta['traced_as']}:{path}", "size")] = vector
-            if path != "scale":
-                self.sizes.setdefault(node, []).append((path, vector))
-
     def _note_sizes(self, node: fx.Node, name: str, found: Any) -> None:
         """Where the code of a move writes how many channels there are."""
         parts = tensors_in(found)
-        if name in ("reshape", "view", "expand", "repeat") and len(parts) == 1:
+        if name in ("reshape", "view", "expand") and len(parts) == 1:
             start = "1." if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else ""
             known = dict(places(node.args))
             for dim in varying(parts[0]):
                 path = f"{start}{dim}" if start else str(dim + 1)
                 if path in known and known[path] != -1:
-                    self._written(node, path, _along(parts[0], dim))
+                    self.written(node, path, along(parts[0], dim))
         if name == "split" and len(node.args) > 1:
             pieces = node.args[1]
             for i, part in enumerate(parts if isinstance(pieces, tuple | list) else parts[:1]):
                 for dim in varying(part):
-                    self._written(node, f"1.{i}" if isinstance(pieces, tuple | list) else "1", _along(part, dim))
+                    self.written(node, f"1.{i}" if isinstance(pieces, tuple | list) else "1", along(part, dim))
 
     def _reduced(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         x, shape = args[0], shape_of(node)
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         dims = list(range(x.dim())) if dims is None else [dims] if isinstance(dims, int) else list(dims)
         if shape is None or {d % x.dim() for d in dims} & set(varying(x)):
-            return self._unknown(node, [x])
+            return self.unknown(node, [x])
         keep = args[2] if len(args) > 2 else kwargs.get("keepdim", False)
         for dim in sorted((d % x.dim() for d in dims), reverse=True):
             x = x.narrow(dim, 0, 1) if keep else x.select(dim, 0)
@@ -320,7 +206,7 @@ class Walk:
         """Pools and the like: each channel of a map for itself."""
         shape = shape_of(node)
         if shape is None or len(shape) != x.dim() or shape[:2] != x.shape[:2] or set(varying(x)) - {0, 1}:
-            return self._unknown(node, [x])
+            return self.unknown(node, [x])
         for dim in range(2, x.dim()):
             x = x.narrow(dim, 0, 1)
         return x.expand(shape)
@@ -333,7 +219,7 @@ class Walk:
             return self._spatial(node, args[0])
         mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
         if any(pad[:around]) or mode != "constant":  # a reflection puts channels beside channels
-            return self._unknown(node, [args[0]])
+            return self.unknown(node, [args[0]])
         return self._moved(node, args, kwargs)
 
     def _moved(self, node: fx.Node, args: Any, kwargs: Any, name: str = "") -> Any:
@@ -370,44 +256,3 @@ class Walk:
         )  # of equals that of a map's channels, or else the last: a head's width
         tie(self.channels, max(order, key=left))
         return self.again(x)
-
-    def again(self, x: Tensor) -> Tensor:
-        """Labels as they are now: channels that go together have one number."""
-        return compact(self.channels.root[thin(x)].expand(x.shape))
-
-    def _unknown(self, node: fx.Node, labels: list[Tensor], why: str | None = None) -> Any:
-        return self._fenced(labels, why or f"{in_words(self.network, node)} mixes them", shape_of(node))
-
-    def _fenced(self, labels: list[Tensor], why: str, shape: tuple[int, ...] | None = None) -> Any:
-        for x in labels:
-            self.channels.stay(x, why)
-        return _SEVERAL if shape is None else nobody(shape)
-
-    def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """A node that only moves data or computes sizes, on labels or on numbers."""
-        if any(value is _SEVERAL for value in tree_leaves((args, kwargs))):
-            shape = shape_of(node)
-            return _SEVERAL if shape is None else nobody(shape)
-        if node.op == "call_module":
-            layer = self.network.layer(node)
-            assert isinstance(layer, nn.Module)
-            return layer(*args)
-        if node.op == "call_method":
-            name = "reshape" if node.target == "view" else str(node.target)  # labels are expanded: no view goes through
-            return getattr(args[0], name)(*args[1:], **kwargs)
-        if node.target is F.pad:
-            return F.pad(args[0], args[1] if len(args) > 1 else kwargs["pad"])  # what is around belongs to no channel
-        assert callable(node.target)
-        return node.target(*(list(x) if isinstance(x, list) else x for x in args), **kwargs)
-
-
-def _along(x: Tensor, dim: int) -> Tensor:
-    """The labels along the one dimension on which they change."""
-    return x[tuple(slice(None) if d == dim else 0 for d in range(x.dim()))]
-
-
-class _Several:
-    """The results of an operation that returns several; what reads them is known by its shape."""
-
-
-_SEVERAL = _Several()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError, DataError
+from rmprune.graph.inputs import Inputs
 from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.find_groups import find_structure
@@ -60,7 +61,7 @@ class GradualPruner:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor,
+        example_inputs: Inputs,
         budget: Budget,
         *,
         prune_epochs: float,

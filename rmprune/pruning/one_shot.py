@@ -21,20 +21,18 @@ from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import Inputs, as_given, as_names, only_input
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
-from rmprune.pruning.allocate import allocate, allocate_uniform, least_cost
+from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
 from rmprune.pruning.compensate import compensated, removed_means
 from rmprune.pruning.dead import fold_dead
-from rmprune.pruning.find_groups import NothingToPrune, find_structure
+from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
-from rmprune.pruning.layers import Cost, Weighted, macs
+from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
 from rmprune.pruning.prove import prove_cut
-from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import note_cut, shrink
-from rmprune.pruning.written import as_graph
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -105,7 +103,12 @@ def prune(
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
     data = with_loss(data, loss)
     plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
-    plain, reading, structure = _followed(plain, example_inputs, budget, origin, begin, which, ignore, cost)  # type: ignore[assignment]
+
+    def settle(structure: Structure, network: nn.Module) -> Structure:
+        refuse_unknown(structure, network, origin=origin, begin=begin)
+        return leave_whole(inner_only(structure) if which == "inner" else structure, network, ignore)
+
+    plain, reading, structure = followed(plain, example_inputs, budget, cost, origin, settle)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
     memory = budget.memory_ratio is not None
     if memory:
@@ -168,56 +171,6 @@ def prune(
     return pruned  # type: ignore[return-value]
 
 
-def _followed(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    budget: Budget,
-    origin: Mapping[str, int] | None,
-    begin: Mapping[str, int] | None,
-    which: str,
-    ignore: Iterable[str] | None,
-    cost: Cost | None,
-) -> tuple[nn.Module, Reading, Structure]:
-    """The network, as a graph in which other sizes can be written where the budget cannot be met else; what was read of it, its groups."""
-
-    def attempt(network: nn.Module) -> tuple[nn.Module, Reading, Structure]:
-        reading = read(network, inputs, values=True)
-        if reading.network.sizes_note:
-            logger.warning("prune: %s", reading.network.sizes_note)
-        structure = find_structure(network, inputs, reading=reading)
-        refuse_unknown(structure, network, origin=origin, begin=begin)
-        structure = inner_only(structure) if which == "inner" else structure
-        structure = leave_whole(structure, network, ignore)
-        return network, reading, structure
-
-    def least_of(structure: Structure) -> tuple[Target, float]:
-        target = resolve(structure, budget, cost)
-        return target, least_cost(structure, budget, target.cost, {**structure.units, **(origin or {})})
-
-    try:
-        found = attempt(model)
-        if budget.memory_ratio is not None:
-            return found
-        target, least = least_of(found[2])
-        if least <= target.limit:
-            return found
-        graph = as_graph(model, inputs)
-    except NothingToPrune:
-        if isinstance(model, Weighted) or (graph := as_graph(model, inputs)) is None:
-            raise
-        least = math.inf
-    if graph is None:
-        return found
-    written = attempt(graph)
-    if least < math.inf and least_of(written[2])[1] >= least:
-        return found
-    logger.warning(
-        "prune: what holds its channels is written for their number; the result is a torch.fx graph of the same layers, in eval mode, with "
-        "other sizes written"
-    )
-    return written
-
-
 def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str] | None) -> Structure:
     """The same network with the output channels of the modules of these names left whole (of a block: of each layer in it).
 
@@ -265,7 +218,9 @@ def fitting() -> Iterator[None]:
     try:
         yield
     except UnsupportedModel as error:
-        raise UnsupportedModel(f"{error}; --no-reconstruct leaves layers as they were cut") from None
+        raise UnsupportedModel(
+            f"{error}; --no-reconstruct (reconstruct=False) leaves layers as they were cut"
+        ) from None
 
 
 def _both(keep: Keep, further: Keep) -> Keep:

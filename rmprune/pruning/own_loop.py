@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
-from rmprune.graph.foreign import plain_module
+from rmprune.graph.inputs import Inputs, as_given
 from rmprune.pruning.budget import Budget, refuse_no_budget
-from rmprune.pruning.find_groups import find_structure
+from rmprune.pruning.followed import followed
 from rmprune.pruning.gradual import GradualPruner
-from rmprune.pruning.groups import device_of
 from rmprune.pruning.prove import prove_groups
 
 
@@ -38,7 +37,8 @@ class Pruner:
     steps add up to, or by `importance` "batch_norm", "magnitude" or "random". The model may have residuals, whose streams are then cut
     coupled, or none (`remove_residuals` first, with `batch_norm=True`, the default).
 
-    `example_inputs`: images [N, C, H, W]. `budget`: a `ratio` or a `macs_ratio`; `min_fraction` keeps layers from being emptied.
+    `example_inputs`: images [N, C, H, W], or several inputs. `budget`: a `ratio` or a `macs_ratio`; `min_fraction` keeps layers from being
+    emptied. Where sizes that code writes hold what the budget needs, `pruner.model` is a torch.fx graph of the same layers from the start.
     `cut_error`: what a trial cut of every group was wrong by, relative, in float64; once `done`, of the last
     network as well, which has `rmprune_facts` like the result of `prune`. Raises InfeasibleBudget where limits forbid the budget,
     UnsupportedModel where nothing can be pruned or the network's own weights are computed from others, NotEquivalent where
@@ -64,7 +64,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Tensor,
+        example_inputs: Inputs,
         budget: Budget,
         *,
         optimizer: torch.optim.Optimizer,
@@ -72,7 +72,8 @@ class Pruner:
         cuts: int = 30,
         importance: str = "taylor",
     ) -> None:
-        given, model = model, plain_module(model)
+        given = model
+        model, inputs = as_given(model, example_inputs)
         if steps < 1 or cuts < 1:
             raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
         refuse_no_budget(budget)
@@ -87,11 +88,11 @@ class Pruner:
                     "torch.nn.utils.remove_weight_norm), and the optimizer after that"
                 )
             raise ConfigError("the optimizer holds no parameter of this model; make it of model.parameters()")
-        structure = find_structure(model, example_inputs)
-        self.cut_error = prove_groups(model, structure, example_inputs)
+        model, _, structure = followed(model, inputs, budget)
+        self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
             model,
-            example_inputs.to(device_of(model)),
+            inputs,
             budget,
             prune_epochs=steps,
             every=max(Fraction(1), Fraction(steps, cuts)),
@@ -103,7 +104,7 @@ class Pruner:
 
     @property
     def model(self) -> nn.Module:
-        """The network as it is now; the one that was given, until the first cut."""
+        """The network as it is now; until the first cut the one that was given, or its graph."""
         return self._loop.model
 
     @property

@@ -1,6 +1,7 @@
 """A network as a flat list of operations with each batch norm joined to the layer before it. Read only; `calibration` and
 `rmprune.amc.scoring` run it."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -94,6 +95,8 @@ def read_program(model: nn.Module, structure: Structure, example_inputs: Tensor)
     ops = [_read_op(node, reading, norms, alias) for node in nodes[:-1] if node not in joined]
     result = alias.get(nodes[-1].args[0].name, nodes[-1].args[0].name)
     ops = _mark_dead(_mark_static(ops, reading, structure), result)
+    if twice := [name for name, count in Counter(op.layer for op in ops if op.layer).items() if count > 1]:
+        raise UnsupportedModel(f"{twice[0]}: fitting layers cannot follow a layer that is used twice")
     readers = {name for op in ops if not op.static for name in op.inputs} | {result}
     frontier = tuple(op for op in ops if op.static and op.name in readers)
     return Program(reading.network, tuple(ops), result, frontier, alias)

@@ -1,5 +1,6 @@
 """A network read once for pruning: its normalised graph, and which of the user's modules each layer in it is."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,7 @@ class Reading:
     def joined_norms(self) -> dict[fx.Node, fx.Node]:
         """{batch norm: the convolution or linear layer before it, whose outputs nothing else reads}."""
         found = {}
+        calls = Counter(self.name(node) for node in self.network.graph.nodes)
         for node in self.network.graph.nodes:
             if is_batch_norm(self.network.layer(node)) and self.name(node) is not None:
                 (before,) = node.all_input_nodes
@@ -62,7 +64,8 @@ class Reading:
                 features = (
                     not isinstance(layer, nn.Linear) or len(shape_of(before) or ()) == 2
                 )  # else the norm's are tokens
-                if isinstance(layer, Weighted) and self.owner(layer) and len(before.users) == 1 and features:
+                once = calls[self.name(node)] == calls[self.name(before)] == len(before.users) == 1
+                if isinstance(layer, Weighted) and self.owner(layer) and once and features:
                     found[node] = before
         return found
 

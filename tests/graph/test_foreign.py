@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import rmprune
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.foreign import plain_module
+from rmprune.pruning import prune_coupled
 
 
 class Res(nn.Module):
@@ -33,9 +34,20 @@ CALLS: dict[str, Callable[[Any, Any, Path], Any]] = {
     "remove_residuals": lambda net, x, _: rmprune.remove_residuals(net, x),
     "plan_removal": lambda net, x, _: rmprune.plan_removal(net, x),
     "prune": lambda net, x, _: rmprune.prune(net, x, importance="magnitude", budget=BUDGET),
+    "coupled": lambda net, x, _: prune_coupled(net, x, importance="magnitude", budget=BUDGET),
     "count_macs": lambda net, x, _: rmprune.count_macs(net, x),
     "measure_latency": lambda net, x, _: rmprune.measure_latency(net, x, backend="eager", seconds=0.0, min_rounds=1),
     "save": lambda net, x, path: rmprune.save(net, path / "net", example_inputs=x),
+}
+
+MORE = {
+    **{name: CALLS[name] for name in ("remove_residuals", "plan_removal", "coupled", "save")},
+    "unproved": lambda net, x, _: rmprune.prune(net, x, importance="magnitude", budget=BUDGET, prove=False),
+    "collapse": lambda net, x, _: rmprune.collapse_blocks(net, x),
+    "Pruner": lambda net, x, _: rmprune.Pruner(net, x, BUDGET, optimizer=torch.optim.SGD(net.parameters()), steps=1),
+    "slim": lambda net, x, _: rmprune.slim(
+        net, [x], [x], macs_ratio=0.6, loss=lambda model, batch: model(batch).square().mean()
+    ),
 }
 
 
@@ -152,6 +164,17 @@ def test_weights_that_are_computed_are_made_permanent_and_said_once(kind: str, t
     assert torch.allclose(rmprune.load(rmprune.save(net, tmp_path / "whole"))(X), expected, atol=1e-6)
     assert torch.allclose(rmprune.remove_residuals(net, X).model(X), expected, atol=1e-5)
     assert torch.equal(net(X), expected)
+
+
+@pytest.mark.parametrize("call", MORE)
+def test_what_changes_a_layer_from_outside_is_refused_at_every_entry(call: str, tmp_path: Path) -> None:
+    hooked, replaced = Res().eval(), Res().eval()
+    hooked.conv.register_forward_pre_hook(lambda _, args: (args[0].flip(1),))
+    forward = replaced.conv.forward
+    replaced.conv.forward = lambda x: forward(x) + 1  # type: ignore[method-assign]
+    for net, said in ((hooked, "hook"), (replaced, r"^conv \(Conv2d\): its forward was replaced")):
+        with pytest.raises(UnsupportedModel, match=said):
+            MORE[call](net, X, tmp_path / "net")
 
 
 def _qat() -> nn.Module:

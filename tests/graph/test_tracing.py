@@ -221,3 +221,29 @@ def test_layers_that_an_artifact_cannot_hold_are_named_and_measured(tmp_path: Pa
 def test_frozen_batch_norm_is_saved(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3)).eval()
     assert torch.equal(rmprune.load(rmprune.save(net, tmp_path / "net"))(X), net(X))
+
+
+class Written(nn.Module):
+    """x + gamma.view(...) * f(x), an entry of a map set, a free buffer called as torch calls a mean, and arguments nobody gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.gamma, self.mean = nn.Parameter(torch.rand(8)), nn.Buffer(torch.rand(3))
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor, *more: Tensor, **others: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x - self.mean[:, None, None].expand(3, *X.shape[2:])))
+        y = y + self.gamma.view(1, -1, 1, 1) * self.conv(y)
+        z = torch.relu(self.last(y))
+        z[..., 0] = 0
+        z[:, :, 1] *= 2
+        return self.head(sum((z, *more)).mean((2, 3)))  # type: ignore[no-any-return, union-attr]
+
+
+def test_what_code_writes_of_parameters_and_into_maps_is_read() -> None:
+    net = Written().double().eval()
+    removal = rmprune.remove_residuals(net, X.double())
+    assert len(removal.removed) == 1 and torch.allclose(removal.model(X.double()), net(X.double()), atol=1e-12)
+    pruned = rmprune.prune(net, X.double(), importance="magnitude", budget=rmprune.Budget(macs_ratio=0.999))
+    assert pruned.head[0].out_features < 8 and pruned.rmprune_facts["cut_error"] < 1e-9

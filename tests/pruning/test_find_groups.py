@@ -14,6 +14,7 @@ from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.graph import find_structure as find_structure_of_0_1
 from rmprune.pruning.groups import outputs, total_cost
 from rmprune.pruning.one_shot import check_outputs
+from rmprune.pruning.prove import prove_groups
 from rmprune.pruning.surgery import shrink
 
 
@@ -87,10 +88,13 @@ def test_the_name_of_0_1_is_still_there() -> None:
     assert find_structure_of_0_1 is find_structure
 
 
-def test_layer_used_twice_is_refused() -> None:
-    shared = conv(3, 3)
-    with pytest.raises(UnsupportedModel, match="used twice"):
-        find_structure(nn.Sequential(shared, nn.ReLU(), shared).double(), images())
+def test_a_layer_used_twice_keeps_its_channels_and_what_reads_them() -> None:
+    shared = conv(4, 4)
+    model = nn.Sequential(conv(3, 4), shared, nn.ReLU(), shared, conv(4, 6), nn.ReLU(), conv(6, 2)).double()
+    structure = find_structure(model, images())
+    assert structure.units == {"4": 6} and "used twice" in structure.frozen["1"]
+    assert total_cost(structure) == count_macs(model, images())
+    assert prove_groups(model, structure, images()) < 1e-9
 
 
 def test_nothing_to_prune_is_an_error() -> None:

@@ -184,6 +184,14 @@ class Transformer(nn.Module):
         return self.down(F.gelu(self.up(y)))
 
 
+def test_the_feed_forward_part_of_a_transformer_of_torch_is_cut() -> None:
+    part = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(part, 2, enable_nested_tensor=False), nn.Linear(8, 3)).double().eval()
+    pruned = prune(model, TOKENS, importance="magnitude", budget=Budget(macs_ratio=0.7))
+    assert pruned[0].layers[1].linear1.out_features < 16 and pruned.rmprune_facts["cut_error"] < 1e-9  # type: ignore[index, union-attr]
+    assert "MultiheadAttention" in pruned.rmprune_facts["whole"]["0.layers.0.self_attn"]
+
+
 def test_attention_as_a_module_is_counted_and_what_reads_it_is_cut() -> None:
     model = Transformer().double().eval()
     structure = find_structure(model, TOKENS)
