@@ -121,10 +121,9 @@ def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
     for name in ("input", "output", "value_info"):
         proto.graph.ClearField(name)
     proto.graph.input.extend(value for value in source.graph.input if value.name not in weights)
-    proto.graph.output.extend(
-        theirs if theirs.type.tensor_type.HasField("shape") else ours
-        for theirs, ours in zip(source.graph.output, outputs, strict=True)
-    )
+    for theirs, ours in zip(source.graph.output, outputs, strict=True):
+        ours.name = theirs.name
+        proto.graph.output.append(theirs if theirs.type.tensor_type.HasField("shape") else ours)
     proto.graph.name, proto.graph.doc_string = source.graph.name or "graph", source.graph.doc_string
     proto.metadata_props.extend(source.metadata_props)
     for field in ("doc_string", "domain", "model_version"):
