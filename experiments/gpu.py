@@ -3,7 +3,7 @@ parts of a kit before nine minutes. It has not run on a GPU yet.
 
     python experiments/gpu.py                                  # the parts of the kit "fashion", into reports/gpu
     python experiments/gpu.py --parts solar --solar-dir DIR    # that of the kit "solar" (experiments/gpu.sh)
-    python experiments/gpu.py --parts exactness,speed          # some of them
+    python experiments/gpu.py --parts exactness,speed          # some of them; what reports/gpu holds of this card is not done again
     python experiments/gpu.py --quick --out /tmp/gpu           # all of it in miniature, on a CPU
     python experiments/gpu.py --figures reports/gpu            # figures and page of what was measured
     python experiments/gpu.py --paths                          # what nothing but a GPU runs
@@ -24,10 +24,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import gpu_networks as networks
 import gpu_report
 import gpu_runs
+import pandas as pd
 import throughput
 import torch
 import tyro
@@ -43,8 +45,11 @@ from rmprune.graph.tf32 import tf32
 from rmprune.measure.backends import GPU_ONLY, Candidate, check_backend
 from rmprune.measure.latency import Configuration, measure_configuration
 from rmprune.measure.machine import environment
+from rmprune.measure.results import Latency
+from rmprune.methods import auto
 from rmprune.pipelines.amc import run_amc
 from rmprune.pipelines.slim import run_slim
+from rmprune.pruning import time_cost
 
 SECONDS = {"exactness": 40.0, "speed": 160.0, "additions": 30.0, "training": 25.0, "accuracy": 270.0, "solar": 500.0}
 """After which each part is stopped."""
@@ -107,6 +112,10 @@ class Settings:
     """The first of the seeds of accuracy and solar."""
     seeds: int = 5
     """How many of them; with each, all methods."""
+    budgets: gpu_runs.Budgets = "macs"
+    """What those of accuracy and solar count: macs, or measured time on this device, which takes minutes for each seed (docs/gpu.md)."""
+    done: Path = Path("reports/gpu")
+    """Where the CSV files of earlier times lie: what was measured on the same card is not measured again."""
     scale: float = 1.0
     """Times the seconds that each part may take."""
     data_dir: Path | None = None
@@ -135,9 +144,12 @@ def exactness(part: Part, settings: Settings) -> None:
     by_row = {net.row: net for net in NETS}
     size = 32 if settings.quick else 64
     for row in EXACT[2:3] if settings.quick else EXACT:
+        if part.has(network=row):
+            continue
         with part.trying(row) as begun:
             if not begun:
                 continue
+            rows = []
             torch.manual_seed(0)
             model, x = build(by_row[row]), torch.randn(2, 3, size, size)
             randomise(model, torch.randn(4, 3, size, size), 0)
@@ -153,15 +165,9 @@ def exactness(part: Part, settings: Settings) -> None:
                         relative_error(expected, computed(net, inputs, dtype, part.device), groups, other)
                         for net in (wide, removal.model)
                     )
-                part.write(
-                    network=row,
-                    removed=len(removal.removed),
-                    kept=len(removal.kept),
-                    number_format=name,
-                    error=plain,
-                    original_error=own,
-                    device=part.device,
-                )
+                facts = {"network": row, "removed": len(removal.removed), "kept": len(removal.kept)}
+                rows.append(facts | {"number_format": name, "error": plain, "original_error": own})
+            part.write(*rows)
 
 
 @torch.no_grad()
@@ -205,6 +211,8 @@ def measured(part: Part, settings: Settings, families: dict[str, dict[str, nn.Mo
             check_backend(backend, part.device)
             there.append(backend)
     for backend, batch, name in in_turn(there, (1,) if quick else BATCHES, list(candidates)):
+        if part.has(network=name, backend=backend, batch_size=batch):
+            continue
         compiles = backend.startswith("compile")
         forms = {form: own for form, own in candidates[name].items() if not compiles or form.startswith(COMPILED)}
         with part.trying(f"{name} on {backend}, batch {batch}", 60.0 if compiles else 5.0) as begun:
@@ -212,29 +220,34 @@ def measured(part: Part, settings: Settings, families: dict[str, dict[str, nn.Mo
                 continue
             place = Configuration(backend, part.device, torch.get_num_threads(), batch)
             times = measure_configuration(forms, place, 0.02 if quick else 0.1, 3 if quick else 9, seed=0)
-            for form, own in times.items():
-                latency, whole = own.relative_to(times[reference]), macs[name, reference]
-                part.write(
-                    network=name,
-                    form=form,
-                    macs=macs[name, form],
-                    backend=backend,
-                    number_format=latency.number_format,
-                    batch_size=batch,
-                    images_per_second=latency.images_per_second,
-                    speed_up=1 / (latency.ratio or 1.0),
-                    speed_up_low=1 / (latency.ratio_high or 1.0),
-                    speed_up_high=1 / (latency.ratio_low or 1.0),
-                    macs_reduction=whole / macs[name, form],
-                    realised=macs[name, form] / whole / (latency.ratio or 1.0),
-                    median_ms=latency.median_ms,
-                    q1_ms=latency.q1_ms,
-                    q3_ms=latency.q3_ms,
-                    rounds=latency.rounds,
-                    peak_mib=latency.peak_mib,
-                    first_ms=latency.first_ms,
-                    device=part.device,
-                )
+            base = times[reference], macs[name, reference]
+            part.write(*(timed(name, form, macs[name, form], own, *base) for form, own in times.items()))
+
+
+def timed(network: str, form: str, macs: float, own: Latency, whole: Latency, whole_macs: float) -> dict[str, object]:
+    """The row of a form beside the one that it is compared with."""
+    latency = own.relative_to(whole)
+    ratio = latency.ratio or 1.0
+    return {
+        "network": network,
+        "form": form,
+        "macs": macs,
+        "backend": latency.backend,
+        "number_format": latency.number_format,
+        "batch_size": latency.batch_size,
+        "images_per_second": latency.images_per_second,
+        "speed_up": 1 / ratio,
+        "speed_up_low": 1 / (latency.ratio_high or 1.0),
+        "speed_up_high": 1 / (latency.ratio_low or 1.0),
+        "macs_reduction": whole_macs / macs,
+        "realised": macs / whole_macs / ratio,
+        "median_ms": latency.median_ms,
+        "q1_ms": latency.q1_ms,
+        "q3_ms": latency.q3_ms,
+        "rounds": latency.rounds,
+        "peak_mib": latency.peak_mib,
+        "first_ms": latency.first_ms,
+    }
 
 
 COMPILED = ("original", "RM fused", "RM 0.6", "with", "without")
@@ -262,28 +275,48 @@ def training(part: Part, settings: Settings) -> None:
     )
     for turn in range(1 if quick else 3):
         for loop, workers in (("rmprune", 0), ("plain", 0), *([] if quick else [("plain", 8)])):
+            if part.has(loop=loop, workers=workers, turn=turn):
+                continue
             with part.trying(f"{loop}, {workers} workers, turn {turn + 1}", 5.0) as begun:
                 if begun:
                     rate = throughput.rate(loop, dataclasses.replace(asked, workers=workers))
-                    part.write(loop=loop, workers=workers, turn=turn, images_per_second=rate, device=part.device)
+                    part.write({"loop": loop, "workers": workers, "turn": turn, "images_per_second": rate})
 
 
 def accuracy(part: Part, settings: Settings) -> None:
     """Methods at the same measured time on this device, seed by seed: `slim` and `amc`, whose records hold the rest."""
     seeds = range(settings.seed, settings.seed + (1 if settings.quick else settings.seeds))
     folder = settings.solar_dir if part.name == "solar" else settings.data_dir
-    for run in gpu_runs.planned(
-        part.name, settings.comparisons, seeds, part.device, folder, settings.runs, quick=settings.quick
-    ):
-        with part.trying(
-            f"{run.comparison} by {run.config.command}, seed {run.seed}",
-            run.seconds,
-            kind=f"{run.comparison} by {run.config.command}",
-        ) as begun:
-            if begun:
-                start = run_slim if isinstance(run.config, SlimConfig) else run_amc
-                for row in gpu_runs.rows(start(run.config, command=command())):
-                    part.write(comparison=run.comparison, seed=run.seed, **row)
+    runs = gpu_runs.planned(
+        part.name,
+        settings.comparisons,
+        seeds,
+        part.device,
+        folder,
+        settings.runs,
+        quick=settings.quick,
+        budgets=settings.budgets,
+    )
+    timed = settings.budgets == "time"
+    plans = 2 if settings.quick or timed else auto.PROPOSED
+    grid = (
+        (0.0, 0.25, 0.5, 1.0) if timed else time_cost.GRID
+    )  # of widths in the table of layer times: half as many layers
+    for (comparison, seed), own in itertools.groupby(runs, lambda run: (run.comparison, run.seed)):
+        of_seed = list(own)
+        if part.has(comparison=comparison, seed=seed, command=of_seed[-1].config.command):
+            continue
+        begun_at = int(time.time())
+        for run in of_seed:
+            what = f"{comparison} by {run.config.command}"
+            with part.trying(f"{what}, seed {seed}", run.seconds, kind=what) as begun:
+                if begun:
+                    start = run_slim if isinstance(run.config, SlimConfig) else run_amc
+                    with mock.patch.object(auto, "PROPOSED", plans), mock.patch.object(time_cost, "GRID", grid):
+                        records = start(run.config, command=command())
+                    found = gpu_runs.rows(records)
+                    facts = {"comparison": comparison, "seed": seed, "command": run.config.command, "begun": begun_at}
+                    part.write(*(facts | row for row in found))
 
 
 PARTS: dict[str, Callable[[Part, Settings], None]] = {
@@ -312,6 +345,7 @@ def main(settings: Settings) -> None:
     if device == "cpu" and not settings.quick:
         raise SystemExit("there is no GPU here; --quick runs everything in miniature on the CPU")
     settings.out.mkdir(parents=True, exist_ok=True)
+    here = environment()
     left_out: list[str] = []
     took: dict[str, float] = {}
     for name in parts:
@@ -319,14 +353,17 @@ def main(settings: Settings) -> None:
         seconds = (
             3600.0 if settings.quick else SECONDS[name] * settings.scale
         )  # a busy machine may make the miniature slow
-        part = Part(name, settings.out, device, start + seconds, left_out)
+        before = pd.DataFrame()
+        if settings.quick:
+            (settings.out / f"{name}.csv").unlink(missing_ok=True)
+        else:
+            before = pd.concat([gpu_report.read(folder, name) for folder in (settings.done, settings.out)])
+        part = Part(name, settings.out, device, start + seconds, left_out, here["gpu"] or here["processor"], before)
         part.run(functools.partial(PARTS[name], part, settings))
         took[name] = round(time.monotonic() - start, 1)
         print(f"{name}: {took[name]} s", flush=True)
         facts = {"command": command(), "quick": settings.quick, "seconds": took, "left_out": left_out}
-        (settings.out / f"run-{'-'.join(parts)}.json").write_text(
-            json.dumps(facts | {"environment": environment()}, indent=1)
-        )
+        (settings.out / f"run-{'-'.join(parts)}.json").write_text(json.dumps(facts | {"environment": here}, indent=1))
     if settings.quick and left_out:
         raise SystemExit(f"the miniature left out {len(left_out)} of its measurements")
 

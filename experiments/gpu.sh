@@ -1,12 +1,41 @@
 #!/usr/bin/env bash
 # gpu.sh [fashion|solar]...: makes gpu-kit/KIT, what travels to a machine with a GPU and no network (Python 3.12, torch 2.11) beside the tree,
-# checks it here without a network, and prints the commands to run there. One kit for each time that such a machine is lent (default: both).
+# checks it here without a network, and prints the commands to run there (default: both).
 #   fashion: exactness, speed, additions, training, accuracy: Fashion-MNIST, and descriptions of the networks that speed measures
 #   solar: the solar cells of PyPI's elpv-dataset at 128 pixels (CC BY-NC-SA 4.0: none of them is committed), with EfficientNet-Lite0's weights
+# gpu.sh leases: prints the commands alone.
+# gpu.sh there KIT [flags of gpu.py, or tests]: on such a machine, where $OUT comes back: measures, or runs the tests that need a GPU.
 # PYTHON: an interpreter that has rmprune's requirements (default: python). CHECK: one that checks the kit, if not the same: one with the
 # machine's Python and packages finds what differs there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+leases() { # in order of value; a lease is fifteen minutes with the start of the machine. docs/gpu.md holds the same lines
+    cat <<'END'
+1. fashion, timeout_s 300: bash experiments/gpu.sh there fashion --parts exactness,speed,additions
+   fashion, timeout_s 340: bash experiments/gpu.sh there fashion --parts training,accuracy
+   fashion, timeout_s 100: bash experiments/gpu.sh there fashion tests
+2. fashion, timeout_s 570: bash experiments/gpu.sh there fashion --parts accuracy --scale 2
+3. solar, timeout_s 560: bash experiments/gpu.sh there solar --parts solar
+4. fashion, timeout_s 590: bash experiments/gpu.sh there fashion --parts speed,additions --scale 2.9
+5. fashion, timeout_s 570: bash experiments/gpu.sh there fashion --parts accuracy --scale 2 --budgets time
+6. solar, timeout_s 560: bash experiments/gpu.sh there solar --parts solar --budgets time
+END
+}
+
+if test "${1:-}" = leases; then leases && exit; fi
+if test "${1:-}" = there; then
+    kit=gpu-kit/$2 && shift 2
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site "$kit"/wheels/*.whl
+    export PYTHONPATH=.:/tmp/site PYTHONUNBUFFERED=1
+    if test "${1:-}" = tests; then
+        python3 -m pytest -m cuda -n 0 -p no:cacheprovider tests/training tests/measure 2>&1 | tee "$OUT/tests.txt" && exit
+    fi
+    python3 experiments/gpu.py --runs /tmp/runs --out "$OUT" --data-dir "$kit/fashion-mnist" --networks "$kit/networks" \
+        --solar-dir "$kit/cells" "$@" 2>&1 | tee "$OUT/log.txt"
+    exit
+fi
+
 python=${PYTHON:-python} check=${CHECK:-${PYTHON:-python}}
 limit_mib=64 pixels=128
 test $# -gt 0 || set -- fashion solar
@@ -72,28 +101,8 @@ for kit in "$@"; do
     try
 done
 
-for kit in "$@"; do
-    install="python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site gpu-kit/$kit/wheels/*.whl || exit 1"
-    measure="$install; export PYTHONPATH=.:/tmp/site PYTHONUNBUFFERED=1; set -o pipefail; python3 experiments/gpu.py --runs /tmp/runs --out \$OUT"
-    log="2>&1 | tee \$OUT/log.txt"
-    echo
-    echo "Kit $kit, with carry [\"gpu-kit/$kit\"] (a command ends within its own seconds; what is under \$OUT comes back, six files at most):"
-    case $kit in
-        fashion)
-            data="--data-dir gpu-kit/fashion/fashion-mnist --networks gpu-kit/fashion/networks"
-            echo "1. timeout_s 300: $measure $data --parts exactness,speed,additions $log"
-            echo "2. timeout_s 340: $measure $data --parts training,accuracy $log"
-            echo "Another time, with timeout_s 560: $measure $data --parts accuracy --comparisons mobilenet_v2 --scale 1.9 $log"
-            echo "    and $measure $data --parts speed --backends eager-contiguous,torchscript,compile-float16 --scale 3 $log"
-            echo "    and $install; PYTHONPATH=.:/tmp/site python3 -m pytest -m cuda -n 0 -p no:cacheprovider tests/training tests/measure"
-            ;;
-        solar)
-            data="--solar-dir gpu-kit/solar/cells"
-            echo "1. timeout_s 560: $measure $data --parts solar $log"
-            echo "Another time, likewise: $measure $data --parts solar --seed 3 --seeds 2 $log"
-            echo "    and $measure $data --parts solar --comparisons mobilenet_v2 $log"
-            ;;
-    esac
-done
 echo
-echo "Then here, with the CSV and JSON of each command in a folder of its own under reports/gpu: $python experiments/gpu.py --figures reports/gpu"
+echo "With carry [\"gpu-kit/KIT\"] and the same kind each time, until nothing is left out; what is under \$OUT comes back, six files at most:"
+leases
+echo "After each, here: its files into a folder of its own under reports/gpu, which travels with the tree: the next goes on from there."
+echo "At the end: $python experiments/gpu.py --figures reports/gpu"

@@ -1,6 +1,8 @@
 """The networks whose time `gpu.py` measures: forms of each family, and the same layers without their additions. Measures nothing."""
 
 import copy
+import dataclasses
+import functools
 import json
 import operator
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from typing import Any
 
 import torch
 from removal_coverage import randomise
+from timm.models import byobnet, efficientnet
 from torch import fx, nn
 
 import rmprune
@@ -30,7 +33,8 @@ SHARES = {
     "mobilenet_v2": (0.755, 0.705, 0.605, 0.505),
     "timm/efficientnet_lite0": (0.605, 0.505),
 }
-"""Of the fused RM form's MACs (MobileNetV2's: 848 million at 224 pixels), as the paper's V1 forms have; others: the original's MACs."""
+"""Of the fused RM form's MACs (MobileNetV2's: 848 million at 224 pixels), as the paper's V1 forms have; others: the original's MACs where
+the RM form has more, else those of the RM form itself."""
 READ_AT = 64  # pixels at which networks are rewritten and cut: the result takes any size, and float64 is slow
 
 
@@ -71,13 +75,15 @@ def forms(name: str, *, quick: bool) -> dict[str, nn.Module]:
     found["RM"] = removed["never"]
     if rmprune.count_macs(removed["never"], large) != most:  # else there was nothing to fuse
         found["RM fused"] = plain
-    shares = SHARES.get(name, (whole / most,) if whole < most else ())
+    shares = SHARES.get(name, (min(1.0, whole / most),))
     for share in shares[-1:] if quick else shares:
-        narrow = cut(plain, share, x, unused=1.0 if quick else 0.02)
-        macs = rmprune.count_macs(narrow, large)
-        found[f"RM {macs / most:.2f}"] = narrow
-        equal = of_macs(name, macs, large, quick)
-        found |= {} if equal is None else {f"residual {macs / most:.2f}": equal}
+        macs = most
+        if share < 1:
+            narrow = cut(plain, share, x, unused=1.0 if quick else 0.02)
+            macs = rmprune.count_macs(narrow, large)
+            found[f"RM {macs / most:.2f}"] = narrow
+        if name in SHARES or share == 1:  # else the original is the residual network of these MACs
+            found[f"residual {macs / most:.2f}"] = of_macs(name, macs, large, quick)
     return found
 
 
@@ -85,7 +91,7 @@ def made(name: str, quick: bool, width: float | None = None) -> nn.Module:
     """With random weights, and batch norms as trained ones are: fresh ones need twice the copies. In miniature a quarter as wide."""
     torch.manual_seed(0)
     settings = {"num_classes": 10, "width": 0.25 if name == "mobilenet_v2" else 16} if quick else {}
-    model = rmprune.models.create(name, **settings | ({} if width is None else {"width": width}))
+    model = rmprune.models.create(name, **settings) if width is None else of_width(name, width, quick)
     size = 32 if quick else READ_AT
     randomise(model, torch.randn(4, 3, size, size), 0)
     return model
@@ -109,17 +115,26 @@ def cut(plain: nn.Module, share: float, x: torch.Tensor, unused: float) -> nn.Mo
     return rmprune.prune(larger, x, budget=Budget(macs_ratio=share, round_to=8, reference_macs=whole), **settings)
 
 
-def of_macs(name: str, macs: float, x: torch.Tensor, quick: bool) -> nn.Module | None:
-    """The residual network whose width multiplier gives nearly these MACs; None where it has no multiplier."""
-    if not rmprune.models.families.has_multiplier(name):
-        return None
-    settings = {"num_classes": 10} if quick else {}
-    cost = lambda width: rmprune.count_macs(rmprune.models.create(name, width=width, **settings), x)  # noqa: E731
+def of_macs(name: str, macs: float, x: torch.Tensor, quick: bool) -> nn.Module:
+    """The residual network with all widths multiplied so that it has nearly these MACs."""
+    cost = functools.cache(lambda width: rmprune.count_macs(of_width(name, width, quick), x))
     low, high = (0.1, 0.5) if quick else (0.7, 2.0)
     for _ in range(2 if quick else 6):
         width = (low + high) / 2
         low, high = (width, high) if cost(width) < macs else (low, width)
     return made(name, quick, min(low, high, key=lambda width: abs(cost(width) - macs)))
+
+
+def of_width(name: str, width: float, quick: bool) -> nn.Module:
+    """The network with all widths multiplied, in steps of 8. timm has no name for these: its builders are asked."""
+    if name == "timm/efficientnet_lite0":
+        return efficientnet._gen_efficientnet_lite("efficientnet_lite0", channel_multiplier=width)
+    if name.startswith("timm/repvgg"):
+        whole = byobnet.model_cfgs[name.removeprefix("timm/")]
+        step = lambda channels: 8 * round(width * channels / 8)  # noqa: E731
+        blocks = tuple(dataclasses.replace(block, c=step(block.c)) for block in whole.blocks)
+        return byobnet.ByobNet(dataclasses.replace(whole, blocks=blocks, stem_chs=step(whole.stem_chs)))
+    return rmprune.models.create(name, width=width, **({"num_classes": 10} if quick else {}))
 
 
 def with_and_without(name: str, *, quick: bool) -> dict[str, nn.Module]:

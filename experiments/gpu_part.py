@@ -1,7 +1,8 @@
-"""One part of `gpu.py` at work: its rows, its time, and what it had to leave out. Measures nothing."""
+"""One part of `gpu.py` at work: its rows, its time, what was measured before, and what it had to leave out. Measures nothing."""
 
 import contextlib
 import csv
+import io
 import signal
 import time
 import traceback
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas as pd
 import torch
 
 AGAIN = 5.0  # seconds until a part that did not stop is told again: libraries may swallow what is raised within them
@@ -28,7 +30,10 @@ class Part:
     device: str
     end: float
     left_out: list[str]
-    columns: list[str] | None = None
+    card: str = ""
+    """What the rows were measured on."""
+    before: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Rows of earlier times on any card."""
     took: dict[str, float] = field(default_factory=dict)
     """Seconds of the last of each kind of thing."""
 
@@ -53,16 +58,25 @@ class Part:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 
-    def write(self, **row: Any) -> None:
-        """Add a row; the first gives the columns."""
-        path = self.out / f"{self.name}.csv"
-        row = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
-        first, self.columns = self.columns is None, self.columns or list(row)
-        with path.open("w" if first else "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            if first:
-                writer.writeheader()
-            writer.writerow(row)
+    def has(self, **values: Any) -> bool:
+        """Whether a row of these values was measured on this card at an earlier time: it is not measured again."""
+        if self.before.empty:
+            return False
+        asked = {"card": self.card} | values
+        found = (self.before[list(asked)].astype(str) == [str(value) for value in asked.values()]).all(axis=1)
+        return bool(found.any())
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Add rows of the same columns to the file, all of them or none: what belongs together is written together."""
+        path, text = self.out / f"{self.name}.csv", io.StringIO()
+        writer = csv.DictWriter(text, ["card", *rows[0]], restval="")
+        if not path.exists():
+            writer.writeheader()
+        for row in rows:
+            rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+            writer.writerow({"card": self.card} | rounded)
+        with path.open("a", newline="") as file:
+            file.write(text.getvalue())
 
     def leave_out(self, what: str, why: str) -> None:
         self.left_out.append(f"{self.name}, {what}: {why}")

@@ -17,23 +17,27 @@ OURS = ("auto", "rm-amc", "rm")
 RIVALS = ("residual-amc", "coupled", "coupled-taylor")
 
 
+PARTS = ("exactness", "speed", "additions", "training", "accuracy", "solar")
+
+
 def draw(folder: Path) -> list[Path]:
-    """The figures and page.md of the CSV files below a folder; of several runs, all rows."""
-    tables = {name: read(folder, name) for name in ("exactness", "speed", "additions", "training", "accuracy", "solar")}
-    made = []
-    figures = {
-        "speed": speed_figure,
-        "additions": additions_figure,
-        "accuracy": accuracy_figure,
-        "solar": accuracy_figure,
-    }
-    for name, figure in figures.items():
-        if not tables[name].empty:
-            plt.close("all")
-            figure(tables[name]).savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-            made.append(folder / f"{name}.png")
+    """The figures and page.md of the CSV files below a folder: all rows of all times, card by card."""
+    everything = {name: complete(read(folder, name)) for name in PARTS}
+    cards = sorted({card for rows in everything.values() if not rows.empty for card in rows.card})
+    made, lines = [], heading(folder)
+    for card in cards:
+        tables = {name: rows if rows.empty else rows[rows.card == card] for name, rows in everything.items()}
+        lines += ["", f"# {card}", "", *(f"- {line}" for line in goals(tables)), ""]
+        for name, rows in tables.items():
+            if rows.empty:
+                continue
+            lines += [f"## {name.capitalize()}", "", table(rows), ""]
+            if name in FIGURES:
+                plt.close("all")
+                made.append(folder / f"{'-'.join([name, *(card.split() if len(cards) > 1 else [])])}.png")
+                FIGURES[name](rows).savefig(made[-1], dpi=150, bbox_inches="tight")
     page = folder / "page.md"
-    page.write_text(text(folder, tables))
+    page.write_text("\n".join(lines))
     return [*made, page]
 
 
@@ -41,6 +45,15 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     """All rows of one part; empty where it did not run."""
     found = [pd.read_csv(path) for path in sorted(folder.rglob(f"{name}.csv"))]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each seed of a comparison the training with the most networks: one that time cut short is begun anew another time."""
+    if "begun" not in rows:
+        return rows
+    own = ["card", "comparison", "seed"]
+    sizes = rows.groupby([*own, "begun"]).size().rename("networks").reset_index().sort_values(["networks", "begun"])
+    return rows.merge(sizes.drop_duplicates(own, keep="last")[[*own, "begun"]])
 
 
 def speed_figure(rows: pd.DataFrame) -> "plt.Figure":
@@ -85,6 +98,24 @@ def accuracy_figure(rows: pd.DataFrame) -> "plt.Figure":
     return figure
 
 
+def training_figure(rows: pd.DataFrame) -> "plt.Figure":
+    """Images per second of each loop, the median of its turns."""
+    rates = rows.groupby(["loop", "workers"], sort=False).images_per_second.median()
+    figure, axis = plt.subplots(figsize=(6, 2.5))
+    axis.barh([f"{loop}, {workers} workers" for loop, workers in rates.index], rates)
+    axis.set(xlabel="images per second, training")
+    return figure
+
+
+FIGURES = {
+    "speed": speed_figure,
+    "additions": additions_figure,
+    "training": training_figure,
+    "accuracy": accuracy_figure,
+    "solar": accuracy_figure,
+}
+
+
 def goals(tables: dict[str, pd.DataFrame]) -> list[str]:
     """What the tables say of the goals, a line each."""
     lines = []
@@ -119,26 +150,29 @@ def goals(tables: dict[str, pd.DataFrame]) -> list[str]:
 
 
 def over_front(comparison: str, rows: pd.DataFrame, own: str, base: str) -> str:
-    """How far a method lies above a rival at its measured time, seed by seed; linear in log time between its points, else the nearest."""
-    gains, seeds = [], 0
+    """How far a method lies above a rival at its measured time, seed by seed: the rival's best of so much time or less, linear in log
+    time between its networks, beyond them the nearest. The rival's next slower network needs no such line, and favours it.
+    """
+    gains, surely, seeds = [], 0, 0
     for _, part in rows.groupby("seed"):
         front = part[part.method.isin([base, "original"])].groupby("time_ratio", as_index=False).accuracy.max()
+        times, best = front.time_ratio.to_numpy(), np.maximum.accumulate(front.accuracy.to_numpy())
         mine = part[part.method == own]
         seeds += not mine.empty and base in set(part.method)
         for row in mine.itertuples() if base in set(part.method) else ():
-            at = np.interp(math.log(row.time_ratio), np.log(front.time_ratio), front.accuracy)
-            gains.append(100 * (row.accuracy - at))
+            gains.append(100 * (row.accuracy - np.interp(math.log(row.time_ratio), np.log(times), best)))
+            surely += row.accuracy > best[min(np.searchsorted(times, row.time_ratio), len(best) - 1)]
     if not gains:
         return f"{comparison}: {own} and {base} were measured with no seed in common."
     above = sum(gain > 0 for gain in gains)
     return (
         f"{comparison}: {own} lies {min(gains):+.2f} to {max(gains):+.2f} points over {base} at equal measured time; above in {above} of "
-        f"{len(gains)} networks, {seeds} seeds."
+        f"{len(gains)} networks ({surely} are above its next slower network too), {seeds} seeds."
     )
 
 
-def text(folder: Path, tables: dict[str, pd.DataFrame]) -> str:
-    """The page: where it was measured, what was left out, the goals, and every table."""
+def heading(folder: Path) -> list[str]:
+    """Where it was measured, by which commands, and what was left out."""
     lines = ["# Measured by experiments/gpu.py", ""]
     for path in sorted(folder.rglob("run-*.json")):
         run = json.loads(path.read_text())
@@ -149,16 +183,12 @@ def text(folder: Path, tables: dict[str, pd.DataFrame]) -> str:
             + ", ".join(f"{name} {took:g}" for name, took in run["seconds"].items()),
             *(f"  - left out: {what}" for what in run["left_out"]),
         ]
-    lines += ["", *(f"- {line}" for line in goals(tables)), ""]
-    for name, rows in tables.items():
-        if not rows.empty:
-            lines += [f"## {name.capitalize()}", "", table(rows), ""]
-    return "\n".join(lines)
+    return lines
 
 
 def table(rows: pd.DataFrame) -> str:
     """As markdown; columns that say nothing are left out."""
-    rows = rows.dropna(axis=1, how="all").drop(columns=["device", "q1_ms", "q3_ms", "first_ms"], errors="ignore")
+    rows = rows.dropna(axis=1, how="all").drop(columns=["card", "begun", "q1_ms", "q3_ms", "first_ms"], errors="ignore")
     cells = [
         [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
         for row in rows.itertuples(index=False)

@@ -2,7 +2,7 @@
 
 A comparison is a network on a data set. With each seed the network is trained once, by `slim`, which cuts it by its methods; `amc` then
 starts from that checkpoint. Budgets count MACs, in which a search costs the lent machine nothing, and times are measured: methods are
-compared at equal time along the rivals' front (`gpu_report.over_front`).
+compared at equal time along the rivals' front (`gpu_report.over_front`). Or they count measured time on the device (`Budgets`).
 """
 
 import csv
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +31,19 @@ from rmprune.config import (
 from rmprune.data import load
 from rmprune.data.sources import READERS, Images, Source, read_digits, read_fashion_mnist
 from rmprune.pipelines.stages import make_dense, open_data
+from rmprune.runs.cells import plan_cells
 
 LARGE, PIXELS = "fashion-mnist-64", 64
 SOLAR_PIXELS = 128
 SPLITS = 5  # of the solar cells, one for each seed: as many as experiments/solar-cells/layout.py writes
+Budgets = Literal["macs", "time"]
 LITE = "timm/efficientnet_lite0"
 LITE_WEIGHTS: dict[str, Any] = {"weights_by_order": True, "batch_norm_eps": 1e-3}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`slim`'s methods at `keep` of the MACs, `amc`'s at `budget`; `seconds`: that a run by either may need, as assumed."""
+    """`slim`'s methods at `keep` of the MACs, `amc`'s at `budget`, or all at `time`; `seconds`: that a run may need, as assumed."""
 
     model: str
     data: DataConfig
@@ -51,10 +53,11 @@ class Comparison:
     keep: tuple[float, ...]
     amc: tuple[str, ...] = ()
     budget: tuple[float, ...] = ()
+    time: tuple[float, ...] = (0.6,)
     sparsity: float = 0.8
     width: int | None = None
     pretrained: bool = False
-    seconds: float = 45.0
+    seconds: float = 60.0
     episodes: int = 100
 
     @property
@@ -96,7 +99,7 @@ def comparisons(part: str, folder: Path | None, *, quick: bool) -> tuple[Compari
     return {
         "accuracy": (
             Comparison(
-                "resnet20", small, TrainConfig(epochs=8, learning_rate=0.2), tuned(4, 0.1), slim, (0.15,), width=32
+                "resnet20", small, TrainConfig(epochs=8, learning_rate=0.2), tuned(4, 0.1), slim, (0.3, 0.15), width=32
             ),
             Comparison(
                 "mobilenet_v2",
@@ -104,9 +107,9 @@ def comparisons(part: str, folder: Path | None, *, quick: bool) -> tuple[Compari
                 TrainConfig(epochs=8, learning_rate=0.2),
                 tuned(4, 0.05),
                 slim,
-                (0.5,),
+                (0.7, 0.5),
                 amc,
-                (0.8, 0.5),
+                (0.8, 0.5, 0.35),
             ),
         ),
         "solar": (
@@ -116,9 +119,9 @@ def comparisons(part: str, folder: Path | None, *, quick: bool) -> tuple[Compari
                 TrainConfig(epochs=15, learning_rate=0.01, head_rate=5.0),
                 tuned(8, 0.01),
                 ("coupled-taylor", "rm", "auto"),
-                (0.5,),
+                (0.7, 0.5),
                 amc,
-                (0.8, 0.5),
+                (0.8, 0.5, 0.35),
                 sparsity=0.2,
                 pretrained=True,
             ),
@@ -128,9 +131,9 @@ def comparisons(part: str, folder: Path | None, *, quick: bool) -> tuple[Compari
                 TrainConfig(epochs=40, learning_rate=0.05),
                 tuned(8, 0.01),
                 slim,
-                (0.5,),
+                (0.7, 0.5),
                 amc,
-                (0.8, 0.5),
+                (0.8, 0.5, 0.35),
                 sparsity=0.4,
             ),
         ),
@@ -138,7 +141,15 @@ def comparisons(part: str, folder: Path | None, *, quick: bool) -> tuple[Compari
 
 
 def planned(
-    part: str, names: Sequence[str], seeds: range, device: str, folder: Path | None, runs: Path, *, quick: bool
+    part: str,
+    names: Sequence[str],
+    seeds: range,
+    device: str,
+    folder: Path | None,
+    runs: Path,
+    *,
+    quick: bool,
+    budgets: Budgets = "macs",
 ) -> Iterator[Run]:
     """The runs of a part, comparison by comparison and seed by seed; `names`: of networks, those comparisons alone."""
     offer_large()
@@ -148,12 +159,13 @@ def planned(
         if names and comparison.model not in names:
             continue
         for seed in seeds:
-            yield from runs_of(comparison, seed, device, runs / part, quick=quick)
+            yield from runs_of(comparison, seed, device, runs / part, quick=quick, timed=budgets == "time")
 
 
-def runs_of(own: Comparison, seed: int, device: str, runs: Path, *, quick: bool) -> Iterator[Run]:
+def runs_of(own: Comparison, seed: int, device: str, runs: Path, *, quick: bool, timed: bool) -> Iterator[Run]:
     """`slim`'s run, and `amc`'s on the network that it trained."""
-    data, folder = own.data, runs / f"{own.model.replace('/', '-')}-{seed}"
+    data, folder = own.data, runs / f"{own.model.replace('/', '-')}-{seed}{'-time' * timed}"
+    name = own.name + ", budgets in time" * timed
     if data.dataset == "imagefolder":
         data = dataclasses.replace(data, labels=Path(f"split{seed % SPLITS}.csv"), cache="memory")
     common: dict[str, Any] = {
@@ -174,17 +186,20 @@ def runs_of(own: Comparison, seed: int, device: str, runs: Path, *, quick: bool)
         starts = LITE_WEIGHTS | {"weights": str(data.data_dir / "efficientnet-lite0.pth")}
     slim = SlimConfig(
         method=own.slim,
-        prune=PruneConfig(macs_ratio=own.keep, round_to=2 if quick else 8),
+        prune=PruneConfig(
+            macs_ratio=() if timed else own.keep, latency_ratio=own.time if timed else (), round_to=2 if quick else 8
+        ),
         sparsity=SparsityConfig(strength=own.sparsity),
         search_minutes=0.0 if quick else 0.1,
         skip_infeasible=True,
         out=folder / "slim",
         **common | starts,
     )
-    yield Run(own.name, seed, slim, own.seconds)
+    yield Run(name, seed, slim, own.seconds)
     if own.amc:
         search = SearchConfig(
-            budget=own.budget,
+            constraint="latency" if timed else "macs",
+            budget=own.time if timed else own.budget,
             episodes=own.episodes,
             warm_up=min(30, own.episodes // 2),
             images=64 if quick else 2000,
@@ -192,9 +207,9 @@ def runs_of(own: Comparison, seed: int, device: str, runs: Path, *, quick: bool)
             importance="magnitude",
             multiple=2 if quick else 8,
         )
-        dense = slim.directory / "dense"
+        dense = plan_cells(slim.directory, seed, 1, slim.prune.budgets)[0].shared / "dense"
         yield Run(
-            own.name,
+            name,
             seed,
             AmcConfig(method=own.amc, search=search, checkpoint=dense, out=folder / "amc", **common),
             own.seconds,
@@ -226,7 +241,6 @@ def rows(records: Iterable[Path]) -> Iterator[dict[str, Any]]:
                     "macs_ratio": found["macs"] / whole["macs"],
                     "backend": latency["backend"],
                     "batch_size": latency["batch_size"],
-                    "device": latency["device"],
                 }
 
 

@@ -1,6 +1,8 @@
-"""The plainest control: the original network at a smaller width multiplier, the largest within the budget. It trains nothing."""
+"""The plainest control: the original network at a smaller width, the largest within the budget. It trains nothing."""
 
-from collections.abc import Callable, Sequence
+import functools
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,12 +14,14 @@ from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure.place import largest_within
 from rmprune.models.families import has_multiplier
 
-STEPS = 40  # multipliers between 0 and the original's
+STEPS = 40  # widths between 0 and the original's, at most
+Ratios = Callable[[Mapping[str, nn.Module]], Mapping[str, float]]
+"""{name: network} -> {name: its cost as a fraction of the original's}."""
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A width multiplier, and the cost of its network as a fraction of the original's."""
+    """A width (a multiplier, or channels), and the cost of its network as a fraction of the original's."""
 
     width: float
     ratio: float
@@ -34,38 +38,63 @@ def width_multiplier(
 ) -> Multiplier:
     """The largest multiplier whose network costs at most `goal.ratio` times the original. `make(width)` builds one.
 
-    In measured time it is searched for as all others are (`measure.place.largest_within`): something in hand, and measured twice.
     Raises InfeasibleBudget where even the narrowest is too dear, ConfigError where the network has no multiplier.
     """
     require_multiplier(config)
-    networks: dict[float, nn.Module] = {}
+    widths = smaller_widths(make, config.width or 1.0, whole=False)
+    if goal.timing is not None:
+        return widest("uniform", make, widths, goal.timing.place.ratios, goal.ratio, timed=True)
+    cost = COSTS[config.search.constraint]
+    base = network_cost(original, example, cost)
+
+    def ratios(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        return {name: network_cost(network, example, cost) / base for name, network in networks.items()}
+
+    return widest("uniform", make, widths, ratios, goal.ratio, timed=False)
+
+
+def smaller_widths(make: Callable[[float], nn.Module], own: float, *, whole: bool) -> list[float]:
+    """At most STEPS widths up to the original's `own` (`whole`: whole numbers), ascending; of those that rounding makes equal the first."""
+    steps = [own * step / STEPS for step in range(1, STEPS + 1)]
+    widths = sorted({float(max(1, round(width))) for width in steps}) if whole else steps
     firsts: dict[tuple[int, ...], float] = {}
-    whole = config.width or 1.0
-    for width in (whole * step / STEPS for step in range(1, STEPS + 1)):
-        model = make(width).eval()
-        if firsts.setdefault(tuple(p.numel() for p in model.parameters()), width) == width:
-            networks[width] = model  # of networks that rounding makes equal the first is kept
+    for width in widths:
+        firsts.setdefault(tuple(p.numel() for p in make(width).parameters()), width)
+    return list(firsts.values())
+
+
+def widest(
+    name: str,
+    make: Callable[[float], nn.Module],
+    widths: Sequence[float],
+    ratios: Ratios,
+    allowed: float,
+    *,
+    timed: bool,
+) -> Multiplier:
+    """The largest of these widths, ascending, whose network costs at most `allowed` times the original.
+
+    `timed`: it is searched for as all others are (`measure.place.largest_within`): something in hand, and measured twice. Raises
+    InfeasibleBudget, in the `name` of a method, where even the narrowest is too dear.
+    """
+    network = functools.cache(lambda width: make(width).eval())
+
+    def measure(some: Sequence[float]) -> list[float]:
+        return list(ratios({str(width): network(width) for width in some}).values())
 
     def refuse(least: float) -> InfeasibleBudget:
         return InfeasibleBudget(
-            f"uniform: the narrowest network costs {least:.3g} times the original, more than {goal.ratio:g}"
+            f"{name}: the narrowest network costs {least:.3g} times the original, more than {allowed:g}"
         )
 
-    if goal.timing is not None:
-        place = goal.timing.place
-
-        def measure(widths: Sequence[float]) -> list[float]:
-            return list(place.ratios({str(width): networks[width] for width in widths}).values())
+    if timed:
 
         def at(size: float) -> float:
-            return min(networks, key=lambda width: abs(width - size))
+            return min(widths, key=lambda width: abs(width - size))
 
-        found = largest_within(goal.ratio, at, float, measure, min(networks), max(networks), refuse=refuse)
+        found = largest_within(allowed, at, float, measure, widths[0], widths[-1], refuse=refuse)
         return Multiplier(found.candidate, found.ratio)
-    cost = COSTS[config.search.constraint]
-    base = network_cost(original, example, cost)
-    ratios = {width: network_cost(model, example, cost) / base for width, model in networks.items()}
-    fitting = [width for width, ratio in ratios.items() if ratio <= goal.ratio]
+    fitting = bisect_right(widths, allowed, key=lambda width: measure([width])[0])
     if not fitting:
-        raise refuse(min(ratios.values()))
-    return Multiplier(max(fitting), ratios[max(fitting)])
+        raise refuse(measure(widths[:1])[0])
+    return Multiplier(widths[fitting - 1], measure(widths[fitting - 1 : fitting])[0])

@@ -106,6 +106,7 @@ class Cutter:
                 here,
                 self.example,
                 importance=settings.importance,
+                isomorphic=self.method.isomorphic,
                 budget=budget,
                 data=self.job.batches,
                 gradients=self.gradients if network is self.network else None,

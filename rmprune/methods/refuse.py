@@ -33,13 +33,13 @@ def check_budgets(
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
     Networks may have any weights. Of a method's candidates one that can do it is enough; with `skip_infeasible` one method is enough
-    for a budget. `searches`: {method: what raises where it finds nothing}, for budgets that need no measuring.
+    for a budget. `searches`: {method: what raises where it finds nothing}, with candidates for budgets that need no measuring alone.
     """
     for budget in budgets:
         refusals: dict[str, Refusal] = {}
         for name, method in methods.items():
             try:
-                if name in searches and budget.latency_ratio is None:
+                if name in searches and (budget.latency_ratio is None or not method.candidates):
                     searches[name](budget)
                 else:
                     _check_any(name, method, start, budget, job)

@@ -35,7 +35,8 @@ class Method(NamedTuple):
 
     `widths`: any channel goes, those inside blocks alone, or the same fraction of every layer. `candidates`: methods of which the one
     goes on whose network, cut to the budget, has the least loss on validation images before any fine-tuning (`rmprune.methods.choose`).
-    `faster`: once the network is pruned, those residuals are removed whose removal then makes it faster.
+    `faster`: once the network is pruned, those residuals are removed whose removal then makes it faster. `scratch`: nothing is pruned.
+    `isomorphic`: Torch-Pruning ranks channels among those of groups of the same form alone.
     """
 
     about: str
@@ -45,6 +46,8 @@ class Method(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
     candidates: tuple[str, ...] = ()
     faster: bool = False
+    scratch: bool = False
+    isomorphic: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -97,6 +100,12 @@ METHODS: dict[str, Method] = {
         pruner="torch-pruning",
         settings={"gradual": False, "importance": "taylor"},
     ),
+    "coupled-isomorphic": Method(
+        "the same, channels ranked among groups of the same form alone (isomorphic pruning)",
+        pruner="torch-pruning",
+        settings={"gradual": False, "importance": "taylor"},
+        isomorphic=True,
+    ),
     "coupled-norm": Method(
         "residuals kept, one cut by Torch-Pruning's group norm (L2 of all weights of a group)",
         pruner="torch-pruning",
@@ -108,6 +117,10 @@ METHODS: dict[str, Method] = {
         "residuals kept, the same fraction of every layer, its best channels by the importance given, one cut",
         widths="uniform",
         settings={"gradual": False, "reconstruct": False},
+    ),
+    "scratch": Method(
+        "the network at a smaller width, the largest within the budget, trained from nothing for all epochs of training and fine-tuning",
+        scratch=True,
     ),
     "auto": Method(
         "a choice for every block and a width for every group, looked for under the budget: a surrogate proposes plans, validation images "

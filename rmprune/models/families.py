@@ -140,6 +140,13 @@ def has_multiplier(name: str) -> bool:
     return family is not None and inspect.signature(family.build).parameters["width"].annotation in (float, "float")
 
 
+def default_width(name: str) -> float | None:
+    """The `width` that a network has where none is given; None where it has no such setting, or its depth decides."""
+    family = _family(name)
+    found = inspect.signature(family.build).parameters.get("width") if family is not None else None
+    return None if found is None or found.default is inspect.Parameter.empty else found.default
+
+
 def _family(name: str) -> Family | None:
     return next((family for pattern, family in FAMILIES.items() if re.fullmatch(pattern, name)), None)
 

@@ -22,7 +22,7 @@ import torch
 
 from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import GridConfig, RemeasureConfig, SlimConfig
-from rmprune.errors import ConfigError, RmpruneError, first_line
+from rmprune.errors import ArtifactError, ConfigError, RmpruneError, first_line
 from rmprune.methods.table import find_methods
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
@@ -277,6 +277,10 @@ def _workers(config: GridConfig) -> Submit:
             gpus_per_node=config.gpus,
             **{f"slurm_{name}": int(value) if value.isdigit() else value for name, value in asked.items()},
         )
+    except OSError as error:
+        raise ArtifactError(
+            f"{config.directory}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from None
     except (RuntimeError, ValueError, NameError, TypeError) as error:
         raise ConfigError(f"{config.cluster}: {first_line(error)}") from None
     submit: Submit = executor.submit

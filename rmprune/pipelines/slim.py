@@ -5,7 +5,8 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 """
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from rmprune import artifact
+from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.describe import describe
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
-from rmprune.methods import auto
+from rmprune.methods import auto, scratch
 from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
@@ -42,6 +44,7 @@ from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.removal import plan_removal
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
+from rmprune.runs.notes import remembered
 from rmprune.runs.records import RENAMED
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.precision import repeatable
@@ -100,9 +103,13 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
     def network(name: str) -> nn.Module:
         return start(dense, name, lambda images: example[:images], config.removal)[0]
 
-    check_budgets(
-        network, methods, budgets, replace(job, teacher=dense), {"auto": functools.partial(auto.look, dense, job=job)}
-    )
+    job = replace(job, teacher=dense)
+    searches: dict[str, Callable[[Budget], object]] = {"auto": functools.partial(auto.look, dense, job=job)}
+    if any(method.scratch for method in methods.values()):
+        scratch.own_width(job)
+        make = functools.partial(make_dense, config, job.data, job.seed)
+        searches["scratch"] = functools.partial(scratch.check_narrowest, make, job=job)
+    check_budgets(network, methods, budgets, job, searches)
 
 
 def starts_of(job: Job[SlimConfig], cell: Cell) -> Starts:
@@ -166,6 +173,8 @@ def _slim(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A method's network, trained to its end, and the facts for its artifact and record."""
     files = Files.of(cell.directory, name)
+    if method.scratch:
+        return _from_nothing(budget, job, files)
     facts: dict[str, Any] = {"method": name}
     widths = None
     if name == "auto":
@@ -188,6 +197,17 @@ def _slim(
     fuse = begun.get("fuse", "cheaper")
     plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), fuse, layers_digest(job.original))
     return network, facts | more | {"plan": plan.to_dict()}
+
+
+def _from_nothing(budget: Budget, job: Job[SlimConfig], files: Files) -> tuple[nn.Module, dict[str, Any]]:
+    """The network at the largest width within the budget, trained as long as all others in total."""
+    config = job.config
+    make = functools.partial(make_dense, config, job.data, job.seed)
+    find = lambda: asdict(scratch.narrowed(make, budget, job))  # noqa: E731
+    found = Multiplier(**remembered(files.note("width"), "width", find))
+    train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
+    facts = {"method": "width", "width": found.width, "verified_ratio": found.ratio}
+    return tune(make(found.width), train, job, files), {"method": files.label, "search": facts}
 
 
 def _cutter(method: Method, budget: Budget, job: Job[SlimConfig], starts: Starts) -> Cutter:

@@ -1,6 +1,5 @@
 """What the removed channels gave on the mean, folded into the layers that read them: the least-squares intercept of a cut."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from rmprune.data.batches import NOT_RUN, Batches, each_pass
 from rmprune.errors import DataError
+from rmprune.graph.foreign import copied
 from rmprune.graph.run import evaluating, hooked
 from rmprune.pruning.dead import Folded, add_to_bias, response
 from rmprune.pruning.groups import Keep, Structure
@@ -28,7 +28,7 @@ def compensated(
     """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases."""
     if not any(bool(v.any()) for v in means.values()):
         return model
-    result = copy.deepcopy(model)
+    result = copied(model)
     for group in structure.groups:
         gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
         for member in group.consumers if bool(gone.any()) else ():

@@ -7,7 +7,6 @@ and the wrapper that puts protected channels out of reach.
 """
 
 import contextlib
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
+from rmprune.graph.foreign import copied
 from rmprune.graph.inputs import as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
@@ -50,6 +50,7 @@ def prune_coupled(
     example_inputs: Tensor,
     *,
     importance: str = "batch_norm",
+    isomorphic: bool = False,
     budget: Budget,
     data: Batches | None = None,
     loss: Loss | None = None,
@@ -62,6 +63,7 @@ def prune_coupled(
     """A new network pruned globally by Torch-Pruning with its group-aware `importance` (batch_norm, taylor,
     magnitude).
 
+    `isomorphic`: channels are ranked among those of groups of the same form alone (Isomorphic Pruning, Fang et al. 2024).
     The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
     tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed, or those that `loss` takes, as in `prune`; or
     these `gradients` themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
@@ -96,7 +98,7 @@ def prune_coupled(
     for _ in range(attempts):
         ratio = (low + high) / 2
         candidate, slices = _attempt(
-            model, example_inputs, structure, importance, gradients, least, budget.round_to, ratio
+            model, example_inputs, structure, importance, isomorphic, gradients, least, budget.round_to, ratio
         )
         value = measured_cost(candidate, structure, target.cost)
         # `_followed` left groups alone that are all the channels of each of their producers
@@ -175,7 +177,7 @@ def check_coupled(model: nn.Module, structure: Structure, importance: str, examp
         )
     import torch_pruning as tp
 
-    twin = copy.deepcopy(model).requires_grad_(True)
+    twin = copied(model).requires_grad_(True)
     with _following(model), evaluating(twin), torch.enable_grad():
         list(
             tp.DependencyGraph()
@@ -200,6 +202,7 @@ def _attempt(
     example_inputs: Tensor,
     structure: Structure,
     importance: str,
+    isomorphic: bool,
     gradients: Mapping[str, Tensor],
     least: Mapping[str, int],
     round_to: int,
@@ -208,7 +211,7 @@ def _attempt(
     """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
     import torch_pruning as tp
 
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     parameters = dict(twin.named_parameters())
     frozen = [p for p in parameters.values() if not p.requires_grad]
     twin.requires_grad_(True)  # Torch-Pruning traces by autograd
@@ -226,6 +229,7 @@ def _attempt(
             example_inputs,
             importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names),
             global_pruning=True,
+            isomorphic=isomorphic,
             pruning_ratio=ratio,
             ignored_layers=[twin.get_submodule(name) for name in staying],
             round_to=round_to if round_to > 1 else None,
@@ -306,7 +310,7 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
 
     `data`: (images, labels) batches, whose loss is the mean cross entropy, or `rmprune.data.batches.WithLoss`.
     """
-    twin = copy.deepcopy(model).requires_grad_(True).eval()
+    twin = copied(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
         for run, _ in each_loss(data, twin):

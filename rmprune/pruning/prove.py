@@ -12,7 +12,6 @@ The weights do not matter, the cut does: what folding and fitting change afterwa
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from rmprune.graph.equivalence import (
     reference_copy,
     relative_error,
 )
+from rmprune.graph.foreign import copied
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.run import hooked
 from rmprune.pruning.groups import Structure, layer_masks
@@ -131,7 +131,7 @@ def _error(
     """
     given = as_tuple(twin, example_inputs)
     images, sizes = check_inputs(given, GIVEN, DRAWN)
-    silent = copy.deepcopy(twin)
+    silent = copied(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
     _fill(silent, silenced or {}, torch.zeros_like, columns=False)
     try:
@@ -184,7 +184,7 @@ def _take_over(whole: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices
 def _with_drawn_weights(twin: nn.Module) -> nn.Module:
     """A copy with random weights in the place of its own, of a size that carries maps through."""
     generator = torch.Generator().manual_seed(1)
-    drawn = copy.deepcopy(twin)
+    drawn = copied(twin)
     for tensor in drawn.parameters():
         if tensor.dim() > 1:
             tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / tensor[0].numel() ** 0.5)

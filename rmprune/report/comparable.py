@@ -27,7 +27,7 @@ _OWN = {
 _UNREAD = frozenset(
     f"prune.{name}" for name in ("gradual", "reconstruct", "cuts", "cut_fraction", "score_decay", "cost", "rank")
 )
-_TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-norm")
+_TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-isomorphic", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _BY_TIME = ("mixed", "mixed-amc")
 """Methods that measure what they do, whatever the budget counts."""

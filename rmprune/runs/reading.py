@@ -29,6 +29,8 @@ def parse_json(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=_without_duplicates, parse_int=_bounded)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    if "\\ud" in text.lower() and any("\ud800" <= sign <= "\udfff" for sign in json.dumps(value, ensure_ascii=False)):
+        raise ValueError("a text with half a character, which is no Unicode")
     level = [value]
     for _ in range(DEEPEST):
         level = [

@@ -4,9 +4,11 @@ import importlib
 import json
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,6 +19,7 @@ from torch import nn
 import rmprune
 from rmprune.measure import BACKENDS
 from rmprune.methods.table import find_methods
+from rmprune.runs.cells import plan_cells
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -78,7 +81,7 @@ def test_a_part_is_stopped_when_its_time_is_up(gpu: Any, tmp_path: Path, monkeyp
     part = gpu.Part("speed", tmp_path, "cpu", time.monotonic() + 0.1, [])
 
     def measure() -> None:
-        part.write(form="original")
+        part.write({"form": "original"})
         with part.trying("a network"):
             while True:
                 try:
@@ -97,9 +100,20 @@ def test_a_kit_fits_the_time_that_a_machine_is_lent_for(gpu: Any) -> None:
     assert sorted(name for parts in gpu.KITS.values() for name in parts) == sorted(gpu.PARTS) == sorted(gpu.SECONDS)
     for parts in gpu.KITS.values():
         assert sum(gpu.SECONDS[name] for name in parts) <= 9 * 60 - 15  # what is imported before
-    printed = (EXPERIMENTS / "gpu.sh").read_text()
-    for seconds, parts in re.findall(r"timeout_s (\d+): .*--parts ([a-z,]+) ", printed):
-        assert int(seconds) <= 600 and int(seconds) >= 30 + sum(gpu.SECONDS[name] for name in parts.split(","))
+    said = subprocess.run(
+        ["bash", str(EXPERIMENTS / "gpu.sh"), "leases"], capture_output=True, text=True, check=True
+    ).stdout
+    assert said in (EXPERIMENTS.parent / "docs" / "gpu.md").read_text()
+    asked = re.findall(r"(\w+), timeout_s (\d+): .* there (\w+) --parts ([a-z,]+)(?: --scale ([0-9.]+))?", said)
+    assert len(asked) == said.count("--parts") and {part for *_, parts, _ in asked for part in parts.split(",")} == set(
+        gpu.PARTS
+    )
+    for carried, seconds, kit, parts, scale in asked:
+        assert carried == kit and set(parts.split(",")) <= set(gpu.KITS[kit])
+        needed = 30 + float(scale or 1) * sum(
+            gpu.SECONDS[name] for name in parts.split(",")
+        )  # 30: to install and import
+        assert needed <= int(seconds) <= 600
 
 
 def test_every_backend_of_a_gpu_has_its_turn(gpu: Any) -> None:
@@ -123,7 +137,9 @@ def test_every_run_of_full_size_is_one_that_its_command_takes(gpu: Any, tmp_path
         if run.config.command == "slim":
             assert "auto" in find_methods(run.config.method) and run.config.search_minutes <= 0.1
         else:  # from the network that slim trained just before
-            assert runs[runs.index(run) - 1].config.directory / "dense" == run.config.checkpoint
+            slim = runs[runs.index(run) - 1].config
+            cells = plan_cells(slim.directory, slim.seed, slim.seeds, slim.prune.budgets)
+            assert {cell.shared / "dense" for cell in cells} == {run.config.checkpoint}
             assert set(run.config.method) == {"rm-amc", "residual-amc"} and run.config.model != "resnet20"
         assert (
             run.config.measure.device == run.config.device == "cuda" and run.config.measure.backends[0] in gpu.GPU_ONLY
@@ -156,7 +172,14 @@ def test_networks_travel_without_weights(gpu: Any, tmp_path: Path) -> None:
 
 def test_the_page_weighs_the_goals(gpu: Any, tmp_path: Path) -> None:
     rows = [
-        {"network": "mobilenet_v2", "form": form, "backend": backend, "batch_size": batch, "speed_up": speed_up}
+        {
+            "card": "an H100",
+            "network": "mobilenet_v2",
+            "form": form,
+            "backend": backend,
+            "batch_size": batch,
+            "speed_up": speed_up,
+        }
         for form, speed_up in (("original", 1.0), ("RM 0.60", 1.4))
         for backend, batch in (("eager", 32), ("eager", 256), ("cudagraph", 32), ("cudagraph", 256))
     ]
@@ -165,17 +188,30 @@ def test_the_page_weighs_the_goals(gpu: Any, tmp_path: Path) -> None:
     points = [("original", 0.9, 1.0), ("residual-amc", 0.8, 0.5), ("rm-amc", 0.87, 0.6), ("rm-amc", 0.7, 0.5)]
     pd.DataFrame(
         [
-            {"comparison": "n, photos", "network": "n", "method": m, "seed": 0, "accuracy": a, "time_ratio": t}
-            for m, a, t in points
+            {
+                **{
+                    "card": "an H100",
+                    "comparison": "n, photos",
+                    "network": "n",
+                    "method": m,
+                    "seed": 0,
+                    "begun": begun,
+                },
+                **{"accuracy": a + lucky, "time_ratio": t},
+            }
+            for begun, shown, lucky in ((1, 2, 0.05), (2, 4, 0.0))  # time was up before all of the first were measured
+            for m, a, t in points[:shown]
         ]
     ).to_csv(tmp_path / "accuracy.csv")
-    gpu.gpu_report.draw(tmp_path)
+    (tmp_path / "another").mkdir()
+    other = rows[0] | {"card": "an H200"}
+    pd.DataFrame([other, other | {"form": "RM 0.60"}]).to_csv(tmp_path / "another" / "speed.csv")
+    made = {path.name for path in gpu.gpu_report.draw(tmp_path)}
+    assert made == {"speed-an-H100.png", "speed-an-H200.png", "accuracy-an-H100.png", "page.md"}
     page = (tmp_path / "page.md").read_text()
     assert "RM 0.60 of its MACs, batch 32 and more: at least 1.36 times in 1 of 2 backends (eager)" in page
-    assert (
-        "n, photos: rm-amc lies -10.00 to +4.37 points over residual-amc at equal measured time; above in 1 of 2"
-        in page
-    )
+    found = "rm-amc lies -10.00 to +4.37 points over residual-amc at equal measured time; above in 1 of 2 networks (0 are above"
+    assert f"n, photos: {found} its next slower network too), 1 seeds" in page
 
 
 def test_every_path_is_there_and_in_the_docs(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,3 +232,45 @@ def importable(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+def test_another_time_goes_on_where_the_last_one_stopped(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured on this card is not measured again, a seed as a whole; what another card measured is."""
+    run = gpu.gpu_runs.Run("n, photos", 0, SimpleNamespace(command="slim"), 0.0)
+    planned = [run, run._replace(config=SimpleNamespace(command="amc"))]
+    planned += [one._replace(seed=1) for one in planned]
+    started: list[str] = []
+    monkeypatch.setattr(gpu.gpu_runs, "planned", lambda *args, **settings: iter(planned))
+    monkeypatch.setattr(gpu, "run_amc", lambda config, command: started.append(config.command))
+    monkeypatch.setattr(gpu.gpu_runs, "rows", lambda records: [{"method": "rm", "accuracy": 0.9}])
+
+    def lease(card: str, out: str, stop: int) -> Any:
+        monkeypatch.setattr(gpu.gpu_runs, "planned", lambda *args, **settings: iter(planned[:stop]))
+        before = gpu.gpu_report.read(tmp_path, "accuracy")
+        (tmp_path / out).mkdir(exist_ok=True)
+        part = gpu.Part("accuracy", tmp_path / out, "cpu", time.monotonic() + 60, [], card, before)
+        started.clear()
+        gpu.accuracy(part, gpu.Settings())
+        return pd.read_csv(tmp_path / out / "accuracy.csv") if started else None
+
+    assert list(lease("an H100", "1", 3).seed) == [0, 0, 1]
+    assert list(lease("an H100", "2", 4).seed) == [1, 1]  # the seed that was not finished, from its beginning
+    assert lease("an H100", "3", 4) is None
+    assert list(lease("an H200", "1", 4).seed) == [0, 0, 1, 0, 0, 1, 1]  # added to what lies there
+
+
+def test_widths_of_equal_macs_for_networks_without_a_multiplier(gpu: Any) -> None:
+    def widths(net: nn.Module) -> list[int]:
+        return [m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)]
+
+    with torch.device("meta"):
+        for name in ("timm/repvgg_a0", "timm/efficientnet_lite0"):
+            whole = widths(rmprune.models.create(name))
+            assert widths(gpu.networks.of_width(name, 1.0, False)) == whole
+            narrow = widths(gpu.networks.of_width(name, 0.7, False))[
+                1:-1
+            ]  # EfficientNet-Lite's first and last layer stay
+            assert all(n % 8 == 0 and n <= w for n, w in zip(narrow, whole[1:-1], strict=True))
+            assert 0.65 < sum(narrow) / sum(whole[1:-1]) < 0.75

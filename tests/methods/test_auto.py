@@ -140,6 +140,7 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(METHODS, "auto", METHODS["auto"]._replace(candidates=("rm-v1",)))
     prune, none = PruneConfig(latency_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
     config = replace(QUICK, method=("auto",), prune=prune, train=none, finetune=none, search_minutes=0.0, out=tmp_path)
+    config = replace(config, measure=replace(QUICK.measure, backends=("eager",)))
     found = records.read_record(run_slim(config, command="x")[0])
     assert found["auto"]["params"] <= 0.5 * found["original"]["params"]
     tried = found["auto"]["candidates"]

@@ -177,6 +177,12 @@ def test_no_cell_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run_grid(config(tmp_path), command="", submit=lambda *_: Said("the data are gone"))
 
 
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"file: cannot be written \(Not a directory\); choose another --out"):
+        _workers(config(tmp_path / "file"))
+
+
 def test_submitit_says_which_worker_was_lost(tmp_path: Path) -> None:
     submit = _workers(config(tmp_path, jobs=1))
     well, lost = submit(len, "abc"), submit(time.sleep, 60)

@@ -38,6 +38,19 @@ def test_limits_and_multiples() -> None:
     assert measured_macs(pruned, x) <= 0.5 * measured_macs(model, x)
 
 
+def test_isomorphic_ranking_takes_the_same_part_of_every_form() -> None:
+    """Two streams of a form of their own, and the three layers inside blocks, of which one has the least channels of all."""
+    model, x = residual(16), images()
+    model[1].bn1.weight.data[:15] *= 1e-3
+    forms, whole = (("0.0",), ("2.shortcut.0",), ("1.conv1", "2.conv1", "3.conv1")), find_structure(model, x).units
+    spread = []
+    for isomorphic in (False, True):
+        left = find_structure(prune_coupled(model, x, isomorphic=isomorphic, budget=Budget(macs_ratio=0.5)), x).units
+        parts = [sum(left[name] for name in form) / sum(whole[name] for name in form) for form in forms]
+        spread.append(max(parts) - min(parts))
+    assert spread[0] > 0.2 and spread[1] < 1 / 16
+
+
 def test_channel_budget_and_reference() -> None:
     model, x = residual(), images()
     pruned = prune_coupled(model, x, budget=Budget(ratio=0.5))

@@ -4,24 +4,33 @@ import copy
 
 import pytest
 import torch
-from removal_nets import small_resnet
+from pruning_nets import randomise
+from slim_runs import inverted
 from torch import nn
 
-from rmprune import Budget, prune, remove_residuals
+from rmprune import Budget, plan_removal, prune
+from rmprune.models import create
+from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.training.recentre import recentre
 
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    return torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.fixture(scope="module")
-def fitted(images: torch.Tensor) -> nn.Module:
-    """A ResNet without residuals, cut once, its layers fitted."""
-    data = [(images.float(), torch.arange(len(images)) % 4)]
-    plain = remove_residuals(small_resnet(), images[:8].float()).model
-    return prune(plain, images[:2].float(), budget=Budget(ratio=0.4), data=data, reconstruct=True).double()
+@pytest.fixture(scope="module", params=["remove", "merge", "fuse"])
+def fitted(request: pytest.FixtureRequest, images: torch.Tensor) -> nn.Module:
+    """A ResNet without residuals or of merged blocks, inverted residuals in MobileNetV1's form; cut once, the layers fitted."""
+    torch.manual_seed(0)
+    model = randomise(
+        inverted() if request.param == "fuse" else create("resnet8", num_classes=4, in_channels=1, width=8)
+    ).eval()
+    x = images.float()
+    choices = {report.name: request.param for report in plan_removal(model, x[:2])}
+    plain, _ = carry_out_blocks(model, choices, lambda count: x[:count])
+    data = [(x, torch.arange(len(x)) % 4)]
+    return prune(plain, x[:2], budget=Budget(ratio=0.4), data=data, reconstruct=True).double()
 
 
 @torch.no_grad()
