@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from rmprune.graph.equivalence import (
 )
 from rmprune.graph.foreign import copied
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.run import hooked
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
@@ -204,22 +206,15 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str
         for place, tensor in enumerate(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
             found[f"{name} {place}"] = tensor.clone()
 
-    handles = []
-    if maps:
-        counts: Counter[str] = Counter()
-        for name, module in network.named_modules():
-            if not module._modules:
+    counts: Counter[str] = Counter()
 
-                def hook(_: nn.Module, __: Any, value: Any, name: str = name) -> None:
-                    counts[name] += 1
-                    keep(f"{name} {counts[name]}", value)
+    def note(name: str, _: nn.Module, __: Any, value: Any) -> None:
+        counts[name] += 1
+        keep(f"{name} {counts[name]}", value)
 
-                handles.append(module.register_forward_hook(hook))
-    try:
+    layers = ((name, module) for name, module in network.named_modules() if maps and not module._modules)
+    with hooked(module.register_forward_hook(partial(note, name)) for name, module in layers):
         keep("output", in_double(network, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
