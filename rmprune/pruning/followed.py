@@ -25,15 +25,17 @@ def followed(
     cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
     settle: Callable[[Structure, nn.Module], Structure] = lambda structure, _: structure,
+    *,
+    values: bool = False,
 ) -> tuple[nn.Module, Reading, Structure]:
-    """The network, what was read of it (with its weights), and its groups, less those that `settle` leaves whole.
+    """The network, what was read of it (`values`: with its weights), and its groups, less those that `settle` leaves whole.
 
     The network is `model`, or a torch.fx graph of the same layers where nothing can be pruned else, or not enough for the budget (of
     MACs, channels or, with `cost`, time); the log says so. Raises UnsupportedModel as `find_structure` does.
     """
 
     def attempt(network: nn.Module) -> tuple[nn.Module, Reading, Structure]:
-        reading = read(network, inputs, values=True)
+        reading = read(network, inputs, values=values)
         if reading.network.sizes_note:
             logger.warning("prune: %s", reading.network.sizes_note)
         return network, reading, settle(find_structure(network, inputs, reading=reading), network)

@@ -108,7 +108,7 @@ def prune(
         refuse_unknown(structure, network, origin=origin, begin=begin)
         return leave_whole(inner_only(structure) if which == "inner" else structure, network, ignore)
 
-    plain, reading, structure = followed(plain, example_inputs, budget, cost, origin, settle)  # type: ignore[assignment]
+    plain, reading, structure = followed(plain, example_inputs, budget, cost, origin, settle, values=True)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
     memory = budget.memory_ratio is not None
     if memory:
