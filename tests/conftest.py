@@ -29,9 +29,11 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests that need a GPU are skipped where there is none, and those that fork where other files run, too."""
-    if item.get_closest_marker("forks") is not None and len({other.path for other in item.session.items}) > 1:
-        pytest.skip("forks: tests/test_forks.py runs its file in a process of its own")
+    """Tests that need a GPU are skipped where there is none, and those that fork where others run in other files, too."""
+    items = item.session.items
+    forks = [other.get_closest_marker("forks") is not None for other in items]
+    if item.get_closest_marker("forks") is not None and not all(forks) and len({other.path for other in items}) > 1:
+        pytest.skip("forks: tests/test_forks.py runs those that do in a process of their own")
     if item.get_closest_marker("cuda") is not None:
         import torch
 

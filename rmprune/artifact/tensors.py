@@ -169,6 +169,9 @@ class _Counted(dict[int, Any]):
             raise ValueError(f"its pickle has more than {MOST_STEPS} steps")
         return super().__getitem__(code)
 
+    def __missing__(self, code: int) -> Any:
+        raise pickle.UnpicklingError("its pickle is of another kind than torch.save's")
+
 
 class _DryRun(pickle._Unpickler):  # the one in C takes memory for whatever number stands in a memo
     """Goes through a pickle (protocol 2, as torch writes it), makes nothing of it, and remembers the storages it asks for."""

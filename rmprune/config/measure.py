@@ -33,7 +33,7 @@ class MeasureConfig:
             require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
         require(min(self.threads) >= 1, f"threads is {self.threads}; each must be at least 1")
         require(min(self.batch_sizes) >= 1, f"batch_sizes is {self.batch_sizes}; each must be at least 1")
-        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
+        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must be finite and not negative")
         require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")
 
     def require_judge(self) -> None:
@@ -55,4 +55,4 @@ class DoctorConfig:
     """Time spent on finding out whether the machine is quiet."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must not be negative")
+        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must be finite and not negative")

@@ -51,7 +51,10 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         kinds = dict.fromkeys(name for name, _ in self.budgets)
-        require(len(kinds) <= 1, f"{' and '.join(kinds)} are set; give one kind of budget")
+        require(
+            len(kinds) <= 1,
+            f"{' and '.join(kinds)} are set; give one kind of budget, they are not combined (the record says what became of the others)",
+        )
         for name, value in self.budgets:
             require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
         shown = [f"{value:g}" for _, value in self.budgets]  # cells are named by these

@@ -82,15 +82,13 @@ def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
         raise _Reached(inputs)
 
     for run in each_pass(data, model):
-        handle = model.register_forward_pre_hook(stop)
         try:
-            run()
+            with model.register_forward_pre_hook(stop):
+                run()
         except _Reached as reached:
             (inputs,) = reached.args
         else:
             raise DataError(NOT_RUN)
-        finally:
-            handle.remove()
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise DataError("loss: layers are fitted on networks that the loss calls with one tensor, model(images)")
         yield inputs[0].detach()

@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import as_tuple, trial
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+from rmprune.graph.run import hooked
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -62,11 +63,9 @@ def _norms_of_vectors(model: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
             found.add(name)
 
     norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm1d)}
-    handles = [module.register_forward_pre_hook(partial(note, name)) for name, module in norms.items()]
-    if norms:
-        trial(model, as_tuple(model, inputs))
-    for handle in handles:
-        handle.remove()
+    with hooked(module.register_forward_pre_hook(partial(note, name)) for name, module in norms.items()):
+        if norms:
+            trial(model, as_tuple(model, inputs))
     return found
 
 

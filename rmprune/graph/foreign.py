@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
-from typing import Any
+from collections import OrderedDict
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from rmprune.errors import UnsupportedModel
 
+M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger("rmprune")
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
@@ -80,13 +82,15 @@ def is_of_weights(hook: Any) -> bool:
     return type(hook).__name__ in _HOOKED or isinstance(hook, BasePruningMethod)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A copy. Tensors that are computed from others, which torch refuses to copy, are copied as numbers."""
-    memo: dict[int, Any] = {}
+def copied(model: M, memo: dict[int, Any] | None = None) -> M:
+    """A copy. Tensors that are computed from others, which torch refuses to copy, are copied as numbers. `memo`: as deepcopy takes it."""
+    memo = {} if memo is None else memo
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
+            elif type(value) in (dict, OrderedDict) and not value:  # of hooks: ten to a module, half of the time
+                memo[id(value)] = type(value)()
     try:
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:

@@ -22,28 +22,44 @@ _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 
-def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
+class Given(tuple[Tensor, ...]):
+    """Inputs that a network took (`as_given`): what both are handed on to does not try them again."""
+
+    network: nn.Module
+
+
+def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
     """The network without wrappers (`plain_module`), and its inputs in order (`as_tuple`), tried.
 
     The one gate of every call that reads a network. Raises UnsupportedModel for a network that cannot be read or has no values, where it
     does not take these inputs, where they or it are not finite, and where a hook changes what it returns.
     """
     model = plain_module(model)
+    if isinstance(example_inputs, Given) and example_inputs.network is model:
+        return model, example_inputs
     refuse_meta(model)
     inputs = as_tuple(model, example_inputs)
     if any(x.is_meta for x in inputs):
         raise UnsupportedModel("example_inputs on the meta device have no values: give images as the network sees them")
-    trial(model, inputs)
-    inputs = _as_many(inputs)
+    one, inputs = inputs, _as_many(inputs)
     try:
         trial(model, tuple(torch.cat([x[:1], x[:1]]) for x in inputs), count=2)
     except UnsupportedModel as error:
+        trial(model, one)
         raise UnsupportedModel(
             f"the network runs on one example, but not on two, as every check does ({error}): write it for batches of any size"
         ) from error
-    refuse_broken(model, inputs)
+    try:
+        refuse_broken(model, inputs)
+    except UnsupportedModel:
+        raise
+    except Exception:  # of one example something else is wrong than of two
+        trial(model, one)
+        raise
     refuse_changing_hooks(model, inputs)
-    return model, inputs
+    given = Given(inputs)
+    given.network = model
+    return model, given
 
 
 def _as_many(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.graph.calls import ADDITIONS
 from rmprune.graph.listed import trace
+from rmprune.graph.run import hooked
 
 
 def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
@@ -50,13 +51,8 @@ def _output_sizes(model: nn.Module, x: Tensor, layers: list[nn.Module]) -> dict[
     def note(layer: nn.Module, _: Any, out: Tensor) -> None:
         sizes[layer] = list(out.shape[2:])
 
-    hooks = [layer.register_forward_hook(note) for layer in dict.fromkeys(layers)]
-    try:
-        with torch.no_grad():
-            model(x[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(layer.register_forward_hook(note) for layer in dict.fromkeys(layers)), torch.no_grad():
+        model(x[:1])
     return sizes
 
 

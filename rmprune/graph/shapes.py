@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.convolution import from_module, or_none, output_size
 from rmprune.graph.double import InDouble
+from rmprune.graph.foreign import copied
 from rmprune.graph.network import Network, in_words
 from rmprune.graph.run import Values, node_value, run
 
@@ -43,7 +43,7 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
 
 def on_meta(module: M) -> M:
     """A copy whose parameters and buffers have no values."""
-    return copy.deepcopy(module, {id(tensor): blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
+    return copied(module, {id(tensor): blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
 
 
 def blank(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from rmprune.amc.multiplier import Multiplier, smaller_widths, widest
+from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import activation_memory, count_macs
@@ -47,7 +47,7 @@ def narrowed(make: Make, budget: Budget, job: Job[SlimConfig]) -> Multiplier:
 def check_narrowest(make: Make, budget: Budget, job: Job[SlimConfig]) -> None:
     """Raise InfeasibleBudget where the network of the least width is too dear."""
     own, allowed = own_width(job), getattr(budget, budget.name)
-    least = own / 40 if has_multiplier(job.config.model) else 1.0
+    least = own / STEPS if has_multiplier(job.config.model) else 1.0
     ratio = _ratios(budget, job, {"narrowest": make(least)})["narrowest"]
     if ratio > allowed * (1.0 if budget.latency_ratio is None else NOISE):
         raise InfeasibleBudget(

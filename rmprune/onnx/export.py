@@ -3,7 +3,6 @@ checks it. No timing here.
 """
 
 import contextlib
-import copy
 import inspect
 import io
 import logging
@@ -11,19 +10,17 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path
 
 from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.onnx.compare import as_tensors, difference, is_off, named_outputs, open_session, outputs_of
 from rmprune.runs.writing import whole
 
 OPSET = 17
-ROUNDINGS = 4.0  # two float32 runs of one network differ by this many times its `rounding` at most
 
 
 def export_onnx(
@@ -49,7 +46,7 @@ def export_onnx(
     folded = fold_batch_norms(model, inputs).float().cpu().to(memory_format=torch.contiguous_format)
     data = onnx_bytes(folded, inputs, dynamic_batch=dynamic_batch)
     error = _onnx_error(folded, data, inputs)
-    if not error <= tolerance and not (tolerance > 0 and error <= ROUNDINGS * rounding(folded, inputs)):
+    if is_off(error, tolerance, folded, inputs):
         raise NotEquivalent(
             f"{path}: ONNX Runtime differs from PyTorch by {error:.1e} of the largest output (limit {tolerance:.1e}); "
             "no file written"
@@ -106,23 +103,6 @@ def input_names(model: nn.Module, count: int) -> list[str]:
     return ["input"] if count == 1 else list(inspect.signature(model.forward).parameters)[:count]
 
 
-def named_outputs(outputs: Any) -> dict[str, Tensor]:
-    """{name: tensor} of what a network returns: "output", or the keys of dicts and the places in tuples, joined by "_"."""
-    found = {}
-    for path, value in tree_flatten_with_path(outputs)[0]:
-        keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
-        name = "_".join((["output"] if keys and keys[0].isdigit() else []) + keys) or "output"
-        if isinstance(value, Tensor):
-            found[name] = value
-    return found
-
-
-def as_tensors(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inputs as a tuple on the CPU, those of floating point in float32."""
-    values = (inputs,) if isinstance(inputs, Tensor) else inputs
-    return tuple(x.detach().float().cpu() if x.is_floating_point() else x.cpu() for x in values)
-
-
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
     """The exporter warns that it is the older one and logs; neither is for the user. Attention is exported as its parts."""
@@ -139,42 +119,21 @@ def quiet_export() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
-    """What float32 does to the outputs of `model` in eval mode: largest |difference| to float64 over the largest |output|."""
-    single = as_tensors(inputs)
-    with torch.inference_mode():
-        exact = named_outputs(
-            copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in single))
-        )
-        return max(_off(value, exact[name]) for name, value in named_outputs(model(*single)).items())
-
-
-def _off(found: Tensor, expected: Tensor) -> float:
-    """The largest |difference| over the largest |entry|."""
-    expected = expected.double()
-    return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
 def _onnx_error(folded: nn.Module, data: bytes, inputs: tuple[Tensor, ...]) -> float:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = open_session(data)
+    read = {value.name for value in session.get_inputs()}  # one that nothing depends on is left out
     names, given = input_names(folded, len(inputs)), as_tensors(inputs)
     generator = torch.Generator().manual_seed(0)
     noise = tuple(torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for x in given)
-    worst = 0.0
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
     for batch in (given, noise):
-        with torch.inference_mode():
-            expected = named_outputs(folded(*batch))
-        if not all(bool(value.isfinite().all()) for value in expected.values()):
-            raise NotEquivalent(
-                "the network's outputs are not finite in float32 (an untrained deep network?), so its ONNX form cannot "
-                "be checked; train it first, or leave ONNX out"
-            )
-        read = {value.name for value in session.get_inputs()}  # one that nothing depends on is left out
+        expected += outputs_of(folded, batch)
         feed = {name: x.numpy() for name, x in zip(names, batch, strict=True) if name in read}
-        actual = (torch.from_numpy(value) for value in session.run(None, feed))
-        worst = max(worst, *(_off(found, value) for value, found in zip(expected.values(), actual, strict=True)))
-    return worst
+        found += map(torch.from_numpy, session.run(None, feed))
+    if not all(bool(value.isfinite().all()) for value in expected):
+        raise NotEquivalent(
+            "the network's outputs are not finite in float32 (an untrained deep network?), so its ONNX form cannot "
+            "be checked; train it first, or leave ONNX out"
+        )
+    return difference(found, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.vocabulary import MAX_ENTRIES
+from rmprune.onnx.compare import open_session
 
 OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
@@ -47,6 +49,11 @@ class OnnxFile:
     opset: int
     inputs: tuple[OnnxInput, ...]
     outputs: tuple[OnnxInput, ...]
+
+    @cached_property
+    def session(self) -> Any:
+        """The file in ONNX Runtime, opened when it is first asked for."""
+        return open_session(self.path)
 
     @property
     def nodes(self) -> list[onnx.NodeProto]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmprune.errors import ArtifactError, NotEquivalent, first_line
-from rmprune.onnx.export import ROUNDINGS, named_outputs, rounding
+from rmprune.onnx.compare import FLOAT32_TOLERANCE, difference, is_off, outputs_of
 from rmprune.onnx.file import OnnxFile, open_onnx
 from rmprune.onnx.read import OnnxNetwork, read_network
-
-_TOLERANCE = 1e-4  # of the largest output, as for files of ours
 
 
 def checked_network(path: str | Path, image_size: int | None = None, channels: int = 3) -> OnnxNetwork:
@@ -24,10 +21,7 @@ def checked_network(path: str | Path, image_size: int | None = None, channels: i
     """
     network = read_network(open_onnx(path), image_size, channels)
     inputs = batch_for(network.file, network.examples)
-    expected = run_file(network.file, inputs)
-    with torch.no_grad():
-        found = list(named_outputs(network.model(*inputs)).values())
-    refuse_difference(network, inputs, expected, found, f"{path}: what was read of it")
+    refuse_difference(network, inputs, outputs_of(network.model, inputs), f"{path}: what was read of it")
     return network
 
 
@@ -42,38 +36,27 @@ def batch_for(file: OnnxFile, examples: Sequence[Tensor], seed: int = 0) -> tupl
 
 def run_file(file: OnnxFile, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of a file in ONNX Runtime on the CPU. Raises ArtifactError where that refuses the file or the inputs."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     feed = {entry.name: x.numpy() for entry, x in zip(file.inputs, inputs, strict=True)}
     try:
-        session: Any = onnxruntime.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
-        return [torch.from_numpy(value) for value in session.run([entry.name for entry in file.outputs], feed)]
+        return [torch.from_numpy(value) for value in file.session.run([entry.name for entry in file.outputs], feed)]
     except Exception as error:  # ONNX Runtime has many errors of its own
         raise ArtifactError(
             f"{file.path}: ONNX Runtime refuses it ({first_line(error)}); export the network again"
         ) from None
 
 
-def refuse_difference(
-    network: OnnxNetwork, inputs: Sequence[Tensor], expected: list[Tensor], found: list[Tensor], what: str
-) -> float:
-    """The largest |difference| over the largest |entry| of an output.
+def refuse_difference(network: OnnxNetwork, inputs: Sequence[Tensor], found: list[Tensor], what: str) -> float:
+    """The `difference` of what was `found` for these inputs to the outputs of the file.
 
-    Raises NotEquivalent where that is over _TOLERANCE and over what float32 itself does to the network, or an output is not finite.
+    Raises NotEquivalent where that is over FLOAT32_TOLERANCE and over what float32 itself does to the network, or an output is not finite.
     """
-    if [x.shape for x in expected] != [x.shape for x in found]:
-        raise NotEquivalent(f"{what} gives outputs of other sizes; it cannot be used")
+    expected = run_file(network.file, inputs)
     if not all(bool(x.isfinite().all()) for x in expected):
         raise NotEquivalent(
             f"{network.file.path}: its outputs are not finite for normal inputs, so nothing can be compared"
         )
-    error = max(
-        float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30))
-        for a, b in zip(expected, found, strict=True)
-    )
-    if not error <= _TOLERANCE and not error <= ROUNDINGS * rounding(network.model, tuple(inputs)):
+    error = difference(found, expected)
+    if is_off(error, FLOAT32_TOLERANCE, network.model, tuple(inputs)):
         raise NotEquivalent(
             f"{what} differs from the file by {error:.1e} of the largest output in ONNX Runtime; it cannot be used"
         )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rmprune.errors import RmpruneError, UnsupportedModel, first_line
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.network import free_name
-from rmprune.onnx.export import as_tensors, quiet_export
+from rmprune.onnx.compare import as_tensors
+from rmprune.onnx.export import quiet_export
 from rmprune.onnx.file import OnnxFile, open_onnx
 from rmprune.onnx.read import OnnxNetwork
 from rmprune.onnx.runtime import batch_for, refuse_difference, run_file
@@ -43,16 +44,17 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
     proto, weights = _exported(network, model)
     weights = _rename(proto, weights, file)
     _tell(proto, file.proto)
-    _write(proto, weights, path)
-    error = _compare(network, path, 0)
-    if _open_sizes(file) and not _agree_on_more_pixels(network, path):
+    new = _write(proto, weights, path)
+    error = _compare(network, new, 0)
+    is_open = any(None in entry.sizes[2:] for entry in file.inputs)
+    if is_open and not _agree_on_more_pixels(network, new):
         _fix_sizes(proto, network)
-        _write(proto, weights, path)
+        new = _write(proto, weights, path)
         logger.warning(
             "%s: what it computes depends on the size of its images, which is fixed in the new file (--image-size says another)",
             file.path,
         )
-    return max(error, _compare(network, path, 1))
+    return max(error, _compare(network, new, 1))
 
 
 def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, Weights]:
@@ -120,10 +122,9 @@ def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
     for name in ("input", "output", "value_info"):
         proto.graph.ClearField(name)
     proto.graph.input.extend(value for value in source.graph.input if value.name not in weights)
-    proto.graph.output.extend(
-        theirs if theirs.type.tensor_type.HasField("shape") else ours
-        for theirs, ours in zip(source.graph.output, outputs, strict=True)
-    )
+    for theirs, ours in zip(source.graph.output, outputs, strict=True):
+        ours.name = theirs.name
+        proto.graph.output.append(theirs if theirs.type.tensor_type.HasField("shape") else ours)
     proto.graph.name, proto.graph.doc_string = source.graph.name or "graph", source.graph.doc_string
     proto.metadata_props.extend(source.metadata_props)
     for field in ("doc_string", "domain", "model_version"):
@@ -132,7 +133,7 @@ def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
     proto.producer_name, proto.producer_version = "rmprune", ""
 
 
-def _write(proto: onnx.ModelProto, weights: Weights, path: Path) -> None:
+def _write(proto: onnx.ModelProto, weights: Weights, path: Path) -> OnnxFile:
     proto.graph.ClearField("initializer")
     proto.graph.initializer.extend(
         numpy_helper.from_array(np.ascontiguousarray(w), name) for name, w in weights.items()
@@ -148,37 +149,26 @@ def _write(proto: onnx.ModelProto, weights: Weights, path: Path) -> None:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         raise UnsupportedModel(f"the new network cannot be written as the file was ({first_line(error)})") from error
+    return open_onnx(path)
 
 
-def _compare(network: OnnxNetwork, path: Path, seed: int) -> float:
-    """Both files in ONNX Runtime: on the examples' sizes, and three images where their number is open."""
+def _compare(network: OnnxNetwork, new: OnnxFile, seed: int) -> float:
+    """Both files in ONNX Runtime: on the examples' sizes, and, with another seed, three images where their number is open."""
     inputs: Sequence[Tensor] = batch_for(network.file, network.examples, seed)
     if seed and all(entry.sizes[0] is None for entry in network.file.inputs):
         inputs = [torch.cat([x, x.flip(0)[:1] * 3]) for x in inputs]
-    return _error_of(network, path, inputs)
+    return refuse_difference(network, inputs, run_file(new, inputs), f"{new.path.name}, the new file,")
 
 
-def _error_of(network: OnnxNetwork, path: Path, inputs: Sequence[Tensor]) -> float:
-    found, expected = run_file(open_onnx(path), inputs), run_file(network.file, inputs)
-    return refuse_difference(network, inputs, expected, found, f"{path.name}, the new file,")
-
-
-def _open_sizes(file: OnnxFile) -> bool:
-    return any(None in entry.sizes[2:] for entry in file.inputs)
-
-
-def _agree_on_more_pixels(network: OnnxNetwork, path: Path) -> bool:
-    """Whether both files give the same on images of another size, where the first takes them at all."""
+def _agree_on_more_pixels(network: OnnxNetwork, new: OnnxFile) -> bool:
+    """Whether both files take images of another size, and give the same for them."""
     inputs = []
-    for entry, x in zip(network.file.inputs, batch_for(network.file, network.examples), strict=True):
+    for entry, x in zip(network.file.inputs, network.examples, strict=True):
+        count = entry.sizes[0] or len(x)
         sizes = [n + _MORE_PIXELS * (i > 1 and entry.sizes[i] is None) for i, n in enumerate(x.shape)]
-        inputs.append(torch.randn(sizes, generator=torch.Generator().manual_seed(2)))
+        inputs.append(torch.randn([count, *sizes[1:]], generator=torch.Generator().manual_seed(2)))
     try:
-        expected = run_file(network.file, inputs)
-    except RmpruneError:
-        return False
-    try:
-        refuse_difference(network, inputs, expected, run_file(open_onnx(path), inputs), "the new file")
+        refuse_difference(network, inputs, run_file(new, inputs), "the new file")
     except (RmpruneError, RuntimeError):
         return False
     return True

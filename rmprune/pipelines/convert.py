@@ -6,7 +6,6 @@ import re
 import shlex
 from pathlib import Path
 
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +17,7 @@ from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, architec
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
-from rmprune.onnx.export import ROUNDINGS, named_outputs, rounding
+from rmprune.onnx.compare import FLOAT32_TOLERANCE, difference, is_off, open_session, outputs_of
 from rmprune.onnx.file import is_onnx
 from rmprune.onnx.read import OnnxNetwork
 from rmprune.onnx.runtime import batch_for, checked_network
@@ -31,7 +30,6 @@ from rmprune.removal.remove import nothing_to_remove
 
 logger = logging.getLogger("rmprune")
 _SHOWN: tuple[Choice, ...] = ("keep", "remove", "fuse", "merge", "drop")
-CHECK_TOLERANCE = 1e-4  # float32 outputs of what was written, relative to their scale
 _IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_small": 32, "mobilenet_v2_digits": 8}
 
 
@@ -215,23 +213,19 @@ def _check_out(config: ConvertConfig) -> None:
 def check_written(path: Path, model: nn.Module, examples: tuple[Tensor, ...]) -> dict[str, float]:
     """Relative difference of the loaded artifact, and of its ONNX file, to the original in float32.
 
-    Raises NotEquivalent over CHECK_TOLERANCE and over what float32 itself does to the original.
+    Raises NotEquivalent over FLOAT32_TOLERANCE and over what float32 itself does to the original.
     """
-    with torch.no_grad():
-        expected = list(named_outputs(model.eval()(*examples)).values())
-        outputs = {"the artifact": list(named_outputs(artifact.load(path)(*examples)).values())}
+    expected = outputs_of(model.eval(), examples)
+    outputs = {"the artifact": outputs_of(artifact.load(path), examples)}
     file = path / "model.onnx"
     if file.is_file():
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        session = open_session(file)
         feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), examples, strict=True)}
         outputs["model.onnx in ONNX Runtime"] = [torch.from_numpy(value) for value in session.run(None, feed)]
-    errors = {
-        name: max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-        for name, found in outputs.items()
-    }
+    errors = {name: difference(found, expected) for name, found in outputs.items()}
     for name, error in errors.items():
-        if not error <= CHECK_TOLERANCE and not error <= ROUNDINGS * rounding(model, examples):
+        if is_off(error, FLOAT32_TOLERANCE, model, examples):
             raise NotEquivalent(
-                f"{path}: {name} differs by {error:.1e}, more than {CHECK_TOLERANCE:.0e}; do not deploy it"
+                f"{path}: {name} differs by {error:.1e}, more than {FLOAT32_TOLERANCE:.0e}; do not deploy it"
             )
     return errors

@@ -1,16 +1,18 @@
 """What the removed channels gave on the mean, folded into the layers that read them: the least-squares intercept of a cut."""
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.data.batches import NOT_RUN, Batches, each_pass
 from rmprune.errors import DataError
-from rmprune.graph.run import evaluating
+from rmprune.graph.foreign import copied
+from rmprune.graph.run import evaluating, hooked
 from rmprune.pruning.dead import Folded, add_to_bias, response
 from rmprune.pruning.groups import Keep, Structure
+from rmprune.pruning.layers import channel_rows
 
 
 def removed_means(folded: Folded, data: Batches | None) -> dict[str, Tensor]:
@@ -26,7 +28,7 @@ def compensated(
     """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases."""
     if not any(bool(v.any()) for v in means.values()):
         return model
-    result = copy.deepcopy(model)
+    result = copied(model)
     for group in structure.groups:
         gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
         for member in group.consumers if bool(gone.any()) else ():
@@ -45,24 +47,16 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            x = x.reshape(-1, x.shape[-1]).t() if isinstance(module, nn.Linear) else x.transpose(0, 1).flatten(1)
-            total = x.double().sum(1)
-            sums[name] = total if name not in sums else sums[name] + total
-            counts[name] = counts.get(name, 0) + x.shape[1]
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = channel_rows(inputs[0], layer)
+        total = x.double().sum(1)
+        sums[name] = total if name not in sums else sums[name] + total
+        counts[name] = counts.get(name, 0) + x.shape[1]
 
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(record(n)) for n in layers]
-    try:
-        with evaluating(model), torch.no_grad():
-            for run in each_pass(data, model):
-                run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (model.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in layers)
+    with hooked(hooks), evaluating(model), torch.no_grad():
+        for run in each_pass(data, model):
+            run()
     if not sums:
         raise DataError(NOT_RUN)
     return {name: total.cpu() / counts[name] for name, total in sums.items()}

@@ -7,7 +7,6 @@ and the wrapper that puts protected channels out of reach.
 """
 
 import contextlib
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
+from rmprune.graph.foreign import copied
 from rmprune.graph.inputs import as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
@@ -177,7 +177,7 @@ def check_coupled(model: nn.Module, structure: Structure, importance: str, examp
         )
     import torch_pruning as tp
 
-    twin = copy.deepcopy(model).requires_grad_(True)
+    twin = copied(model).requires_grad_(True)
     with _following(model), evaluating(twin), torch.enable_grad():
         list(
             tp.DependencyGraph()
@@ -211,7 +211,7 @@ def _attempt(
     """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
     import torch_pruning as tp
 
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     parameters = dict(twin.named_parameters())
     frozen = [p for p in parameters.values() if not p.requires_grad]
     twin.requires_grad_(True)  # Torch-Pruning traces by autograd
@@ -310,7 +310,7 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
 
     `data`: (images, labels) batches, whose loss is the mean cross entropy, or `rmprune.data.batches.WithLoss`.
     """
-    twin = copy.deepcopy(model).requires_grad_(True).eval()
+    twin = copied(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
         for run, _ in each_loss(data, twin):

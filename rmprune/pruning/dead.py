@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from rmprune.errors import NotEquivalent
+from rmprune.graph.foreign import copied
 from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import NodeLayer, shape_of
 from rmprune.graph.ranges import annotate_ranges, range_of
@@ -89,7 +90,7 @@ def fold_dead(
         for name, mask in keep.items():
             kept[name] = kept[name][mask]
     if result is model:
-        result = copy.deepcopy(model)
+        result = copied(model)
     else:
         _check(model, result, example_inputs)
     masks = {n: torch.zeros(sizes[n], dtype=torch.bool).index_fill(0, index, True) for n, index in kept.items()}
@@ -204,7 +205,7 @@ def _without(
     model: nn.Module, structure: Structure, constants: Constants, keep: Keep, merged: Mapping[str, int]
 ) -> nn.Module:
     """Fold the constants of what goes into a copy, then cut the copy."""
-    result = copy.deepcopy(model)
+    result = copied(model)
     for group in structure.groups:
         if group.name not in keep:
             continue

@@ -6,8 +6,9 @@ One description serves plain chains (every group has one producer) and networks 
 group), so that free and coupled pruning are compared with the same importance, limits, schedule and surgery.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.graph.run import evaluating
+from rmprune.graph.run import evaluating, hooked
 from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs, price
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
@@ -192,29 +193,16 @@ def with_ports(structure: Structure) -> Structure:
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example. A layer used twice is refused."""
+    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example; its first use where there are two."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
-    handles = []
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in shapes:
-                raise UnsupportedModel(
-                    f"{name} is used twice in one forward pass; give each use its own layer before pruning"
-                )
-            shapes[name] = (inputs[0].shape, output.shape)
+    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes.setdefault(name, (inputs[0].shape, output.shape))
 
-        return record
-
-    for name, module in model.named_modules():
-        if isinstance(module, Weighted):
-            handles.append(module.register_forward_hook(recorder(name)))
-    try:
-        with evaluating(model), torch.no_grad():
-            model(example_inputs[:1].to(device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    weighted = ((name, module) for name, module in model.named_modules() if isinstance(module, Weighted))
+    hooks = (module.register_forward_hook(partial(record, name)) for name, module in weighted)
+    with hooked(hooks), evaluating(model), torch.no_grad():
+        model(example_inputs[:1].to(device_of(model)))
     return shapes
 
 

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_loss, each_pass
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
-from rmprune.graph.run import evaluating
+from rmprune.graph.run import evaluating, hooked
 from rmprune.pruning.groups import (
     Group,
     Scores,
@@ -25,7 +26,7 @@ from rmprune.pruning.groups import (
     member_values,
     zero_scores,
 )
-from rmprune.pruning.layers import by_input, by_output, weight_of
+from rmprune.pruning.layers import by_input, by_output, channel_rows, weight_of
 
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
 
@@ -111,22 +112,15 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     moments: dict[str, list[Any]] = {}
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            now = [m for x in (inputs[0], output) for m in _moments(x, linear=isinstance(module, nn.Linear))]
-            before = moments.get(name)
-            moments[name] = now if before is None else [a + b for a, b in zip(before, now, strict=True)]
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        now = [m for x in (inputs[0], output) for m in _moments(channel_rows(x, layer).double())]
+        before = moments.get(name)
+        moments[name] = now if before is None else [a + b for a, b in zip(before, now, strict=True)]
 
-        return hook
-
-    handles = [module.register_forward_hook(record(name)) for name, module in consumers.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            for run in each_pass(data, model):
-                run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = (layer.register_forward_hook(partial(record, name)) for name, layer in consumers.items())
+    with hooked(hooks), evaluating(model), torch.no_grad():
+        for run in each_pass(data, model):
+            run()
     scores = zero_scores(structure)
     for group in structure.groups:
         for member in group.consumers:
@@ -208,12 +202,9 @@ def _need(batches: Batches | None, name: str) -> Batches:
     return batches
 
 
-def _moments(x: Tensor, *, linear: bool) -> tuple[int, Tensor, Tensor]:
-    """Count, sums and sums of squares over everything but the channels (dimension 1; the last one of what a linear
-    layer reads and writes).
-    """
-    flat = (x.reshape(-1, x.shape[-1]).t() if linear else x.transpose(0, 1)).flatten(1).double()
-    return flat.shape[1], flat.sum(1), flat.square().sum(1)
+def _moments(rows: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, sums and sums of squares of each of these rows."""
+    return rows.shape[1], rows.sum(1), rows.square().sum(1)
 
 
 @contextmanager
@@ -221,20 +212,13 @@ def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
     """The inputs of these modules, each as a view of its own, so that a gradient belongs to one consumer."""
     seen: dict[str, Tensor] = {}
 
-    def capture(name: str) -> Callable[..., tuple[Tensor]]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            x = inputs[0].view_as(inputs[0])
-            seen[name] = x if x.requires_grad else x.detach().requires_grad_(True)
-            return (seen[name],)
+    def capture(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        x = inputs[0].view_as(inputs[0])
+        seen[name] = x if x.requires_grad else x.detach().requires_grad_(True)
+        return (seen[name],)
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(capture(name)) for name, module in modules.items()]
-    try:
+    with hooked(module.register_forward_pre_hook(partial(capture, name)) for name, module in modules.items()):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _effects(model: nn.Module, structure: Structure, batches: Batches | None, name: str) -> Iterator[dict[str, Tensor]]:

@@ -222,6 +222,11 @@ def by_output(module: nn.Module, values: Tensor) -> Tensor:
     return parts.reshape(module.out_channels, -1, *values.shape[2:])
 
 
+def channel_rows(x: Tensor, layer: nn.Module) -> Tensor:
+    """[c, n]: what a layer reads or gives by channels, dimension 1 of a map and the last one of a linear layer's."""
+    return x.reshape(-1, x.shape[-1]).t() if isinstance(layer, nn.Linear) else x.transpose(0, 1).flatten(1)
+
+
 def by_input(module: nn.Module, rows: Tensor) -> Tensor:
     """[c_in]: the sum, for each input channel, of `rows` as `by_output` has them (convolution groups taken apart)."""
     groups = getattr(module, "groups", 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
 from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
@@ -80,10 +81,9 @@ def block_options(
     return found
 
 
-def block_names(model: nn.Module, example_inputs: Inputs) -> list[str]:
+def block_names(model: nn.Module, images: Tensor) -> list[str]:
     """The residual blocks of a network, from front to back."""
-    model, inputs = as_given(model, example_inputs)
-    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    network = normalise(reference_copy(plain_module(model)), (to_double(images[:2]),))
     return [name for name, _ in additions(network)]
 
 
@@ -95,10 +95,9 @@ class BlockLayers:
     way: frozenset[str]
 
 
-def block_layers(model: nn.Module, example_inputs: Inputs) -> dict[str, BlockLayers]:
+def block_layers(model: nn.Module, images: Tensor) -> dict[str, BlockLayers]:
     """{block: its layers}, of the blocks that can be followed."""
-    model, inputs = as_given(model, example_inputs)
-    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    network = normalise(reference_copy(plain_module(model)), (to_double(images[:2]),))
     annotate_ranges(network)
     found = {}
     for name, add in additions(network):

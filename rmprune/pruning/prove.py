@@ -12,10 +12,10 @@ The weights do not matter, the cut does: what folding and fitting change afterwa
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +31,9 @@ from rmprune.graph.equivalence import (
     reference_copy,
     relative_error,
 )
+from rmprune.graph.foreign import copied
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.run import hooked
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
@@ -129,7 +131,7 @@ def _error(
     """
     given = as_tuple(twin, example_inputs)
     images, sizes = check_inputs(given, GIVEN, DRAWN)
-    silent = copy.deepcopy(twin)
+    silent = copied(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
     _fill(silent, silenced or {}, torch.zeros_like, columns=False)
     try:
@@ -182,7 +184,7 @@ def _take_over(whole: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices
 def _with_drawn_weights(twin: nn.Module) -> nn.Module:
     """A copy with random weights in the place of its own, of a size that carries maps through."""
     generator = torch.Generator().manual_seed(1)
-    drawn = copy.deepcopy(twin)
+    drawn = copied(twin)
     for tensor in drawn.parameters():
         if tensor.dim() > 1:
             tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) / tensor[0].numel() ** 0.5)
@@ -204,22 +206,15 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str
         for place, tensor in enumerate(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
             found[f"{name} {place}"] = tensor.clone()
 
-    handles = []
-    if maps:
-        counts: Counter[str] = Counter()
-        for name, module in network.named_modules():
-            if not module._modules:
+    counts: Counter[str] = Counter()
 
-                def hook(_: nn.Module, __: Any, value: Any, name: str = name) -> None:
-                    counts[name] += 1
-                    keep(f"{name} {counts[name]}", value)
+    def note(name: str, _: nn.Module, __: Any, value: Any) -> None:
+        counts[name] += 1
+        keep(f"{name} {counts[name]}", value)
 
-                handles.append(module.register_forward_hook(hook))
-    try:
+    layers = ((name, module) for name, module in network.named_modules() if maps and not module._modules)
+    with hooked(module.register_forward_hook(partial(note, name)) for name, module in layers):
         keep("output", in_double(network, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

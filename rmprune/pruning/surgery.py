@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.graph.facts import facts_of, note
+from rmprune.graph.foreign import copied
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, in_and_out, set_width, slices_of
 from rmprune.pruning.written import write
@@ -34,7 +35,7 @@ def shrink(
         memo[id(parameter)] = _new_parameter(parameter, slices.get(name, ()))
     for name, buffer in model.named_buffers():
         memo[id(buffer)] = take(buffer, slices.get(name, ()))
-    smaller = copy.deepcopy(model, memo)
+    smaller = copied(model, memo)
     masks = layer_masks(structure, keep)
     for (layer, side), mask in masks.items():
         if side in ("in", "out"):

@@ -187,16 +187,17 @@ function drawChart() {
   for (const { look, mine } of own) {
     if (state.front === "each") marks.push(Plot.line(front(mine, axis), { ...step, stroke: look.fill }));
     else if (mine.length > 1) marks.push(Plot.line(d3.sort(mine, x), { x, y, stroke: look.fill, strokeWidth: 1.2, strokeOpacity: .45 }));
+    const bar = { stroke: look.fill, strokeWidth: 1.5, strokeOpacity: .5 }; // points stand out from their spread
     const spread = mine.filter((p) => p.accuracy_high > p.accuracy_low), wide = mine.filter((p) => axis.of(p).length > 1);
-    marks.push(Plot.ruleX(spread, { x, y1: (p) => 100 * p.accuracy_low, y2: (p) => 100 * p.accuracy_high, stroke: look.fill, strokeWidth: 1.3 }));
-    marks.push(Plot.ruleY(wide, { y, x1: (p) => axis.of(p)[1], x2: (p) => axis.of(p)[2], stroke: look.fill, strokeWidth: 1.3 }));
+    marks.push(Plot.ruleX(spread, { x, y1: (p) => 100 * p.accuracy_low, y2: (p) => 100 * p.accuracy_high, ...bar }));
+    marks.push(Plot.ruleY(wide, { y, x1: (p) => axis.of(p)[1], x2: (p) => axis.of(p)[2], ...bar }));
   }
   for (const { look, mine } of own)
     marks.push(Plot.dot(mine, {
       x, y, fill: look.fill, symbol: look.symbol, r: look.name === "dense" ? 7.5 : 5.5, stroke: "var(--paper)", strokeWidth: 1, sort: null, className: "dots",
     }));
   const svg = Plot.plot({
-    width, height: narrow ? 340 : 480, marginLeft: 48, marginRight: 16, marginTop: 26, marginBottom: 44,
+    width, height: narrow ? 340 : 520, marginLeft: 48, marginRight: 16, marginTop: 26, marginBottom: 44,
     style: STYLE,
     x: {
       type: state.scale, label: `${axis.unit(place())} ${axis.more ? "→ better" : "← better"}`, labelAnchor: "center", labelArrow: "none",
@@ -287,7 +288,7 @@ function figures(point) {
 function plan(point) {
   const networks = point.networks.map((number) => data.networks[number]), first = networks[0];
   const runs = [...new Set(networks.map((network) => data.runs[network.run].name))];
-  const pairs = [[runs.length > 1 ? "runs" : "run", runs.length > 3 ? `${runs.slice(0, 2).join(", ")} and ${runs.length - 2} more` : runs.join(", ")]];
+  const pairs = [[runs.length > 1 ? "runs" : "run", runs.length > 1 ? `${runs[0]} and ${runs.length - 1} more` : runs[0]]];
   const widths = first.widths ?? first.search?.widths?.map?.((group) => group.kept);
   if (widths) pairs.push(["widths", widths.join(" ")]);
   if (first.chosen) pairs.push(["chosen", `${first.chosen}, of ${Object.keys(first.candidates ?? {}).join(", ")}`]);
@@ -326,7 +327,8 @@ function drawDetails() {
     return;
   }
   const first = data.networks[chosen.networks[0]], extra = [];
-  for (const [name, reason] of Object.entries(first.removal?.kept ?? {})) extra.push([`${name} kept`, reason]);
+  for (const [reason, kept] of d3.group(Object.entries(first.removal?.kept ?? {}), ([, reason]) => reason))
+    extra.push([plural(kept.length, "residual"), `stayed (${kept.map(([name]) => name).join(", ")}): ${reason}`]);
   for (const [name, verdict] of Object.entries(first.candidates ?? {}))
     extra.push([`candidate ${name}`, verdict.loss != null ? `loss ${three(verdict.loss)}` : String(verdict.refused ?? "")]);
   const runs = [...new Set(chosen.networks.map((number) => data.networks[number].run))];

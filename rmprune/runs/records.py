@@ -5,6 +5,7 @@ live in artifacts.
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,69 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "environment": (dict,),
     "removal": (dict, type(None)),
     "original": (dict,),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _may(form: Any) -> Callable[[Any], bool]:
+    """As `form`, or not there."""
+    return lambda value: value is None or _fits(value, form)
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Whether a value is of a form: a type, a test, [what a list holds], {field: form}, or {str: what an object of any fields holds}."""
+    if isinstance(form, dict):
+        of = dict.fromkeys(value, form[str]) if str in form and isinstance(value, dict) else form
+        return isinstance(value, dict) and all(_fits(value.get(field), inner) for field, inner in of.items())
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(inner, form[0]) for inner in value)
+    return isinstance(value, form) and not isinstance(value, bool) if isinstance(form, type) else bool(form(value))
+
+
+_REMOVAL = {"removed": [str], "kept": {str: str}, "max_error": _is_number}
+_LAYER = {
+    "name": str,
+    "cout": _is_count,
+    "size": _may([_is_count]),
+    "groups": _may(_is_count),
+    "kernel": _may([_is_count]),
+    "stride": _may([_is_count]),
+}
+_EPISODE = {"reward": _is_number, "source": str}
+_WIDTH = {"group": str, "whole": _is_count, "kept": int}
+_SEARCH = {"episodes": _may([_EPISODE]), "widths": _may([_WIDTH]), "verified_ratio": _may(_is_number)}
+_SHOWN: dict[str, Any] = {
+    "model": _may(str),
+    "dataset": _may(str),
+    "budget": _may({str: _is_number}),
+    "refused": {str: str},
+    "training": _may({str: [{"validation_accuracy": _may(_is_share)}]}),
+}
+"""What a record may say besides; of records and (below) of networks, since reports and cards draw it."""
+_DRAWN: dict[str, Any] = {
+    "method": _may(str),
+    "balanced_accuracy": _may(_is_share),
+    "auc": _may(_is_share),
+    "validation": _may({str: _may(_is_number)}),
+    "classes": _may([{"name": str, "images": int, "recall": _may(_is_share), "precision": _may(_is_share)}]),
+    "layers": _may([_LAYER]),
+    "residuals": _may([{"from": int, "to": int, "shortcut": list}]),
+    "removal": _may(_REMOVAL),
+    "collapsed": _may({str: _is_number}),
+    "plan": _may(dict),
+    "candidates": _may(dict),
+    "search": _may(_SEARCH),
 }
 
 
@@ -59,12 +123,11 @@ def check_record(record: Any) -> None:
     for field in ("versions", "processor", "threads"):
         if field not in record["environment"]:
             raise ArtifactError(f"'environment' has no {field!r}")
-    for field, kind in (("removed", list), ("kept", dict), ("max_error", (int, float))) if record["removal"] else ():
-        if not isinstance(record["removal"].get(field), kind):
-            raise ArtifactError(f"'removal' has no valid {field!r}")
-    refused = record.get("refused", {})
-    if not isinstance(refused, dict) or not all(isinstance(why, str) for why in refused.values()):
-        raise ArtifactError("'refused' is not an object of texts")
+    if not isinstance(record["environment"]["versions"], dict):
+        raise ArtifactError("'versions' of 'environment' is not an object")
+    if record["removal"] and not _fits(record["removal"], _REMOVAL):
+        raise ArtifactError("'removal' has no valid 'removed', 'kept' and 'max_error'")
+    _check_more("", record, _SHOWN)
     for name in ("plain", "pruned", "coupled"):
         if name in record and name not in networks(record):
             raise ArtifactError(f"{name!r} lacks one of accuracy, macs, params, latency")
@@ -80,13 +143,10 @@ def _check_network(name: str, entry: dict[str, Any]) -> None:
     for field in ("macs", "params"):
         if not _is_count(entry[field]):
             raise ArtifactError(f"{name}: {field} is {entry[field]!r}, not a positive whole number")
-    for field in ("balanced_accuracy", "auc"):
-        if entry.get(field) is not None and not _is_share(entry[field]):
-            raise ArtifactError(f"{name}: {field} is {entry[field]!r}, not a number from 0 to 1")
-    validation = entry.get("validation", {})
-    if not isinstance(validation, dict) or not all(v is None or _is_number(v) for v in validation.values()):
-        raise ArtifactError(f"{name}: 'validation' is not an object of numbers")
-    _check_classes(name, entry.get("classes", []))
+    _check_more(f"{name}: ", entry, _DRAWN)
+    layers = len(entry.get("layers") or ())
+    if layers and not all(-1 <= end[at] < layers for end in entry.get("residuals") or () for at in ("from", "to")):
+        raise ArtifactError(f"{name}: 'residuals' lead beyond its {layers} layers")
     if not isinstance(entry["latency"], list):
         raise ArtifactError(f"{name}: latency is not a list")
     for position, latency in enumerate(entry["latency"]):
@@ -102,31 +162,14 @@ def _check_network(name: str, entry: dict[str, Any]) -> None:
         for field in ("median_ms", "q1_ms", "q3_ms", *({"ratio"} & latency.keys())):
             if not _is_number(latency.get(field)) or latency[field] <= 0:
                 raise ArtifactError(f"{where}: {field} is {latency.get(field)!r}, not a positive number")
+        _check_more(f"{where}: ", latency, {"accuracy": _is_share, "number_format": str})
 
 
-def _check_classes(name: str, classes: Any) -> None:
-    def fits(one: Any) -> bool:
-        return (
-            isinstance(one, dict)
-            and isinstance(one.get("name"), str)
-            and type(one.get("images")) is int
-            and all(share is None or _is_share(share) for share in (one.get("recall"), one.get("precision")))
-        )
-
-    if not isinstance(classes, list) or not all(map(fits, classes)):
-        raise ArtifactError(f"{name}: 'classes' is no list of name, images, recall and precision")
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _check_more(where: str, found: dict[str, Any], forms: dict[str, Any]) -> None:
+    """Raise ArtifactError for the first of these fields that is there in another form than runs write."""
+    for field, form in forms.items():
+        if field in found and not _fits(found[field], form):
+            raise ArtifactError(f"{where}{field!r} is not of the form that runs write: {str(found[field])[:80]}")
 
 
 def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import is_plain, read_pickled
 from rmprune.config import TrainConfig
 from rmprune.data.load import Dataset
-from rmprune.errors import ArtifactError, first_line
+from rmprune.errors import ArtifactError, RmpruneError, first_line
 from rmprune.runs.reading import parse_json
 from rmprune.runs.writing import whole
+from rmprune.training.optimizer import learning_rate
+from rmprune.training.state import Hook, TrainState
 
 _FORMAT = 1
 _FREE_SETTINGS = ("checkpoint_seconds", "tensorboard", "cuda_graph")  # these do not change what is trained
@@ -135,6 +138,50 @@ def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[st
             raise ArtifactError(
                 f"{path} belongs to another run ({detail}); run with those settings, or delete it to start again"
             )
+
+
+def snapshot(state: TrainState, hook: Hook | None, device: torch.device, *, changed: bool) -> dict[str, Any]:
+    """What a training needs to go on as if it had never stopped, besides its identity and the sums of its epoch.
+
+    `changed`: whether the model is not the one that it began with, so that its architecture is needed, too.
+    """
+    model, own = state.model, getattr(hook, "state_dict", None)
+    return {
+        "step": state.step,
+        "architecture": architecture_of(model) if changed else None,
+        "constants": constants_of(model) if changed else {},
+        "model": model.state_dict(),
+        "optimizer": optimizer_state(state.optimizer, model),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "hook": None if own is None else own(),
+    }
+
+
+def put_back(saved: Mapping[str, Any], state: TrainState, hook: Hook | None, device: torch.device) -> None:
+    """Brings `state`, whose model has the right architecture by now, the hook and the generators to what `snapshot` saw."""
+    state.model.load_state_dict(saved["model"])
+    restore_optimizer(state.optimizer, state.model, saved["optimizer"])
+    state.step = int(saved["step"])
+    state.learning_rate = learning_rate(state.config, state.step - 1, state.steps_per_epoch)
+    if saved["hook"] is not None and hook is not None:
+        hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
+    torch.set_rng_state(saved["random"])
+    if saved["random_cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(saved["random_cuda"], device)
+
+
+@contextlib.contextmanager
+def expected_to_fit(path: Path) -> Iterator[None]:
+    """Raises ArtifactError for whatever the parts of a checkpoint, the hook's among them, make of damaged values."""
+    try:
+        yield
+    except RmpruneError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"{path} does not fit this training ({first_line(error)}); delete it to start again"
+        ) from error
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:

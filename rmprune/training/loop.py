@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rmprune.config import TrainConfig, require
 from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
-from rmprune.errors import ArtifactError, DataError, RmpruneError
+from rmprune.errors import DataError, RmpruneError
 from rmprune.measure.cuda_graphs import Replayed
 from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
@@ -357,23 +357,9 @@ class _Training:
         if self.checkpoint is None or self.rank != 0:
             return
         changed = model is not self.first_model or files.shapes_digest(model) != self.fingerprint["network"]
-        state_dict = getattr(self.hook, "state_dict", None)
-        files.save_checkpoint(
-            self.checkpoint,
-            {
-                "fingerprint": self.fingerprint,
-                "step": self.state.step,
-                "architecture": files.architecture_of(model) if changed else None,
-                "constants": files.constants_of(model) if changed else {},
-                "model": model.state_dict(),
-                "optimizer": files.optimizer_state(self.state.optimizer, model),
-                "totals": totals,
-                "seconds": self.seconds + time.monotonic() - self.started,
-                "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                "hook": state_dict() if state_dict is not None else None,
-            },
-        )
+        sums = {"totals": totals, "seconds": self.seconds + time.monotonic() - self.started}
+        content = files.snapshot(self.state, self.hook, self.device, changed=changed)
+        files.save_checkpoint(self.checkpoint, {"fingerprint": self.fingerprint, **content, **sums})
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
 
     def resume(self) -> None:
@@ -384,24 +370,11 @@ class _Training:
         if saved is None:
             return
         path = path or Path(self.label)  # that of the first process is not known to the others
-        try:
+        with files.expected_to_fit(path):
             files.check_fingerprint(path, saved["fingerprint"], self.fingerprint)
             files.check_progress(saved, self.state.total_steps)
             if saved["architecture"] is not None:
                 self.adopt(files.rebuild(saved["architecture"], saved.get("constants", {}) | saved["model"]))
-            self.state.model.load_state_dict(saved["model"])
-            files.restore_optimizer(self.state.optimizer, self.state.model, saved["optimizer"])
-            self.state.step, self.seconds = int(saved["step"]), float(saved["seconds"])
-            self.saved_step = self.state.step
-            self.state.learning_rate = learning_rate(self.config, self.state.step - 1, self.state.steps_per_epoch)
+            files.put_back(saved, self.state, self.hook, self.device)
+            self.seconds, self.saved_step = float(saved["seconds"]), self.state.step
             self.totals.copy_(saved["totals"] if self.rank == 0 else torch.zeros(3))
-            if saved["hook"] is not None and self.hook is not None:
-                self.hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
-            torch.set_rng_state(saved["random"])
-            if saved["random_cuda"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["random_cuda"], self.device)
-        except RmpruneError:
-            raise
-        except Exception as error:  # whatever its parts, the hook's state among them, make of damaged values
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ArtifactError(f"{path} does not fit this training ({reason}); delete it to start again") from error

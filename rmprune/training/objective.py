@@ -53,11 +53,8 @@ def own_objective(
     The teacher gets what the network was given, in each call that the loss makes, and its part is the mean of `apart`.
     """
     calls: list[tuple[tuple[Any, ...], Any]] = []
-    handle = model.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
-    try:
+    with model.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output))):
         value = own_loss(loss, model, batch)
-    finally:
-        handle.remove()
     if teacher is not None and config.distillation:
         with torch.no_grad():
             targets = [teacher(*inputs) for inputs, _ in calls]

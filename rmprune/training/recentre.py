@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rmprune.graph.run import evaluating, hooked
+
 
 @torch.no_grad()
 def recentre(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
@@ -20,26 +22,19 @@ def recentre(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     Scale and shift take up what the statistics move by. A batch norm without scale and shift, or that no image reaches, stays.
     """
     model = copy.deepcopy(model)
-    was_training = {module: module.training for module in model.modules()}
     moments: dict[_BatchNorm, Moments] = {}
     watched = [
         norm
         for norm in model.modules()
         if isinstance(norm, _BatchNorm) and norm.affine and norm.running_mean is not None
     ]
-    hooks = [
-        norm.register_forward_pre_hook(lambda norm, args: moments.setdefault(norm, Moments()).add(args[0]))
-        for norm in watched
-    ]
-    try:
-        model.eval()
+
+    def note(norm: _BatchNorm, args: tuple[Tensor, ...]) -> None:
+        moments.setdefault(norm, Moments()).add(args[0])
+
+    with evaluating(model), hooked(norm.register_forward_pre_hook(note) for norm in watched):
         for images in batches:
             model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in was_training.items():
-            module.training = mode
     for norm, found in moments.items():
         _move(norm, found.mean, found.square / found.count)
     return model

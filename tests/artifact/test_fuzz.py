@@ -275,6 +275,9 @@ def test_what_needs_code_is_refused_with_what_to_do(tmp_path: Path) -> None:
         ArtifactError, match=r"it needs torch\.nn\.modules\.linear\.Linear, which is code.*model\.state_dict\(\)"
     ):
         read_state_dict(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(nn.Linear(1, 1)))
+    with pytest.raises(ArtifactError, match=r"its pickle is of another kind than torch\.save's.*model\.state_dict\(\)"):
+        read_state_dict(tmp_path / "a.pt")
 
 
 def repacked(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> Path:

@@ -1,16 +1,20 @@
-"""Whole runs in miniature: networks are measured for their records alone, and a search for a time takes few steps."""
+"""Whole runs in miniature: networks are measured for their records alone, and searches take few steps."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from rmprune.measure import place
+from rmprune.methods import cutter
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short_measuring() -> Iterator[None]:
-    """6 networks in a search instead of 15: measure/test_place_budgets.py looks at the search itself."""
+    """6 networks in a search instead of 15, and 7 cuts of Torch-Pruning's instead of 14: measure/test_place_budgets.py and
+    pruning/test_coupled.py look at the searches themselves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, "CANDIDATES", 3)
         patch.setattr(place, "ROUNDS", 2)
+        patch.setattr(cutter, "prune_coupled", partial(cutter.prune_coupled, attempts=7))
         yield

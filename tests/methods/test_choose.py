@@ -1,9 +1,10 @@
 """Candidates: judged once on validation images alone; the one of the least loss goes on as its method alone would."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,24 @@ from rmprune.training import evaluate
 from rmprune.training.job import Files, Job
 
 
+class Counting:
+    """A split that counts how often its images are loaded."""
+
+    def __init__(self, split: Any) -> None:
+        self.split, self.loss, self.loaded = split, split.loss, 0
+
+    def batches(self, size: int, **settings: Any) -> Iterator[Any]:
+        self.loaded += min(settings.get("limit") or len(self.split), len(self.split))
+        return self.split.batches(size, **settings)
+
+    def example(self, count: int, device: Any = "cpu") -> torch.Tensor:
+        self.loaded += count
+        return self.split.example(count, device)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+
 def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(tmp_path: Path) -> None:
     (path,) = run_slim(replace(QUICK, method=("mixed-auto",), out=tmp_path / "run"), command="x")
     record = records.read_record(path)
@@ -38,22 +57,21 @@ def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(tmp_path: Pa
 
 
 def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for least in ("rm", "rm-collapse"):
-        losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.3, "rm": 0.2} | {least: 0.1}
-        verdicts = {name: {"loss": loss} for name, loss in losses.items()}
-        monkeypatch.setattr(slim, "judge", lambda *args, verdicts=verdicts, **kwargs: verdicts)
-        config = replace(QUICK, method=("mixed-auto",), train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
-        run_slim(replace(config, out=tmp_path / least), command="x")
-        found = records.read_record(tmp_path / least)["mixed-auto"]
-        assert found["chosen"] == least and found["removal"]["max_error"] < 1e-10
-        assert convolutions(rmprune.load(tmp_path / least / "mixed-auto")) == (7 if least == "rm" else 4)
+    losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.1, "rm": 0.2}
+    monkeypatch.setattr(slim, "judge", lambda *_, **__: {name: {"loss": loss} for name, loss in losses.items()})
+    config = replace(QUICK, method=("mixed-auto",), train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
+    run_slim(replace(config, out=tmp_path / "run"), command="x")
+    found = records.read_record(tmp_path / "run")["mixed-auto"]
+    assert found["chosen"] == "rm-collapse" and found["removal"]["max_error"] < 1e-10
+    assert convolutions(rmprune.load(tmp_path / "run" / "mixed-auto")) == 4  # rm has 7
 
 
 def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Path) -> None:
     config = replace(QUICK, method=("mixed-auto",), out=tmp_path)
     data = load_dataset(config.data)
     dense = slim.make_dense(config, data, 0)
-    blind = replace(data, test=None)  # type: ignore[arg-type]
+    split = Counting(data.train)
+    blind = replace(data, test=None, train=split)  # type: ignore[arg-type]
     budget = Budget(macs_ratio=0.5, reference_macs=rmprune.count_macs(dense, data.train.example(1)))
 
     job = Job(config, blind, torch.device("cpu"), 0, teacher=dense)
@@ -62,7 +80,7 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
         if name == "rm":
             raise UnsupportedModel("not this one")
         method = METHODS[name]
-        return make_cutter(starting(dense, method.start, data.train.example)[0], method, job)
+        return make_cutter(starting(dense, method.start, job.examples)[0], method, job)
 
     def verdicts(start: Callable[[str], Cutter], label: str = "mixed-auto") -> Verdicts:
         candidates = {name: partial(start, name) for name in METHODS["mixed-auto"].candidates}
@@ -70,6 +88,7 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
 
     found = verdicts(start)
     assert found["rm"] == {"refused": "not this one"} and best(found) != "rm"
+    assert split.loaded <= len(data.train) + 2 * len(found)  # besides once an example or two for each network
     cutter = make_cutter(dense, METHODS["residual"], job)
     residual = cutter.once(dense, cutter.floored(budget))
     assert found["residual"]["loss"] == pytest.approx(evaluate(residual, data.validation).loss)

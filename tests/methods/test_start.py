@@ -20,7 +20,7 @@ from rmprune.runs import records
 
 def test_residuals_are_removed_only_within_a_budget_of_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "ratios", lambda place, networks: {n: 0.5 if n == "removed" else 1.0 for n in networks})
-    config = replace(QUICK, method=("mixed",), finetune=TrainConfig(epochs=0))
+    config = replace(QUICK, method=("mixed",), train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     run_slim(replace(config, out=tmp_path / "macs"), command="x")
     record = records.read_record(tmp_path / "macs")
     assert record["mixed"]["macs"] <= 0.5 * record["original"]["macs"] and record["mixed"]["removal"]["removed"] == []
@@ -34,7 +34,8 @@ def test_residuals_are_removed_only_within_a_budget_of_macs(tmp_path: Path, monk
 
 def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -> None:
     methods = ("rm-collapse", "mixed-collapse", "coupled-collapse", "coupled-half-collapse")
-    (path,) = run_slim(replace(QUICK, method=methods, out=tmp_path / "run"), command="x")
+    none = TrainConfig(epochs=0)
+    (path,) = run_slim(replace(QUICK, method=methods, train=none, finetune=none, out=tmp_path / "run"), command="x")
     record = records.read_record(path)
     assert set(records.networks(record)) == {"original", *methods} and record["removal"] is None
     blocks = {"layer1.0", "layer2.0", "layer3.0"}

@@ -1,9 +1,6 @@
 """The methods are what they were before they became a product of choices, under every name that they had."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,14 +11,12 @@ from rmprune import count_macs
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.methods.choose import judge
 from rmprune.methods.cutter import make_cutter
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, find_methods
 from rmprune.models import create
-from rmprune.pruning import Budget
 from rmprune.report.tables import method_of
-from rmprune.training.job import Files, Job
+from rmprune.training.job import Job
 
 ONE_CUT = {"gradual": False}
 BEFORE: dict[str, dict[str, Any]] = {  # name: directory of the network that it prunes, and what else is not the default
@@ -101,40 +96,6 @@ def test_the_networks_that_methods_start_from(data: Dataset, dense: nn.Module) -
         assert facts.get("removal", {}).get("removed", []) == ((list(explained) or BLOCKS) if removes else [])
         # no reserved channels: never dearer
         assert (count_macs(network, images[:1]) <= count_macs(dense, images[:1])) == (name != "plain")
-
-
-class Counting:
-    """A split that counts how often its images are loaded."""
-
-    def __init__(self, split: Any) -> None:
-        self.split, self.loss, self.loaded = split, split.loss, 0
-
-    def batches(self, size: int, **settings: Any) -> Iterator[Any]:
-        self.loaded += min(settings.get("limit") or len(self.split), len(self.split))
-        return self.split.batches(size, **settings)
-
-    def example(self, count: int, device: Any = "cpu") -> torch.Tensor:
-        self.loaded += count
-        return self.split.example(count, device)
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-
-def test_images_are_loaded_once_for_all_candidates(data: Dataset, dense: nn.Module, tmp_path: Any) -> None:
-    split = Counting(data.train)
-    config = SlimConfig(prune=PruneConfig(macs_ratio=(0.6,), round_to=1), out=tmp_path)
-    job = Job(config, replace(data, train=split), torch.device("cpu"), 0, dense)  # type: ignore[arg-type]
-    budget = Budget(macs_ratio=0.6, reference_macs=count_macs(dense, data.train.example(1)))
-
-    def cutter(name: str) -> Any:
-        method = METHODS[name]
-        return make_cutter(start(dense, method.start, job.examples)[0], method, job, budget)
-
-    candidates = {name: partial(cutter, name) for name in METHODS["mixed-auto"].candidates}
-    verdicts = judge(candidates, budget, job, Files.of(tmp_path, "mixed-auto"))
-    assert set(verdicts) == set(candidates)
-    assert split.loaded <= len(data.train) + 2 * len(candidates)  # besides them an example or two for each network
 
 
 def test_the_device_reaches_what_a_cutter_measures_and_fits(data: Dataset, dense: nn.Module) -> None:

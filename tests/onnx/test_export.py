@@ -10,7 +10,8 @@ from torch import nn
 from rmprune.artifact.files import save
 from rmprune.errors import NotEquivalent
 from rmprune.onnx import export
-from rmprune.onnx.export import export_onnx, rounding
+from rmprune.onnx.compare import rounding
+from rmprune.onnx.export import export_onnx
 
 
 def test_onnx_equals_pytorch_for_any_batch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

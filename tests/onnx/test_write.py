@@ -59,11 +59,42 @@ def test_a_fixed_batch_stays(batch: int, tmp_path: Path) -> None:
     assert outputs(out / "model.onnx", batch, 3, 8, 8).shape == (batch, 5)
 
 
-def test_open_sizes_of_images_stay_open(tmp_path: Path) -> None:
+def test_open_sizes_of_images_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(residual(pixels=("height", "width")), tmp_path / "camera.onnx")
-    out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=16), tmp_path / "out"))
+    opened: list[Any] = []
+    real = onnxruntime.InferenceSession
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            onnxruntime, "InferenceSession", lambda *given, **kw: opened.append(given[0]) or real(*given, **kw)
+        )
+        out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=16), tmp_path / "out"))
+    assert len(opened) == 2 and opened[0] == str(source)  # the file and the new one, once each
     assert onnx.load(out / "model.onnx").graph.input == onnx.load(source).graph.input
     assert np.allclose(outputs(out / "model.onnx", 2, 3, 9, 7), outputs(source, 2, 3, 9, 7), atol=1e-4)
+
+
+def test_two_inputs_and_two_outputs_keep_their_names_and_sizes(tmp_path: Path) -> None:
+    """A second image, of other channels and open sizes of its own, is added to the first behind a convolution; its map is given, too."""
+    model = residual(pixels=("height", "width"))
+    make, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    same = {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
+    model.graph.input.append(tensor("depth", onnx.TensorProto.FLOAT, ["batch", 1, "height", "width"]))
+    model.graph.output.append(tensor("map", onnx.TensorProto.FLOAT, None))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(normal(4, 1, 3, 3, seed=4), "f"))
+    model.graph.node[0].output[0] = "0"
+    model.graph.node.insert(1, make("Conv", ["depth", "f"], ["map"], **same))
+    model.graph.node.insert(2, make("Add", ["0", "map"], ["1"]))
+    source = written(model, tmp_path / "camera.onnx")
+    config = NetworkConfig(str(source), image_size=16)
+    out = run_convert(ConvertConfig(config, tmp_path / "out", check=True))
+    assert onnx.load(out / "model.onnx").graph.input == model.graph.input
+    given = {"image:0": normal(3, 3, 9, 7), "depth": normal(3, 1, 9, 7, seed=5)}
+    for a, b in zip(
+        *(onnxruntime.InferenceSession(p).run(["scores/out:0", "map"], given) for p in (source, out / "model.onnx")),
+        strict=True,
+    ):
+        assert np.allclose(a, b, atol=1e-5 * abs(a).max())
+    assert artifact.read_extra(out)["removal"]["removed"] == ["block"]
 
 
 def test_sizes_that_decide_are_fixed_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

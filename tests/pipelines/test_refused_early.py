@@ -18,7 +18,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_images_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    network = ["--model", "vgg11_bn", "--method", "residual", "--ratio", "0.5", "--out", str(tmp_path / "run")]
+    network = ["--model", "squeezenet1_1", "--method", "residual", "--ratio", "0.5", "--out", str(tmp_path / "run")]
     said = refused(["slim", *network], capsys)
     assert "error: the images are too small for the network: layer features" in said and said.count("\n") == 1
 
@@ -45,12 +45,12 @@ def test_inspect_sends_nobody_to_convert_what_has_no_residuals(capsys: pytest.Ca
     assert "next:" not in said and "--method residual prunes" in said
 
 
-CONVERT = ["convert", "resnet18", "--num-classes", "10", "--no-onnx"]
+CONVERT = ["convert", "resnet18", "--width", "4", "--num-classes", "10", "--no-onnx"]
 
 
 @pytest.mark.parametrize("kind", ["compiled", "parallel", "old"])
 def test_checkpoints_of_the_network_under_other_names(kind: str, tmp_path: Path) -> None:
-    state = create_network("resnet18", num_classes=10, input_shape=(3, 80, 80)).state_dict()
+    state = create_network("resnet18", num_classes=10, input_shape=(3, 80, 80), width=4).state_dict()
     prefix = {"compiled": "_orig_mod.", "parallel": "module.", "old": ""}[kind]
     kept = {prefix + k: v for k, v in state.items() if kind != "old" or "num_batches" not in k}
     torch.save(kept, tmp_path / "state.pth")
@@ -61,6 +61,9 @@ def test_checkpoints_of_the_network_under_other_names(kind: str, tmp_path: Path)
 
 
 def test_a_checkpoint_of_other_sizes_is_told_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(create_network("resnet18", num_classes=10, input_shape=(3, 80, 80)).state_dict(), tmp_path / "state.pth")
+    torch.save(
+        create_network("resnet18", num_classes=10, input_shape=(3, 80, 80), width=4).state_dict(),
+        tmp_path / "state.pth",
+    )
     arguments = ["--image-size", "32", "--checkpoint", str(tmp_path / "state.pth"), "--out", str(tmp_path / "plain")]
-    assert "conv1.weight is 64x3x7x7 there and 64x3x3x3 here" in refused([*CONVERT, *arguments], capsys)
+    assert "conv1.weight is 4x3x7x7 there and 4x3x3x3 here" in refused([*CONVERT, *arguments], capsys)

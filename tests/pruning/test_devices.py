@@ -54,7 +54,7 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor, Bat
     "fitted": (chain, pruned(reconstruct=True)),
     "coupled": (residual, lambda model, x, data: prune_coupled(model, x, importance="taylor", budget=HALF, data=data)),
     "amc": (lambda: torch.manual_seed(0) and randomise(v1()).double().eval(), scored),
-    **{name: (chain, pruned(importance=name)) for name in ("batch_norm", *MEASURED)},
+    "batch_norm": (chain, pruned(importance="batch_norm")),
 }
 
 
@@ -78,6 +78,16 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 def test_results_are_the_cpu_s(name: str) -> None:
     build, call = CALLS[name]
     assert same(call(build(), images(8), batches(1)), on_gpu(call, build()))
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_scores_are_the_cpu_s(name: str) -> None:
+    structure = find_structure(chain(), images(2))
+    expected = score_groups(name, chain(), structure, batches(1))
+    with pretended_gpu():
+        found = score_groups(name, chain().to("cuda"), structure, [(x.to("cuda"), y.to("cuda")) for x, y in batches(1)])
+        there = {group: scores.cpu() for group, scores in found.items()}
+    assert all(torch.equal(scores, there[group]) for group, scores in expected.items())
 
 
 @pytest.mark.parametrize("name", MEASURED)

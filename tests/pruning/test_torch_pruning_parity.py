@@ -1,6 +1,7 @@
 """The groups of networks that Torch-Pruning can follow are the groups that it finds: same channels, names and order."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torchvision
 from pruning_nets import chain, mobile_chain, residual
 from torch import Tensor, nn
 from torch_pruning_reader import dependency_structure
+from torchvision.models import DenseNet, ResNet
+from torchvision.models.resnet import Bottleneck
 
 import rmprune
 from rmprune.pruning.find_groups import find_structure
@@ -15,10 +18,12 @@ from rmprune.pruning.groups import Structure
 from rmprune.pruning.layers import SizedLayer
 
 QUIET = {"googlenet": {"init_weights": False, "aux_logits": False}}
-THEIRS = (
-    "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "googlenet", "vgg11_bn", "squeezenet1_1", "regnet_y_400mf",
-    "resnext50_32x4d",
-)  # fmt: skip
+THEIRS = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "googlenet", "squeezenet1_1", "regnet_y_400mf")
+SHORT = {  # one block of each stage: resnet50, resnext50_32x4d, densenet121
+    "bottlenecks": partial(ResNet, Bottleneck, [1, 1, 1, 1]),
+    "grouped": partial(ResNet, Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4),
+    "dense": partial(DenseNet, 8, (2, 2, 2, 2), 16),
+}
 OURS = ("resnet20", "preact_resnet20", "repvgg13", "rmnext41x5_16")
 
 
@@ -48,7 +53,12 @@ def assert_same(model: nn.Module, x: Tensor, *, named: bool) -> None:
 def test_torchvision(name: str) -> None:
     model = getattr(torchvision.models, name)(weights=None, num_classes=7, **QUIET.get(name, {})).eval()
     size = 64 if name in ("googlenet", "squeezenet1_1") else 32
-    assert_same(model, torch.zeros(1, 3, size, size), named=not name.startswith("vgg"))
+    assert_same(model, torch.zeros(1, 3, size, size), named=True)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_short_ones(name: str) -> None:
+    assert_same(SHORT[name](num_classes=7).eval(), torch.zeros(1, 3, 32, 32), named=True)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -1,0 +1,76 @@
+"""Outputs compared, in ONNX Runtime and in PyTorch: the one rule by which two networks in float32 are the same. No files of others."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
+
+from rmprune.graph.shapes import to_double
+
+FLOAT32_TOLERANCE = 1e-4  # of the largest output
+ROUNDINGS = 4.0  # two float32 runs of one network differ by this many times its `rounding` at most
+
+
+def open_session(source: Path | bytes) -> Any:
+    """An ONNX file, or one in memory, in ONNX Runtime on the CPU; what it warns of is not for the user."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(
+        source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def named_outputs(outputs: Any) -> dict[str, Tensor]:
+    """{name: tensor} of what a network returns: "output", or the keys of dicts and the places in tuples, joined by "_"."""
+    found = {}
+    for path, value in tree_flatten_with_path(outputs)[0]:
+        keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
+        name = "_".join((["output"] if keys and keys[0].isdigit() else []) + keys) or "output"
+        if isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The tensors that a network returns, in order, without gradients."""
+    with torch.inference_mode():
+        return list(named_outputs(model(*inputs)).values())
+
+
+def as_tensors(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs as a tuple on the CPU, those of floating point in float32."""
+    values = (inputs,) if isinstance(inputs, Tensor) else inputs
+    return tuple(x.detach().float().cpu() if x.is_floating_point() else x.cpu() for x in values)
+
+
+def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest |difference| over the largest |entry| of the same output, of several the worst; infinite where sizes differ."""
+    found, expected = list(found), [x.double() for x in expected]
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return math.inf
+    errors = (
+        (a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30) for a, b in zip(found, expected, strict=True)
+    )
+    return float(torch.stack(list(errors)).max())  # NaN where one is
+
+
+def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
+    """What float32 does to the outputs of `model` in eval mode: their `difference` to float64."""
+    single = as_tensors(inputs)
+    return difference(
+        outputs_of(model, single), outputs_of(copy.deepcopy(model).double(), tuple(map(to_double, single)))
+    )
+
+
+def is_off(error: float, tolerance: float, model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether a `difference` is over the tolerance and over what float32 itself does to the network (not asked at tolerance 0)."""
+    return not error <= tolerance and not (tolerance > 0 and error <= ROUNDINGS * rounding(model, inputs))
