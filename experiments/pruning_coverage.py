@@ -38,7 +38,7 @@ RATIO, GOAL = 0.5, 0.95
 FLOOR = 0.1  # of each layer stays; ranked by norms alone, whole layers would go, and the signal with them
 ONNX_TOLERANCE = 1e-3  # of the largest output, float32; export_onnx allows more where float32 itself does more
 SHOWN = ["net", "form", "input", "status", "macs", "error", "saved", "onnx", "trace_seconds", "seconds", "message"]
-COLUMNS = [*SHOWN, "peak_gib"]
+COLUMNS = [*SHOWN, "peak_gib", "commit"]
 WRONG, RAW = ("wrong",), ("traceback",)
 
 TORCHVISION = """
@@ -92,9 +92,10 @@ WINDOWS = """
     tv:swin_t tv:swin_s tv:swin_b timm:swin_tiny_patch4_window7_224 timm:twins_svt_small timm:davit_tiny
     timm:samvit_base_patch16_224 timm:sam2_hiera_tiny
 """  # on smaller images most of what their windows hold is padding, which costs MACs in attention alone
-LARGER = {
+LARGER: dict[str, list[Any]] = {
     **{net: [224] for net in (*POOLED.split(), *WINDOWS.split())},
     **{f"tv:swin_v2_{size}": [256] for size in ("t", "s", "b")},
+    **{f"tv:video:swin3d_{size}": [(8, 112)] for size in ("t", "s", "b")},
 }
 CLIPS = [(8, 64), (8, 112), (16, 224)]  # frames and size of a video
 SIZED = {"vit": "image_size", "maxvit": "input_size"}  # torchvision's networks that are built for one size of images
@@ -107,7 +108,7 @@ def build(net: str) -> tuple[Any, Any]:
     """The network in eval mode, and the smallest input of the lists above that it runs on."""
     import torch
 
-    tries: list[Any] = list(CLIPS) if net.startswith("tv:video:") else LARGER.get(net, SIZES)
+    tries: list[Any] = LARGER.get(net, list(CLIPS) if net.startswith("tv:video:") else list(SIZES))
     for shape in tries:
         try:
             torch.manual_seed(0)
@@ -295,7 +296,11 @@ def run(net: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         form = "rm" if rows else "coupled"
         rows.append({"net": net, "form": form, "status": "time" if late else "traceback", "message": message})
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     for row in rows:
+        row["commit"] = commit.stdout.strip()
         if "can't allocate" in row["message"] or "MemoryError" in row["message"]:
             row |= {"status": "memory", "message": f"more than {args.gib} GiB"}
     return rows
@@ -348,6 +353,7 @@ def summary(rows: list[dict[str, Any]]) -> tuple[list[str], bool]:
         f"exported and equal in ONNX Runtime: {len(onnx)}.",
         f"- Tracing and grouping over 20 CPU seconds: {len(slow)}{': ' + ', '.join(row['net'] for row in slow) if slow else ''}.",
         f"- What became of the others: {told(others)}.",
+        f"- Rows by the commit they were made at (the column of results.csv): {told(Counter(row['commit'] for row in rows))}.",
         f"- All goals met: {'yes' if met else 'no'}.",
     ]
     return lines, met

@@ -66,13 +66,6 @@ def profile_layers(
     return pd.DataFrame(rows)
 
 
-def by_operator(profile: "pd.DataFrame") -> "pd.DataFrame":
-    """Milliseconds by operator, a column for each network in its order, dearest first: what an addition costs, for example."""
-    table = profile.pivot_table(index="operator", columns="network", values="ms", aggfunc="sum", fill_value=0.0)
-    table = table[list(dict.fromkeys(profile.network))]
-    return table.sort_values(table.columns[0], ascending=False)
-
-
 def _session(candidate: Candidate, threads: int, prefix: str) -> Any:
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()

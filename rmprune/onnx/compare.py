@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from rmprune.graph.shapes import to_double
+
 FLOAT32_TOLERANCE = 1e-4  # of the largest output
 ROUNDINGS = 4.0  # two float32 runs of one network differ by this many times its `rounding` at most
 
@@ -64,8 +66,9 @@ def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
     """What float32 does to the outputs of `model` in eval mode: their `difference` to float64."""
     single = as_tensors(inputs)
-    double = tuple(x.double() if x.is_floating_point() else x for x in single)
-    return difference(outputs_of(model, single), outputs_of(copy.deepcopy(model).double(), double))
+    return difference(
+        outputs_of(model, single), outputs_of(copy.deepcopy(model).double(), tuple(map(to_double, single)))
+    )
 
 
 def is_off(error: float, tolerance: float, model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

@@ -46,7 +46,8 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
     _tell(proto, file.proto)
     new = _write(proto, weights, path)
     error = _compare(network, new, 0)
-    if _open_sizes(file) and not _agree_on_more_pixels(network, new):
+    is_open = any(None in entry.sizes[2:] for entry in file.inputs)
+    if is_open and not _agree_on_more_pixels(network, new):
         _fix_sizes(proto, network)
         new = _write(proto, weights, path)
         logger.warning(
@@ -157,10 +158,6 @@ def _compare(network: OnnxNetwork, new: OnnxFile, seed: int) -> float:
     if seed and all(entry.sizes[0] is None for entry in network.file.inputs):
         inputs = [torch.cat([x, x.flip(0)[:1] * 3]) for x in inputs]
     return refuse_difference(network, inputs, run_file(new, inputs), f"{new.path.name}, the new file,")
-
-
-def _open_sizes(file: OnnxFile) -> bool:
-    return any(None in entry.sizes[2:] for entry in file.inputs)
 
 
 def _agree_on_more_pixels(network: OnnxNetwork, new: OnnxFile) -> bool:

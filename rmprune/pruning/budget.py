@@ -63,21 +63,12 @@ class Budget:
 
     @classmethod
     def from_config(
-        cls,
-        config: PruneConfig,
-        name: str,
-        value: float,
-        *,
-        reference_macs: float | None = None,
-        reference_ms: float | None = None,
-        reference_bytes: float | None = None,
+        cls, config: PruneConfig, name: str, value: float, *, reference_macs: float | None = None
     ) -> "Budget":
-        """One of `config.budgets` (name, value) with the config's limits, against the original network's figures."""
+        """One of `config.budgets` (name, value) with the config's limits, against the original network's MACs."""
         return cls(
             **{name: value},
             reference_macs=reference_macs,
-            reference_ms=reference_ms,
-            reference_bytes=reference_bytes,
             min_channels=config.min_channels,
             min_fraction=config.min_fraction or 0.0,
             max_fraction=config.max_fraction,

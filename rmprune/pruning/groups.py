@@ -193,15 +193,11 @@ def with_ports(structure: Structure) -> Structure:
 
 
 def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example. A layer used twice is refused."""
+    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example; its first use where there are two."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
     def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if name in shapes:
-            raise UnsupportedModel(
-                f"{name} is used twice in one forward pass; give each use its own layer before pruning"
-            )
-        shapes[name] = (inputs[0].shape, output.shape)
+        shapes.setdefault(name, (inputs[0].shape, output.shape))
 
     weighted = ((name, module) for name, module in model.named_modules() if isinstance(module, Weighted))
     hooks = (module.register_forward_hook(partial(record, name)) for name, module in weighted)

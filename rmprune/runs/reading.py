@@ -13,13 +13,13 @@ LONGEST = 20  # digits of a whole number: as many as fit into a float and 64 bit
 DEEPEST = 64  # lists in lists; beyond it Python's own recursion ends somewhere
 
 
-def read_text(path: Path, largest: int = LARGEST_JSON) -> str:
+def read_text(path: Path) -> str:
     """The text (UTF-8) of a regular file. Raises OSError where it cannot be read, ValueError where it is not such a file."""
     if path.exists() and not path.is_file():  # a pipe or a device would never end
         raise ValueError("not a regular file")
     size = path.stat().st_size
-    if size > largest:
-        raise ValueError(f"{size} bytes, more than the {largest} that such a file may have")
+    if size > LARGEST_JSON:
+        raise ValueError(f"{size} bytes, more than the {LARGEST_JSON} that such a file may have")
     return path.read_text(encoding="utf-8")
 
 

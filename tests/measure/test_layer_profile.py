@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rmprune.errors import ConfigError
 from rmprune.measure import activation_memory
 from rmprune.measure.memory import peak_resident_mib
-from rmprune.measure.profile import by_operator, profile_layers
+from rmprune.measure.profile import profile_layers
 
 
 class Net(nn.Module):
@@ -30,9 +30,6 @@ def test_the_dear_layer_of_each_network_is_found() -> None:
     assert before.position.tolist() == list(range(len(before)))
     dearest = before.loc[before.ms.idxmax()]
     assert "large" in dearest.layer and "Conv" in dearest.operator and dearest.share > 0.5
-    summed = by_operator(table)
-    assert list(summed.columns) == ["before", "after"] and summed.index[0] == dearest.operator
-    assert summed.before.sum() == pytest.approx(before.ms.sum())
     with pytest.raises(ConfigError, match="at least 1"):
         profile_layers({"net": Net(8)}, x, runs=0)
 
