@@ -298,7 +298,7 @@ def accuracy(part: Part, settings: Settings) -> None:
         budgets=settings.budgets,
     )
     timed = settings.budgets == "time"
-    plans = 2 if settings.quick or timed else auto.PROPOSED
+    plans = 1 if settings.quick else 2 if timed else auto.PROPOSED
     grid = (
         (0.0, 0.25, 0.5, 1.0) if timed else time_cost.GRID
     )  # of widths in the table of layer times: half as many layers

@@ -92,9 +92,7 @@ def comparisons(part: str, folder: Path | None, *, quick: bool) -> tuple[Compari
             "accuracy": (
                 Comparison("resnet8", digits, once, brief, slim[::2], (0.5,), amc, (0.6,), width=4, episodes=2),
             ),
-            "solar": (
-                Comparison("resnet8", photos, once, brief, slim[:1], (0.5,), amc[:1], (0.6,), width=4, episodes=2),
-            ),
+            "solar": (Comparison("resnet8", photos, once, brief, slim[:1], (0.5,), width=4),),
         }[part]
     return {
         "accuracy": (

@@ -132,16 +132,17 @@ def prune(
 
     peaks = ActivationPeaks(model, structure, one) if memory else None
 
-    def cut(limit: float) -> tuple[float, tuple[nn.Module, Keep]]:
+    def choose(limit: float) -> Keep:
         aim = replace(target, limit=limit)
         if peaks is not None:
-            keep = peaks.allocate(structure, scores, budget, uniform=which == "uniform", origin=origin)
-        elif which == "uniform":
-            keep = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
-        else:
-            keep = allocate(
-                structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin
-            )
+            return peaks.allocate(structure, scores, budget, uniform=which == "uniform", origin=origin)
+        if which == "uniform":
+            return allocate_uniform(structure, scores, budget, target=aim, origin=origin)
+        return allocate(
+            structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin
+        )
+
+    def cut(keep: Keep) -> tuple[float, tuple[nn.Module, Keep]]:
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
         done = fold(result, example_inputs, structure=after)
@@ -151,7 +152,7 @@ def prune(
         return spent, (done.model, _both(keep, done.keep))
 
     whole = total_cost(structure, target.cost)
-    pruned, keep = cut(math.inf)[1] if memory else _nearest(cut, target.limit, whole)
+    pruned, keep = cut(choose(math.inf))[1] if memory else _nearest(choose, cut, target.limit, whole)
     left = total_cost(structure.shrunk(keep), target.cost)
     if not memory and left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
         logger.warning(
@@ -242,26 +243,39 @@ def fitting_images(data: Batches, model: nn.Module) -> Tensor:
     return images[: max(64, min(FITTING_IMAGES, FITTING_PIXELS // pixels))]
 
 
-def _nearest(cut: Callable[[float], tuple[float, T]], limit: float, most: float) -> T:
+def _nearest(choose: Callable[[float], Keep], cut: Callable[[Keep], tuple[float, T]], limit: float, most: float) -> T:
     """The cut whose cost comes nearest to `limit` from below.
 
     A cut can leave others unread (a reserved copy whose merge is gone), which then go as well: where that saves more
     than was asked for, aim higher.
     """
-    best_cost, best = cut(limit)
+    below = choose(limit)  # what the ends of the interval led to
+    above: Keep | None = None
+    best_cost, best = cut(below)
     low, high = limit, most
     for _ in range(6):
         if best_cost >= 0.98 * limit or high - low < 0.01 * limit:
             break
         aim = (low + high) / 2
-        cost, result = cut(aim)
-        if cost > limit:
+        keep = choose(aim)
+        if _same(keep, below):
+            low = aim
+            continue
+        if above is not None and _same(keep, above):
             high = aim
             continue
-        low = aim
+        cost, result = cut(keep)
+        if cost > limit:
+            high, above = aim, keep
+            continue
+        low, below = aim, keep
         if cost > best_cost:
             best_cost, best = cost, result
     return best
+
+
+def _same(first: Keep, second: Keep) -> bool:
+    return all(torch.equal(mask, second[name]) for name, mask in first.items())
 
 
 def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -> None:
