@@ -1,4 +1,5 @@
-"""The command line: one small function for each subcommand, flags and help generated from the configs. The work is done elsewhere."""
+"""The command line: one small function for each subcommand, flags and help generated from the configs. The work is done elsewhere,
+and imported once the flags are read: that takes seconds, which nobody who mistyped one or asks for --help should wait."""
 
 import contextlib
 import dataclasses
@@ -154,32 +155,33 @@ def _command_line(command: str, arguments: list[str]) -> str:
 
 def slim(arguments: list[str]) -> None:
     """train with sparsity, remove residuals, prune the plain net, fine-tune, measure, record"""
+    config = _parse(settings.SlimConfig, arguments, "slim")
     from rmprune.pipelines.slim import run_slim
 
-    config = _parse(settings.SlimConfig, arguments, "slim")
     _run(run_slim, config, _command_line("slim", arguments))
 
 
 def grid(arguments: list[str]) -> None:
     """slim's comparison of methods, budgets and seeds, each on a worker of its own: processes here, or jobs of Slurm"""
+    config = _parse(settings.GridConfig, arguments, "grid")
     from rmprune.pipelines.grid import run_grid
 
-    _run(run_grid, _parse(settings.GridConfig, arguments, "grid"), _command_line("grid", arguments), deploys=False)
+    _run(run_grid, config, _command_line("grid", arguments), deploys=False)
 
 
 def amc(arguments: list[str]) -> None:
     """train MobileNetV2, remove residuals and fuse, let an agent choose every width, fine-tune, measure, record"""
+    config = _parse(settings.AmcConfig, arguments, "amc")
     from rmprune.pipelines.amc import run_amc
 
-    config = _parse(settings.AmcConfig, arguments, "amc")
     _run(run_amc, config, _command_line("amc", arguments))
 
 
 def train(arguments: list[str]) -> None:
     """train a network, remove its residuals for deployment and measure both; nothing is pruned"""
+    config = _parse(settings.TrainRunConfig, arguments, "train")
     from rmprune.pipelines.train import run_train
 
-    config = _parse(settings.TrainRunConfig, arguments, "train")
     _run(run_train, config, _command_line("train", arguments))
 
 
@@ -215,27 +217,29 @@ def _deployed(folder: Path) -> str:
 
 def inspect(arguments: list[str]) -> None:
     """each residual of a network: removable or why not, in which form, and what it costs"""
+    config = _parse(settings.InspectConfig, arguments, "inspect")
     from rmprune.pipelines.convert import run_inspect
 
-    run_inspect(_parse(settings.InspectConfig, arguments, "inspect"))
+    run_inspect(config)
 
 
 def convert(arguments: list[str]) -> None:
     """remove residuals and write the plain network as an artifact with ONNX; nothing is pruned"""
+    config = _parse(settings.ConvertConfig, arguments, "convert")
     from rmprune.pipelines.convert import run_convert
 
-    run_convert(_parse(settings.ConvertConfig, arguments, "convert"))
+    run_convert(config)
 
 
 def measure(arguments: list[str]) -> None:
     """measure the networks of finished runs again, all interleaved in one process, and update their records; or ONNX files"""
+    config = _parse(settings.RemeasureConfig, arguments, "measure")
     from rmprune.pipelines.deploy import renew_deployed
     from rmprune.pipelines.measure import run_measure
     from rmprune.pipelines.measure_files import is_onnx, run_measure_files
     from rmprune.report.build import renew_reports, show
     from rmprune.runs.directory import runs_of
 
-    config = _parse(settings.RemeasureConfig, arguments, "measure")
     if any(is_onnx(path) for path in config.runs):
         run_measure_files(config)
         return
@@ -255,25 +259,27 @@ def measure(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """tables and figures from the records of runs"""
+    config = _parse(settings.ReportConfig, arguments, "report")
     from rmprune.report.build import run_report
 
-    config = _parse(settings.ReportConfig, arguments, "report")
     run_report(config, command=_command_line("report", arguments))
 
 
 def deploy(arguments: list[str]) -> None:
     """a network of a finished run as ONNX (int8 too where that holds its accuracy), with predict.py and a model card"""
+    config = _parse(settings.DeployConfig, arguments, "deploy")
     from rmprune.pipelines.deploy import run_deploy
 
-    folder = run_deploy(_parse(settings.DeployConfig, arguments, "deploy"))
+    folder = run_deploy(config)
     print(_deployed(folder).rstrip())
 
 
 def doctor(arguments: list[str]) -> None:
     """what is installed, which backends work here, what the processor can do, whether the machine is quiet enough to time"""
+    config = _parse(settings.DoctorConfig, arguments, "doctor")
     from rmprune.pipelines.doctor import run_doctor
 
-    run_doctor(_parse(settings.DoctorConfig, arguments, "doctor"))
+    run_doctor(config)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -208,3 +208,15 @@ def test_what_torchrun_sets_and_torchrun_did_not(
     assert status("--version") == 2
     error = capsys.readouterr().err
     assert "without what torchrun sets beside it" in error and len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["slim", "--help"], ["report", "nowhere"]])
+def test_what_needs_no_torch_does_not_import_it(words: list[str]) -> None:
+    code = f"""import sys
+from rmprune import cli
+try:
+    cli.main({words!r})
+except SystemExit:
+    print("torch" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
