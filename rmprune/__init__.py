@@ -37,7 +37,7 @@ _ROOMS = {
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names}
 
-__all__ = ["models", *_HOMES]  # noqa: PLE0604
+__all__ = ["models", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
