@@ -44,6 +44,8 @@ def __getattr__(name: str) -> Any:
     """A public name, or a room: `rmprune.prune`, `rmprune.config`."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name.startswith("__"):  # what Python asks modules for; `__main__` would run the command line
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:

@@ -220,3 +220,10 @@ except SystemExit:
     print("torch" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_asking_the_package_for_what_it_lacks_runs_no_command() -> None:
+    import rmprune
+
+    assert not hasattr(rmprune, "__main__") and not hasattr(rmprune, "nothing")
+    assert rmprune.pruning.prune is rmprune.prune

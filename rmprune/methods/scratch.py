@@ -32,7 +32,7 @@ def own_width(job: Job[SlimConfig]) -> float:
         )
     if config.prune.ratio:
         raise ConfigError(
-            "scratch has no channels to remove, which --ratio counts; use --macs-ratio or --latency-ratio"
+            "scratch has no channels to remove, which --ratio counts; use --macs-ratio, --latency-ratio or --memory-ratio"
         )
     return width
 

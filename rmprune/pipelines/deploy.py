@@ -127,13 +127,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _records(run: Path) -> list[Path]:
     records = find_records([run])
     if not (run / CONFIG_FILE).is_file():
-        runs = runs_of(records)
-        whole = [
-            str(one) for one in runs if not {*one.parents} & {*runs}
-        ]  # not the cells of a grid, which share a network
-        raise ArtifactError(
-            f"{run}: not the directory of one run, which holds {CONFIG_FILE}; give one of {', '.join(whole[:9])}"
-        )
+        runs = runs_of(records)  # of a grid the grid: its cells share networks
+        outer = ", ".join([str(one) for one in runs if not {*one.parents} & {*runs}][:9])
+        raise ArtifactError(f"{run}: not the directory of one run, which holds {CONFIG_FILE}; give one of {outer}")
     return records
 
 
