@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from rmprune.errors import ConfigError, DataError
+from rmprune.graph.finite import broken_tensor
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
@@ -127,7 +128,8 @@ def _finite_loss(loss: Loss, model: nn.Module, batch: Any, number: int) -> Tenso
     except DataError as error:
         raise DataError(f"{error} (batch {number})") from error
     if not value.is_meta and not bool(value.isfinite()):
-        raise DataError(f"loss: it is {float(value.detach())} on batch {number}")
+        where = broken_tensor(model)
+        raise DataError(f"loss: it is {float(value.detach())} on batch {number}{f' ({where})' if where else ''}")
     return value
 
 
