@@ -55,7 +55,9 @@ def test_a_loss_that_came_with_the_data_names_the_weights_that_are_no_numbers() 
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     nn.init.constant_(model[1].weight, torch.inf)
     with pytest.raises(DataError, match=r"train: loss: it is nan on batch 0 \(1.weight is not finite\)"):
-        GivenSplit([(X, Y)], model, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), "train")
+        GivenSplit(
+            [(X, Y)], model, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), "train"
+        )
 
 
 class Shrinking:
