@@ -43,22 +43,23 @@ def test_outputs_that_are_not_finite_are_no_equality(tmp_path: Path) -> None:
         export_onnx(model, torch.randn(2, 3, 2, 2), tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e9], ids=["of the given inputs", "of the normal ones alone"])
 def test_onnx_may_differ_by_what_float32_does_to_the_network_and_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network that takes a small difference of large numbers: its own float32 rounding is beyond the fixed limit."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 1, 1)).eval()
-    x = torch.randn(2, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1, bias=False)).eval()
+    x = torch.randn(2, 2, 9, 9) * torch.tensor([scale, 1.0]).reshape(1, 2, 1, 1)
     with torch.no_grad():
         model[0].bias.fill_(1e5)
-        model[3].weight[:, ::2], model[3].weight[:, 1::2] = 1.0, -1.0
-        model[2].weight[1::2], model[2].bias[1::2] = model[2].weight[::2] * (1 + 1e-6), model[2].bias[::2]
-    own = rounding(model, x)
-    assert own > 1e-4
-    monkeypatch.setattr(export, "_onnx_error", lambda *_: 3 * own)
+        model[0].weight.copy_(torch.eye(2).reshape(2, 2, 1, 1))
+        model[1].weight.copy_(torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1))
+    given, normal = (rounding(model, batch) for batch in export._batches((x,)))
+    assert normal > 1e-4 and (given > 1e-4) == (scale == 1)
+    monkeypatch.setattr(export, "_onnx_errors", lambda *_: [3 * given, 3 * normal])
     export_onnx(model, x, tmp_path / "model.onnx")
-    monkeypatch.setattr(export, "_onnx_error", lambda *_: 5 * own)
+    monkeypatch.setattr(export, "_onnx_errors", lambda *_: [3 * given, 5 * normal])
     with pytest.raises(NotEquivalent, match="differs"):
         export_onnx(model, x, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()
