@@ -95,7 +95,11 @@ def test_an_end_of_one_is_the_end_of_all(
         step(self, x, y)
 
     monkeypatch.setattr(_Training, "train_step", broken)
-    assert run(f"train {COMMON}", tmp_path) == statuses
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert run(f"train {COMMON}", tmp_path) == statuses
+    finally:
+        signal.signal(signal.SIGINT, usual)
     lines = (tmp_path / "0.txt").read_text().splitlines()
     assert says in lines[-1] and not any("Traceback" in line for line in lines)
     assert (tmp_path / "1.txt").read_text() == ""
