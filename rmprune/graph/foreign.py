@@ -170,7 +170,7 @@ def _refuse_foreign(model: Any) -> None:
             )
         stock = type(module).__module__.startswith("torch.nn.")
         own = vars(module).get("forward")
-        if own is not None and (stock or getattr(own, "__self__", None) is not module):
+        if own is not None and _inside(module) is None and (stock or getattr(own, "__self__", None) is not module):
             raise UnsupportedModel(f"{where}: its forward was replaced; make that a module of its own")
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             _refuse_tensor(f"{path}.{name}" if path else name, tensor)

@@ -42,6 +42,7 @@ class Tracer(fx.Tracer):
 
     inputs: tuple[Tensor, ...] | None = None
     held = False  # whether tensors that modules hold beside their parameters are read in the graph, too
+    whole = False  # whether modules of torch that are made of layers are one layer each
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,13 +281,15 @@ def follow(
     """The torch.fx graph of `model` as a tracer of this kind sees it, and where sizes decided what is in it.
 
     Arguments of forward that `inputs` do not reach and that are None or flags are taken as they are. First without sizes; where that
-    fails, with those of `inputs`. Raises UnsupportedModel that names module, line, cause and way out.
+    fails, with those of `inputs`, and at last with transformers of torch left whole. Raises UnsupportedModel that names module, line,
+    cause and way out.
     """
     _refuse_mixed(model, inputs)
     tried: list[tuple[Tracer, Exception]] = []
-    for known, held in ((None, False), (inputs, False), (inputs, True)) if inputs is not None else ((None, False),):
+    attempts = ((None, False, False), (inputs, False, False), (inputs, True, False), (inputs, True, True))
+    for known, held, whole in attempts if inputs is not None else attempts[:1]:
         tracer, before = kind(), set(model.__dict__)
-        tracer.inputs, tracer.held = known, held
+        tracer.inputs, tracer.held, tracer.whole = known, held, whole
         try:
             fixed = _fixed(model, None if inputs is None else len(inputs))
             with _recorded_factories(tracer), _own_caches(model):

@@ -45,7 +45,8 @@ def undo_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         for other in [n for n in sharing[storage[source]] if n is not node]:
             later = [user for user in other.users if order[user] > order[node]]
             first = min(later, key=order.__getitem__, default=node)
-            if first.target is set_item and first.args[0] is other and first.args[2] is node:
+            written = source.target is operator.getitem and first.args == (other, source.args[1], node)
+            if written and first.target is set_item:
                 continue  # y[:, 8:] *= 2, whose last step puts the view's new values where they are
             if later and same[other] is not same[source]:
                 raise UnsupportedModel(

@@ -217,7 +217,7 @@ def _watched(twin: nn.Module, says: bool = True) -> Iterator[nn.Module]:
 def _refuse_read(name: str, module: nn.Module, args: Any) -> None:
     """Convolutions take maps without a batch, too, and would read the images of a batch as channels."""
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or not isinstance(module, _ConvNd | nn.Linear):
+    if not isinstance(x, Tensor) or x.is_nested or not isinstance(module, _ConvNd | nn.Linear):
         return
     where = f"layer {name} ({type(module).__name__})"
     if module.weight.numel() == 0:
@@ -241,4 +241,4 @@ def _refuse_read(name: str, module: nn.Module, args: Any) -> None:
 
 
 def _said(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    return f"{'of several lengths' if x.is_nested else tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"

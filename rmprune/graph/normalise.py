@@ -33,12 +33,12 @@ _TRANSFORMERS = (
 
 
 class PlainTracer(Tracer):
-    """Leaves stock modules whole, but transformers, and classes that merely inherit a stock forward."""
+    """Leaves stock modules whole (transformers where `whole` says so), and classes that merely inherit a stock forward."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if named(m, WHOLE):
             return True
-        if isinstance(m, _TRANSFORMERS):
+        if isinstance(m, _TRANSFORMERS) and not self.whole:
             return False
         kind = next((c for c in type(m).__mro__ if c.__module__ == _ConvNd.__module__), nn.Module)
         inherited = isinstance(m, _ConvNd) and plain(m, kind)

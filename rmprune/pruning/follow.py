@@ -152,6 +152,8 @@ class Walk(Labelled):
             return
         self.layers[node], self.shapes[name] = name, (labels[0].shape, Size(shape_of(node) or ()))
 
+    # Other operations
+
     def _joined(self, node: fx.Node, labels: list[Tensor]) -> Tensor:
         """Elementwise: where two values meet, their channels go together."""
         shape = shape_of(node)

@@ -40,8 +40,6 @@ class Labelled:
         if known is not vector:
             self.channels.unite(known, vector, f"{name}, which is used twice, has channels that stay beside them")
 
-    # Other operations
-
     def outputs(self, layer: str) -> int:
         return next(
             len(labels) for (name, side), labels in self.members.items() if name == layer and side in ("out", "tied")

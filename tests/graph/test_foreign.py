@@ -59,8 +59,15 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def compiled_inside(net: nn.Module) -> nn.Module:
+    net.conv = torch.compile(net.conv)
+    return net
+
+
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda net: torch.compile(nn.DataParallel(net))])
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.compile, lambda net: torch.compile(nn.DataParallel(net)), compiled_inside]
+)
 def test_wrappers_are_taken_off(wrap: Any, call: str, tmp_path: Path) -> None:
     assert CALLS[call](wrap(Res()).eval(), X, tmp_path)
 

@@ -241,6 +241,42 @@ class Written(nn.Module):
         return self.head(sum((z, *more)).mean((2, 3)))  # type: ignore[no-any-return, union-attr]
 
 
+def test_a_view_that_is_changed_and_put_elsewhere_is_refused() -> None:
+    def join(x: Tensor, y: Tensor) -> Tensor:
+        both = x + y
+        part = both[:, 4:]
+        part *= 2
+        both[:, :4] = part
+        return both
+
+    with pytest.raises(UnsupportedModel, match="changes add in place through a view"):
+        rmprune.prune(Res(join).eval(), X, importance="magnitude", budget=rmprune.Budget(macs_ratio=0.6))
+
+
+class Masked(nn.Module):
+    """A transformer with a mask, which torch.fx does not go into, behind a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(Res(torch.add), nn.Flatten(2))
+        self.end = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 16, batch_first=True), 1)
+
+    def forward(self, x: Tensor, empty: Tensor | None = None) -> Tensor:
+        if empty is not None:
+            return self.end(self.stem(x), src_key_padding_mask=empty)  # type: ignore[no-any-return]
+        mask = nn.Transformer.generate_square_subsequent_mask(2)
+        return self.end(self.stem(x), mask=mask, is_causal=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_a_transformer_that_cannot_be_gone_into_is_one_layer() -> None:
+    net = Masked().double().eval()
+    removal = rmprune.remove_residuals(net, X.double())
+    assert removal.removed == ["stem.0"] and torch.allclose(removal.model(X.double()), net(X.double()), atol=1e-12)
+    with pytest.raises(UnsupportedModel, match="nested_tensor"):  # of several lengths
+        rmprune.remove_residuals(net, (X.double(), torch.tensor([[False, True], [False, False]])))
+
+
 def test_what_code_writes_of_parameters_and_into_maps_is_read() -> None:
     net = Written().double().eval()
     removal = rmprune.remove_residuals(net, X.double())
