@@ -53,7 +53,7 @@ class PruneConfig:
         kinds = dict.fromkeys(name for name, _ in self.budgets)
         require(
             len(kinds) <= 1,
-            f"{' and '.join(kinds)} are set; give one kind of budget, they are not combined (the record says what became of the others)",
+            f"{' and '.join(kinds)} are set; give one kind of budget, they are not combined",
         )
         for name, value in self.budgets:
             require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")

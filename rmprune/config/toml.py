@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import tomli_w
+import tyro
 
 from rmprune.config.transfer import TRANSFER
 from rmprune.errors import ConfigError
@@ -65,18 +66,38 @@ def from_toml(kind: type[Config], path: Path, *, transfer: bool = False, whole: 
         given = values.get(field.name, gentle.get(field.name))
         if isinstance(given, dict) and dataclasses.is_dataclass(field.default):
             values[field.name] = to_dict(field.default) | gentle.get(field.name, {}) | given
-    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__module__": kind.__module__})
     try:
         config: Any = dacite.from_dict(
-            kind if whole else unchecked,
+            kind if whole else _unlooked(kind),
             _as_python(kind, values),
             dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path}),
         )
     except (dacite.DaciteError, ConfigError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"{path}: {str(error)[:500]}") from None
-    if not whole:
-        config, unlooked = object.__new__(kind), config
-        vars(config).update(vars(unlooked))
+    return config if whole else _taken_for(kind, config)
+
+
+def _unlooked(kind: Any) -> Any:
+    """A dataclass of the same settings that requires none of them, and does not look whether they fit one another."""
+    settings: list[Any] = []
+    for own in dataclasses.fields(kind):
+        hint, field = get_type_hints(kind)[own.name], dataclasses.field(default=tyro.MISSING)
+        if own.default is not dataclasses.MISSING:
+            field = dataclasses.field(default=own.default)
+        elif dataclasses.is_dataclass(hint):
+            hint = _unlooked(hint)
+            field = dataclasses.field(default=hint())
+        settings.append((own.name, hint, field))
+    return dataclasses.make_dataclass(kind.__name__, settings, frozen=True)
+
+
+def _taken_for(kind: Any, unlooked: Any) -> Any:
+    """These settings as an instance of `kind`, which is not looked at either."""
+    config = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        value, hint = getattr(unlooked, field.name), get_type_hints(kind)[field.name]
+        partial = dataclasses.is_dataclass(hint) and dataclasses.is_dataclass(value) and not isinstance(value, hint)
+        object.__setattr__(config, field.name, _taken_for(hint, value) if partial else value)
     return config
 
 

@@ -236,12 +236,8 @@ def _in_place(operation: Any) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
 
 
-for (
-    _name,
-    _operation,
-) in (
-    IN_PLACE_OPERATORS.items()
-):  # torch.fx takes `y += z` for `y = y + z`, and other names of y would keep the old value
+# torch.fx takes `y += z` for `y = y + z`, and other names of y would keep the old value
+for _name, _operation in IN_PLACE_OPERATORS.items():
     setattr(_Known, f"__{_name}__", _in_place(_operation))
 
 

@@ -24,6 +24,8 @@ _OWN = {
     "tensorboard",
 }
 """Settings that rows are told apart by, or that do not change a network."""
+_BY_SEED = frozenset({"checkpoint", "data.labels", "data.split_seed"})
+"""Settings that may differ where seeds do: each seed starts from a training of its own, on a split of its own."""
 _UNREAD = frozenset(
     f"prune.{name}" for name in ("gradual", "reconstruct", "cuts", "cut_fraction", "score_decay", "cost", "rank")
 )
@@ -44,11 +46,13 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     """
     first: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     found: dict[Path, str] = {}
+    seeds = {path: record.get("seed") for path, record in records.items()}
     for path, record in records.items():
         settings = _settings(record)
         for key, mine in settings.items():
             other, theirs = first.get(key, (path, mine))
             unread = _UNREAD | _REMOVAL.keys() if key[2] in _TORCH_PRUNING else frozenset()
+            unread |= _BY_SEED if seeds[other] != seeds[path] else frozenset()
             for setting in sorted((theirs.keys() | mine.keys()) - unread):
                 before, now = theirs.get(setting), mine.get(setting)
                 if before != now and path not in found:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from rmprune import cli
-from rmprune.config import AmcConfig, DataConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
+from rmprune.config import AmcConfig, ConvertConfig, DataConfig, NetworkConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ConfigError
 
@@ -128,3 +128,20 @@ def test_flags_give_what_the_file_lacks(tmp_path: Path) -> None:
         cli._parse(SlimConfig, ["--config", str(file)], "slim")
     with pytest.raises(ConfigError, match=r"c\.toml and the flags: seeds is 0"):
         cli._parse(SlimConfig, ["--config", str(file), "--ratio", "0.5", "--seeds", "0"], "slim")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[network]\nmodel = "resnet8"\n', ["--out", "x"]),
+        ("[network]\nimage_size = 32\n", ["resnet8", "--out", "x"]),
+        ('out = "x"\n', ["resnet8"]),
+    ],
+)
+def test_what_is_required_may_come_from_a_flag(tmp_path: Path, text: str, words: list[str]) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    found = cli._parse(ConvertConfig, ["--config", str(file), *words], "convert")
+    assert (type(found.network), found.network.model, found.out) == (NetworkConfig, "resnet8", Path("x"))
+    with pytest.raises(SystemExit):
+        cli._parse(ConvertConfig, ["--config", str(file)], "convert")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from rmprune.report.gather import gather
 from rmprune.runs.records import read_record, write_record
 
@@ -74,3 +76,13 @@ def test_budgets_in_time_that_were_counted_elsewhere_are_not_averaged(runs: Path
         path = runs / f"s{seed}-0.5" / "record.json"
         write_record(path, read_record(path) | {"budget": {"latency_ratio": 0.5}})
     assert "differ in the first of measure.backends (onnxruntime and eager)" in left_out(runs)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_seed_may_have_a_training_and_a_split_of_its_own(runs: Path, seed: int) -> None:
+    path = runs / "s1-0.5" / "record.json"
+    record = read_record(path)
+    record["seed"] = seed  # 0 is the other record's
+    record["config"] |= {"checkpoint": "dense-1", "data": {"dataset": "digits", "labels": "split1.csv"}}
+    write_record(path, record)
+    assert ("differ in checkpoint (None and dense-1)" in left_out(runs)) == (seed == 0)
