@@ -3,7 +3,16 @@ from pathlib import Path
 import pytest
 
 from rmprune import cli
-from rmprune.config import AmcConfig, ConvertConfig, DataConfig, NetworkConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
+from rmprune.config import (
+    AmcConfig,
+    ConvertConfig,
+    DataConfig,
+    NetworkConfig,
+    PruneConfig,
+    SlimConfig,
+    TrainConfig,
+    TrainRunConfig,
+)
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ConfigError
 
