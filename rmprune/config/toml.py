@@ -96,7 +96,7 @@ def _taken_for(kind: Any, unlooked: Any) -> Any:
     config = object.__new__(kind)
     for field in dataclasses.fields(kind):
         value, hint = getattr(unlooked, field.name), get_type_hints(kind)[field.name]
-        partial = dataclasses.is_dataclass(hint) and dataclasses.is_dataclass(value) and not isinstance(value, hint)
+        partial = dataclasses.is_dataclass(value) and type(value) is not hint and dataclasses.is_dataclass(hint)
         object.__setattr__(config, field.name, _taken_for(hint, value) if partial else value)
     return config
 
