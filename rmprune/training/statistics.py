@@ -21,7 +21,7 @@ IMAGES = 1024  # at most, of an epoch's; a quarter of it is enough
 def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Loss | None = None) -> None:
     """Give the batch norms of `model`, in place, the mean and variance that these batches have on average (Wu and Johnson 2021).
 
-    `batches`: (x [B, C, ...], y) as a split yields them, on the model's device; with a `loss` of one's own, that is what runs the model on y.
+    `batches`: (x [B, C, ...], y) as a split yields them, on the model's device; a `loss` of one's own is what runs the model on y.
     Everything is in training mode, as in a step; the mode is left as it was.
     """
     update_bn(([batch] for batch in batches), _Step(model, loss))
