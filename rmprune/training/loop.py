@@ -29,7 +29,7 @@ from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.refuse import begins, check_trainable, not_finite, one_value
 from rmprune.training.shared_statistics import SharedStatistics
 from rmprune.training.state import Hook, TrainState
-from rmprune.training.statistics import IMAGES, measure_statistics
+from rmprune.training.statistics import MOST_IMAGES, measure_statistics
 from rmprune.training.teacher import Teacher
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
@@ -356,7 +356,7 @@ class _Training:
             device=self.device,
             shuffle_seed=batch_seed(self.seed, self.state.step),
             memory_format=self.memory_format,
-            limit=min(images, max(size, min(IMAGES, images // 4))),
+            limit=min(images, max(size, min(MOST_IMAGES, images // 4))),
         )
         with autocast(self.config.precision, self.device):
             measure_statistics(self.state.model, batches, self.loss)

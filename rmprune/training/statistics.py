@@ -15,7 +15,7 @@ from torch.optim.swa_utils import update_bn
 from rmprune.data.batches import Loss
 from rmprune.training.precision import ask
 
-IMAGES = 1024  # at most, of an epoch's; a quarter of it is enough
+MOST_IMAGES = 1024  # a quarter of an epoch, where that is less, is enough
 
 
 def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Loss | None = None) -> None:
