@@ -14,6 +14,7 @@ seed of Python's hashes is the same in all.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from forked_workers import Forked
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this rmprune, not one that is installed
@@ -43,6 +46,7 @@ COMMANDS = {
     "amc": "amc --model mobilenet_v2_digits --width 0.1 --epochs 1 --finetune.epochs 1 --multiple 1 --budget 0.7 --episodes 6 "
     f"--warm-up 3 --images 32 --calibration 16 --method rm-amc {DATA}{MEASURE} --out run",
     "measure": f"measure run{MEASURE.replace('--measure.', '--')}",
+    "grid": f"grid{SLIM.removeprefix('slim')} --macs-ratio 0.7 --method residual,inner --jobs 1",
     "report": "report run --out run/page",
     "deploy": "deploy run --out run/deployed",
     "convert": "convert resnet8 --width 2 --image-size 8 --in-channels 1 --out run/plain",
@@ -61,7 +65,10 @@ TIMES = {"latency", "seconds", "images_per_second", "episodes_per_minute", "envi
 def child(command: str, before: int, fault: str = "kill") -> None:
     """Run the command, with the fault's signal before its change number `before` to the files of the run; or write how many there were."""
     from rmprune.cli import main
+    from rmprune.pipelines import grid
 
+    tasks = itertools.count()
+    grid._workers = lambda config: lambda *work: Forked(Path(f"worker-{os.getpid()}-{next(tasks)}"), *work)
     changes = 0
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
