@@ -27,7 +27,13 @@ class Finished(ConfigError):
 
 @contextlib.contextmanager
 def claim(
-    directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool, wait: bool = False
+    directory: Path,
+    config: Config,
+    *,
+    records: list[Path],
+    networks: Collection[str],
+    overwrite: bool,
+    wait: bool = False,
 ) -> Iterator[None]:
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
     use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
