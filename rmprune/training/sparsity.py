@@ -194,4 +194,4 @@ def _batch_norms_into_additions(traced: fx.GraphModule) -> set[str]:
         if _is_addition(node) or (not mixed and not added.isdisjoint(node.users)):
             added.add(node)
     norms = {name for name, module in modules.items() if isinstance(module, _BATCH_NORMS)}
-    return {node.target for node in added if node.op == "call_module"} & norms
+    return {str(node.target) for node in added if node.op == "call_module"} & norms
