@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rmprune.config import SlimConfig
+from rmprune.data.batches import affordable
 from rmprune.errors import InfeasibleBudget
 from rmprune.methods.choose import Verdicts, best, judge, shown
 from rmprune.methods.cutter import LEAST_FRACTION, Cutter, layer_times, make_cutter, place_of
@@ -40,7 +41,8 @@ from rmprune.training.job import Files, Job
 
 logger = logging.getLogger("rmprune")
 PROPOSED = 8  # plans that the surrogate proposes at first
-END_IMAGES = 256  # training images on which the end of the network is looked at
+END_IMAGES = 256  # training images on which the end of the network is looked at, at most,
+END_PIXELS = 2**20  # and of so many pixels, many times over: 64 of 128 x 128
 SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
 _FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
@@ -122,7 +124,8 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
 def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
     """The surrogate of these networks: what their blocks and widths lose, measured once for these files."""
     network, batches = outlook.networks["keep"], job.batches
-    ends = Ends.of(network, job.examples(END_IMAGES), torch.cat([y for _, y in batches])[:END_IMAGES].cpu())
+    count = affordable(END_IMAGES, job.data.input_shape[1:], END_PIXELS)
+    ends = Ends.of(network, job.examples(count), torch.cat([y for _, y in batches])[:count].cpu())
     note = files.note("losses")
 
     def of_blocks() -> Any:

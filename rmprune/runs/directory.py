@@ -27,17 +27,23 @@ class Finished(ConfigError):
 
 @contextlib.contextmanager
 def claim(
-    directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool
+    directory: Path,
+    config: Config,
+    *,
+    records: list[Path],
+    networks: Collection[str],
+    overwrite: bool,
+    wait: bool = False,
 ) -> Iterator[None]:
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
-    use .lock, which keeps other processes out.
+    use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
 
     With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
     names of the artifacts that it may have written.
     Raises ConfigError where the directory holds a finished run, a run with other settings, one that another process is at, or
     something that is no run, and ArtifactError where it cannot be written.
     """
-    lock = FileLock(directory / LOCK_FILE)
+    lock = FileLock(directory / LOCK_FILE, timeout=-1 if wait else 0)
     try:
         _prepare(directory, config, records, networks if overwrite else None, lock)
         yield
@@ -55,7 +61,7 @@ def _prepare(
         if used and not known.is_file():
             raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
         directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
+        lock.acquire()
         sweep(directory)
         if known.is_file() and overwritten is not None:
             _clear(directory, config, known, overwritten)
