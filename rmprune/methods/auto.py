@@ -121,11 +121,16 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             )
 
 
+def ends_of(network: nn.Module, job: Job[SlimConfig]) -> Ends:
+    """What the network says of some training images, which is what changes are judged by."""
+    count = affordable(END_IMAGES, job.data.input_shape[1:], END_PIXELS)
+    return Ends.of(network, job.examples(count), torch.cat([y for _, y in job.pairs])[:count].cpu())
+
+
 def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
     """The surrogate of these networks: what their blocks and widths lose, measured once for these files."""
     network, batches = outlook.networks["keep"], job.batches
-    count = affordable(END_IMAGES, job.data.input_shape[1:], END_PIXELS)
-    ends = Ends.of(network, job.examples(count), torch.cat([y for _, y in batches])[:count].cpu())
+    ends = ends_of(network, job)
     note = files.note("losses")
 
     def of_blocks() -> Any:
