@@ -13,7 +13,7 @@ from rmprune.methods.refuse import NOISE
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.options import block_options
-from rmprune.pruning.plan import Options, SlimPlan, layers_digest
+from rmprune.pruning.plan import Choice, Options, SlimPlan, layers_digest
 from rmprune.pruning.surrogate import block_losses
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Files, Job
@@ -39,7 +39,7 @@ def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Fil
     count = next((count for count, cost in costs.items() if cost <= allowed), None)
     if count is None:
         raise _infeasible(min(costs.values()), allowed)
-    choices = dict.fromkeys(order[:count], "drop")
+    choices: dict[str, Choice] = dict.fromkeys(order[:count], "drop")
     shorter, facts = carry_out_blocks(network, choices, job.examples, job.config.removal)
     plan = SlimPlan(facts["blocks"], {}, facts["fuse"], layers_digest(job.original))
     search = {"losses": losses, "dropped": order[:count], "verified_ratio": costs[count]}
