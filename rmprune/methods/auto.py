@@ -204,7 +204,6 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         return [plan["blocks"] for plan in plans.values()]
 
     def keep(seconds: float) -> None:
-        note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
 
     while len(plans) < PROPOSED and (found := proposals.best(outlook.limit, other_than=tried())) is not None:

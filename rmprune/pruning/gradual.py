@@ -228,11 +228,10 @@ class PolicyPruner(GradualPruner):
         *,
         prune_epochs: float,
         every: int | Fraction = 30,
-        decay: float = 0.5,
     ) -> None:
         self.widths = dict(widths)
         unused = Budget(ratio=0.5)  # the policy takes its place
-        super().__init__(model, example_inputs, unused, prune_epochs=prune_epochs, every=every, decay=decay)
+        super().__init__(model, example_inputs, unused, prune_epochs=prune_epochs, every=every)
 
     def _allocate(self, scores: Mapping[str, Tensor], *, final: bool, progress: float = 1.0) -> Keep:
         now, first = self.structure.units, self.first.units
