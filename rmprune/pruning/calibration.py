@@ -91,7 +91,7 @@ class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
     def __init__(self, model: nn.Module, structure: Structure, settings: FitSettings) -> None:
-        self.model = _eval_copy(model)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layers = {layer.name: layer for layer in structure.layers}
         self.settings = settings
         self.tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -290,10 +290,6 @@ def _affine(y: Tensor, scale: Tensor, shift: Tensor, *, own: bool) -> Tensor:
 
 def _precision(layer: SizedLayer, x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype if layer.kind == "linear" else x.dtype
-
-
-def _eval_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)

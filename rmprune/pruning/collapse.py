@@ -22,7 +22,8 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
-from rmprune.graph.equivalence import reference_copy, refuse_unseen
+from rmprune.graph.equivalence import refuse_unseen
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
