@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from rmprune.pruning.calibration import outputs_at, patches_at, sample_positions
 from rmprune.pruning.groups import record_shapes
 from rmprune.pruning.layers import SizedLayer, sized_layers
+from rmprune.pruning.positions import outputs_at, patches_at, sample_positions
 from rmprune.pruning.reconstruct import BLOCK, _grouped, _Moments, _ungrouped, reconstruct, reconstruct_checked
 
 CASES = {
