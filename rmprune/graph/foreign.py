@@ -44,11 +44,10 @@ def plain_module(model: nn.Module) -> nn.Module:
         return model
     model = copied(model)
     for name in reversed(wrapped):
-        owner, _, own = name.rpartition(".")
         inner = model.get_submodule(name)
         while (deeper := _inside(inner)) is not None:
             inner = deeper
-        setattr(model.get_submodule(owner), own, inner)
+        model.set_submodule(name, inner)
     for module in model.modules():
         make_permanent(module)
     if computed:
