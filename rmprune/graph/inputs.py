@@ -16,7 +16,7 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
-from rmprune.graph.shapes import blank, on_meta
+from rmprune.graph.shapes import Plainly, blank, on_meta
 
 _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
@@ -168,7 +168,7 @@ def trial(
     """
     one, watch = tuple(x[:count] for x in inputs), watch or nullcontext()
     try:
-        with watch, _watched(on_meta(model).eval(), says=False) as twin:
+        with watch, Plainly(), _watched(on_meta(model).eval(), says=False) as twin:
             twin(*(blank(x) for x in one))
             return
     except UnsupportedModel:
