@@ -22,6 +22,7 @@ from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
+from rmprune.measure.latency import Configuration, sittings_of
 from rmprune.measure.machine import environment
 from rmprune.pipelines.stages import expected_statistics, image_shape
 from rmprune.runs import records
@@ -55,6 +56,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
     check_available(config.measure.backends, config.measure.device)
     data = dataset_of(paths) if reduced(config.measure.backends) else None
+    originals = {labels[network_directory(path.parent, "original")] for path in paths}
     latencies = measure_latencies(
         found,
         torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
@@ -64,6 +66,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         device=config.measure.device,
         seconds=config.measure.seconds,
         min_rounds=config.measure.min_rounds,
+        reference=min(originals) if len(originals) == 1 else None,
         progress=measuring(len(found), config.measure),
         calibration=None if data is None else calibration_images(data.train),
         split=None if data is None else data.test,
@@ -98,17 +101,20 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
 
 
 def measuring(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
-    """Logs each configuration as it starts and the time left: by the settings at first, then by those that are done."""
-    total = len(measure.backends) * len(measure.threads) * len(measure.batch_sizes)
-    started, done = time.perf_counter(), itertools.count()
+    """Logs each configuration as it starts and the time left of those planned: by the settings at first, then by those that are done."""
+    places = itertools.product(measure.backends, [measure.device], measure.threads, measure.batch_sizes)
+    planned = [sittings_of(Configuration(*place), measure.seconds) if networks > 1 else 1 for place in places]
+    started, done, total = time.perf_counter(), itertools.count(), sum(planned)
 
     def tell(configuration: str) -> None:
         n = next(done)
-        each = (time.perf_counter() - started) / n if n else networks * measure.seconds
-        minutes = (total - n) * each / 60
-        logger.info(
-            "measuring %d networks, %s: %d of %d, %.1f min left", networks, configuration, n + 1, total, minutes
+        each = (time.perf_counter() - started) / n if n else networks * measure.seconds * len(planned) / total
+        left = (
+            f"{n + 1} of {total}, {(total - n) * each / 60:.1f} min left"
+            if n < total
+            else "once more, not known well yet"
         )
+        logger.info("measuring %d networks, %s: %s", networks, configuration, left)
 
     return tell
 
