@@ -17,7 +17,7 @@ from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
 from rmprune.config.toml import UNSET
 from rmprune.data.given import GIVEN
-from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
@@ -129,7 +129,7 @@ def network_directory(run: Path, name: str) -> Path:
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 
 
-def dataset_of(paths: list[Path]) -> Dataset:
+def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
     """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
     are several, or a record does not say which.
     """
@@ -158,7 +158,7 @@ def dataset_of(paths: list[Path]) -> Dataset:
         raise ArtifactError(
             "these runs are of different data sets; in int8, bfloat16 or float16 measure one data set at a time"
         )
-    return load_dataset(*found[0])
+    return load(*found[0])
 
 
 def example_shape(path: Path) -> tuple[int, int, int]:
