@@ -58,12 +58,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     latencies = measure_latencies(
         found,
         torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
-        backends=config.measure.backends,
-        threads=config.measure.threads,
-        batch_sizes=config.measure.batch_sizes,
-        device=config.measure.device,
-        seconds=config.measure.seconds,
-        min_rounds=config.measure.min_rounds,
+        **vars(config.measure),
         progress=measuring(len(found), config.measure),
         calibration=None if data is None else calibration_images(data.train),
         split=None if data is None else data.test,

@@ -20,7 +20,7 @@ from rmprune.config import SlimConfig
 from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
-from rmprune.methods import auto, scratch
+from rmprune.methods import auto, depth, scratch
 from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
@@ -85,6 +85,10 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
             raise ConfigError(
                 f"{name} compares networks of equal cost, which --ratio does not give; use --macs-ratio or --latency-ratio"
             )
+        if (method.scratch or method.depth) and config.prune.ratio:
+            raise ConfigError(
+                f"{name} has no channels to remove, which --ratio counts; use --macs-ratio, --latency-ratio or --memory-ratio"
+            )
     example = job.data.train.example(2)
     dense = job.given or make_dense(config, job.data, job.seed)
     describe(dense)
@@ -105,7 +109,10 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
         return start(dense, name, lambda images: example[:images], config.removal)[0]
 
     job = replace(job, teacher=dense)
-    searches: dict[str, Callable[[Budget], object]] = {"auto": functools.partial(auto.look, dense, job=job)}
+    searches: dict[str, Callable[[Budget], object]] = {
+        "auto": functools.partial(auto.look, dense, job=job),
+        "depth": functools.partial(depth.check_depth, dense, job=job),
+    }
     if any(method.scratch for method in methods.values()):
         scratch.own_width(job)
         make = functools.partial(make_dense, config, job.data, job.seed)
@@ -176,6 +183,9 @@ def _slim(
     files = Files.of(cell.directory, name)
     if method.scratch:
         return _from_nothing(budget, job, files)
+    if method.depth:
+        network, shorter = depth.shorten(with_names(job.original, job), budget, job, files)
+        return tune(network, job.config.finetune, job, files), shorter
     facts: dict[str, Any] = {"method": name}
     widths = None
     if name == "auto":

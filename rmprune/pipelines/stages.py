@@ -194,12 +194,7 @@ def measure_networks(
     latencies = measure_latencies(
         networks,
         example,
-        backends=config.backends,
-        threads=config.threads,
-        batch_sizes=config.batch_sizes,
-        device=config.device,
-        seconds=config.seconds,
-        min_rounds=config.min_rounds,
+        **vars(config),
         reference="original",
         calibration=calibration_images(data.train) if needs_calibration(config.backends) else None,
         split=data.test,

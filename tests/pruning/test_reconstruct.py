@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import rmprune
-from rmprune.pruning.calibration import outputs_at, patches_at, sample_positions
 from rmprune.pruning.groups import record_shapes
 from rmprune.pruning.layers import SizedLayer, sized_layers
+from rmprune.pruning.positions import outputs_at, patches_at, sample_positions
 from rmprune.pruning.reconstruct import BLOCK, _grouped, _Moments, _ungrouped, reconstruct, reconstruct_checked
 
 CASES = {
