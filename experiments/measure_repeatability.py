@@ -2,8 +2,8 @@
 
     python experiments/measure_repeatability.py
 
-Goal on an idle 2-core machine: all ratios of a configuration within 3 % of each other. It takes about
-12 minutes. What the machine was like is measured before and after (`quietness`). Writes repeats.csv (a row as it comes), summary.csv and command.txt under --out.
+Goal on an idle 2-core machine: all ratios of a configuration within 3 % of each other. It takes about 12 minutes. What the machine was
+like is measured before and after (`quietness`). Writes repeats.csv (a row as it comes), summary.csv and command.txt under --out.
 """
 
 import multiprocessing

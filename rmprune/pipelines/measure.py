@@ -17,7 +17,7 @@ from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
 from rmprune.config.toml import UNSET
 from rmprune.data.given import GIVEN
-from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
@@ -60,12 +60,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     latencies = measure_latencies(
         found,
         torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
-        backends=config.measure.backends,
-        threads=config.measure.threads,
-        batch_sizes=config.measure.batch_sizes,
-        device=config.measure.device,
-        seconds=config.measure.seconds,
-        min_rounds=config.measure.min_rounds,
+        **vars(config.measure),
         reference=min(originals) if len(originals) == 1 else None,
         progress=measuring(len(found), config.measure),
         calibration=None if data is None else calibration_images(data.train),
@@ -135,7 +130,7 @@ def network_directory(run: Path, name: str) -> Path:
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 
 
-def dataset_of(paths: list[Path]) -> Dataset:
+def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
     """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
     are several, or a record does not say which.
     """
@@ -164,7 +159,7 @@ def dataset_of(paths: list[Path]) -> Dataset:
         raise ArtifactError(
             "these runs are of different data sets; in int8, bfloat16 or float16 measure one data set at a time"
         )
-    return load_dataset(*found[0])
+    return load(*found[0])
 
 
 def example_shape(path: Path) -> tuple[int, int, int]:

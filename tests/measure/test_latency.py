@@ -115,6 +115,12 @@ def test_one_network() -> None:
     assert "ratio" not in latency.to_dict()
 
 
+@pytest.mark.parametrize("backend", ["eager", "torchscript", "onnxruntime"])
+def test_inputs_of_whole_numbers_stay_whole(backend: str) -> None:
+    words = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2)).eval()
+    assert measure_latency(words, torch.tensor([[1, 2, 4]]), backend=backend, threads=1, seconds=0.0, min_rounds=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
