@@ -105,7 +105,7 @@ def of_rounds(times_ms: Sequence[float], repeats: int, disturbed: int, **facts: 
     )
 
 
-def _quartiles_ms(times: Sequence[float]) -> dict[str, float]:
+def _quartiles_ms(times: Sequence[float]) -> dict[str, Any]:
     return dict(zip(("q1_ms", "median_ms", "q3_ms"), quartiles(times), strict=True))
 
 
