@@ -24,7 +24,7 @@ WINDOW_SECONDS = 0.02
 SETTLED = 5  # windows in a row that are no faster than the fastest before them
 FASTER = 0.98
 DISTURBED = 0.02  # of a round: so long our threads may wait for others
-LONGEST = 2  # times the seconds asked for, with rounds that were disturbed
+AT_MOST_TIMES = 2  # times the seconds asked for, with rounds that were disturbed
 
 
 class Rounds(NamedTuple):
@@ -59,7 +59,7 @@ def timed_rounds(
     warmup: float = WARMUP_SECONDS,
 ) -> Rounds:
     """Every candidate's turns, round by round; `warmup` seconds at most before. `seconds` for each candidate are spent on rounds that
-    nothing disturbed, up to LONGEST times as many on all.
+    nothing disturbed, up to AT_MOST_TIMES times as many in all.
     """
     timer = _cuda_ms if device.startswith("cuda") else _cpu_ms
     turns: dict[str, list[float]] = {name: [] for name in runs}
@@ -68,7 +68,9 @@ def timed_rounds(
     names, budget = list(runs), seconds * len(runs)
     with current(device):
         repeats = {n: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(runs[n], timer, warmup), 1e-3))) for n in names}
-        while len(lasted) < min_rounds or (sum(lasted) < LONGEST * budget and calm_seconds(lasted, waited) < budget):
+        while len(lasted) < min_rounds or (
+            sum(lasted) < AT_MOST_TIMES * budget and calm_seconds(lasted, waited) < budget
+        ):
             order.shuffle(names)
             start, before = time.perf_counter(), waiting_seconds()
             for name in names:
