@@ -92,7 +92,9 @@ _ACTIVATIONS = (F.relu, F.hardtanh, F.hardswish, F.hardsigmoid, F.leaky_relu)
 def _kept(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """What such a call gives; None where it is another one, or may go wrong."""
     x = args[0] if args else None
-    if type(x) is not Tensor or not (x.is_meta and x.is_floating_point() and x.dtype.itemsize > 1 and x.is_contiguous()):
+    if type(x) is not Tensor or not (
+        x.is_meta and x.is_floating_point() and x.dtype.itemsize > 1 and x.is_contiguous()
+    ):
         return None
     if func is F.batch_norm and len(args) == 3 and not kwargs.get("training"):
         held = [*args[1:], *(t for t in (kwargs.get("weight"), kwargs.get("bias")) if t is not None)]
