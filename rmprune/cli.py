@@ -3,6 +3,7 @@ and imported once the flags are read: that takes seconds, which nobody who misty
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import logging
@@ -212,21 +213,23 @@ def train(arguments: list[str]) -> None:
 
 def _run(run: Callable[..., list[Path]], config: Any, command: str, *, deploys: bool = True) -> None:
     """Do a run, or only its deploy/ and report where it was killed before these; its tables on the screen, and what to do next."""
+    from rmprune.data.load import load_dataset
     from rmprune.pipelines.deploy import run_deploy
     from rmprune.report.build import COMMAND, build_report, show
     from rmprune.runs.directory import Finished
     from rmprune.runs.records import find_records
 
     directory = config.directory
+    opened = {"load": functools.lru_cache(1)(load_dataset)} if deploys else {}  # deploying takes the same data
     try:
-        records = run(config, command=command)
+        records = run(config, command=command, **opened)
     except Finished:
         if (directory / "report" / COMMAND).is_file():
             raise
         records = find_records([directory])
     show(records)
     try:
-        deployed = _deployed(run_deploy(settings.DeployConfig(directory))) if deploys else "next:   "
+        deployed = _deployed(run_deploy(settings.DeployConfig(directory), **opened)) if deploys else "next:   "
     except RmpruneError as error:  # the run itself is done, and its record written
         deployed = f"deploy: none ({error})\nnext:   "
     files = build_report(records, directory / "report", command)  # last: where it is, nothing is left to do

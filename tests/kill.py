@@ -71,9 +71,11 @@ def child(command: str, before: int, fault: str = "kill") -> None:
     grid._workers = lambda config: lambda *work: Forked(Path(f"worker-{os.getpid()}-{next(tasks)}"), *work)
     changes = 0
 
+    first = os.getpid()
+
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal changes
-        if event not in CHANGES or not str(arguments[CHANGES[event]]).startswith("run"):
+        if os.getpid() != first or event not in CHANGES or not str(arguments[CHANGES[event]]).startswith("run"):
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return

@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from record_examples import example
@@ -202,7 +203,7 @@ def test_inspect_says_what_stays_and_why_and_convert_what_was_kept(
 
 
 def test_a_run_that_was_killed_before_its_report_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def finished(config: TrainRunConfig, *, command: str) -> list[Path]:
+    def finished(config: TrainRunConfig, **settings: Any) -> list[Path]:
         raise Finished("this run is finished")
 
     made: list[Path] = []

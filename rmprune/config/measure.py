@@ -17,7 +17,7 @@ class MeasureConfig:
     backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("onnxruntime", "eager")
     """Runtimes: eager, onnxruntime, openvino, torchscript, compile, onnxruntime-int8, ...; `python -m rmprune doctor` lists those that
     work here."""
-    threads: Numbers = (2,)
+    threads: Numbers = (1,)
     """Threads of the runtime."""
     batch_sizes: Annotated[Numbers, tyro.conf.arg(name="batch-size")] = (1, 32)
     """Images in a batch; times are for the whole batch."""

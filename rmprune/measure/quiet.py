@@ -54,6 +54,7 @@ def quietness(seconds: float = 2.0) -> Quietness:
         seconds=seconds / 2,
         min_rounds=9,
         reference="copy",
+        sittings=1,
         warn=False,
     )["net"][0]
     ratio, low, high = (float(value or 1.0) for value in (found.ratio, found.ratio_low, found.ratio_high))

@@ -29,7 +29,7 @@ from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
 from rmprune.pipelines.stages import dense_network, open_data, pick_device
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import LOCK_FILE, Finished, claim
+from rmprune.runs.directory import LOCK_FILE, Finished, alone, claim
 from rmprune.runs.notes import read_notes, write_text
 from rmprune.training.distributed import processes
 from rmprune.training.job import Job
@@ -84,6 +84,11 @@ def run_grid(config: GridConfig, *, command: str, submit: Submit | None = None) 
     if config.cluster == "local":  # else this machine may lack the GPU or the images; the first worker says it
         _open(replace(slim_config(config), out=config.directory))
     submit = submit or _workers(config)
+    with alone(config.directory):
+        return _work_off_all(config, command, submit)
+
+
+def _work_off_all(config: GridConfig, command: str, submit: Submit) -> list[Path]:
     tasks = plan_tasks(config, command)
     refused = work_off(tasks, submit, config.jobs)
     cells = [task for task in tasks if task.after is not None]

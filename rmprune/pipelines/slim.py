@@ -17,6 +17,7 @@ from rmprune import artifact
 from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.describe import describe
 from rmprune.config import SlimConfig
+from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
 from rmprune.methods import auto, depth, scratch
@@ -50,11 +51,11 @@ from rmprune.training.job import Files, Job, tune
 from rmprune.training.precision import repeatable
 
 
-def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
+def run_slim(config: SlimConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the main job and return the records. Goes on where an interrupted run of the same settings was."""
     find_methods(config.method)
     device = pick_device(config.device)
-    return run_job(Job(config, open_data(config), device, config.seed), command=command)
+    return run_job(Job(config, open_data(config, load), device, config.seed), command=command)
 
 
 def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:

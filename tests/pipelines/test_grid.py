@@ -20,7 +20,7 @@ from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.pipelines import grid
 from rmprune.pipelines.deploy import ranked, run_deploy
 from rmprune.pipelines.grid import TRIES, Task, _workers, plan_tasks, run_grid, work_off
-from rmprune.runs.directory import LOCK_FILE, claim
+from rmprune.runs.directory import LOCK_FILE, alone, claim
 from rmprune.training.loop import _Training
 
 GRID = (
@@ -139,8 +139,9 @@ def test_a_cell_waits_for_a_worker_that_outlived_its_grid(tmp_path: Path) -> Non
     claimed = functools.partial(claim, own.directory, own, records=[tmp_path / "no"], networks=(), overwrite=False)
     held = (own.directory / LOCK_FILE).open("w")
     fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(ConfigError, match="another process is at this run"), claimed():
-        pass
+    for held_by_another in (claimed(), alone(own.directory)):
+        with pytest.raises(ConfigError, match="another process is at this run"), held_by_another:
+            pass
     threading.Timer(0.2, held.close).start()
     with claimed(wait=True):
         assert held.closed

@@ -25,7 +25,7 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.runs.directory import claim, tidy
 from rmprune.runs.notes import remembered
 from rmprune.runs.records import write_record
-from rmprune.runs.writing import append_line, whole, write_text
+from rmprune.runs.writing import append_line, sweep_beside, whole, write_text
 from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -165,6 +165,13 @@ def test_what_stepped_aside_comes_back_when_its_writer_was_killed(tmp_path: Path
         assert (tmp_path / "run" / ".c.89abcdef.tmp").exists()
     tidy(tmp_path)
     assert "a/.b.89abcdef.old/file" not in contents(tmp_path) and (tmp_path / "a" / "b" / "file").read_text() == "old"
+
+
+def test_what_killed_writers_of_one_file_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.01234567.tmp", ".ab.01234567.tmp", "b/.a.01234567.tmp"):
+        write_text(tmp_path / name, "half")
+    sweep_beside(tmp_path / "a")
+    assert contents(tmp_path).keys() == {".ab.01234567.tmp", "b/.a.01234567.tmp"}
 
 
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
