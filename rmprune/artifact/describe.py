@@ -7,24 +7,23 @@ forward pass never reaches are left out.
 """
 
 import logging
-import math
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.artifact.arguments import encode
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import module_around
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace_sized
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
-    FORMATS,
     FUNCTION_NAMES,
     IDENTIFIER,
     LAYERS,
     MODULE_PATH,
-    TENSOR_DTYPES,
     TENSOR_METHODS,
     TENSOR_TYPES,
     TRAINING_FLAG,
@@ -141,8 +140,7 @@ def _describe_tensors(model: nn.Module, graph: fx.Graph, layers: list[dict[str, 
     for path in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
         if path in of_layers:
             continue
-        owner, _, name = path.rpartition(".")
-        tensor = getattr(model.get_submodule(owner), name)
+        tensor = attrgetter(path)(model)
         if not isinstance(tensor, Tensor) or not MODULE_PATH.fullmatch(path):
             raise UnsupportedModel(
                 f"attribute {path!r}: the forward pass reads it and it is not a tensor; make it a buffer"
@@ -207,38 +205,10 @@ def _tensor_paths(model: nn.Module, description: dict[str, Any]) -> Iterator[tup
             if LAYERS[layer["type"]].owns(name):
                 yield f"{layer['name']}.{name}", tensor
     for entry in description["tensors"]:
-        owner, _, name = entry["name"].rpartition(".")
-        yield entry["name"], getattr(model.get_submodule(owner), name)
+        yield entry["name"], attrgetter(entry["name"])(model)
 
 
 def file_tensors(model: nn.Module, description: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors to store, each once: `description["tied"]` says which other paths show the same one."""
     tied = {path for path, _ in description["tied"]}
     return {path: tensor for path, tensor in _tensor_paths(model, description) if path not in tied}
-
-
-def encode(value: Any, where: str) -> Any:
-    """A graph argument as JSON: plain values as they are, the rest as a one-key object. Raises TypeError for
-    anything else.
-    """
-    if isinstance(value, torch.fx.Node):
-        return {"node": value.name}
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, tuple):
-        return {"tuple": [encode(v, where) for v in value]}
-    if isinstance(value, list):
-        return [encode(v, where) for v in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": [[key, encode(v, where)] for key, v in value.items()]}
-    if isinstance(value, slice):
-        return {"slice": [encode(v, where) for v in (value.start, value.stop, value.step)]}
-    if value is Ellipsis:
-        return {"ellipsis": True}
-    if isinstance(value, torch.dtype) and value in TENSOR_DTYPES:
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.memory_format) and value in FORMATS.values():
-        return {"memory_format": str(value).removeprefix("torch.")}
-    raise TypeError(f"{where}: an argument of type {type(value).__name__} has no place in an artifact")

@@ -11,15 +11,8 @@ from rmprune.report.tables import CONFIGURATION, budget_of, find_setting, measur
 from rmprune.runs.records import networks
 
 _POINT = (
-    "accuracy",
-    "accuracy_low",
-    "accuracy_high",
-    "accuracy_change",
-    "macs",
-    "macs_ratio",
-    "params",
-    "params_ratio",
-)
+    "accuracy", "accuracy_low", "accuracy_high", "accuracy_change", "macs", "macs_ratio", "params", "params_ratio",
+)  # fmt: skip
 _TIME = ("median_ms", "q1_ms", "q3_ms", "ratio")
 _DIGITS = 6
 _BELOW_FLOAT32 = ("int8", "bfloat16", "float16", "tf32")
