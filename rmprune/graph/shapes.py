@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -178,7 +179,7 @@ def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, 
     return None
 
 
-def _size(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, size: tuple[int, ...]) -> tuple[int, ...]:
+def _size(conv: _ConvNd, size: tuple[int, ...]) -> tuple[int, ...]:
     """Positions of the output, by the usual floor formula; zeros where the padding is given in words."""
     if isinstance(conv.padding, str):
         return (0,) * len(size)
