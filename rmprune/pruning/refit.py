@@ -46,7 +46,7 @@ def written(
 ) -> nn.Module:
     """`smaller`, a network of the policy's shape, with the fitted layers written into it."""
     for op in program.ops:
-        if op.kind in ("layer", "norm"):
+        if op.kind in ("layer", "norm") and not op.shared:
             write_layer(smaller, op, fitted[op.name] if op.name in fitted else calibrator.narrowed(op, cut))
     return smaller
 
