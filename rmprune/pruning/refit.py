@@ -22,7 +22,8 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
     program = read_program(model, structure, images).unshared()
     with torch.inference_mode(), tf32(False, device_of(model)):
-        x = images.to(device_of(model), memory_format=torch.channels_last)
+        order = torch.channels_last if images.dim() == 4 else None
+        x = images.to(device_of(model), memory_format=order)
         calibrator.measure_reference(program, x)
         cut = Cut.of(calibrator.model, structure, keep)
         fitted = calibrator.fit(program, {program.ops[0].name: x}, cut)

@@ -97,7 +97,8 @@ def width_losses(
     }
     calibrator = Calibrator(model, structure, Fitting(samples=_SAMPLES))
     program = read_program(model, structure, ends.images[:2]).unshared()
-    x = ends.images.to(device_of(model), memory_format=torch.channels_last)
+    order = torch.channels_last if ends.images.dim() == 4 else None
+    x = ends.images.to(device_of(model), memory_format=order)
     calibrator.measure_reference(program, x)
     cuts = {(name, units): Cut.of(calibrator.model, structure, {name: keep}) for (name, units), keep in points.items()}
     found = {key: ends.divergence(logits) for key, logits in calibrator.outcomes(program, x, cuts, _BEHIND)}
