@@ -128,8 +128,6 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block:
     (source, chain), (other_source, other) = walk(network, first), walk(network, second)
     if source is not other_source:
         raise Obstacle(why_no_fork(network, max(source, other_source)))
-    if len(shape_of(source) or ()) != 4:
-        raise Obstacle("the fork is no map (batch, channels, height, width)")
     linear = [all(is_linear(network, node) for node in nodes) for nodes in (chain, other)]
     if not any(linear):
         raise Obstacle("both ways hold an activation or another non-linear layer: neither is a shortcut")

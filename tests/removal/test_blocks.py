@@ -87,3 +87,8 @@ def test_reasons_name_code(name: str) -> None:
 def test_two_nonlinear_ways_are_refused() -> None:
     other = branch(conv_bn(6, 6), conv_bn(6, 6))
     refused(prepared(*stem(), Residual(branch(conv_bn(6, 6), conv_bn(6, 6)), other)), "both ways")
+
+
+def test_a_branch_without_a_layer_is_refused() -> None:
+    refused(prepared(*stem(), Residual(nn.Sequential(), None)), "adds a value to itself")
+    refused(prepared(*stem(), Residual(nn.BatchNorm2d(6), None)), "holds no layer")
