@@ -89,6 +89,7 @@ def test_two_nonlinear_ways_are_refused() -> None:
     refused(prepared(*stem(), Residual(branch(conv_bn(6, 6), conv_bn(6, 6)), other)), "both ways")
 
 
-def test_a_branch_without_a_layer_is_refused() -> None:
+def test_a_norm_alone_is_a_branch_in_either_order() -> None:
     refused(prepared(*stem(), Residual(nn.Sequential(), None)), "adds a value to itself")
-    refused(prepared(*stem(), Residual(nn.BatchNorm2d(6), None)), "holds no layer")
+    removed(prepared(*stem(), Residual(nn.BatchNorm2d(6), None)))
+    removed(prepared(*stem(), Residual(nn.Sequential(), nn.BatchNorm2d(6))))
