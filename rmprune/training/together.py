@@ -261,18 +261,9 @@ def fit_together(model: nn.Module, data: Dataset, config: TrainConfig, **setting
     led = hook is not None and sparse is None
     teacher = settings["teacher"] if config.distillation else None
     order = Order(
-        pack(model),
-        None if teacher is None else pack(teacher),
-        config,
-        data.config,
-        data.statistics,
-        len(data.train),
-        settings["seed"],
-        str(settings["device"]),
-        settings["label"],
-        sparse,
-        led,
-    )
+        pack(model), None if teacher is None else pack(teacher), config, data.config, data.statistics, len(data.train),
+        settings["seed"], str(settings["device"]), settings["label"], sparse, led,
+    )  # fmt: skip
     hook = _Leading(hook) if led else hook
     with team.training(order, hook):
         return fit(model, data, config, **settings | {"hook": hook})
