@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,16 @@ logger = logging.getLogger("rmprune")
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
 
 
-class FitSettings(Protocol):
+@dataclass(frozen=True)
+class Fitting:
     """dtype: of all convolutions; reconstruct: fit layers by least squares, each on about `samples` output positions;
     own_statistics: batch norms keep the network's, moved only as far as the means before them move.
     """
 
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def reconstruct(self) -> bool: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def own_statistics(self) -> bool: ...
+    dtype: torch.dtype = torch.float32
+    reconstruct: bool = True
+    samples: int = 1 << 14
+    own_statistics: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ K = TypeVar("K")
 class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
-    def __init__(self, model: nn.Module, structure: Structure, settings: FitSettings) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, settings: Fitting) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layers = {layer.name: layer for layer in structure.layers}
         self.settings = settings

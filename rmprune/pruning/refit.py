@@ -1,26 +1,15 @@
 """A pruned network whose layers are fitted to what they put out before: `calibration` says how, this writes it into a module."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.graph.tf32 import tf32
-from rmprune.pruning.calibration import Calibrator, Cut, Fitted
+from rmprune.pruning.calibration import Calibrator, Cut, Fitted, Fitting
 from rmprune.pruning.groups import Keep, Structure, device_of
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.surgery import shrink
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """`Settings` of a network that is fitted once."""
-
-    dtype: torch.dtype = torch.float32
-    reconstruct: bool = True
-    samples: int = 1 << 14
-    own_statistics: bool = True
 
 
 def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *, reconstruct: bool = True) -> nn.Module:

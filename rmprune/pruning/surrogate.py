@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import keep_best
-from rmprune.pruning.calibration import Calibrator, Cut
+from rmprune.pruning.calibration import Calibrator, Cut, Fitting
 from rmprune.pruning.carry_out import Examples, collapse_images
 from rmprune.pruning.collapse import shorten_blocks
 from rmprune.pruning.groups import Scores, Structure, device_of
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.program import read_program
-from rmprune.pruning.refit import Fitting
 
 _SAMPLES = 1 << 12  # positions that each layer is fitted on
 _BEHIND = (
