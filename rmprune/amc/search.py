@@ -81,18 +81,10 @@ class Search:
     """
 
     def __init__(
-        self,
-        environment: Environment,
-        *,
-        method: SearchMethod = "agent",
-        episodes: int,
-        seed: int,
-        agent: AgentConfig | None = None,
-        refine: float = 0.5,
-        directory: Path | None = None,
-        identity: Any = None,
+        self, environment: Environment, *, method: SearchMethod = "agent", episodes: int, seed: int,
+        agent: AgentConfig | None = None, refine: float = 0.5, directory: Path | None = None, identity: Any = None,
         save_seconds: float = 10.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if method not in SEARCHES:
             raise ConfigError(f"search method {method!r} is unknown; there are: {', '.join(SEARCHES)}")
         if episodes < 1:

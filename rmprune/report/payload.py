@@ -39,18 +39,12 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     ]
     places = list(dict.fromkeys(map(tuple, data[CONFIGURATION].itertuples(index=False))))
     return {
-        "command": command,
-        "apart": measured_apart(data),
-        "groups": groups,
-        "methods": methods,
-        "at_once": SERIES_AT_ONCE,
-        "places": [_place(place) for place in places],
-        "points": _points(data, groups, places, found),
-        "networks": found,
-        "skeletons": [json.loads(skeleton) for skeleton in skeletons],
-        "runs": runs,
+        "command": command, "apart": measured_apart(data), "groups": groups, "methods": methods,
+        "at_once": SERIES_AT_ONCE, "places": [_place(place) for place in places],
+        "points": _points(data, groups, places, found), "networks": found,
+        "skeletons": [json.loads(skeleton) for skeleton in skeletons], "runs": runs,
         "left_out": left_out + _refused(records),
-    }
+    }  # fmt: skip
 
 
 def _place(configuration: tuple[Any, ...]) -> dict[str, Any]:
