@@ -53,15 +53,9 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        space: Space,
-        order: Mapping[str, Tensor],
-        calibration: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        settings: ScoringSettings | None = None,
-    ) -> None:
+        self, model: nn.Module, space: Space, order: Mapping[str, Tensor], calibration: Tensor, images: Tensor,
+        labels: Tensor, settings: ScoringSettings | None = None,
+    ) -> None:  # fmt: skip
         self.settings = settings or ScoringSettings()
         self.space, self.order, self.labels = space, dict(order), labels
         self.calibrator = Calibrator(model, space.structure, self.settings)

@@ -208,14 +208,9 @@ class Cutter:
 
 
 def make_cutter(
-    network: nn.Module,
-    method: Method,
-    job: Job[SlimConfig],
-    budget: Budget | None = None,
-    widths: Mapping[str, int] | None = None,
-    *,
-    measured: bool = True,
-) -> Cutter:
+    network: nn.Module, method: Method, job: Job[SlimConfig], budget: Budget | None = None,
+    widths: Mapping[str, int] | None = None, *, measured: bool = True,
+) -> Cutter:  # fmt: skip
     """The method applied to this network (or its graph, see `followed`); ready to measure where `budget` is in time, unless not `measured`.
     `widths`: of a plan, by layers."""
     settings = dataclasses.replace(job.config.prune, **method.settings)

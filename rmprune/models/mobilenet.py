@@ -82,17 +82,9 @@ class MobileNetV2(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        *,
-        width: float,
-        free: int,
-        stages: Stages,
-        strides: Sequence[int],
-        last_channels: int,
-        dropout: float,
-    ) -> None:
+        self, num_classes: int, in_channels: int, *, width: float, free: int, stages: Stages, strides: Sequence[int],
+        last_channels: int, dropout: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         channels, in_free = round_channels(32 * width), 1
         layers: list[nn.Module] = [
@@ -167,12 +159,6 @@ def mobilenet_v2(
             f"mobilenet_v2: {len(stages)} stages need {len(stages) + 1} strides (the stem's first), got {len(strides)}"
         )
     return MobileNetV2(
-        num_classes,
-        in_channels,
-        width=width,
-        free=free,
-        stages=stages,
-        strides=strides,
-        last_channels=last_channels,
+        num_classes, in_channels, width=width, free=free, stages=stages, strides=strides, last_channels=last_channels,
         dropout=dropout,
-    )
+    )  # fmt: skip

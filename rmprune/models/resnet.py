@@ -87,13 +87,8 @@ class SizedResNet(ResNet):
     """torchvision's ResNet with `width` instead of 64 channels in the first stage (then 2, 4 and 8 times as many)."""
 
     def __init__(
-        self,
-        block: type[BasicBlock | Bottleneck],
-        layers: tuple[int, int, int, int],
-        *,
-        width: int,
-        num_classes: int,
-    ) -> None:
+        self, block: type[BasicBlock | Bottleneck], layers: tuple[int, int, int, int], *, width: int, num_classes: int,
+    ) -> None:  # fmt: skip
         super().__init__(block, list(layers), num_classes=num_classes)
         self.inplanes = width
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)

@@ -134,16 +134,9 @@ class Calibrator:
             self._step(program, op, values, Cut({}, {}), True, {})
 
     def _step(
-        self,
-        program: Program,
-        op: Op,
-        values: dict[str, Tensor],
-        cut: Cut,
-        first: bool,
-        fitted: dict[str, Fitted],
-        *,
+        self, program: Program, op: Op, values: dict[str, Tensor], cut: Cut, first: bool, fitted: dict[str, Fitted], *,
         fitting: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if op.kind in ("layer", "norm"):
             fitted[op.name], values[op.name] = self._fit(op, values[op.inputs[0]], cut, first, fitting)
         elif op.kind != "input":

@@ -277,16 +277,11 @@ def take_part(order: Order) -> None:
     device = torch.device(order.device)
     with repeatable(order.deterministic, device):
         fit(
-            files.rebuild(*order.network),
-            data,
-            order.train,
-            seed=order.seed,
-            device=device,
+            files.rebuild(*order.network), data, order.train, seed=order.seed, device=device,
             hook=ProximalL1(order.sparsity) if order.sparsity else _Following() if order.led else None,
-            teacher=None if order.teacher is None else files.rebuild(*order.teacher),
-            progress=False,
+            teacher=None if order.teacher is None else files.rebuild(*order.teacher), progress=False,
             label=order.label,
-        )
+        )  # fmt: skip
 
 
 _opened = functools.lru_cache(1)(load_dataset)
