@@ -119,7 +119,9 @@ def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -
 
 def test_attention_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
-    with pytest.raises(UnsupportedModel, match=r"^norm: fitting layers cannot .*; auto weighs widths by fits: use another"):
+    with pytest.raises(
+        UnsupportedModel, match=r"^norm: fitting layers cannot .*; auto weighs widths by fits: use another"
+    ):
         rmprune.slim(Tokens().eval(), batches, batches, macs_ratio=0.8, method="auto", out=tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
