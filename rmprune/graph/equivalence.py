@@ -270,7 +270,7 @@ def _as_read(twin: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     return value
 
 
-ROUNDINGS = 3  # draws of roundings: one alone may cancel
+_DRAWS = 3  # draws of roundings: one alone may cancel
 _COMPARABLE = 0.1  # of the error: then the network's own rounding explains it
 
 
@@ -306,7 +306,7 @@ def own_rounding(
     """The largest relative change of the outputs, of a few draws, when every weight and statistic moves to a neighbouring float64."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
     moving = [t for t in (*reference.parameters(), *reference.buffers()) if t.is_floating_point()]
-    for _ in range(ROUNDINGS):
+    for _ in range(_DRAWS):
         ups = [torch.rand(tensor.shape, generator=generator) < 0.5 for tensor in moving]
         _move(moving, ups)
         worst = max(worst, relative_error(expected, in_double(reference, checked), groups, base))
