@@ -147,8 +147,12 @@ def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, 
         return None
     value = values[node.args[0]]
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    if type(module) is nn.Linear and len(shape) == 2 and module.in_features == shape[1]:
+        return shape[0], module.out_features
     if len(shape) != 4:
         return None
+    if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+        return *shape[:2], 1, 1
     if rule_of(module) is not None and not isinstance(module, nn.PReLU):
         return shape
     if type(module) is nn.BatchNorm2d and module.num_features == shape[1]:
