@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.activations import image
-from rmprune.graph.calls import concatenated
+from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, DIVISIONS, MULTIPLICATIONS, concatenated
 from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, or_none
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.run import run
@@ -254,16 +254,10 @@ def _crop(node: fx.Node) -> Range | None:
 
 
 _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
-    operator.add: _add,
-    operator.iadd: _add,
-    torch.add: _add,
-    torch.cat: _cat,
-    torch.concat: _cat,
-    operator.mul: _multiply,
-    operator.imul: _multiply,
-    torch.mul: _multiply,
-    operator.truediv: _divide,
-    torch.div: _divide,
+    **dict.fromkeys(ADDITIONS, _add),
+    **dict.fromkeys(CONCATENATIONS, _cat),
+    **dict.fromkeys(MULTIPLICATIONS, _multiply),
+    **dict.fromkeys(DIVISIONS, _divide),
     operator.getitem: _crop,
 }
 

@@ -23,10 +23,10 @@ DIGITS_STRIDES: Sequence[int] = (1, 1, 1, 2, 2)
 """For images of 8 pixels: they leave a 2x2 map."""
 
 
-def round_channels(channels: float, divisor: int = 8) -> int:
-    """The multiple of `divisor` nearest to `channels`, never less than 90 % of it (as in the published MobileNets)."""
-    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return rounded if rounded >= 0.9 * channels else rounded + divisor
+def round_channels(channels: float) -> int:
+    """The multiple of 8 nearest to `channels`, never less than 90 % of it (as in the published MobileNets)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 def channel_selection(in_channels: int, out_channels: int, kept: int) -> nn.Conv2d:
@@ -82,17 +82,9 @@ class MobileNetV2(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        *,
-        width: float,
-        free: int,
-        stages: Stages,
-        strides: Sequence[int],
-        last_channels: int,
-        dropout: float,
-    ) -> None:
+        self, num_classes: int, in_channels: int, *, width: float, free: int, stages: Stages, strides: Sequence[int],
+        last_channels: int, dropout: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         channels, in_free = round_channels(32 * width), 1
         layers: list[nn.Module] = [
@@ -167,12 +159,6 @@ def mobilenet_v2(
             f"mobilenet_v2: {len(stages)} stages need {len(stages) + 1} strides (the stem's first), got {len(strides)}"
         )
     return MobileNetV2(
-        num_classes,
-        in_channels,
-        width=width,
-        free=free,
-        stages=stages,
-        strides=strides,
-        last_channels=last_channels,
+        num_classes, in_channels, width=width, free=free, stages=stages, strides=strides, last_channels=last_channels,
         dropout=dropout,
-    )
+    )  # fmt: skip

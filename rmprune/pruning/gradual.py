@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,10 @@ from rmprune.pruning.layers import Cost
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.surgery import note_cut, note_kept, shrink
 from rmprune.pruning.taylor_sum import TaylorSum
+from rmprune.training.state import TrainState
 
 MEASURED_FROM = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
-
-
-class Training(Protocol):
-    """What the hook needs of `rmprune.training.TrainState`."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int
-    total_steps: int
-    steps_per_epoch: int
 
 
 class GradualPruner:
@@ -95,7 +86,7 @@ class GradualPruner:
         flat = {name: torch.ones(units) for name, units in self.first.units.items()}
         self._allocate(flat, final=True)  # refuse an impossible budget now
 
-    def __call__(self, state: Training) -> None:
+    def __call__(self, state: TrainState) -> None:
         """After a training step: add its gradients, and cut where it is time."""
         if self.unmeasured:  # Ctrl-C fell into the measuring
             self._measure(state)
@@ -148,7 +139,7 @@ class GradualPruner:
         units = self.first.units
         return {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i.cpu(), True) for n, i in kept.items()}
 
-    def planned_cuts(self, state: Training) -> int:
+    def planned_cuts(self, state: TrainState) -> int:
         """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is
         shorter.
         """
@@ -174,12 +165,12 @@ class GradualPruner:
             lookahead=self.lookahead,
         )
 
-    def _suffices(self, state: Training) -> bool:
+    def _suffices(self, state: TrainState) -> bool:
         """Whether the network, near the end of its cuts, already meets what the budget stands for."""
         near = total_cost(self.structure, self.target.cost) <= MEASURED_FROM * self.target.limit
         return self.meets is not None and near and self.meets(copy.deepcopy(state.model)) <= 1
 
-    def _measure(self, state: Training) -> None:
+    def _measure(self, state: TrainState) -> None:
         """After the last cut: plan another where the network takes too much and the limits leave something to cut."""
         assert self.meets is not None
         excess = self.meets(copy.deepcopy(state.model))
@@ -189,7 +180,7 @@ class GradualPruner:
             self.target, self.done = replace(self.target, limit=limit), False
         self.unmeasured = False
 
-    def _cut(self, state: Training, keep: Keep) -> None:
+    def _cut(self, state: TrainState, keep: Keep) -> None:
         model, optimizer = shrink(state.model, keep, self.structure, state.optimizer)
         assert optimizer is not None
         state.model, state.optimizer = model, optimizer

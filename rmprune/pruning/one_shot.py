@@ -213,14 +213,12 @@ def refuse_unknown(structure: Structure, model: nn.Module, **widths: Mapping[str
 
 
 @contextlib.contextmanager
-def fitting() -> Iterator[None]:
+def fitting(way: str = "--no-reconstruct (reconstruct=False) leaves layers as they were cut") -> Iterator[None]:
     """Says in the error of layers that cannot be fitted how to do without."""
     try:
         yield
     except UnsupportedModel as error:
-        raise UnsupportedModel(
-            f"{error}; --no-reconstruct (reconstruct=False) leaves layers as they were cut"
-        ) from None
+        raise UnsupportedModel(f"{error}; {way}") from None
 
 
 def _both(keep: Keep, further: Keep) -> Keep:
