@@ -156,10 +156,8 @@ def prune(
     if not memory and left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name,
-            target.as_ratio(budget, left),
-            getattr(budget, budget.name),
-        )
+            budget.name, target.as_ratio(budget, left), getattr(budget, budget.name),
+        )  # fmt: skip
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:
         with fitting():

@@ -81,14 +81,9 @@ class Pruner:
         model, _, structure = followed(model, inputs, budget)
         self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
-            model,
-            inputs,
-            budget,
-            prune_epochs=steps,
-            every=max(Fraction(1), Fraction(steps, cuts)),
-            importance=importance,
-            structure=structure,
-        )
+            model, inputs, budget, prune_epochs=steps, every=max(Fraction(1), Fraction(steps, cuts)),
+            importance=importance, structure=structure,
+        )  # fmt: skip
         self._loop = TrainState(model, optimizer, TrainConfig(), 1, steps, 0.0)  # of a loop that knows no epochs
         self.optimizer = optimizer
 
