@@ -27,7 +27,7 @@ AMC_METHODS: dict[str, AmcMethod] = {
         False,
         "agent",
         mixed=True,
-    ),  # fmt: skip
+    ),
     "residual-random": AmcMethod("residuals kept, coupled channels tied, then random search", False, "random"),
     "uniform": AmcMethod("the original network at a smaller width multiplier, trained from scratch", False, None),
 }
