@@ -152,15 +152,9 @@ def _of_ranks(kind: str, args: Callable[[int], dict[str, Check]]) -> list[LayerS
 
 
 _attention: dict[str, Check] = {
-    "embed_dim": _channels,
-    "num_heads": _channels,
-    "dropout": _real(0, 1),
-    "bias": _flag,
-    "add_zero_attn": _flag,
-    "kdim": _channels,
-    "vdim": _channels,
-    "batch_first": _flag,
-}
+    "embed_dim": _channels, "num_heads": _channels, "dropout": _real(0, 1), "bias": _flag, "add_zero_attn": _flag,
+    "kdim": _channels, "vdim": _channels, "batch_first": _flag,
+}  # fmt: skip
 LAYERS: dict[str, LayerSpec] = {
     spec.cls.__name__: spec
     for spec in (
