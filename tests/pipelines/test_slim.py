@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_runs import QUICK
+from slim_runs import QUICK, by_parameters
 
 import rmprune
 from rmprune.cli import main
 from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError
+from rmprune.measure.place import Place
 from rmprune.pipelines import slim, stages
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.deploy import ranked
@@ -128,17 +129,35 @@ def test_a_damaged_stage_is_refused_before_it_is_done_again(tmp_path: Path) -> N
         slim.stage(tmp_path / "dense", lambda: pytest.fail("trained for nothing"))
 
 
-def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(tmp_path: Path) -> None:
+def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     none, one = TrainConfig(epochs=0), MeasureConfig(("eager",), (1,), (1,), seconds=0.0, min_rounds=3)
     budget = PruneConfig(memory_ratio=(0.7,), round_to=1, importance="magnitude", reconstruct=False)
     config = replace(QUICK, out=tmp_path / "run", width=8, train=none, finetune=none, measure=one, prune=budget)
-    for method, settings in (("coupled", budget), ("rm", replace(budget, gradual=True))):
-        with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
+    both = replace(budget, macs_ratio=(0.5,))
+    with pytest.raises(ConfigError, match=r"memory_ratio has 2 values; beside macs_ratio give one"):
+        replace(both, memory_ratio=(0.5, 0.6))
+    refused = [
+        ("coupled", budget),
+        ("coupled", both),
+        ("rm", replace(both, gradual=True)),
+        ("auto", budget),
+        ("mixed", both),
+    ]
+    for method, settings in refused:
+        with pytest.raises(ConfigError, match=r"memory_ratio is (met by one cut of ours|not met by mixed)"):
             run_slim(replace(config, method=(method,), prune=settings, finetune=TrainConfig(epochs=1)), command="x")
     assert not (tmp_path / "run").exists()
-    run_slim(replace(config, method=("rm",)), command="x")
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    run_slim(replace(config, method=("uniform",), prune=both, out=tmp_path / "both"), command="x")
+    record = records.read_record(tmp_path / "both")
+    for key, most in (("macs", 0.5), ("activation_bytes", 0.7)):
+        assert record["uniform"][key] <= most * record["original"][key]
+    run_slim(replace(config, method=("rm",), prune=replace(budget, latency_ratio=(0.8,))), command="x")
     record = records.read_record(tmp_path / "run")
+    assert record["pruned"]["params"] <= 0.8 * record["original"]["params"]
     assert 0.5 < record["pruned"]["activation_bytes"] / record["original"]["activation_bytes"] <= 0.7
-    assert budget_of(record) == "memory 0.7" and all(
+    assert budget_of(record) == "latency 0.8, memory 0.7" and all(
         e["meets_budget"] for e in ranked(tmp_path / "run", None) if e["candidate"]
     )
