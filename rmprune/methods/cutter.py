@@ -107,32 +107,17 @@ class Cutter:
         here = self.job.here(network)
         if self.coupled:
             smaller = prune_coupled(
-                here,
-                self.example,
-                importance=settings.importance,
-                isomorphic=self.method.isomorphic,
-                budget=budget,
-                data=self.job.batches,
-                gradients=self.gradients if network is self.network else None,
-                origin=origin,
+                here, self.example, importance=settings.importance, isomorphic=self.method.isomorphic, budget=budget,
+                data=self.job.batches, gradients=self.gradients if network is self.network else None, origin=origin,
                 prove=scores is None,
-            )
+            )  # fmt: skip
         else:
             smaller = prune(
-                here,
-                self.example,
-                importance=settings.importance if scores is None else scores,
-                budget=budget,
-                data=self.job.batches if scores is None else None,
-                cost=self.cost,
-                rank=settings.rank,
-                which=self.method.widths,
-                reconstruct=settings.reconstruct and scores is None,
-                lookahead=self.lookahead,
-                origin=origin,
-                prove=scores is None,
-                begin=self.begin,
-            )
+                here, self.example, importance=settings.importance if scores is None else scores, budget=budget,
+                data=self.job.batches if scores is None else None, cost=self.cost, rank=settings.rank,
+                which=self.method.widths, reconstruct=settings.reconstruct and scores is None,
+                lookahead=self.lookahead, origin=origin, prove=scores is None, begin=self.begin,
+            )  # fmt: skip
         return smaller.cpu() if scores is not None else self.job.recentred(smaller)
 
     def check(self, *, once: bool = True) -> None:
@@ -156,18 +141,10 @@ class Cutter:
         """The hook that cuts while training; `steps` and `epochs` of fine-tuning in all."""
         settings = self.settings
         return GradualPruner(
-            self.network,
-            self.example,
-            budget,
-            every=max(1, round(settings.cut_fraction * steps / settings.cuts)),
-            prune_epochs=settings.cut_fraction * epochs,
-            decay=settings.score_decay,
-            cost=self.cost,
-            rank=settings.rank,
-            lookahead=self.lookahead,
-            structure=self.structure,
-            meets=meets,
-        )
+            self.network, self.example, budget, every=max(1, round(settings.cut_fraction * steps / settings.cuts)),
+            prune_epochs=settings.cut_fraction * epochs, decay=settings.score_decay, cost=self.cost,
+            rank=settings.rank, lookahead=self.lookahead, structure=self.structure, meets=meets,
+        )  # fmt: skip
 
     def meeting(self, budget: Budget) -> float:
         """The ratio for `budget_at` whose widths, as this network's importance chooses them now, were measured within the budget."""
@@ -235,14 +212,9 @@ class Cutter:
 
 
 def make_cutter(
-    network: nn.Module,
-    method: Method,
-    job: Job[SlimConfig],
-    budget: Budget | None = None,
-    widths: Mapping[str, int] | None = None,
-    *,
-    measured: bool = True,
-) -> Cutter:
+    network: nn.Module, method: Method, job: Job[SlimConfig], budget: Budget | None = None,
+    widths: Mapping[str, int] | None = None, *, measured: bool = True,
+) -> Cutter:  # fmt: skip
     """The method applied to this network (or its graph, see `followed`); ready to measure where `budget` is in time, unless not `measured`.
     `widths`: of a plan, by layers."""
     settings = dataclasses.replace(job.config.prune, **method.settings)

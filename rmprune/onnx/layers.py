@@ -151,27 +151,13 @@ def _with(make: Callable[[float], nn.Module], name: str, default: float) -> Call
 
 
 LAYER_READERS: dict[str, Callable[[Call], Any]] = {
-    "BatchNormalization": _batch_norm,
-    "Celu": _with(nn.CELU, "alpha", 1.0),
-    "Clip": _clip,
-    "DepthToSpace": _pixel_shuffle,
-    "Elu": _with(nn.ELU, "alpha", 1.0),
-    "Gelu": _gelu,
-    "Gemm": _gemm,
-    "GroupNormalization": _group_norm,
-    "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _simple(nn.Hardswish),
-    "InstanceNormalization": _instance_norm,
-    "LayerNormalization": _layer_norm,
-    "LeakyRelu": _with(nn.LeakyReLU, "alpha", 0.01),
-    "MatMul": _matmul,
-    "Mish": _simple(nn.Mish),
-    "PRelu": _prelu,
-    "Relu": _simple(nn.ReLU),
-    "Selu": _selu,
-    "Sigmoid": _simple(nn.Sigmoid),
+    "BatchNormalization": _batch_norm, "Celu": _with(nn.CELU, "alpha", 1.0), "Clip": _clip,
+    "DepthToSpace": _pixel_shuffle, "Elu": _with(nn.ELU, "alpha", 1.0), "Gelu": _gelu, "Gemm": _gemm,
+    "GroupNormalization": _group_norm, "HardSigmoid": _hard_sigmoid, "HardSwish": _simple(nn.Hardswish),
+    "InstanceNormalization": _instance_norm, "LayerNormalization": _layer_norm,
+    "LeakyRelu": _with(nn.LeakyReLU, "alpha", 0.01), "MatMul": _matmul, "Mish": _simple(nn.Mish), "PRelu": _prelu,
+    "Relu": _simple(nn.ReLU), "Selu": _selu, "Sigmoid": _simple(nn.Sigmoid),
     "Softplus": _simple(lambda: nn.Softplus(threshold=37)),  # beyond it the difference is below float64's rounding
-    "Softsign": _simple(nn.Softsign),
-    "Tanh": _simple(nn.Tanh),
+    "Softsign": _simple(nn.Softsign), "Tanh": _simple(nn.Tanh),
     "ThresholdedRelu": _with(lambda alpha: nn.Threshold(alpha, 0.0), "alpha", 1.0),
-}
+}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -40,6 +41,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     if config.image_size is not None:
         raise ConfigError("image_size is for ONNX files, of which there is none; networks of runs know theirs")
     paths = records.find_records(list(config.runs))
+    if shut := [path for path in paths if not os.access(path.parent, os.W_OK)]:  # said before minutes are measured
+        raise ArtifactError(f"{shut[0]}: cannot be written, so nothing is measured; measure a copy of the run")
     for run in runs_of(paths):
         tidy(run)
     found: dict[str, nn.Module] = {}

@@ -76,14 +76,9 @@ class GreedySearch:
     """The greedy descent and the filling-up after it."""
 
     def __init__(
-        self,
-        structure: Structure,
-        importance: Mapping[str, Tensor],
-        cost: Cost,
-        widths: Mapping[str, Sequence[int]],
-        rank: str,
-        lookahead: int,
-    ) -> None:
+        self, structure: Structure, importance: Mapping[str, Tensor], cost: Cost, widths: Mapping[str, Sequence[int]],
+        rank: str, lookahead: int,
+    ) -> None:  # fmt: skip
         self.scores = {g.name: importance[g.name].double().cpu() for g in structure.groups}
         self.channels = {g.name: g.channels for g in structure.groups}
         self.order = {g.name: i for i, g in enumerate(structure.groups)}

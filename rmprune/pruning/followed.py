@@ -19,15 +19,10 @@ logger = logging.getLogger("rmprune")
 
 
 def followed(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    budget: Budget | None = None,
-    cost: Cost | None = None,
+    model: nn.Module, inputs: tuple[Tensor, ...], budget: Budget | None = None, cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
-    settle: Callable[[Structure, nn.Module], Structure] = lambda structure, _: structure,
-    *,
-    values: bool = False,
-) -> tuple[nn.Module, Reading, Structure]:
+    settle: Callable[[Structure, nn.Module], Structure] = lambda structure, _: structure, *, values: bool = False,
+) -> tuple[nn.Module, Reading, Structure]:  # fmt: skip
     """The network, what was read of it (`values`: with its weights), and its groups, less those that `settle` leaves whole.
 
     The network is `model`, or a torch.fx graph of the same layers where nothing can be pruned else, or not enough for the budget (of

@@ -161,10 +161,8 @@ def prune(
     if not alone and left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name,
-            target.as_ratio(budget, left),
-            getattr(budget, budget.name),
-        )
+            budget.name, target.as_ratio(budget, left), getattr(budget, budget.name),
+        )  # fmt: skip
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:
         with fitting():
@@ -218,14 +216,12 @@ def refuse_unknown(structure: Structure, model: nn.Module, **widths: Mapping[str
 
 
 @contextlib.contextmanager
-def fitting() -> Iterator[None]:
+def fitting(way: str = "--no-reconstruct (reconstruct=False) leaves layers as they were cut") -> Iterator[None]:
     """Says in the error of layers that cannot be fitted how to do without."""
     try:
         yield
     except UnsupportedModel as error:
-        raise UnsupportedModel(
-            f"{error}; --no-reconstruct (reconstruct=False) leaves layers as they were cut"
-        ) from None
+        raise UnsupportedModel(f"{error}; {way}") from None
 
 
 def _both(keep: Keep, further: Keep) -> Keep:

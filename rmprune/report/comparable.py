@@ -7,22 +7,9 @@ from rmprune.report.tables import budget_of, find_setting, method_of, model_of
 from rmprune.runs.records import networks
 
 _OWN = {
-    "seed",
-    "seeds",
-    "method",
-    "skip_infeasible",
-    "model",
-    "measure",
-    "ratio",
-    "macs_ratio",
-    "latency_ratio",
-    "memory_ratio",
-    "budget",
-    "device",
-    "workers",
-    "checkpoint_seconds",
-    "tensorboard",
-}
+    "seed", "seeds", "method", "skip_infeasible", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "memory_ratio",
+    "budget", "device", "workers", "checkpoint_seconds", "tensorboard",
+}  # fmt: skip
 """Settings that rows are told apart by, or that do not change a network."""
 _BY_SEED = frozenset({"checkpoint", "data.labels", "data.split_seed"})
 """Settings that may differ where seeds do: each seed starts from a training of its own, on a split of its own."""

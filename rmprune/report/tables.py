@@ -13,26 +13,9 @@ from rich.table import Table
 from rmprune.runs.records import RENAMED, networks, read_record
 
 COLUMNS = [
-    "model",
-    "dataset",
-    "method",
-    "budget",
-    "seed",
-    "accuracy",
-    "balanced_accuracy",
-    "auc",
-    "macs",
-    "params",
-    "backend",
-    "device",
-    "threads",
-    "batch_size",
-    "median_ms",
-    "q1_ms",
-    "q3_ms",
-    "ratio",
-    "run",
-]
+    "model", "dataset", "method", "budget", "seed", "accuracy", "balanced_accuracy", "auc", "macs", "params", "backend",
+    "device", "threads", "batch_size", "median_ms", "q1_ms", "q3_ms", "ratio", "run",
+]  # fmt: skip
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
 _BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "memory_ratio", "ratio")
@@ -154,19 +137,9 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         params_ratio=data.params.to_numpy() / base.params.to_numpy(),
     )
     numbers = [
-        "accuracy",
-        "accuracy_change",
-        "balanced_accuracy",
-        "auc",
-        "macs",
-        "macs_ratio",
-        "params",
-        "params_ratio",
-        "median_ms",
-        "q1_ms",
-        "q3_ms",
-        "ratio",
-    ]
+        "accuracy", "accuracy_change", "balanced_accuracy", "auc", "macs", "macs_ratio", "params", "params_ratio", "median_ms",
+        "q1_ms", "q3_ms", "ratio",
+    ]  # fmt: skip
     # the networks that cells of a seed share stand in each of their records: one value a seed
     by_seed = full.groupby([*keys, "seed"], sort=False, dropna=False)[numbers].mean().reset_index()
     return (

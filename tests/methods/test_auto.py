@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pruning_nets import Tokens
 from slim_runs import QUICK, by_parameters, inverted
 from torch import nn
 
 import rmprune
 from rmprune.config import PruneConfig, RemovalConfig, SlimConfig, TrainConfig
 from rmprune.data.load import load_dataset
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import auto
@@ -118,6 +119,15 @@ def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -
     ) as refused:
         run_slim(replace(QUICK, method=("auto",), prune=prune, out=tmp_path / "no"), command="x")
     assert "\n" not in str(refused.value) and not (tmp_path / "no").exists()
+
+
+def test_attention_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
+    with pytest.raises(
+        UnsupportedModel, match=r"^norm: fitting layers cannot .*; auto weighs widths by fits: use another"
+    ):
+        rmprune.slim(Tokens().eval(), batches, batches, macs_ratio=0.8, method="auto", out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
