@@ -149,7 +149,8 @@ def own_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"loss: failed ({type(error).__name__}: {error})") from error
+        said = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        raise DataError(f"loss: failed ({type(error).__name__}: {said})") from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         what = f"a {value.dtype} tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"loss: it returns {what}; return one number as a tensor, for example the mean over the images")

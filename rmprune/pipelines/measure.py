@@ -128,7 +128,7 @@ def network_directory(run: Path, name: str) -> Path:
     if not name.isprintable() or Path(folder).name != folder or folder in ("", ".."):
         raise ArtifactError(f"{run}: its record has a network {name[:80]!r}, which names no folder of it; run it again")
     for place in (run / folder, run.parent / folder):
-        if artifact.is_artifact(place):
+        if (place / ARCHITECTURE).is_file():  # whole or not, which reading it says
             return place
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 

@@ -68,7 +68,9 @@ class Pruner:
             raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
         refuse_no_budget(budget)
         if budget.latency_ratio is not None or budget.memory_ratio is not None:
-            raise ConfigError("cuts in a loop of one's own count channels or MACs; give ratio or macs_ratio")
+            raise ConfigError(
+                "cuts in a loop of one's own count channels or MACs, no time and no memory; give ratio or macs_ratio alone"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in model.parameters()):
             if any(id(p) in held for p in given.parameters()):
