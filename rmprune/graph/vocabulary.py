@@ -19,14 +19,12 @@ from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MODULE_PATH = re.compile(
-    r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}"
-)  # deeper, and recursion would end somewhere
+# Deeper than 64, and recursion would end somewhere.
+MODULE_PATH = re.compile(r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}")
 MAX_CHANNELS = 2**24
 MAX_EXTENT = 2**16
-MAX_ENTRIES = (
-    50_000  # layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000
-)
+# Layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000.
+MAX_ENTRIES = 50_000
 Check = Callable[[Any], bool]
 
 

@@ -91,9 +91,8 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
             for latency, base in zip(own, original, strict=True)
         ]
     record["environment"] = environment()
-    if isinstance(
-        record["config"].get("measure"), dict
-    ):  # its first place stays that in which a budget of time was met
+    # Its first place stays that in which a budget of time was met.
+    if isinstance(record["config"].get("measure"), dict):
         record["config"]["measure"] |= {"seconds": measure.seconds, "min_rounds": measure.min_rounds}
     return records.write_record(path, record)
 
