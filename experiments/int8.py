@@ -2,23 +2,26 @@
 
     python experiments/int8.py --models resnet20 resnet18:16 mobilenet_v2_small:0.5 --dataset fashion-mnist --train-images 12000
     python experiments/int8.py --probe experiments/int8-efficientnet-lite0.toml --macs-ratio 0.7 --calibration 128
-    python experiments/int8.py --runs runs/solar-cells/lite0-0/seed0/latency_ratio-0.5
+    python experiments/int8.py --runs runs/solar-cells/lite0-0 runs/solar-cells/lite0-1 --forms auto slice
     python experiments/int8.py --times
 
-NAME:WIDTH is trained here, once; --probe takes the pretrained weights of a config of slim and fits a new head to their features, no more;
-a run's cell brings its trained network and its pruned ones. `plain-FORM` is the exact removal with copies
-passed in that form (shift, pair, slice: with ranges of their own, so int8 may tell them apart; fused: neighbouring linear convolutions made
-one), `pruned` the plain network cut to --macs-ratio of the trained one's MACs and trained on, `pruned-residual` the same with all residuals
-kept. Accuracy is of the first --test-images test images, as the backend computes it.
+NAME:WIDTH is trained here, once, and goes on where it was stopped; --probe takes the pretrained weights of a config of slim and fits a
+new head to their features, no more; a finished run of slim brings its trained network and what its methods made of it. `plain-FORM` is
+the exact removal with copies passed in that form (shift, pair, slice: with ranges of their own, so int8 may tell them apart; fused:
+neighbouring linear convolutions made one), `pruned` the plain network cut to --macs-ratio of the trained one's MACs and trained on,
+`pruned-residual` the same with all residuals kept. Accuracy and, of two classes, AUC are of the first --test-images test images, as the
+backend computes them; ranges are chosen by training images.
 
-Networks are kept under --keep, and what is there is not made again. --times measures these, and trains nothing: do it on an idle machine.
-Writes accuracy.csv or times.csv (after each network), table.md and commands.txt under --out.
+Networks are kept under --keep, and what is there is not made again; a row that is in accuracy.csv is not either. --times measures what is
+kept, and trains nothing: do it on an idle machine. Writes accuracy.csv or times.csv (after each network), table.md and commands.txt under
+--out.
 """
 
 import math
+import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +38,16 @@ from rmprune.config import DataConfig, RunConfig, SlimConfig, TrainConfig
 from rmprune.config.toml import from_toml
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import RmpruneError
-from rmprune.measure import accuracies, calibration_images, measure_latencies
+from rmprune.measure import calibration_images, measure_latencies
+from rmprune.measure.accuracy import candidate_logits
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.machine import environment
 from rmprune.pipelines.measure import network_directory
 from rmprune.pipelines.stages import make_dense, open_data
 from rmprune.runs.directory import CONFIG_FILE
-from rmprune.training import evaluate, fit
+from rmprune.runs.records import find_records, networks, read_record
+from rmprune.training import fit
+from rmprune.training.evaluation import logits_of, scores
 
 FORMS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -58,7 +65,7 @@ class Settings:
     probe: Path | None = None
     """A config of slim, with weights."""
     runs: tuple[Path, ...] = ()
-    """Cells of runs of slim, whose networks are taken as they are."""
+    """Finished runs of slim, whose networks are taken as they are."""
     dataset: str = "digits"
     data_dir: Path | None = None
     train_images: int | None = None
@@ -93,20 +100,28 @@ def trained(name: str, data: Dataset, settings: Settings) -> nn.Module:
     torch.manual_seed(settings.seed)
     sized = {"width": float(width) if "." in width else int(width)} if width else {}
     net = rmprune.models.create(family, num_classes=data.num_classes, in_channels=data.input_shape[0], **sized)
-    return tuned(net, data, TrainConfig(epochs=settings.epochs), settings)
+    return tuned(net, data, TrainConfig(epochs=settings.epochs), settings, f"{name}-residual")
 
 
-def tuned(net: nn.Module, data: Dataset, train: TrainConfig, settings: Settings) -> nn.Module:
-    return fit(net, data, train, seed=settings.seed, device=torch.device("cpu"), progress=False).eval()
+def tuned(net: nn.Module, data: Dataset, train: TrainConfig, settings: Settings, label: str) -> nn.Module:
+    """Trained, with a checkpoint by this label, from which it goes on where it was stopped."""
+    file = settings.keep / "checkpoint" / f"{plainly(label)}.pt"
+    cpu = torch.device("cpu")
+    return fit(net, data, train, seed=settings.seed, device=cpu, progress=False, checkpoint=file, label=label).eval()
 
 
-def finetuned(net: nn.Module, data: Dataset, settings: Settings) -> nn.Module:
+def finetuned(net: nn.Module, data: Dataset, settings: Settings, label: str) -> nn.Module:
     tuning = TrainConfig(epochs=settings.finetune_epochs, learning_rate=0.02, warmup_epochs=0.0)
-    return tuned(net, data, tuning, settings)
+    return tuned(net, data, tuning, settings, label)
+
+
+def plainly(name: str) -> str:
+    """As a file is called."""
+    return re.sub("[^A-Za-z0-9.@_-]+", "-", name)
 
 
 @torch.no_grad()
-def headed(net: nn.Module, data: Dataset, settings: Settings) -> nn.Module:
+def headed(net: nn.Module, data: Dataset, settings: Settings, label: str = "") -> nn.Module:
     """The network with its last layer fitted to the features before it, by logistic regression on the training images."""
     head = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     found: list[torch.Tensor] = []
@@ -123,16 +138,17 @@ def headed(net: nn.Module, data: Dataset, settings: Settings) -> nn.Module:
     return net
 
 
-Finish = Callable[[nn.Module, Dataset, Settings], nn.Module]
+Finish = Callable[[nn.Module, Dataset, Settings, str], nn.Module]
 
 
-def pruned(net: nn.Module, whole: nn.Module, data: Dataset, settings: Settings, finish: Finish) -> nn.Module:
+def pruned(
+    net: nn.Module, whole: nn.Module, data: Dataset, settings: Settings, finish: Finish, label: str
+) -> nn.Module:
     """Cut once to the budget, counted against the `whole` network, its layers fitted anew, and finished."""
     x, batches = data.train.example(2), list(data.train.batches(128, limit=1024))
     budget = rmprune.Budget(macs_ratio=settings.macs_ratio, reference_macs=rmprune.count_macs(whole, x[:1]))
-    return finish(
-        rmprune.prune(net, x, importance="taylor", budget=budget, data=batches, reconstruct=True), data, settings
-    )
+    cut = rmprune.prune(net, x, importance="taylor", budget=budget, data=batches, reconstruct=True)
+    return finish(cut, data, settings, label)
 
 
 def plain_forms(net: nn.Module, x: torch.Tensor, folder: Path, settings: Settings) -> dict[str, nn.Module]:
@@ -157,64 +173,66 @@ def of_model(
     name: str, data: Dataset, settings: Settings, make: Callable[[], nn.Module], finish: Finish
 ) -> dict[str, nn.Module]:
     """A network and what is made of it."""
-    folder, x = settings.keep / name.replace("/", "-").replace(":", "-"), data.train.example(16)
+    folder, x = settings.keep / plainly(name), data.train.example(16)
     net = kept(folder / "residual", make, x)
-    normed = lambda: rmprune.remove_residuals(net, x, batch_norm=True).model  # noqa: E731
     found = {"residual": net, **plain_forms(net, x, folder, settings)}
-    return (
-        found
-        if not settings.pruned
-        else found
-        | {
-            "pruned-residual": kept(folder / "pruned-residual", lambda: pruned(net, net, data, settings, finish), x),
-            "pruned": kept(folder / "pruned", lambda: pruned(normed(), net, data, settings, finish), x),
+    if settings.pruned:
+        sources = {
+            "pruned-residual": lambda: net,
+            "pruned": lambda: rmprune.remove_residuals(net, x, batch_norm=True).model,
         }
-    )
+        for key, source in sources.items():
+            cut = lambda source=source, key=key: pruned(source(), net, data, settings, finish, f"{name}-{key}")  # noqa: E731
+            found[key] = kept(folder / key, cut, x)
+    return found
 
 
-def of_run(cell: Path, name: str, data: Dataset, settings: Settings) -> dict[str, nn.Module]:
-    """The networks of a cell, and its trained one without residuals in each form."""
-    folder, x = settings.keep / name, data.train.example(16)
-
-    def copied(source: str, target: str) -> dict[str, nn.Module]:
-        try:
-            directory = network_directory(cell, source)
-        except RmpruneError:
-            return {}
-        return {target: kept(folder / target, lambda: artifact.load(directory), x)}
-
-    (net,) = (found := copied("original", "residual")).values()
-    found |= plain_forms(net, x, folder, settings)
-    return found | copied("residual", "pruned-residual") | copied("pruned", "pruned")
+def of_run(run: Path, name: str, data: Dataset, settings: Settings) -> dict[str, nn.Module]:
+    """The networks of a run: the trained one, that without residuals in each form, and those of each of its cells, METHOD@BUDGET."""
+    folder, x, found = settings.keep / plainly(f"{name} {run.name}"), data.train.example(16), {}
+    for cell in (file.parent for file in find_records([run])):
+        budget = re.sub("[a-z_]+-", "", cell.name)
+        for method in networks(read_record(cell)):
+            key = "residual" if method == "original" else f"{method}@{budget}"
+            if key not in found:
+                source = network_directory(cell, method)
+                found[key] = kept(folder / key, lambda source=source: artifact.load(source), x)
+    return plain_forms(found["residual"], x, folder, settings) | found
 
 
-def accuracy_rows(name: str, found: dict[str, nn.Module], data: Dataset, settings: Settings) -> list[dict[str, Any]]:
-    limit = min(settings.test_images, len(data.test))
-    measured = accuracies(
-        found,
-        data.test,
-        list(settings.backends),
-        calibration=calibration_images(data.train, settings.calibration),
-        threads=settings.threads,
-        limit=limit,
-    )
-    x = data.test.example(1)
-    return [
-        {
+def accuracy_rows(
+    name: str, run: str, key: str, net: nn.Module, data: Dataset, settings: Settings
+) -> Iterator[dict[str, Any]]:
+    """A row for each backend."""
+    limit, x = min(settings.test_images, len(data.test)), data.test.example(1)
+    candidate = Candidate(key, net, x, calibration_images(data.train, settings.calibration))
+    exact = scores(*logits_of(net, data.test, limit=limit))
+    for backend in settings.backends:
+        found = scores(*candidate_logits(candidate, data.test, backend, threads=settings.threads, limit=limit))
+        yield {
             "model": name,
             "dataset": data.name,
+            "run": run,
             "network": key,
             "backend": backend,
-            "macs": rmprune.count_macs(found[key], x),
+            "macs": rmprune.count_macs(net, x),
             "test_images": limit,
-            "torch_accuracy": exact,
-            "accuracy": accuracy,
-            "lost": exact - accuracy,
+            "torch_accuracy": exact["accuracy"],
+            "accuracy": found["accuracy"],
+            "lost": exact["accuracy"] - found["accuracy"],
+            "auc": found["auc"] if data.num_classes == 2 else None,
         }
-        for key, backends in measured.items()
-        for exact in [evaluate(found[key], data.test, limit=limit).accuracy]
-        for backend, accuracy in backends.items()
-    ]
+
+
+def add_accuracies(name: str, run: str, found: dict[str, nn.Module], data: Dataset, settings: Settings) -> None:
+    """Into accuracy.csv, network by network; those that are there with all backends are not measured again."""
+    file = settings.out / "accuracy.csv"
+    for key, net in found.items():
+        there = pd.read_csv(file).fillna({"run": ""}) if file.is_file() else pd.DataFrame(columns=KEYS)
+        same = (there["model"] == name) & (there["run"].fillna("") == run) & (there["network"] == key)
+        if not set(settings.backends) <= set(there[same]["backend"]):
+            print(f"{name} {run}: accuracy of {key}", flush=True)
+            add(list(accuracy_rows(name, run, key, net, data, settings)), file)
 
 
 def time_rows(folder: Path, settings: Settings) -> list[dict[str, Any]]:
@@ -233,41 +251,45 @@ def time_rows(folder: Path, settings: Settings) -> list[dict[str, Any]]:
         reference="residual",
         calibration=x,
     )
-    return [{"model": folder.name, "network": key, **one.to_dict()} for key, all_ in times.items() for one in all_]
+    return [{"folder": folder.name, "network": key, **one.to_dict()} for key, all_ in times.items() for one in all_]
 
 
 def table(folder: Path) -> str:
-    """Accuracy by network and backend in per cent, and where times were measured the time relative to the residual network in float32."""
-    found = pd.read_csv(folder / "accuracy.csv")
-    found["accuracy"] = (100 * found["accuracy"]).map("{:.2f}".format)
-    backends = list(dict.fromkeys(found["backend"]))
-    shown = found.pivot(index=["model", "dataset", "network"], columns="backend", values="accuracy")[backends]
-    order = pd.MultiIndex.from_frame(found[["model", "dataset", "network"]].drop_duplicates())
-    shown = shown.loc[order].reset_index()
+    """Accuracy by network and backend in per cent and AUC, means over runs, and the time relative to the residual network in float32."""
+    found = pd.read_csv(folder / "accuracy.csv").fillna({"run": ""})
+    backends, columns = list(dict.fromkeys(found["backend"])), ["model", "dataset", "network"]
+    order = pd.MultiIndex.from_frame(found[columns].drop_duplicates())
+    parts = [found.groupby(columns)["run"].nunique().rename("runs").loc[order].map(str)]
+
+    def wide(rows: pd.DataFrame, value: str, form: str, what: str) -> None:
+        means = rows.pivot_table(index=columns, columns="backend", values=value).reindex(index=order, columns=backends)
+        shown = means.map(lambda x: "" if math.isnan(x) else form.format(x)).add_suffix(what)
+        parts.append(shown.loc[:, (shown != "").any()])
+
+    wide(found.assign(accuracy=100 * found["accuracy"]), "accuracy", "{:.2f}", "")
+    wide(found, "auc", "{:.3f}", ", AUC")
     if (folder / "times.csv").is_file():
         times = pd.read_csv(folder / "times.csv")
-        whole = times[(times["network"] == "residual")].set_index(["model", "backend"])["median_ms"]
-        base = [
-            whole.get((m, b.removesuffix("-int8")), math.nan)
-            for m, b in zip(times["model"], times["backend"], strict=True)
-        ]
-        times["relative"] = (times["median_ms"] / base).map("{:.2f}".format)
-        wide = times.pivot(index=["model", "network"], columns="backend", values="relative").reset_index()
-        shown["key"] = shown["model"].str.replace("[/:]", "-", regex=True)
-        shown = shown.merge(
-            wide.rename(columns={"model": "key"}), on=["key", "network"], how="left", suffixes=("", ", time")
-        )
-        shown = shown.drop(columns="key")
-    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.fillna("").values.tolist()]
+        whole = times[times["network"] == "residual"].set_index(["folder", "backend"])["median_ms"]
+        of = zip(times["folder"], times["backend"].str.removesuffix("-int8"), strict=True)
+        times["relative"] = times["median_ms"] / [whole.get(key, math.nan) for key in of]
+        found["folder"] = [plainly(f"{m} {r}".strip()) for m, r in zip(found["model"], found["run"], strict=True)]
+        wide(found.merge(times, on=["folder", "network", "backend"]), "relative", "{:.2f}", ", time")
+    shown = pd.concat(parts, axis=1).reset_index()
+    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.values.tolist()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+KEYS = ["model", "run", "folder", "network", "backend"]
 
 
 def add(rows: list[dict[str, Any]], file: Path) -> None:
     """Put rows into a CSV file; those of the same network and backend go."""
-    keys = ["model", "network", "backend"]
     before = [pd.read_csv(file)] if file.is_file() else []
-    data = pd.concat([*before, pd.DataFrame(rows)]).drop_duplicates(keys, keep="last")
-    data.to_csv(file, index=False)
+    data = pd.concat([*before, pd.DataFrame(rows)])
+    if "run" in data:
+        data["run"] = data["run"].fillna("")
+    data.drop_duplicates([key for key in KEYS if key in data], keep="last").to_csv(file, index=False)
     (file.parent / "table.md").write_text(table(file.parent) if (file.parent / "accuracy.csv").is_file() else "")
 
 
@@ -277,34 +299,35 @@ def main(settings: Settings) -> None:
     with (settings.out / "commands.txt").open("a") as file:
         file.write(f"{shlex.join(['python', *sys.argv])}\n{environment()}\n")
     if settings.times:
-        for folder in sorted(settings.keep.iterdir()):
+        for folder in sorted(file.parent for file in settings.keep.glob("*/residual")):
             print(f"times of {folder.name}", flush=True)
             add(time_rows(folder, settings), settings.out / "times.csv")
         return
     if settings.models:
-        data = load_dataset(
-            DataConfig(dataset=settings.dataset, data_dir=settings.data_dir, train_images=settings.train_images)
-        )
+        given = DataConfig(dataset=settings.dataset, data_dir=settings.data_dir, train_images=settings.train_images)
+        data = load_dataset(given)
     for name in settings.models:
         print(f"{name}: training where it is not kept", flush=True)
         found = of_model(name, data, settings, lambda name=name: trained(name, data, settings), finetuned)
-        add(accuracy_rows(name, found, data, settings), settings.out / "accuracy.csv")
+        add_accuracies(name, "", found, data, settings)
     if settings.probe is not None:
-        config: RunConfig = from_toml(SlimConfig, settings.probe)
-        config = replace(config, data=replace(config.data, data_dir=settings.data_dir or config.data.data_dir))
-        data = open_data(config)
+        config, data = opened(settings.probe, settings)
         found = of_model(
             config.model, data, settings, lambda: headed(make_dense(config, data, 0), data, settings), headed
         )
-        add(accuracy_rows(config.model, found, data, settings), settings.out / "accuracy.csv")
-    for cell in settings.runs:
-        run = next(folder for folder in (cell, *cell.parents) if (folder / CONFIG_FILE).is_file())
-        config = from_toml(SlimConfig, run / CONFIG_FILE)
-        config = replace(config, data=replace(config.data, data_dir=settings.data_dir or config.data.data_dir))
-        name, data = config.model.replace("/", "-"), open_data(config)
-        print(f"{name}: networks of {cell}", flush=True)
-        add(accuracy_rows(name, of_run(cell, name, data, settings), data, settings), settings.out / "accuracy.csv")
+        add_accuracies(config.model, "", found, data, settings)
+    for run in settings.runs:
+        config, data = opened(run / CONFIG_FILE, settings)
+        name = f"{config.model} at {data.input_shape[-1]}"
+        add_accuracies(name, run.name, of_run(run, name, data, settings), data, settings)
     print((settings.out / "table.md").read_text())
+
+
+def opened(file: Path, settings: Settings) -> tuple[RunConfig, Dataset]:
+    """A config of slim and its data."""
+    config: RunConfig = from_toml(SlimConfig, file)
+    config = replace(config, data=replace(config.data, data_dir=settings.data_dir or config.data.data_dir))
+    return config, open_data(config)
 
 
 if __name__ == "__main__":

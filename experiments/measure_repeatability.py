@@ -2,8 +2,8 @@
 
     python experiments/measure_repeatability.py
 
-Goal on an idle 2-core machine: all ratios of a configuration within 3 % of each other. What the machine was like is measured before and
-after (`quietness`). Writes repeats.csv (a row as it comes), summary.csv and command.txt under --out.
+Goal on an idle 2-core machine: all ratios of a configuration within 3 % of each other. It takes about 12 minutes. What the machine was
+like is measured before and after (`quietness`). Writes repeats.csv (a row as it comes), summary.csv and command.txt under --out.
 """
 
 import multiprocessing
@@ -36,7 +36,7 @@ class Settings:
     backends: tuple[str, ...] = ("onnxruntime", "eager", "openvino")
     threads: tuple[int, ...] = (1, 2)
     batch_sizes: tuple[int, ...] = (1, 32)
-    seconds: float = 2.0
+    seconds: float = 1.0
     """For each network and configuration."""
     out: Path = Path("reports/repeatability")
 

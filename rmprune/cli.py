@@ -3,15 +3,19 @@ and imported once the flags are read: that takes seconds, which nobody who misty
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -29,14 +33,15 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one subcommand. Exit status: 0 done, 2 for anything the user can mend (one line says what), 130 after Ctrl-C."""
+    """Run one subcommand. Exit status: 0 done, 2 for anything the user can mend (one line says what), 130 after Ctrl-C and 143 after
+    SIGTERM (of `kill`, `docker stop`, Slurm), which is handled alike."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     name = arguments[0] if arguments else ""
     try:
-        with _alone_or_together() as first:
+        with _end_as_interrupt() as told, _alone_or_together() as first:
             if first:
                 _do(arguments)
     except RmpruneError as error:
@@ -52,7 +57,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         left = str(interrupt) or LEFT.get(name, "nothing was changed")
         on = "To go on" if name in ("slim", "grid", "amc", "train") else "Again"
         print(f"\nrmprune: interrupted; {left}. {on}: {again}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if told else 130)
+
+
+@contextlib.contextmanager
+def _end_as_interrupt() -> Iterator[list[int]]:
+    """Within, SIGTERM does what Ctrl-C does at that moment, a checkpoint between two steps included; yields where it is noted."""
+    told: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        handler = signal.getsignal(signal.SIGINT)
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    here = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
+    usual = here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # torchrun's ends the other processes at once
+    if usual:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield told
+    finally:
+        if usual:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _alone_or_together() -> contextlib.AbstractContextManager[bool]:
@@ -187,21 +213,23 @@ def train(arguments: list[str]) -> None:
 
 def _run(run: Callable[..., list[Path]], config: Any, command: str, *, deploys: bool = True) -> None:
     """Do a run, or only its deploy/ and report where it was killed before these; its tables on the screen, and what to do next."""
+    from rmprune.data.load import load_dataset
     from rmprune.pipelines.deploy import run_deploy
     from rmprune.report.build import COMMAND, build_report, show
     from rmprune.runs.directory import Finished
     from rmprune.runs.records import find_records
 
     directory = config.directory
+    opened = {"load": functools.lru_cache(1)(load_dataset)} if deploys else {}  # deploying takes the same data
     try:
-        records = run(config, command=command)
+        records = run(config, command=command, **opened)
     except Finished:
         if (directory / "report" / COMMAND).is_file():
             raise
         records = find_records([directory])
     show(records)
     try:
-        deployed = _deployed(run_deploy(settings.DeployConfig(directory))) if deploys else "next:   "
+        deployed = _deployed(run_deploy(settings.DeployConfig(directory), **opened)) if deploys else "next:   "
     except RmpruneError as error:  # the run itself is done, and its record written
         deployed = f"deploy: none ({error})\nnext:   "
     files = build_report(records, directory / "report", command)  # last: where it is, nothing is left to do

@@ -22,6 +22,17 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
         pytest.fail(f"{item.nodeid} left torch with {left} threads")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork are skipped where others run in other files, too."""
+    forks = [item for item in items if item.get_closest_marker("forks") is not None]
+    if len(forks) < len(items) and len({item.path for item in items}) > 1:
+        for item in forks:
+            item.add_marker(
+                pytest.mark.skip(reason="forks: tests/test_forks.py runs those that do in a process of their own")
+            )
+
+
 def pytest_collection_finish() -> None:
     """What the imports made stays: every full collection, and each measurement of a time begins with one, passes it by."""
     gc.collect()
@@ -29,11 +40,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests that need a GPU are skipped where there is none, and those that fork where others run in other files, too."""
-    items = item.session.items
-    forks = [other.get_closest_marker("forks") is not None for other in items]
-    if item.get_closest_marker("forks") is not None and not all(forks) and len({other.path for other in items}) > 1:
-        pytest.skip("forks: tests/test_forks.py runs those that do in a process of their own")
+    """Tests that need a GPU are skipped where there is none."""
     if item.get_closest_marker("cuda") is not None:
         import torch
 

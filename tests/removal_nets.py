@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.build import materialise, target_of
-from rmprune.graph.equivalence import check_inputs, over_tolerance, reference_copy, relative_error
+from rmprune.graph.equivalence import check_inputs, over_tolerance, relative_error
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.normalise import normalise
 from rmprune.removal import Removal, remove_residuals

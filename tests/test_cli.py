@@ -1,6 +1,8 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from record_examples import example
@@ -10,6 +12,7 @@ from rmprune.config import TrainRunConfig
 from rmprune.runs.directory import Finished
 from rmprune.runs.records import write_record
 from rmprune.runs.writing import write_text
+from rmprune.training.interrupt import DeferredInterrupt
 
 
 def status(*arguments: str) -> int:
@@ -120,17 +123,31 @@ def test_an_artifact_takes_no_settings_of_named_networks(tmp_path: Path, capsys:
     main(("inspect", str(out), "--image-size", "32"))  # with the artifact's one channel
 
 
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(("command", "said"), [("slim", "is saved"), ("measure", "nothing was changed")])
 def test_an_interruption_says_what_is_left(
-    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    said: str,
+    number: signal.Signals,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(arguments: list[str]) -> None:
-        raise KeyboardInterrupt
+        if command == "slim":
+            with DeferredInterrupt() as between:  # SIGTERM waits for the end of a step, too
+                signal.raise_signal(number)
+                assert between.requested
+            raise KeyboardInterrupt
+        signal.raise_signal(number)
 
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setitem(COMMANDS, command, interrupted)
-    assert status(command, "runs/a", "--overwrite") == 130
+    assert status(command, "runs/a", "--overwrite") == expected
+    signal.signal(signal.SIGINT, usual)
     error = capsys.readouterr().err
     assert said in error and f"python -m rmprune {command} runs/a" in error
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +203,7 @@ def test_inspect_says_what_stays_and_why_and_convert_what_was_kept(
 
 
 def test_a_run_that_was_killed_before_its_report_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def finished(config: TrainRunConfig, *, command: str) -> list[Path]:
+    def finished(config: TrainRunConfig, **settings: Any) -> list[Path]:
         raise Finished("this run is finished")
 
     made: list[Path] = []

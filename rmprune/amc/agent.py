@@ -58,9 +58,9 @@ class Critic(nn.Module):
         return self.rest(self.of_state(state) + self.of_action(action))
 
 
-def _small(linear: nn.Linear, bound: float = 3e-3) -> nn.Linear:
+def _small(linear: nn.Linear) -> nn.Linear:
     """DDPG's initialisation of output layers, so that the first outputs are near 0 (0.5 behind the sigmoid)."""
-    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.uniform_(linear.weight, -3e-3, 3e-3)
     nn.init.zeros_(linear.bias)
     return linear
 

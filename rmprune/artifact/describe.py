@@ -7,24 +7,22 @@ forward pass never reaches are left out.
 """
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.artifact.arguments import encode
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import module_around
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace_sized
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
-    FORMATS,
     FUNCTION_NAMES,
     IDENTIFIER,
     LAYERS,
     MODULE_PATH,
-    TENSOR_DTYPES,
     TENSOR_METHODS,
     TENSOR_TYPES,
     TRAINING_FLAG,
@@ -215,30 +213,3 @@ def file_tensors(model: nn.Module, description: dict[str, Any]) -> dict[str, Ten
     """The tensors to store, each once: `description["tied"]` says which other paths show the same one."""
     tied = {path for path, _ in description["tied"]}
     return {path: tensor for path, tensor in _tensor_paths(model, description) if path not in tied}
-
-
-def encode(value: Any, where: str) -> Any:
-    """A graph argument as JSON: plain values as they are, the rest as a one-key object. Raises TypeError for
-    anything else.
-    """
-    if isinstance(value, torch.fx.Node):
-        return {"node": value.name}
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, tuple):
-        return {"tuple": [encode(v, where) for v in value]}
-    if isinstance(value, list):
-        return [encode(v, where) for v in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": [[key, encode(v, where)] for key, v in value.items()]}
-    if isinstance(value, slice):
-        return {"slice": [encode(v, where) for v in (value.start, value.stop, value.step)]}
-    if value is Ellipsis:
-        return {"ellipsis": True}
-    if isinstance(value, torch.dtype) and value in TENSOR_DTYPES:
-        return {"dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.memory_format) and value in FORMATS.values():
-        return {"memory_format": str(value).removeprefix("torch.")}
-    raise TypeError(f"{where}: an argument of type {type(value).__name__} has no place in an artifact")

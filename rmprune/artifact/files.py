@@ -23,7 +23,7 @@ from rmprune.errors import ArtifactError, UnsupportedModel
 from rmprune.graph.equivalence import relative_error
 from rmprune.graph.facts import facts_of, note
 from rmprune.graph.foreign import plain_module, refuse_meta
-from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.inputs import Inputs, as_tuple, trial
 from rmprune.graph.run import evaluating
 from rmprune.onnx.export import export_onnx
 from rmprune.runs.reading import read_json
@@ -81,9 +81,10 @@ def _refuse_unlike(model: nn.Module, loaded: nn.Module, inputs: tuple[Tensor, ..
             batch = [torch.cat([x[:1]] * count) for x in inputs]
             try:
                 expected = model(*(x.clone() for x in batch))
-            except RuntimeError:
+            except Exception:
                 if count > 1:  # made for one image
                     return
+                trial(model, tuple(batch))  # says which layer takes what
                 raise
             try:
                 error = relative_error(expected, loaded(*batch), [count])

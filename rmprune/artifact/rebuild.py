@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.artifact.arguments import decode
 from rmprune.artifact.describe import file_tensors
 from rmprune.artifact.tensors import is_plain
 from rmprune.errors import ArtifactError, first_line
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
-    FORMATS,
     FUNCTIONS,
     IDENTIFIER,
     LAYERS,
@@ -275,40 +275,3 @@ def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
     if not entries or entries[-1].get("op") != "output":
         raise ArtifactError("the graph does not end in an output; the description is damaged")
     return graph
-
-
-def _are_pairs(inner: Any) -> bool:
-    """A dict as a list of [name, value]."""
-    pairs = inner if isinstance(inner, list) else [None]
-    return all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs)
-
-
-def decode(value: Any, nodes: dict[str, torch.fx.Node], where: str) -> Any:
-    """The inverse of `encode`; a reference to a node that does not stand earlier raises ArtifactError."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list):
-        return [decode(v, nodes, where) for v in value]
-    if isinstance(value, dict) and len(value) == 1:
-        ((kind, inner),) = value.items()
-        if kind == "node" and isinstance(inner, str):
-            if inner not in nodes:
-                raise ArtifactError(
-                    f"{where}: refers to {inner!r}, which is not an earlier node; write the artifact again"
-                )
-            return nodes[inner]
-        if kind == "tuple" and isinstance(inner, list):
-            return tuple(decode(v, nodes, where) for v in inner)
-        if kind == "dict" and _are_pairs(inner):
-            return {key: decode(v, nodes, where) for key, v in inner}
-        if kind == "slice" and isinstance(inner, list) and len(inner) == 3:
-            return slice(*(decode(v, nodes, where) for v in inner))
-        if kind == "float" and inner in ("inf", "-inf", "nan"):
-            return float(inner)
-        if kind == "ellipsis":
-            return Ellipsis
-        if kind == "dtype" and isinstance(inner, str) and inner in TENSOR_TYPES:
-            return TENSOR_TYPES[inner]
-        if kind == "memory_format" and isinstance(inner, str) and inner in FORMATS:
-            return FORMATS[inner]
-    raise ArtifactError(f"{where}: {str(value)[:80]!r} is not an argument this version of rmprune can read")

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
-from rmprune.config.fields import Fractions, Names, require, require_finite
+from rmprune.config.fields import Fractions, Names, require, require_choice, require_finite, require_inside
 from rmprune.config.pruning import ImportanceName
 from rmprune.config.runs import RemovalConfig, RunConfig
 from rmprune.config.training import Precision, TrainConfig
@@ -56,27 +56,21 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require(
-            self.constraint in ("macs", "latency", "params"),
-            f"constraint is {self.constraint!r}; use 'macs', 'latency' or 'params'",
-        )
+        require_choice(self, "constraint")
         require(len(self.budget) > 0, "budget is empty; give at least one fraction, for example 0.5")
         for value in self.budget:
             require(0 < value <= 1, f"budget is {value}; it must be above 0 and at most 1")
         shown = [f"{value:g}" for value in self.budget]  # cells are named by these
         require(len(set(shown)) == len(shown), f"budget is {', '.join(shown)}; give every value once")
-        require(self.episodes >= 1, f"episodes is {self.episodes}; it must be at least 1")
-        require(self.warm_up >= 0, f"warm_up is {self.warm_up}; it must not be negative")
-        require(self.sigma >= 0, f"sigma is {self.sigma}; it must not be negative")
-        require(0 < self.sigma_decay <= 1, f"sigma_decay is {self.sigma_decay}; use above 0 up to 1")
-        require(0 <= self.refine <= 1, f"refine is {self.refine}; it must lie between 0 and 1")
+        require_inside(self, "[1, inf)", "episodes", "multiple", "images")
+        require_inside(self, "[0, inf)", "warm_up", "sigma")
+        require_inside(self, "(0, 1]", "sigma_decay")
+        require_inside(self, "[0, 1]", "refine")
+        require_inside(self, "[2, inf)", "calibration")
         require(
             0 <= self.lowest <= self.highest <= 1,
             f"lowest is {self.lowest} and highest {self.highest}; use 0 <= lowest <= highest <= 1",
         )
-        require(self.multiple >= 1, f"multiple is {self.multiple}; it must be at least 1")
-        require(self.images >= 1, f"images is {self.images}; it must be at least 1")
-        require(self.calibration >= 2, f"calibration is {self.calibration}; it must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -110,11 +104,9 @@ class AmcConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.measure.require_judge()
-        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
-        require(self.width is None or self.width > 0, f"width is {self.width}; it must be above 0")
-        require(self.free >= 1, f"free is {self.free}; it must be at least 1")
+        require_inside(self, "[1, inf)", "seeds", "free")
+        require_inside(self, "(0, inf)", "width", "prune_epochs")
         require_finite(self)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         require(len(self.method) > 0, "method is empty; give at least one, for example rm-amc")
-        require(self.apply in ("once", "gradual"), f"apply is {self.apply!r}; use 'once' or 'gradual'")
-        require(self.prune_epochs > 0, f"prune_epochs is {self.prune_epochs}; it must be positive")
+        require_choice(self, "apply")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rmprune.config.fields import changeable, require, require_seed
+from rmprune.config.fields import changeable, require, require_choice, require_inside, require_seed
 
 Augmentation = Literal["none", "light", "mirrors", "turns", "imagenet"]
 CacheKind = Literal["auto", "disk", "memory", "none"]
@@ -69,15 +69,13 @@ class DataConfig:
         return round(self.image_size / self.crop)
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
+        require_inside(self, "[1, inf)", "batch_size", "train_images")
+        require_inside(self, "(0, 1)", "validation", "test")
+        require_inside(self, "[0, inf)", "workers")
+        require_inside(self, "[8, inf)", "image_size")
+        require_inside(self, "(0, 1]", "crop")
+        require_choice(self, "normalization", "cache")
         require_seed("split_seed", self.split_seed)
-        require(0 < self.validation < 1, f"validation is {self.validation}; it must lie between 0 and 1")
-        require(
-            self.train_images is None or self.train_images >= 1,
-            f"train_images is {self.train_images}; it must be at least 1",
-        )
-        require(self.workers >= 0, f"workers is {self.workers}; it must not be negative")
-        require(self.image_size >= 8, f"image_size is {self.image_size}; it must be at least 8")
         require(
             self.augment in (True, False, "none", "light", "mirrors", "turns", "imagenet"),
             f"augment is {self.augment!r}; use none, light, mirrors, turns or imagenet",
@@ -86,18 +84,9 @@ class DataConfig:
             self.augment not in ("mirrors", "turns", "imagenet") or self.dataset == "imagefolder",
             f"augment is {self.augment!r}, which is for an imagefolder; use light or none",
         )
-        require(0 < self.crop <= 1, f"crop is {self.crop}; it must lie between 0 and 1")
-        require(
-            self.normalization in ("auto", "imagenet", "half"),
-            f"normalization is {self.normalization!r}; use auto, imagenet or half",
-        )
-        require(0 < self.test < 1, f"test is {self.test}; it must lie between 0 and 1")
         require(
             self.group_column is None or self.labels is not None,
             "group_column is a column of the CSV; give it with --labels",
-        )
-        require(
-            self.cache in ("auto", "disk", "memory", "none"), f"cache is {self.cache!r}; use auto, disk, memory or none"
         )
         require(
             self.transforms is None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -30,6 +30,24 @@ def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless the condition holds (NaN fails every comparison, so it is refused too)."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_inside(config: Any, interval: str, *names: str) -> None:
+    """Raise `ConfigError` for the first of these settings outside of an interval, such as "(0, 1]" or "[1, inf)"; None is unset."""
+    low, high = map(float, interval[1:-1].split(", "))
+    said = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
+    said += f" and {'at most' if interval[-1] == ']' else 'below'} {high:g}" if math.isfinite(high) else ", and finite"
+    for name in names:
+        value = getattr(config, name)
+        end = (low if interval[0] == "[" else None, high if interval[-1] == "]" else None)
+        require(value is None or low < value < high or value in end, f"{name} is {value}; it must be {said}")
+
+
+def require_choice(config: Any, *names: str) -> None:
+    """Raise `ConfigError` for the first of these settings that is none of the values that its type lists."""
+    for name in names:
+        value, known = getattr(config, name), get_args(get_type_hints(type(config))[name])
+        require(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
 
 
 def require_finite(config: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from rmprune.config.fields import Names, Numbers, require
+from rmprune.config.fields import Names, Numbers, require, require_inside
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class MeasureConfig:
     backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("onnxruntime", "eager")
     """Runtimes: eager, onnxruntime, openvino, torchscript, compile, onnxruntime-int8, ...; `python -m rmprune doctor` lists those that
     work here."""
-    threads: Numbers = (2,)
+    threads: Numbers = (1,)
     """Threads of the runtime."""
     batch_sizes: Annotated[Numbers, tyro.conf.arg(name="batch-size")] = (1, 32)
     """Images in a batch; times are for the whole batch."""
@@ -33,8 +33,8 @@ class MeasureConfig:
             require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
         require(min(self.threads) >= 1, f"threads is {self.threads}; each must be at least 1")
         require(min(self.batch_sizes) >= 1, f"batch_sizes is {self.batch_sizes}; each must be at least 1")
-        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must be finite and not negative")
-        require(self.min_rounds >= 1, f"min_rounds is {self.min_rounds}; it must be at least 1")
+        require_inside(self, "[0, inf)", "seconds")
+        require_inside(self, "[1, inf)", "min_rounds")
 
     def require_judge(self) -> None:
         """Raise ConfigError where the first backend, on which searches and budgets count time, is int8: they measure untrained networks."""
@@ -55,4 +55,4 @@ class DoctorConfig:
     """Time spent on finding out whether the machine is quiet."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seconds < float("inf"), f"seconds is {self.seconds}; it must be finite and not negative")
+        require_inside(self, "[0, inf)", "seconds")

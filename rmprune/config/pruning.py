@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rmprune.config.fields import Fractions, require
+from rmprune.config.fields import Fractions, require, require_inside
 
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
 
@@ -59,15 +59,13 @@ class PruneConfig:
             require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
         shown = [f"{value:g}" for _, value in self.budgets]  # cells are named by these
         require(len(set(shown)) == len(shown), f"{', '.join(kinds)} is {', '.join(shown)}; give every value once")
-        require(self.min_channels >= 1, f"min_channels is {self.min_channels}; it must be at least 1")
+        require_inside(self, "[1, inf)", "min_channels", "round_to", "cuts")
+        require_inside(self, "(0, 1]", "cut_fraction")
+        require_inside(self, "[0, 1)", "score_decay")
         require(
             0 <= (self.min_fraction or 0.0) <= self.max_fraction <= 1,
             f"min_fraction is {self.min_fraction} and max_fraction {self.max_fraction}; use 0 <= min <= max <= 1",
         )
-        require(self.round_to >= 1, f"round_to is {self.round_to}; it must be at least 1")
-        require(self.cuts >= 1, f"cuts is {self.cuts}; it must be at least 1")
-        require(0 < self.cut_fraction <= 1, f"cut_fraction is {self.cut_fraction}; use above 0 up to 1")
-        require(0 <= self.score_decay < 1, f"score_decay is {self.score_decay}; use 0 up to below 1")
 
     @property
     def budgets(self) -> list[tuple[str, float]]:

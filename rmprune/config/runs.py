@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
 from rmprune.config.data import DataConfig
-from rmprune.config.fields import Names, changeable, require, require_seed, transient
+from rmprune.config.fields import Names, changeable, require, require_choice, require_inside, require_seed, transient
 from rmprune.config.measure import MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.training import SparsityConfig, TrainConfig
@@ -45,10 +45,7 @@ class Architecture:
             not self.weights_by_order or self.weights not in (None, "imagenet"),
             "weights_by_order says how a file is read; give --weights FILE, or leave it out",
         )
-        require(
-            self.batch_norm_eps is None or 0 < self.batch_norm_eps < 1,
-            f"batch_norm_eps is {self.batch_norm_eps}; it must lie between 0 and 1",
-        )
+        require_inside(self, "(0, 1)", "batch_norm_eps")
         require(
             self.weights is None or getattr(self, "checkpoint", None) is None,
             "weights (training starts there) and checkpoint (trained already) are both set; give one of them",
@@ -133,9 +130,8 @@ class SlimConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.measure.require_judge()
-        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
+        require_inside(self, "[1, inf)", "seeds", "width")
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
-        require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
         given = len(self.prune.budgets) > 0
         require(
             given or self.plan is not None,
@@ -149,7 +145,7 @@ class SlimConfig(RunConfig):
             )
         if not self.method:
             object.__setattr__(self, "method", ("rm" if self.plan is None else "plan",))
-        require(0 <= self.search_minutes <= 1e4, f"search_minutes is {self.search_minutes}; use 0 to 10000")
+        require_inside(self, "[0, 10000]", "search_minutes")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
 
 
@@ -171,10 +167,10 @@ class GridConfig(SlimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
-        require(self.gpus >= 0, f"gpus is {self.gpus}; it must not be negative")
-        require(0 < self.hours < 1e5, f"hours is {self.hours}; it must be positive")
-        require(self.cluster in ("local", "slurm"), f"cluster is {self.cluster!r}; use 'local' or 'slurm'")
+        require_inside(self, "[1, inf)", "jobs")
+        require_inside(self, "[0, inf)", "gpus")
+        require_inside(self, "(0, 100000)", "hours")
+        require_choice(self, "cluster")
         require(all("=" in pair for pair in self.slurm), f"slurm is {', '.join(self.slurm)}; use NAME=VALUE,NAME=VALUE")
 
 
@@ -191,7 +187,7 @@ class TrainRunConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.train.distillation == 0, "there is no teacher here; leave --distillation at 0")
-        require(self.width is None or self.width >= 1, f"width is {self.width}; it must be at least 1")
+        require_inside(self, "[1, inf)", "width")
 
 
 @dataclass(frozen=True)
@@ -250,9 +246,7 @@ class RemeasureConfig:
 
     def __post_init__(self) -> None:
         require(len(self.runs) > 0, "there is nothing to measure; give run directories or ONNX files")
-        require(
-            self.image_size is None or self.image_size >= 1, f"image_size is {self.image_size}; it must be at least 1"
-        )
+        require_inside(self, "[1, inf)", "image_size")
 
 
 @dataclass(frozen=True)
@@ -282,4 +276,4 @@ class DeployConfig:
     """Where it goes (default: deploy/ in the run); one that is there is replaced."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.int8_loss < 1, f"int8_loss is {self.int8_loss}; use 0 up to below 1")
+        require_inside(self, "[0, 1)", "int8_loss")

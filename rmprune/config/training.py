@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rmprune.config.fields import changeable, require, require_finite
+from rmprune.config.fields import changeable, require_choice, require_finite, require_inside
 
 RateSchedule = Literal["cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -52,22 +52,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require(self.epochs >= 0, f"epochs is {self.epochs}; it must not be negative")
-        require(0 < self.learning_rate < float("inf"), f"learning_rate is {self.learning_rate}; it must be positive")
-        require(self.head_rate > 0, f"head_rate is {self.head_rate}; it must be positive")
-        require(self.schedule in ("cosine", "constant"), f"schedule is {self.schedule!r}; use 'cosine' or 'constant'")
-        require(self.warmup_epochs >= 0, f"warmup_epochs is {self.warmup_epochs}; it must not be negative")
-        require(0 <= self.momentum < 1, f"momentum is {self.momentum}; it must be at least 0 and below 1")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; use 0 up to below 1")
-        require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm is {self.clip_norm}; it must be positive")
-        require(
-            self.precision in ("auto", "float32", "bfloat16"),
-            f"precision is {self.precision!r}; use 'auto', 'float32' or 'bfloat16'",
-        )
-        require(self.checkpoint_seconds > 0, f"checkpoint_seconds is {self.checkpoint_seconds}; it must be positive")
-        require(0 <= self.distillation <= 1, f"distillation is {self.distillation}; it must lie between 0 and 1")
-        require(self.temperature > 0, f"temperature is {self.temperature}; it must be positive")
+        require_choice(self, "schedule", "precision")
+        require_inside(self, "[0, inf)", "epochs", "warmup_epochs", "weight_decay")
+        require_inside(self, "(0, inf)", "learning_rate", "head_rate", "clip_norm", "checkpoint_seconds", "temperature")
+        require_inside(self, "[0, 1)", "momentum", "label_smoothing")
+        require_inside(self, "[0, 1]", "distillation")
 
 
 Scales = Literal["all", "inner"]
@@ -85,5 +74,5 @@ class SparsityConfig:
     """Train one penalised scale per channel of every identity shortcut; ranks what RM reserves."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.strength < float("inf"), f"strength is {self.strength}; it must not be negative")
-        require(self.scales in ("all", "inner"), f"scales is {self.scales!r}; use 'all' or 'inner'")
+        require_inside(self, "[0, inf)", "strength")
+        require_choice(self, "scales")

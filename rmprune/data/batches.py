@@ -2,7 +2,8 @@
 on what it is not."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from rmprune.graph.finite import broken_tensor
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
+PIXELS = (
+    2**23
+)  # of all images that maps are held of, or that a network is asked about again and again: 8192 of 32 x 32, 512 of 128 x 128
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): runs the model on (part of) the batch and returns a scalar, lower for better."""
 
@@ -29,6 +33,11 @@ class WithLoss:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
+
+
+def affordable(most: int, size: Sequence[int], pixels: int = PIXELS) -> int:
+    """How many images of `size` (H, W) are looked at: `most` of them, fewer where they are large, at least 64."""
+    return max(64, min(most, pixels // math.prod(size)))
 
 
 def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:

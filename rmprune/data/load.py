@@ -1,5 +1,6 @@
 """Data sets by name, read and divided. Where files come from is the business of sources.py, batches that of splits.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,10 @@ class Dataset:
     """[C], of the loss, with which all classes count alike; None counts images."""
     depth: int = 16
     """Bits that 16-bit images use (`rmprune.data.photos.bit_depth`)."""
+
+
+Load = Callable[[DataConfig, Statistics], "Dataset"]
+"""`load_dataset`, or one that remembers."""
 
 
 def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS) -> Dataset:

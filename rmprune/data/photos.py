@@ -129,31 +129,33 @@ class Photos(TorchDataset[Tensor]):
             return
         if kind == "memory":
             logger.info("decoding %s, into memory", what)
-            into = np.empty(shape, np.uint8)
-            self._fill(into, workers)
-            self.squares = torch.from_numpy(into)
+            into = torch.empty(shape, dtype=torch.uint8)
+            for at, squares in self._decoded(workers):
+                into[at : at + len(squares)] = squares
+            self.squares = into
             return
         path = where / f"{self._digest()}.npy"
         if (known := _known(path, shape)) is None:
             logger.info("decoding %s, once, into %s", what, path)
-            with whole(path) as work:
-                mapped = np.lib.format.open_memmap(work, mode="w+", dtype=np.uint8, shape=shape)
-                self._fill(mapped, workers)
-                mapped.flush()
-                del mapped
+            with whole(path) as work, work.open("wb") as file:  # not mapped: a full disk would end the process
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for _, squares in self._decoded(workers):
+                    file.write(squares.numpy().tobytes())
             known = _known(path, shape)
         if known is None:
             raise ArtifactError(f"{path}: cannot be read back; use --cache memory or none")
         self.squares = torch.from_numpy(known)
 
-    def _fill(self, into: Any, workers: int) -> None:
+    def _decoded(self, workers: int) -> Iterator[tuple[int, Tensor]]:
+        """(the number of its first image, some squares), one after the other."""
         loader = DataLoader(
             self, _AT_ONCE, num_workers=workers if len(self) > _AT_ONCE else 0, generator=torch.Generator()
         )
         done = 0
         with one_line_errors(), progress("decoding", len(self)) as advance:
             for squares in loader:
-                into[done : done + len(squares)] = squares.numpy()
+                yield done, squares
                 done += len(squares)
                 advance(len(squares))
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel
 from rmprune.graph.build import target_of
 from rmprune.graph.double import in_double
-from rmprune.graph.foreign import copied, is_of_weights, make_permanent
+from rmprune.graph.foreign import copied, eval_copy, has_hooks, reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
@@ -230,32 +230,6 @@ def own_dtype_error(
         if worst is not None
         else f"not compared in {target.dtype}, where the outputs of the original itself are not finite",
     )
-
-
-def reference_copy(model: nn.Module) -> nn.Module:
-    """A float64 copy in eval mode on the CPU, without the user's hooks. The argument is left alone."""
-    return eval_copy(model, lambda twin: twin.cpu().double())
-
-
-def eval_copy(model: nn.Module, cast: Callable[[nn.Module], nn.Module] = lambda twin: twin) -> nn.Module:
-    """A copy in eval mode, cast, without the user's hooks. The argument is left alone."""
-    return freeze(cast(copied(model)).eval()).requires_grad_(False)
-
-
-def freeze(twin: nn.Module) -> nn.Module:
-    """Weights that are computed from others (weight norm, spectral norm, masks, parametrizations) become numbers; hooks go."""
-    for module in list(twin.modules()):
-        make_permanent(module)
-    for module in twin.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, name).clear()
-    return twin
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether something listens to, or changes, what a module reads or returns."""
-    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return any(not is_of_weights(hook) for hook in hooks)
 
 
 _UNSEEN = "the network does something that torch.fx does not see, such as writing into y.data, or by y.__setitem__; write it out of place"

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.double import InDouble
-from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.foreign import reference_copy
 
 
 def is_finite(value: Tensor) -> bool:

@@ -6,6 +6,7 @@ import copy
 import importlib
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -135,6 +136,32 @@ def _plain_convolution(module: Any) -> Tensor:
     same = vars(module).pop("same_pad", False)
     module.__class__ = importlib.import_module("timm.layers").Conv2dSame if same else nn.Conv2d
     return weight.reshape_as(module.weight).detach().clone()
+
+
+def reference_copy(model: nn.Module) -> nn.Module:
+    """A float64 copy in eval mode on the CPU, without the user's hooks. The argument is left alone."""
+    return eval_copy(model, lambda twin: twin.cpu().double())
+
+
+def eval_copy(model: nn.Module, cast: Callable[[nn.Module], nn.Module] = lambda twin: twin) -> nn.Module:
+    """A copy in eval mode, cast, without the user's hooks. The argument is left alone."""
+    return freeze(cast(copied(model)).eval()).requires_grad_(False)
+
+
+def freeze(twin: nn.Module) -> nn.Module:
+    """Weights that are computed from others (weight norm, spectral norm, masks, parametrizations) become numbers; hooks go."""
+    for module in list(twin.modules()):
+        make_permanent(module)
+    for module in twin.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, name).clear()
+    return twin
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether something listens to, or changes, what a module reads or returns."""
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return any(not is_of_weights(hook) for hook in hooks)
 
 
 def _refuse_foreign(model: Any) -> None:

@@ -16,7 +16,7 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import copied, plain_module, refuse_meta
-from rmprune.graph.shapes import blank, on_meta
+from rmprune.graph.shapes import Plainly, blank, on_meta
 
 _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
@@ -167,10 +167,12 @@ def trial(
     Raises UnsupportedModel where it does not run, with the layer at which it stops and what that takes and got.
     """
     one, watch = tuple(x[:count] for x in inputs), watch or nullcontext()
+    mixed = len({t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}) > 1
     try:
-        with watch, _watched(on_meta(model).eval(), says=False) as twin:
+        with watch, Plainly(), _watched(on_meta(model).eval(), says=False) as twin:
             twin(*(blank(x) for x in one))
-            return
+            if not mixed:  # which it does not mind
+                return
     except UnsupportedModel:
         raise
     except Exception:  # a tensor made on the fly, an operator without a rule for shapes, or inputs that do not fit

@@ -53,11 +53,26 @@ def candidate_accuracy(
     limit: int | None = None,
 ) -> float:
     """The same for a network that is made ready."""
+    logits, labels = candidate_logits(candidate, split, backend, device, threads, batch_size, limit)
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+def candidate_logits(
+    candidate: Candidate,
+    split: Split,
+    backend: str,
+    device: str = "cpu",
+    threads: int = 2,
+    batch_size: int = BATCH,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the backend puts out for these images, [N, C], and their labels [N]."""
     seen = min(len(split), len(split) if limit is None else limit)
     if not seen:
         raise ConfigError("there is no image to measure accuracy on; give a limit of at least 1")
     batch_size = min(batch_size, seen)
-    correct, before = 0, torch.get_num_threads()
+    found: list[tuple[Tensor, Tensor]] = []
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with surroundings(backend, device), torch.inference_mode():
@@ -65,10 +80,10 @@ def candidate_accuracy(
             for whole, labels in split.batches(batch_size, limit=seen):
                 for x, y in zip(whole.split(batch_size), labels.split(batch_size), strict=True):
                     full = torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])])  # the batch size is fixed
-                    correct += int((prepared.outputs(full)[: len(x)].argmax(1) == y).sum())
+                    found.append((prepared.outputs(full)[: len(x)].clone(), y))
     finally:
         torch.set_num_threads(before)
-    return correct / seen
+    return torch.cat([logits for logits, _ in found]), torch.cat([y for _, y in found])
 
 
 def accuracies(

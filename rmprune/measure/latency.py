@@ -5,19 +5,23 @@ How: batch norms folded, eval mode, inference mode, the number format of the bac
 configuration (backend, threads, batch size) all candidates are made ready and warmed up until they get no faster; then come
 rounds. In a round each candidate has one turn, in an order shuffled anew. A turn is one run that is not counted (it brings
 back caches that the candidate before has taken, and outlasts threads that still spin) and then as many as fill about 5 ms,
-whose mean is the turn's time. Rounds go on until the time budget is spent, and there are at least `min_rounds`.
+whose mean is the turn's time. Rounds in which other processes had the cores are left out and made up for. Rounds go on until the
+time budget is spent, and there are at least `min_rounds`.
 
-Reported: median and quartiles over rounds, the ratio to the reference candidate round by round with a bootstrap interval
-(the better comparison: a machine that slows down for a while slows both), and apart from these the time to the first output.
+A comparison is made in several sittings, each with all candidates made ready anew: where weights and activations come to lie moves a
+time by a per cent or two for as long as they lie there, and a machine may change its mind between one minute and the next. Every
+configuration has its first sitting before any has its second. Where a ratio is then not yet known within KNOWN, as many follow.
+
+Reported: median and quartiles over rounds, the ratio to the reference candidate round by round with a bootstrap interval over
+sittings and rounds (the better comparison: a machine that slows down for a while slows both), and apart from these the time to
+the first output.
 """
 
-import contextlib
-import gc
 import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,22 +38,19 @@ from rmprune.measure.backends import (
     Candidate,
     Run,
     check_backend,
-    current,
     needs_calibration,
     prepare,
     reduced,
     says_what_fails,
     surroundings,
 )
-from rmprune.measure.results import Latency, quartiles, warn_if_busy
+from rmprune.measure.results import Latency, of_rounds, warn_if_doubtful
+from rmprune.measure.rounds import quiet_process, timed_rounds
 
 logger = logging.getLogger("rmprune.measure")
-TURN_SECONDS = 0.005
-WARMUP_SECONDS = 3.0  # at most
-WARMUP_RUNS = 3
-WINDOW_SECONDS = 0.02
-SETTLED = 5  # windows in a row that are no faster than the fastest before them
-FASTER = 0.98
+SITTINGS = 5
+SITTING_SECONDS = 0.2  # at least
+KNOWN = 0.03  # a ratio whose interval is no wider than this
 
 
 class Configuration(NamedTuple):
@@ -69,7 +70,7 @@ def measure_latency(
     example_inputs: Inputs,
     *,
     backend: str = "onnxruntime",
-    threads: int = 2,
+    threads: int = 1,
     batch_size: int | None = None,
     device: str = "cpu",
     seconds: float = 2.0,
@@ -102,12 +103,13 @@ def measure_latencies(
     example_inputs: Inputs,
     *,
     backends: Sequence[str] = ("eager", "onnxruntime"),
-    threads: Sequence[int] = (2,),
+    threads: Sequence[int] = (1,),
     batch_sizes: Sequence[int] = (1, 32),
     device: str = "cpu",
     seconds: float = 2.0,
     min_rounds: int = 15,
     reference: str | None = None,
+    sittings: int = SITTINGS,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     calibration: Tensor | None = None,
@@ -117,7 +119,9 @@ def measure_latencies(
     """Times of all `models` under every configuration, interleaved; the module's first lines say how.
 
     `seconds` is the time budget for each model and configuration (rounds may run over it to reach `min_rounds`).
-    `reference` names the model that ratios are taken to. `progress` is told each configuration as it starts. `calibration`:
+    `reference` names the model that ratios are taken to. Several models are compared in so many `sittings`, or fewer where these would
+    last less than 0.2 seconds a model, and in one on a GPU or by torch.compile, which are slow to make ready. `progress` is told each
+    configuration as it starts, in each sitting. `calibration`:
     training images [N, C, H, W], without which int8 is refused. With a `split`, `accuracy` on it is measured in every number format
     but float32. Models are left alone; torch's number of threads and the garbage collector are put back. A spread that says the
     machine was busy is warned of in the log (`warn`). Raises ConfigError for an unknown or missing backend, device or reference,
@@ -138,7 +142,7 @@ def measure_latencies(
         next(iter(candidates.values())).calibration  # noqa: B018  says what is missing, before anything is timed
     results = measure_candidates(
         candidates, backends=backends, threads=threads, batch_sizes=batch_sizes, device=device, seconds=seconds, min_rounds=min_rounds,
-        reference=reference, seed=seed, progress=progress, warn=warn,
+        reference=reference, sittings=sittings, seed=seed, progress=progress, warn=warn,
     )  # fmt: skip
     if split is not None:
         for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
@@ -150,22 +154,38 @@ def measure_latencies(
 
 def measure_candidates(
     candidates: Mapping[str, Candidate], *, backends: Sequence[str], threads: Sequence[int], batch_sizes: Sequence[int], device: str,
-    seconds: float, min_rounds: int, reference: str | None, seed: int = 0, progress: Callable[[str], None] | None = None, warn: bool = True,
+    seconds: float, min_rounds: int, reference: str | None, sittings: int = SITTINGS, seed: int = 0,
+    progress: Callable[[str], None] | None = None, warn: bool = True,
 ) -> dict[str, list[Latency]]:  # fmt: skip
     """`measure_latencies` of what is a candidate already, such as a file: times under every configuration, and ratios to `reference`."""
     _check(candidates, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
-    results: dict[str, list[Latency]] = {name: [] for name in candidates}
-    for configuration in itertools.starmap(Configuration, itertools.product(backends, [device], threads, batch_sizes)):
-        if progress is not None:
-            progress(str(configuration))
-        for name, latency in measure_configuration(candidates, configuration, seconds, min_rounds, seed).items():
-            results[name].append(latency)
+    places = list(itertools.starmap(Configuration, itertools.product(backends, [device], threads, batch_sizes)))
+    planned = {place: sittings_of(place, seconds, sittings) if len(candidates) > 1 else 1 for place in places}
+    found: dict[Configuration, dict[str, Latency]] = {}
+
+    def compared(place: Configuration) -> dict[str, Latency]:
+        if reference is None:
+            return found[place]
+        base = found[place][reference]
+        return {name: replace(own.relative_to(base), reference=reference) for name, own in found[place].items()}
+
+    def enough(place: Configuration, sitting: int) -> bool:
+        """Sittings planned are sat; as many more follow where a ratio is not known yet."""
+        n = planned[place]
+        return sitting >= n and (
+            n == 1 or sitting >= 2 * n or all(x.uncertainty <= KNOWN for x in compared(place).values())
+        )
+
+    for sitting in range(2 * max(planned.values())):
+        for place in (place for place in places if not enough(place, sitting)):
+            if progress is not None:
+                progress(str(place))
+            n = planned[place]
+            new = measure_configuration(candidates, place, seconds / n, -(-min_rounds // n), seed + sitting)
+            found[place] = {name: one.followed_by(new[name]) for name, one in found[place].items()} if sitting else new
+    results = {name: [compared(place)[name] for place in places] for name in candidates}
     if warn:
-        warn_if_busy(results)
-    if reference is not None:
-        for name, latencies in results.items():
-            pairs = zip(latencies, results[reference], strict=True)
-            results[name] = [replace(own.relative_to(base), reference=reference) for own, base in pairs]
+        warn_if_doubtful(results, KNOWN)
     return results
 
 
@@ -189,8 +209,20 @@ def measure_configuration(
                 facts[name]["peak_mib"] = (
                     _gpu_peak_mib(prepared) or None
                 )  # a CUDA graph takes what it needs when it is recorded
-        turns, repeats = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
-    return {name: _summary(configuration, times, repeats[name], facts[name]) for name, times in turns.items()}
+        rounds = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
+    return {
+        name: of_rounds(
+            times, rounds.repeats[name], rounds.disturbed, **configuration._asdict(),
+            number_format=BACKENDS[backend].number_format, **facts[name],
+        )
+        for name, times in rounds.turns.items()
+    }  # fmt: skip
+
+
+def sittings_of(place: Configuration, seconds: float, most: int = SITTINGS) -> int:
+    """In how many a comparison is made there: `most`, unless they would be too short, or candidates are slow to make ready."""
+    slow = place.device != "cpu" or place.backend.startswith("compile")
+    return 1 if slow else max(1, min(most, int(seconds / SITTING_SECONDS)))
 
 
 def check_available(backends: Sequence[str], device: str) -> None:
@@ -221,79 +253,6 @@ def _check(
         raise ConfigError(f"reference {reference!r} is not among the models measured: {', '.join(models)}")
 
 
-@contextlib.contextmanager
-def quiet_process(threads: int) -> Iterator[None]:
-    """torch's threads as asked, no garbage collection; both put back."""
-    before, collecting = torch.get_num_threads(), gc.isenabled()
-    torch.set_num_threads(threads)
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        if collecting:
-            gc.enable()
-
-
-def timed_rounds(
-    runs: Mapping[str, Run],
-    device: str,
-    seconds: float,
-    min_rounds: int,
-    order: random.Random,
-    warmup: float = WARMUP_SECONDS,
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Mean milliseconds of every turn, by candidate and round, and the runs in a turn of each; `warmup` seconds at most before."""
-    timer = _cuda_ms if device.startswith("cuda") else _cpu_ms
-    turns: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    with current(device):
-        repeats = {n: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(runs[n], timer, warmup), 1e-3))) for n in names}
-        end = time.perf_counter() + seconds * len(names)
-        while len(turns[names[0]]) < min_rounds or time.perf_counter() < end:
-            order.shuffle(names)
-            for name in names:
-                runs[name]()
-                turns[name].append(timer(runs[name], repeats[name]))
-    return turns, repeats
-
-
-def _warm_up(run: Run, timer: Callable[[Run, int], float], limit: float) -> float:
-    """Runs until caches, allocators, clocks and just-in-time compilers have settled: until SETTLED windows of time in a row bring
-    no run that is faster than the fastest so far, or for `limit` seconds. Returns the shortest time, in ms.
-
-    The least time is watched, not the spread: other load cannot make a run faster, so a busy machine settles too.
-    """
-    end = time.perf_counter() + limit
-    least, idle = min(timer(run, 1) for _ in range(WARMUP_RUNS)), 0
-    while idle < SETTLED and time.perf_counter() < end:
-        window, found = min(end, time.perf_counter() + WINDOW_SECONDS), [timer(run, 1)]
-        while time.perf_counter() < window:
-            found.append(timer(run, 1))
-        idle = 0 if min(found) < FASTER * least else idle + 1
-        least = min(least, *found)
-    return least
-
-
-def _cpu_ms(run: Run, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) * 1e3 / repeats
-
-
-def _cuda_ms(run: Run, repeats: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / repeats
-
-
 def _gpu_peak_mib(run: Run) -> float:
     """What PyTorch's allocator holds at most during one run above what it held before."""
     torch.cuda.reset_peak_memory_stats()
@@ -301,18 +260,3 @@ def _gpu_peak_mib(run: Run) -> float:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _summary(configuration: Configuration, times: list[float], repeats: int, facts: dict[str, Any]) -> Latency:
-    q1, median, q3 = quartiles(times)
-    return Latency(
-        **configuration._asdict(),
-        median_ms=median,
-        q1_ms=q1,
-        q3_ms=q3,
-        runs=repeats * len(times),
-        rounds=len(times),
-        number_format=BACKENDS[configuration.backend].number_format,
-        times_ms=tuple(times),
-        **facts,
-    )

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure.backends import BACKENDS, Candidate, prepare, surroundings
-from rmprune.measure.latency import measure_latencies, quiet_process, timed_rounds
+from rmprune.measure.latency import measure_latencies
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.measure.machine import environment
+from rmprune.measure.rounds import quiet_process, timed_rounds
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import write_text
 
@@ -174,6 +175,7 @@ class LatencyModel:
             batch_sizes=[self.batch_size],
             device=self.device,
             seconds=seconds,
+            sittings=1,
         )
         return {name: found[0].median_ms for name, found in results.items()}
 
@@ -187,8 +189,8 @@ class LatencyModel:
                 module, x = layer.build(self.batch_size)
                 candidate = Candidate(str(layer), module, x)
                 runs[str(layer)] = prepare(candidate, self.backend, self.device, self.threads, self.batch_size)
-            times, _ = timed_rounds(runs, self.device, self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
-        return [float(np.quantile(times[str(layer)], 0.25)) for layer in layers]
+            rounds = timed_rounds(runs, self.device, self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
+        return [float(np.quantile(rounds.turns[str(layer)], 0.25)) for layer in layers]
 
     def _settings(self) -> dict[str, Any]:
         here = environment()

@@ -7,14 +7,16 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.calls import ADDITIONS
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import trace
 from rmprune.graph.shapes import blank_images, on_meta
-from rmprune.graph.vocabulary import FUNCTION_NAMES, LAYERS
+from rmprune.graph.vocabulary import LAYERS
 
 _FREE = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
 _ACTIVATIONS = (
@@ -31,8 +33,7 @@ _ACTIVATIONS = (
     "ELU",
     "Mish",
 )
-_ADDITIONS = ("operator.add", "operator.iadd", "torch.add")
-_RELUS = ("F.relu", "F.relu_", "torch.relu", "torch.relu_")
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 
 
 class TimedLayer(NamedTuple):
@@ -138,9 +139,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_addition(node: fx.Node) -> bool:
-    named = node.op == "call_function" and FUNCTION_NAMES.get(node.target) in _ADDITIONS
-    named = named or (node.op == "call_method" and node.target in ("add", "add_"))
-    return named and len(_sources(node)) == 2
+    return node.op in ("call_function", "call_method") and node.target in ADDITIONS and len(_sources(node)) == 2
 
 
 def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> dict[str, Any] | None:
@@ -151,9 +150,7 @@ def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> dict[str
         own = modules[str(node.target)]
         args = LAYERS[type(own).__name__].read(own)
         return {"type": type(own).__name__, "args": args | ({"inplace": False} if "inplace" in args else {})}
-    relu = (node.op == "call_function" and FUNCTION_NAMES.get(node.target) in _RELUS) or (
-        node.op == "call_method" and node.target in ("relu", "relu_")
-    )
+    relu = node.op in ("call_function", "call_method") and node.target in _RELUS
     return {"type": "ReLU", "args": {"inplace": False}} if relu else None
 
 

@@ -64,6 +64,7 @@ class Place:
             seconds=self.seconds,
             min_rounds=self.min_rounds,
             reference="original",
+            sittings=1,
         )
         return {name: float(latencies[name][0].ratio or 1.0) for name in networks}
 

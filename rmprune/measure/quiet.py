@@ -41,7 +41,7 @@ class Quietness:
         )
 
 
-def quietness(seconds: float = 2.0, threads: int = 1) -> Quietness:
+def quietness(seconds: float = 2.0) -> Quietness:
     """Measures a small network in turns with its copy, eager on the CPU, for about `seconds`."""
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()).eval()
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -49,11 +49,12 @@ def quietness(seconds: float = 2.0, threads: int = 1) -> Quietness:
         {"net": net, "copy": net},
         x,
         backends=["eager"],
-        threads=[threads],
+        threads=[1],
         batch_sizes=[1],
         seconds=seconds / 2,
         min_rounds=9,
         reference="copy",
+        sittings=1,
         warn=False,
     )["net"][0]
     ratio, low, high = (float(value or 1.0) for value in (found.ratio, found.ratio_low, found.ratio_high))

@@ -18,7 +18,8 @@ def _on_device(
     candidate: Candidate, setting: Setting, dtype: torch.dtype, channels_last: bool
 ) -> tuple[nn.Module, Tensor]:
     """A copy of the network and its input on the device, in channels-last order if wanted and where there is such an order."""
-    x = candidate.inputs(setting.batch_size).to(setting.device, dtype)
+    x = candidate.inputs(setting.batch_size)
+    x = x.to(setting.device, dtype if x.is_floating_point() else None)
     model = copy.deepcopy(candidate.form(folded_form)).to(setting.device, dtype)
     if x.dim() == 4 and channels_last:
         return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rmprune.config import SlimConfig
+from rmprune.data.batches import affordable
 from rmprune.errors import InfeasibleBudget
 from rmprune.methods.choose import Verdicts, best, judge, shown
 from rmprune.methods.cutter import LEAST_FRACTION, Cutter, layer_times, make_cutter, place_of
@@ -40,7 +41,8 @@ from rmprune.training.job import Files, Job
 
 logger = logging.getLogger("rmprune")
 PROPOSED = 8  # plans that the surrogate proposes at first
-END_IMAGES = 256  # training images on which the end of the network is looked at
+END_IMAGES = 256  # training images on which the end of the network is looked at, at most,
+END_PIXELS = 2**20  # and of so many pixels, many times over: 64 of 128 x 128
 SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
 _FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
@@ -119,10 +121,16 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             )
 
 
+def ends_of(network: nn.Module, job: Job[SlimConfig]) -> Ends:
+    """What the network says of some training images, which is what changes are judged by."""
+    count = affordable(END_IMAGES, job.data.input_shape[1:], END_PIXELS)
+    return Ends.of(network, job.examples(count), torch.cat([y for _, y in job.pairs])[:count].cpu())
+
+
 def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
     """The surrogate of these networks: what their blocks and widths lose, measured once for these files."""
     network, batches = outlook.networks["keep"], job.batches
-    ends = Ends.of(network, job.examples(END_IMAGES), torch.cat([y for _, y in batches])[:END_IMAGES].cpu())
+    ends = ends_of(network, job)
     note = files.note("losses")
 
     def of_blocks() -> Any:
@@ -196,7 +204,6 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         return [plan["blocks"] for plan in plans.values()]
 
     def keep(seconds: float) -> None:
-        note.parent.mkdir(parents=True, exist_ok=True)
         write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
 
     while len(plans) < PROPOSED and (found := proposals.best(outlook.limit, other_than=tried())) is not None:

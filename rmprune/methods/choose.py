@@ -46,7 +46,6 @@ def judge(
         except (InfeasibleBudget, UnsupportedModel) as error:
             refusals[name], verdicts[name] = error, {"refused": str(error)}
         if losses(verdicts):  # where none can, the same command tries all again
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(verdicts))
     if not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rmprune.config import PruneConfig, SlimConfig
 from rmprune.errors import InfeasibleBudget
 from rmprune.graph.inputs import as_tuple
+from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place, find_ratio
 from rmprune.methods.table import Method
@@ -267,3 +268,14 @@ def layer_times(job: Job[SlimConfig], place: Place) -> LatencyModel:
 def place_of(job: Job[SlimConfig]) -> Place:
     """Where time counts: the first configuration of the settings, relative to the trained original."""
     return Place.first(job.config.measure, job.original, job.data.train.example(1))
+
+
+def cost_ratios(budget: Budget, job: Job[SlimConfig], networks: Mapping[str, nn.Module]) -> Mapping[str, float]:
+    """Their costs as fractions of the original's, as the budget counts."""
+    example = job.data.train.example(1)
+    if budget.latency_ratio is not None:
+        return place_of(job).ratios(networks)
+    if budget.memory_ratio is not None:
+        whole = budget.reference_bytes or 1
+        return {name: activation_memory(network, example).peak_bytes / whole for name, network in networks.items()}
+    return {name: count_macs(network, example) / (budget.reference_macs or 1) for name, network in networks.items()}

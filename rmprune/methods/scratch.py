@@ -1,15 +1,14 @@
 """`scratch`: the architecture at a smaller width, to be trained from nothing. What pruning has to beat. Trains nothing itself."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import nn
 
 from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.measure import activation_memory, count_macs
-from rmprune.methods.cutter import place_of
+from rmprune.methods.cutter import cost_ratios
 from rmprune.methods.refuse import NOISE
 from rmprune.models.families import default_width, has_multiplier
 from rmprune.pruning import Budget
@@ -30,10 +29,6 @@ def own_width(job: Job[SlimConfig]) -> float:
         raise ConfigError(
             "scratch trains narrower networks, which the weights do not fit; leave the method or --weights out"
         )
-    if config.prune.ratio:
-        raise ConfigError(
-            "scratch has no channels to remove, which --ratio counts; use --macs-ratio, --latency-ratio or --memory-ratio"
-        )
     return width
 
 
@@ -41,26 +36,15 @@ def narrowed(make: Make, budget: Budget, job: Job[SlimConfig]) -> Multiplier:
     """The largest width within the budget. Raises InfeasibleBudget where even the narrowest network is too dear."""
     widths = smaller_widths(make, own_width(job), whole=not has_multiplier(job.config.model))
     timed, allowed = budget.latency_ratio is not None, getattr(budget, budget.name)
-    return widest("scratch", make, widths, functools.partial(_ratios, budget, job), allowed, timed=timed)
+    return widest("scratch", make, widths, functools.partial(cost_ratios, budget, job), allowed, timed=timed)
 
 
 def check_narrowest(make: Make, budget: Budget, job: Job[SlimConfig]) -> None:
     """Raise InfeasibleBudget where the network of the least width is too dear."""
     own, allowed = own_width(job), getattr(budget, budget.name)
     least = own / STEPS if has_multiplier(job.config.model) else 1.0
-    ratio = _ratios(budget, job, {"narrowest": make(least)})["narrowest"]
+    ratio = cost_ratios(budget, job, {"narrowest": make(least)})["narrowest"]
     if ratio > allowed * (1.0 if budget.latency_ratio is None else NOISE):
         raise InfeasibleBudget(
             f"scratch: the narrowest network costs {ratio:.3g} times the original, more than {allowed:g}"
         )
-
-
-def _ratios(budget: Budget, job: Job[SlimConfig], networks: Mapping[str, nn.Module]) -> Mapping[str, float]:
-    """Their costs as fractions of the original's, as the budget counts."""
-    example = job.data.train.example(1)
-    if budget.latency_ratio is not None:
-        return place_of(job).ratios(networks)
-    if budget.memory_ratio is not None:
-        whole = budget.reference_bytes or 1
-        return {name: activation_memory(network, example).peak_bytes / whole for name, network in networks.items()}
-    return {name: count_macs(network, example) / (budget.reference_macs or 1) for name, network in networks.items()}

@@ -36,6 +36,7 @@ class Method(NamedTuple):
     `widths`: any channel goes, those inside blocks alone, or the same fraction of every layer. `candidates`: methods of which the one
     goes on whose network, cut to the budget, has the least loss on validation images before any fine-tuning (`rmprune.methods.choose`).
     `faster`: once the network is pruned, those residuals are removed whose removal then makes it faster. `scratch`: nothing is pruned.
+    `depth`: blocks are dropped.
     `isomorphic`: Torch-Pruning ranks channels among those of groups of the same form alone.
     """
 
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     candidates: tuple[str, ...] = ()
     faster: bool = False
     scratch: bool = False
+    depth: bool = False
     isomorphic: bool = False
 
 
@@ -121,6 +123,10 @@ METHODS: dict[str, Method] = {
     "scratch": Method(
         "the network at a smaller width, the largest within the budget, trained from nothing for all epochs of training and fine-tuning",
         scratch=True,
+    ),
+    "depth": Method(
+        "blocks dropped and every width kept: those that lose least when dropped alone, as few as the budget asks for",
+        depth=True,
     ),
     "auto": Method(
         "a choice for every block and a width for every group, looked for under the budget: a surrogate proposes plans, validation images "

@@ -25,6 +25,7 @@ from rmprune.amc.space import COSTS
 from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact.describe import describe
 from rmprune.config import AmcConfig
+from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
@@ -51,7 +52,7 @@ logger = logging.getLogger("rmprune")
 GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
 
 
-def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
+def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the whole job and return the records. Goes on where an interrupted run of the same settings was."""
     for name in config.method:
         if name not in AMC_METHODS:
@@ -64,7 +65,7 @@ def run_amc(config: AmcConfig, *, command: str) -> list[Path]:
     budgets = [(f"{config.search.constraint}_ratio", value) for value in config.search.budget]
     cells = plan_cells(config.directory, config.seed, config.seeds, budgets)
     device = pick_device(config.device)
-    data = open_data(config)
+    data = open_data(config, load)
     _refuse_early(Job(config, data, device, config.seed), cells)
     found, networks = [cell.record for cell in cells], {"dense", "plain", *AMC_METHODS}
     with (

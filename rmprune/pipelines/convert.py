@@ -27,6 +27,7 @@ from rmprune.pruning.options import block_options
 from rmprune.pruning.plan import Choice
 from rmprune.removal import BlockReport, Plan, plan_removal, remove_residuals
 from rmprune.removal.remove import nothing_to_remove
+from rmprune.runs.writing import sweep_beside
 
 logger = logging.getLogger("rmprune")
 _SHOWN: tuple[Choice, ...] = ("keep", "remove", "fuse", "merge", "drop")
@@ -158,6 +159,7 @@ def plan_table(name: str, blocks: Plan, macs: int) -> Table:
 def run_convert(config: ConvertConfig) -> Path:
     """Remove residuals, write the artifact, and say what was done and what it costs."""
     _check_out(config)
+    sweep_beside(config.out)
     model, examples, file = open_examples(config.network)
     removal = remove_residuals(model, examples, batch_norm=config.batch_norm, **vars(config.removal))
     facts: dict[str, object] = {"source": config.network.model, "removal": removal.facts}

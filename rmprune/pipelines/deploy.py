@@ -16,7 +16,7 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.config import DeployConfig
-from rmprune.data.load import Dataset
+from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.measure import calibration_images
 from rmprune.measure.accuracy import candidate_accuracy
@@ -25,7 +25,7 @@ from rmprune.measure.quantise import onnx_int8
 from rmprune.onnx.export import export_onnx
 from rmprune.pipelines.measure import dataset_of, network_directory
 from rmprune.pipelines.stages import on_validation
-from rmprune.runs.directory import CONFIG_FILE, runs_of
+from rmprune.runs.directory import CONFIG_FILE, runs_of, tidy
 from rmprune.runs.reading import read_json
 from rmprune.runs.records import find_records, networks, read_record
 from rmprune.runs.writing import whole, write_text
@@ -40,15 +40,16 @@ RULE = (
 )
 
 
-def run_deploy(config: DeployConfig) -> Path:
+def run_deploy(config: DeployConfig, *, load: Load = load_dataset) -> Path:
     """Deploy a network of a finished run, from its files alone; returns the folder.
 
     Raises ArtifactError for what is no run, ConfigError for a network that it does not have, and what `deploy` and opening the run's data
     raise.
     """
-    return deploy(
-        config.run, dataset_of(_records(config.run)), config.out, network=config.network, int8_loss=config.int8_loss
-    )
+    records = _records(config.run)
+    tidy(config.run)
+    data = dataset_of(records, load)
+    return deploy(config.run, data, config.out, network=config.network, int8_loss=config.int8_loss)
 
 
 def deploy(

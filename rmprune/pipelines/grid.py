@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock
 
 from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import GridConfig, RemeasureConfig, SlimConfig
@@ -28,7 +29,7 @@ from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
 from rmprune.pipelines.stages import dense_network, open_data, pick_device
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import Finished, claim
+from rmprune.runs.directory import LOCK_FILE, Finished, alone, claim
 from rmprune.runs.notes import read_notes, write_text
 from rmprune.training.distributed import processes
 from rmprune.training.job import Job
@@ -83,6 +84,11 @@ def run_grid(config: GridConfig, *, command: str, submit: Submit | None = None) 
     if config.cluster == "local":  # else this machine may lack the GPU or the images; the first worker says it
         _open(replace(slim_config(config), out=config.directory))
     submit = submit or _workers(config)
+    with alone(config.directory):
+        return _work_off_all(config, command, submit)
+
+
+def _work_off_all(config: GridConfig, command: str, submit: Submit) -> list[Path]:
     tasks = plan_tasks(config, command)
     refused = work_off(tasks, submit, config.jobs)
     cells = [task for task in tasks if task.after is not None]
@@ -148,7 +154,7 @@ def share(config: SlimConfig) -> None:
     files = [config.directory / name / ARCHITECTURE for name in {"dense", *names}]
     with (
         repeatable(config.deterministic, job.device),
-        claim(config.directory, config, records=files, networks={"dense", *names}, overwrite=False),
+        claim(config.directory, config, records=files, networks={"dense", *names}, overwrite=False, wait=True),
     ):
         starts = starts_of(replace(job, teacher=dense_network(job, cell)), cell)
         for name in sorted(names):
@@ -160,7 +166,7 @@ def do_cell(config: SlimConfig, cell: Cell, command: str) -> None:
     job = Job(config, open_data(config), pick_device(config.device), config.seed)
     with (
         repeatable(config.deterministic, job.device),
-        claim(config.directory, config, records=[cell.record], networks=set(), overwrite=False),
+        claim(config.directory, config, records=[cell.record], networks=set(), overwrite=False, wait=True),
     ):
         run_cell(cell, find_methods(config.method), None, job, command)
 
@@ -239,8 +245,10 @@ def plan_measuring(config: GridConfig, found: list[Path]) -> Iterator[Task]:
 
 def measure_all(config: RemeasureConfig, note: Path, names: list[str]) -> None:
     """Measure the networks of these records, and write down that it was done."""
-    run_measure(config)
-    write_text(note, json.dumps({"cells": names}))
+    with FileLock(note.with_name(LOCK_FILE)):  # not beside a worker whose grid was killed
+        if read_notes(note).get("cells") != names:
+            run_measure(config)
+            write_text(note, json.dumps({"cells": names}))
 
 
 def _refuse(config: GridConfig) -> None:

@@ -17,11 +17,12 @@ from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
 from rmprune.config.toml import UNSET
 from rmprune.data.given import GIVEN
-from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
+from rmprune.measure.latency import Configuration, sittings_of
 from rmprune.measure.machine import environment
 from rmprune.pipelines.stages import expected_statistics, image_shape
 from rmprune.runs import records
@@ -55,15 +56,12 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
     check_available(config.measure.backends, config.measure.device)
     data = dataset_of(paths) if reduced(config.measure.backends) else None
+    originals = {labels[network_directory(path.parent, "original")] for path in paths}
     latencies = measure_latencies(
         found,
         torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
-        backends=config.measure.backends,
-        threads=config.measure.threads,
-        batch_sizes=config.measure.batch_sizes,
-        device=config.measure.device,
-        seconds=config.measure.seconds,
-        min_rounds=config.measure.min_rounds,
+        **vars(config.measure),
+        reference=min(originals) if len(originals) == 1 else None,
         progress=measuring(len(found), config.measure),
         calibration=None if data is None else calibration_images(data.train),
         split=None if data is None else data.test,
@@ -98,17 +96,20 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
 
 
 def measuring(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
-    """Logs each configuration as it starts and the time left: by the settings at first, then by those that are done."""
-    total = len(measure.backends) * len(measure.threads) * len(measure.batch_sizes)
-    started, done = time.perf_counter(), itertools.count()
+    """Logs each configuration as it starts and the time left of those planned: by the settings at first, then by those that are done."""
+    places = itertools.product(measure.backends, [measure.device], measure.threads, measure.batch_sizes)
+    planned = [sittings_of(Configuration(*place), measure.seconds) if networks > 1 else 1 for place in places]
+    started, done, total = time.perf_counter(), itertools.count(), sum(planned)
 
     def tell(configuration: str) -> None:
         n = next(done)
-        each = (time.perf_counter() - started) / n if n else networks * measure.seconds
-        minutes = (total - n) * each / 60
-        logger.info(
-            "measuring %d networks, %s: %d of %d, %.1f min left", networks, configuration, n + 1, total, minutes
+        each = (time.perf_counter() - started) / n if n else networks * measure.seconds * len(planned) / total
+        left = (
+            f"{n + 1} of {total}, {(total - n) * each / 60:.1f} min left"
+            if n < total
+            else "once more, not known well yet"
         )
+        logger.info("measuring %d networks, %s: %s", networks, configuration, left)
 
     return tell
 
@@ -129,7 +130,7 @@ def network_directory(run: Path, name: str) -> Path:
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 
 
-def dataset_of(paths: list[Path]) -> Dataset:
+def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
     """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
     are several, or a record does not say which.
     """
@@ -158,7 +159,7 @@ def dataset_of(paths: list[Path]) -> Dataset:
         raise ArtifactError(
             "these runs are of different data sets; in int8, bfloat16 or float16 measure one data set at a time"
         )
-    return load_dataset(*found[0])
+    return load(*found[0])
 
 
 def example_shape(path: Path) -> tuple[int, int, int]:

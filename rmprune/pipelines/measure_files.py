@@ -34,24 +34,20 @@ def run_measure_files(config: RemeasureConfig) -> dict[str, list[Latency]]:
         raise ConfigError("a file is named twice; name each once")
     files = {str(path): open_onnx(path) for path in config.runs}
     measure = config.measure
-    backends = ("onnxruntime",) if measure.backends == MeasureConfig().backends else measure.backends
-    unfit = [name for name in backends if name in BACKENDS and name not in FILE_BACKENDS]
+    if measure.backends == MeasureConfig().backends:
+        measure = replace(measure, backends=("onnxruntime",))
+    unfit = [name for name in measure.backends if name in BACKENDS and name not in FILE_BACKENDS]
     if unfit:
         raise ConfigError(f"backend {unfit[0]!r} reads no ONNX files; those that do are {', '.join(FILE_BACKENDS)}")
     shapes = _example_shapes(list(files.values()), config.image_size)
-    sizes = _batch_sizes(files, measure)
+    measure = replace(measure, batch_sizes=_batch_sizes(files, measure))
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(1, *shape, generator=generator) for shape in shapes)
     found = measure_candidates(
         {name: FileCandidate(name, file, inputs) for name, file in files.items()},
-        backends=backends,
-        threads=measure.threads,
-        batch_sizes=sizes,
-        device=measure.device,
-        seconds=measure.seconds,
-        min_rounds=measure.min_rounds,
+        **vars(measure),
         reference=names[0],
-        progress=measuring(len(files), replace(measure, backends=backends, batch_sizes=sizes)),
+        progress=measuring(len(files), measure),
     )
     console = Console()
     for table in times_tables(found):

@@ -17,9 +17,10 @@ from rmprune import artifact
 from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.describe import describe
 from rmprune.config import SlimConfig
+from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
-from rmprune.methods import auto, scratch
+from rmprune.methods import auto, depth, scratch
 from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
@@ -50,11 +51,11 @@ from rmprune.training.job import Files, Job, tune
 from rmprune.training.precision import repeatable
 
 
-def run_slim(config: SlimConfig, *, command: str) -> list[Path]:
+def run_slim(config: SlimConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the main job and return the records. Goes on where an interrupted run of the same settings was."""
     find_methods(config.method)
     device = pick_device(config.device)
-    return run_job(Job(config, open_data(config), device, config.seed), command=command)
+    return run_job(Job(config, open_data(config, load), device, config.seed), command=command)
 
 
 def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
@@ -84,6 +85,10 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
             raise ConfigError(
                 f"{name} compares networks of equal cost, which --ratio does not give; use --macs-ratio or --latency-ratio"
             )
+        if (method.scratch or method.depth) and config.prune.ratio:
+            raise ConfigError(
+                f"{name} has no channels to remove, which --ratio counts; use --macs-ratio, --latency-ratio or --memory-ratio"
+            )
     example = job.data.train.example(2)
     dense = job.given or make_dense(config, job.data, job.seed)
     describe(dense)
@@ -104,7 +109,10 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
         return start(dense, name, lambda images: example[:images], config.removal)[0]
 
     job = replace(job, teacher=dense)
-    searches: dict[str, Callable[[Budget], object]] = {"auto": functools.partial(auto.look, dense, job=job)}
+    searches: dict[str, Callable[[Budget], object]] = {
+        "auto": functools.partial(auto.look, dense, job=job),
+        "depth": functools.partial(depth.check_depth, dense, job=job),
+    }
     if any(method.scratch for method in methods.values()):
         scratch.own_width(job)
         make = functools.partial(make_dense, config, job.data, job.seed)
@@ -175,6 +183,9 @@ def _slim(
     files = Files.of(cell.directory, name)
     if method.scratch:
         return _from_nothing(budget, job, files)
+    if method.depth:
+        network, shorter = depth.shorten(with_names(job.original, job), budget, job, files)
+        return tune(network, job.config.finetune, job, files), shorter
     facts: dict[str, Any] = {"method": name}
     widths = None
     if name == "auto":

@@ -17,7 +17,7 @@ from rmprune import artifact
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import REMOVAL, MeasureConfig, RunConfig, SlimConfig, TrainRunConfig, architecture
 from rmprune.config.toml import to_dict
-from rmprune.data.load import Dataset, load_dataset
+from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.graph.outline import outline
@@ -50,9 +50,9 @@ def expected_statistics(model: str, weights: str | None) -> Statistics:
     return image_statistics(model) if weights == IMAGENET else IMAGENET_STATISTICS
 
 
-def open_data(config: RunConfig) -> Dataset:
+def open_data(config: RunConfig, load: Load = load_dataset) -> Dataset:
     """The data set of a run."""
-    data = load_dataset(config.data, expected_statistics(config.model, config.weights))
+    data = load(config.data, expected_statistics(config.model, config.weights))
     check_batch(min(config.data.batch_size, len(data.train), len(data.validation)))
     return data
 
@@ -194,12 +194,7 @@ def measure_networks(
     latencies = measure_latencies(
         networks,
         example,
-        backends=config.backends,
-        threads=config.threads,
-        batch_sizes=config.batch_sizes,
-        device=config.device,
-        seconds=config.seconds,
-        min_rounds=config.min_rounds,
+        **vars(config),
         reference="original",
         calibration=calibration_images(data.train) if needs_calibration(config.backends) else None,
         split=data.test,

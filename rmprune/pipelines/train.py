@@ -6,6 +6,7 @@ from pathlib import Path
 from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import TrainRunConfig
+from rmprune.data.load import Load, load_dataset
 from rmprune.errors import UnsupportedModel
 from rmprune.measure import check_available
 from rmprune.pipelines.stages import (
@@ -24,10 +25,10 @@ from rmprune.training.job import Job
 from rmprune.training.precision import repeatable
 
 
-def run_train(config: TrainRunConfig, *, command: str) -> list[Path]:
+def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
     root = config.directory
-    job = Job(config, open_data(config), pick_device(config.device), config.seed)
+    job = Job(config, open_data(config, load), pick_device(config.device), config.seed)
     cell = Cell(config.seed, "", 0.0, root, root)
     check_available(config.measure.backends, config.measure.device)
     model = make_dense(config, job.data, config.seed)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from rmprune.pruning.groups import Keep, Structure, device_of, layer_masks
 from rmprune.pruning.layers import SizedLayer, Slices
+from rmprune.pruning.positions import Positions, outputs_at, patches_at, sample_positions
 from rmprune.pruning.program import Op, Program
 from rmprune.pruning.reconstruct import reconstruct, reconstruct_checked
 from rmprune.pruning.surgery import take, tensor_slices
@@ -91,7 +92,7 @@ class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
     def __init__(self, model: nn.Module, structure: Structure, settings: FitSettings) -> None:
-        self.model = _eval_copy(model)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layers = {layer.name: layer for layer in structure.layers}
         self.settings = settings
         self.tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -290,55 +291,3 @@ def _affine(y: Tensor, scale: Tensor, shift: Tensor, *, own: bool) -> Tensor:
 
 def _precision(layer: SizedLayer, x: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype if layer.kind == "linear" else x.dtype
-
-
-def _eval_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Output positions at which a layer is fitted: image [S], row [S], column [S]."""
-
-    image: Tensor
-    row: Tensor
-    column: Tensor
-
-    def to(self, device: torch.device) -> "Positions":
-        """The same on another device."""
-        return Positions(self.image.to(device), self.row.to(device), self.column.to(device))
-
-
-def sample_positions(images: int, size: tuple[int, int], count: int, generator: torch.Generator) -> Positions:
-    """`count` positions in each of `images` outputs of (height, width) `size`, drawn with replacement (all if fewer)."""
-    height, width = size
-    if height * width <= count:
-        flat = torch.arange(height * width).repeat(images, 1)
-    else:
-        flat = torch.randint(height * width, (images, count), generator=generator)
-    image = torch.arange(images)[:, None].expand_as(flat)
-    return Positions(image.flatten(), (flat // width).flatten(), (flat % width).flatten())
-
-
-def outputs_at(y: Tensor, at: Positions) -> Tensor:
-    """[S, c] of feature maps [N, c, h, w] or rows [N, c]."""
-    return (y[at.image, :, at.row, at.column] if y.dim() == 4 else y[at.image]).float()
-
-
-def patches_at(x: Tensor, layer: SizedLayer, at: Positions) -> Tensor:
-    """[S, c, kh*kw]: what the layer reads at each of its output positions, its zero padding included."""
-    if x.dim() == 2:
-        return x[at.image, :, None].float()
-    pad_y, pad_x = layer.padding
-    padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y)) if pad_x or pad_y else x
-    taps = [
-        padded[
-            at.image,
-            :,
-            at.row * layer.stride[0] + i * layer.dilation[0],
-            at.column * layer.stride[1] + j * layer.dilation[1],
-        ]
-        for i in range(layer.kernel[0])
-        for j in range(layer.kernel[1])
-    ]
-    return (torch.stack(taps, dim=2) if len(taps) > 1 else taps[0][..., None]).float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import REMOVAL, RemovalConfig
-from rmprune.data.batches import Batches, network_inputs
+from rmprune.data.batches import Batches, affordable, network_inputs
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import as_tuple
 from rmprune.pruning.allocate import keep_best
@@ -29,8 +28,7 @@ from rmprune.pruning.surgery import note_cut, shrink
 from rmprune.removal import remove_residuals
 
 CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
-COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most,
-COLLAPSE_PIXELS = 2**23  # and of so many pixels, since all their maps are held in memory
+COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most
 Examples = Callable[[int], Tensor]
 """So many training images [n, C, H, W]."""
 
@@ -87,8 +85,7 @@ def carry_out_blocks(
 
 def collapse_images(examples: Examples) -> Tensor:
     """The training images that convolutions are fitted on: fewer where they are large."""
-    pixels = math.prod(examples(1).shape[2:])
-    return examples(max(64, min(COLLAPSE_IMAGES, COLLAPSE_PIXELS // pixels)))
+    return examples(affordable(COLLAPSE_IMAGES, examples(1).shape[2:]))
 
 
 def carry_out(

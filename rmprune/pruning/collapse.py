@@ -9,6 +9,7 @@ like it: the time of a small network goes with its number of layers more than wi
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
-from rmprune.graph.equivalence import reference_copy, refuse_unseen
+from rmprune.graph.equivalence import refuse_unseen
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
@@ -224,26 +226,31 @@ class Fit:
 
 @torch.no_grad()
 def _fit_in_order(network: Network, parts: dict[fx.Node, _Part], inputs: tuple[Tensor, ...]) -> dict[fx.Node, Fit]:
-    """Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far."""
+    """Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far; up to the first
+    part they are one, and behind the last nothing is asked for.
+    """
     fitted: dict[fx.Node, Fit] = {}
     generator = torch.Generator().manual_seed(0)
 
+    @functools.lru_cache(maxsize=1)
     def own(node: fx.Node) -> Any:
         found = copy.deepcopy(network.own(node))
         return found.float() if isinstance(found, nn.Module) or found.is_floating_point() else found
 
     def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
         original = node_value(node, lambda n: values[n][0], own)
-        if node not in parts:
-            return original, node_value(node, lambda n: values[n][1], own)
-        read, shortcut = values[parts[node].block.fork][1], values[_operands(parts[node].block)[1]][1]
-        fit, value = _fit(parts[node], read, original, shortcut, generator)
-        fitted[node] = fit
-        return original, value
+        if node in parts:
+            read, shortcut = values[parts[node].block.fork][1], values[_operands(parts[node].block)[1]][1]
+            fitted[node], value = _fit(parts[node], read, original, shortcut, generator)
+            return original, value
+        if all(values[source][0] is values[source][1] for source in node.all_input_nodes):
+            return original, original
+        return original, node_value(node, lambda n: values[n][1], own)
 
     forks = {add: (part.block.fork,) for add, part in parts.items()}  # read once more, when its sum is there
     for _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, forks):
-        pass
+        if len(fitted) == len(parts):
+            break
     return fitted
 
 

@@ -10,7 +10,8 @@ from rmprune.data.batches import NOT_RUN, Batches, each_pass
 from rmprune.errors import DataError
 from rmprune.graph.foreign import copied
 from rmprune.graph.run import evaluating, hooked
-from rmprune.pruning.dead import Folded, add_to_bias, response
+from rmprune.pruning.constants import add_to_bias, response
+from rmprune.pruning.dead import Folded
 from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.layers import channel_rows
 

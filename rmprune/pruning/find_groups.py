@@ -113,7 +113,7 @@ def _misfit(walk: Walk, groups: Sequence[_Alike]) -> fx.Node | None:
 
     The first takes the first channels of all groups, the next the last ones, so that halves lose unequally; then it is chance.
     """
-    chance = torch.Generator().manual_seed(0)
+    chance, tried = torch.Generator().manual_seed(0), _Tried(walk)
     for cut in range(CUTS):
         gone = torch.zeros(len(walk.channels.root), dtype=torch.bool)
         for group in groups:
@@ -123,37 +123,56 @@ def _misfit(walk: Walk, groups: Sequence[_Alike]) -> fx.Node | None:
             some = min(max(1, units // 3), units - 1)
             ends = (torch.arange(some), torch.arange(units - some, units))
             gone[group.roots[ends[cut] if cut < 2 else order[:count]]] = True
-        node = _first_misfit(walk, gone)
+        node = _first_misfit(tried, gone)
         if node is not None:
             return node
     return None
 
 
-def _first_misfit(walk: Walk, gone: Tensor) -> fx.Node | None:
-    """The first operation that, run without the channels `gone` (bool, by root), does not give its result without them.
+class _Tried:
+    """What is the same for every cut, by node: the labels of its value as they are now, and what a move reads and gives whole.
 
-    It is run on places, numbered along the dimensions that have channels: a unit's channels have one label, but an order, too.
+    A move is run on places, numbered along the dimensions that have channels: a unit's channels have one label, but an order, too.
     """
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk, self.moves = walk, set(walk.moves)
+        self.labels = {
+            node: [walk.again(x) for x in tensors_in(walk.values[node])]
+            for node in walk.network.graph.nodes
+            if node.op != "output"
+        }
+        self._places: dict[fx.Node, dict[fx.Node, Any]] = {}
+        self._given: dict[fx.Node, Any] = {}
+
+    def places(self, node: fx.Node) -> dict[fx.Node, Any]:
+        if node not in self._places:
+            sources, numbers = node.all_input_nodes, itertools.count(1)
+            dims = {dim for n in sources for x in self.labels[n] for dim in varying(x)}
+            self._places[node] = {n: _places(self.walk.values[n], dims, numbers) for n in sources}
+        return self._places[node]
+
+    def given(self, node: fx.Node) -> Any:
+        if node not in self._given:
+            self._given[node] = _run(self.walk, node, self.places(node))
+        return self._given[node]
+
+
+def _first_misfit(tried: _Tried, gone: Tensor) -> fx.Node | None:
+    """The first operation that, run without the channels `gone` (bool, by root), does not give its result without them."""
     sizes: dict[fx.Node, Any] = {}  # those of the smaller network
-    moves = set(walk.moves)
-    for node in walk.network.graph.nodes:
-        if node.op == "output":
-            break
-        read = tensors_in([walk.values[n] for n in node.all_input_nodes])
-        dims = {dim for x in read for dim in varying(walk.again(x))}
-        numbers = itertools.count(1)
-        places = {n: _places(walk.values[n], dims, numbers) for n in node.all_input_nodes}
+    slices: dict[fx.Node, list[tuple[int, Tensor] | None]] = {}
+    for node, labels in tried.labels.items():
         try:
-            cut = {n: sizes[n] if n in sizes else _without(places[n], walk.values[n], walk, gone) for n in places}
-            wanted = walk.values[node]
-            if node in moves:
-                found = _run(walk, node, cut, gone)
-                if not tensors_in(wanted):
+            slices[node] = [_slice(x, gone) for x in labels]
+            if node in tried.moves:
+                places = tried.places(node).items()
+                cut = {n: sizes[n] if n in sizes else _without(x, slices[n]) for n, x in places}
+                found = _run(tried.walk, node, cut, gone)
+                if not labels:
                     sizes[node] = found
-                elif not _same(found, _without(_run(walk, node, places), wanted, walk, gone)):
+                elif not _same(found, _without(tried.given(node), slices[node])):
                     return node
-            else:
-                _without(wanted, wanted, walk, gone)
         except (RuntimeError, ValueError, IndexError, TypeError):
             return node
     return None
@@ -180,20 +199,26 @@ def _places(values: Any, dims: set[int], numbers: Iterator[int]) -> Any:
     return tree_map_only(Tensor, numbered, values)
 
 
-def _without(values: Any, labels: Any, walk: Walk, gone: Tensor) -> Any:
-    """The tensors in `values` without the elements whose labels, at the same place in `labels`, are gone."""
-    of = iter(tensors_in(labels))
-    return tree_map_only(Tensor, lambda x: _cut_out(x, walk.again(next(of)), gone), values)
-
-
-def _cut_out(x: Tensor, labels: Tensor, gone: Tensor) -> Tensor:
+def _slice(labels: Tensor, gone: Tensor) -> tuple[int, Tensor] | None:
+    """The dimension along which labels go, and which places of it stay (bool); None where none goes."""
     mask = compact(gone[thin(labels)].expand(labels.shape))
     dims = varying(mask)
     if not dims and not bool(mask.any()):
-        return x
+        return None
     if len(dims) != 1:
         raise ValueError("the channels that go are no slices of one dimension")
-    return select(x, dims[0], ~mask[tuple(slice(None) if d == dims[0] else 0 for d in range(x.dim()))])
+    return dims[0], ~mask[tuple(slice(None) if d == dims[0] else 0 for d in range(mask.dim()))]
+
+
+def _without(values: Any, slices: list[tuple[int, Tensor] | None]) -> Any:
+    """The tensors in `values`, each without what goes of it."""
+    of = iter(slices)
+
+    def cut(x: Tensor) -> Tensor:
+        own = next(of)
+        return x if own is None else select(x, *own)
+
+    return cut(values) if isinstance(values, Tensor) else tree_map_only(Tensor, cut, values)
 
 
 def _same(found: Any, wanted: Any) -> bool:

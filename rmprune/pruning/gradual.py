@@ -22,10 +22,11 @@ from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Keep, Structure, layer_masks, total_cost
-from rmprune.pruning.importance import TaylorSum, score_groups
+from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import Cost
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.surgery import note_cut, note_kept, shrink
+from rmprune.pruning.taylor_sum import TaylorSum
 
 MEASURED_FROM = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
@@ -228,11 +229,10 @@ class PolicyPruner(GradualPruner):
         *,
         prune_epochs: float,
         every: int | Fraction = 30,
-        decay: float = 0.5,
     ) -> None:
         self.widths = dict(widths)
         unused = Budget(ratio=0.5)  # the policy takes its place
-        super().__init__(model, example_inputs, unused, prune_epochs=prune_epochs, every=every, decay=decay)
+        super().__init__(model, example_inputs, unused, prune_epochs=prune_epochs, every=every)
 
     def _allocate(self, scores: Mapping[str, Tensor], *, final: bool, progress: float = 1.0) -> Keep:
         now, first = self.structure.units, self.first.units

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.data.batches import Batches, Loss, network_inputs, with_loss
+from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with_loss
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import Inputs, as_given, as_names, only_input
@@ -36,8 +36,7 @@ from rmprune.pruning.surgery import note_cut, shrink
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-FITTING_IMAGES = 1024  # training images that layers are fitted on, at most,
-FITTING_PIXELS = 2**23  # and of so many pixels
+FITTING_IMAGES = 1024  # training images that layers are fitted on, at most
 BEYOND = 0.9  # of the budget: whoever gets less, because channels were dead, is told
 logger = logging.getLogger("rmprune")
 
@@ -239,8 +238,7 @@ def _both(keep: Keep, further: Keep) -> Keep:
 def fitting_images(data: Batches, model: nn.Module) -> Tensor:
     """The first images of the batches that layers are fitted on: fewer where they are large, since all their maps are held."""
     images = torch.cat(list(network_inputs(data, model)))
-    pixels = math.prod(images.shape[2:])
-    return images[: max(64, min(FITTING_IMAGES, FITTING_PIXELS // pixels))]
+    return images[: affordable(FITTING_IMAGES, images.shape[2:])]
 
 
 def _nearest(choose: Callable[[float], Keep], cut: Callable[[Keep], tuple[float, T]], limit: float, most: float) -> T:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
-from rmprune.graph.equivalence import reference_copy
-from rmprune.graph.foreign import plain_module
+from rmprune.graph.foreign import plain_module, reference_copy
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.equivalence import freeze, reference_copy
+from rmprune.graph.foreign import freeze, reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.normalise import normalise, plain_norm

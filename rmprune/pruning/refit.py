@@ -60,12 +60,15 @@ def write_layer(model: nn.Module, op: Op, fit: Fitted) -> None:
             if module is not None and fit.weight is not None:
                 module.weight.copy_(fit.weight)  # type: ignore[operator]
             bias = getattr(module, "bias", None)
-            norm.running_mean = fit.mean.clone() if bias is None else fit.mean + bias
-            norm.running_var = fit.variance.clone()
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean.copy_(
+                fit.mean if bias is None else fit.mean + bias
+            )  # in its own dtype, half precision too
+            norm.running_var.copy_(fit.variance)
         elif module is not None and fit.weight is not None:
             scaled = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))
             module.weight.copy_(scaled)  # type: ignore[operator]
             if module.bias is None and bool(fit.shift.any()):
-                module.bias = nn.Parameter(torch.zeros_like(fit.shift))
+                module.bias = nn.Parameter(module.weight.new_zeros(fit.shift.shape))
             if module.bias is not None:
                 module.bias.copy_(fit.shift)  # type: ignore[operator]

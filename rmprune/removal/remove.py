@@ -20,10 +20,10 @@ from rmprune.graph.equivalence import (
     maps_error,
     over_tolerance,
     own_dtype_error,
-    reference_copy,
     refuse_unseen,
     relative_error,
 )
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.fuse import RULES
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network

@@ -20,7 +20,7 @@ from rmprune.report.payload import payload
 from rmprune.report.search_figure import search_figure
 from rmprune.report.tables import frame_of, refusals, summary_tables
 from rmprune.runs.records import read_record
-from rmprune.runs.writing import write_text
+from rmprune.runs.writing import sweep, write_text
 
 logger = logging.getLogger("rmprune")
 COMMAND = "command.txt"
@@ -41,6 +41,7 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
     command = command or shlex.join(sys.argv)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        sweep(out_dir, ".*")
         written = [out_dir / "results.csv"]
         write_text(written[0], data.to_csv(index=False))
         if not data.empty:

@@ -27,19 +27,39 @@ class Finished(ConfigError):
 
 @contextlib.contextmanager
 def claim(
-    directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool
+    directory: Path,
+    config: Config,
+    *,
+    records: list[Path],
+    networks: Collection[str],
+    overwrite: bool,
+    wait: bool = False,
 ) -> Iterator[None]:
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
-    use .lock, which keeps other processes out.
+    use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
 
     With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
     names of the artifacts that it may have written.
     Raises ConfigError where the directory holds a finished run, a run with other settings, one that another process is at, or
     something that is no run, and ArtifactError where it cannot be written.
     """
-    lock = FileLock(directory / LOCK_FILE)
+    lock = FileLock(directory / LOCK_FILE, timeout=-1 if wait else 0)
     try:
-        _prepare(directory, config, records, networks if overwrite else None, lock)
+        with _said(directory):
+            _prepare(directory, config, records, networks if overwrite else None, lock)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a directory of runs. Raises as `claim`."""
+    lock = FileLock(directory / LOCK_FILE, timeout=0)
+    with _said(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
         yield
     finally:
         lock.release()
@@ -49,19 +69,25 @@ def _prepare(
     directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock
 ) -> None:
     known = directory / CONFIG_FILE
+    names = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+    used = any(name != LOCK_FILE and not LEFT.fullmatch(name) for name in names)
+    if used and not known.is_file():
+        raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    sweep(directory)
+    if known.is_file() and overwritten is not None:
+        _clear(directory, config, known, overwritten)
+    elif known.is_file():
+        _refuse_other(directory, config, known, records)
+    write_text(known, to_toml(config))
+
+
+@contextlib.contextmanager
+def _said(directory: Path) -> Iterator[None]:
+    """One clear error for what keeps a directory from being had."""
     try:
-        names = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-        used = any(name != LOCK_FILE and not LEFT.fullmatch(name) for name in names)
-        if used and not known.is_file():
-            raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-        sweep(directory)
-        if known.is_file() and overwritten is not None:
-            _clear(directory, config, known, overwritten)
-        elif known.is_file():
-            _refuse_other(directory, config, known, records)
-        write_text(known, to_toml(config))
+        yield
     except Timeout:
         raise ConfigError(
             f"{directory}: another process is at this run; wait for it, or choose another --out"

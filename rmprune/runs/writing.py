@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import glob
 import os
 import re
 import shutil
@@ -67,15 +68,20 @@ def append_line(path: Path, line: str) -> None:
                 raise
 
 
-def sweep(folder: Path) -> None:
-    """Take away what writers that were killed left below a folder, which nobody else may be writing to; what stepped aside for
-    something that never came goes back to its place."""
-    for left in list(folder.rglob(".*")):
+def sweep(folder: Path, names: str = "**/.*") -> None:
+    """Take away what writers that were killed left below a folder under such names, to which nobody else may be writing; what stepped
+    aside for something that never came goes back to its place."""
+    for left in list(folder.glob(names)):
         found = LEFT.fullmatch(left.name)
         if found and found[2] == "old" and not left.with_name(found[1]).exists():
             left.rename(left.with_name(found[1]))
         elif found:
             _take_away(left)
+
+
+def sweep_beside(path: Path) -> None:
+    """The same for what writers of this file or folder left beside it."""
+    sweep(path.parent, f".{glob.escape(path.name)}.*")
 
 
 @contextlib.contextmanager

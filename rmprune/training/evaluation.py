@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from rmprune.data.splits import Split
 from rmprune.errors import DataError, RmpruneError
 from rmprune.graph.finite import where_broken
 from rmprune.graph.foreign import copied
+from rmprune.graph.run import evaluating
 from rmprune.training.distributed import add_up
 from rmprune.training.precision import ask, autocast, weights_dtype
 
@@ -77,7 +77,7 @@ def logits_of(
     """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
     found: list[tuple[Tensor, Tensor]] = []
-    with _in_eval_mode(model), autocast(precision, device):
+    with evaluating(model), autocast(precision, device):
         for x, y in split.batches(
             batch_size, device=device, memory_format=torch.channels_last, limit=limit, shard=shard
         ):
@@ -99,7 +99,7 @@ def mean_loss(
     """The split's own loss over its batches, each counted by its images. Raises RmpruneError where it is no finite number."""
     assert split.loss is not None
     total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
-    with _in_eval_mode(model), autocast(precision, device):
+    with evaluating(model), autocast(precision, device):
         for x, y in split.batches(batch_size, device=device, limit=limit):
             total += split.loss(model, y).double().reshape(()) * len(x)
             seen += len(x)
@@ -114,17 +114,6 @@ def mean_loss(
 def number_or_none(value: float) -> float | None:
     """For JSON, which has no NaN."""
     return None if math.isnan(value) else value
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
 
 
 def scores(logits: Tensor, labels: Tensor, names: Sequence[str] = ()) -> dict[str, Any]:

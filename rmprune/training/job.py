@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import TrainConfig
-from rmprune.data.batches import Batches, WithLoss
+from rmprune.data.batches import Batches, WithLoss, affordable
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Batch
 from rmprune.training.recentre import recentre
@@ -18,7 +18,9 @@ from rmprune.training.state import Hook
 from rmprune.training.together import fit_together
 
 Config = TypeVar("Config", covariant=True)
-IMAGES = 2048  # training images that importances are measured and layers fitted on, at most,
+IMAGES = (
+    2048  # training images that importances are measured and layers fitted on, at most, fewer where they are large,
+)
 IMPORTANCE_BATCH = 128  # so many at a time
 
 
@@ -38,8 +40,9 @@ class Job(Generic[Config]):
 
     @cached_property
     def pairs(self) -> list[Batch]:
-        """(images [B, C, H, W], labels [B]) of the first IMAGES training images, on the device; loaded once and held."""
-        return list(self.data.train.batches(IMPORTANCE_BATCH, device=self.device, limit=IMAGES))
+        """(images [B, C, H, W], labels [B]) of the first training images, IMAGES at most, on the device; loaded once and held."""
+        limit = affordable(IMAGES, self.data.input_shape[1:])
+        return list(self.data.train.batches(IMPORTANCE_BATCH, device=self.device, limit=limit))
 
     @cached_property
     def batches(self) -> Batches:

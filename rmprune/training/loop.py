@@ -29,6 +29,7 @@ from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.refuse import begins, check_trainable, not_finite, one_value
 from rmprune.training.shared_statistics import SharedStatistics
 from rmprune.training.state import Hook, TrainState
+from rmprune.training.statistics import MOST_IMAGES, measure_statistics
 from rmprune.training.teacher import Teacher
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
@@ -322,6 +323,7 @@ class _Training:
         self.check_weights()
         loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
         state = self.state
+        self.measure_statistics()
         distributed.share_state(state.model, self.world)
         split, shard = self.data.validation, (self.rank, self.world)
         try:
@@ -345,6 +347,19 @@ class _Training:
         self.totals.zero_()  # in place, where a recorded step adds to it
         self.seconds, self.started = 0.0, time.monotonic()
         self.save()  # after the log: a line that is written twice is dropped when training goes on
+
+    def measure_statistics(self) -> None:
+        """Batch norms forget the weights of earlier steps; every process does the same with the same images."""
+        size, images = self.data.config.batch_size, len(self.data.train)
+        batches = self.data.train.batches(
+            size,
+            device=self.device,
+            shuffle_seed=batch_seed(self.seed, self.state.step),
+            memory_format=self.memory_format,
+            limit=min(images, max(size, min(MOST_IMAGES, images // 4))),
+        )
+        with autocast(self.config.precision, self.device):
+            measure_statistics(self.state.model, batches, self.loss)
 
     def save(self) -> None:
         """Write the checkpoint, unless the model is broken: then the one before is worth more."""

@@ -14,7 +14,6 @@ the loss itself may drive to 0.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Mapping
 
 import torch
@@ -23,11 +22,11 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.config import Scales, SparsityConfig
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.graph.calls import ADDITIONS, module_around
 from rmprune.training.optimizer import SHORTCUT_SCALE
 from rmprune.training.state import TrainState
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # after these a channel is no longer the one that went in
 _ROUNDING = 2.0**-25  # half a unit in the last place of 1.0 in float32: what a step can lose to rounding
 
@@ -117,7 +116,7 @@ def add_shortcut_scales(model: nn.Module, example_inputs: Tensor) -> nn.Module:
         shape = source.meta["tensor_meta"].shape
         if len(shape) != 4:
             raise UnsupportedModel(f"{addition.name}: its shortcut has shape {tuple(shape)}, not [N, C, H, W]")
-        name = _free_name(traced, _block_name(addition, source))
+        name = _free_name(traced, _block_name(addition))
         traced.add_submodule(name, _unit_scale(shape[1], like=next(model.parameters())))
         with traced.graph.inserting_before(addition):
             scaled = traced.graph.call_module(name, (source,))
@@ -145,7 +144,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
 
 
 def _is_addition(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in _ADDITIONS
+    return node.op in ("call_function", "call_method") and node.target in ADDITIONS
 
 
 def _identity_shortcut(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -171,11 +170,10 @@ def _depends_on(node: fx.Node, ancestor: fx.Node) -> bool:
     return False
 
 
-def _block_name(addition: fx.Node, source: fx.Node) -> str:
+def _block_name(addition: fx.Node) -> str:
     """The module that the addition stands in; where the trace does not tell, a name of the addition's own."""
-    stack = addition.meta.get("nn_module_stack")
-    block = next(reversed(stack.values()))[0] if stack else ""
-    return f"{block}.{SHORTCUT_SCALE}" if block else f"{addition.name}_block.{SHORTCUT_SCALE}"
+    block, _ = module_around(addition)
+    return f"{block or f'{addition.name}_block'}.{SHORTCUT_SCALE}"
 
 
 def _free_name(traced: fx.GraphModule, name: str) -> str:
@@ -190,18 +188,10 @@ def _free_name(traced: fx.GraphModule, name: str) -> str:
 def _batch_norms_into_additions(traced: fx.GraphModule) -> set[str]:
     """Names of batch norms with a path to an addition that meets no convolution or linear layer."""
     modules = dict(traced.named_modules())
-    coupled = set()
-    for node in traced.graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], _BATCH_NORMS):
-            continue
-        waiting, seen = list(node.users), set(node.users)
-        while waiting:
-            user = waiting.pop()
-            if _is_addition(user):
-                coupled.add(node.target)
-                break
-            if user.op == "call_module" and isinstance(modules[user.target], _MIXING):
-                continue
-            waiting += [next_user for next_user in user.users if next_user not in seen]
-            seen.update(user.users)
-    return coupled
+    added: set[fx.Node] = set()  # additions, and what they read without such a layer between
+    for node in reversed(traced.graph.nodes):
+        mixed = node.op == "call_module" and isinstance(modules[node.target], _MIXING)
+        if _is_addition(node) or (not mixed and not added.isdisjoint(node.users)):
+            added.add(node)
+    norms = {name for name, module in modules.items() if isinstance(module, _BATCH_NORMS)}
+    return {str(node.target) for node in added if node.op == "call_module"} & norms

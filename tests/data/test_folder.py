@@ -203,7 +203,7 @@ def test_a_cache_changes_nothing_but_time(
     assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(plain, helped, written, strict=True))
     (file,) = (cache / "photos").iterdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(photos.Photos, "_fill", None)  # nothing is decoded again
+        patch.setattr(photos.Photos, "_decoded", None)  # nothing is decoded again
         opened(folder, augment=augment, cache="disk")
     file.write_bytes(file.read_bytes()[:-5])  # a damaged one is made anew, and so is that of a changed photo
     save(folder / "val" / "cat" / "1.png", seed=99)

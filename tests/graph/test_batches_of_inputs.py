@@ -1,6 +1,7 @@
 """Batches that do not fit a network, or are written into it: one clear reason before anything is done."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,12 @@ def _prune(net: nn.Module, x: Any, **more: Any) -> nn.Module:
     return rmprune.prune(net, x, importance="random", budget=rmprune.Budget(ratio=0.8), **more)
 
 
+def _mixed() -> nn.Module:
+    net = _Net(PLAIN).eval()
+    net.head.double()
+    return net
+
+
 PLAIN = lambda net, z, y: net.head(z)  # noqa: E731
 ADDED = lambda net, z, y: net.head(z + y)  # noqa: E731
 LENGTH = lambda net, z, y: net.head(z) * len(z)  # noqa: E731
@@ -51,9 +58,15 @@ WRONG = [(_images(channels=2), torch.arange(4) % 2)]
         (lambda: rmprune.remove_residuals(_Net(PLAIN), _images(), input_range=(1, -1)), "is empty"),
         (lambda: _prune(_Net(PLAIN), _images(), data=WRONG), "fails on images of shape"),
         (lambda: _prune(nn.Conv2d(1, 8, 1), _images()), "it is one layer"),
+        (lambda: _prune(_mixed(), _images()), r"layer head \(Linear\) fails on inputs of shape \(\d, 8\) float32"),
+        (lambda: rmprune.save(_mixed(), "net", example_inputs=_images()), r"layer head \(Linear\) fails"),
+        (lambda: rmprune.save(_Net(PLAIN), "net", example_inputs=_images().byte()), "give example_inputs in float32"),
     ],
 )  # fmt: skip
-def test_the_reason_is_the_true_one(call: Callable[[], object], said: str) -> None:
+def test_the_reason_is_the_true_one(
+    call: Callable[[], object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(RmpruneError, match=said):
         call()
 

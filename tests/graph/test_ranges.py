@@ -8,7 +8,7 @@ from removal_nets import Residual, basic, conv, conv_bn, images, prepared, worst
 from torch import Tensor, fx, nn
 
 from rmprune.graph.convolution import from_module
-from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, conv_range, observe, range_of, tighten
 from rmprune.removal import remove_residuals

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rmprune import remove_residuals
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.network import shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_range, annotate_ranges, range_of

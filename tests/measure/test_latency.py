@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from rmprune.errors import ConfigError
-from rmprune.measure import backends, check_available, latency, measure_latencies, measure_latency
+from rmprune.measure import backends, check_available, measure_latencies, measure_latency, rounds
 from rmprune.measure.backends import Candidate, prepare
-from rmprune.measure.latency import timed_rounds
+from rmprune.measure.rounds import timed_rounds
 
 
 def net(width: int, depth: int = 2) -> nn.Module:
@@ -94,7 +94,7 @@ def test_candidates_take_turns_in_a_new_order_each_round() -> None:
 
         return once
 
-    turns, repeats = timed_rounds({n: run(n) for n in "abc"}, "cpu", 0.0, 12, random.Random(0))
+    turns, repeats, _ = timed_rounds({n: run(n) for n in "abc"}, "cpu", 0.0, 12, random.Random(0))
     assert all(len(times) == 12 for times in turns.values())
     rounds = calls[-sum((1 + repeats[n]) * 12 for n in "abc") :]
     orders = []
@@ -113,6 +113,12 @@ def test_one_network() -> None:
     latency = measure_latency(net(4), X, threads=1, seconds=0.0, min_rounds=3)
     assert latency.backend == "onnxruntime" and latency.batch_size == 2 and latency.ratio is None
     assert "ratio" not in latency.to_dict()
+
+
+@pytest.mark.parametrize("backend", ["eager", "torchscript", "onnxruntime"])
+def test_inputs_of_whole_numbers_stay_whole(backend: str) -> None:
+    words = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2)).eval()
+    assert measure_latency(words, torch.tensor([[1, 2, 4]]), backend=backend, threads=1, seconds=0.0, min_rounds=1)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +184,9 @@ def test_a_second_gpu_is_the_current_one_while_it_is_measured(monkeypatch: pytes
 
     found = providers
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(latency, "_cuda_ms", timer)
+    monkeypatch.setattr(rounds, "_cuda_ms", timer)
     monkeypatch.setattr(backends, "check_backend", lambda backend, device: None)
-    turns, _ = timed_rounds({"a": lambda: None}, "cuda:1", 0.0, 3, random.Random(0), warmup=0.0)
+    turns, *_ = timed_rounds({"a": lambda: None}, "cuda:1", 0.0, 3, random.Random(0), warmup=0.0)
     assert turns == {"a": [1.0] * 3} and current == ["cuda:0"]
     monkeypatch.setattr(importlib.import_module("onnxruntime"), "InferenceSession", session)
     monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", lambda array, kind, index: (kind, index))

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 
 from rmprune.measure import latency as timing
-from rmprune.measure import measure_latencies
-from rmprune.measure.latency import WARMUP_RUNS, _warm_up, timed_rounds
-from rmprune.measure.results import BUSY, Latency, median_interval
+from rmprune.measure import measure_latencies, rounds
+from rmprune.measure.latency import KNOWN
+from rmprune.measure.results import BUSY, Latency, median_interval, of_rounds
+from rmprune.measure.rounds import WARMUP_RUNS, _warm_up, least_disturbed, timed_rounds, waiting_seconds
 
 X = torch.randn(1, 3, 12, 12)
 
@@ -21,14 +23,16 @@ def net(width: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 100, 4)).eval()
 
 
+WHERE = {"backend": "eager", "device": "cpu", "threads": 1, "batch_size": 4}
+
+
 def of_times(times: list[float]) -> Latency:
-    q1, median, q3 = np.quantile(times, [0.25, 0.5, 0.75])
-    return Latency("eager", "cpu", 1, 4, median, q1, q3, len(times), len(times), times_ms=tuple(times))
+    return of_rounds(times, 1, 0, **WHERE)
 
 
 def test_warm_up_lasts_until_no_run_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, calls = itertools.count(), []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 0.01)
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: next(clock) * 0.01)
     speeding_up = (
         max(1.0, 10 - 0.1 * n) + 0.2 * (n % 3) for n in itertools.count()
     )  # 90 runs till it has settled, and noise
@@ -47,7 +51,7 @@ def test_warm_up_lasts_until_no_run_is_faster(monkeypatch: pytest.MonkeyPatch) -
 
 def test_warm_up_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 0.01)
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: next(clock) * 0.01)
     faster = (1.0 / (1 + n) for n in itertools.count())
     assert _warm_up(lambda: None, lambda run, repeats: next(faster), 2.0) > 0
     assert next(clock) < 400
@@ -66,10 +70,77 @@ def test_the_interval_of_a_ratio_holds_the_median_and_repeats_itself() -> None:
     assert median_interval([3.0]) == (3.0, 3.0)
 
 
-def test_intervals_hold_the_true_median_as_often_as_they_say() -> None:
-    draws = np.random.default_rng(0).normal(5.0, 1.0, size=(200, 25))
-    inside = sum(low <= 5.0 <= high for low, high in (median_interval(list(row)) for row in draws))
-    assert 180 <= inside <= 200
+@pytest.mark.parametrize(
+    ("sittings", "apart", "alike", "before"),
+    [((100,), 0.0, 0.0, 45), ((225,), 0.0, 0.9, 30), ((45,) * 5, 0.02, 0.0, 30)],
+    ids=["independent", "rounds like those before them", "sittings apart"],
+)
+def test_intervals_hold_the_true_ratio_about_as_often_as_they_say(
+    sittings: tuple[int, ...], apart: float, alike: float, before: int
+) -> None:
+    """Synthetic ratios around 1.7. As if all rounds were independent, two of the three intervals would claim far too much."""
+    draw, count, held, claimed = np.random.default_rng(0), sum(sittings), 0, 0
+    noise = draw.normal(0, 0.02, size=(50, count))
+    for step in range(1, count):
+        noise[:, step] = alike * noise[:, step - 1] + (1 - alike**2) ** 0.5 * noise[:, step]
+    offsets = np.repeat(draw.normal(0, apart, size=(50, len(sittings))), sittings, axis=1)
+    for values in 1.7 + offsets + noise:
+        low, high = median_interval(list(values), sittings)
+        middle = 1.253 * values.std() / count**0.5  # the standard error of a median of independent values
+        held += low <= 1.7 <= high
+        claimed += abs(np.median(values) - 1.7) <= 1.96 * middle
+    assert held >= 41 and (claimed >= before if before == 45 else claimed <= before)
+
+
+def in_two(first: float, second: float, rounds: int = 16) -> Latency:
+    """Two sittings of these times."""
+    return of_rounds([first] * rounds, 1, 0, **WHERE).followed_by(of_rounds([second] * rounds, 2, 3, **WHERE))
+
+
+def test_sittings_are_put_together_and_their_disagreement_widens_the_interval() -> None:
+    base, steady, moved = in_two(1.0, 1.0), in_two(2.0, 2.0), in_two(1.45, 1.62)
+    assert (base.runs, base.rounds, base.sittings, base.disturbed) == (48, 32, (16, 16), 3)
+    assert steady.relative_to(base).uncertainty == 0.0
+    found = moved.relative_to(base)
+    assert (found.ratio_low, found.ratio_high) == (1.45, 1.62) and found.uncertainty > KNOWN
+
+
+def test_rounds_in_which_others_had_the_cores_are_left_out() -> None:
+    lasted, waited = [1.0] * 8, [0.0, 0.3, 0.01, 0.0, 0.5, 0.0, 0.019, 0.021]
+    assert least_disturbed(lasted, waited, 3) == [0, 2, 3, 5, 6]
+    assert least_disturbed(lasted, [w + 0.4 for w in waited], 3) == [0, 2, 3, 5, 6]  # threads that wait for each other
+    assert least_disturbed(lasted, waited, 7) == [0, 1, 2, 3, 5, 6, 7]  # too few are calm: those that waited least
+    assert waiting_seconds() >= 0
+
+
+def test_rounds_that_were_disturbed_are_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second round waits for half of it; each turn reads the clock twice, each round twice more."""
+    clock, waits = itertools.count(), itertools.count()
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: next(clock) * 0.01)
+    monkeypatch.setattr(rounds, "waiting_seconds", lambda: ((next(waits) + 1) // 4) * 0.02)
+    found = timed_rounds({"a": lambda: None}, "cpu", 0.3, 2, random.Random(0), warmup=0.0)
+    assert found.disturbed > 0 and 0.3 <= 0.03 * len(found.turns["a"]) < 0.4
+
+
+def test_a_ratio_that_is_not_known_yet_gets_more_sittings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sat: list[str] = []
+
+    def sitting(candidates: object, place: timing.Configuration, *rest: object) -> dict[str, Latency]:
+        sat.append(place.backend)
+        moved = 1.2 if place.backend == "eager" and sat.count("eager") % 2 else 1.0
+        return {"base": in_two(1.0, 1.0), "moving": of_rounds([moved] * 32, 1, 0, **WHERE)}
+
+    monkeypatch.setattr(timing, "measure_configuration", sitting)
+    one = {"threads": [1], "batch_sizes": [1], "device": "cpu", "min_rounds": 1, "reference": "base"}
+    for seconds, expected in ((1.0, {"eager": 10, "onnxruntime": 5}), (0.1, {"eager": 1, "onnxruntime": 1})):
+        sat.clear()
+        timing.measure_candidates(
+            {"base": None, "moving": None}, backends=["eager", "onnxruntime"], seconds=seconds, **one
+        )  # type: ignore[dict-item]
+        assert Counter(sat) == expected and sat[:2] == ["eager", "onnxruntime"]
+    assert sum("1 of 4 ratios are not known within 3 %" in message for message in caplog.messages) == 1
 
 
 def test_images_per_second_and_spread() -> None:
@@ -89,10 +160,10 @@ def test_the_first_call_is_apart_from_the_rounds() -> None:
 def test_a_busy_machine_is_named(
     spread: float, said: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def rounds(runs: dict[str, object], *rest: object) -> tuple[dict[str, list[float]], dict[str, int]]:
-        return {name: [1.0, 1.0 + spread, 1.0, 1.0 + spread] for name in runs}, dict.fromkeys(runs, 1)
+    def pretended(runs: dict[str, object], *rest: object) -> rounds.Rounds:
+        return rounds.Rounds({name: [1.0, 1.0 + spread, 1.0, 1.0 + spread] for name in runs}, dict.fromkeys(runs, 1), 0)
 
-    monkeypatch.setattr(timing, "timed_rounds", rounds)
+    monkeypatch.setattr(timing, "timed_rounds", pretended)
     caplog.set_level(logging.WARNING, logger="rmprune")
     measure_latencies({"a": net(2), "b": net(3)}, X, backends=["eager"], threads=[1], batch_sizes=[1, 2])
     assert [message.startswith("the machine was busy: 4 of 4 times") for message in caplog.messages] == [True] * said
@@ -102,6 +173,6 @@ def test_a_busy_machine_is_named(
 def test_networks_take_turns_after_the_warm_up() -> None:
     order: list[str] = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}  # type: ignore[misc]
-    turns, repeats = timed_rounds(runs, "cpu", 0.0, 6, random.Random(1), warmup=0.0)
+    turns, repeats, _ = timed_rounds(runs, "cpu", 0.0, 6, random.Random(1), warmup=0.0)
     assert len(turns["a"]) == len(turns["b"]) == 6 and min(repeats.values()) >= 1
     assert order[:3] == ["a"] * 3

@@ -36,7 +36,7 @@ def in_time(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
     record = records.read_record(in_time)
     found = record["pruned" if method == "rm" else method]
-    assert 0.3 < found["params"] / record["original"]["params"] <= 0.6
+    assert 0.2 < found["params"] / record["original"]["params"] <= 0.6
 
 
 def test_budgets_in_time_are_met_without_an_epoch_that_other_methods_do_not_get(in_time: Path) -> None:

@@ -38,7 +38,7 @@ BEFORE: dict[str, dict[str, Any]] = {  # name: directory of the network that it 
     "inner": {"start": "dense", "widths": "inner"},
     "uniform": {"start": "dense", "widths": "uniform", "settings": ONE_CUT | {"reconstruct": False}},
 }
-SINCE = {"auto", "plan", "rm-v1", "scratch", "coupled-isomorphic"}
+SINCE = {"auto", "plan", "rm-v1", "scratch", "depth", "coupled-isomorphic"}
 BLOCKS = ["layer1.0", "layer2.0", "layer3.0"]
 
 

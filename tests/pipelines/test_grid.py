@@ -1,14 +1,18 @@
 """A comparison on several workers: what one loses, what is refused, what is measured, and that nothing is done twice."""
 
+import fcntl
+import functools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_workers import Forked
 
 from rmprune.cli import main
 from rmprune.config import DeployConfig, GridConfig, PruneConfig
@@ -16,6 +20,7 @@ from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.pipelines import grid
 from rmprune.pipelines.deploy import ranked, run_deploy
 from rmprune.pipelines.grid import TRIES, Task, _workers, plan_tasks, run_grid, work_off
+from rmprune.runs.directory import LOCK_FILE, alone, claim
 from rmprune.training.loop import _Training
 
 GRID = (
@@ -23,29 +28,6 @@ GRID = (
     "--round-to 1 --macs-ratio 0.7 --method residual,inner --finetune.checkpoint-seconds 1e-9 --measure.backend eager "
     "--measure.threads 1 --measure.batch-size 1 --measure.seconds 0.01 --measure.min-rounds 2 --jobs 1 --out"
 )
-
-
-class Forked:
-    """A worker as submitit has them, but forked: `done`, `result`, `cancel`. It leaves its result in a file, or none."""
-
-    def __init__(self, said: Path, function: Callable[..., object], *arguments: Any) -> None:
-        self.said, self.ended = said, False
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                said.write_text(json.dumps(function(*arguments)))
-            finally:
-                os._exit(0)
-
-    def done(self) -> bool:
-        self.ended = self.ended or os.waitpid(self.pid, os.WNOHANG)[0] != 0
-        return self.ended
-
-    def result(self) -> Any:
-        return json.loads(self.said.read_text())
-
-    def cancel(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
 
 
 @pytest.mark.forks
@@ -148,6 +130,21 @@ def test_cells_are_runs_of_slim(tmp_path: Path) -> None:
     own, cell, _ = tasks[-1].arguments
     assert (own.seed, own.seeds, own.method, own.prune.budgets) == (1, 1, ("inner",), [("macs_ratio", 0.25)])
     assert type(own).__name__ == "SlimConfig" and own.directory == cell.directory and cell.shared == tmp_path / "seed1"
+
+
+def test_a_cell_waits_for_a_worker_that_outlived_its_grid(tmp_path: Path) -> None:
+    _, cell = plan_tasks(config(tmp_path, method=("inner",), prune=PruneConfig(macs_ratio=(0.5,))), "")
+    own = cell.arguments[0]
+    own.directory.mkdir(parents=True)
+    claimed = functools.partial(claim, own.directory, own, records=[tmp_path / "no"], networks=(), overwrite=False)
+    held = (own.directory / LOCK_FILE).open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    for held_by_another in (claimed(), alone(own.directory)):
+        with pytest.raises(ConfigError, match="another process is at this run"), held_by_another:
+            pass
+    threading.Timer(0.2, held.close).start()
+    with claimed(wait=True):
+        assert held.closed
 
 
 @pytest.mark.parametrize(

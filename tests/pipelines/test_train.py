@@ -10,6 +10,7 @@ import rmprune
 from rmprune.cli import main
 from rmprune.config import DataConfig, MeasureConfig, TrainConfig, TrainRunConfig
 from rmprune.data.load import load_dataset
+from rmprune.data.sources import READERS
 from rmprune.errors import ConfigError
 from rmprune.models.repvgg import RepVGG
 from rmprune.pipelines.stages import make_dense
@@ -119,7 +120,12 @@ def test_slim_takes_them_by_name(tmp_path: Path) -> None:
     assert isinstance(rmprune.load(tmp_path / "run" / "pruned"), nn.Sequential)
 
 
-def test_amc_takes_them_by_name_and_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_amc_takes_them_by_name_and_says_what_to_do_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    read = READERS["digits"]
+    monkeypatch.setitem(READERS, "digits", lambda folder: opened.append("digits") or read(folder))
     flags = "--model repvgg13 --width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --budget 0.6 --multiple 1"
     search = "--episodes 2 --warm-up 1 --images 64 --calibration 16"
     main(("amc", *flags.split(), *search.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
@@ -129,7 +135,7 @@ def test_amc_takes_them_by_name_and_says_what_to_do_next(tmp_path: Path, capsys:
     run = tmp_path / "run"
     assert figure.startswith("figure: ") and deployed == f"deploy: {run / 'deploy'}"
     assert following == f"next:   python {run / 'deploy' / 'predict.py'} IMAGE" and f"rmprune measure {run} " in again
-    assert (run / "deploy" / "model.onnx").is_file()
+    assert (run / "deploy" / "model.onnx").is_file() and len(opened) == 1  # deploying takes what is open
 
 
 @pytest.mark.parametrize(

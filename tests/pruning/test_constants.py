@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from pruning_nets import conv, images, randomise
 from torch import Tensor, nn
 
-from rmprune.pruning.dead import find_constants, fold_dead_channels
+from rmprune.pruning.constants import find_constants
+from rmprune.pruning.dead import fold_dead_channels
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.reading import read
 

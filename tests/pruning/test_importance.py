@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.importance import IMPORTANCES, TaylorSum, score_groups
+from rmprune.pruning.importance import IMPORTANCES, score_groups
+from rmprune.pruning.taylor_sum import TaylorSum
 
 
 class Gate(nn.Module):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from rmprune.pruning.calibration import outputs_at, patches_at, sample_positions
+import rmprune
 from rmprune.pruning.groups import record_shapes
 from rmprune.pruning.layers import SizedLayer, sized_layers
+from rmprune.pruning.positions import outputs_at, patches_at, sample_positions
 from rmprune.pruning.reconstruct import BLOCK, _grouped, _Moments, _ungrouped, reconstruct, reconstruct_checked
 
 CASES = {
@@ -127,3 +128,16 @@ def test_positions_cover_small_maps_and_sample_large_ones() -> None:
     assert len(large.image) == 12
     assert int(large.row.max()) < 5
     assert int(large.column.max()) < 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_network_stays_in_its_number_format(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False), nn.ReLU())
+    net, x = nn.Sequential(net, nn.Flatten(), nn.Linear(64, 2)).to(dtype).eval(), torch.randn(16, 2, 6, 6, dtype=dtype)
+    batches = [(x, torch.arange(16) % 2)]
+    smaller = rmprune.prune(
+        net, x, budget=rmprune.Budget(ratio=0.4), importance="magnitude", data=batches, reconstruct=True
+    )
+    assert {tensor.dtype for tensor in smaller.state_dict().values()} - {torch.int64} == {dtype}
+    assert smaller(x).isfinite().all()

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.graph.build import build_conv
 from rmprune.graph.convolution import Conv
-from rmprune.graph.equivalence import reference_copy
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, observe, range_of, tighten

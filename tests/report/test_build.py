@@ -44,8 +44,9 @@ def test_the_report_is_complete(runs: Path, tmp_path: Path) -> None:
     assert (out / "accuracy-time.png").stat().st_size > 10_000
     assert "report runs" in (out / "command.txt").read_text()
     before = (out / "accuracy-time.svg").read_bytes()
-    build_report([runs], out, command="again")
-    assert (out / "accuracy-time.svg").read_bytes() == before
+    (out / ".index.html.01234567.tmp").write_text("half")
+    build_report([runs], out, command="again")  # after one that was killed
+    assert (out / "accuracy-time.svg").read_bytes() == before and not list(out.glob(".*"))
 
 
 def test_the_command_names_what_it_wrote(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import rmprune
 from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.data.photos import Photos
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.pipelines.slim import run_slim
 from rmprune.runs.directory import claim, tidy
 from rmprune.runs.notes import remembered
 from rmprune.runs.records import write_record
-from rmprune.runs.writing import append_line, whole, write_text
+from rmprune.runs.writing import append_line, sweep_beside, whole, write_text
 from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -165,6 +167,13 @@ def test_what_stepped_aside_comes_back_when_its_writer_was_killed(tmp_path: Path
     assert "a/.b.89abcdef.old/file" not in contents(tmp_path) and (tmp_path / "a" / "b" / "file").read_text() == "old"
 
 
+def test_what_killed_writers_of_one_file_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.01234567.tmp", ".ab.01234567.tmp", "b/.a.01234567.tmp"):
+        write_text(tmp_path / name, "half")
+    sweep_beside(tmp_path / "a")
+    assert contents(tmp_path).keys() == {".ab.01234567.tmp", "b/.a.01234567.tmp"}
+
+
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be written"):
         write_text(tmp_path / "a", "caf\udce9")
@@ -204,6 +213,23 @@ def test_slim_on_a_full_disk_ends_with_one_error_and_goes_on_when_there_is_space
             (disk / "filler").unlink()
         (path,) = run_slim(config, command="x")
         assert json.loads(path.read_text())["method"] == "rm"
+
+
+def test_photos_decoded_onto_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written through a mapping ends the process there (SIGBUS)."""
+    paths = [str(tmp_path / f"{grey}.png") for grey in range(9)]
+    for grey, path in enumerate(paths):
+        Image.new("RGB", (256, 256), (grey,) * 3).save(path)
+    with mounted(tmp_path / "disk", "size=2m") as disk:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(disk))
+        fill(disk, leave=2**20)
+        with pytest.raises(ArtifactError, match=r"npy: cannot be written \(No space left"):
+            Photos(paths, 256, 8).decode_all("disk", 0)
+        (disk / "filler").unlink()
+        photos = Photos(paths, 256, 8)
+        photos.decode_all("disk", 0)
+        assert [int(square.max()) for square in photos] == list(range(9))
+        assert [path.suffix for path in disk.rglob("*") if path.is_file()] == [".npy"]
 
 
 def test_a_lock_of_a_living_process_and_one_that_a_dead_process_left(tmp_path: Path) -> None:

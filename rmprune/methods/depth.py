@@ -1,0 +1,94 @@
+"""`depth`: whole blocks go and every width stays. What pruning of channels has to beat at equal cost. Trains nothing itself."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from rmprune.config import SlimConfig
+from rmprune.errors import InfeasibleBudget, UnsupportedModel
+from rmprune.methods.auto import SHAPE_IMAGES, ends_of
+from rmprune.methods.cutter import cost_ratios
+from rmprune.methods.refuse import NOISE
+from rmprune.pruning import Budget
+from rmprune.pruning.carry_out import carry_out_blocks
+from rmprune.pruning.options import block_options
+from rmprune.pruning.plan import Choice, Options, SlimPlan, layers_digest
+from rmprune.pruning.surrogate import block_losses
+from rmprune.runs.notes import remembered
+from rmprune.training.job import Files, Job
+
+
+def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Files) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network without the blocks that lose least when dropped alone, as few as the budget asks for, and its facts.
+
+    `network` has modules that name its blocks. Shortcuts that stand for a block are fitted. Raises InfeasibleBudget and UnsupportedModel
+    as `check_depth` does.
+    """
+    network = job.here(network)
+    options = _droppable(network, job)
+
+    def measure() -> dict[str, float]:
+        found = block_losses(network, options, job.examples, ends_of(network, job))
+        return {name: own["drop"] for name, own in found.items()}
+
+    losses: dict[str, float] = remembered(files.note("losses"), "blocks", measure)
+    order = sorted(losses, key=lambda name: losses[name])
+    costs = _costs(network, order, range(1, len(order) + 1), budget, job)
+    allowed = getattr(budget, budget.name)
+    count = next((count for count, cost in costs.items() if cost <= allowed), None)
+    if count is None:
+        raise _infeasible(min(costs.values()), allowed)
+    choices: dict[str, Choice] = dict.fromkeys(order[:count], "drop")
+    shorter, facts = carry_out_blocks(network, choices, job.examples, job.config.removal)
+    plan = SlimPlan(facts["blocks"], {}, facts["fuse"], layers_digest(job.original))
+    search = {"losses": losses, "dropped": order[:count], "verified_ratio": costs[count]}
+    return job.recentred(shorter), {
+        "method": files.label,
+        "collapsed": facts["collapsed"],
+        "search": search,
+        "plan": plan.to_dict(),
+    }
+
+
+def check_depth(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> None:
+    """Raise UnsupportedModel where no block can be dropped, InfeasibleBudget where dropping them all does not meet the budget."""
+    network = job.here(network)
+    order = list(_droppable(network, job))
+    (least,) = _costs(network, order, [len(order)], budget, job).values()
+    allowed = getattr(budget, budget.name)
+    if least > allowed * (1.0 if budget.latency_ratio is None else NOISE):
+        raise _infeasible(least, allowed)
+
+
+def _droppable(network: nn.Module, job: Job[SlimConfig]) -> Options:
+    """The blocks that can be dropped, with that as their one choice."""
+    options = block_options(network, job.data.train.example(2, job.device), removal=job.config.removal)
+    found = {
+        name: dict.fromkeys(own, "not looked at") | {"drop": ""} for name, own in options.items() if not own["drop"]
+    }
+    if not found:
+        reasons = "; ".join(f"{name}: {own['drop']}" for name, own in options.items())
+        raise UnsupportedModel(f"depth: no block can be dropped: {reasons or 'the network has no residual'}")
+    return found
+
+
+def _costs(
+    network: nn.Module, order: list[str], counts: Iterable[int], budget: Budget, job: Job[SlimConfig]
+) -> dict[int, float]:
+    """{count: cost without the first so many blocks of `order`, as a fraction of the original's}."""
+    images = job.data.train.example(SHAPE_IMAGES, job.device)
+
+    def without(count: int) -> nn.Module:
+        return carry_out_blocks(
+            network, dict.fromkeys(order[:count], "drop"), lambda n: images[:n], job.config.removal
+        )[0]
+
+    found = cost_ratios(budget, job, {str(count): without(count).cpu() for count in counts})
+    return {int(count): ratio for count, ratio in found.items()}
+
+
+def _infeasible(least: float, allowed: float) -> InfeasibleBudget:
+    return InfeasibleBudget(
+        f"depth: without any block that can be dropped the network costs {least:.3g} times the original, more than {allowed:g}"
+    )
