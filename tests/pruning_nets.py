@@ -107,6 +107,22 @@ class Untraceable(nn.Module):
         return self.body(x) if float(x.sum()) < 1e9 else self.body(-x)
 
 
+class Tokens(nn.Module):
+    """A map of one channel as tokens, with attention whose widths stand in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.qkv = nn.Conv2d(1, 16, 4, 4), nn.LayerNorm(16), nn.Linear(16, 48)
+        self.mlp, self.head = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.head(self.mlp(x + y.reshape(x.shape)).mean(1))
+
+
 class Shared(nn.Module):
     """A layer and a norm that run twice, and two layers of one weight, among layers that can be cut."""
 

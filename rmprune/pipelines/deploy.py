@@ -190,10 +190,14 @@ def meets_budget(budget: dict[str, float], record: dict[str, Any], entry: dict[s
     """Whether a network of a record is within its budget. In measured time: unless its time there is over it by more than chance, or was
     measured elsewhere since, which says nothing.
     """
-    ((kind, allowed),) = budget.items() or [("", 0.0)]
-    if key := {"macs_ratio": "macs", "params_ratio": "params", "memory_ratio": "activation_bytes"}.get(kind):
-        return bool(entry[key] <= allowed * record["original"][key])
-    if kind != "latency_ratio":
+    counted = {"macs_ratio": "macs", "params_ratio": "params", "memory_ratio": "activation_bytes"}
+    if any(
+        entry[counted[kind]] > limit * record["original"][counted[kind]]
+        for kind, limit in budget.items()
+        if kind in counted
+    ):
+        return False
+    if (allowed := budget.get("latency_ratio")) is None:
         return True
     measure = record["config"].get("measure", {})
     at = [measure.get(name, [None])[0] for name in ("backends", "threads", "batch_sizes")]

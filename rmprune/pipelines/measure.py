@@ -91,9 +91,8 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
             for latency, base in zip(own, original, strict=True)
         ]
     record["environment"] = environment()
-    if isinstance(
-        record["config"].get("measure"), dict
-    ):  # its first place stays that in which a budget of time was met
+    # Its first place stays that in which a budget of time was met.
+    if isinstance(record["config"].get("measure"), dict):
         record["config"]["measure"] |= {"seconds": measure.seconds, "min_rounds": measure.min_rounds}
     return records.write_record(path, record)
 
@@ -128,7 +127,7 @@ def network_directory(run: Path, name: str) -> Path:
     if not name.isprintable() or Path(folder).name != folder or folder in ("", ".."):
         raise ArtifactError(f"{run}: its record has a network {name[:80]!r}, which names no folder of it; run it again")
     for place in (run / folder, run.parent / folder):
-        if artifact.is_artifact(place):
+        if (place / ARCHITECTURE).is_file():  # whole or not, which reading it says
             return place
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 
