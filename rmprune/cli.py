@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    name = arguments[0] if arguments else ""
     try:
         with _end_as_interrupt() as told, _alone_or_together() as first:
             if first:
@@ -49,15 +48,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:  # a file or folder that no stage expected to be out of reach
         _fail(str(error))
     except (MemoryError, RuntimeError) as error:
+        if told and "DataLoader worker" in str(error):  # which was told, too
+            _interrupted("", arguments, told)
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
         _fail("out of memory; take a smaller width, batch size or image size")
-    except KeyboardInterrupt as interrupt:  # whoever had changed something by then says what
-        again = shlex.join(["python", "-m", "rmprune", *(word for word in arguments if word != "--overwrite")])
-        left = str(interrupt) or LEFT.get(name, "nothing was changed")
-        on = "To go on" if name in ("slim", "grid", "amc", "train") else "Again"
-        print(f"\nrmprune: interrupted; {left}. {on}: {again}", file=sys.stderr)
-        sys.exit(143 if told else 130)
+    except KeyboardInterrupt as interrupt:
+        _interrupted(str(interrupt), arguments, told)
+
+
+def _interrupted(said: str, arguments: list[str], told: list[int]) -> NoReturn:
+    """`said`: by whoever had changed something by then, what."""
+    again = shlex.join(["python", "-m", "rmprune", *(word for word in arguments if word != "--overwrite")])
+    name = arguments[0] if arguments else ""
+    left = said or LEFT.get(name, "nothing was changed")
+    on = "To go on" if name in ("slim", "grid", "amc", "train") else "Again"
+    print(f"\nrmprune: interrupted; {left}. {on}: {again}", file=sys.stderr)
+    sys.exit(143 if told else 130)
 
 
 @contextlib.contextmanager
@@ -167,9 +174,8 @@ def _one_line(box: str) -> str:
     box = re.sub(r"\x1b\[[\d;]*m", "", box).replace("─", "-")  # colours, on a terminal
     boxed = [line.strip("│")[1:] for line in box.splitlines() if line.startswith("│")]
     parts = re.split("-{10,}", "\n".join(boxed) if boxed else box)
-    words = (
-        parts[0] if boxed else "".join(parts[1:2])
-    )  # without UTF-8 it draws no box, and the title is a part of its own
+    # Without UTF-8 it draws no box, and the title is a part of its own.
+    words = parts[0] if boxed else "".join(parts[1:2])
     message = " ".join(row.strip() for row in words.splitlines() if not row.startswith(" " * 8)).strip().rstrip(".")
     meant = re.search(r"Perhaps you meant:[\s│]+(--\S+)", box)
     return (message or " ".join(box.split())) + (f"; did you mean {meant.group(1)}?" if meant else "")

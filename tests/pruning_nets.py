@@ -107,6 +107,46 @@ class Untraceable(nn.Module):
         return self.body(x) if float(x.sum()) < 1e9 else self.body(-x)
 
 
+class Tokens(nn.Module):
+    """A map of one channel as tokens, with attention whose widths stand in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.qkv = nn.Conv2d(1, 16, 4, 4), nn.LayerNorm(16), nn.Linear(16, 48)
+        self.mlp, self.head = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.head(self.mlp(x + y.reshape(x.shape)).mean(1))
+
+
+class Shared(nn.Module):
+    """A layer and a norm that run twice, and two layers of one weight, among layers that can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 12), nn.BatchNorm2d(12), nn.ReLU())
+        self.turn, self.norm, self.slope = nn.Conv2d(12, 8, 1), nn.BatchNorm2d(8), nn.PReLU(8)
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.one, self.other = (nn.Sequential(conv(8, 8, 1), nn.BatchNorm2d(8)) for _ in range(2))
+        self.other[0].weight = self.one[0].weight
+        self.last = nn.Sequential(conv(8, 16), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.slope(self.norm(self.turn(self.stem(x))))
+        y = self.slope(self.norm(self.again(self.again(y))))
+        return self.head(self.last(self.other(torch.relu(self.one(y)))))
+
+
+def shared() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(Shared()).double().eval()
+
+
 def kill(model: nn.Module, name: str, channels: list[int], shift: float | None = None) -> None:
     """Batch-norm scale 0; the shift stays random unless given."""
     bn = model.get_submodule(name)

@@ -137,15 +137,10 @@ def choose(
     cut_error = prove_groups(network, space.structure, job.data.train.example(2))  # once for all that the search cuts
     scorer = make_scorer(network, space, job)
     search = Search(
-        Environment(space, scorer.accuracy, reward=config.reward),
-        method=method,
-        episodes=config.episodes,
-        seed=job.seed,
-        agent=AgentConfig(warm_up=config.warm_up, sigma=config.sigma, sigma_decay=config.sigma_decay),
-        refine=config.refine,
-        directory=goal.directory,
-        identity=_identity(space, config, job.data),
-    )
+        Environment(space, scorer.accuracy, reward=config.reward), method=method, episodes=config.episodes,
+        seed=job.seed, agent=AgentConfig(warm_up=config.warm_up, sigma=config.sigma, sigma_decay=config.sigma_decay),
+        refine=config.refine, directory=goal.directory, identity=_identity(space, config, job.data),
+    )  # fmt: skip
     result = search.run(watch)
     best = result.best.widths
     verified = Verified(best, goal.ratio * space.cost(best) / space.budget, 0)

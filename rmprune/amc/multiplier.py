@@ -64,14 +64,9 @@ def smaller_widths(make: Callable[[float], nn.Module], own: float, *, whole: boo
 
 
 def widest(
-    name: str,
-    make: Callable[[float], nn.Module],
-    widths: Sequence[float],
-    ratios: Ratios,
-    allowed: float,
-    *,
+    name: str, make: Callable[[float], nn.Module], widths: Sequence[float], ratios: Ratios, allowed: float, *,
     timed: bool,
-) -> Multiplier:
+) -> Multiplier:  # fmt: skip
     """The largest of these widths, ascending, whose network costs at most `allowed` times the original.
 
     `timed`: it is searched for as all others are (`measure.place.largest_within`): something in hand, and measured twice. Raises

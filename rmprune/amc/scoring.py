@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.amc.space import Space, Widths
-from rmprune.pruning.calibration import Calibrator, Cut, convolve, fold_scale
+from rmprune.pruning.calibration import Calibrator, Cut, Fitting, convolve, fold_scale
 from rmprune.pruning.groups import Scores
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.refit import written
@@ -30,15 +30,13 @@ FoldedLayers = Mapping[str, tuple[Tensor | None, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class ScoringSettings:
-    """How to score. dtype: of all convolutions; chunk: images at a time; reconstruct: fit layers by least squares, each on
-    about `samples` output positions; own_statistics: keep batch norms' own; cache_bytes: most memory for what no policy changes."""
+class ScoringSettings(Fitting):
+    """How to fit and score. chunk: images at a time; cache_bytes: most memory for what no policy changes."""
 
-    dtype: torch.dtype = torch.float32
-    chunk: int = 128
     reconstruct: bool = False
     samples: int = 4096
     own_statistics: bool = False
+    chunk: int = 128
     cache_bytes: int = 1 << 30
 
 
@@ -55,15 +53,9 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        space: Space,
-        order: Mapping[str, Tensor],
-        calibration: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        settings: ScoringSettings | None = None,
-    ) -> None:
+        self, model: nn.Module, space: Space, order: Mapping[str, Tensor], calibration: Tensor, images: Tensor,
+        labels: Tensor, settings: ScoringSettings | None = None,
+    ) -> None:  # fmt: skip
         self.settings = settings or ScoringSettings()
         self.space, self.order, self.labels = space, dict(order), labels
         self.calibrator = Calibrator(model, space.structure, self.settings)

@@ -21,6 +21,7 @@ from rmprune.amc.environment import FEATURES, Environment
 from rmprune.amc.space import Widths
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.runs.writing import append_line, whole, write_text
+from rmprune.training.interrupt import DeferredInterrupt
 
 SearchMethod = Literal["agent", "random", "uniform"]
 SEARCHES: dict[str, str] = {
@@ -80,18 +81,10 @@ class Search:
     """
 
     def __init__(
-        self,
-        environment: Environment,
-        *,
-        method: SearchMethod = "agent",
-        episodes: int,
-        seed: int,
-        agent: AgentConfig | None = None,
-        refine: float = 0.5,
-        directory: Path | None = None,
-        identity: Any = None,
+        self, environment: Environment, *, method: SearchMethod = "agent", episodes: int, seed: int,
+        agent: AgentConfig | None = None, refine: float = 0.5, directory: Path | None = None, identity: Any = None,
         save_seconds: float = 10.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if method not in SEARCHES:
             raise ConfigError(f"search method {method!r} is unknown; there are: {', '.join(SEARCHES)}")
         if episodes < 1:
@@ -111,18 +104,25 @@ class Search:
             self._rewrite_log(directory / LOG_FILE)
 
     def run(self, watch: Watcher | None = None) -> SearchResult:
-        """Play the episodes that are left. `watch` is called after each. State is saved at the end and when interrupted."""
-        saved_at = time.monotonic()
+        """Play the episodes that are left. `watch` is called after each. State is saved at the end and when interrupted, for which
+        Ctrl-C waits until an episode is whole."""
+        saved_at, complete = time.monotonic(), True
         try:
-            while len(self.result.episodes) < self.total:
-                self._play()
-                if watch is not None:
-                    watch(self.result)
-                if time.monotonic() - saved_at > self.save_seconds:
-                    self.save()
-                    saved_at = time.monotonic()
+            with DeferredInterrupt() as interrupt:
+                while len(self.result.episodes) < self.total:
+                    complete = False
+                    self._play()
+                    complete = True
+                    if watch is not None:
+                        watch(self.result)
+                    if interrupt.requested:
+                        raise KeyboardInterrupt
+                    if time.monotonic() - saved_at > self.save_seconds:
+                        self.save()
+                        saved_at = time.monotonic()
         finally:
-            self.save()
+            if complete:  # of a part of an episode the state before it stands
+                self.save()
         return self.result
 
     def _play(self) -> None:

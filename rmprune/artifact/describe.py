@@ -8,6 +8,7 @@ forward pass never reaches are left out.
 
 import logging
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -139,8 +140,7 @@ def _describe_tensors(model: nn.Module, graph: fx.Graph, layers: list[dict[str, 
     for path in dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr"):
         if path in of_layers:
             continue
-        owner, _, name = path.rpartition(".")
-        tensor = getattr(model.get_submodule(owner), name)
+        tensor = attrgetter(path)(model)
         if not isinstance(tensor, Tensor) or not MODULE_PATH.fullmatch(path):
             raise UnsupportedModel(
                 f"attribute {path!r}: the forward pass reads it and it is not a tensor; make it a buffer"
@@ -205,8 +205,7 @@ def _tensor_paths(model: nn.Module, description: dict[str, Any]) -> Iterator[tup
             if LAYERS[layer["type"]].owns(name):
                 yield f"{layer['name']}.{name}", tensor
     for entry in description["tensors"]:
-        owner, _, name = entry["name"].rpartition(".")
-        yield entry["name"], getattr(model.get_submodule(owner), name)
+        yield entry["name"], attrgetter(entry["name"])(model)
 
 
 def file_tensors(model: nn.Module, description: dict[str, Any]) -> dict[str, Tensor]:

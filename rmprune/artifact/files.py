@@ -22,7 +22,8 @@ from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
 from rmprune.errors import ArtifactError, UnsupportedModel
 from rmprune.graph.equivalence import relative_error
 from rmprune.graph.facts import facts_of, note
-from rmprune.graph.foreign import plain_module, refuse_meta
+from rmprune.graph.finite import refuse_broken
+from rmprune.graph.foreign import plain_module, refuse_weights
 from rmprune.graph.inputs import Inputs, as_tuple, trial
 from rmprune.graph.run import evaluating
 from rmprune.onnx.export import export_onnx
@@ -58,7 +59,7 @@ def save(
     """
     path = Path(path)
     model = plain_module(model)
-    refuse_meta(model)
+    refuse_weights(model)
     inputs = None if example_inputs is None else as_tuple(model, example_inputs)
     description = describe(model, inputs)
     _check_target(path, overwrite)
@@ -91,6 +92,7 @@ def _refuse_unlike(model: nn.Module, loaded: nn.Module, inputs: tuple[Tensor, ..
             except Exception:  # indices and shapes of another number of images
                 error = math.inf
             if not error <= _ALIKE:
+                refuse_broken(model, tuple(batch))
                 many = "two images" if count > 1 else "an image"
                 raise UnsupportedModel(
                     f"{type(model).__name__}: what torch.fx reads of it gives something else on {many}: its code writes into tensors "

@@ -104,15 +104,8 @@ def _graph_module(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphM
 
 
 def _check_fields(description: Any) -> None:
-    fields = {
-        "kind": str,
-        "training": bool,
-        "layers": list,
-        "tensors": list,
-        "nodes": list,
-        "tied": list,
-        "frozen": list,
-    }
+    fields = {"kind": str, "training": bool}
+    fields |= dict.fromkeys(("layers", "tensors", "nodes", "tied", "frozen"), list)
     if not isinstance(description, dict):
         raise ArtifactError("the description is not a JSON object; write the artifact again")
     for name, kind in fields.items():

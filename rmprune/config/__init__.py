@@ -26,28 +26,8 @@ from rmprune.config.runs import (
 from rmprune.config.training import Precision, Scales, SparsityConfig, TrainConfig
 
 __all__ = [
-    "REMOVAL",
-    "AmcConfig",
-    "ConvertConfig",
-    "DataConfig",
-    "DeployConfig",
-    "DoctorConfig",
-    "GridConfig",
-    "InspectConfig",
-    "MeasureConfig",
-    "NetworkConfig",
-    "Precision",
-    "PruneConfig",
-    "RemeasureConfig",
-    "RemovalConfig",
-    "ReportConfig",
-    "RunConfig",
-    "Scales",
-    "SearchConfig",
-    "SlimConfig",
-    "SparsityConfig",
-    "TrainConfig",
-    "TrainRunConfig",
-    "architecture",
-    "require",
-]
+    "REMOVAL", "AmcConfig", "ConvertConfig", "DataConfig", "DeployConfig", "DoctorConfig", "GridConfig",
+    "InspectConfig", "MeasureConfig", "NetworkConfig", "Precision", "PruneConfig", "RemeasureConfig", "RemovalConfig",
+    "ReportConfig", "RunConfig", "Scales", "SearchConfig", "SlimConfig", "SparsityConfig", "TrainConfig",
+    "TrainRunConfig", "architecture", "require",
+]  # fmt: skip

@@ -75,17 +75,10 @@ class GivenSplit(Split):
         return self.count
 
     def batches(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        shuffle_seed: int | None = None,
-        augment: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        start: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        limit: int | None = None,
-    ) -> Iterator[Batch]:
+        self, batch_size: int, *, device: torch.device | str = "cpu", shuffle_seed: int | None = None,
+        augment: bool = False, memory_format: torch.memory_format = torch.contiguous_format, start: int = 0,
+        shard: tuple[int, int] = (0, 1), limit: int | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
         if shard != (0, 1):
             raise ConfigError("batches of one's own loader are not divided among processes; train in one")
         seen, number = 0, start

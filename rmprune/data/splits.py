@@ -61,17 +61,10 @@ class Split(ABC):
 
     @abstractmethod
     def batches(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        shuffle_seed: int | None = None,
-        augment: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        start: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        limit: int | None = None,
-    ) -> Iterator[Batch]:
+        self, batch_size: int, *, device: torch.device | str = "cpu", shuffle_seed: int | None = None,
+        augment: bool = False, memory_format: torch.memory_format = torch.contiguous_format, start: int = 0,
+        shard: tuple[int, int] = (0, 1), limit: int | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
         """Yield (x float32 [B, C, H, W], y int64 [B]) on `device`; B is `batch_size`, fewer in the last batch and in shards.
 
         Without `shuffle_seed` in the stored order and complete; with it in that seed's order (see `num_batches`).
@@ -91,17 +84,10 @@ class IndexedSplit(Split):
     """A split whose images have numbers: it is shuffled, skipped and shared out by them."""
 
     def batches(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        shuffle_seed: int | None = None,
-        augment: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        start: int = 0,
-        shard: tuple[int, int] = (0, 1),
-        limit: int | None = None,
-    ) -> Iterator[Batch]:
+        self, batch_size: int, *, device: torch.device | str = "cpu", shuffle_seed: int | None = None,
+        augment: bool = False, memory_format: torch.memory_format = torch.contiguous_format, start: int = 0,
+        shard: tuple[int, int] = (0, 1), limit: int | None = None,
+    ) -> Iterator[Batch]:  # fmt: skip
         shares = self._shares(batch_size, shuffle_seed, start, shard, limit)
         single = limit is not None and limit <= batch_size
         for x, y in self._read(shares, torch.device(device), augment=augment, single=single):
@@ -179,9 +165,8 @@ def draw_part(labels: Tensor, fraction: float, seed: int, groups: list[str] | No
     for index, group in enumerate(groups):
         members.setdefault(group or f"image {index}", []).append(index)
     sets = [torch.tensor(found) for found in members.values()]
-    missing = (
-        fraction * torch.bincount(labels).double()
-    )  # images of each class that are still wanted, or too many below 0
+    # Images of each class that are still wanted, or too many below 0.
+    missing = fraction * torch.bincount(labels).double()
     chosen = torch.zeros(len(labels), dtype=torch.bool)
 
     def after(inside: Tensor) -> Tensor:

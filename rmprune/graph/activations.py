@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,49 +35,29 @@ def rule_of(module: nn.Module) -> Rule | None:
     return None if found is None else found(module)
 
 
-def _leaky(module: nn.Module) -> Rule:
-    assert isinstance(module, nn.LeakyReLU)
-    return Rule(0.0, INFINITY, 1.0 + module.negative_slope)
-
-
-def _prelu(module: nn.Module) -> Rule:
-    assert isinstance(module, nn.PReLU)
-    return Rule(0.0, INFINITY, None, slopes=True)
-
-
-def _hardtanh(module: nn.Module) -> Rule:
-    assert isinstance(module, nn.Hardtanh)
+def _hardtanh(module: Any) -> Rule:
     low, high = float(module.min_val), float(module.max_val)
     odd = None if high <= 0 else 1.0 if low == 0 else 2.0 if low == -high else None
     return Rule(low, high, odd, high)
 
 
-def _softplus(module: nn.Module) -> Rule:
-    assert isinstance(module, nn.Softplus)
-    # PyTorch replaces softplus by x beyond the threshold: exp(-threshold) off, below float64 rounding from 37 on.
-    return Rule(1.0, 0.0, 1.0 if module.threshold >= 37 else None)
-
-
-def _always(rule: Rule) -> Callable[[nn.Module], Rule]:
-    return lambda module: rule
-
-
 _NOWHERE = Rule(1.0, 0.0)
-_RULES: dict[type[nn.Module], Callable[[nn.Module], Rule]] = {
-    nn.ReLU: _always(Rule(0.0, INFINITY, 1.0)),
-    nn.ReLU6: _always(Rule(0.0, 6.0, 1.0, 6.0)),
+_RULES: dict[type[nn.Module], Callable[[Any], Rule]] = {
+    nn.ReLU: lambda _: Rule(0.0, INFINITY, 1.0),
+    nn.ReLU6: lambda _: Rule(0.0, 6.0, 1.0, 6.0),
     nn.Hardtanh: _hardtanh,
-    nn.LeakyReLU: _leaky,
-    nn.PReLU: _prelu,
-    nn.Hardswish: _always(Rule(3.0, INFINITY, 1.0)),
-    nn.SiLU: _always(Rule(1.0, 0.0, 1.0)),
-    nn.GELU: _always(Rule(1.0, 0.0, 1.0)),
-    nn.Softplus: _softplus,
-    nn.Sigmoid: _always(_NOWHERE),
-    nn.Hardsigmoid: _always(_NOWHERE),
-    nn.Tanh: _always(_NOWHERE),
-    nn.ELU: _always(Rule(0.0, INFINITY)),
-    nn.Mish: _always(_NOWHERE),
+    nn.LeakyReLU: lambda module: Rule(0.0, INFINITY, 1.0 + module.negative_slope),
+    nn.PReLU: lambda _: Rule(0.0, INFINITY, None, slopes=True),
+    nn.Hardswish: lambda _: Rule(3.0, INFINITY, 1.0),
+    nn.SiLU: lambda _: Rule(1.0, 0.0, 1.0),
+    nn.GELU: lambda _: Rule(1.0, 0.0, 1.0),
+    # PyTorch replaces softplus by x beyond the threshold: exp(-threshold) off, below float64 rounding from 37 on.
+    nn.Softplus: lambda module: Rule(1.0, 0.0, 1.0 if module.threshold >= 37 else None),
+    nn.Sigmoid: lambda _: _NOWHERE,
+    nn.Hardsigmoid: lambda _: _NOWHERE,
+    nn.Tanh: lambda _: _NOWHERE,
+    nn.ELU: lambda _: Rule(0.0, INFINITY),
+    nn.Mish: lambda _: _NOWHERE,
 }
 # The least value of an activation, and where it is taken, for those that first fall and then rise.
 _VALLEYS: dict[type[nn.Module], tuple[float, float]] = {

@@ -11,23 +11,10 @@ from torch import fx
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 DIVISIONS = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
-IN_PLACE_OPERATORS = {
-    name: getattr(operator, name)
-    for name in [
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ipow",
-        "ifloordiv",
-        "imod",
-        "iand",
-        "ior",
-        "ixor",
-        "ilshift",
-        "irshift",
-    ]
-}
+_IN_PLACE = (
+    "iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "ilshift", "irshift",
+)  # fmt: skip
+IN_PLACE_OPERATORS = {name: getattr(operator, name) for name in _IN_PLACE}
 """The operators that change their first argument (`y += z`)."""
 CONCATENATIONS = (torch.cat, torch.concat)
 CHUNKS, SPLITS = ("chunk", torch.chunk), ("split", torch.split)

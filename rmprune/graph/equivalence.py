@@ -224,12 +224,8 @@ def own_dtype_error(
                 f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {target.dtype}: try "
                 "form='pair' or batch_norm=False, or use the network in a wider dtype"
             )
-    return (
-        worst,
-        ""
-        if worst is not None
-        else f"not compared in {target.dtype}, where the outputs of the original itself are not finite",
-    )
+    unsaid = f"not compared in {target.dtype}, where the outputs of the original itself are not finite"
+    return worst, unsaid if worst is None else ""
 
 
 _UNSEEN = "the network does something that torch.fx does not see, such as writing into y.data, or by y.__setitem__; write it out of place"
@@ -270,6 +266,7 @@ def _as_read(twin: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     return value
 
 
+_DRAWS = 3  # draws of roundings: one alone may cancel
 _COMPARABLE = 0.1  # of the error: then the network's own rounding explains it
 
 
@@ -302,10 +299,17 @@ def over_tolerance(
 def own_rounding(
     reference: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any, base: Any = None
 ) -> float:
-    """The relative change of the outputs when every weight moves to a neighbouring float64. Changes `reference`."""
-    generator = torch.Generator().manual_seed(0)
-    for weight in reference.parameters():
-        if weight.is_floating_point():
-            up = torch.rand(weight.shape, generator=generator) < 0.5
-            weight.copy_(torch.nextafter(weight, torch.where(up, math.inf, -math.inf).to(weight)))
-    return relative_error(expected, in_double(reference, checked), groups, base)
+    """The largest relative change of the outputs, of a few draws, when every weight and statistic moves to a neighbouring float64."""
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    moving = [t for t in (*reference.parameters(), *reference.buffers()) if t.is_floating_point()]
+    for _ in range(_DRAWS):
+        ups = [torch.rand(tensor.shape, generator=generator) < 0.5 for tensor in moving]
+        _move(moving, ups)
+        worst = max(worst, relative_error(expected, in_double(reference, checked), groups, base))
+        _move(moving, [~up for up in ups])  # back
+    return worst
+
+
+def _move(tensors: list[Tensor], ups: list[Tensor]) -> None:
+    for tensor, up in zip(tensors, ups, strict=True):
+        tensor.copy_(torch.nextafter(tensor, torch.where(up, math.inf, -math.inf).to(tensor)))

@@ -26,9 +26,8 @@ def broken_tensor(model: nn.Module, *, buffers: bool = True) -> str | None:
     if buffers:
         whole |= {f"{name} is NaN": ~tensor.isnan().any() for name, tensor in model.named_buffers()}
     there = next((flag.device for flag in whole.values()), None)
-    flags = (
-        torch.stack([flag.to(there) for flag in whole.values()]).tolist() if whole else []
-    )  # a GPU is waited for once
+    # A GPU is waited for once.
+    flags = torch.stack([flag.to(there) for flag in whole.values()]).tolist() if whole else []
     return next((name for name, flag in zip(whole, flags, strict=True) if not flag), None)
 
 
@@ -58,13 +57,7 @@ def where_broken(twin: nn.Module, inputs: tuple[Tensor, ...], *, infinite: bool 
 
 
 def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raises UnsupportedModel that says where, if NaN begins in the inputs, the network, or what it makes of the first of them, or weights
-    are complex.
-    """
-    if name := next((name for name, weight in model.named_parameters() if weight.is_complex()), None):
-        raise UnsupportedModel(
-            f"{name} is complex: only real weights are scored and fitted; hold its two parts as real ones"
-        )
+    """Raises UnsupportedModel that says where, if NaN begins in the inputs, the network, or what it makes of the first of them."""
     for value in inputs:
         if not is_finite(value):
             raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")

@@ -30,7 +30,7 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     flat, graph = is_flat_sequential(model), trace(model, inputs)
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):
-            _replace(model, name, stock_norm(module))
+            model.set_submodule(name, stock_norm(module))
     vectors = set() if inputs is None else _norms_of_vectors(model, inputs)
     graph_module = fx.GraphModule(model, graph)
     modules = dict(graph_module.named_modules())
@@ -46,8 +46,8 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
             fits = not isinstance(before, nn.Linear) or node.target in vectors
             if calls[source.target] == calls[node.target] == 1 and fits and _foldable(before, module):
                 modules[source.target] = _fold(before, module)
-                _replace(graph_module, str(source.target), modules[source.target])
-                _replace(graph_module, str(node.target), _container(module))
+                graph_module.set_submodule(str(source.target), modules[source.target])
+                graph_module.set_submodule(str(node.target), _container(module))
                 _bypass(graph, node, source)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -68,11 +68,6 @@ def _norms_of_vectors(model: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
         if norms:
             trial(model, as_tuple(model, inputs))
     return found
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
 
 
 def _container(module: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from rmprune.errors import UnsupportedModel
 M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger("rmprune")
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
 _HOOKED = (
     "WeightNorm",
@@ -44,11 +45,10 @@ def plain_module(model: nn.Module) -> nn.Module:
         return model
     model = copied(model)
     for name in reversed(wrapped):
-        owner, _, own = name.rpartition(".")
         inner = model.get_submodule(name)
         while (deeper := _inside(inner)) is not None:
             inner = deeper
-        setattr(model.get_submodule(owner), own, inner)
+        model.set_submodule(name, inner)
     for module in model.modules():
         make_permanent(module)
     if computed:
@@ -214,6 +214,10 @@ def _refuse_foreign(model: Any) -> None:
 def _refuse_tensor(where: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise UnsupportedModel(f"{where}: a lazy layer has no weights yet: run one batch through the network first")
+    if tensor.is_floating_point() and tensor.dtype not in _COMPUTED_IN:
+        raise UnsupportedModel(
+            f"{where}: {str(tensor.dtype).removeprefix('torch.')} keeps numbers and computes with none: pass the network in floating point"
+        )
     kinds = [c for c in type(tensor).__mro__ if issubclass(c, Tensor) and c not in (Tensor, nn.Parameter, nn.Buffer)]
     if any(name in vars(c) for c in kinds for name in ("__torch_function__", "__torch_dispatch__")):
         raise UnsupportedModel(
@@ -221,10 +225,14 @@ def _refuse_tensor(where: str, tensor: Tensor) -> None:
         )
 
 
-def refuse_meta(model: nn.Module) -> None:
-    """Raises UnsupportedModel for a network whose weights have no values (the meta device)."""
+def refuse_weights(model: nn.Module) -> None:
+    """Raises UnsupportedModel for a network whose weights have no values (the meta device), or complex ones."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise UnsupportedModel(
                 f"{name}: on the meta device it has no values: load the network's weights first (to_empty, load_state_dict)"
+            )
+        if tensor.is_complex() and isinstance(tensor, nn.Parameter):
+            raise UnsupportedModel(
+                f"{name} is complex: only real weights are scored, fitted and saved; hold its two parts as real ones"
             )

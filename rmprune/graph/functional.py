@@ -19,8 +19,7 @@ Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_att
 
 def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
     """The stock modules that do what this call does to its first argument; None where there are none."""
-    table = _FUNCTIONS if node.op == "call_function" else _METHODS
-    entry = table.get(node.target)
+    entry = _CALLS.get(node.target)
     if entry is None or not node.args or not isinstance(node.args[0], fx.Node) or is_size(node.args[0]):
         return None
     names, build = entry
@@ -63,10 +62,16 @@ def _clamp(given: dict[str, Any]) -> list[nn.Module] | None:
     return [nn.ReLU()] if low == 0 and high is None else None
 
 
-def _prelu(given: dict[str, Any]) -> list[nn.Module]:
-    module = nn.PReLU(given["weight"].numel())
-    module.weight = nn.Parameter(given["weight"].detach().clone().flatten())
+def _holding(module: nn.Module, **tensors: Tensor | None) -> list[nn.Module]:
+    """The module with copies of these tensors as its parameters."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(module, name, nn.Parameter(tensor.detach().clone()))
     return [module]
+
+
+def _prelu(given: dict[str, Any]) -> list[nn.Module]:
+    return _holding(nn.PReLU(given["weight"].numel()), weight=given["weight"].flatten())
 
 
 def _flatten(given: dict[str, Any]) -> list[nn.Module]:
@@ -117,19 +122,12 @@ def _conv2d(given: dict[str, Any]) -> list[nn.Module]:
         weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), given.get("stride", 1), given.get("padding", 0),
         given.get("dilation", 1), groups, bias is not None,
     )  # fmt: skip
-    module.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        module.bias = nn.Parameter(bias.detach().clone())
-    return [module]
+    return _holding(module, weight=weight, bias=bias)
 
 
 def _linear(given: dict[str, Any]) -> list[nn.Module]:
     weight, bias = given["weight"], given.get("bias")
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    module.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        module.bias = nn.Parameter(bias.detach().clone())
-    return [module]
+    return _holding(nn.Linear(weight.shape[1], weight.shape[0], bias is not None), weight=weight, bias=bias)
 
 
 def _batch_norm(given: dict[str, Any]) -> list[nn.Module] | None:
@@ -138,63 +136,43 @@ def _batch_norm(given: dict[str, Any]) -> list[nn.Module] | None:
     module = nn.BatchNorm2d(len(given["running_mean"]), eps=given.get("eps", 1e-5))
     module.running_mean = given["running_mean"].detach().clone()
     module.running_var = given["running_var"].detach().clone()
-    for name in ("weight", "bias"):
-        if given.get(name) is not None:
-            setattr(module, name, nn.Parameter(given[name].detach().clone()))
-    return [module]
+    return _holding(module, weight=given.get("weight"), bias=given.get("bias"))
 
 
 _POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-_FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]] = {
-    F.relu: (("inplace",), _simple(nn.ReLU)),
-    torch.relu: ((), _simple(nn.ReLU)),
-    torch.relu_: ((), _simple(nn.ReLU)),
-    F.relu6: (("inplace",), _simple(nn.ReLU6)),
+_ACTIVATIONS: dict[type[nn.Module], tuple[Any, ...]] = {
+    nn.ReLU: (F.relu, torch.relu, torch.relu_, "relu", "relu_"),
+    nn.ReLU6: (F.relu6,),
+    nn.Sigmoid: (F.sigmoid, torch.sigmoid, "sigmoid"),
+    nn.Tanh: (F.tanh, torch.tanh, "tanh"),
+    nn.Hardswish: (F.hardswish,),
+    nn.Hardsigmoid: (F.hardsigmoid,),
+    nn.SiLU: (F.silu,),
+    nn.Mish: (F.mish,),
+}
+_CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]] = {
+    **{call: (("inplace",), _simple(kind)) for kind, calls in _ACTIVATIONS.items() for call in calls},
     F.hardtanh: (("min_val", "max_val", "inplace"), _simple(nn.Hardtanh)),
-    torch.clamp: (("min", "max"), _clamp),
     F.leaky_relu: (("negative_slope", "inplace"), _simple(nn.LeakyReLU)),
-    F.prelu: (("weight",), _prelu),
-    F.hardswish: (("inplace",), _simple(nn.Hardswish)),
-    F.hardsigmoid: (("inplace",), _simple(nn.Hardsigmoid)),
-    F.silu: (("inplace",), _simple(nn.SiLU)),
-    F.mish: (("inplace",), _simple(nn.Mish)),
     F.gelu: (("approximate",), _simple(nn.GELU)),
     F.elu: (("alpha", "inplace"), _simple(nn.ELU)),
     F.softplus: (("beta", "threshold"), _simple(nn.Softplus)),
-    F.sigmoid: ((), _simple(nn.Sigmoid)),
-    torch.sigmoid: ((), _simple(nn.Sigmoid)),
-    F.tanh: ((), _simple(nn.Tanh)),
-    torch.tanh: ((), _simple(nn.Tanh)),
+    F.prelu: (("weight",), _prelu),
+    **dict.fromkeys((torch.clamp, "clamp", "clamp_"), (("min", "max"), _clamp)),
     F.avg_pool2d: (_POOL, _simple(nn.AvgPool2d)),
-    F.max_pool2d: (_MAX_POOL, _simple(nn.MaxPool2d)),
-    torch.max_pool2d: (_MAX_POOL, _simple(nn.MaxPool2d)),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), (_MAX_POOL, _simple(nn.MaxPool2d))),
     F.adaptive_avg_pool2d: (("output_size",), _simple(nn.AdaptiveAvgPool2d)),
-    torch.flatten: (("start_dim", "end_dim"), _flatten),
-    torch.mean: (("dim", "keepdim"), _mean),
-    F.dropout: (("p", "training", "inplace"), _dropout),
-    F.dropout2d: (("p", "training", "inplace"), _dropout),
+    **dict.fromkeys((torch.mean, "mean"), (("dim", "keepdim"), _mean)),
+    **dict.fromkeys((torch.flatten, "flatten"), (("start_dim", "end_dim"), _flatten)),
+    **dict.fromkeys(("view", "reshape"), ((), _view)),
+    **dict.fromkeys((F.dropout, F.dropout2d), (("p", "training", "inplace"), _dropout)),
     F.conv2d: (("weight", "bias", "stride", "padding", "dilation", "groups"), _conv2d),
     F.linear: (("weight", "bias"), _linear),
     F.batch_norm: (("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm),
-    operator.mul: (("other",), _scale),
-    operator.imul: (("other",), _scale),
-    torch.mul: (("other",), _scale),
-}
-_METHODS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]] = {
-    "relu": ((), _simple(nn.ReLU)),
-    "sigmoid": ((), _simple(nn.Sigmoid)),
-    "tanh": ((), _simple(nn.Tanh)),
-    "clamp": (("min", "max"), _clamp),
-    "flatten": (("start_dim", "end_dim"), _flatten),
-    "mean": (("dim", "keepdim"), _mean),
-    "view": ((), _view),
-    "reshape": ((), _view),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul"), (("other",), _scale)),
     "detach": ((), _gone),
     "clone": (("memory_format",), _gone),
     "contiguous": (("memory_format",), _contiguous),
-    "relu_": ((), _simple(nn.ReLU)),
-    "clamp_": (("min", "max"), _clamp),
-    "mul": (("other",), _scale),
 }
 _WITH_NODE = (_view, _contiguous)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes, set_item
 from rmprune.graph.run import node_value
-from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, on_meta
+from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, to_run
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
 _PLACES = ("device", "is_cuda", "is_cpu", "is_meta")
@@ -102,7 +102,7 @@ class Tracer(fx.Tracer):
 
     def _own(self, node: fx.Node) -> Any:
         if node.op == "call_module":
-            return on_meta(self.root.get_submodule(str(node.target)))
+            return to_run(self.root.get_submodule(str(node.target)))
         value = operator.attrgetter(str(node.target))(self.root)
         return blank(value) if isinstance(value, Tensor) else value
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
-from rmprune.graph.foreign import copied, plain_module, refuse_meta
+from rmprune.graph.foreign import copied, plain_module, refuse_weights
 from rmprune.graph.shapes import Plainly, blank, on_meta
 
 _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
@@ -37,7 +37,7 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
     model = plain_module(model)
     if isinstance(example_inputs, Given) and example_inputs.network is model:
         return model, example_inputs
-    refuse_meta(model)
+    refuse_weights(model)
     inputs = as_tuple(model, example_inputs)
     if any(x.is_meta for x in inputs):
         raise UnsupportedModel("example_inputs on the meta device have no values: give images as the network sees them")

@@ -18,15 +18,8 @@ from rmprune.graph.run import Values, node_value
 
 NodeLayer = nn.Module | Conv
 GONE = (
-    "Identity",
-    "Dropout",
-    "Dropout1d",
-    "Dropout2d",
-    "AlphaDropout",
-    "FeatureAlphaDropout",
-    "StochasticDepth",
-    "DropPath",
-)
+    "Identity", "Dropout", "Dropout1d", "Dropout2d", "AlphaDropout", "FeatureAlphaDropout", "StochasticDepth", "DropPath",
+)  # fmt: skip
 _OPAQUE = ("Conv2dSame", "AvgPool2dSame", "MaxPool2dSame", "BlurPool2d")
 GROUP_NORMS = ("GroupNormAct", "GroupNorm", "GroupNorm1", "GroupNorm1Act")
 WHOLE = ("BatchNormAct2d", "FrozenBatchNorm2d", *GROUP_NORMS, *_OPAQUE, *GONE)

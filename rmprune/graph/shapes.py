@@ -8,18 +8,22 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
-from rmprune.graph.convolution import from_module, or_none, output_size
+from rmprune.graph.convolution import plain
 from rmprune.graph.double import InDouble, each_argument
 from rmprune.graph.foreign import copied
 from rmprune.graph.network import Network, in_words
 from rmprune.graph.run import Values, node_value, run
 
 M = TypeVar("M", bound=nn.Module)
+_NORMS = {2: (nn.BatchNorm1d,), 3: (nn.BatchNorm1d,), 4: (nn.BatchNorm2d,), 5: (nn.BatchNorm3d,)}
+_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""{dimensions of a batch: the layers that take it}."""
 
 
 def propagate_shapes(network: Network, example_inputs: tuple[Tensor, ...]) -> None:
@@ -47,9 +51,21 @@ def on_meta(module: M) -> M:
     return copied(module, {id(tensor): blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
 
 
-def blank(tensor: Tensor) -> Tensor:
-    """The same without values."""
-    empty = torch.empty_like(tensor, device="meta")
+def to_run(module: M, dtype: torch.dtype | None = None) -> M:
+    """The same layer to run once on the meta device: tensors without values (in `dtype`), all else shared, a tenth of a copy's time."""
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    for held in ("_parameters", "_buffers"):
+        vars(twin)[held] = {name: t if t is None else blank(t, dtype) for name, t in vars(module)[held].items()}
+    vars(twin)["_modules"] = {
+        name: part if part is None else to_run(part, dtype) for name, part in module._modules.items()
+    }
+    return twin
+
+
+def blank(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The same without values; in `dtype` where it is of floating point."""
+    empty = torch.empty_like(tensor, device="meta", dtype=dtype if tensor.is_floating_point() else None)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -132,7 +148,7 @@ def _off_device(value: Any) -> Any:
 
 def _own(layer: Any) -> Any:
     return (
-        on_meta(layer).double()
+        to_run(layer, torch.float64)
         if isinstance(layer, nn.Module)
         else blank(layer)
         if isinstance(layer, Tensor)
@@ -147,14 +163,27 @@ def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, 
         return None
     value = values[node.args[0]]
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-    if len(shape) != 4:
+    if len(shape) < 2:
         return None
+    if type(module) is nn.AdaptiveAvgPool2d and len(shape) == 4 and module.output_size in (1, (1, 1)):
+        return *shape[:2], 1, 1
     if rule_of(module) is not None and not isinstance(module, nn.PReLU):
         return shape
-    if type(module) is nn.BatchNorm2d and module.num_features == shape[1]:
-        return shape
-    if isinstance(module, nn.Conv2d) and module.in_channels == shape[1] and not module.weight.is_meta:
-        conv = or_none(from_module, module, shape[1])
-        size = (0, 0) if conv is None else output_size(conv.geometry, (shape[2], shape[3]))
+    if type(module) in _NORMS.get(len(shape), ()):
+        return shape if module.num_features == shape[1] else None
+    if isinstance(module, nn.Linear):
+        known = type(module).forward is nn.Linear.forward and module.in_features == shape[-1]
+        return (*shape[:-1], module.out_features) if known else None
+    kind = _CONVOLUTIONS.get(len(shape), nn.Conv2d)
+    if isinstance(module, kind) and plain(module, kind) and module.in_channels == shape[1]:
+        size = _size(module, shape[2:])
         return (shape[0], module.out_channels, *size) if min(size) > 0 else None
     return None
+
+
+def _size(conv: _ConvNd, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Positions of the output, by the usual floor formula; zeros where the padding is given in words."""
+    if isinstance(conv.padding, str):
+        return (0,) * len(size)
+    axes = zip(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)

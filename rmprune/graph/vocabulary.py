@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,12 @@ from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MODULE_PATH = re.compile(
-    r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}"
-)  # deeper, and recursion would end somewhere
+# Deeper than 64, and recursion would end somewhere.
+MODULE_PATH = re.compile(r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}")
 MAX_CHANNELS = 2**24
 MAX_EXTENT = 2**16
-MAX_ENTRIES = (
-    50_000  # layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000
-)
+# Layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000.
+MAX_ENTRIES = 50_000
 Check = Callable[[Any], bool]
 
 
@@ -125,26 +124,16 @@ _dim: dict[str, Check] = {"dim": _either(_ints(-8, 8), _one_of(None))}
 
 
 def _max_pool(axes: int) -> dict[str, Check]:
-    extent = _ints(1, length=(1, axes))
-    return {
-        "kernel_size": extent,
-        "stride": extent,
-        "padding": _ints(0, length=(1, axes)),
-        "dilation": extent,
-        "return_indices": _one_of(False),
-        "ceil_mode": _flag,
-    }
+    extent, padding = _ints(1, length=(1, axes)), _ints(0, length=(1, axes))
+    window: dict[str, Check] = {"kernel_size": extent, "stride": extent, "padding": padding, "dilation": extent}
+    return window | {"return_indices": _one_of(False), "ceil_mode": _flag}
 
 
 def _avg_pool(axes: int) -> dict[str, Check]:
-    extent = _ints(1, length=(1, axes))
-    return {
-        "kernel_size": extent,
-        "stride": extent,
-        "padding": _ints(0, length=(1, axes)),
-        "ceil_mode": _flag,
-        "count_include_pad": _flag,
-    }
+    extent, padding = _ints(1, length=(1, axes)), _ints(0, length=(1, axes))
+    window: dict[str, Check] = {"kernel_size": extent, "stride": extent, "padding": padding}
+    last: dict[str, Check] = {"divisor_override": _ints(1, none=True)} if axes > 1 else {}
+    return window | {"ceil_mode": _flag, "count_include_pad": _flag} | last
 
 
 def _adaptive(axes: int) -> dict[str, Check]:
@@ -155,37 +144,24 @@ def _pad(axes: int) -> dict[str, Check]:
     return {"padding": _ints(-MAX_EXTENT, length=(2 * axes,))}
 
 
-_PADS = (
-    (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
-    (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-    (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
-)
+def _of_ranks(kind: str, args: Callable[[int], dict[str, Check]]) -> list[LayerSpec]:
+    """The layers of this kind for one, two and three axes, and what their arguments then are."""
+    return [LayerSpec(getattr(nn, f"{kind}{axes}d"), args(axes)) for axes in (1, 2, 3)]
+
+
 _attention: dict[str, Check] = {
-    "embed_dim": _channels,
-    "num_heads": _channels,
-    "dropout": _real(0, 1),
-    "bias": _flag,
-    "add_zero_attn": _flag,
-    "kdim": _channels,
-    "vdim": _channels,
-    "batch_first": _flag,
-}
+    "embed_dim": _channels, "num_heads": _channels, "dropout": _real(0, 1), "bias": _flag, "add_zero_attn": _flag,
+    "kdim": _channels, "vdim": _channels, "batch_first": _flag,
+}  # fmt: skip
 LAYERS: dict[str, LayerSpec] = {
     spec.cls.__name__: spec
     for spec in (
-        LayerSpec(nn.Conv1d, _conv(1)),
-        LayerSpec(nn.Conv2d, _conv(2)),
-        LayerSpec(nn.Conv3d, _conv(3)),
-        LayerSpec(nn.ConvTranspose1d, _conv(1, transposed=True)),
-        LayerSpec(nn.ConvTranspose2d, _conv(2, transposed=True)),
-        LayerSpec(nn.ConvTranspose3d, _conv(3, transposed=True)),
+        *_of_ranks("Conv", _conv),
+        *_of_ranks("ConvTranspose", partial(_conv, transposed=True)),
         LayerSpec(nn.Linear, {"in_features": _channels, "out_features": _channels, "bias": _flag}),
-        LayerSpec(nn.BatchNorm1d, _batch_norm),
-        LayerSpec(nn.BatchNorm2d, _batch_norm),
-        LayerSpec(nn.BatchNorm3d, _batch_norm),
+        *_of_ranks("BatchNorm", lambda _: _batch_norm),
         LayerSpec(nn.SyncBatchNorm, _batch_norm),
-        *(LayerSpec(norm, _batch_norm) for norm in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)),
+        *_of_ranks("InstanceNorm", lambda _: _batch_norm),
         LayerSpec(
             nn.GroupNorm, {"num_groups": _channels, "num_channels": _channels, "eps": _real(0, 1e6), "affine": _flag}
         ),
@@ -198,48 +174,29 @@ LAYERS: dict[str, LayerSpec] = {
                 "bias": _flag,
             },
         ),
-        LayerSpec(nn.ReLU, _inplace),
-        LayerSpec(nn.ReLU6, _inplace),
+        *(LayerSpec(kind, {}) for kind in (nn.Identity, nn.Sigmoid, nn.Tanh, nn.Softsign)),
+        *(
+            LayerSpec(kind, _inplace)
+            for kind in (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Mish, nn.SELU)
+        ),
         LayerSpec(nn.Hardtanh, {"min_val": _real(), "max_val": _real(), "inplace": _flag}),
-        LayerSpec(nn.Hardswish, _inplace),
-        LayerSpec(nn.Hardsigmoid, _inplace),
-        LayerSpec(nn.SiLU, _inplace),
-        LayerSpec(nn.Mish, _inplace),
         LayerSpec(nn.GELU, {"approximate": _one_of("none", "tanh")}),
-        LayerSpec(nn.Sigmoid, {}),
-        LayerSpec(nn.Tanh, {}),
-        LayerSpec(nn.Softsign, {}),
         LayerSpec(nn.Softplus, {"beta": _real(1e-6), "threshold": _real()}),
         LayerSpec(nn.ELU, {"alpha": _real(), "inplace": _flag}),
-        LayerSpec(nn.SELU, _inplace),
         LayerSpec(nn.CELU, {"alpha": _real(1e-6), "inplace": _flag}),
         LayerSpec(nn.LeakyReLU, {"negative_slope": _real(), "inplace": _flag}),
         LayerSpec(nn.PReLU, {"num_parameters": _channels}),
         LayerSpec(nn.Threshold, {"threshold": _real(), "value": _real(), "inplace": _flag}),
-        LayerSpec(nn.Softmax, _dim),
-        LayerSpec(nn.LogSoftmax, _dim),
-        LayerSpec(nn.MaxPool1d, _max_pool(1)),
-        LayerSpec(nn.MaxPool2d, _max_pool(2)),
-        LayerSpec(nn.MaxPool3d, _max_pool(3)),
-        LayerSpec(nn.AvgPool1d, _avg_pool(1)),
-        LayerSpec(nn.AvgPool2d, _avg_pool(2) | {"divisor_override": _ints(1, none=True)}),
-        LayerSpec(nn.AvgPool3d, _avg_pool(3) | {"divisor_override": _ints(1, none=True)}),
-        LayerSpec(nn.AdaptiveAvgPool1d, _adaptive(1)),
-        LayerSpec(nn.AdaptiveAvgPool2d, _adaptive(2)),
-        LayerSpec(nn.AdaptiveAvgPool3d, _adaptive(3)),
-        LayerSpec(nn.AdaptiveMaxPool1d, _adaptive(1) | {"return_indices": _one_of(False)}),
-        LayerSpec(nn.AdaptiveMaxPool2d, _adaptive(2) | {"return_indices": _one_of(False)}),
-        LayerSpec(nn.AdaptiveMaxPool3d, _adaptive(3) | {"return_indices": _one_of(False)}),
-        *(LayerSpec(pad, _pad(axes)) for kind in _PADS for axes, pad in enumerate(kind, 1)),
-        LayerSpec(nn.ConstantPad1d, _pad(1) | {"value": _real()}),
-        LayerSpec(nn.ConstantPad2d, _pad(2) | {"value": _real()}),
-        LayerSpec(nn.ConstantPad3d, _pad(3) | {"value": _real()}),
+        *(LayerSpec(kind, _dim) for kind in (nn.Softmax, nn.LogSoftmax)),
+        *_of_ranks("MaxPool", _max_pool),
+        *_of_ranks("AvgPool", _avg_pool),
+        *_of_ranks("AdaptiveAvgPool", _adaptive),
+        *_of_ranks("AdaptiveMaxPool", lambda axes: _adaptive(axes) | {"return_indices": _one_of(False)}),
+        *(spec for kind in ("Zero", "Reflection", "Replication", "Circular") for spec in _of_ranks(f"{kind}Pad", _pad)),
+        *_of_ranks("ConstantPad", lambda axes: _pad(axes) | {"value": _real()}),
         LayerSpec(nn.Flatten, {"start_dim": _ints(-8, 8), "end_dim": _ints(-8, 8)}),
-        LayerSpec(nn.Identity, {}),
         LayerSpec(nn.Dropout, _dropout),
-        LayerSpec(nn.Dropout1d, _dropout),
-        LayerSpec(nn.Dropout2d, _dropout),
-        LayerSpec(nn.Dropout3d, _dropout),
+        *_of_ranks("Dropout", lambda _: _dropout),
         LayerSpec(nn.AlphaDropout, _dropout),
         LayerSpec(StochasticDepth, {"p": _real(0, 1), "mode": _one_of("batch", "row")}),
         LayerSpec(
@@ -304,15 +261,8 @@ TENSOR_METHODS = frozenset(
     """)
 )
 TENSOR_DTYPES = (
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.int64,
-    torch.int32,
-    torch.uint8,
-    torch.bool,
-)
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool,
+)  # fmt: skip
 TENSOR_TYPES = {str(t).removeprefix("torch."): t for t in TENSOR_DTYPES}
 FORMATS = {
     str(f).removeprefix("torch."): f for f in (torch.contiguous_format, torch.channels_last, torch.preserve_format)

@@ -11,18 +11,7 @@ from rmprune.measure.planner import ActivationMemory, activation_memory
 from rmprune.measure.results import Latency
 
 __all__ = [
-    "BACKENDS",
-    "ActivationMemory",
-    "Latency",
-    "LatencyModel",
-    "accuracies",
-    "activation_memory",
-    "backend_accuracy",
-    "calibration_images",
-    "check_available",
-    "count_macs",
-    "count_params",
-    "measure_latencies",
-    "measure_latency",
+    "BACKENDS", "ActivationMemory", "Latency", "LatencyModel", "accuracies", "activation_memory", "backend_accuracy",
+    "calibration_images", "check_available", "count_macs", "count_params", "measure_latencies", "measure_latency",
     "needs_calibration",
-]
+]  # fmt: skip

@@ -38,16 +38,9 @@ from rmprune.measure.runtimes import (
 from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, torchscript
 
 __all__ = [
-    "BACKENDS",
-    "Backend",
-    "Candidate",
-    "Run",
-    "check_backend",
-    "current",
-    "needs_calibration",
-    "prepare",
+    "BACKENDS", "Backend", "Candidate", "Run", "check_backend", "current", "needs_calibration", "prepare",
     "surroundings",
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

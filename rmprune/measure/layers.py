@@ -20,19 +20,8 @@ from rmprune.graph.vocabulary import LAYERS
 
 _FREE = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
 _ACTIVATIONS = (
-    "ReLU",
-    "ReLU6",
-    "Hardtanh",
-    "Hardswish",
-    "Hardsigmoid",
-    "SiLU",
-    "GELU",
-    "Sigmoid",
-    "LeakyReLU",
-    "PReLU",
-    "ELU",
-    "Mish",
-)
+    "ReLU", "ReLU6", "Hardtanh", "Hardswish", "Hardsigmoid", "SiLU", "GELU", "Sigmoid", "LeakyReLU", "PReLU", "ELU", "Mish",
+)  # fmt: skip
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 
 

@@ -22,36 +22,12 @@ from rmprune.graph.vocabulary import FUNCTION_NAMES
 ALIGNMENT = 64  # bytes at which runtimes begin a tensor
 _ALIASES = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Flatten", "Unflatten", "StochasticDepth", "DropPath")
 _ALIAS_CALLS = (
-    "flatten",
-    "view",
-    "reshape",
-    "contiguous",
-    "squeeze",
-    "unsqueeze",
-    "dropout",
-    "stochastic_depth",
-    "detach",
-)
+    "flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "dropout", "stochastic_depth", "detach",
+)  # fmt: skip
 _POINTWISE = {
-    *(
-        "add",
-        "iadd",
-        "sub",
-        "isub",
-        "mul",
-        "imul",
-        "truediv",
-        "itruediv",
-        "neg",
-        "maximum",
-        "minimum",
-        "clamp",
-        "relu",
-        "relu6",
-        "prelu",
-    ),
-    *("leaky_relu", "hardtanh", "hardsigmoid", "hardswish", "sigmoid", "tanh", "silu", "gelu", "elu", "mish"),
-}
+    "add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "neg", "maximum", "minimum", "clamp", "relu", "relu6", "prelu",
+    "leaky_relu", "hardtanh", "hardsigmoid", "hardswish", "sigmoid", "tanh", "silu", "gelu", "elu", "mish",
+}  # fmt: skip
 _POINTWISE_MODULES = ("BatchNorm2d", "PReLU", "Softplus", "Threshold")
 
 

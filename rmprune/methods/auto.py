@@ -30,8 +30,10 @@ from rmprune.pruning.budget import allowed_units, resolve
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.groups import Cost, macs, total_cost
 from rmprune.pruning.importance import score_groups
+from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.options import BlockLayers, block_layers, block_options
 from rmprune.pruning.plan import Choice, Options
+from rmprune.pruning.program import read_program
 from rmprune.pruning.proposals import Proposal, Proposals, Sight, thinned
 from rmprune.pruning.surrogate import Ends, block_losses, width_losses
 from rmprune.pruning.time_cost import TimeCost
@@ -75,8 +77,10 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     """The networks that plans of `network` (with modules that name its blocks) are put together from, whatever its weights.
 
     Widths keep the default floor, or less where the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the
-    least that can be had.
+    least that can be had, UnsupportedModel where layers cannot be fitted, by which every width is weighed.
     """
+    if budget.name != "memory_ratio":
+        budget = dataclasses.replace(budget, memory_ratio=None)  # the cut of each plan holds it
     images = job.data.train.example(SHAPE_IMAGES, job.device)
     removal = dataclasses.replace(job.config.removal, fuse="never")
     options = block_options(network, images[:2], removal=removal)
@@ -93,6 +97,9 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     if not all(own["fuse"] for own in options.values()):
         networks["fuse"] = shaped("fuse", "remove", "keep")
     structures = {choice: find_structure(own, images[:2]) for choice, own in networks.items()}
+    for choice in _SAID:
+        with fitting("auto weighs widths by fits: use another method, such as residual with --no-reconstruct"):
+            read_program(networks[choice], structures[choice], images[:2])
     costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
     if budget.latency_ratio is not None:
         table, example = layer_times(job, place_of(job)), images[:1].cpu()
@@ -211,7 +218,9 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
     keep(seconds)
     candidates: dict[str, Callable[[], Cutter]] = {
-        name: functools.partial(_preset, method, starts, job, budget) for name, method in PRESETS.items()
+        name: functools.partial(_preset, method, starts, job, budget)
+        for name, method in PRESETS.items()
+        if budget.memory_ratio is None or method.pruner == "ours"
     }
     verdicts = judge(candidates | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
     for name in list(plans)[:PROPOSED] if not seconds else ():

@@ -188,8 +188,7 @@ def _with_input_channels(model: nn.Module, name: str, in_channels: int) -> nn.Mo
                 padding_mode=old.padding_mode,
             )
             resnet.initialise_convolutions(new)
-            parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
+            model.set_submodule(path, new)
             return model
     raise ConfigError(f"{name}: its first layer is no plain convolution of 3 channels; use in_channels=3")
 

@@ -23,10 +23,10 @@ DIGITS_STRIDES: Sequence[int] = (1, 1, 1, 2, 2)
 """For images of 8 pixels: they leave a 2x2 map."""
 
 
-def round_channels(channels: float, divisor: int = 8) -> int:
-    """The multiple of `divisor` nearest to `channels`, never less than 90 % of it (as in the published MobileNets)."""
-    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return rounded if rounded >= 0.9 * channels else rounded + divisor
+def round_channels(channels: float) -> int:
+    """The multiple of 8 nearest to `channels`, never less than 90 % of it (as in the published MobileNets)."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
 
 
 def channel_selection(in_channels: int, out_channels: int, kept: int) -> nn.Conv2d:
@@ -82,17 +82,9 @@ class MobileNetV2(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        *,
-        width: float,
-        free: int,
-        stages: Stages,
-        strides: Sequence[int],
-        last_channels: int,
-        dropout: float,
-    ) -> None:
+        self, num_classes: int, in_channels: int, *, width: float, free: int, stages: Stages, strides: Sequence[int],
+        last_channels: int, dropout: float,
+    ) -> None:  # fmt: skip
         super().__init__()
         channels, in_free = round_channels(32 * width), 1
         layers: list[nn.Module] = [
@@ -151,15 +143,13 @@ def mobilenet_v2(
     """
     if name not in NAMES:
         raise ConfigError(f"{name} is none of {', '.join(NAMES)}")
-    if name == "mobilenet_v2_digits":
-        default_stages, default_strides, default_last = DIGITS_STAGES, DIGITS_STRIDES, 256
-    else:
-        default_stages, default_strides, default_last = IMAGENET_STAGES, IMAGENET_STRIDES, 1280
-        if small_images or name == "mobilenet_v2_small":
-            default_strides = SMALL_STRIDES
-    stages = default_stages if stages is None else stages
-    strides = default_strides if strides is None else strides
-    last_channels = default_last if last_channels is None else last_channels
+    digits, small = name == "mobilenet_v2_digits", small_images or name == "mobilenet_v2_small"
+    if stages is None:
+        stages = DIGITS_STAGES if digits else IMAGENET_STAGES
+    if strides is None:
+        strides = DIGITS_STRIDES if digits else SMALL_STRIDES if small else IMAGENET_STRIDES
+    if last_channels is None:
+        last_channels = 256 if digits else 1280
     if width <= 0 or free < 1:
         raise ConfigError(f"mobilenet_v2: width {width} must be above 0 and free {free} at least 1")
     if len(strides) != len(stages) + 1:
@@ -167,12 +157,6 @@ def mobilenet_v2(
             f"mobilenet_v2: {len(stages)} stages need {len(stages) + 1} strides (the stem's first), got {len(strides)}"
         )
     return MobileNetV2(
-        num_classes,
-        in_channels,
-        width=width,
-        free=free,
-        stages=stages,
-        strides=strides,
-        last_channels=last_channels,
+        num_classes, in_channels, width=width, free=free, stages=stages, strides=strides, last_channels=last_channels,
         dropout=dropout,
-    )
+    )  # fmt: skip

@@ -39,15 +39,9 @@ class RepVGGBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        *,
-        stride: int = 1,
-        reserved: int = 0,
-        identity: bool = True,
+        self, in_channels: int, channels: int, *, stride: int = 1, reserved: int = 0, identity: bool = True,
         squeeze_excitation: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         same = stride == 1 and in_channels == channels
         if reserved and not same:
@@ -86,16 +80,9 @@ class RepVGG(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        *,
-        pairs: int,
-        ratios: Sequence[float],
-        width: int,
-        stem_strides: tuple[int, int],
-        squeeze_excitation: bool,
-    ) -> None:
+        self, num_classes: int, in_channels: int, *, pairs: int, ratios: Sequence[float], width: int,
+        stem_strides: tuple[int, int], squeeze_excitation: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
 
         def block(before: int, after: int, stride: int = 1, ratio: float = 0.0) -> RepVGGBlock:
@@ -156,11 +143,6 @@ def repvgg(
             f"repvgg: reserve_ratio {reserve_ratio} is not one number (or four, by stage) between 0 and 1"
         )
     return RepVGG(
-        num_classes,
-        in_channels,
-        pairs=pairs,
-        ratios=ratios,
-        width=width,
-        stem_strides=stem_strides or ((1, 1) if small_images else (2, 2)),
-        squeeze_excitation=squeeze_excitation,
-    )
+        num_classes, in_channels, pairs=pairs, ratios=ratios, width=width,
+        stem_strides=stem_strides or ((1, 1) if small_images else (2, 2)), squeeze_excitation=squeeze_excitation,
+    )  # fmt: skip

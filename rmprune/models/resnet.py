@@ -8,45 +8,22 @@ import re
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from rmprune.config import require
 from rmprune.errors import ConfigError
 
 CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet1202")
-_TORCHVISION_LAYERS: dict[str, tuple[type[TorchvisionBasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
-    "resnet10": (TorchvisionBasicBlock, (1, 1, 1, 1)),
-    "resnet18": (TorchvisionBasicBlock, (2, 2, 2, 2)),
-    "resnet34": (TorchvisionBasicBlock, (3, 4, 6, 3)),
-    "resnet66": (TorchvisionBasicBlock, (8, 8, 8, 8)),
+_TORCHVISION_LAYERS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet66": (BasicBlock, (8, 8, 8, 8)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
 TORCHVISION_NAMES = tuple(_TORCHVISION_LAYERS)
-
-
-class BasicBlock(nn.Module):
-    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)), with torchvision's attribute names."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample: nn.Sequential | None = None
-        if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + shortcut)
 
 
 class CifarResNet(nn.Module):
@@ -75,8 +52,12 @@ class CifarResNet(nn.Module):
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+    shortcut = None
+    if stride != 1 or in_channels != channels:
+        conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+        shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels))
+    first = BasicBlock(in_channels, channels, stride, shortcut)
+    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
 
 
 def initialise_convolutions(model: nn.Module) -> None:
@@ -106,13 +87,8 @@ class SizedResNet(ResNet):
     """torchvision's ResNet with `width` instead of 64 channels in the first stage (then 2, 4 and 8 times as many)."""
 
     def __init__(
-        self,
-        block: type[TorchvisionBasicBlock | Bottleneck],
-        layers: tuple[int, int, int, int],
-        *,
-        width: int,
-        num_classes: int,
-    ) -> None:
+        self, block: type[BasicBlock | Bottleneck], layers: tuple[int, int, int, int], *, width: int, num_classes: int,
+    ) -> None:  # fmt: skip
         super().__init__(block, list(layers), num_classes=num_classes)
         self.inplanes = width
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)

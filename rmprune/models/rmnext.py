@@ -57,16 +57,9 @@ class RMNeXt(nn.Module):
     """RepVGG blocks as the stem, four stages of grouped bottlenecks, pool, linear; group width doubles with width."""
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        *,
-        blocks: Sequence[int],
-        expansion: int,
-        group_width: int,
-        width: int,
-        small_images: bool,
-    ) -> None:
+        self, num_classes: int, in_channels: int, *, blocks: Sequence[int], expansion: int, group_width: int,
+        width: int, small_images: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         channels = min(64, width)
         stem = [RepVGGBlock(in_channels, channels, stride=1 if small_images else 2, identity=False)]
@@ -132,11 +125,6 @@ def rmnext(
             f"{name}: expansion {expansion} leaves no hidden channels beside the reserved ones; 2 or more"
         )
     return RMNeXt(
-        num_classes,
-        in_channels,
-        blocks=blocks,
-        expansion=expansion,
-        group_width=group_width,
-        width=width,
+        num_classes, in_channels, blocks=blocks, expansion=expansion, group_width=group_width, width=width,
         small_images=small_images,
-    )
+    )  # fmt: skip

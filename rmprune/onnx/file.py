@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import helper
 
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.vocabulary import MAX_ENTRIES
@@ -19,16 +20,8 @@ from rmprune.onnx.compare import open_session
 
 OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
-_TYPES = {
-    "FLOAT": "float32",
-    "DOUBLE": "float64",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-    "INT8": "int8",
-    "UINT8": "uint8",
-}
-_LISTS = {"FLOAT": "float_data", "DOUBLE": "double_data", "INT64": "int64_data"}  # the others are in int32_data
+_TYPES = ("float32", "float64", "int64", "int32", "bool", "int8", "uint8")
+_DTYPES = {int(helper.np_dtype_to_tensor_dtype(np.dtype(name))): np.dtype(name) for name in _TYPES}
 _MOST_AXES = 8
 
 
@@ -171,29 +164,32 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
 
 def _check_tensor(where: str, tensor: onnx.TensorProto, path: Path) -> None:
     """Raise where type, sizes and bytes of a tensor do not belong together, or where its bytes lie somewhere else than they may."""
-    kind = (
-        onnx.TensorProto.DataType.Name(tensor.data_type) if tensor.data_type in _KNOWN_TYPES else str(tensor.data_type)
-    )
-    if kind not in _TYPES:
+    if tensor.data_type not in _DTYPES:
         raise UnsupportedModel(
-            f"{where} is {kind.lower()}; read are {', '.join(_TYPES.values())}: export it in float32"
+            f"{where} is {_said(tensor.data_type)}; read are {', '.join(_TYPES)}: export it in float32"
         )
     if len(tensor.dims) > _MOST_AXES or any(not 0 <= size < 2**40 for size in tensor.dims):
         raise ArtifactError(f"{where} has sizes {list(tensor.dims)[:_MOST_AXES]}; export the network again")
     count = math.prod(tensor.dims)
-    wanted = count * np.dtype(_TYPES[kind]).itemsize
+    wanted = count * _DTYPES[tensor.data_type].itemsize
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         _external(where, tensor, path, wanted)
         return
-    held = getattr(tensor, _LISTS.get(kind, "int32_data"))
-    found = len(tensor.raw_data) if tensor.HasField("raw_data") else len(held)
+    found = len(tensor.raw_data) if tensor.HasField("raw_data") else len(_listed(tensor))
     if found != (wanted if tensor.HasField("raw_data") else count):
         raise ArtifactError(
             f"{where} of sizes {list(tensor.dims)} holds another number of values; copy or export the file again"
         )
 
 
-_KNOWN_TYPES = set(onnx.TensorProto.DataType.values())
+def _said(kind: int) -> str:
+    """A type of tensors by name, or by number where onnx knows none."""
+    known = onnx.TensorProto.DataType
+    return known.Name(kind).lower() if kind in known.values() else str(kind)
+
+
+def _listed(tensor: onnx.TensorProto) -> Any:
+    return getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))
 
 
 def _external(where: str, tensor: onnx.TensorProto, path: Path, wanted: int) -> tuple[Path, int]:
@@ -224,14 +220,13 @@ def _external(where: str, tensor: onnx.TensorProto, path: Path, wanted: int) -> 
 
 
 def _array(tensor: onnx.TensorProto, path: Path) -> np.ndarray[Any, Any]:
-    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-    dtype, shape = np.dtype(_TYPES[kind]), tuple(tensor.dims)
+    dtype, shape = _DTYPES[tensor.data_type], tuple(tensor.dims)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         file, offset = _external(printable(tensor.name), tensor, path, math.prod(shape) * dtype.itemsize)
         return np.memmap(file, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
     if tensor.HasField("raw_data"):
         return np.frombuffer(tensor.raw_data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
-    return np.array(getattr(tensor, _LISTS.get(kind, "int32_data")), dtype).reshape(shape)
+    return np.array(_listed(tensor), dtype).reshape(shape)
 
 
 def _check_names(graph: onnx.GraphProto) -> None:
@@ -261,12 +256,7 @@ def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
     kind = value.type.WhichOneof("value") or "no type"
     tensor = value.type.tensor_type
     if kind != "tensor_type" or tensor.elem_type != onnx.TensorProto.FLOAT:
-        found = tensor.elem_type if kind == "tensor_type" else 0
-        said = (
-            onnx.TensorProto.DataType.Name(found).lower()
-            if found in _KNOWN_TYPES and found
-            else kind.removesuffix("_type")
-        )
+        said = _said(tensor.elem_type) if kind == "tensor_type" else kind.removesuffix("_type")
         raise UnsupportedModel(f"its {what} {printable(value.name)} is {said}; taken are tensors of float32")
     sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
     if what == "input" and (not sizes or len(sizes) > _MOST_AXES):

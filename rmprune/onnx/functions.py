@@ -18,29 +18,11 @@ from rmprune.onnx.drawing import Call, NamedSum, shapes
 from rmprune.onnx.resize import resize
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
-    "Add": operator.add,
-    "Sub": operator.sub,
-    "Mul": operator.mul,
-    "Div": operator.truediv,
-    "Pow": torch.pow,
-    "Max": torch.maximum,
-    "Min": torch.minimum,
-    "Sum": operator.add,
-}
-_ELEMENTWISE: dict[str, Callable[..., Any]] = {
-    "Abs": torch.abs,
-    "Exp": torch.exp,
-    "Erf": torch.erf,
-    "Log": torch.log,
-    "Neg": torch.neg,
-    "Sqrt": torch.sqrt,
-}
-_REDUCTIONS: dict[str, Callable[..., Any]] = {
-    "ReduceMean": torch.mean,
-    "ReduceSum": torch.sum,
-    "ReduceMax": torch.amax,
-    "ReduceMin": torch.amin,
-}
+    "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "Div": operator.truediv, "Pow": torch.pow,
+    "Max": torch.maximum, "Min": torch.minimum, "Sum": operator.add,
+}  # fmt: skip
+_ELEMENTWISE = {name: getattr(torch, name.lower()) for name in ("Abs", "Exp", "Erf", "Log", "Neg", "Sqrt")}
+_REDUCTIONS = {"ReduceMean": torch.mean, "ReduceSum": torch.sum, "ReduceMax": torch.amax, "ReduceMin": torch.amin}
 
 
 def _arithmetic(call: Call) -> Any:
@@ -257,25 +239,9 @@ def _pad(call: Call) -> fx.Node:
 
 
 FUNCTION_READERS: dict[str, Callable[[Call], Any]] = {
-    **dict.fromkeys(_ARITHMETIC, _arithmetic),
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **dict.fromkeys(_REDUCTIONS, _reduce),
-    "Cast": _cast,
-    "Concat": _concat,
-    "Dropout": _same,
-    "Flatten": _flatten,
-    "Gather": _gather,
-    "Identity": _same,
-    "LogSoftmax": _softmax,
-    "Pad": _pad,
-    "Reciprocal": _reciprocal,
-    "Reshape": _reshape,
-    "Resize": resize,
-    "Slice": _slice,
-    "Softmax": _softmax,
-    "Split": _split,
-    "Squeeze": _squeeze,
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
-    "Upsample": resize,
-}
+    **dict.fromkeys(_ARITHMETIC, _arithmetic), **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_REDUCTIONS, _reduce), "Cast": _cast, "Concat": _concat, "Dropout": _same, "Flatten": _flatten,
+    "Gather": _gather, "Identity": _same, "LogSoftmax": _softmax, "Pad": _pad, "Reciprocal": _reciprocal,
+    "Reshape": _reshape, "Resize": resize, "Slice": _slice, "Softmax": _softmax, "Split": _split, "Squeeze": _squeeze,
+    "Transpose": _transpose, "Unsqueeze": _unsqueeze, "Upsample": resize,
+}  # fmt: skip

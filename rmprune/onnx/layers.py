@@ -120,9 +120,8 @@ def _hard_sigmoid(call: Call) -> fx.Node:
         raise Obstacle(f"beta={beta} is not read, only 0.5")
     if np.float32(alpha) == np.float32(1 / 6):
         return call.layer(nn.Hardsigmoid())
-    return call.layer(
-        nn.Hardsigmoid(), call.ask(operator.mul, call.source(), 6 * alpha)
-    )  # clip(a x + 1/2) = relu6(6 a x + 3) / 6
+    # That is clip(a x + 1/2) = relu6(6 a x + 3) / 6.
+    return call.layer(nn.Hardsigmoid(), call.ask(operator.mul, call.source(), 6 * alpha))
 
 
 def _selu(call: Call) -> fx.Node:
@@ -151,27 +150,13 @@ def _with(make: Callable[[float], nn.Module], name: str, default: float) -> Call
 
 
 LAYER_READERS: dict[str, Callable[[Call], Any]] = {
-    "BatchNormalization": _batch_norm,
-    "Celu": _with(nn.CELU, "alpha", 1.0),
-    "Clip": _clip,
-    "DepthToSpace": _pixel_shuffle,
-    "Elu": _with(nn.ELU, "alpha", 1.0),
-    "Gelu": _gelu,
-    "Gemm": _gemm,
-    "GroupNormalization": _group_norm,
-    "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _simple(nn.Hardswish),
-    "InstanceNormalization": _instance_norm,
-    "LayerNormalization": _layer_norm,
-    "LeakyRelu": _with(nn.LeakyReLU, "alpha", 0.01),
-    "MatMul": _matmul,
-    "Mish": _simple(nn.Mish),
-    "PRelu": _prelu,
-    "Relu": _simple(nn.ReLU),
-    "Selu": _selu,
-    "Sigmoid": _simple(nn.Sigmoid),
+    "BatchNormalization": _batch_norm, "Celu": _with(nn.CELU, "alpha", 1.0), "Clip": _clip,
+    "DepthToSpace": _pixel_shuffle, "Elu": _with(nn.ELU, "alpha", 1.0), "Gelu": _gelu, "Gemm": _gemm,
+    "GroupNormalization": _group_norm, "HardSigmoid": _hard_sigmoid, "HardSwish": _simple(nn.Hardswish),
+    "InstanceNormalization": _instance_norm, "LayerNormalization": _layer_norm,
+    "LeakyRelu": _with(nn.LeakyReLU, "alpha", 0.01), "MatMul": _matmul, "Mish": _simple(nn.Mish), "PRelu": _prelu,
+    "Relu": _simple(nn.ReLU), "Selu": _selu, "Sigmoid": _simple(nn.Sigmoid),
     "Softplus": _simple(lambda: nn.Softplus(threshold=37)),  # beyond it the difference is below float64's rounding
-    "Softsign": _simple(nn.Softsign),
-    "Tanh": _simple(nn.Tanh),
+    "Softsign": _simple(nn.Softsign), "Tanh": _simple(nn.Tanh),
     "ThresholdedRelu": _with(lambda alpha: nn.Threshold(alpha, 0.0), "alpha", 1.0),
-}
+}  # fmt: skip

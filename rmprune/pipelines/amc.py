@@ -40,7 +40,10 @@ from rmprune.pipelines.stages import (
     with_names,
 )
 from rmprune.pruning.carry_out import CALIBRATION_IMAGES
+from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner
+from rmprune.pruning.one_shot import fitting
+from rmprune.pruning.program import read_program
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim
@@ -95,6 +98,9 @@ def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
         plain: _without_residuals(config, dense, example).model if plain else dense
         for plain in {AMC_METHODS[name].plain for name in config.method if AMC_METHODS[name].search is not None}
     }
+    for network in networks.values():
+        with fitting("amc scores widths by fits: slim --method residual --no-reconstruct prunes without"):
+            read_program(network, find_structure(network, example), example)
     if config.search.constraint == "latency":
         return
     for ratio in config.search.budget:

@@ -8,6 +8,7 @@ in turns, by one worker with nobody beside it.
 Workers are submitit's: processes of this machine, or jobs of Slurm. The order of the stages of a cell is slim's.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -291,5 +292,23 @@ def _workers(config: GridConfig) -> Submit:
         ) from None
     except (RuntimeError, ValueError, NameError, TypeError) as error:
         raise ConfigError(f"{config.cluster}: {first_line(error)}") from None
-    submit: Submit = executor.submit
+
+    def submit(*work: Any) -> Worker:
+        with _stderr_in(config.directory / "jobs" / "submitit.txt"):
+            worker: Worker = executor.submit(*work)
+        return worker
+
     return submit
+
+
+@contextlib.contextmanager
+def _stderr_in(file: Path) -> Iterator[None]:
+    """What processes that are started within say of themselves goes to this file: the traceback of each that is stopped."""
+    usual = os.dup(2)
+    try:
+        with file.open("ab") as other:
+            os.dup2(other.fileno(), 2)
+        yield
+    finally:
+        os.dup2(usual, 2)
+        os.close(usual)

@@ -1,6 +1,7 @@
 """`measure`: the networks of finished runs again, all in turns in one process, and their records brought up to date."""
 
 import logging
+import os
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -36,6 +37,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     if config.image_size is not None:
         raise ConfigError("image_size is for ONNX files, of which there is none; networks of runs know theirs")
     paths = records.find_records(list(config.runs))
+    if shut := [path for path in paths if not os.access(path.parent, os.W_OK)]:  # said before minutes are measured
+        raise ArtifactError(f"{shut[0]}: cannot be written, so nothing is measured; measure a copy of the run")
     for run in runs_of(paths):
         tidy(run)
     found: dict[str, nn.Module] = {}
@@ -84,9 +87,8 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
             for latency, base in zip(own, original, strict=True)
         ]
     record["environment"] = environment()
-    if isinstance(
-        record["config"].get("measure"), dict
-    ):  # its first place stays that in which a budget of time was met
+    # Its first place stays that in which a budget of time was met.
+    if isinstance(record["config"].get("measure"), dict):
         record["config"]["measure"] |= {"seconds": measure.seconds, "min_rounds": measure.min_rounds}
     return records.write_record(path, record)
 
@@ -102,7 +104,7 @@ def network_directory(run: Path, name: str) -> Path:
     if not name.isprintable() or Path(folder).name != folder or folder in ("", ".."):
         raise ArtifactError(f"{run}: its record has a network {name[:80]!r}, which names no folder of it; run it again")
     for place in (run / folder, run.parent / folder):
-        if artifact.is_artifact(place):
+        if (place / ARCHITECTURE).is_file():  # whole or not, which reading it says
             return place
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 

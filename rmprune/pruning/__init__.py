@@ -12,14 +12,6 @@ from rmprune.pruning.surgery import shrink
 from rmprune.pruning.taylor_sum import TaylorSum
 
 __all__ = [
-    "IMPORTANCES",
-    "Budget",
-    "GradualPruner",
-    "TaylorSum",
-    "allocate",
-    "find_structure",
-    "fold_dead_channels",
-    "prune",
-    "prune_coupled",
-    "shrink",
-]
+    "IMPORTANCES", "Budget", "GradualPruner", "TaylorSum", "allocate", "find_structure", "fold_dead_channels", "prune",
+    "prune_coupled", "shrink",
+]  # fmt: skip

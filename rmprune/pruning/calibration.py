@@ -7,9 +7,10 @@ mean (the intercept) is measured anew, for to restore the deviation would undo t
 """
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +23,20 @@ from rmprune.pruning.program import Op, Program
 from rmprune.pruning.reconstruct import reconstruct, reconstruct_checked
 from rmprune.pruning.surgery import take, tensor_slices
 
+logger = logging.getLogger("rmprune")
 _LARGEST_GAIN = 10.0  # of the deviation correction where there is no batch norm
 
 
-class FitSettings(Protocol):
+@dataclass(frozen=True)
+class Fitting:
     """dtype: of all convolutions; reconstruct: fit layers by least squares, each on about `samples` output positions;
     own_statistics: batch norms keep the network's, moved only as far as the means before them move.
     """
 
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def reconstruct(self) -> bool: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def own_statistics(self) -> bool: ...
+    dtype: torch.dtype = torch.float32
+    reconstruct: bool = True
+    samples: int = 1 << 14
+    own_statistics: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,21 @@ K = TypeVar("K")
 class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
-    def __init__(self, model: nn.Module, structure: Structure, settings: FitSettings) -> None:
+    def __init__(self, model: nn.Module, structure: Structure, settings: Fitting) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layers = {layer.name: layer for layer in structure.layers}
         self.settings = settings
-        self.tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        held = self.model.named_parameters, self.model.named_buffers
+        self.tensors = {name: tensor for each in held for name, tensor in each(remove_duplicate=False)}
         self.reference: dict[str, Fitted] = {}
         self._positions: dict[str, Positions] = {}
         self._wanted: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
 
     def measure_reference(self, program: Program, x: Tensor) -> None:
-        """Run the unpruned network on the calibration images and note what the policies are compared with."""
+        """Run the unpruned network on the calibration images and note what the policies are compared with; say what cannot be fitted."""
+        if shared := list(dict.fromkeys(op.layer or op.norm for op in program.ops if op.shared)):
+            logger.warning("fitting layers: used more than once, and left as cut: %s", ", ".join(shared))
         self.reference = self.fit(program, {program.ops[0].name: x}, Cut({}, {}), first=True)
 
     def fit(self, program: Program, values: dict[str, Tensor], cut: Cut, *, first: bool = False) -> dict[str, Fitted]:
@@ -132,16 +134,9 @@ class Calibrator:
             self._step(program, op, values, Cut({}, {}), True, {})
 
     def _step(
-        self,
-        program: Program,
-        op: Op,
-        values: dict[str, Tensor],
-        cut: Cut,
-        first: bool,
-        fitted: dict[str, Fitted],
-        *,
+        self, program: Program, op: Op, values: dict[str, Tensor], cut: Cut, first: bool, fitted: dict[str, Fitted], *,
         fitting: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if op.kind in ("layer", "norm"):
             fitted[op.name], values[op.name] = self._fit(op, values[op.inputs[0]], cut, first, fitting)
         elif op.kind != "input":
@@ -173,17 +168,18 @@ class Calibrator:
         if op.kind == "layer":
             layer = self.layers[op.layer]
             weight = self._taken(f"{op.layer}.weight", cut)
-            if self.settings.reconstruct and not first and fitting:
+            if self.settings.reconstruct and not first and fitting and not op.shared:
                 weight = self._reconstructed(op, x, weight, cut)
             y = convolve(layer, x, weight.to(_precision(layer, x, weight)), None)
-            if self.settings.reconstruct and first:
+            if self.settings.reconstruct and first and not op.shared:
                 self._note_outputs(op, y)
         if op.norm:
             return self._normalised(op, weight, y, cut)
         mean, variance = _moments(y)
-        if first:
-            bias = self.tensors.get(f"{op.layer}.bias")
-            scale, shift = torch.ones_like(mean), torch.zeros_like(mean) if bias is None else bias.to(mean)
+        if first or op.shared:
+            bias = f"{op.layer}.bias"
+            shift = self._taken(bias, cut).to(mean) if bias in self.tensors else torch.zeros_like(mean)
+            scale = torch.ones_like(mean)
         else:
             scale, shift = self._corrected(op, mean, variance, cut)
         return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift, own=op.kind == "layer")
@@ -197,7 +193,7 @@ class Calibrator:
         else:
             kind = torch.float64 if y.dtype == torch.float64 else torch.float32
             gamma, beta = y.new_ones(channels, dtype=kind), y.new_zeros(channels, dtype=kind)
-        if self.settings.own_statistics and norm.running_mean is not None:
+        if (self.settings.own_statistics or op.shared) and norm.running_mean is not None:
             return self._own_statistics(op, weight, y, gamma, beta, cut)
         out, mean, inverse = torch.native_batch_norm(y, gamma, beta, None, None, True, 0.0, norm.eps)
         variance = (inverse**-2 - norm.eps).clamp(min=0)
@@ -218,9 +214,10 @@ class Calibrator:
         if op.kind == "layer":
             if f"{op.layer}.bias" in self.tensors:
                 mean = mean - self._taken(f"{op.layer}.bias", cut)
-            index, now = cut.outputs(op.layer), _moments(y)[0]
-            before = self._means.setdefault(op.name, now)
-            mean = mean + (now - (before if index is None else before[index]))
+            if not op.shared:
+                index, now = cut.outputs(op.layer), _moments(y)[0]
+                before = self._means.setdefault(op.name, now)
+                mean = mean + (now - (before if index is None else before[index]))
         norm = self.model.get_submodule(op.norm)
         scale = gamma * (variance + norm.eps).rsqrt()  # type: ignore[operator]
         shift = beta - mean * scale

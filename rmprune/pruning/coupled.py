@@ -198,22 +198,14 @@ def _following(model: nn.Module) -> Iterator[None]:
 
 
 def _attempt(
-    model: nn.Module,
-    example_inputs: Tensor,
-    structure: Structure,
-    importance: str,
-    isomorphic: bool,
-    gradients: Mapping[str, Tensor],
-    least: Mapping[str, int],
-    round_to: int,
-    ratio: float,
-) -> tuple[nn.Module, dict[str, Slices]]:
+    model: nn.Module, example_inputs: Tensor, structure: Structure, importance: str, isomorphic: bool,
+    gradients: Mapping[str, Tensor], least: Mapping[str, int], round_to: int, ratio: float,
+) -> tuple[nn.Module, dict[str, Slices]]:  # fmt: skip
     """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
     import torch_pruning as tp
 
     twin = copied(model)
     parameters = dict(twin.named_parameters())
-    frozen = [p for p in parameters.values() if not p.requires_grad]
     twin.requires_grad_(True)  # Torch-Pruning traces by autograd
     for name, gradient in gradients.items():
         parameters[name].grad = gradient.clone()
@@ -225,24 +217,18 @@ def _attempt(
     staying = [x.name for x in structure.layers if x.kind not in ("depthwise", "rest") and x.name not in going]
     with _following(model), evaluating(twin), torch.enable_grad():
         pruner = tp.pruner.BasePruner(
-            twin,
-            example_inputs,
+            twin, example_inputs,
             importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names),
-            global_pruning=True,
-            isomorphic=isomorphic,
-            pruning_ratio=ratio,
-            ignored_layers=[twin.get_submodule(name) for name in staying],
-            round_to=round_to if round_to > 1 else None,
-        )
+            global_pruning=True, isomorphic=isomorphic, pruning_ratio=ratio,
+            ignored_layers=[twin.get_submodule(name) for name in staying], round_to=round_to if round_to > 1 else None,
+        )  # fmt: skip
         groups = pruner.step(interactive=True)
         first = next(groups, None)  # all is ranked by now
         _number(twin)
         for group in itertools.chain([] if first is None else [first], groups):
             group.prune()
-    if frozen:
-        unfrozen = {name for name, p in model.named_parameters() if p.requires_grad}
-        for name, parameter in twin.named_parameters():
-            parameter.requires_grad_(name in unfrozen)
+    for name, parameter in model.named_parameters():
+        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
     return twin, _renumbered(twin, model)
 
 
@@ -299,9 +285,8 @@ class _Protecting:
         place = torch.arange(folded.shape[1], 0, -1).to(folded) / folded.shape[1]
         folded = folded + 1e-9 * place + 1e-12 * self.calls
         best = folded.mean(0).argsort(descending=True)[:units]
-        folded[:, best] = OUT_OF_REACH * torch.arange(units, 0, -1).to(
-            folded
-        )  # no ties: those would all be removed or none
+        # No ties: those would all be removed or none.
+        folded[:, best] = OUT_OF_REACH * torch.arange(units, 0, -1).to(folded)
         return folded.flatten()
 
 

@@ -50,15 +50,9 @@ def fold_dead_channels(
 
 
 def fold_dead(
-    model: nn.Module,
-    example_inputs: Inputs,
-    *,
-    limits: Budget | None = None,
-    structure: Structure | None = None,
-    origin: Mapping[str, int] | None = None,
-    reading: Reading | None = None,
-    fold: bool = True,
-) -> Folded:
+    model: nn.Module, example_inputs: Inputs, *, limits: Budget | None = None, structure: Structure | None = None,
+    origin: Mapping[str, int] | None = None, reading: Reading | None = None, fold: bool = True,
+) -> Folded:  # fmt: skip
     """`fold_dead_channels` with the masks and the new structure. `origin`: units the limits refer to; `reading`: as in `find_constants`.
 
     `fold`: False leaves them, and only finds the constants.

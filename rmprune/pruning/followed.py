@@ -19,15 +19,10 @@ logger = logging.getLogger("rmprune")
 
 
 def followed(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    budget: Budget | None = None,
-    cost: Cost | None = None,
+    model: nn.Module, inputs: tuple[Tensor, ...], budget: Budget | None = None, cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
-    settle: Callable[[Structure, nn.Module], Structure] = lambda structure, _: structure,
-    *,
-    values: bool = False,
-) -> tuple[nn.Module, Reading, Structure]:
+    settle: Callable[[Structure, nn.Module], Structure] = lambda structure, _: structure, *, values: bool = False,
+) -> tuple[nn.Module, Reading, Structure]:  # fmt: skip
     """The network, what was read of it (`values`: with its weights), and its groups, less those that `settle` leaves whole.
 
     The network is `model`, or a torch.fx graph of the same layers where nothing can be pruned else, or not enough for the budget (of
@@ -41,9 +36,9 @@ def followed(
         return network, reading, settle(find_structure(network, inputs, reading=reading), network)
 
     def least_of(structure: Structure) -> tuple[float, float]:
-        if budget is None or budget.memory_ratio is not None or (budget.latency_ratio is not None and cost is None):
+        if budget is None or budget.name == "memory_ratio" or (budget.latency_ratio is not None and cost is None):
             return 0.0, 0.0
-        target = resolve(structure, budget, cost)
+        target = resolve(structure, budget, cost, memory=True)
         return least_cost(structure, budget, target.cost, {**structure.units, **(origin or {})}), target.limit
 
     try:

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,10 @@ from rmprune.pruning.layers import Cost
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.surgery import note_cut, note_kept, shrink
 from rmprune.pruning.taylor_sum import TaylorSum
+from rmprune.training.state import TrainState
 
 MEASURED_FROM = 1.3  # times the budget: from there on the network is measured before each further cut
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
-
-
-class Training(Protocol):
-    """What the hook needs of `rmprune.training.TrainState`."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int
-    total_steps: int
-    steps_per_epoch: int
 
 
 class GradualPruner:
@@ -60,21 +51,11 @@ class GradualPruner:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Inputs,
-        budget: Budget,
-        *,
-        prune_epochs: float,
-        every: int | Fraction = 30,
-        importance: str = "taylor",
-        decay: float = 0.5,
-        cost: Cost | None = None,
-        rank: str = "per_cost",
-        lookahead: int = 1,
-        structure: Structure | None = None,
+        self, model: nn.Module, example_inputs: Inputs, budget: Budget, *, prune_epochs: float,
+        every: int | Fraction = 30, importance: str = "taylor", decay: float = 0.5, cost: Cost | None = None,
+        rank: str = "per_cost", lookahead: int = 1, structure: Structure | None = None,
         meets: Callable[[nn.Module], float] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if every < 1 or prune_epochs <= 0 or not 0 <= decay < 1:
             raise ConfigError(
                 f"need every >= 1, prune_epochs > 0 and 0 <= decay < 1; got {every}, {prune_epochs} and {decay}"
@@ -95,7 +76,7 @@ class GradualPruner:
         flat = {name: torch.ones(units) for name, units in self.first.units.items()}
         self._allocate(flat, final=True)  # refuse an impossible budget now
 
-    def __call__(self, state: Training) -> None:
+    def __call__(self, state: TrainState) -> None:
         """After a training step: add its gradients, and cut where it is time."""
         if self.unmeasured:  # Ctrl-C fell into the measuring
             self._measure(state)
@@ -148,7 +129,7 @@ class GradualPruner:
         units = self.first.units
         return {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i.cpu(), True) for n, i in kept.items()}
 
-    def planned_cuts(self, state: Training) -> int:
+    def planned_cuts(self, state: TrainState) -> int:
         """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is
         shorter.
         """
@@ -165,21 +146,16 @@ class GradualPruner:
         if not final and self.start > limit:
             limit = self.start * (limit / self.start) ** progress
         return allocate(
-            self.structure,
-            scores,
-            self.budget,
-            target=Target(self.target.cost, limit, self.target.whole),
-            origin=self.first.units,
-            rank=self.rank,
-            lookahead=self.lookahead,
-        )
+            self.structure, scores, self.budget, target=Target(self.target.cost, limit, self.target.whole),
+            origin=self.first.units, rank=self.rank, lookahead=self.lookahead,
+        )  # fmt: skip
 
-    def _suffices(self, state: Training) -> bool:
+    def _suffices(self, state: TrainState) -> bool:
         """Whether the network, near the end of its cuts, already meets what the budget stands for."""
         near = total_cost(self.structure, self.target.cost) <= MEASURED_FROM * self.target.limit
         return self.meets is not None and near and self.meets(copy.deepcopy(state.model)) <= 1
 
-    def _measure(self, state: Training) -> None:
+    def _measure(self, state: TrainState) -> None:
         """After the last cut: plan another where the network takes too much and the limits leave something to cut."""
         assert self.meets is not None
         excess = self.meets(copy.deepcopy(state.model))
@@ -189,7 +165,7 @@ class GradualPruner:
             self.target, self.done = replace(self.target, limit=limit), False
         self.unmeasured = False
 
-    def _cut(self, state: Training, keep: Keep) -> None:
+    def _cut(self, state: TrainState, keep: Keep) -> None:
         model, optimizer = shrink(state.model, keep, self.structure, state.optimizer)
         assert optimizer is not None
         state.model, state.optimizer = model, optimizer
@@ -222,14 +198,9 @@ class PolicyPruner(GradualPruner):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Tensor,
-        widths: Mapping[str, int],
-        *,
-        prune_epochs: float,
+        self, model: nn.Module, example_inputs: Tensor, widths: Mapping[str, int], *, prune_epochs: float,
         every: int | Fraction = 30,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.widths = dict(widths)
         unused = Budget(ratio=0.5)  # the policy takes its place
         super().__init__(model, example_inputs, unused, prune_epochs=prune_epochs, every=every)

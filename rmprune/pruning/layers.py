@@ -113,20 +113,10 @@ def _sized(name: str, module: Weighted, before: torch.Size, after: torch.Size) -
         same = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         padding = tuple(same) if padding == "same" else (0,) * len(same)
     return SizedLayer(
-        name,
-        "depthwise" if is_depthwise(module) else "conv",
-        *in_and_out(module),
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        tuple(padding),
-        tuple(module.dilation),
-        module.groups,
-        tuple(before[2:]),
-        tuple(after[2:]),
-        module.bias is not None,
-        maps=after[0],
-        transposed=isinstance(module, _ConvTransposeNd),
-    )
+        name, "depthwise" if is_depthwise(module) else "conv", *in_and_out(module), tuple(module.kernel_size),
+        tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups, tuple(before[2:]),
+        tuple(after[2:]), module.bias is not None, maps=after[0], transposed=isinstance(module, _ConvTransposeNd),
+    )  # fmt: skip
 
 
 def in_and_out(module: nn.Module) -> tuple[int, int]:

@@ -1,11 +1,11 @@
 """Pruning while somebody else trains: `GradualPruner` for loops that are not ours. Makes no step and decides no learning rate."""
 
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import nn
 
+from rmprune.config import TrainConfig
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import Inputs, as_given
@@ -13,17 +13,7 @@ from rmprune.pruning.budget import Budget, refuse_no_budget
 from rmprune.pruning.followed import followed
 from rmprune.pruning.gradual import GradualPruner
 from rmprune.pruning.prove import prove_groups
-
-
-@dataclass
-class _Loop:
-    """What `GradualPruner` sees of a loop that knows no epochs."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    total_steps: int
-    step: int = 0
-    steps_per_epoch: int = 1
+from rmprune.training.state import TrainState
 
 
 class Pruner:
@@ -78,7 +68,9 @@ class Pruner:
             raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
         refuse_no_budget(budget)
         if budget.latency_ratio is not None or budget.memory_ratio is not None:
-            raise ConfigError("cuts in a loop of one's own count channels or MACs; give ratio or macs_ratio")
+            raise ConfigError(
+                "cuts in a loop of one's own count channels or MACs, no time and no memory; give ratio or macs_ratio alone"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in model.parameters()):
             if any(id(p) in held for p in given.parameters()):
@@ -91,15 +83,10 @@ class Pruner:
         model, _, structure = followed(model, inputs, budget)
         self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
-            model,
-            inputs,
-            budget,
-            prune_epochs=steps,
-            every=max(Fraction(1), Fraction(steps, cuts)),
-            importance=importance,
-            structure=structure,
-        )
-        self._loop = _Loop(model, optimizer, steps)
+            model, inputs, budget, prune_epochs=steps, every=max(Fraction(1), Fraction(steps, cuts)),
+            importance=importance, structure=structure,
+        )  # fmt: skip
+        self._loop = TrainState(model, optimizer, TrainConfig(), 1, steps, 0.0)  # of a loop that knows no epochs
         self.optimizer = optimizer
 
     @property

@@ -14,7 +14,7 @@ from rmprune.graph.convolution import Scale, plain
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.run import node_value
 from rmprune.pruning.groups import Structure
-from rmprune.pruning.layers import Weighted
+from rmprune.pruning.layers import Weighted, own_tensors
 from rmprune.pruning.operations import ELEMENTWISE, operation
 from rmprune.pruning.reading import Reading, read
 
@@ -31,7 +31,8 @@ class Op:
 
     static: no policy changes its values beyond leaving channels out (what lies before the first layer that reads pruned
     channels); origin: the layer whose output channels a static value has; dead: values nobody reads from here on; fresh: a module
-    whose only input was made by the layer before it for it alone.
+    whose only input was made by the layer before it for it alone; shared: its layer or norm, or a tensor of it, has other uses, and stays
+    as it was cut.
     """
 
     node: fx.Node
@@ -43,6 +44,7 @@ class Op:
     origin: str = ""
     dead: tuple[str, ...] = ()
     fresh: bool = False
+    shared: bool = False
 
     @property
     def name(self) -> str:
@@ -94,12 +96,20 @@ def read_program(model: nn.Module, structure: Structure, example_inputs: Tensor)
     alias = {norm.name: layer.name for norm, layer in joined.items()}  # its value is that of its layer's operation
     ops = [_read_op(node, reading, norms, alias) for node in nodes[:-1] if node not in joined]
     result = alias.get(nodes[-1].args[0].name, nodes[-1].args[0].name)
+    shared = _shared(model, ops)
+    ops = [replace(op, shared=not shared.isdisjoint((op.layer, op.norm))) for op in ops]
     ops = _mark_dead(_mark_static(ops, reading, structure), result)
-    if twice := [name for name, count in Counter(op.layer for op in ops if op.layer).items() if count > 1]:
-        raise UnsupportedModel(f"{twice[0]}: fitting layers cannot follow a layer that is used twice")
     readers = {name for op in ops if not op.static for name in op.inputs} | {result}
     frontier = tuple(op for op in ops if op.static and op.name in readers)
     return Program(reading.network, tuple(ops), result, frontier, alias)
+
+
+def _shared(model: nn.Module, ops: list[Op]) -> set[str]:
+    """The layers and norms that run more than once, or have a tensor that another module has, too."""
+    uses = Counter(name for op in ops for name in (op.layer, op.norm) if name)
+    holders = Counter(id(tensor) for module in model.modules() for _, tensor in own_tensors(module))
+    tied = (any(holders[id(tensor)] > 1 for _, tensor in own_tensors(model.get_submodule(name))) for name in uses)
+    return {name for (name, count), has in zip(uses.items(), tied, strict=True) if count > 1 or has}
 
 
 def _read_op(node: fx.Node, reading: Reading, norms: Mapping[fx.Node, str], alias: Mapping[str, str]) -> Op:

@@ -202,14 +202,9 @@ class Proposals:
         return np.maximum(excess, 0.0) / max(len(free) - 1, 1)
 
     def _write_layer(
-        self,
-        choice: Choice,
-        layer: SizedLayer,
-        block: str | None,
-        where: tuple[Answer, ...],
-        cost: Cost | None = None,
+        self, choice: Choice, layer: SizedLayer, block: str | None, where: tuple[Answer, ...], cost: Cost | None = None,
         sign: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """What a layer costs at every width of what it reads and puts out; of several groups at either side, as if each had its own."""
         sight, members = self.sights[choice], self._members[choice]
         cost = cost or sight.cost

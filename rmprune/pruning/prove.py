@@ -111,13 +111,9 @@ def prove_slices(
 
 @torch.no_grad()
 def _error(
-    twin: nn.Module,
-    smaller: nn.Module,
-    slices: Mapping[str, Slices],
-    example_inputs: Inputs,
-    maps: bool = False,
+    twin: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs, maps: bool = False,
     silenced: Mapping[str, Slices] | None = None,
-) -> tuple[float, str, bool]:
+) -> tuple[float, str, bool]:  # fmt: skip
     """The larger of the errors of (a) and (b), what it means, and whether it tells anything: whether the inputs still change the outputs.
 
     `twin` is the whole network in float64, left alone. maps: what layers give is compared with the outputs, where the cut leaves it its

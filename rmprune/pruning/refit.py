@@ -1,26 +1,15 @@
 """A pruned network whose layers are fitted to what they put out before: `calibration` says how, this writes it into a module."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.graph.tf32 import tf32
-from rmprune.pruning.calibration import Calibrator, Cut, Fitted
+from rmprune.pruning.calibration import Calibrator, Cut, Fitted, Fitting
 from rmprune.pruning.groups import Keep, Structure, device_of
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.surgery import shrink
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """`Settings` of a network that is fitted once."""
-
-    dtype: torch.dtype = torch.float32
-    reconstruct: bool = True
-    samples: int = 1 << 14
-    own_statistics: bool = True
 
 
 def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *, reconstruct: bool = True) -> nn.Module:
@@ -33,7 +22,8 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
     program = read_program(model, structure, images).unshared()
     with torch.inference_mode(), tf32(False, device_of(model)):
-        x = images.to(device_of(model), memory_format=torch.channels_last)
+        order = torch.channels_last if images.dim() == 4 else None
+        x = images.to(device_of(model), memory_format=order)
         calibrator.measure_reference(program, x)
         cut = Cut.of(calibrator.model, structure, keep)
         fitted = calibrator.fit(program, {program.ops[0].name: x}, cut)
@@ -45,7 +35,7 @@ def written(
 ) -> nn.Module:
     """`smaller`, a network of the policy's shape, with the fitted layers written into it."""
     for op in program.ops:
-        if op.kind in ("layer", "norm"):
+        if op.kind in ("layer", "norm") and not op.shared:
             write_layer(smaller, op, fitted[op.name] if op.name in fitted else calibrator.narrowed(op, cut))
     return smaller
 
@@ -61,9 +51,8 @@ def write_layer(model: nn.Module, op: Op, fit: Fitted) -> None:
                 module.weight.copy_(fit.weight)  # type: ignore[operator]
             bias = getattr(module, "bias", None)
             assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean.copy_(
-                fit.mean if bias is None else fit.mean + bias
-            )  # in its own dtype, half precision too
+            # In its own dtype, half precision too.
+            norm.running_mean.copy_(fit.mean if bias is None else fit.mean + bias)
             norm.running_var.copy_(fit.variance)
         elif module is not None and fit.weight is not None:
             scaled = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))

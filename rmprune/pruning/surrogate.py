@@ -18,18 +18,16 @@ from torch.nn import functional as F
 
 from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import keep_best
-from rmprune.pruning.calibration import Calibrator, Cut
+from rmprune.pruning.calibration import Calibrator, Cut, Fitting
 from rmprune.pruning.carry_out import Examples, collapse_images
 from rmprune.pruning.collapse import shorten_blocks
 from rmprune.pruning.groups import Scores, Structure, device_of
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.program import read_program
-from rmprune.pruning.refit import Fitting
 
 _SAMPLES = 1 << 12  # positions that each layer is fitted on
-_BEHIND = (
-    4  # layers fitted behind a group that is made narrow: what is left of its error then is not made up for further on
-)
+# Layers fitted behind a group that is made narrow: what is left of its error then is not made up for further on.
+_BEHIND = 4
 _BATCH = 128
 
 
@@ -98,7 +96,8 @@ def width_losses(
     }
     calibrator = Calibrator(model, structure, Fitting(samples=_SAMPLES))
     program = read_program(model, structure, ends.images[:2]).unshared()
-    x = ends.images.to(device_of(model), memory_format=torch.channels_last)
+    order = torch.channels_last if ends.images.dim() == 4 else None
+    x = ends.images.to(device_of(model), memory_format=order)
     calibrator.measure_reference(program, x)
     cuts = {(name, units): Cut.of(calibrator.model, structure, {name: keep}) for (name, units), keep in points.items()}
     found = {key: ends.divergence(logits) for key, logits in calibrator.outcomes(program, x, cuts, _BEHIND)}

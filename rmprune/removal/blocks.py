@@ -128,8 +128,6 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block:
     (source, chain), (other_source, other) = walk(network, first), walk(network, second)
     if source is not other_source:
         raise Obstacle(why_no_fork(network, max(source, other_source)))
-    if len(shape_of(source) or ()) != 4:
-        raise Obstacle("the fork is no map (batch, channels, height, width)")
     linear = [all(is_linear(network, node) for node in nodes) for nodes in (chain, other)]
     if not any(linear):
         raise Obstacle("both ways hold an activation or another non-linear layer: neither is a shortcut")
@@ -140,17 +138,15 @@ def find_block(network: Network, name: str, add: fx.Node) -> Block:
     return Block(name, add, source, tuple(layers), tuple(stages), nodes, tuple(shortcut))
 
 
-def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int]:
-    """Of two linear ways, the branch is the one with more layers, then the larger kernel."""
+def _reach(network: Network, nodes: list[fx.Node]) -> tuple[int, int, int]:
+    """Of two linear ways, the branch is the one with more layers, then the larger kernel, then more norms."""
     convs = [linear_layer(network, node) for node in nodes if not is_batch_norm(network.layer(node))]
-    return len(convs), max((c.geometry.kernel[0] * c.geometry.kernel[1] for c in convs), default=0)
+    return len(convs), max((c.geometry.kernel[0] * c.geometry.kernel[1] for c in convs), default=0), len(nodes)
 
 
 def _layers(network: Network, nodes: list[fx.Node]) -> list[ChainLayer]:
     """The branch as layers, a convolution first and last."""
     layers, open_layer = layers_of(network, nodes)
-    if not layers:
-        raise Obstacle("the branch holds no layer")
     if not open_layer:
         layers.append(identity_layer(nodes[-1], f"{nodes[-1].name}_out"))
     return layers

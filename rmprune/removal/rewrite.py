@@ -237,8 +237,6 @@ def join_copies(network: Network) -> int:
 def _joined(network: Network, node: fx.Node) -> tuple[fx.Node, fx.Node, Conv] | None:
     """(source, the convolution's node, the joined layer), where all parts but one are channels of its own input."""
     parts = joined_maps(node)
-    if not all(isinstance(part, fx.Node) for part in parts):
-        return None
     convs = [part for part in parts if isinstance(part, fx.Node) and isinstance(network.layer(part), Conv)]
     if len(convs) != 1 or len(convs[0].users) > 1 or not isinstance(convs[0].args[0], fx.Node):
         return None

@@ -16,20 +16,11 @@ from rmprune.report.tables import CONFIGURATION, configuration_label, measured_a
 from rmprune.runs.writing import whole
 
 STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
+    "font.size": 10, "axes.titlesize": 10.5, "axes.labelsize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": "#666666", "axes.grid": True, "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False, "svg.fonttype": "none",
     "svg.hashsalt": "rmprune",
-}
+}  # fmt: skip
 _NAME_SIZE, _LINE, _LONGEST = 8.0, 0.155, 24  # points, inches from one name to the next, and characters
 _READING = "Points: means over seeds, joined by method. Bars: lowest to highest seed; quartiles of the time. "
 _REST = "Grey steps: the front, beaten by nothing in both. Dotted: the dense network."

@@ -11,15 +11,8 @@ from rmprune.report.tables import CONFIGURATION, budget_of, find_setting, measur
 from rmprune.runs.records import networks
 
 _POINT = (
-    "accuracy",
-    "accuracy_low",
-    "accuracy_high",
-    "accuracy_change",
-    "macs",
-    "macs_ratio",
-    "params",
-    "params_ratio",
-)
+    "accuracy", "accuracy_low", "accuracy_high", "accuracy_change", "macs", "macs_ratio", "params", "params_ratio",
+)  # fmt: skip
 _TIME = ("median_ms", "q1_ms", "q3_ms", "ratio")
 _DIGITS = 6
 _BELOW_FLOAT32 = ("int8", "bfloat16", "float16", "tf32")
@@ -46,18 +39,12 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     ]
     places = list(dict.fromkeys(map(tuple, data[CONFIGURATION].itertuples(index=False))))
     return {
-        "command": command,
-        "apart": measured_apart(data),
-        "groups": groups,
-        "methods": methods,
-        "at_once": SERIES_AT_ONCE,
-        "places": [_place(place) for place in places],
-        "points": _points(data, groups, places, found),
-        "networks": found,
-        "skeletons": [json.loads(skeleton) for skeleton in skeletons],
-        "runs": runs,
+        "command": command, "apart": measured_apart(data), "groups": groups, "methods": methods,
+        "at_once": SERIES_AT_ONCE, "places": [_place(place) for place in places],
+        "points": _points(data, groups, places, found), "networks": found,
+        "skeletons": [json.loads(skeleton) for skeleton in skeletons], "runs": runs,
         "left_out": left_out + _refused(records),
-    }
+    }  # fmt: skip
 
 
 def _place(configuration: tuple[Any, ...]) -> dict[str, Any]:

@@ -13,26 +13,9 @@ from rich.table import Table
 from rmprune.runs.records import RENAMED, networks, read_record
 
 COLUMNS = [
-    "model",
-    "dataset",
-    "method",
-    "budget",
-    "seed",
-    "accuracy",
-    "balanced_accuracy",
-    "auc",
-    "macs",
-    "params",
-    "backend",
-    "device",
-    "threads",
-    "batch_size",
-    "median_ms",
-    "q1_ms",
-    "q3_ms",
-    "ratio",
-    "run",
-]
+    "model", "dataset", "method", "budget", "seed", "accuracy", "balanced_accuracy", "auc", "macs", "params", "backend",
+    "device", "threads", "batch_size", "median_ms", "q1_ms", "q3_ms", "ratio", "run",
+]  # fmt: skip
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
 _BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "memory_ratio", "ratio")
@@ -52,17 +35,16 @@ def find_setting(config: dict[str, Any], name: str) -> Any:
 
 
 def budget_of(record: dict[str, Any]) -> str:
-    """What the pruned network was allowed, as "latency 0.5", "macs 0.25" or "channels 0.7"; empty where nothing says
+    """What the pruned network was allowed, as "latency 0.5", "macs 0.25, memory 0.5" or "channels 0.7"; empty where nothing says
     so.
 
     Taken from the record's own `budget` ({"macs_ratio": 0.25}), else from its config.
     """
     own = record.get("budget")
-    for name in _BUDGETS:
-        value = own.get(name) if isinstance(own, dict) else find_setting(record["config"], name)
-        if isinstance(value, int | float):
-            return f"{'channels' if name == 'ratio' else name.removesuffix('_ratio')} {value:g}"
-    return ""
+    found = own if isinstance(own, dict) else {name: find_setting(record["config"], name) for name in _BUDGETS}
+    kinds = [name for name in _BUDGETS if isinstance(found.get(name), int | float)]
+    said = [f"{'channels' if name == 'ratio' else name.removesuffix('_ratio')} {found[name]:g}" for name in kinds]
+    return ", ".join(said if found is own else said[:1])
 
 
 def model_of(record: dict[str, Any]) -> str:
@@ -155,19 +137,9 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         params_ratio=data.params.to_numpy() / base.params.to_numpy(),
     )
     numbers = [
-        "accuracy",
-        "accuracy_change",
-        "balanced_accuracy",
-        "auc",
-        "macs",
-        "macs_ratio",
-        "params",
-        "params_ratio",
-        "median_ms",
-        "q1_ms",
-        "q3_ms",
-        "ratio",
-    ]
+        "accuracy", "accuracy_change", "balanced_accuracy", "auc", "macs", "macs_ratio", "params", "params_ratio", "median_ms",
+        "q1_ms", "q3_ms", "ratio",
+    ]  # fmt: skip
     # the networks that cells of a seed share stand in each of their records: one value a seed
     by_seed = full.groupby([*keys, "seed"], sort=False, dropna=False)[numbers].mean().reset_index()
     return (

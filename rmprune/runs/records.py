@@ -20,15 +20,9 @@ STAGES = ("original", "plain", "pruned", "coupled")
 RENAMED = {"coupled-collapse": "residual-collapse", "coupled-half-collapse": "residual-half-collapse"}
 """{name of a method in flags, settings, records and directories of before: its name now}. Neither of these uses Torch-Pruning."""
 _FIELDS: dict[str, tuple[type, ...]] = {
-    "schema": (int,),
-    "command": (str,),
-    "config": (dict,),
-    "seed": (int,),
-    "method": (str,),
-    "environment": (dict,),
-    "removal": (dict, type(None)),
-    "original": (dict,),
-}
+    "schema": (int,), "command": (str,), "config": (dict,), "seed": (int,), "method": (str,), "environment": (dict,),
+    "removal": (dict, type(None)), "original": (dict,),
+}  # fmt: skip
 
 
 def _is_number(value: Any) -> bool:

@@ -30,26 +30,12 @@ _FORMAT = 1
 _FREE_SETTINGS = ("checkpoint_seconds", "tensorboard", "cuda_graph")  # these do not change what is trained
 # settings that earlier checkpoints do not know, and what was done without them
 _LATER = {
-    "sync_batch_norm": False,
-    "head_rate": 1.0,
-    "crop": 0.875,
-    "normalization": "auto",
-    "test": 0.2,
-    "group_column": None,
-    "balance": False,
-}
+    "sync_batch_norm": False, "head_rate": 1.0, "crop": 0.875, "normalization": "auto", "test": 0.2, "group_column": None, "balance": False,
+}  # fmt: skip
 _DATA_SETTINGS = (
-    "batch_size",
-    "validation",
-    "split_seed",
-    "train_images",
-    "augment",
-    "crop",
-    "normalization",
-    "test",
-    "group_column",
+    "batch_size", "validation", "split_seed", "train_images", "augment", "crop", "normalization", "test", "group_column",
     "balance",
-)
+)  # fmt: skip
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

@@ -32,14 +32,9 @@ class TrainableConvolutions(TorchFunctionMode):
 
 
 def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | tuple[int, ...] = 1,
-    padding: Any = 0,
-    dilation: int | tuple[int, ...] = 1,
-    groups: int = 1,
-) -> Tensor:
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | tuple[int, ...] = 1, padding: Any = 0,
+    dilation: int | tuple[int, ...] = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
     strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
     if max(strides) == 1 or input.device.type != "cpu" or input.dtype == torch.float64:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)

@@ -38,15 +38,9 @@ class NoOutputs(RmpruneError):
 
 
 def evaluate(
-    model: nn.Module,
-    split: Split,
-    *,
-    device: torch.device | str = "cpu",
-    batch_size: int = 512,
-    limit: int | None = None,
-    precision: Precision = "float32",
-    shard: tuple[int, int] = (0, 1),
-) -> Evaluation:
+    model: nn.Module, split: Split, *, device: torch.device | str = "cpu", batch_size: int = 512,
+    limit: int | None = None, precision: Precision = "float32", shard: tuple[int, int] = (0, 1),
+) -> Evaluation:  # fmt: skip
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
     The model must be on `device` already. `shard`: (number of this process, processes), each of which takes part with its images and
@@ -65,15 +59,9 @@ def evaluate(
 
 @torch.no_grad()
 def logits_of(
-    model: nn.Module,
-    split: Split,
-    *,
-    device: torch.device | str = "cpu",
-    batch_size: int = 512,
-    limit: int | None = None,
-    precision: Precision = "float32",
-    shard: tuple[int, int] = (0, 1),
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, split: Split, *, device: torch.device | str = "cpu", batch_size: int = 512,
+    limit: int | None = None, precision: Precision = "float32", shard: tuple[int, int] = (0, 1),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
     found: list[tuple[Tensor, Tensor]] = []

@@ -18,9 +18,8 @@ from rmprune.training.state import Hook
 from rmprune.training.together import fit_together
 
 Config = TypeVar("Config", covariant=True)
-IMAGES = (
-    2048  # training images that importances are measured and layers fitted on, at most, fewer where they are large,
-)
+# Training images that importances are measured and layers fitted on, at most, fewer where they are large.
+IMAGES = 2048
 IMPORTANCE_BATCH = 128  # so many at a time
 
 
@@ -104,15 +103,6 @@ class Files:
 def tune(network: nn.Module, train: TrainConfig, job: Job[object], files: Files, hook: Hook | None = None) -> nn.Module:
     """`fit` by a job, on all processes of the command: a trained copy in eval mode, on the CPU."""
     return fit_together(
-        network,
-        job.data,
-        train,
-        seed=job.seed,
-        device=job.device,
-        hook=hook,
-        teacher=job.teacher,
-        teacher_memory=job.memory,
-        checkpoint=files.checkpoint,
-        log=files.log,
-        label=files.label,
-    ).cpu()
+        network, job.data, train, seed=job.seed, device=job.device, hook=hook, teacher=job.teacher,
+        teacher_memory=job.memory, checkpoint=files.checkpoint, log=files.log, label=files.label,
+    ).cpu()  # fmt: skip

@@ -25,16 +25,9 @@ class Journal:
     """Shows progress on a terminal, else logs one line an epoch; keeps `log` as JSON lines, one an epoch."""
 
     def __init__(
-        self,
-        label: str,
-        steps: int,
-        *,
-        done_steps: int,
-        done_epochs: int | None,
-        log: Path | None,
-        progress: bool,
+        self, label: str, steps: int, *, done_steps: int, done_epochs: int | None, log: Path | None, progress: bool,
         tensorboard: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.label, self.log = label, log
         self._writer = _tensorboard_writer(log, label) if tensorboard else None
         if log is not None and done_epochs is not None:
@@ -88,16 +81,10 @@ class Journal:
         if self._bar is None:
             left = (record["epochs"] - record["epoch"]) * record["seconds"]
             _LOGGER.info(
-                "%s: epoch %d/%d, loss %.3f, %s, %.0f images/s, %.1f s%s",
-                self.label,
-                record["epoch"],
-                record["epochs"],
-                record["train_loss"],
-                _how_good(record),
-                record["images_per_second"],
-                record["seconds"],
-                f", {duration(left)} left" if left > 0 else "",
-            )
+                "%s: epoch %d/%d, loss %.3f, %s, %.0f images/s, %.1f s%s", self.label, record["epoch"],
+                record["epochs"], record["train_loss"], _how_good(record), record["images_per_second"],
+                record["seconds"], f", {duration(left)} left" if left > 0 else "",
+            )  # fmt: skip
 
     def close(self) -> None:
         """Take the bar away and close the files."""

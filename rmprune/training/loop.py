@@ -182,10 +182,13 @@ class _Training:
                     if self.state.step >= self.state.total_steps:
                         return
                     self.train_epoch(interrupt)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, RuntimeError) as error:
+                stopped = interrupt.requested and "DataLoader worker" in str(error)  # the signal went to it, too
+                if isinstance(error, RuntimeError) and not stopped:
+                    raise
                 if self.between_steps and self.agreed:  # within a step the last checkpoint stands
                     self.save()
-                raise
+                raise KeyboardInterrupt(*(() if stopped else error.args)) from None
 
     def train_epoch(self, interrupt: DeferredInterrupt) -> None:
         """The rest of the current epoch, or up to the first Ctrl-C."""

@@ -18,14 +18,9 @@ Teaching = Callable[..., Any] | None
 
 
 def class_objective(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    target: Tensor | None,
-    config: TrainConfig,
-    weights: Tensor | None,
+    model: nn.Module, x: Tensor, y: Tensor, target: Tensor | None, config: TrainConfig, weights: Tensor | None,
     parts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of images x with class numbers y [B], and how many were right; `target`: the teacher's logits [B, C].
 
     `parts` [2]: of several processes, what `part_of_all` says of the images here and of their weights; the mean of all losses is then that

@@ -48,15 +48,9 @@ class _Sum(torch.autograd.Function):
 
 
 def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    training: bool, momentum: float, eps: float,
+) -> Tensor:  # fmt: skip
     """(x - mean) / sqrt(variance + eps) * weight + bias, with both over [B, H, W] of all processes. x: [B, C, ...]."""
     x = input if input.dtype == torch.float64 else input.float()
     over = [dim for dim in range(x.dim()) if dim != 1]

@@ -35,15 +35,9 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        data: Dataset,
-        *,
-        seed: int,
-        dtype: torch.dtype,
-        memory: Path | None = None,
+        self, network: nn.Module, data: Dataset, *, seed: int, dtype: torch.dtype, memory: Path | None = None,
         replayed: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.memory, self.frozen = memory, network
         answer = functools.partial(ask, network)
         self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer

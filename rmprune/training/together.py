@@ -261,18 +261,9 @@ def fit_together(model: nn.Module, data: Dataset, config: TrainConfig, **setting
     led = hook is not None and sparse is None
     teacher = settings["teacher"] if config.distillation else None
     order = Order(
-        pack(model),
-        None if teacher is None else pack(teacher),
-        config,
-        data.config,
-        data.statistics,
-        len(data.train),
-        settings["seed"],
-        str(settings["device"]),
-        settings["label"],
-        sparse,
-        led,
-    )
+        pack(model), None if teacher is None else pack(teacher), config, data.config, data.statistics, len(data.train),
+        settings["seed"], str(settings["device"]), settings["label"], sparse, led,
+    )  # fmt: skip
     hook = _Leading(hook) if led else hook
     with team.training(order, hook):
         return fit(model, data, config, **settings | {"hook": hook})
@@ -286,16 +277,11 @@ def take_part(order: Order) -> None:
     device = torch.device(order.device)
     with repeatable(order.deterministic, device):
         fit(
-            files.rebuild(*order.network),
-            data,
-            order.train,
-            seed=order.seed,
-            device=device,
+            files.rebuild(*order.network), data, order.train, seed=order.seed, device=device,
             hook=ProximalL1(order.sparsity) if order.sparsity else _Following() if order.led else None,
-            teacher=None if order.teacher is None else files.rebuild(*order.teacher),
-            progress=False,
+            teacher=None if order.teacher is None else files.rebuild(*order.teacher), progress=False,
             label=order.label,
-        )
+        )  # fmt: skip
 
 
 _opened = functools.lru_cache(1)(load_dataset)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,27 @@ def test_goes_on_exactly_where_it_was(tmp_path: Path, stop_after: int) -> None:
     assert [tuple(line["widths"]) for line in lines] == [e.widths for e in expected.episodes]
     assert [line["episode"] for line in lines] == list(range(20))
     assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_within_an_episode_changes_nothing(tmp_path: Path, times: int) -> None:
+    """The first waits until it is whole, the second leaves the state before it."""
+    scored: list[Widths] = []
+
+    def score(widths: Widths) -> float:
+        scored.append(widths)
+        if len(scored) == 9:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return 1 - sum((w / 32 - i) ** 2 for w, i in zip(widths, IDEAL, strict=True)) / len(IDEAL)
+
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with pytest.raises(KeyboardInterrupt):
+        search(environment=environment(score=score), directory=tmp_path, save_seconds=0.0).run()
+    signal.signal(signal.SIGINT, usual)
+    again = search(directory=tmp_path)
+    assert len(again.result.episodes) == 10 - times
+    assert [e.widths for e in again.run().episodes] == [e.widths for e in search().run().episodes]
 
 
 def test_lines_of_episodes_that_were_not_saved_are_dropped(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from removal_nets import basic, conv, images, prepared
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.equivalence import base_inputs, hardly_depends, relative_error
+from rmprune.graph.equivalence import base_inputs, hardly_depends, own_rounding, relative_error
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import plan_removal, remove_residuals
 
@@ -132,3 +132,13 @@ def test_random_numbers_of_a_generator_of_its_own_are_told_from_a_fault() -> Non
     model = network(lambda m, x: x + torch.rand(6, 1, 1, dtype=torch.float64, generator=own))
     with pytest.raises(UnsupportedModel, match="draws random numbers in eval mode"):
         remove_residuals(model, images())
+
+
+def test_the_originals_own_rounding_is_also_that_of_its_statistics() -> None:
+    norm = nn.BatchNorm2d(2, affine=False)
+    model = nn.Sequential(nn.ReLU(), norm).double().eval()
+    norm.running_mean.fill_(2.0**10)
+    x, before = (torch.randn(3, 2, 4, 4, dtype=torch.float64),), norm.running_mean.clone()
+    with torch.no_grad():
+        assert 1e-14 < own_rounding(model, x, [3], model(*x)) < 1e-11
+    assert torch.equal(norm.running_mean, before)

@@ -47,6 +47,23 @@ def test_complex_weights_are_refused() -> None:
         rmprune.prune(net, torch.ones(1, 4, dtype=torch.cfloat), budget=Budget(ratio=0.5), importance="magnitude")
 
 
+def test_weights_that_nothing_computes_with_are_refused() -> None:
+    net = network()
+    first = next(name for name, weight in net.named_parameters() if weight.dim() == 4)
+    stored = net.get_parameter(first).to(torch.float8_e4m3fn)
+    net.get_submodule(first.rpartition(".")[0]).weight = nn.Parameter(stored, requires_grad=False)
+    for call in (rmprune.count_macs, rmprune.measure_latency):
+        with pytest.raises(UnsupportedModel, match=f"{first}: float8_e4m3fn keeps numbers and computes with none"):
+            call(net, images(2, 1, 8, 8))  # type: ignore[operator]
+
+
+def test_a_network_without_finite_outputs_is_not_written(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
+    nn.init.constant_(net[1].running_var, -1.0)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match=r"the output of layer 1 \(BatchNorm2d\) is not finite"):
+        rmprune.save(net, tmp_path / "net", example_inputs=images(2, 1, 8, 8))
+
+
 def remove(model: nn.Module, x: Tensor) -> Tensor:
     return rmprune.remove_residuals(model, x).model(x)
 

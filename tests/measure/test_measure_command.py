@@ -70,6 +70,15 @@ def test_runs_that_cannot_say_their_data_are_refused_for_int8_alone(run: Path, t
         dataset_of([run / "record.json", tmp_path / "other" / "record.json"])
 
 
+def test_a_record_that_cannot_be_written_is_said_before_anything_is_measured(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: path != run)  # root may write anywhere
+    monkeypatch.setattr("rmprune.pipelines.measure.measure_latencies", None)
+    with pytest.raises(ArtifactError, match=r"record\.json: cannot be written, so nothing is measured"):
+        run_measure(RemeasureConfig((run,)))
+
+
 def test_a_backend_that_cannot_be_had_leaves_the_record_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (run / "record.json").read_bytes()
     with pytest.raises(ConfigError, match="GPU"):

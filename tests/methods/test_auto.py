@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pruning_nets import Tokens
 from slim_runs import QUICK, by_parameters, inverted
 from torch import nn
 
 import rmprune
 from rmprune.config import PruneConfig, RemovalConfig, SlimConfig, TrainConfig
 from rmprune.data.load import load_dataset
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import auto
@@ -82,8 +83,10 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 2)
-    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform")})
-    prune = PruneConfig(macs_ratio=(0.5,), round_to=1)
+    monkeypatch.setattr(
+        auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform", "coupled-taylor")}
+    )
+    prune = PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,), round_to=1)  # which Torch-Pruning's preset cannot hold
     config = replace(QUICK, method=("auto",), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     config = replace(config, search_minutes=0.001, measure=replace(QUICK.measure, backends=("eager",)))
     config = replace(config, data=replace(config.data, train_images=256))
@@ -96,6 +99,8 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
         f"{min(('residual', 'uniform', 'plan-1', 'plan-2'), key=losses.__getitem__)} with"
     )
     assert found["macs"] <= 0.5 * record["original"]["macs"]
+    assert found["activation_bytes"] <= 0.7 * record["original"]["activation_bytes"]
+    assert record["budget"] == {"macs_ratio": 0.5, "memory_ratio": 0.7} and "coupled-taylor" not in found["candidates"]
     assert set(found["plan"]["blocks"]) <= {"layer1.0", "layer2.0", "layer3.0"} and found["plan"]["widths"]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["plan"] for line in log if "search" in line] == ["plan-1", "plan-2", "plan-3"]  # the third by a change
@@ -114,6 +119,15 @@ def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -
     ) as refused:
         run_slim(replace(QUICK, method=("auto",), prune=prune, out=tmp_path / "no"), command="x")
     assert "\n" not in str(refused.value) and not (tmp_path / "no").exists()
+
+
+def test_attention_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
+    with pytest.raises(
+        UnsupportedModel, match=r"^norm: fitting layers cannot .*; auto weighs widths by fits: use another"
+    ):
+        rmprune.slim(Tokens().eval(), batches, batches, macs_ratio=0.8, method="auto", out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pruning_nets import Tokens
 from torch import nn
 
 from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact import files as artifact
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, RemovalConfig, SearchConfig, TrainConfig
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.measure.place import Place
 from rmprune.pipelines import amc as pipeline
@@ -169,3 +170,10 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
             run_amc(dataclasses.replace(QUICK, out=tmp_path / "run", **change), command="x")
         assert not (tmp_path / "run").exists()
     assert all(method.about for method in AMC_METHODS.values())
+
+
+def test_attention_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "make_dense", lambda *_: Tokens().eval())
+    with pytest.raises(UnsupportedModel, match=r"^norm: fitting layers cannot .*; amc scores widths by fits: slim"):
+        run_amc(dataclasses.replace(QUICK, method=("residual-amc",), out=tmp_path / "no"), command="x")
+    assert not (tmp_path / "no").exists()

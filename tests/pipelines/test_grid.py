@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         _workers(config(tmp_path / "file"))
 
 
-def test_submitit_says_which_worker_was_lost(tmp_path: Path) -> None:
+def test_submitit_says_which_worker_was_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     submit = _workers(config(tmp_path, jobs=1))
     well, lost = submit(len, "abc"), submit(time.sleep, 60)
     assert well.result() == 3
@@ -195,3 +195,11 @@ def test_submitit_says_which_worker_was_lost(tmp_path: Path) -> None:
         time.sleep(0.05)
     with pytest.raises(Exception, match=r"(?s)job|Job"):
         lost.result()
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    stopped = submit(time.sleep, 60)
+    signal.signal(signal.SIGINT, usual)
+    time.sleep(0.5)
+    stopped.cancel()
+    while not stopped.done():
+        time.sleep(0.05)
+    assert capfd.readouterr().err == ""

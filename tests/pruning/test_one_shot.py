@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruning_nets import Untraceable, batches, chain, conv, images, kill, measured_macs, mobile_chain, residual
+from pruning_nets import Untraceable, batches, chain, conv, images, kill, measured_macs, mobile_chain, residual, shared
 from torch import nn
 
 from rmprune.artifact.files import load, save
@@ -94,7 +94,7 @@ def test_compensation_keeps_the_mean() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
-@pytest.mark.parametrize(("build", "part"), [(chain, 0.5), (mobile_chain, 0.9), (residual, 0.7)])
+@pytest.mark.parametrize(("build", "part"), [(chain, 0.5), (mobile_chain, 0.9), (residual, 0.7), (shared, 0.9)])
 def test_reconstruction_brings_unseen_outputs_nearer_under_the_same_budget(
     build: Callable[[], nn.Module], part: float
 ) -> None:
@@ -110,6 +110,19 @@ def test_reconstruction_brings_unseen_outputs_nearer_under_the_same_budget(
             errors.append(float((pruned(x) - model(x)).square().mean()))
     assert errors[0] < part * errors[1]
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_what_is_used_more_than_once_is_left_as_it_was_cut(caplog: pytest.LogCaptureFixture) -> None:
+    model = shared()
+    cut, fitted = (
+        prune(model, images(), importance="magnitude", budget=Budget(macs_ratio=0.6), data=batches(8), reconstruct=r)
+        for r in (False, True)
+    )
+    assert "used more than once, and left as cut: norm, slope, again, one.0, other.0" in caplog.text
+    same = {n for n, t in fitted.named_parameters() if torch.equal(t, cut.get_parameter(n))}
+    assert {"again.weight", "again.bias", "one.0.weight", "slope.weight"} <= same
+    assert not {"turn.weight", "last.0.weight", "head.weight"} & same
+    assert torch.equal(fitted.norm.running_mean, cut.norm.running_mean)
 
 
 def test_reconstruction_makes_up_exactly_for_channels_that_others_hold() -> None:

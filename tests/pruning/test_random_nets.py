@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torchvision.ops import FrozenBatchNorm2d
 
 import rmprune
 from rmprune.errors import NotEquivalent, RmpruneError
@@ -47,7 +48,9 @@ class Draw:
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
         self.dims = self.chance.choice([1, 2, 2, 2, 3])
-        self.size = {1: 8, 2: 6, 3: 4}[self.dims]
+        self.size = {1: 8, 2: 4, 3: 3}[self.dims]
+        self.positions = self.size**self.dims
+        self.residuals = 0
 
     def one(self, *among):
         return self.chance.choice(among)
@@ -65,8 +68,10 @@ class Draw:
         return found
 
     def norm(self, c: int) -> nn.Module:
-        kind = self.one(*["batch"] * 6, "group", "instance", "none", "none")
-        if kind == "batch":
+        kind = self.one(*["batch"] * 5, "frozen", "group", "instance", "none", "none")
+        if kind == "frozen" and self.dims == 2:
+            return FrozenBatchNorm2d(c)
+        if kind in ("batch", "frozen"):
             return BATCH_NORM[self.dims - 1](c)
         if kind == "instance":
             return INSTANCE_NORM[self.dims - 1](c, affine=self.one(True, False))
@@ -83,6 +88,7 @@ class Draw:
         return found
 
     def residual(self, c: int) -> Step:
+        self.residuals += 1
         inner = self.block(c)
         last = nn.Sequential(self.conv(inner.channels, c), self.norm(c))
         return Step(c, lambda s, y: s.act(y + s.last(s.inner(y))), inner=inner, last=last, act=self.act())
@@ -153,9 +159,26 @@ class Draw:
         mlp = nn.Sequential(norm, nn.Linear(c, wide), self.act(), nn.Linear(wide, c))
         return Step(c, lambda s, y: y + s.mlp(y.movedim(1, -1)).movedim(-1, 1), mlp=mlp)
 
+    def tokens(self, c: int) -> Step:
+        """Layers along positions, whose zeros stay zeros, or a norm of tokens."""
+        n = self.positions
+        line, norm = nn.Linear(n, n, bias=False), nn.LayerNorm(n, elementwise_affine=False)
+        mlp = nn.Sequential(nn.Linear(n, 4, bias=False), self.act(), nn.Linear(4, n, bias=False))
+        one = self.one(line, norm, mlp, nn.BatchNorm1d(c))
+        return self.one(
+            Step(c, lambda s, y: s.one(y.flatten(2)).reshape(y.shape), one=one),
+            Step(c, lambda s, y: y + s.one(y.flatten(2)).unflatten(2, y.shape[2:]), one=one),
+            Step(
+                c, lambda s, y: y * s.one(y.flatten(2)).mean(-1).sigmoid().view(*y.shape[:2], *[1] * self.dims), one=one
+            ),
+            Step(c, lambda s, y: s.one(y.flatten(2).mean(-1, keepdim=True).expand(-1, -1, n)).view_as(y), one=one),
+        )
+
     def attention(self, c: int) -> Step:
         heads, width = self.one(1, 2), 4
         how = self.one("matmul", "einsum", "sdpa")
+        if self.chance.random() < 0.1 and c % heads == 0:
+            return self.stock_attention(c, heads)
         if self.one(True, False):
             return self.fused_attention(c, heads, how)
         q, k, v = (nn.Linear(c, heads * width, bias=self.one(True, False)) for _ in range(3))
@@ -173,6 +196,13 @@ class Draw:
             return y + z.transpose(1, 2).reshape(y.shape)
 
         return Step(c, run, q=q, k=k, v=v, out=nn.Linear(heads * width, c))
+
+    def stock_attention(self, c: int, heads: int) -> Step:
+        def run(s: Step, y: Tensor) -> Tensor:
+            z = y.flatten(2).transpose(1, 2)
+            return y + s.layer(z, z, z, need_weights=False)[0].transpose(1, 2).reshape(y.shape)
+
+        return Step(c, run, layer=nn.MultiheadAttention(c, heads, batch_first=True))
 
     def fused_attention(self, c: int, heads: int, how: str) -> Step:
         """As vision transformers write it, their widths in the code."""
@@ -211,6 +241,7 @@ STEPS = [
     "scaled",
     "gate",
     "last_axis",
+    "tokens",
     "attention",
     "pixels",
 ]
@@ -222,14 +253,15 @@ class Net(nn.Module):
         torch.manual_seed(seed)
         draw = Draw(seed)
         steps = [draw.block(3)]
-        for _ in range(draw.chance.randint(2, 5)):
+        for _ in range(draw.chance.randint(1, 3)):
             steps.append(draw.step(steps[-1].channels))
             if draw.one(True, False):
                 steps.append(draw.block(steps[-1].channels))
+        self.residuals = draw.residuals
         self.steps = nn.Sequential(*steps)
-        self.input = torch.randn(3, 3, *[draw.size] * draw.dims, dtype=torch.float64)
+        self.input = torch.randn(2, 3, *[draw.size] * draw.dims, dtype=torch.float64)
         c, self.way = steps[-1].channels, draw.one("pooled", "pooled", "flat", "last", "dict")
-        self.head = nn.Linear(c * draw.size**draw.dims if self.way in ("flat", "last") else c, 3)
+        self.head = nn.Linear(c * draw.positions if self.way in ("flat", "last") else c, 3)
         randomise(self)
         self.double().eval()
 
@@ -248,9 +280,18 @@ def randomise(model: nn.Module) -> None:
         if getattr(module, "running_mean", None) is not None:
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2)
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() == 1:
-                nn.init.uniform_(parameter, 0.3, 1.5)
+        for tensor in learned(module):
+            if tensor.dim() == 1:
+                nn.init.uniform_(tensor, 0.3, 1.5)
+
+
+def learned(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters, or what a frozen batch norm has in their place."""
+    return [
+        t
+        for n, t in (*module._parameters.items(), *module._buffers.items())
+        if t is not None and "running" not in n and t.dim()
+    ]
 
 
 def silenced(model: nn.Module, kept: dict[str, list[int]]) -> nn.Module:
@@ -258,7 +299,7 @@ def silenced(model: nn.Module, kept: dict[str, list[int]]) -> nn.Module:
     model = copy.deepcopy(model)
     for name, stays in kept.items():
         module = model.get_submodule(name)
-        for parameter in module.parameters(recurse=False):
+        for parameter in learned(module):
             rows = parameter.data
             if isinstance(module, _ConvTransposeNd) and parameter.dim() > 1:  # [in, out of a group, ...]
                 rows = rows.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -292,11 +333,12 @@ def outcome(seed: int) -> list[str]:
     net, said = Net(seed), []
     x, chance = net.input, random.Random(seed)
     graph = as_graph(net, (x,)) if chance.random() < 0.5 else None  # whose sizes a cut writes anew
-    net = graph or net
+    network: nn.Module = graph or net
     forms: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
-        "coupled": lambda: (net, pruned(net, x, chance)),
-        "free": lambda: shrunk(rmprune.remove_residuals(net, x).model, x, chance),
+        "coupled": lambda: (network, pruned(network, x, chance))
     }
+    if net.residuals:
+        forms["free"] = lambda: shrunk(rmprune.remove_residuals(network, x).model, x, chance)
     for form, make in forms.items():
         try:
             model, cut = make()

@@ -141,3 +141,14 @@ def test_a_network_stays_in_its_number_format(dtype: torch.dtype) -> None:
     )
     assert {tensor.dtype for tensor in smaller.state_dict().values()} - {torch.int64} == {dtype}
     assert smaller(x).isfinite().all()
+
+
+def test_networks_of_vectors_are_fitted() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 5)
+    data = [(x, torch.arange(64) % 2)]
+    cut, fitted = (
+        rmprune.prune(net, x, budget=rmprune.Budget(ratio=0.5), importance="magnitude", data=data, reconstruct=fit)
+        for fit in (False, True)
+    )
+    assert (fitted(x) - net(x)).square().mean() < (cut(x) - net(x)).square().mean()

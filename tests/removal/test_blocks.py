@@ -87,3 +87,9 @@ def test_reasons_name_code(name: str) -> None:
 def test_two_nonlinear_ways_are_refused() -> None:
     other = branch(conv_bn(6, 6), conv_bn(6, 6))
     refused(prepared(*stem(), Residual(branch(conv_bn(6, 6), conv_bn(6, 6)), other)), "both ways")
+
+
+def test_a_norm_alone_is_a_branch_in_either_order() -> None:
+    refused(prepared(*stem(), Residual(nn.Sequential(), None)), "adds a value to itself")
+    removed(prepared(*stem(), Residual(nn.BatchNorm2d(6), None)))
+    removed(prepared(*stem(), Residual(nn.Sequential(), nn.BatchNorm2d(6))))

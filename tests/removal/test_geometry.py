@@ -71,6 +71,11 @@ def test_a_shortcut_on_another_grid_is_refused() -> None:
     refused(prepared(*stem(), Residual(branch(*layers), nn.Conv2d(6, 6, 3, 2, padding=1))), "grid|has no tap")
 
 
+def test_a_shortcut_that_pads_otherwise_than_the_branch_is_refused() -> None:
+    layers = [conv_bn(6, 6, 1), conv(6, 6)]
+    refused(prepared(*stem(), Residual(branch(*layers), conv(6, 6, padding_mode="circular"))), "pads with circular")
+
+
 def test_a_shortcut_kernel_that_fits() -> None:
     """A 3x3 shortcut in the 3x3 of the merge, padding read by both."""
     removed(prepared(*stem(), Residual(branch(conv_bn(6, 6, 1), conv_bn(6, 6)), conv_bn(6, 6), nn.ReLU())))

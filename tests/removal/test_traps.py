@@ -72,6 +72,7 @@ TRAPS: dict[str, Callable[[Trap, Tensor], Tensor]] = {
     # additions that are something else
     "alpha": lambda s, x: torch.add(s.b(F.relu(s.a(F.relu(x)))), F.relu(x), alpha=3),
     "difference": lambda s, x: F.relu(s.b(F.relu(s.a(x))) - x),
+    "norm alone": lambda s, x: s.a(F.relu(s.a[1](F.relu(x)) + F.relu(x))),
     "x + x": lambda s, x: F.relu(x + x),
     "branch twice": lambda s, x: (lambda y: F.relu(y + y + x))(s.b(F.relu(s.a(x)))),
     "same block twice": lambda s, x: (lambda f: f(f(F.relu(x))))(lambda y: F.relu(s.b(F.relu(s.a(y))) + y)),

@@ -83,6 +83,24 @@ def test_ctrl_c_waits_for_the_step(tmp_path: Path, request: pytest.FixtureReques
     assert same(resumed, fit(net(), blobs(), CONFIG, seed=0))
 
 
+def test_a_loader_that_is_told_to_end_as_well_is_no_error(tmp_path: Path, request: pytest.FixtureRequest):
+    """Ctrl-C and Slurm tell all processes of a group."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
+
+    def dies(state: TrainState) -> None:
+        if state.step == 6:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    path = tmp_path / "c.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=path, hook=dies)
+    assert load_checkpoint(path)["step"] == 6
+    resumed = fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=path)
+    assert same(resumed, fit(tiny_net(), blobs(), CONFIG, seed=0))
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
