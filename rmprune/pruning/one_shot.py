@@ -139,9 +139,8 @@ def prune(
         aim = replace(target, limit=limit)
         if which == "uniform":
             even = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
-            return {
-                name: mask & held.get(name, mask) for name, mask in even.items()
-            }  # the best of each: one holds the other
+            # The best of each: one holds the other.
+            return {name: mask & held.get(name, mask) for name, mask in even.items()}
         return allocate(
             structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin, most=most
         )
