@@ -15,9 +15,8 @@ from rmprune.errors import ConfigError
 
 Config = TypeVar("Config")
 UNSET = "none"  # TOML has no null
-LARGEST_TOML = (
-    2**18
-)  # bytes of a config; the reader's memory grows with the square of a key's dots, so those are counted too
+# Bytes of a config; the reader's memory grows with the square of a key's dots, so those are counted too.
+LARGEST_TOML = 2**18
 MOST_DOTS = 300  # on a line
 
 

@@ -17,9 +17,8 @@ from rmprune.graph.finite import broken_tensor
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
-PIXELS = (
-    2**23
-)  # of all images that maps are held of, or that a network is asked about again and again: 8192 of 32 x 32, 512 of 128 x 128
+# Of all images that maps are held of, or that a network is asked about again and again: 8192 of 32 x 32, 512 of 128 x 128.
+PIXELS = 2**23
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): runs the model on (part of) the batch and returns a scalar, lower for better."""
 
