@@ -20,7 +20,7 @@ from rmprune.errors import NotEquivalent, RmpruneError
 from rmprune.pruning import find_structure, shrink
 from rmprune.pruning.written import as_graph
 
-DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "8"))
+DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "20"))
 FIRST = int(os.environ.get("RMPRUNE_PROPERTY_FIRST", "0"))
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
