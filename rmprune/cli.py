@@ -240,6 +240,7 @@ def _run(run: Callable[..., list[Path]], config: Any, command: str, *, deploys: 
         deployed = f"deploy: none ({error})\nnext:   "
     files = build_report(records, directory / "report", command)  # last: where it is, nothing is left to do
     print(f"figure: {', '.join(str(file) for file in files if file.suffix == '.png')}")
+    print(f"page:   {directory / 'report' / 'index.html'}")
     print(f"{deployed}python -m rmprune measure {shlex.quote(str(directory))} --backend eager,onnxruntime")
 
 

@@ -91,7 +91,7 @@ def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:
 
 def run_inspect(config: InspectConfig) -> list[BlockReport]:
     """Print each residual of the network: removable or why not, the form, and what it costs."""
-    model, examples, _ = open_examples(config.network)
+    model, examples = open_examples(config.network)[:2]
     blocks = plan_removal(model, examples, **vars(config.removal))
     console = Console()
     options = block_options(model, examples, removal=config.removal)

@@ -1,10 +1,7 @@
 """`measure`: the networks of finished runs again, all in turns in one process, and their records brought up to date."""
 
-import itertools
 import logging
 import os
-import time
-from collections.abc import Callable
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -23,9 +20,8 @@ from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
-from rmprune.measure.latency import Configuration, sittings_of
 from rmprune.measure.machine import environment
-from rmprune.pipelines.stages import expected_statistics, image_shape
+from rmprune.pipelines.stages import expected_statistics, image_shape, measuring
 from rmprune.runs import records
 from rmprune.runs.directory import runs_of, tidy
 
@@ -95,25 +91,6 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
     if isinstance(record["config"].get("measure"), dict):
         record["config"]["measure"] |= {"seconds": measure.seconds, "min_rounds": measure.min_rounds}
     return records.write_record(path, record)
-
-
-def measuring(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
-    """Logs each configuration as it starts and the time left of those planned: by the settings at first, then by those that are done."""
-    places = itertools.product(measure.backends, [measure.device], measure.threads, measure.batch_sizes)
-    planned = [sittings_of(Configuration(*place), measure.seconds) if networks > 1 else 1 for place in places]
-    started, done, total = time.perf_counter(), itertools.count(), sum(planned)
-
-    def tell(configuration: str) -> None:
-        n = next(done)
-        each = (time.perf_counter() - started) / n if n else networks * measure.seconds * len(planned) / total
-        left = (
-            f"{n + 1} of {total}, {(total - n) * each / 60:.1f} min left"
-            if n < total
-            else "once more, not known well yet"
-        )
-        logger.info("measuring %d networks, %s: %s", networks, configuration, left)
-
-    return tell
 
 
 def _identity(directory: Path) -> str:
