@@ -197,7 +197,7 @@ def of_run(run: Path, name: str, data: Dataset, settings: Settings) -> dict[str,
             if key not in found:
                 source = network_directory(cell, method)
                 found[key] = kept(folder / key, lambda source=source: artifact.load(source), x)
-    return plain_forms(found["residual"], x, folder, settings) | found
+    return found | plain_forms(found["residual"], x, folder, settings)
 
 
 def accuracy_rows(

@@ -23,7 +23,7 @@ import torch
 from removal_coverage import Net, build, randomise
 
 from rmprune.cli import main
-from rmprune.onnx.export import quiet_export
+from rmprune.onnx.bare import quiet_export
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "onnx-files"

@@ -174,9 +174,8 @@ def _one_line(box: str) -> str:
     box = re.sub(r"\x1b\[[\d;]*m", "", box).replace("─", "-")  # colours, on a terminal
     boxed = [line.strip("│")[1:] for line in box.splitlines() if line.startswith("│")]
     parts = re.split("-{10,}", "\n".join(boxed) if boxed else box)
-    words = (
-        parts[0] if boxed else "".join(parts[1:2])
-    )  # without UTF-8 it draws no box, and the title is a part of its own
+    # Without UTF-8 it draws no box, and the title is a part of its own.
+    words = parts[0] if boxed else "".join(parts[1:2])
     message = " ".join(row.strip() for row in words.splitlines() if not row.startswith(" " * 8)).strip().rstrip(".")
     meant = re.search(r"Perhaps you meant:[\s│]+(--\S+)", box)
     return (message or " ".join(box.split())) + (f"; did you mean {meant.group(1)}?" if meant else "")
@@ -241,6 +240,7 @@ def _run(run: Callable[..., list[Path]], config: Any, command: str, *, deploys: 
         deployed = f"deploy: none ({error})\nnext:   "
     files = build_report(records, directory / "report", command)  # last: where it is, nothing is left to do
     print(f"figure: {', '.join(str(file) for file in files if file.suffix == '.png')}")
+    print(f"page:   {directory / 'report' / 'index.html'}")
     print(f"{deployed}python -m rmprune measure {shlex.quote(str(directory))} --backend eager,onnxruntime")
 
 

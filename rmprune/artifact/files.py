@@ -121,10 +121,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     tensors = _read_weights(path, str(content.get("sha256")), most)
     last = content.get("channels_last")
     channels_last = {name for name in last if isinstance(name, str)} if isinstance(last, list) else set()
-    for (
-        name,
-        tensor,
-    ) in tensors.items():  # out of the mapped file: kernels round otherwise on memory that is not aligned
+    # Out of the mapped file: kernels round otherwise on memory that is not aligned.
+    for name, tensor in tensors.items():
         order = _channels_last(tensor) if name in channels_last and tensor.dim() in (4, 5) else torch.contiguous_format
         tensors[name] = torch.empty_like(tensor, memory_format=order).copy_(tensor)
     try:
@@ -162,9 +160,7 @@ def is_artifact(path: str | os.PathLike[str]) -> bool:
 
 def _write(model: nn.Module, description: dict[str, Any], work: Path, extra: dict[str, Any]) -> None:
     tensors = {name: tensor.detach() for name, tensor in file_tensors(model, description).items()}
-    save_file(
-        {name: t.cpu().contiguous().clone() for name, t in tensors.items()}, work / WEIGHTS, metadata={"format": "pt"}
-    )
+    save_file(_apart(tensors), work / WEIGHTS, metadata={"format": "pt"})
     content = {
         "format": _FORMAT,
         "schema": SCHEMA,
@@ -180,6 +176,18 @@ def _write(model: nn.Module, description: dict[str, Any], work: Path, extra: dic
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"extra: {error}; give plain JSON values") from error
     (work / ARCHITECTURE).write_text(text)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own; copied where that is shared, or holds more."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        memory = tensor.untyped_storage()
+        alone = memory.data_ptr() not in seen and memory.nbytes() == tensor.nbytes
+        found[name] = tensor if alone else tensor.clone()
+        seen.add(memory.data_ptr())
+    return found
 
 
 def _channels_last(tensor: Tensor) -> torch.memory_format:

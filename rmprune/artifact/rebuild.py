@@ -17,6 +17,7 @@ from rmprune.artifact.arguments import decode
 from rmprune.artifact.describe import file_tensors
 from rmprune.artifact.tensors import is_plain
 from rmprune.errors import ArtifactError, first_line
+from rmprune.graph.foreign import unbound
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FUNCTIONS,
@@ -99,19 +100,12 @@ def _graph_module(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphM
     for module in model.modules():
         if type(module).__name__ not in LAYERS:
             module.training = training
-    return model
+    return unbound(model)
 
 
 def _check_fields(description: Any) -> None:
-    fields = {
-        "kind": str,
-        "training": bool,
-        "layers": list,
-        "tensors": list,
-        "nodes": list,
-        "tied": list,
-        "frozen": list,
-    }
+    fields = {"kind": str, "training": bool}
+    fields |= dict.fromkeys(("layers", "tensors", "nodes", "tied", "frozen"), list)
     if not isinstance(description, dict):
         raise ArtifactError("the description is not a JSON object; write the artifact again")
     for name, kind in fields.items():

@@ -23,7 +23,8 @@ class PruneConfig:
     latency_ratio: Fractions = ()
     """Fraction of the original model's measured time that stays; several, comma-separated, make a run each."""
     memory_ratio: Fractions = ()
-    """Fraction of the original model's peak activation memory (one image, as a runtime plans it) that stays; several make a run each."""
+    """Fraction of the original model's peak activation memory (one image, as a runtime plans it) that stays; several make a run each.
+    One may stand beside a budget of another kind: both hold."""
     importance: ImportanceName = "taylor"
     """What channels are ranked by. Cuts while training always use taylor, from the gradients at hand."""
     rank: Literal["per_cost", "importance"] = "per_cost"
@@ -53,9 +54,11 @@ class PruneConfig:
         kinds = dict.fromkeys(name for name, _ in self.budgets)
         require(
             len(kinds) <= 1,
-            f"{' and '.join(kinds)} are set; give one kind of budget, they are not combined",
+            f"{' and '.join(kinds)} are set; give one kind of budget, beside which memory_ratio alone can hold",
         )
-        for name, value in self.budgets:
+        beside = {*kinds} != {"memory_ratio"} and len(self.memory_ratio) > 1
+        require(not beside, f"memory_ratio has {len(self.memory_ratio)} values; beside {', '.join(kinds)} give one")
+        for name, value in [*self.budgets, *(("memory_ratio", value) for value in self.memory_ratio)]:
             require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
         shown = [f"{value:g}" for _, value in self.budgets]  # cells are named by these
         require(len(set(shown)) == len(shown), f"{', '.join(kinds)} is {', '.join(shown)}; give every value once")
@@ -69,5 +72,11 @@ class PruneConfig:
 
     @property
     def budgets(self) -> list[tuple[str, float]]:
-        """(name, value) of every budget that is set, in the order given."""
-        return [(name, value) for name in _BUDGETS for value in getattr(self, name)]
+        """(name, value) of every budget that makes a run, in the order given."""
+        found = [(name, value) for name in _BUDGETS for value in getattr(self, name)]
+        return [budget for budget in found if budget[0] != "memory_ratio"] or found
+
+    @property
+    def memory_beside(self) -> float | None:
+        """The memory_ratio that holds beside budgets of another kind."""
+        return next((value for value in self.memory_ratio if self.budgets[0][0] != "memory_ratio"), None)

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import tomli_w
@@ -15,9 +15,8 @@ from rmprune.errors import ConfigError
 
 Config = TypeVar("Config")
 UNSET = "none"  # TOML has no null
-LARGEST_TOML = (
-    2**18
-)  # bytes of a config; the reader's memory grows with the square of a key's dots, so those are counted too
+# Bytes of a config; the reader's memory grows with the square of a key's dots, so those are counted too.
+LARGEST_TOML = 2**18
 MOST_DOTS = 300  # on a line
 
 
@@ -72,9 +71,21 @@ def from_toml(kind: type[Config], path: Path, *, transfer: bool = False, whole: 
             _as_python(kind, values),
             dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path}),
         )
+    except dacite.WrongTypeError as error:
+        choices = _choices(error.field_type)
+        said = (
+            f"{error.field_path} is {error.value!r}; use {' or '.join(map(repr, choices))}" if choices else str(error)
+        )
+        raise ConfigError(f"{path}: {said[:500]}") from None
     except (dacite.DaciteError, ConfigError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"{path}: {str(error)[:500]}") from None
     return config if whole else _taken_for(kind, config)
+
+
+def _choices(hint: Any) -> list[Any]:
+    """The values that a type lists, by itself, among others or in a tuple; none of any other type."""
+    parts = get_args(hint)
+    return list(parts) if get_origin(hint) is Literal else [choice for part in parts for choice in _choices(part)]
 
 
 def _unlooked(kind: Any) -> Any:

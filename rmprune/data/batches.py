@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rmprune.errors import ConfigError, DataError
+from rmprune.errors import ConfigError, DataError, first_line
 from rmprune.graph.finite import broken_tensor
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
-PIXELS = (
-    2**23
-)  # of all images that maps are held of, or that a network is asked about again and again: 8192 of 32 x 32, 512 of 128 x 128
+# Of all images that maps are held of, or that a network is asked about again and again: 8192 of 32 x 32, 512 of 128 x 128.
+PIXELS = 2**23
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): runs the model on (part of) the batch and returns a scalar, lower for better."""
 
@@ -149,7 +148,7 @@ def own_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"loss: failed ({type(error).__name__}: {error})") from error
+        raise DataError(f"loss: failed ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         what = f"a {value.dtype} tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"loss: it returns {what}; return one number as a tensor, for example the mean over the images")

@@ -165,9 +165,8 @@ def draw_part(labels: Tensor, fraction: float, seed: int, groups: list[str] | No
     for index, group in enumerate(groups):
         members.setdefault(group or f"image {index}", []).append(index)
     sets = [torch.tensor(found) for found in members.values()]
-    missing = (
-        fraction * torch.bincount(labels).double()
-    )  # images of each class that are still wanted, or too many below 0
+    # Images of each class that are still wanted, or too many below 0.
+    missing = fraction * torch.bincount(labels).double()
     chosen = torch.zeros(len(labels), dtype=torch.bool)
 
     def after(inside: Tensor) -> Tensor:

@@ -224,12 +224,8 @@ def own_dtype_error(
                 f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {target.dtype}: try "
                 "form='pair' or batch_norm=False, or use the network in a wider dtype"
             )
-    return (
-        worst,
-        ""
-        if worst is not None
-        else f"not compared in {target.dtype}, where the outputs of the original itself are not finite",
-    )
+    unsaid = f"not compared in {target.dtype}, where the outputs of the original itself are not finite"
+    return worst, unsaid if worst is None else ""
 
 
 _UNSEEN = "the network does something that torch.fx does not see, such as writing into y.data, or by y.__setitem__; write it out of place"

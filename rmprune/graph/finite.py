@@ -26,9 +26,8 @@ def broken_tensor(model: nn.Module, *, buffers: bool = True) -> str | None:
     if buffers:
         whole |= {f"{name} is NaN": ~tensor.isnan().any() for name, tensor in model.named_buffers()}
     there = next((flag.device for flag in whole.values()), None)
-    flags = (
-        torch.stack([flag.to(there) for flag in whole.values()]).tolist() if whole else []
-    )  # a GPU is waited for once
+    # A GPU is waited for once.
+    flags = torch.stack([flag.to(there) for flag in whole.values()]).tolist() if whole else []
     return next((name for name, flag in zip(whole, flags, strict=True) if not flag), None)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rmprune.graph.foreign import plain_module
+from rmprune.graph.foreign import plain_module, unbound
 from rmprune.graph.inputs import as_tuple, trial
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 from rmprune.graph.run import hooked
@@ -26,7 +26,7 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     its input is also read elsewhere, where the layer before runs more than once, or where it has no running statistics.
     Dropout and Identity go as well.
     """
-    model = copy.deepcopy(plain_module(model)).eval()
+    model = unbound(copy.deepcopy(plain_module(model))).eval()
     flat, graph = is_flat_sequential(model), trace(model, inputs)
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):
@@ -51,6 +51,7 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
                 _bypass(graph, node, source)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+    unbound(graph_module)
     return _chain(graph_module) if flat else graph_module
 
 

@@ -23,10 +23,8 @@ logger = logging.getLogger("rmprune")
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
-_HOOKED = (
-    "WeightNorm",
-    "SpectralNorm",
-)  # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations
+# torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations.
+_HOOKED = ("WeightNorm", "SpectralNorm")
 _STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame")  # timm's
 
 
@@ -145,7 +143,15 @@ def reference_copy(model: nn.Module) -> nn.Module:
 
 def eval_copy(model: nn.Module, cast: Callable[[nn.Module], nn.Module] = lambda twin: twin) -> nn.Module:
     """A copy in eval mode, cast, without the user's hooks. The argument is left alone."""
-    return freeze(cast(copied(model)).eval()).requires_grad_(False)
+    return freeze(cast(unbound(copied(model))).eval()).requires_grad_(False)
+
+
+def unbound(model: M) -> M:
+    """The network itself; the torch.fx graphs in it name it no more: in such a circle it would fill the memory until Python looks."""
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            module.graph.owning_module = None
+    return model
 
 
 def freeze(twin: nn.Module) -> nn.Module:

@@ -291,7 +291,9 @@ def follow(
             with _recorded_factories(tracer), _own_caches(model):
                 graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
             _note_origin(graph, model)
-            return _cleaned(graph, fixed), list(tracer.decided)
+            decided = list(tracer.decided)
+            vars(tracer).clear()  # it stands in a circle, and would hold the network until that is collected
+            return _cleaned(graph, fixed), decided
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing

@@ -182,17 +182,12 @@ def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
     """weight (out, in / groups) times end (in,), (out,), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
     rows = weight.reshape(groups, -1, weight.shape[1])
     ends = end.reshape(groups, weight.shape[1], 1)
-    finite = rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)
-    result = finite.reshape(-1)
-    if torch.isinf(ends).any():
-        up, down = (ends == math.inf).mT, (ends == -math.inf).mT
-        plus, minus = rows > 0, rows < 0
-        rises = ((plus & up) | (minus & down)).any(-1).reshape(-1)
-        falls = ((plus & down) | (minus & up)).any(-1).reshape(-1)
-        result = torch.where(rises, math.inf, result)
-        result = torch.where(falls, -math.inf, result)
-        result = torch.where(rises & falls, math.nan, result)
-    return result
+    finite = (rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)).reshape(-1)
+    infinite = torch.isinf(ends)
+    if not infinite.any():
+        return finite
+    products = rows * torch.where(infinite, ends, 0.0).mT
+    return finite + torch.nan_to_num(products, nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1).reshape(-1)
 
 
 def _reads_padding(geometry: Geometry) -> Tensor:

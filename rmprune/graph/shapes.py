@@ -165,6 +165,8 @@ def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, 
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
     if len(shape) < 2:
         return None
+    if type(module) is nn.AdaptiveAvgPool2d and len(shape) == 4 and module.output_size in (1, (1, 1)):
+        return *shape[:2], 1, 1
     if rule_of(module) is not None and not isinstance(module, nn.PReLU):
         return shape
     if type(module) in _NORMS.get(len(shape), ()):

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-_PLACES: tuple[
-    tuple[Any, str, Any, Any], ...
-] = (  # where torch keeps it, and how it says yes and no: until 2.8, from 2.9 on
+# Where torch keeps it, and how it says yes and no: until 2.8, from 2.9 on.
+_PLACES: tuple[tuple[Any, str, Any, Any], ...] = (
     (torch.backends.cudnn, "allow_tf32", True, False),
     (torch.backends.cuda.matmul, "allow_tf32", True, False),
     (getattr(torch.backends.cudnn, "conv", None), "fp32_precision", "tf32", "ieee"),

@@ -19,14 +19,12 @@ from torch import nn
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-MODULE_PATH = re.compile(
-    r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}"
-)  # deeper, and recursion would end somewhere
+# Deeper than 64, and recursion would end somewhere.
+MODULE_PATH = re.compile(r"(?=.{1,500}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,63}")
 MAX_CHANNELS = 2**24
 MAX_EXTENT = 2**16
-MAX_ENTRIES = (
-    50_000  # layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000
-)
+# Layers, tensors and nodes of a description; a thousand layers with all that belongs to them have 10,000.
+MAX_ENTRIES = 50_000
 Check = Callable[[Any], bool]
 
 
@@ -152,15 +150,9 @@ def _of_ranks(kind: str, args: Callable[[int], dict[str, Check]]) -> list[LayerS
 
 
 _attention: dict[str, Check] = {
-    "embed_dim": _channels,
-    "num_heads": _channels,
-    "dropout": _real(0, 1),
-    "bias": _flag,
-    "add_zero_attn": _flag,
-    "kdim": _channels,
-    "vdim": _channels,
-    "batch_first": _flag,
-}
+    "embed_dim": _channels, "num_heads": _channels, "dropout": _real(0, 1), "bias": _flag, "add_zero_attn": _flag,
+    "kdim": _channels, "vdim": _channels, "batch_first": _flag,
+}  # fmt: skip
 LAYERS: dict[str, LayerSpec] = {
     spec.cls.__name__: spec
     for spec in (

@@ -206,9 +206,8 @@ def measure_configuration(
                 torch.cuda.synchronize()
             facts[name] = {"first_ms": prepared.load_ms + (time.perf_counter() - start) * 1e3}
             if device != "cpu" and not BACKENDS[backend].packages:
-                facts[name]["peak_mib"] = (
-                    _gpu_peak_mib(prepared) or None
-                )  # a CUDA graph takes what it needs when it is recorded
+                # A CUDA graph takes what it needs when it is recorded.
+                facts[name]["peak_mib"] = _gpu_peak_mib(prepared) or None
         rounds = timed_rounds(runs, device, seconds, min_rounds, random.Random(seed))
     return {
         name: of_rounds(

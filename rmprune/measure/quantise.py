@@ -68,9 +68,8 @@ def openvino_int8(candidate: Candidate) -> Any:
     with silence():
         nncf = importlib.import_module("nncf")
         ranges = importlib.import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
-        logging.getLogger("nncf").setLevel(
-            logging.ERROR
-        )  # its own function quietens the handlers that it shares with us
+        # Its own function quietens the handlers that it shares with us.
+        logging.getLogger("nncf").setLevel(logging.ERROR)
         return nncf.quantize(
             candidate.form(openvino_form).clone(),
             nncf.Dataset(images),

@@ -95,9 +95,8 @@ def graphed(run: Callable[[], Tensor], x: Tensor) -> Prepared:
         graph.replay()
         return y.float().cpu()
 
-    def replay(
-        reads: object = run,
-    ) -> None:  # held as long as it is replayed: the graph knows the addresses of its weights
+    # Held as long as it is replayed: the graph knows the addresses of its weights.
+    def replay(reads: object = run) -> None:
         graph.replay()
 
     return Prepared(replay, outputs)

@@ -79,6 +79,8 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     Widths keep the default floor, or less where the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the
     least that can be had, UnsupportedModel where layers cannot be fitted, by which every width is weighed.
     """
+    if budget.name != "memory_ratio":
+        budget = dataclasses.replace(budget, memory_ratio=None)  # the cut of each plan holds it
     images = job.data.train.example(SHAPE_IMAGES, job.device)
     removal = dataclasses.replace(job.config.removal, fuse="never")
     options = block_options(network, images[:2], removal=removal)
@@ -216,7 +218,9 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
     keep(seconds)
     candidates: dict[str, Callable[[], Cutter]] = {
-        name: functools.partial(_preset, method, starts, job, budget) for name, method in PRESETS.items()
+        name: functools.partial(_preset, method, starts, job, budget)
+        for name, method in PRESETS.items()
+        if budget.memory_ratio is None or method.pruner == "ours"
     }
     verdicts = judge(candidates | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
     for name in list(plans)[:PROPOSED] if not seconds else ():

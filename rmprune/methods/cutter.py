@@ -79,17 +79,20 @@ class Cutter:
         """
         if self.settings.min_fraction is not None:
             return budget
-        if budget.memory_ratio is not None and not self.coupled and not self.gradual:
-            limit, even = byte_limit(budget), budget.memory_ratio
-            least: Callable[[Budget], float] = functools.partial(self.memory.least, self.structure)
-        else:
-            target = resolve(self.structure, budget, self.cost)
-            limit, even = target.limit, even_fraction(self.structure, budget, self.cost)
-            least = functools.partial(least_cost, self.structure, cost=target.cost)
-        floor = min(LEAST_FRACTION * even, budget.max_fraction)
+        here = not self.coupled and not self.gradual
+        limits: list[tuple[Callable[[Budget], float], float]] = []
+        evens = [budget.max_fraction / LEAST_FRACTION]
+        if budget.memory_ratio is not None and here:
+            limits.append((functools.partial(self.memory.least, self.structure), byte_limit(budget)))
+            evens.append(budget.memory_ratio)
+        if budget.name != "memory_ratio" or not here:
+            target = resolve(self.structure, budget, self.cost, memory=here)
+            limits.append((functools.partial(least_cost, self.structure, cost=target.cost), target.limit))
+            evens.append(even_fraction(self.structure, budget, self.cost))
+        floor = LEAST_FRACTION * min(evens)
         while floor > 0.01:
             own = dataclasses.replace(budget, min_fraction=floor)
-            if least(own) <= limit:
+            if all(least(own) <= limit for least, limit in limits):
                 return own
             floor /= 2  # streams left whole cost so much that the rest must go lower
         return budget
@@ -179,11 +182,12 @@ class Cutter:
     def check_memory(self, budget: Budget) -> None:
         """Raise InfeasibleBudget where the limits forbid a budget of memory, ConfigError where it cannot be asked of this method."""
         flat = {name: torch.ones(units) for name, units in self.structure.units.items()}
-        self.memory.allocate(self.structure, flat, self.floored(budget), uniform=self.method.widths == "uniform")
+        alone = dataclasses.replace(budget, ratio=None, macs_ratio=None, latency_ratio=None)
+        self.memory.allocate(self.structure, flat, self.floored(alone), uniform=self.method.widths == "uniform")
 
     def narrowest(self, budget: Budget) -> nn.Module:
         """The network of the least MACs that the limits of `budget` allow, whatever its weights."""
-        own = dataclasses.replace(self, cost=None)
+        own, budget = dataclasses.replace(self, cost=None), dataclasses.replace(budget, memory_ratio=None)
         flat = {name: torch.ones(units) for name, units in self.structure.units.items()}
         keep = allocate(self.structure, flat, own.budget_at(budget, own.least_ratio(budget)))
         return shrink(self.network, keep, self.structure)[0].cpu()
@@ -243,11 +247,19 @@ def place_of(job: Job[SlimConfig]) -> Place:
 
 
 def cost_ratios(budget: Budget, job: Job[SlimConfig], networks: Mapping[str, nn.Module]) -> Mapping[str, float]:
-    """Their costs as fractions of the original's, as the budget counts."""
+    """Their costs as fractions of the original's, as the budget counts; where memory must hold as well, whichever comes nearer to its
+    limit, as if it were the budget's own.
+    """
     example = job.data.train.example(1)
+    found: Mapping[str, float] = dict.fromkeys(networks, 0.0)
     if budget.latency_ratio is not None:
-        return place_of(job).ratios(networks)
-    if budget.memory_ratio is not None:
-        whole = budget.reference_bytes or 1
-        return {name: activation_memory(network, example).peak_bytes / whole for name, network in networks.items()}
-    return {name: count_macs(network, example) / (budget.reference_macs or 1) for name, network in networks.items()}
+        found = place_of(job).ratios(networks)
+    elif budget.name != "memory_ratio":
+        found = {
+            name: count_macs(network, example) / (budget.reference_macs or 1) for name, network in networks.items()
+        }
+    if budget.memory_ratio is None:
+        return found
+    whole = byte_limit(budget) / getattr(budget, budget.name)
+    peaks = {name: activation_memory(network, example).peak_bytes / whole for name, network in networks.items()}
+    return {name: max(cost, peaks[name]) for name, cost in found.items()}

@@ -1,5 +1,6 @@
 """Everything about a method and a budget that can be refused before anything is trained, and how it is said."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -7,7 +8,7 @@ from types import MappingProxyType
 from torch import nn
 
 from rmprune.config import SlimConfig
-from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
+from rmprune.errors import ConfigError, InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
 from rmprune.methods.cutter import make_cutter, place_of
@@ -91,8 +92,14 @@ def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], 
     cutter = make_cutter(network, method, job, budget, measured=False)
     cutter.check(once=candidate or budget.latency_ratio is not None)
     if budget.memory_ratio is not None:
+        if method.faster:
+            raise ConfigError(
+                "memory_ratio is not met by mixed, which removes residuals after its cut: copies may hold more again; take rm or residual"
+            )
         cutter.check_memory(budget)
-        return
+        if budget.name == "memory_ratio":
+            return
+        budget = dataclasses.replace(budget, memory_ratio=None)
     if budget.latency_ratio is None:
         cutter.hook(cutter.floored(budget), steps=1, epochs=1)
         return

@@ -143,15 +143,13 @@ def mobilenet_v2(
     """
     if name not in NAMES:
         raise ConfigError(f"{name} is none of {', '.join(NAMES)}")
-    if name == "mobilenet_v2_digits":
-        default_stages, default_strides, default_last = DIGITS_STAGES, DIGITS_STRIDES, 256
-    else:
-        default_stages, default_strides, default_last = IMAGENET_STAGES, IMAGENET_STRIDES, 1280
-        if small_images or name == "mobilenet_v2_small":
-            default_strides = SMALL_STRIDES
-    stages = default_stages if stages is None else stages
-    strides = default_strides if strides is None else strides
-    last_channels = default_last if last_channels is None else last_channels
+    digits, small = name == "mobilenet_v2_digits", small_images or name == "mobilenet_v2_small"
+    if stages is None:
+        stages = DIGITS_STAGES if digits else IMAGENET_STAGES
+    if strides is None:
+        strides = DIGITS_STRIDES if digits else SMALL_STRIDES if small else IMAGENET_STRIDES
+    if last_channels is None:
+        last_channels = 256 if digits else 1280
     if width <= 0 or free < 1:
         raise ConfigError(f"mobilenet_v2: width {width} must be above 0 and free {free} at least 1")
     if len(strides) != len(stages) + 1:

@@ -2,14 +2,13 @@
 checks it. No timing here.
 """
 
-import contextlib
 import inspect
 import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,13 @@ from torch import Tensor, nn
 from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.onnx import bare
+from rmprune.onnx.bare import bare_graph, quiet_export, write_proto
 from rmprune.onnx.compare import as_tensors, difference, is_off, named_outputs, open_session, outputs_of
 from rmprune.runs.writing import whole
 
 OPSET = 17
+T = TypeVar("T")
 
 
 def export_onnx(
@@ -44,22 +46,56 @@ def export_onnx(
     path = Path(path)
     inputs = as_tuple(model, example_inputs)
     folded = fold_batch_norms(model, inputs).float().cpu().to(memory_format=torch.contiguous_format)
+    if sum(t.nbytes for t in (*folded.parameters(), *folded.buffers())) > bare.EXTERNAL_OVER:
+        return _export_large(folded, inputs, path, dynamic_batch, tolerance)
     data = onnx_bytes(folded, inputs, dynamic_batch=dynamic_batch)
-    batches = _batches(inputs)
-    errors = _onnx_errors(folded, data, batches)
-    error = float(torch.tensor(errors, dtype=torch.float64).max())  # NaN where one is
-    if any(is_off(own, tolerance, folded, batch) for own, batch in zip(errors, batches, strict=True)):
-        raise NotEquivalent(
-            f"{path}: ONNX Runtime differs from PyTorch by {error:.1e} of the largest output (limit {tolerance:.1e}); "
-            "no file written"
-        )
+    error = _checked(folded, open_session(data), inputs, path, tolerance)
     with whole(path) as work:
         work.write_bytes(data)
     return error
 
 
+def _export_large(
+    folded: nn.Module, inputs: tuple[Tensor, ...], path: Path, dynamic_batch: bool, tolerance: float
+) -> float:
+    """The same with the weights in PATH.data beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        work = Path(folder) / path.name
+        write_proto(*_asked(bare_graph, folded, inputs, dynamic_batch, OPSET), work)
+        error = _checked(folded, open_session(work), inputs, path, tolerance)
+        for file in (work.with_name(f"{path.name}.data"), work):  # the graph last: without it there is no file
+            file.replace(path.with_name(file.name))
+    return error
+
+
 def onnx_bytes(folded: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, dynamic_batch: bool = True) -> bytes:
     """An eval-mode float32 CPU network as a serialised ONNX model (opset 17), without folding or checking."""
+    return bytes(_asked(_with_weights, folded, example_inputs, dynamic_batch, OPSET))
+
+
+def _with_weights(
+    network: nn.Module, inputs: tuple[Tensor, ...], names: tuple[list[str], list[str]], axes: dict[str, Any], opset: int
+) -> bytes:  # fmt: skip
+    buffer = io.BytesIO()
+    with quiet_export(), torch.inference_mode():
+        torch.onnx.export(
+            network,
+            inputs,
+            buffer,  # type: ignore[arg-type]  # a file object is documented, the annotation forgets it
+            dynamo=False,
+            opset_version=opset,
+            input_names=names[0],
+            output_names=names[1],
+            dynamic_axes=axes,
+        )
+    return buffer.getvalue()
+
+
+def _asked(
+    export: Callable[..., T], folded: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], dynamic_batch: bool, opset: int
+) -> T:  # fmt: skip
+    """What `export` makes of the network, its inputs, and the names and open sizes that they and its outputs get."""
     inputs = tuple(x.contiguous() for x in as_tensors(example_inputs))
     with torch.inference_mode():
         expected = folded(*inputs)
@@ -69,24 +105,13 @@ def onnx_bytes(folded: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *
     batched = {name: {0: "batch"} for name in names} | {
         name: {0: "batch"} for name, value in outputs.items() if value.dim() and len(value) == len(inputs[0])
     }
-    buffer = io.BytesIO()
-    with quiet_export(), torch.inference_mode():
-        try:
-            torch.onnx.export(
-                folded if isinstance(expected, Tensor) else _Flat(folded),
-                inputs,
-                buffer,  # type: ignore[arg-type]  # a file object is documented, the annotation forgets it
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=names,
-                output_names=list(outputs),
-                dynamic_axes=batched if dynamic_batch else None,
-            )
-        except Exception as error:  # the exporter has no error family of its own
-            raise UnsupportedModel(
-                f"torch.onnx cannot export the network ({type(error).__name__}: {str(error)[:200]})"
-            ) from error
-    return buffer.getvalue()
+    network = folded if isinstance(expected, Tensor) else _Flat(folded)
+    try:
+        return export(network, inputs, (names, list(outputs)), batched if dynamic_batch else {}, opset)
+    except Exception as error:  # the exporter has no error family of its own
+        raise UnsupportedModel(
+            f"torch.onnx cannot export the network ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
 
 
 class _Flat(nn.Module):
@@ -105,22 +130,6 @@ def input_names(model: nn.Module, count: int) -> list[str]:
     return ["input"] if count == 1 else list(inspect.signature(model.forward).parameters)[:count]
 
 
-@contextlib.contextmanager
-def quiet_export() -> Iterator[None]:
-    """The exporter warns that it is the older one and logs; neither is for the user. Attention is exported as its parts."""
-    logger = logging.getLogger("torch.onnx")
-    level, fused = logger.level, torch.backends.mha.get_fastpath_enabled()
-    logger.setLevel(logging.ERROR)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
 def _batches(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     """What files are compared on: the given inputs, and normal ones."""
     given, generator = as_tensors(inputs), torch.Generator().manual_seed(0)
@@ -130,9 +139,20 @@ def _batches(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     ]
 
 
-def _onnx_errors(folded: nn.Module, data: bytes, batches: list[tuple[Tensor, ...]]) -> list[float]:
+def _checked(folded: nn.Module, session: Any, inputs: tuple[Tensor, ...], path: Path, tolerance: float) -> float:
+    """The largest `difference` of the file in ONNX Runtime to the network. Raises NotEquivalent as `export_onnx` says."""
+    batches = _batches(inputs)
+    errors = _onnx_errors(folded, session, batches)
+    if any(is_off(own, tolerance, folded, batch) for own, batch in zip(errors, batches, strict=True)):
+        raise NotEquivalent(
+            f"{path}: ONNX Runtime differs from PyTorch by {max(errors):.1e} of the largest output (limit {tolerance:.1e}); "
+            "no file written"
+        )
+    return float(torch.tensor(errors, dtype=torch.float64).max())  # NaN where one is
+
+
+def _onnx_errors(folded: nn.Module, session: Any, batches: list[tuple[Tensor, ...]]) -> list[float]:
     """The `difference` of the file in ONNX Runtime to the network, batch by batch."""
-    session = open_session(data)
     read = {value.name for value in session.get_inputs()}  # one that nothing depends on is left out
     names = input_names(folded, len(batches[0]))
     errors = []

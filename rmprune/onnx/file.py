@@ -43,9 +43,14 @@ class OnnxFile:
     inputs: tuple[OnnxInput, ...]
     outputs: tuple[OnnxInput, ...]
 
-    @cached_property
+    @property
     def session(self) -> Any:
-        """The file in ONNX Runtime, opened when it is first asked for."""
+        """The file in ONNX Runtime; kept, except where weights lie beside the file: they would be in memory twice."""
+        beside = any(tensor.data_location == tensor.EXTERNAL for tensor in self.proto.graph.initializer)
+        return open_session(self.path) if beside else self._kept_session
+
+    @cached_property
+    def _kept_session(self) -> Any:
         return open_session(self.path)
 
     @property

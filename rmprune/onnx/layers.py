@@ -120,9 +120,8 @@ def _hard_sigmoid(call: Call) -> fx.Node:
         raise Obstacle(f"beta={beta} is not read, only 0.5")
     if np.float32(alpha) == np.float32(1 / 6):
         return call.layer(nn.Hardsigmoid())
-    return call.layer(
-        nn.Hardsigmoid(), call.ask(operator.mul, call.source(), 6 * alpha)
-    )  # clip(a x + 1/2) = relu6(6 a x + 3) / 6
+    # That is clip(a x + 1/2) = relu6(6 a x + 3) / 6.
+    return call.layer(nn.Hardsigmoid(), call.ask(operator.mul, call.source(), 6 * alpha))
 
 
 def _selu(call: Call) -> fx.Node:

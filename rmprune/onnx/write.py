@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from rmprune.errors import RmpruneError, UnsupportedModel, first_line
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.network import free_name
+from rmprune.onnx.bare import Weights, bare_graph, write_proto
 from rmprune.onnx.compare import as_tensors
-from rmprune.onnx.export import quiet_export
 from rmprune.onnx.file import OnnxFile, open_onnx
 from rmprune.onnx.read import OnnxNetwork
 from rmprune.onnx.runtime import batch_for, refuse_difference, run_file
 
 logger = logging.getLogger("rmprune")
-Weights = dict[str, np.ndarray[Any, Any]]
-EXTERNAL_OVER = 2**31 - 2**20  # bytes of weights that one file can hold besides its graph
-_NEWEST = 20  # the last opset that the exporter knows; onnx's own converter goes on from there
 _MORE_PIXELS = 32  # of the second size on which open sizes are tried
 
 
@@ -59,7 +52,7 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
 
 def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, Weights]:
     """The graph as torch exports it, inputs i0, ... and outputs o0, ..., and its weights by name, which it does not hold."""
-    file, opset = network.file, min(network.file.opset, _NEWEST)
+    file = network.file
     examples = batch_for(file, network.examples)
     folded = fold_batch_norms(model, examples).float().cpu().to(memory_format=torch.contiguous_format)
     inputs, outputs = ([f"{kind}{i}" for i in range(len(of))] for kind, of in (("i", file.inputs), ("o", file.outputs)))
@@ -67,39 +60,12 @@ def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, 
         name: {axis: f"{name}_{axis}" for axis, size in enumerate(entry.sizes) if size is None}
         for name, entry in zip(inputs, file.inputs, strict=True)
     }
-    buffer = io.BytesIO()
     try:
-        with quiet_export(), torch.no_grad():
-            torch.onnx.export(
-                folded, as_tensors(examples), buffer, dynamo=False,  # type: ignore[arg-type]  # as in export.py
-                opset_version=opset, input_names=inputs, output_names=outputs,
-                dynamic_axes=free, export_params=False, do_constant_folding=False, training=torch.onnx.TrainingMode.PRESERVE,
-            )  # fmt: skip
-        proto = onnx.load_from_string(buffer.getvalue())
-        if file.opset > opset:
-            proto = onnx.version_converter.convert_version(proto, file.opset)
-        own = {value.name for value in proto.graph.input} - set(inputs)
-        state = folded.state_dict(keep_vars=True)
-        weights = {name: state[name].detach().numpy() for name in own}
+        return bare_graph(folded, as_tensors(examples), (inputs, outputs), free, file.opset)
     except Exception as error:  # neither has an error family of its own
         raise UnsupportedModel(
             f"{file.path}: the new network cannot be written in opset {file.opset} ({first_line(error)})"
         ) from error
-    _fold_weights(proto.graph, weights)
-    return proto, weights
-
-
-def _fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
-    """Weights that the graph would transpose or copy are written so; one that nothing reads then is left out."""
-    for node in list(graph.node):
-        if node.op_type in ("Transpose", "Identity") and node.input[0] in weights and len(node.output) == 1:
-            order = [list(a.ints) for a in node.attribute if a.name == "perm"]
-            value = weights[node.input[0]]
-            weights[node.output[0]] = np.transpose(value, *order) if node.op_type == "Transpose" else value
-            graph.node.remove(node)
-    read = {name for node in graph.node for name in node.input}
-    for name in weights.keys() - read:
-        del weights[name]
 
 
 def _rename(proto: onnx.ModelProto, weights: Weights, file: OnnxFile) -> Weights:
@@ -134,17 +100,7 @@ def _tell(proto: onnx.ModelProto, source: onnx.ModelProto) -> None:
 
 
 def _write(proto: onnx.ModelProto, weights: Weights, path: Path) -> OnnxFile:
-    proto.graph.ClearField("initializer")
-    proto.graph.initializer.extend(
-        numpy_helper.from_array(np.ascontiguousarray(w), name) for name, w in weights.items()
-    )
-    large = sum(value.nbytes for value in weights.values()) > EXTERNAL_OVER
-    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-    if large:
-        onnx.save_model(proto, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
-        proto.graph.ClearField("initializer")
-    else:
-        path.write_bytes(proto.SerializeToString())
+    write_proto(proto, weights, path)
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:

@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rmprune import artifact
+from rmprune.artifact.files import ARCHITECTURE
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
@@ -37,7 +38,7 @@ _IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_sma
 def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     """The network of a name or artifact in eval mode, and one example image batch [2, C, H, W] with a fixed seed."""
     path = Path(config.model)
-    if artifact.is_artifact(path):
+    if (path / ARCHITECTURE).is_file():  # whole or not, which reading it says
         model = artifact.load(path).eval()
         told = artifact.read_extra(path).get("input_shape")
         known = None if told is None else image_shape(told, path)
@@ -90,7 +91,7 @@ def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:
 
 def run_inspect(config: InspectConfig) -> list[BlockReport]:
     """Print each residual of the network: removable or why not, the form, and what it costs."""
-    model, examples, _ = open_examples(config.network)
+    model, examples = open_examples(config.network)[:2]
     blocks = plan_removal(model, examples, **vars(config.removal))
     console = Console()
     options = block_options(model, examples, removal=config.removal)

@@ -25,10 +25,10 @@ from rmprune.measure.quantise import onnx_int8
 from rmprune.onnx.export import export_onnx
 from rmprune.pipelines.measure import dataset_of, network_directory
 from rmprune.pipelines.stages import on_validation
-from rmprune.runs.directory import CONFIG_FILE, runs_of, tidy
+from rmprune.runs.directory import CONFIG_FILE, runs_of
 from rmprune.runs.reading import read_json
 from rmprune.runs.records import find_records, networks, read_record
-from rmprune.runs.writing import whole, write_text
+from rmprune.runs.writing import sweep_beside, whole, write_text
 
 logger = logging.getLogger("rmprune")
 FOLDER, FACTS, RANKING, CARD, PROGRAM = "deploy", "model.json", "ranking.json", "README.md", "predict.py"
@@ -46,9 +46,7 @@ def run_deploy(config: DeployConfig, *, load: Load = load_dataset) -> Path:
     Raises ArtifactError for what is no run, ConfigError for a network that it does not have, and what `deploy` and opening the run's data
     raise.
     """
-    records = _records(config.run)
-    tidy(config.run)
-    data = dataset_of(records, load)
+    data = dataset_of(_records(config.run), load)
     return deploy(config.run, data, config.out, network=config.network, int8_loss=config.int8_loss)
 
 
@@ -75,6 +73,7 @@ def deploy(
     chosen = ranking[0 if network is None else names.index(network)]
     model = artifact.load(run / chosen["path"])
     logger.info("deploying %s of %s", chosen["path"], run)
+    sweep_beside(out)
     with whole(out) as work:
         work.mkdir()
         facts = {
@@ -191,10 +190,14 @@ def meets_budget(budget: dict[str, float], record: dict[str, Any], entry: dict[s
     """Whether a network of a record is within its budget. In measured time: unless its time there is over it by more than chance, or was
     measured elsewhere since, which says nothing.
     """
-    ((kind, allowed),) = budget.items() or [("", 0.0)]
-    if key := {"macs_ratio": "macs", "params_ratio": "params", "memory_ratio": "activation_bytes"}.get(kind):
-        return bool(entry[key] <= allowed * record["original"][key])
-    if kind != "latency_ratio":
+    counted = {"macs_ratio": "macs", "params_ratio": "params", "memory_ratio": "activation_bytes"}
+    if any(
+        entry[counted[kind]] > limit * record["original"][counted[kind]]
+        for kind, limit in budget.items()
+        if kind in counted
+    ):
+        return False
+    if (allowed := budget.get("latency_ratio")) is None:
         return True
     measure = record["config"].get("measure", {})
     at = [measure.get(name, [None])[0] for name in ("backends", "threads", "batch_sizes")]
@@ -232,10 +235,6 @@ def _write_int8(model: nn.Module, data: Dataset, path: Path, limit: float) -> di
             facts["test_accuracy"] = candidate_accuracy(candidate, data.test, "onnxruntime-int8")
     except RmpruneError as error:
         return {"refused": str(error)}
-    logger.info(
-        "int8 loses %.2f points of %.2f %% on validation images: %s",
-        100 * (before - after),
-        100 * before,
-        "kept" if kept else "left out",
-    )
+    said = "kept" if kept else "left out"
+    logger.info("int8: %.2f %% of the validation images, float32 %.2f %%: %s", 100 * after, 100 * before, said)
     return facts

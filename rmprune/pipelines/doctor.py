@@ -58,9 +58,8 @@ def _try(backend: str, device: str) -> str:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     )
-    x = torch.randn(
-        32, 3, 16, 16
-    )  # int8 chooses its ranges by what it is then run on: this asks whether it runs, no more
+    # int8 chooses its ranges by what it is then run on: this asks whether it runs, no more.
+    x = torch.randn(32, 3, 16, 16)
     start = time.perf_counter()
     try:
         with surroundings(backend, device), torch.inference_mode():

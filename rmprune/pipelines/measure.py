@@ -1,10 +1,7 @@
 """`measure`: the networks of finished runs again, all in turns in one process, and their records brought up to date."""
 
-import itertools
 import logging
 import os
-import time
-from collections.abc import Callable
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -23,9 +20,8 @@ from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
-from rmprune.measure.latency import Configuration, sittings_of
 from rmprune.measure.machine import environment
-from rmprune.pipelines.stages import expected_statistics, image_shape
+from rmprune.pipelines.stages import expected_statistics, image_shape, measuring
 from rmprune.runs import records
 from rmprune.runs.directory import runs_of, tidy
 
@@ -91,30 +87,10 @@ def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, s
             for latency, base in zip(own, original, strict=True)
         ]
     record["environment"] = environment()
-    if isinstance(
-        record["config"].get("measure"), dict
-    ):  # its first place stays that in which a budget of time was met
+    # Its first place stays that in which a budget of time was met.
+    if isinstance(record["config"].get("measure"), dict):
         record["config"]["measure"] |= {"seconds": measure.seconds, "min_rounds": measure.min_rounds}
     return records.write_record(path, record)
-
-
-def measuring(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
-    """Logs each configuration as it starts and the time left of those planned: by the settings at first, then by those that are done."""
-    places = itertools.product(measure.backends, [measure.device], measure.threads, measure.batch_sizes)
-    planned = [sittings_of(Configuration(*place), measure.seconds) if networks > 1 else 1 for place in places]
-    started, done, total = time.perf_counter(), itertools.count(), sum(planned)
-
-    def tell(configuration: str) -> None:
-        n = next(done)
-        each = (time.perf_counter() - started) / n if n else networks * measure.seconds * len(planned) / total
-        left = (
-            f"{n + 1} of {total}, {(total - n) * each / 60:.1f} min left"
-            if n < total
-            else "once more, not known well yet"
-        )
-        logger.info("measuring %d networks, %s: %s", networks, configuration, left)
-
-    return tell
 
 
 def _identity(directory: Path) -> str:
@@ -128,7 +104,7 @@ def network_directory(run: Path, name: str) -> Path:
     if not name.isprintable() or Path(folder).name != folder or folder in ("", ".."):
         raise ArtifactError(f"{run}: its record has a network {name[:80]!r}, which names no folder of it; run it again")
     for place in (run / folder, run.parent / folder):
-        if artifact.is_artifact(place):
+        if (place / ARCHITECTURE).is_file():  # whole or not, which reading it says
             return place
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 

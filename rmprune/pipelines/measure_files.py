@@ -16,7 +16,7 @@ from rmprune.measure.candidate import FileCandidate, onnx_form
 from rmprune.measure.latency import Configuration, measure_candidates
 from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
-from rmprune.pipelines.measure import measuring
+from rmprune.pipelines.stages import measuring
 
 _SIZE = 224  # of images whose size no file says
 FILE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.form in (onnx_form, openvino_form))

@@ -135,7 +135,7 @@ def slim(
     trained on, augmentation included; or, with `loss`, a function of (model, batch) that returns a scalar tensor, of any form. `test` is
     what the table is about (default: `validation`, on which nothing is chosen but by methods that compare candidates). One budget:
     `ratio` of channels that go, `macs_ratio`, `latency_ratio` (measured, of `measure`'s first place) or `memory_ratio`
-    (peak of activations) of the original that stays.
+    (peak of activations, which may stand beside another) of the original that stays.
     `method`: as in docs/methods.md. `epochs` (20) and `learning_rate` (0.02, the peak): of fine-tuning; `finetune`, `prune` and
     `measure`: all that the flags of these names set, before which these two go. With a loss the teacher's part is the squared
     difference of outputs over their variance.
@@ -162,9 +162,10 @@ def slim(
         "memory_ratio": memory_ratio,
     }
     given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
+    if not given or len(given.keys() - {"memory_ratio"}) > 1:
         raise ConfigError(
-            f"give exactly one of {', '.join(f'{name}=' for name in budgets)}; got {', '.join(given) or 'none'}"
+            f"give exactly one of {', '.join(f'{name}=' for name in budgets)}; got {', '.join(given) or 'none'} (memory_ratio= may stand "
+            "beside another)"
         )
     tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
     if loss is not None and method == "auto":
@@ -211,8 +212,8 @@ def slim(
         _refuse_another(folder, network)
         shape = tuple(splits[0].example(1).shape[1:])
         data = Dataset(dataset, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
-        ((name, value),) = given.items()
-        command = f"rmprune.slim({type(network).__name__}, ..., {name}={value:g}, method={method!r}, seed={seed})"
+        asked = ", ".join(f"{name}={value:g}" for name, value in given.items())
+        command = f"rmprune.slim({type(network).__name__}, ..., {asked}, method={method!r}, seed={seed})"
         with contextlib.suppress(Finished):  # out= holds this very run
             run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
         return Slimmed(folder, "pruned" if method == "rm" else method, at, data, temporary=out is None)

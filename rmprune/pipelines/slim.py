@@ -63,7 +63,8 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     config, device = job.config, job.device
     methods = find_methods(config.method)
     plan = None if config.plan is None else SlimPlan.read(config.plan)
-    cells = plan_cells(config.directory, config.seed, config.seeds, config.prune.budgets or [("", 0.0)])
+    budgets, memory = config.prune.budgets or [("", 0.0)], config.prune.memory_beside
+    cells = plan_cells(config.directory, config.seed, config.seeds, budgets, memory)
     refuse_early(methods, plan, job)
     networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]

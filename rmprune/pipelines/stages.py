@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from rmprune.measure import (
     measure_latencies,
     needs_calibration,
 )
+from rmprune.measure.latency import Configuration, sittings_of
 from rmprune.measure.machine import environment
 from rmprune.methods.start import start
 from rmprune.models.families import create_network
@@ -162,7 +165,6 @@ def finish(
 
     `methods`: that made them; `removal`: the facts of RM on the trained network, where it was done; `refused`: {method: why not}.
     """
-    logger.info("measuring %s", ", ".join(networks))
     record: dict[str, Any] = {
         "schema": records.SCHEMA,
         "command": command,
@@ -186,6 +188,25 @@ def finish(
     return records.write_record(cell.record, record)
 
 
+def measuring(networks: int, measure: MeasureConfig) -> Callable[[str], None]:
+    """Logs each configuration as it starts and the time left of those planned: by the settings at first, then by those that are done."""
+    places = itertools.product(measure.backends, [measure.device], measure.threads, measure.batch_sizes)
+    planned = [sittings_of(Configuration(*place), measure.seconds) if networks > 1 else 1 for place in places]
+    started, done, total = time.perf_counter(), itertools.count(), sum(planned)
+
+    def tell(configuration: str) -> None:
+        n = next(done)
+        each = (time.perf_counter() - started) / n if n else networks * measure.seconds * len(planned) / total
+        left = (
+            f"{n + 1} of {total}, {(total - n) * each / 60:.1f} min left"
+            if n < total
+            else "once more, not known well yet"
+        )
+        logger.info("measuring %d networks, %s: %s", networks, configuration, left)
+
+    return tell
+
+
 def measure_networks(
     networks: dict[str, nn.Module], data: Dataset, config: MeasureConfig, device: torch.device
 ) -> dict[str, dict[str, Any]]:
@@ -198,6 +219,7 @@ def measure_networks(
         reference="original",
         calibration=calibration_images(data.train) if needs_calibration(config.backends) else None,
         split=data.test,
+        progress=measuring(len(networks), config),
     )
     return {
         name: {

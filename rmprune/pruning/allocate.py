@@ -227,6 +227,7 @@ def allocate(
     rank: str = "per_cost",
     lookahead: int = 1,
     begin: Mapping[str, int] | None = None,
+    most: Mapping[str, int] | None = None,
 ) -> Keep:
     """Keep masks {group: bool [units]} that meet the budget.
 
@@ -236,6 +237,7 @@ def allocate(
     by the order of groups and channels. `lookahead`: how many blocks ahead to look where cost is not monotone in
     width (measured times). `origin`: units that the limits refer to, where the network has been cut before.
     `target` overrides the budget's own. `begin`: {group: units} to descend from, of a plan that may cost a little more or less.
+    `most`: {group: units} that it may keep.
 
     Raises InfeasibleBudget naming the limit that forbids it and the nearest budget that can be met.
     """
@@ -243,6 +245,7 @@ def allocate(
         raise ConfigError(f"rank must be 'per_cost' or 'importance', got {rank!r}")
     target = target or resolve(structure, budget, cost)
     widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+    widths = {n: [u for u in us if u <= (most or {}).get(n, us[-1])] for n, us in widths.items()}
     start = {n: [u for u in us if u <= (begin or {}).get(n, us[-1])] or us[:1] for n, us in widths.items()}
     search = GreedySearch(structure, importance, target.cost, start, rank, lookahead)
     if not search.shrink_to(target.limit):
@@ -254,7 +257,7 @@ def allocate(
 
 def even_fraction(structure: Structure, budget: Budget, cost: Cost | None = None) -> float:
     """The fraction of its channels that every layer would keep if all were cut evenly: MACs go with its square."""
-    target = resolve(structure, budget, cost)
+    target = resolve(structure, budget, cost, memory=True)
     fraction = min(1.0, target.limit / total_cost(structure, target.cost))
     return fraction if budget.ratio is not None else fraction**0.5
 

@@ -13,7 +13,7 @@ KINDS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
 
 @dataclass(frozen=True)
 class Budget:
-    """What must be met, and the limits of each layer. Exactly one of the ratios is set.
+    """What must be met, and the limits of each layer. Exactly one of the ratios is set, or `memory_ratio` beside one: then both hold.
 
     `ratio`: at least this fraction of the prunable channels is removed. `macs_ratio`: at most this fraction of
     `reference_macs`, the MACs of the *original* network (None: of the network being pruned), stays.
@@ -26,7 +26,8 @@ class Budget:
     'macs_ratio'
     >>> rmprune.Budget(ratio=0.5, macs_ratio=0.5)
     Traceback (most recent call last):
-    rmprune.errors.ConfigError: a budget is exactly one of ratio, macs_ratio, latency_ratio and memory_ratio; got ratio, macs_ratio
+    rmprune.errors.ConfigError: a budget is one of ratio, macs_ratio, latency_ratio and memory_ratio, or the last beside one of the \
+others; got ratio, macs_ratio
     """
 
     ratio: float | None = None
@@ -43,13 +44,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) is not None]
-        if len(given) != 1:
+        if not given or given[1:] not in ([], ["memory_ratio"]):
             raise ConfigError(
-                f"a budget is exactly one of {', '.join(KINDS[:-1])} and {KINDS[-1]}; got {', '.join(given) or 'none'}"
+                f"a budget is one of {', '.join(KINDS[:-1])} and {KINDS[-1]}, or the last beside one of the others; "
+                f"got {', '.join(given) or 'none'}"
             )
-        value = getattr(self, given[0])
-        if not 0 < value < 1:
-            raise ConfigError(f"{given[0]} must lie between 0 and 1, both excluded; got {value}")
+        for name in given:
+            if not 0 < (value := getattr(self, name)) < 1:
+                raise ConfigError(f"{name} must lie between 0 and 1, both excluded; got {value}")
         for name in ("reference_macs", "reference_ms", "reference_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -67,7 +69,7 @@ class Budget:
     ) -> "Budget":
         """One of `config.budgets` (name, value) with the config's limits, against the original network's MACs."""
         return cls(
-            **{name: value},
+            **{"memory_ratio": config.memory_beside, name: value},
             reference_macs=reference_macs,
             min_channels=config.min_channels,
             min_fraction=config.min_fraction or 0.0,
@@ -77,7 +79,7 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """Which of the ratios is set."""
+        """Which of the ratios is set; where memory_ratio holds beside another, that."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
@@ -102,22 +104,22 @@ class Target:
         return 1 - value / self.whole if budget.ratio is not None else value / self.whole
 
 
-def resolve(structure: Structure, budget: Budget, cost: Cost | None = None) -> Target:
+def resolve(structure: Structure, budget: Budget, cost: Cost | None = None, *, memory: bool = False) -> Target:
     """The budget of this network in absolute numbers. `cost` replaces MACs for `latency_ratio`, in the unit of
-    `reference_ms`.
+    `reference_ms`. `memory`: the caller sees to a `memory_ratio` beside it; raises ConfigError where nobody does.
     """
     refuse_no_budget(budget)
+    if budget.memory_ratio is not None and not (memory and budget.name != "memory_ratio"):
+        raise ConfigError(
+            "memory_ratio is met by one cut of ours: not while training, not by Torch-Pruning, and by auto only beside macs_ratio or "
+            "latency_ratio; take --no-gradual, and a method such as rm or residual"
+        )
     if budget.ratio is not None:
         whole = total_cost(structure, channels)
         return Target(channels, (1 - budget.ratio) * whole + 1e-9, whole)
     if budget.macs_ratio is not None:
         whole = budget.reference_macs or total_cost(structure, macs)
         return Target(macs, budget.macs_ratio * whole, whole)
-    if budget.memory_ratio is not None:
-        raise ConfigError(
-            "memory_ratio is met by one cut of ours: not while training, not by Torch-Pruning, not by auto; take --no-gradual, and a "
-            "method such as rm or residual"
-        )
     if cost is None or budget.latency_ratio is None:
         raise ConfigError("latency_ratio needs a cost in milliseconds: pass the latency model's cost")
     whole = budget.reference_ms or total_cost(structure, cost)

@@ -45,9 +45,8 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
             continue
         source = node.all_input_nodes[0]
         inputs[name] = torch.full((in_and_out(layer)[0],), torch.nan, dtype=torch.float64)
-        if (
-            len(shape_of(source) or ()) == layer.weight.dim()
-        ):  # else what it reads are not the channels that ranges speak of
+        # Otherwise what it reads are not the channels that ranges speak of.
+        if len(shape_of(source) or ()) == layer.weight.dim():
             low, high = range_of(source)
             inputs[name] = torch.where(low == high, low, torch.nan)
     return Constants(inputs, followers(reading))

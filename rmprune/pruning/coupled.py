@@ -285,9 +285,8 @@ class _Protecting:
         place = torch.arange(folded.shape[1], 0, -1).to(folded) / folded.shape[1]
         folded = folded + 1e-9 * place + 1e-12 * self.calls
         best = folded.mean(0).argsort(descending=True)[:units]
-        folded[:, best] = OUT_OF_REACH * torch.arange(units, 0, -1).to(
-            folded
-        )  # no ties: those would all be removed or none
+        # No ties: those would all be removed or none.
+        folded[:, best] = OUT_OF_REACH * torch.arange(units, 0, -1).to(folded)
         return folded.flatten()
 
 

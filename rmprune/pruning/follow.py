@@ -230,9 +230,8 @@ class Walk(Labelled):
             parts = args[0].unflatten(1, (self.network.layers[str(node.target)].groups, -1))
             self.channels.unite(parts[:, :1].expand_as(parts), parts, "they are shuffled with channels that stay whole")
         found = self.run(node, args, kwargs)
-        if (
-            name in ("chunk", "split", "tensorsplit") and len({x.shape for x in found}) == 1
-        ):  # equal pieces stay so where each loses as much
+        # Equal pieces stay so where each loses as much.
+        if name in ("chunk", "split", "tensorsplit") and len({x.shape for x in found}) == 1:
             for part in found[1:]:
                 self.channels.unite(found[0], part, "they are taken apart from channels that stay whole")
         found = tree_map_only(Tensor, lambda x: self._tied(self.again(x)), found)
@@ -253,8 +252,7 @@ class Walk(Labelled):
         def left(dim: int) -> int:
             return tie(self.channels.copy(), dim)
 
-        order = (
-            dims if 1 in dims else dims[::-1]
-        )  # of equals that of a map's channels, or else the last: a head's width
+        # Of equals, that of a map's channels, or else the last: a head's width.
+        order = dims if 1 in dims else dims[::-1]
         tie(self.channels, max(order, key=left))
         return self.again(x)

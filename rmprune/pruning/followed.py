@@ -36,9 +36,9 @@ def followed(
         return network, reading, settle(find_structure(network, inputs, reading=reading), network)
 
     def least_of(structure: Structure) -> tuple[float, float]:
-        if budget is None or budget.memory_ratio is not None or (budget.latency_ratio is not None and cost is None):
+        if budget is None or budget.name == "memory_ratio" or (budget.latency_ratio is not None and cost is None):
             return 0.0, 0.0
-        target = resolve(structure, budget, cost)
+        target = resolve(structure, budget, cost, memory=True)
         return least_cost(structure, budget, target.cost, {**structure.units, **(origin or {})}), target.limit
 
     try:

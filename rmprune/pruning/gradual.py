@@ -51,21 +51,11 @@ class GradualPruner:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Inputs,
-        budget: Budget,
-        *,
-        prune_epochs: float,
-        every: int | Fraction = 30,
-        importance: str = "taylor",
-        decay: float = 0.5,
-        cost: Cost | None = None,
-        rank: str = "per_cost",
-        lookahead: int = 1,
-        structure: Structure | None = None,
+        self, model: nn.Module, example_inputs: Inputs, budget: Budget, *, prune_epochs: float,
+        every: int | Fraction = 30, importance: str = "taylor", decay: float = 0.5, cost: Cost | None = None,
+        rank: str = "per_cost", lookahead: int = 1, structure: Structure | None = None,
         meets: Callable[[nn.Module], float] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if every < 1 or prune_epochs <= 0 or not 0 <= decay < 1:
             raise ConfigError(
                 f"need every >= 1, prune_epochs > 0 and 0 <= decay < 1; got {every}, {prune_epochs} and {decay}"
@@ -156,14 +146,9 @@ class GradualPruner:
         if not final and self.start > limit:
             limit = self.start * (limit / self.start) ** progress
         return allocate(
-            self.structure,
-            scores,
-            self.budget,
-            target=Target(self.target.cost, limit, self.target.whole),
-            origin=self.first.units,
-            rank=self.rank,
-            lookahead=self.lookahead,
-        )
+            self.structure, scores, self.budget, target=Target(self.target.cost, limit, self.target.whole),
+            origin=self.first.units, rank=self.rank, lookahead=self.lookahead,
+        )  # fmt: skip
 
     def _suffices(self, state: TrainState) -> bool:
         """Whether the network, near the end of its cuts, already meets what the budget stands for."""
@@ -213,14 +198,9 @@ class PolicyPruner(GradualPruner):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Tensor,
-        widths: Mapping[str, int],
-        *,
-        prune_epochs: float,
+        self, model: nn.Module, example_inputs: Tensor, widths: Mapping[str, int], *, prune_epochs: float,
         every: int | Fraction = 30,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.widths = dict(widths)
         unused = Budget(ratio=0.5)  # the policy takes its place
         super().__init__(model, example_inputs, unused, prune_epochs=prune_epochs, every=every)

@@ -31,9 +31,8 @@ class Labelled:
         self.fans: dict[str, int] = {}  # of depthwise layers: outputs for each input
         self.values: dict[fx.Node, Any] = {}
         self.moves: list[fx.Node] = []  # and what only computes sizes
-        self.sizes: dict[
-            fx.Node, list[tuple[str, Tensor]]
-        ] = {}  # where code writes how many there are: of which channels
+        # Where code writes how many there are: of which channels.
+        self.sizes: dict[fx.Node, list[tuple[str, Tensor]]] = {}
 
     def member(self, name: str, side: MemberSide, vector: Tensor) -> None:
         known = self.members.setdefault((name, side), vector)

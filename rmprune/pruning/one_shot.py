@@ -109,15 +109,15 @@ def prune(
 
     plain, reading, structure = followed(plain, example_inputs, budget, cost, origin, settle, values=True)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
-    memory = budget.memory_ratio is not None
+    memory, alone = budget.memory_ratio is not None, budget.name == "memory_ratio"
     if memory:
-        if begin or rank != "per_cost" or lookahead != 1:
+        if alone and (begin or rank != "per_cost" or lookahead != 1):
             raise ConfigError(
                 "begin, rank and lookahead count costs of layers; a budget of memory goes by the peak, leave them out"
             )
         one = only_input(example_inputs, "a budget of memory")[:1]
         budget = with_reference(budget, plain, one)
-    target = Target(macs, math.inf, math.inf) if memory else resolve(structure, budget, cost)
+    target = Target(macs, math.inf, math.inf) if alone else resolve(structure, budget, cost, memory=True)
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
     fold = partial(fold_dead, limits=budget, origin=origin, reading=reading, fold=dead)
@@ -129,37 +129,39 @@ def prune(
     means = removed_means(folded, data) if compensate and not reconstruct else {}
     norms = folded.constants.followers
 
-    peaks = ActivationPeaks(model, structure, one) if memory else None
+    held: Keep = {}  # what a budget of memory lets stay
+    if memory:
+        peaks = ActivationPeaks(model, structure, one)
+        held = peaks.allocate(structure, scores, budget, uniform=which == "uniform", origin=origin)
+    most = {name: int(mask.sum()) for name, mask in held.items()}
 
     def choose(limit: float) -> Keep:
         aim = replace(target, limit=limit)
-        if peaks is not None:
-            return peaks.allocate(structure, scores, budget, uniform=which == "uniform", origin=origin)
         if which == "uniform":
-            return allocate_uniform(structure, scores, budget, target=aim, origin=origin)
+            even = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
+            # The best of each: one holds the other.
+            return {name: mask & held.get(name, mask) for name, mask in even.items()}
         return allocate(
-            structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin
+            structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin, most=most
         )
 
     def cut(keep: Keep) -> tuple[float, tuple[nn.Module, Keep]]:
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
-        done = fold(result, example_inputs, structure=after)
+        done = fold(result, example_inputs, structure=after, own=True)
         spent = total_cost(done.structure, target.cost)
         if target.cost is macs and any(layer.kind == "rest" for layer in structure.layers):
             spent = count_macs(done.model, example_inputs)  # products of narrower maps cost less, which no group says
         return spent, (done.model, _both(keep, done.keep))
 
     whole = total_cost(structure, target.cost)
-    pruned, keep = cut(choose(math.inf))[1] if memory else _nearest(choose, cut, target.limit, whole)
+    pruned, keep = cut(held)[1] if alone else _nearest(choose, cut, target.limit, whole)
     left = total_cost(structure.shrunk(keep), target.cost)
-    if not memory and left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
+    if not alone and left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name,
-            target.as_ratio(budget, left),
-            getattr(budget, budget.name),
-        )
+            budget.name, target.as_ratio(budget, left), getattr(budget, budget.name),
+        )  # fmt: skip
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:
         with fitting():

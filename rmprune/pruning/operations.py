@@ -28,9 +28,8 @@ ELEMENTWISE = _ranks("dropout") | _names("""
     softshrink tanhshrink dropout alphadropout stochasticdepth contiguous clone detach to float double half typeas zeroslike oneslike
     scale
 """)
-LINEAR = _names(
-    "mul div truediv truedivide neg contiguous clone detach to float double typeas scale"
-)  # of one value: 0 stays 0
+# Of one value: 0 stays 0.
+LINEAR = _names("mul div truediv truedivide neg contiguous clone detach to float double typeas scale")
 SPATIAL = _ranks("""
     maxpool avgpool lppool adaptiveavgpool adaptivemaxpool zeropad constantpad reflectionpad replicationpad circularpad
 """) | _names("maxpool2dsame avgpool2dsame upsample interpolate instancenorm")  # of a batch, see `batched`

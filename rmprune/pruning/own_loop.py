@@ -68,7 +68,9 @@ class Pruner:
             raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
         refuse_no_budget(budget)
         if budget.latency_ratio is not None or budget.memory_ratio is not None:
-            raise ConfigError("cuts in a loop of one's own count channels or MACs; give ratio or macs_ratio")
+            raise ConfigError(
+                "cuts in a loop of one's own count channels or MACs, no time and no memory; give ratio or macs_ratio alone"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in model.parameters()):
             if any(id(p) in held for p in given.parameters()):
@@ -81,14 +83,9 @@ class Pruner:
         model, _, structure = followed(model, inputs, budget)
         self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
-            model,
-            inputs,
-            budget,
-            prune_epochs=steps,
-            every=max(Fraction(1), Fraction(steps, cuts)),
-            importance=importance,
-            structure=structure,
-        )
+            model, inputs, budget, prune_epochs=steps, every=max(Fraction(1), Fraction(steps, cuts)),
+            importance=importance, structure=structure,
+        )  # fmt: skip
         self._loop = TrainState(model, optimizer, TrainConfig(), 1, steps, 0.0)  # of a loop that knows no epochs
         self.optimizer = optimizer
 

@@ -61,9 +61,8 @@ class Reading:
             if is_batch_norm(self.network.layer(node)) and self.name(node) is not None:
                 (before,) = node.all_input_nodes
                 layer = self.network.layer(before)
-                features = (
-                    not isinstance(layer, nn.Linear) or len(shape_of(before) or ()) == 2
-                )  # else the norm's are tokens
+                # Where they are no features, the norm's are tokens.
+                features = not isinstance(layer, nn.Linear) or len(shape_of(before) or ()) == 2
                 once = calls[self.name(node)] == calls[self.name(before)] == len(before.users) == 1
                 if isinstance(layer, Weighted) and self.owner(layer) and once and features:
                     found[node] = before

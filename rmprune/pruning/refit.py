@@ -51,9 +51,8 @@ def write_layer(model: nn.Module, op: Op, fit: Fitted) -> None:
                 module.weight.copy_(fit.weight)  # type: ignore[operator]
             bias = getattr(module, "bias", None)
             assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean.copy_(
-                fit.mean if bias is None else fit.mean + bias
-            )  # in its own dtype, half precision too
+            # In its own dtype, half precision too.
+            norm.running_mean.copy_(fit.mean if bias is None else fit.mean + bias)
             norm.running_var.copy_(fit.variance)
         elif module is not None and fit.weight is not None:
             scaled = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))

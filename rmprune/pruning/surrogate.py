@@ -26,9 +26,8 @@ from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.program import read_program
 
 _SAMPLES = 1 << 12  # positions that each layer is fitted on
-_BEHIND = (
-    4  # layers fitted behind a group that is made narrow: what is left of its error then is not made up for further on
-)
+# Layers fitted behind a group that is made narrow: what is left of its error then is not made up for further on.
+_BEHIND = 4
 _BATCH = 128
 
 

@@ -94,9 +94,8 @@ def reserve(
         *after_activation(layer.activation, rule, rows.low, rows.high), Side(own, layout.total + behind), layout.extra_groups,
     )  # fmt: skip
     forms = code.forms
-    if as_is.any() and carry.side.total == len(carry.channel) == len(
-        carry.side.positions
-    ):  # x itself, in the first layer
+    # It is x itself, in the first layer.
+    if as_is.any() and carry.side.total == len(carry.channel) == len(carry.side.positions):
         forms |= {"slope" if rule is not None and rule.slopes else "free"}
     if bool((rows.offset[moved] != 0).any()):
         forms |= {"shift"}

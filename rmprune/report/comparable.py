@@ -8,7 +8,7 @@ from rmprune.runs.records import networks
 
 _OWN = {
     "seed", "seeds", "method", "skip_infeasible", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "memory_ratio",
-    "budget", "device", "workers", "checkpoint_seconds", "tensorboard",
+    "budget", "device", "workers", "checkpoint_seconds", "tensorboard", "mlflow",
 }  # fmt: skip
 """Settings that rows are told apart by, or that do not change a network."""
 _BY_SEED = frozenset({"checkpoint", "data.labels", "data.split_seed"})
@@ -18,6 +18,14 @@ _UNREAD = frozenset(
 )
 _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-isomorphic", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
+_RESIDUALS_STAY = (*_TORCH_PRUNING, "residual", "inner", "uniform", "scratch", "depth")
+"""Methods that read no settings of a removal."""
+_FIXED = {
+    "rm-slimming": ("gradual", "reconstruct", "importance", "rank"),
+    "uniform": ("gradual", "reconstruct"),
+    **dict.fromkeys(_TORCH_PRUNING, ("gradual", "importance")),
+}
+"""Settings of `prune` that methods set themselves."""
 _BY_TIME = ("mixed", "mixed-amc")
 """Methods that measure what they do, whatever the budget counts."""
 _REMOVAL = {"removal.keep": [], "removal.ranges": "provable", "removal.form": "auto", "removal.fuse": "cheaper"}
@@ -38,7 +46,7 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
         settings = _settings(record)
         for key, mine in settings.items():
             other, theirs = first.get(key, (path, mine))
-            unread = _UNREAD | _REMOVAL.keys() if key[2] in _TORCH_PRUNING else frozenset()
+            unread = _unread(key[2])
             unread |= _BY_SEED if seeds[other] != seeds[path] else frozenset()
             for setting in sorted((theirs.keys() | mine.keys()) - unread):
                 before, now = theirs.get(setting), mine.get(setting)
@@ -50,6 +58,13 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
         if path not in found:
             first = {key: (path, mine) for key, mine in settings.items()} | first
     return found
+
+
+def _unread(method: str) -> frozenset[str]:
+    """Settings that a method does not read: they may differ."""
+    found = {f"prune.{name}" for name in _FIXED.get(method, ())} | (_UNREAD if method in _TORCH_PRUNING else set())
+    found |= {"search_minutes"} if method != "auto" else set()
+    return frozenset(found | (_REMOVAL.keys() if method in _RESIDUALS_STAY else set()))
 
 
 def _settings(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:

@@ -35,17 +35,16 @@ def find_setting(config: dict[str, Any], name: str) -> Any:
 
 
 def budget_of(record: dict[str, Any]) -> str:
-    """What the pruned network was allowed, as "latency 0.5", "macs 0.25" or "channels 0.7"; empty where nothing says
+    """What the pruned network was allowed, as "latency 0.5", "macs 0.25, memory 0.5" or "channels 0.7"; empty where nothing says
     so.
 
     Taken from the record's own `budget` ({"macs_ratio": 0.25}), else from its config.
     """
     own = record.get("budget")
-    for name in _BUDGETS:
-        value = own.get(name) if isinstance(own, dict) else find_setting(record["config"], name)
-        if isinstance(value, int | float):
-            return f"{'channels' if name == 'ratio' else name.removesuffix('_ratio')} {value:g}"
-    return ""
+    found = own if isinstance(own, dict) else {name: find_setting(record["config"], name) for name in _BUDGETS}
+    kinds = [name for name in _BUDGETS if isinstance(found.get(name), int | float)]
+    said = [f"{'channels' if name == 'ratio' else name.removesuffix('_ratio')} {found[name]:g}" for name in kinds]
+    return ", ".join(said if found is own else said[:1])
 
 
 def model_of(record: dict[str, Any]) -> str:

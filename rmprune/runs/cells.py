@@ -22,6 +22,8 @@ class Cell:
     value: float
     directory: Path
     shared: Path
+    memory: float | None = None
+    """The memory_ratio that holds beside it."""
 
     @property
     def record(self) -> Path:
@@ -31,18 +33,28 @@ class Cell:
     @property
     def budget(self) -> dict[str, float]:
         """As a record says it."""
-        return {self.kind: self.value} if self.kind else {}
+        beside = {} if self.memory is None else {"memory_ratio": self.memory}
+        return {self.kind: self.value} | beside if self.kind else {}
 
 
-def plan_cells(root: Path, seed: int, seeds: int, budgets: list[tuple[str, float]]) -> list[Cell]:
+def plan_cells(
+    root: Path, seed: int, seeds: int, budgets: list[tuple[str, float]], memory: float | None = None
+) -> list[Cell]:
     """The cells in the order they are done: `seeds` seeds from `seed` on, each with every (kind, value) of `budgets`.
 
     A single cell is the run directory itself.
     """
     if seeds == 1 and len(budgets) == 1:
-        return [Cell(seed, *budgets[0], root, root)]
+        return [Cell(seed, *budgets[0], root, root, memory)]
     return [
-        Cell(one, kind, value, root / f"seed{one}" / (f"{kind}-{value:g}" if kind else "plan"), root / f"seed{one}")
+        Cell(
+            one,
+            kind,
+            value,
+            root / f"seed{one}" / (f"{kind}-{value:g}" if kind else "plan"),
+            root / f"seed{one}",
+            memory,
+        )
         for one in range(seed, seed + seeds)
         for kind, value in budgets
     ]

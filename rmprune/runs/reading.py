@@ -6,9 +6,8 @@ from typing import Any
 
 from rmprune.errors import ArtifactError
 
-LARGEST_JSON = (
-    2**24
-)  # bytes of text that a file may have; a network of a thousand layers describes itself in one million
+# Bytes of text that a file may have; a network of a thousand layers describes itself in one million.
+LARGEST_JSON = 2**24
 LONGEST = 20  # digits of a whole number: as many as fit into a float and 64 bits
 DEEPEST = 64  # lists in lists; beyond it Python's own recursion ends somewhere
 

@@ -18,9 +18,8 @@ from rmprune.training.state import Hook
 from rmprune.training.together import fit_together
 
 Config = TypeVar("Config", covariant=True)
-IMAGES = (
-    2048  # training images that importances are measured and layers fitted on, at most, fewer where they are large,
-)
+# Training images that importances are measured and layers fitted on, at most, fewer where they are large.
+IMAGES = 2048
 IMPORTANCE_BATCH = 128  # so many at a time
 
 

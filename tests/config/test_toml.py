@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,18 @@ def test_what_is_required_may_come_from_a_flag(tmp_path: Path, text: str, words:
     assert (type(found.network), found.network.model, found.out) == (NetworkConfig, "resnet8", Path("x"))
     with pytest.raises(SystemExit):
         cli._parse(ConvertConfig, ["--config", str(file)], "convert")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[train]\nschedule = "cosinus"\n', "train.schedule is 'cosinus'; use 'cosine' or 'constant'"),
+        ('[prune]\nratio = 0.5\ncost = "watts"\n', "prune.cost is 'watts'; use 'macs' or 'time'"),
+        ("[removal]\nranges = 3\n", "removal.ranges is 3; use 'provable' or 'calibrated'"),
+        ('[train]\nepochs = "many"\n', 'wrong value type for field "train.epochs" - should be "int"'),
+    ],
+)
+def test_a_wrong_choice_is_said_with_those_there_are(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError, match=f"c.toml: {re.escape(said)}"):
+        from_toml(SlimConfig, tmp_path / "c.toml")

@@ -178,6 +178,10 @@ def test_layers_are_fitted_on_what_the_network_reads_in_the_loss() -> None:
             lambda model, batch: model(batch["image"]).mean(),
             "failed .(IndexError|TypeError).*batch 0",
         ),
+        (
+            lambda model, batch: torch._check(False, lambda: "one\ntwo"),
+            r"^loss: failed \(RuntimeError: one\) \(batch 0\)$",
+        ),
         (lambda model, batch: 0 * model(batch).mean(), "every score is 0"),
     ],
 )

@@ -83,10 +83,12 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 2)
-    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform")})
-    prune = PruneConfig(macs_ratio=(0.5,), round_to=1)
+    monkeypatch.setattr(
+        auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform", "coupled-taylor")}
+    )
+    prune = PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,), round_to=1)  # which Torch-Pruning's preset cannot hold
     config = replace(QUICK, method=("auto",), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
-    config = replace(config, search_minutes=0.001, measure=replace(QUICK.measure, backends=("eager",)))
+    config = replace(config, search_minutes=0.001)
     config = replace(config, data=replace(config.data, train_images=256))
     (path,) = run_slim(replace(config, out=tmp_path / "run"), command="x")
     record = records.read_record(path)
@@ -97,6 +99,8 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
         f"{min(('residual', 'uniform', 'plan-1', 'plan-2'), key=losses.__getitem__)} with"
     )
     assert found["macs"] <= 0.5 * record["original"]["macs"]
+    assert found["activation_bytes"] <= 0.7 * record["original"]["activation_bytes"]
+    assert record["budget"] == {"macs_ratio": 0.5, "memory_ratio": 0.7} and "coupled-taylor" not in found["candidates"]
     assert set(found["plan"]["blocks"]) <= {"layer1.0", "layer2.0", "layer3.0"} and found["plan"]["widths"]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["plan"] for line in log if "search" in line] == ["plan-1", "plan-2", "plan-3"]  # the third by a change
@@ -150,7 +154,6 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(METHODS, "auto", METHODS["auto"]._replace(candidates=("rm-v1",)))
     prune, none = PruneConfig(latency_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
     config = replace(QUICK, method=("auto",), prune=prune, train=none, finetune=none, search_minutes=0.0, out=tmp_path)
-    config = replace(config, measure=replace(QUICK.measure, backends=("eager",)))
     found = records.read_record(run_slim(config, command="x")[0])
     assert found["auto"]["params"] <= 0.5 * found["original"]["params"]
     tried = found["auto"]["candidates"]

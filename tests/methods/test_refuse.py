@@ -65,11 +65,10 @@ def test_what_cannot_be_cut_is_refused_before_training(
     model: str, method: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = noise()
-    monkeypatch.setattr(stages, "load_dataset", lambda *_: data)
     monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
     config = replace(QUICK, model=model, width=None, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
     with pytest.raises(UnsupportedModel, match=reason):
-        run_slim(replace(config, out=tmp_path / "run"), command="x")
+        run_slim(replace(config, out=tmp_path / "run"), command="x", load=lambda *_: data)
     assert not (tmp_path / "run").exists()
 
 

@@ -14,10 +14,16 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.runs import records
 
 ONE = replace(QUICK, method=("scratch",), train=TrainConfig(epochs=1), finetune=TrainConfig(epochs=1))
-ONE = replace(ONE, measure=replace(QUICK.measure, backends=("eager",)))
 
 
-@pytest.mark.parametrize("prune", [PruneConfig(macs_ratio=(0.5,)), PruneConfig(latency_ratio=(0.3,))])
+@pytest.mark.parametrize(
+    "prune",
+    [
+        PruneConfig(macs_ratio=(0.5,)),
+        PruneConfig(latency_ratio=(0.3,)),
+        PruneConfig(macs_ratio=(0.9,), memory_ratio=(0.6,)),
+    ],
+)
 def test_the_widest_within_the_budget_is_trained_for_both_budgets_of_epochs(
     prune: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

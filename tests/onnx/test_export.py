@@ -1,16 +1,19 @@
 """ONNX files: equal to the network within what float32 does to it, or not written."""
 
+import gc
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from artifact_nets import net
 from torch import nn
 
+import rmprune
 from rmprune.artifact.files import save
 from rmprune.errors import NotEquivalent
-from rmprune.onnx import export
-from rmprune.onnx.compare import rounding
+from rmprune.onnx import bare, export
+from rmprune.onnx.compare import open_session, rounding
 from rmprune.onnx.export import export_onnx
 
 
@@ -63,3 +66,45 @@ def test_onnx_may_differ_by_what_float32_does_to_the_network_and_no_more(
     with pytest.raises(NotEquivalent, match="differs"):
         export_onnx(model, x, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()
+
+
+def test_weights_over_the_limit_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4)).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    export_onnx(model, x, tmp_path / "one.onnx")
+    monkeypatch.setattr(bare, "EXTERNAL_OVER", 1000)
+    assert export_onnx(model, x, tmp_path / "net.onnx") < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data", "one.onnx"]
+    assert (tmp_path / "net.onnx").stat().st_size < 1500 < (tmp_path / "net.onnx.data").stat().st_size
+    one, two = (onnx.load(tmp_path / name, load_external_data=False).graph for name in ("one.onnx", "net.onnx"))
+    assert [value.name for value in two.input] == ["input"] and list(two.output) == list(one.output)
+    assert open_session(tmp_path / "net.onnx").run(None, {"input": x[:1].numpy()})[0].shape == (1, 4)
+    with pytest.raises(NotEquivalent):
+        export_onnx(model, x, tmp_path / "none.onnx", tolerance=0)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_networks_are_not_held_in_circles(tmp_path: Path) -> None:
+    """What was copied, traced, folded and written is gone when a call is over, not when Python looks for circles."""
+    block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.add, (graph.call_module("block", (x,)), x)))
+    model, image = torch.fx.GraphModule({"block": block}, graph).eval(), torch.randn(2, 4, 4, 4)
+
+    def run() -> None:
+        assert rmprune.plan_removal(model, image)[0].removable
+        rmprune.save(model, tmp_path / "net", example_inputs=image, overwrite=True)
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(o) for o in gc.get_objects() if type(o) is nn.Conv2d}
+        run()
+        held = [o for o in gc.get_objects() if type(o) is nn.Conv2d and id(o) not in before]
+        assert all(layer.weight.is_meta for layer in held)
+    finally:
+        gc.enable()

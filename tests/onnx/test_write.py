@@ -12,7 +12,7 @@ from onnx_examples import graph_of, normal, residual, written
 from rmprune import artifact
 from rmprune.config import ConvertConfig, NetworkConfig
 from rmprune.errors import RmpruneError
-from rmprune.onnx import write
+from rmprune.onnx import bare
 from rmprune.pipelines.convert import run_convert
 
 
@@ -118,7 +118,7 @@ def test_weights_over_the_limit_lie_beside_the_file_in_both_directions(
 ) -> None:
     source, model = tmp_path / "camera.onnx", residual()
     onnx.save_model(model, source, save_as_external_data=True, location="camera.bin", size_threshold=100)
-    monkeypatch.setattr(write, "EXTERNAL_OVER", 1000)
+    monkeypatch.setattr(bare, "EXTERNAL_OVER", 1000)
     out = run_convert(ConvertConfig(NetworkConfig(str(source)), tmp_path / "out"))
     assert (out / "model.onnx").stat().st_size < 4000 and (out / "model.onnx.data").stat().st_size > 1000
     expected = outputs(source, 2, 3, 8, 8)
@@ -151,7 +151,7 @@ def test_a_file_that_differs_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         for name in weights:
             weights[name] = weights[name] * 1.01
 
-    monkeypatch.setattr(write, "_fold_weights", damaged)
+    monkeypatch.setattr(bare, "_fold_weights", damaged)
     with pytest.raises(RmpruneError, match="the new file, differs from the file by"):
         converted(residual(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["camera.onnx"]

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_runs import QUICK
+from slim_runs import ON_BOTH_BACKENDS as QUICK
+from slim_runs import by_parameters
 
 import rmprune
 from rmprune.cli import main
 from rmprune.config import MeasureConfig, NetworkConfig, PruneConfig, RemeasureConfig, TrainConfig
 from rmprune.errors import ArtifactError, ConfigError
+from rmprune.measure.place import Place
+from rmprune.methods.table import find_methods
 from rmprune.pipelines import slim, stages
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.deploy import ranked
@@ -21,6 +24,7 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.report.build import build_report
 from rmprune.report.tables import budget_of
 from rmprune.runs import records
+from rmprune.training.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +132,28 @@ def test_a_damaged_stage_is_refused_before_it_is_done_again(tmp_path: Path) -> N
         slim.stage(tmp_path / "dense", lambda: pytest.fail("trained for nothing"))
 
 
-def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(tmp_path: Path) -> None:
+def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     none, one = TrainConfig(epochs=0), MeasureConfig(("eager",), (1,), (1,), seconds=0.0, min_rounds=3)
     budget = PruneConfig(memory_ratio=(0.7,), round_to=1, importance="magnitude", reconstruct=False)
-    config = replace(QUICK, out=tmp_path / "run", width=8, train=none, finetune=none, measure=one, prune=budget)
-    for method, settings in (("coupled", budget), ("rm", replace(budget, gradual=True))):
-        with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
+    config = replace(QUICK, out=tmp_path / "run", model="resnet8", width=8, train=none, finetune=none, measure=one)
+    both = replace(budget, macs_ratio=(0.5,))
+    with pytest.raises(ConfigError, match=r"memory_ratio has 2 values; beside macs_ratio give one"):
+        replace(both, memory_ratio=(0.5, 0.6))
+    refused = [("coupled", both), ("rm", replace(both, gradual=True)), ("auto", budget), ("mixed", both)]
+    for method, settings in refused:
+        with pytest.raises(ConfigError, match=r"memory_ratio is (met by one cut of ours|not met by mixed)"):
             run_slim(replace(config, method=(method,), prune=settings, finetune=TrainConfig(epochs=1)), command="x")
     assert not (tmp_path / "run").exists()
-    run_slim(replace(config, method=("rm",)), command="x")
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    for settings in (budget, replace(budget, latency_ratio=(0.8,))):
+        own = replace(config, prune=settings)
+        slim.refuse_early(find_methods(("rm",)), None, Job(own, slim.open_data(own), torch.device("cpu"), 0))
+    run_slim(replace(config, method=("rm",), prune=both), command="x")
     record = records.read_record(tmp_path / "run")
-    assert 0.5 < record["pruned"]["activation_bytes"] / record["original"]["activation_bytes"] <= 0.7
-    assert budget_of(record) == "memory 0.7" and all(
+    assert record["pruned"]["macs"] <= 0.5 * record["original"]["macs"]
+    assert record["pruned"]["activation_bytes"] <= 0.7 * record["original"]["activation_bytes"]
+    assert budget_of(record) == "macs 0.5, memory 0.7" and all(
         e["meets_budget"] for e in ranked(tmp_path / "run", None) if e["candidate"]
     )

@@ -131,9 +131,13 @@ def test_amc_takes_them_by_name_and_says_what_to_do_next(
     main(("amc", *flags.split(), *search.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
     record = records.read_record(tmp_path / "run")
     assert record["rm-amc"]["macs"] <= 0.6 * record["original"]["macs"] and record["removal"]["kept"] == {}
-    figure, deployed, following, again = capsys.readouterr().out.splitlines()[-4:]
+    figure, page, deployed, following, again = capsys.readouterr().out.splitlines()[-5:]
     run = tmp_path / "run"
-    assert figure.startswith("figure: ") and deployed == f"deploy: {run / 'deploy'}"
+    assert (
+        figure.startswith("figure: ")
+        and page == f"page:   {run / 'report' / 'index.html'}"
+        and deployed == f"deploy: {run / 'deploy'}"
+    )
     assert following == f"next:   python {run / 'deploy' / 'predict.py'} IMAGE" and f"rmprune measure {run} " in again
     assert (run / "deploy" / "model.onnx").is_file() and len(opened) == 1  # deploying takes what is open
 

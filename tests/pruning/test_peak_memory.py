@@ -38,6 +38,17 @@ def test_the_budget_is_met_and_hardly_missed(plain: bool, which: str, ratio: flo
         assert rmprune.count_params(pruned) > 0.8 * rmprune.count_params(net)
 
 
+@pytest.mark.parametrize("which", ["free", "uniform"])
+@pytest.mark.parametrize(("macs", "memory"), [(0.5, 0.9), (0.95, 0.6), (0.6, 0.75)], ids=["macs", "memory", "both"])
+def test_beside_a_budget_of_macs_both_hold(which: str, macs: float, memory: float) -> None:
+    net = network(plain=True)
+    budget = rmprune.Budget(macs_ratio=macs, memory_ratio=memory, round_to=1)
+    pruned = rmprune.prune(net, X, importance="magnitude", budget=budget, which=which, prove=False)  # type: ignore[arg-type]
+    counted = rmprune.count_macs(pruned, X[:1]) / rmprune.count_macs(net, X[:1]) / macs
+    held = peak(pruned) / peak(net) / memory
+    assert max(counted, held) <= 1 and max(counted, held) > 0.85  # and neither was cut to for nothing
+
+
 def test_what_lives_follows_from_the_widths() -> None:
     net = network(plain=True)
     structure = find_structure(net, X)
@@ -63,9 +74,16 @@ def test_the_least_is_named_and_can_be_had() -> None:
         rmprune.prune(net, X, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.5, min_fraction=0.9))
 
 
-def test_ways_that_do_not_count_memory_say_so() -> None:
+@pytest.mark.parametrize("beside", [{}, {"macs_ratio": 0.5}])
+def test_ways_that_do_not_count_memory_say_so(beside: dict[str, float]) -> None:
+    budget = rmprune.Budget(memory_ratio=0.5, **beside)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
-        rmprune.pruning.prune_coupled(network(), X, importance="magnitude", budget=rmprune.Budget(memory_ratio=0.5))
+        rmprune.pruning.prune_coupled(network(), X, importance="magnitude", budget=budget)
+    with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
+        rmprune.pruning.GradualPruner(network(), X, budget, every=1, prune_epochs=1)
+    with pytest.raises(ConfigError, match="no time and no memory"):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)
+        rmprune.Pruner(network(), X, budget, optimizer=optimizer, steps=3)
 
 
 def test_settings_that_count_costs_of_layers_are_refused() -> None:

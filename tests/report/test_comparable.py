@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import fuzz
 import pytest
 
+from rmprune.methods.table import METHODS
+from rmprune.report.comparable import incomparable
 from rmprune.report.gather import gather
 from rmprune.runs.records import read_record, write_record
 
@@ -63,6 +66,26 @@ def test_settings_that_torch_pruning_does_not_read_may_differ(runs: Path) -> Non
         del record["pruned"]
         write_record(path, record)
     assert not left_out(runs)
+
+
+def test_settings_that_a_method_does_not_read_may_differ_and_methods_say_which() -> None:
+    read = {"form": "slice"}, {"form": "pair"}
+
+    def differ(method: str, settings: tuple[dict[str, str], dict[str, str]], table: str) -> bool:
+        found = [fuzz.good_record() for _ in range(2)]
+        for record, own in zip(found, settings, strict=True):
+            record["config"][table] = own
+            record["method"], record["pruned"]["method"] = method, method
+            del record["plain"]
+        return bool(incomparable({Path(str(n)): record for n, record in enumerate(found)}))
+
+    for name, method in METHODS.items():
+        plain = method.start == "dense" and not (method.candidates or method.faster) and name != "plan"
+        assert differ(name, read, "removal") != plain, name
+        for setting in ("importance", "gradual"):
+            fixed = setting in method.settings
+            assert differ(name, ({setting: "a"}, {setting: "b"}), "prune") != fixed, (name, setting)
+    assert differ("auto", ({"search": "a"}, {"search": "b"}), "finetune")
 
 
 def test_budgets_in_time_that_were_counted_elsewhere_are_not_averaged(runs: Path) -> None:

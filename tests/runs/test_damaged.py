@@ -9,8 +9,11 @@ from typing import Any
 import fuzz
 import pytest
 
+from rmprune.artifact import load
+from rmprune.config import NetworkConfig
 from rmprune.errors import ArtifactError
 from rmprune.measure import LatencyModel
+from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.measure import network_directory
 from rmprune.runs.notes import read_notes
 from rmprune.runs.reading import DEEPEST, LARGEST_JSON, parse_json
@@ -52,6 +55,17 @@ def test_a_network_lies_in_its_run(name: str, tmp_path: Path) -> None:
     (tmp_path / "run" / "a").mkdir(parents=True)
     with pytest.raises(ArtifactError, match="names no folder"):
         network_directory(tmp_path / "run", name)
+
+
+def test_a_damaged_network_is_not_called_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "architecture.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"architecture\.json: damaged"):
+        load(network_directory(tmp_path, "pruned"))
+    with pytest.raises(ArtifactError, match=r"architecture\.json: damaged"):
+        open_network(NetworkConfig(str(tmp_path / "pruned")))
+    with pytest.raises(ArtifactError, match="'plain' is not there"):
+        network_directory(tmp_path, "plain")
 
 
 def test_settings_that_are_no_numbers_are_left_out_of_a_name(tmp_path: Path) -> None:
