@@ -26,14 +26,9 @@ class Finished(ConfigError):
 
 @contextlib.contextmanager
 def claim(
-    directory: Path,
-    config: Config,
-    *,
-    records: list[Path],
-    networks: Collection[str],
-    overwrite: bool,
+    directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool,
     wait: bool = False,
-) -> Iterator[None]:
+) -> Iterator[None]:  # fmt: skip
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
     use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
 
