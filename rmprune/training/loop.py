@@ -100,18 +100,9 @@ class _Training:
     journal: Journal
 
     def __init__(
-        self,
-        model: nn.Module,
-        data: Dataset,
-        config: TrainConfig,
-        seed: int,
-        device: torch.device,
-        hook: Hook | None,
-        checkpoint: Path | None,
-        label: str,
-        rank: int,
-        world: int,
-    ) -> None:
+        self, model: nn.Module, data: Dataset, config: TrainConfig, seed: int, device: torch.device, hook: Hook | None,
+        checkpoint: Path | None, label: str, rank: int, world: int,
+    ) -> None:  # fmt: skip
         self.data, self.config, self.seed, self.device, self.hook = data, config, seed, device, hook
         self.label, self.rank, self.world = label, rank, world
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
