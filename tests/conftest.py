@@ -37,6 +37,7 @@ def pytest_collection_finish() -> None:
     """What the imports made stays: every full collection, and each measurement of a time begins with one, passes it by."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

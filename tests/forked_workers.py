@@ -8,6 +8,17 @@ from pathlib import Path
 from typing import Any
 
 
+def import_before_forks() -> None:
+    """What commands import once they run, and each forked one would anew."""
+    import onnxruntime  # noqa: F401
+    import sklearn.datasets
+    import sklearn.metrics  # noqa: F401
+
+    import rmprune.pipelines.slim
+    import rmprune.pipelines.train
+    import rmprune.report.build  # noqa: F401
+
+
 class Forked:
     """`done`, `result`, `cancel`. It leaves its result in a file, or none, and outlives the process that started it."""
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from forked_workers import Forked
+from forked_workers import Forked, import_before_forks
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this rmprune, not one that is installed
@@ -292,8 +292,7 @@ def main() -> None:
     if options.child:
         return child(options.child[0], int(options.child[1]), options.child[2])
     if options.fork != "none":
-        import rmprune.pipelines.slim
-        import rmprune.report.build  # noqa: F401
+        import_before_forks()
     sys.exit(rounds(options.kills, options.seed, options.commands.split(","), options.fork, options.fault) > 0)
 
 

@@ -1,5 +1,7 @@
 """Runs of `slim` in miniature, with times made up where they are the budget."""
 
+from dataclasses import replace
+
 import torch
 
 import rmprune
@@ -17,8 +19,9 @@ QUICK = SlimConfig(
     train=TrainConfig(epochs=2),
     finetune=TrainConfig(epochs=2, learning_rate=0.02),
     prune=PruneConfig(macs_ratio=(0.5,), cuts=4, round_to=1),
-    measure=MeasureConfig(threads=(1,), batch_sizes=(1,), seconds=0.0, min_rounds=3),
+    measure=MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(1,), seconds=0.0, min_rounds=3),
 )
+ON_BOTH_BACKENDS = replace(QUICK, measure=replace(QUICK.measure, backends=("onnxruntime", "eager")))
 
 
 def by_parameters(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:

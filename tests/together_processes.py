@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from forked_workers import import_before_forks
 
 
 def on_processes(work: Callable[[int], object], said: Path, world: int = 2) -> list[int]:
     """The exit status of each process that does `work(rank)`, -N where signal N ended it; what rank N says goes to `said`/N.txt."""
+    import_before_forks()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's own process has it
     shared = {"MASTER_PORT": str(store.port), "WORLD_SIZE": str(world), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     said.mkdir(parents=True, exist_ok=True)

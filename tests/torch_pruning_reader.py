@@ -1,12 +1,14 @@
 """The groups as Torch-Pruning sees them, read from its dependency graph: what our own are compared with. Not used by rmprune."""
 
+from __future__ import annotations
+
 import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
@@ -19,9 +21,14 @@ from rmprune.pruning.groups import (
 )
 from rmprune.pruning.layers import is_depthwise, sized_layers
 
+if TYPE_CHECKING:
+    import torch_pruning as tp
+
 
 def dependency_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
     """The groups of any network Torch-Pruning can follow. What cannot be sliced exactly is frozen, with the reason."""
+    import torch_pruning as tp  # and timm with it, for those tests alone: more kinds of modules make each tracing slower
+
     shapes = record_shapes(model, example_inputs)
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     try:

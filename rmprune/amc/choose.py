@@ -120,13 +120,9 @@ class Goal:
 
 
 def choose(
-    network: nn.Module,
-    space: Space,
-    method: SearchMethod,
-    job: Job[AmcConfig],
-    goal: Goal,
+    network: nn.Module, space: Space, method: SearchMethod, job: Job[AmcConfig], goal: Goal,
     watch: Watcher | None = None,
-) -> Chosen:
+) -> Chosen:  # fmt: skip
     """Search the space for the widths of `network`; in measured time the best policy is verified, and corrected, as a whole.
 
     Selection sees training images (importance, calibration) and a fixed part of the validation split (rewards), no others.

@@ -121,10 +121,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     tensors = _read_weights(path, str(content.get("sha256")), most)
     last = content.get("channels_last")
     channels_last = {name for name in last if isinstance(name, str)} if isinstance(last, list) else set()
-    for (
-        name,
-        tensor,
-    ) in tensors.items():  # out of the mapped file: kernels round otherwise on memory that is not aligned
+    # Out of the mapped file: kernels round otherwise on memory that is not aligned.
+    for name, tensor in tensors.items():
         order = _channels_last(tensor) if name in channels_last and tensor.dim() in (4, 5) else torch.contiguous_format
         tensors[name] = torch.empty_like(tensor, memory_format=order).copy_(tensor)
     try:

@@ -45,6 +45,8 @@ class TrainConfig:
     """Save the checkpoint this often, besides after every epoch."""
     tensorboard: bool = field(default=False, metadata=changeable())
     """Write TensorBoard files beside log.jsonl."""
+    mlflow: bool = field(default=False, metadata=changeable())
+    """Tell MLflow each epoch, in its experiment rmprune, where MLFLOW_TRACKING_URI says."""
     distillation: float = 0.0
     """Weight of the teacher's soft targets in the loss (0 to 1); needs a teacher."""
     temperature: float = 4.0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rmprune.errors import ConfigError, DataError
+from rmprune.errors import ConfigError, DataError, first_line
 from rmprune.graph.finite import broken_tensor
 
 Batches = Iterable[Any]
@@ -148,8 +148,7 @@ def own_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
     except DataError:
         raise
     except Exception as error:
-        said = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-        raise DataError(f"loss: failed ({type(error).__name__}: {said})") from error
+        raise DataError(f"loss: failed ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         what = f"a {value.dtype} tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"loss: it returns {what}; return one number as a tensor, for example the mean over the images")

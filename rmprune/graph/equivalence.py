@@ -25,12 +25,9 @@ SCALES = (1.0, 10.0, 100.0)
 
 
 def check_inputs(
-    example_inputs: tuple[Tensor, ...],
-    given: int,
-    random: int,
-    seed: int = 0,
+    example_inputs: tuple[Tensor, ...], given: int, random: int, seed: int = 0,
     limits: tuple[float, float] = (-math.inf, math.inf),
-) -> tuple[tuple[Tensor, ...], list[int]]:
+) -> tuple[tuple[Tensor, ...], list[int]]:  # fmt: skip
     """Float64 inputs to compare on, and the sizes of their groups: `given` first images, then `random` ones inside `limits`.
 
     Random images are normal with scales 1, 10 and 100 in turn; the last mixes all scales, pixel by pixel.

@@ -23,10 +23,8 @@ logger = logging.getLogger("rmprune")
 _WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
-_HOOKED = (
-    "WeightNorm",
-    "SpectralNorm",
-)  # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations
+# torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations.
+_HOOKED = ("WeightNorm", "SpectralNorm")
 _STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame")  # timm's
 
 

@@ -23,13 +23,9 @@ from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
 from rmprune.graph.written_out import as_layers
 
-_TRANSFORMERS = (
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.Transformer,
-)  # of torch, but made of layers that can be cut
+_TRANSFORMERS = (  # of torch, but made of layers that can be cut
+    nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer,
+)  # fmt: skip
 
 
 class PlainTracer(Tracer):

@@ -25,12 +25,9 @@ Starts = Callable[[str], nn.Module]
 
 
 def check_budgets(
-    start: Starts,
-    methods: dict[str, Method],
-    budgets: list[Budget],
-    job: Job[SlimConfig],
+    start: Starts, methods: dict[str, Method], budgets: list[Budget], job: Job[SlimConfig],
     searches: Mapping[str, Callable[[Budget], object]] = MappingProxyType({}),
-) -> None:
+) -> None:  # fmt: skip
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
     Networks may have any weights. Of a method's candidates one that can do it is enough; with `skip_infeasible` one method is enough

@@ -29,13 +29,9 @@ TIME_ATTEMPTS = 5  # further cuts, at most, where the trained network misses its
 
 
 def slim_network(
-    network: nn.Module,
-    method: Method,
-    budget: Budget,
-    job: Job[SlimConfig],
-    files: Files,
+    network: nn.Module, method: Method, budget: Budget, job: Job[SlimConfig], files: Files,
     widths: Mapping[str, int] | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """Prune `network` to the budget and fine-tune it; all methods get the same number of epochs. On the CPU, in eval mode.
     `widths`: of a plan, by layers, from which it is cut to the budget.
 

@@ -136,26 +136,19 @@ def _plain(function: Callable[..., Any]) -> Callable[[list[Any], Mapping[str, An
 
 
 _BROADCAST = ("Add", "Sub", "Mul", "Div", "Equal", "Where", "Min", "Max", "Pow")
+_BY_NUMPY: dict[str, Callable[..., Any]] = {
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Neg": np.negative, "Floor": np.floor, "Ceil": np.ceil,
+    "Sqrt": np.sqrt, "Min": np.minimum, "Max": np.maximum, "Equal": np.equal, "Where": np.where, "Identity": np.asarray,
+}  # fmt: skip
 FOLDED: dict[str, Callable[[list[Any], Mapping[str, Any]], Array]] = {
-    "Add": _plain(np.add),
-    "Sub": _plain(np.subtract),
-    "Mul": _plain(np.multiply),
+    **{op: _plain(function) for op, function in _BY_NUMPY.items()},
     "Div": _div,
-    "Neg": _plain(np.negative),
-    "Floor": _plain(np.floor),
-    "Ceil": _plain(np.ceil),
-    "Sqrt": _plain(np.sqrt),
-    "Min": _plain(np.minimum),
-    "Max": _plain(np.maximum),
     "Pow": lambda inputs, attributes: np.power(*inputs).astype(inputs[0].dtype),
-    "Equal": _plain(np.equal),
-    "Where": _plain(np.where),
     "Cast": _cast,
     "Concat": lambda inputs, attributes: np.concatenate(inputs, attributes["axis"]),
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Gather": _gather,
-    "Identity": _plain(lambda x: x),
     "Range": _range,
     "ReduceProd": lambda inputs, attributes: np.prod(
         inputs[0], axes_of(inputs, attributes), keepdims=bool(attributes.get("keepdims", 1))

@@ -40,10 +40,8 @@ logger = logging.getLogger("rmprune")
 TRIES = 3  # workers that a cell may lose, the last one included
 MEASURED = "measured.json"
 LOOK = 0.5  # seconds between two looks at the workers
-NO_TIME: dict[str, Any] = {
-    "seconds": 0.0,
-    "min_rounds": 1,
-}  # what cells measure for their records until all are measured
+# What cells measure for their records until all are measured.
+NO_TIME: dict[str, Any] = {"seconds": 0.0, "min_rounds": 1}
 
 
 class Worker(Protocol):

@@ -74,13 +74,9 @@ def stage(
 
 
 def make_dense(
-    config: RunConfig,
-    data: Dataset,
-    seed: int,
-    width: float | None = None,
-    *,
+    config: RunConfig, data: Dataset, seed: int, width: float | None = None, *,
     tell: Callable[[str], None] = logger.debug,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """The network of a run before training, from its seed, --weights or --checkpoint. In eval mode.
 
     `width`: in the place of the config's, and then without these; `tell` hears what became of the weights. Raises
@@ -152,15 +148,9 @@ def say(facts: Mapping[str, Any]) -> None:
 
 
 def finish(
-    job: Job[RunConfig],
-    cell: Cell,
-    command: str,
-    networks: dict[str, nn.Module],
-    *,
-    methods: list[str],
-    removal: Mapping[str, Any] | None = None,
-    refused: Mapping[str, str] | None = None,
-) -> Path:
+    job: Job[RunConfig], cell: Cell, command: str, networks: dict[str, nn.Module], *, methods: list[str],
+    removal: Mapping[str, Any] | None = None, refused: Mapping[str, str] | None = None,
+) -> Path:  # fmt: skip
     """Measure the networks of a cell, the trained one as "original", and write its record; returns its path.
 
     `methods`: that made them; `removal`: the facts of RM on the trained network, where it was done; `refused`: {method: why not}.

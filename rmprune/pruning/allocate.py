@@ -184,13 +184,9 @@ class GreedySearch:
 
 
 def allocate_uniform(
-    structure: Structure,
-    importance: Mapping[str, Tensor],
-    budget: Budget,
-    *,
-    target: Target,
+    structure: Structure, importance: Mapping[str, Tensor], budget: Budget, *, target: Target,
     origin: Mapping[str, int] | None = None,
-) -> Keep:
+) -> Keep:  # fmt: skip
     """The same fraction of every group, its most important units: the largest fraction within the budget and the
     limits, each group at the allowed width nearest to it (with `round_to` some may stay whole).
     """
@@ -217,18 +213,10 @@ def allocate_uniform(
 
 
 def allocate(
-    structure: Structure,
-    importance: Mapping[str, Tensor],
-    budget: Budget,
-    cost: Cost | None = None,
-    *,
-    target: Target | None = None,
-    origin: Mapping[str, int] | None = None,
-    rank: str = "per_cost",
-    lookahead: int = 1,
-    begin: Mapping[str, int] | None = None,
-    most: Mapping[str, int] | None = None,
-) -> Keep:
+    structure: Structure, importance: Mapping[str, Tensor], budget: Budget, cost: Cost | None = None, *,
+    target: Target | None = None, origin: Mapping[str, int] | None = None, rank: str = "per_cost", lookahead: int = 1,
+    begin: Mapping[str, int] | None = None, most: Mapping[str, int] | None = None,
+) -> Keep:  # fmt: skip
     """Keep masks {group: bool [units]} that meet the budget.
 
     Greedy: the block whose importance per cost saved is least goes next (the budget's cost; MACs where the budget

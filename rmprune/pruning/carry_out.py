@@ -89,14 +89,9 @@ def collapse_images(examples: Examples) -> Tensor:
 
 
 def carry_out(
-    model: nn.Module,
-    plan: SlimPlan,
-    data: Batches,
-    *,
-    importance: str = "taylor",
-    reconstruct: bool = True,
+    model: nn.Module, plan: SlimPlan, data: Batches, *, importance: str = "taylor", reconstruct: bool = True,
     removal: RemovalConfig = REMOVAL,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """The network of a plan, made of `model` in eval mode on its device, and the facts for its artifact, the plan with every choice and
     width spelled out among them; nothing is trained.
 
@@ -126,13 +121,9 @@ def carry_out(
 
 
 def cut_to(
-    network: nn.Module,
-    structure: Structure,
-    units: Mapping[str, int],
-    data: Batches,
-    importance: str,
+    network: nn.Module, structure: Structure, units: Mapping[str, int], data: Batches, importance: str,
     reconstruct: bool,
-) -> tuple[nn.Module, float]:
+) -> tuple[nn.Module, float]:  # fmt: skip
     """The network with so many units of each group, its most important ones, and its layers fitted to what they put out before; the
     error of its cut (`prove_cut`)."""
     scores = score_groups(importance, network, structure, data)

@@ -51,11 +51,11 @@ def fold_dead_channels(
 
 def fold_dead(
     model: nn.Module, example_inputs: Inputs, *, limits: Budget | None = None, structure: Structure | None = None,
-    origin: Mapping[str, int] | None = None, reading: Reading | None = None, fold: bool = True,
+    origin: Mapping[str, int] | None = None, reading: Reading | None = None, fold: bool = True, own: bool = False,
 ) -> Folded:  # fmt: skip
     """`fold_dead_channels` with the masks and the new structure. `origin`: units the limits refer to; `reading`: as in `find_constants`.
 
-    `fold`: False leaves them, and only finds the constants.
+    `fold`: False leaves them, and only finds the constants. `own`: the network may be given back, not a copy, where nothing goes.
     """
     reading = reading or read(model, example_inputs, values=True)
     structure = structure or find_structure(model, example_inputs, reading=reading)
@@ -72,7 +72,7 @@ def fold_dead(
         for name, mask in keep.items():
             kept[name] = kept[name][mask]
     if result is model:
-        result = copied(model)
+        result = model if own else copied(model)
     else:
         _check(model, result, example_inputs)
     masks = {n: torch.zeros(sizes[n], dtype=torch.bool).index_fill(0, index, True) for n, index in kept.items()}

@@ -224,9 +224,8 @@ def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
 def _effects(model: nn.Module, structure: Structure, batches: Batches | None, name: str) -> Iterator[dict[str, Tensor]]:
     """For each batch: {group: [images, units], sum over positions of activation * gradient of the loss}; 0 where the loss does not go."""
     data = _need(batches, name)
-    at = {
-        g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups
-    }  # where a group's channels lie in what its readers read
+    # Where a group's channels lie in what its readers read.
+    at = {g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups}
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     with evaluating(model), _captured_inputs(modules) as seen:
         for run, count in each_loss(data, model):

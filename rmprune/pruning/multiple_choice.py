@@ -62,12 +62,9 @@ class Solution:
 
 
 def solve(
-    problem: Problem,
-    limit: float | None,
-    *,
-    other_than: Iterable[Mapping[str, int]] = (),
+    problem: Problem, limit: float | None, *, other_than: Iterable[Mapping[str, int]] = (),
     near: tuple[Mapping[str, int], int] | None = None,
-) -> Solution | None:
+) -> Solution | None:  # fmt: skip
     """The answers of the least loss whose cost is at most `limit` (None: of the least cost); None where there are none.
 
     other_than: each names answers that may not all hold; near: (answers, how many of them may be others).

@@ -139,9 +139,8 @@ def prune(
         aim = replace(target, limit=limit)
         if which == "uniform":
             even = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
-            return {
-                name: mask & held.get(name, mask) for name, mask in even.items()
-            }  # the best of each: one holds the other
+            # The best of each: one holds the other.
+            return {name: mask & held.get(name, mask) for name, mask in even.items()}
         return allocate(
             structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin, most=most
         )
@@ -149,7 +148,7 @@ def prune(
     def cut(keep: Keep) -> tuple[float, tuple[nn.Module, Keep]]:
         result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
         after = structure.shrunk(keep)
-        done = fold(result, example_inputs, structure=after)
+        done = fold(result, example_inputs, structure=after, own=True)
         spent = total_cost(done.structure, target.cost)
         if target.cost is macs and any(layer.kind == "rest" for layer in structure.layers):
             spent = count_macs(done.model, example_inputs)  # products of narrower maps cost less, which no group says

@@ -61,14 +61,9 @@ class ActivationPeaks:
         return self.peak({g.name: allowed_units(g, budget, (origin or {}).get(g.name))[0] for g in structure.groups})
 
     def allocate(
-        self,
-        structure: Structure,
-        importance: Mapping[str, Tensor],
-        budget: Budget,
-        *,
-        uniform: bool = False,
+        self, structure: Structure, importance: Mapping[str, Tensor], budget: Budget, *, uniform: bool = False,
         origin: Mapping[str, int] | None = None,
-    ) -> Keep:
+    ) -> Keep:  # fmt: skip
         """Keep masks {group: bool [units]} that meet `budget.memory_ratio` and the limits. `uniform`: the same fraction of every group.
 
         Raises InfeasibleBudget with the least that can be had.

@@ -38,13 +38,9 @@ GIVEN, DRAWN = 2, 1  # images of the examples, and random ones
 
 
 def prove_cut(
-    model: nn.Module,
-    structure: Structure,
-    keep: Mapping[str, Tensor],
-    example_inputs: Inputs,
-    *,
+    model: nn.Module, structure: Structure, keep: Mapping[str, Tensor], example_inputs: Inputs, *,
     network: nn.Module | None = None,
-) -> float:
+) -> float:  # fmt: skip
     """The largest error of (a) and (b) for the network that `shrink(model, keep, structure)` gives, relative, in float64.
 
     `network`: the one that many cuts led there, whatever its weights are by now; the whole one is then taken with these.

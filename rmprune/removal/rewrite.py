@@ -65,14 +65,9 @@ class Plan(list[BlockReport]):
 
 
 def remove_all(
-    network: Network,
-    keep: Iterable[str] | None,
-    form: str,
-    batch_norm: bool,
-    fuse: str,
-    progress: Callable[[str], None] | None = None,
-    fused: Iterable[str] | None = (),
-) -> Plan:
+    network: Network, keep: Iterable[str] | None, form: str, batch_norm: bool, fuse: str,
+    progress: Callable[[str], None] | None = None, fused: Iterable[str] | None = (),
+) -> Plan:  # fmt: skip
     """Rewrites every addition that can go, in topological order, joins what can be joined, and reports on each addition.
 
     Blocks named in `keep` are left; the linear layers beside those in `fused` are multiplied, whatever `fuse` says. An obstacle met

@@ -8,7 +8,7 @@ from rmprune.runs.records import networks
 
 _OWN = {
     "seed", "seeds", "method", "skip_infeasible", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "memory_ratio",
-    "budget", "device", "workers", "checkpoint_seconds", "tensorboard",
+    "budget", "device", "workers", "checkpoint_seconds", "tensorboard", "mlflow",
 }  # fmt: skip
 """Settings that rows are told apart by, or that do not change a network."""
 _BY_SEED = frozenset({"checkpoint", "data.labels", "data.split_seed"})

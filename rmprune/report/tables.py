@@ -98,14 +98,11 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
             base = original.get(_key(latency))
             ratio = latency.get("ratio", latency["median_ms"] / base if base else None)
             times = {column: latency[column] for column in (*CONFIGURATION, "median_ms", "q1_ms", "q3_ms")}
-            own = {} if latency.get("accuracy") is None else _in_this_format(latency["accuracy"])
+            # As the backend computes it, below float32; what else is known of float32 alone is not said of it.
+            below = latency.get("accuracy")
+            own = {} if below is None else {"accuracy": below, "balanced_accuracy": math.nan, "auc": math.nan}
             found.append(shared | own | times | {"ratio": ratio})
     return found
-
-
-def _in_this_format(accuracy: float) -> dict[str, float]:
-    """Accuracy as the backend computes it, below float32; what else is known of float32 alone is not said of it."""
-    return {"accuracy": accuracy, "balanced_accuracy": math.nan, "auc": math.nan}
 
 
 def frame(records: list[Path]) -> pd.DataFrame:

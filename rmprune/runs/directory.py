@@ -11,11 +11,10 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.writing import LEFT, sweep, write_text
+from rmprune.runs.writing import LEFT, LOCK_FILE, sweep, write_text
 
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
-LOCK_FILE = ".lock"
 WRITTEN = re.compile(
     r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
@@ -27,14 +26,9 @@ class Finished(ConfigError):
 
 @contextlib.contextmanager
 def claim(
-    directory: Path,
-    config: Config,
-    *,
-    records: list[Path],
-    networks: Collection[str],
-    overwrite: bool,
+    directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool,
     wait: bool = False,
-) -> Iterator[None]:
+) -> Iterator[None]:  # fmt: skip
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
     use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
 

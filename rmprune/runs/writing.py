@@ -16,6 +16,8 @@ from rmprune.errors import ArtifactError
 
 LEFT = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(tmp|old)")
 """The names of what is being written, and of a folder that steps aside for it: all that a writer that was killed leaves."""
+LOCK_FILE = ".lock"
+"""Held by the process that is at a run, in whose directory it lies."""
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -70,9 +72,10 @@ def append_line(path: Path, line: str) -> None:
 
 def sweep(folder: Path, names: str = "**/.*") -> None:
     """Take away what writers that were killed left below a folder under such names, to which nobody else may be writing; what stepped
-    aside for something that never came goes back to its place."""
+    aside for something that never came goes back to its place. Runs of their own below it, which have a lock, are left alone."""
+    runs = {lock.parent for lock in folder.rglob(LOCK_FILE)} - {folder} if "**" in names else set()
     for left in list(folder.glob(names)):
-        found = LEFT.fullmatch(left.name)
+        found = None if runs & {*left.parents} else LEFT.fullmatch(left.name)
         if found and found[2] == "old" and not left.with_name(found[1]).exists():
             left.rename(left.with_name(found[1]))
         elif found:

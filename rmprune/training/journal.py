@@ -1,4 +1,4 @@
-"""What a training shows and writes while it runs: progress bar, log.jsonl, TensorBoard. It computes nothing."""
+"""What a training shows and writes while it runs: progress bar, log.jsonl, and what other tools ask for. It computes nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rmprune.errors import ConfigError
 from rmprune.runs.progress import duration
 from rmprune.runs.writing import append_line, write_text
+from rmprune.training.loggers import open_sinks, write_epoch
 
 _LOGGER = logging.getLogger("rmprune.training")
 _REFRESH_SECONDS = 0.2
@@ -26,10 +26,10 @@ class Journal:
 
     def __init__(
         self, label: str, steps: int, *, done_steps: int, done_epochs: int | None, log: Path | None, progress: bool,
-        tensorboard: bool,
+        tools: list[str],
     ) -> None:  # fmt: skip
         self.label, self.log = label, log
-        self._writer = _tensorboard_writer(log, label) if tensorboard else None
+        self._sinks = open_sinks(tools, log, label)
         if log is not None and done_epochs is not None:
             _forget_later_epochs(log, label, done_epochs)
         console = Console(stderr=True)
@@ -74,10 +74,7 @@ class Journal:
         record = {"label": self.label, **record}
         if self.log is not None:
             append_line(self.log, json.dumps(record))
-        if self._writer is not None:
-            for key, value in record.items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"{self.label}/{key}", value, record["epoch"])
+        write_epoch(self._sinks, record, record["epoch"])
         if self._bar is None:
             left = (record["epochs"] - record["epoch"]) * record["seconds"]
             _LOGGER.info(
@@ -90,8 +87,8 @@ class Journal:
         """Take the bar away and close the files."""
         if self._bar is not None:
             self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 def _how_good(record: dict[str, Any]) -> str:
@@ -104,7 +101,7 @@ class SilentJournal(Journal):
     """For the other processes of a distributed training: shows and writes nothing."""
 
     def __init__(self) -> None:
-        self._bar = self._writer = None
+        self._bar, self._sinks = None, []
         self._begun, self._due = 0.0, math.inf
 
     def epoch(self, record: dict[str, Any]) -> None:
@@ -124,13 +121,3 @@ def _forget_later_epochs(log: Path, label: str, done_epochs: int) -> None:
         if not isinstance(record, dict) or record.get("label") != label or record.get("epoch", 0) <= done_epochs:
             kept.append(line + "\n")
     write_text(log, "".join(kept))
-
-
-def _tensorboard_writer(log: Path | None, label: str) -> Any:
-    if log is None:
-        raise ConfigError("tensorboard needs a log file to lie beside; pass log=...")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("tensorboard is not installed; install it with: pip install 'rmprune[all]'") from None
-    return SummaryWriter(str(log.parent / "tensorboard" / label))

@@ -23,6 +23,7 @@ from rmprune.training import distributed
 from rmprune.training.evaluation import NoOutputs, evaluate, number_or_none
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
+from rmprune.training.loggers import SINKS
 from rmprune.training.objective import class_objective, own_objective
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
 from rmprune.training.precision import autocast, compute_dtype
@@ -81,7 +82,7 @@ def fit(
                     done_epochs=None if checkpoint is None else run.finished_epochs,
                     log=None if log is None else Path(log),
                     progress=progress,
-                    tensorboard=config.tensorboard,
+                    tools=[name for name in SINKS if getattr(config, name)],
                 )
                 if rank == 0
                 else SilentJournal()
@@ -99,18 +100,9 @@ class _Training:
     journal: Journal
 
     def __init__(
-        self,
-        model: nn.Module,
-        data: Dataset,
-        config: TrainConfig,
-        seed: int,
-        device: torch.device,
-        hook: Hook | None,
-        checkpoint: Path | None,
-        label: str,
-        rank: int,
-        world: int,
-    ) -> None:
+        self, model: nn.Module, data: Dataset, config: TrainConfig, seed: int, device: torch.device, hook: Hook | None,
+        checkpoint: Path | None, label: str, rank: int, world: int,
+    ) -> None:  # fmt: skip
         self.data, self.config, self.seed, self.device, self.hook = data, config, seed, device, hook
         self.label, self.rank, self.world = label, rank, world
         self.checkpoint = None if checkpoint is None else Path(checkpoint)

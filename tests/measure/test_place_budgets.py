@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from slim_runs import QUICK
+from slim_runs import ON_BOTH_BACKENDS as QUICK
 
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure.place import Place, find_ratio

@@ -88,7 +88,7 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     )
     prune = PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,), round_to=1)  # which Torch-Pruning's preset cannot hold
     config = replace(QUICK, method=("auto",), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
-    config = replace(config, search_minutes=0.001, measure=replace(QUICK.measure, backends=("eager",)))
+    config = replace(config, search_minutes=0.001)
     config = replace(config, data=replace(config.data, train_images=256))
     (path,) = run_slim(replace(config, out=tmp_path / "run"), command="x")
     record = records.read_record(path)
@@ -154,7 +154,6 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(METHODS, "auto", METHODS["auto"]._replace(candidates=("rm-v1",)))
     prune, none = PruneConfig(latency_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
     config = replace(QUICK, method=("auto",), prune=prune, train=none, finetune=none, search_minutes=0.0, out=tmp_path)
-    config = replace(config, measure=replace(QUICK.measure, backends=("eager",)))
     found = records.read_record(run_slim(config, command="x")[0])
     assert found["auto"]["params"] <= 0.5 * found["original"]["params"]
     tried = found["auto"]["candidates"]

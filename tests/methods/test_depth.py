@@ -14,7 +14,7 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.runs import records
 
 ONE = replace(QUICK, method=("depth",), train=TrainConfig(epochs=1), finetune=TrainConfig(epochs=1))
-ONE = replace(ONE, measure=replace(QUICK.measure, backends=("eager",)), data=DataConfig(train_images=128))
+ONE = replace(ONE, data=DataConfig(train_images=128))
 
 
 @pytest.mark.parametrize("prune", [PruneConfig(macs_ratio=(0.7,)), PruneConfig(latency_ratio=(0.95,))])

@@ -14,7 +14,6 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.runs import records
 
 ONE = replace(QUICK, method=("scratch",), train=TrainConfig(epochs=1), finetune=TrainConfig(epochs=1))
-ONE = replace(ONE, measure=replace(QUICK.measure, backends=("eager",)))
 
 
 @pytest.mark.parametrize(

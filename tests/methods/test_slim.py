@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_runs import QUICK, Small, by_parameters
+from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters
 
 from rmprune.config import PruneConfig, TrainConfig
 from rmprune.errors import InfeasibleBudget
@@ -52,7 +52,7 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         LatencyModel, "_measure", lambda self, layers: [layer.cin * layer.cout * 1e-3 for layer in layers]
     )
     prune = PruneConfig(latency_ratio=(0.6,), cost="time", cuts=4, round_to=1)
-    run_slim(replace(QUICK, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
+    run_slim(replace(ON_BOTH_BACKENDS, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
     table = json.loads((tmp_path / "run" / "layer-times-onnxruntime-1-1.json").read_text())
     assert table["threads"] == 1 and len(table["layers"]) > 10
 

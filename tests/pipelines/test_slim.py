@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_runs import QUICK, by_parameters
+from slim_runs import ON_BOTH_BACKENDS as QUICK
+from slim_runs import by_parameters
 
 import rmprune
 from rmprune.cli import main

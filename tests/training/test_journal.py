@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from training_nets import CONFIG, Stop, blobs, records, tiny_net
@@ -34,6 +35,46 @@ def test_tensorboard_is_written_beside_the_log(tmp_path: Path):
     fit(tiny_net(), blobs(), config, seed=0, log=tmp_path / "log.jsonl", label="dense")
     (events,) = (tmp_path / "tensorboard" / "dense").iterdir()
     assert b"dense/validation_accuracy" in events.read_bytes()
+
+
+class Store:
+    """A stand-in for mlflow.MlflowClient."""
+
+    def __init__(self, down: bool = False) -> None:
+        self.down, self.told, self.ended = down, [], []
+
+    def get_experiment_by_name(self, name: str) -> None:
+        if self.down:
+            raise OSError("no server\nat all")
+
+    def create_experiment(self, name: str) -> str:
+        return name
+
+    def create_run(self, experiment: str, run_name: str) -> SimpleNamespace:
+        return SimpleNamespace(info=SimpleNamespace(run_id=(experiment, run_name)))
+
+    def log_metric(self, run: object, key: str, value: float, step: int) -> None:
+        self.told.append((run, key, step))
+        raise OSError("it went away: training goes on")
+
+    def set_terminated(self, run: object) -> None:
+        self.ended.append(run)
+
+
+def test_mlflow_is_told_each_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, file, store = dataclasses.replace(CONFIG, mlflow=True, epochs=2), tmp_path / "r" / "log.jsonl", Store()
+    file.parent.mkdir()
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=lambda: store))
+    fit(tiny_net(), blobs(), config, seed=0, log=file, label="dense")
+    run = ("rmprune", "r dense")
+    assert [told for told in store.told if told[1] == "train_loss"] == [(run, "train_loss", 1), (run, "train_loss", 2)]
+    assert store.ended == [run]
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=lambda: Store(down=True)))
+    with pytest.raises(ConfigError, match=r"^mlflow: its store cannot be used \(no server\); set"):
+        fit(tiny_net(), blobs(), config, seed=0, log=file)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ConfigError, match="pip install mlflow"):
+        fit(tiny_net(), blobs(), config, seed=0, log=file)
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path):

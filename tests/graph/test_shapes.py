@@ -1,0 +1,36 @@
+"""Shapes by formula and on the meta device are those that a run gives, for layers of every rank."""
+
+import pytest
+import torch
+from torch import nn
+
+from rmprune.graph.normalise import normalise
+from rmprune.graph.shapes import to_run
+
+LAYERS = {
+    "1-D, strided": (nn.Conv1d(4, 6, 3, 2), (4, 9)),
+    "3-D, dilated": (nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 2, 1), dilation=(1, 2, 1)), (4, 3, 7, 5)),
+    "padding in words": (nn.Conv2d(4, 6, 3, padding="same"), (4, 7, 5)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, 2, output_padding=1), (4, 7, 5)),
+    "norm of tokens": (nn.BatchNorm1d(4), (4, 9)),
+    "norm of rows": (nn.BatchNorm1d(4), (4,)),
+    "tokens": (nn.Linear(4, 6), (9, 4)),
+    "activation of tokens": (nn.GELU(), (9, 4)),
+    "slopes": (nn.PReLU(4), (4, 9)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_shapes_are_those_of_a_run(name: str) -> None:
+    layer, size = LAYERS[name]
+    model, x = nn.Sequential(layer).double().eval(), torch.randn(2, *size, dtype=torch.float64)
+    *_, node, _ = normalise(model, (x,)).graph.nodes
+    assert node.meta["shape"] == tuple(model(x).shape)
+
+
+@pytest.mark.parametrize("layer", [nn.GRU(4, 3), nn.MultiheadAttention(4, 2)])
+def test_a_layer_runs_without_values_and_is_left_alone(layer: nn.Module) -> None:
+    x = torch.empty(5, 2, 4, dtype=torch.float64, device="meta")
+    y = to_run(layer.eval(), torch.float64)(*[x] * (3 if isinstance(layer, nn.MultiheadAttention) else 1))[0]
+    assert y.is_meta and y.dtype == torch.float64
+    assert not any(p.is_meta or p.dtype != torch.float32 for p in layer.parameters())
