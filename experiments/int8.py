@@ -228,8 +228,8 @@ def add_accuracies(name: str, run: str, found: dict[str, nn.Module], data: Datas
     """Into accuracy.csv, network by network; those that are there with all backends are not measured again."""
     file = settings.out / "accuracy.csv"
     for key, net in found.items():
-        there = pd.read_csv(file).fillna({"run": ""}) if file.is_file() else pd.DataFrame(columns=KEYS)
-        same = (there["model"] == name) & (there["run"].fillna("") == run) & (there["network"] == key)
+        there = rows_of(file) if file.is_file() else pd.DataFrame(columns=KEYS)
+        same = (there["model"] == name) & (there["run"] == run) & (there["network"] == key)
         if not set(settings.backends) <= set(there[same]["backend"]):
             print(f"{name} {run}: accuracy of {key}", flush=True)
             add(list(accuracy_rows(name, run, key, net, data, settings)), file)
@@ -256,7 +256,7 @@ def time_rows(folder: Path, settings: Settings) -> list[dict[str, Any]]:
 
 def table(folder: Path) -> str:
     """Accuracy by network and backend in per cent and AUC, means over runs, and the time relative to the residual network in float32."""
-    found = pd.read_csv(folder / "accuracy.csv").fillna({"run": ""})
+    found = rows_of(folder / "accuracy.csv")
     backends, columns = list(dict.fromkeys(found["backend"])), ["model", "dataset", "network"]
     order = pd.MultiIndex.from_frame(found[columns].drop_duplicates())
     parts = [found.groupby(columns)["run"].nunique().rename("runs").loc[order].map(str)]
@@ -280,15 +280,18 @@ def table(folder: Path) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
+def rows_of(file: Path) -> pd.DataFrame:
+    """Those of a CSV file; networks that came from no run have an empty one."""
+    return pd.read_csv(file, dtype={"run": str}).fillna({"run": ""})
+
+
 KEYS = ["model", "run", "folder", "network", "backend"]
 
 
 def add(rows: list[dict[str, Any]], file: Path) -> None:
     """Put rows into a CSV file; those of the same network and backend go."""
-    before = [pd.read_csv(file)] if file.is_file() else []
+    before = [rows_of(file)] if file.is_file() else []
     data = pd.concat([*before, pd.DataFrame(rows)])
-    if "run" in data:
-        data["run"] = data["run"].fillna("")
     data.drop_duplicates([key for key in KEYS if key in data], keep="last").to_csv(file, index=False)
     (file.parent / "table.md").write_text(table(file.parent) if (file.parent / "accuracy.csv").is_file() else "")
 

@@ -117,7 +117,20 @@ def _parse(path: Path) -> onnx.ModelProto:
         ) from None
     if not proto.HasField("graph") or not proto.graph.node:
         raise ArtifactError(f"{path}: holds no network; it was cut short or is no ONNX file: copy or export it again")
+    if not _is_text(proto):
+        raise ArtifactError(f"{path}: damaged: a name in it is no text (UTF-8); copy or export it again")
     return proto
+
+
+def _is_text(message: Any) -> bool:
+    """Whether every string of a message is one: protobuf hands those that are not UTF-8 on as bytes."""
+    for field, value in message.ListFields():
+        values = [value] if isinstance(value, str | bytes) or not hasattr(value, "__len__") else value
+        if field.type == field.TYPE_MESSAGE and not all(map(_is_text, values)):
+            return False
+        if field.type == field.TYPE_STRING and any(isinstance(one, bytes) for one in values):
+            return False
+    return True
 
 
 def _opset(proto: onnx.ModelProto) -> int:
@@ -206,7 +219,7 @@ def _external(where: str, tensor: onnx.TensorProto, path: Path, wanted: int) -> 
             )
         offset, length = int(entries.get("offset") or 0), int(entries.get("length") or wanted)
         size = file.stat().st_size if file.is_file() else -1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # of a circle of links
         raise ArtifactError(
             f"{where}: its external data {printable(location)}: {first_line(error)}; copy it again"
         ) from None

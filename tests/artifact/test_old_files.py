@@ -24,6 +24,11 @@ OLD = Path(__file__).parents[1] / "files" / "0.1"
 FACTS: dict[str, dict[str, Any]] = json.loads((OLD / "artifacts" / "facts.json").read_text())
 
 
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training moves; statistics of batch norms are measured at an epoch's end now."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 @pytest.mark.parametrize("name", FACTS)
 def test_an_old_artifact_gives_the_same_outputs_bit_for_bit(name: str) -> None:
     tensors, facts = load_file(OLD / "artifacts" / "outputs.safetensors"), FACTS[name]
@@ -64,9 +69,9 @@ def test_an_old_checkpoint_goes_on_to_where_the_old_code_ended(tmp_path: Path, n
     file = tmp_path / f"{name}.pt"
     finished = fit(network, data, config, seed=0, hook=Hook(), checkpoint=file, label=name, progress=False)
     assert steps == [7, 8]
-    torch.testing.assert_close(
-        dict(finished.state_dict()), load_file(OLD / "checkpoints" / f"{name}-end.safetensors"), rtol=1e-3, atol=1e-4
-    )
+    end = load_file(OLD / "checkpoints" / f"{name}-end.safetensors")
+    found = weights(finished)
+    torch.testing.assert_close(found, {key: end[key] for key in found}, rtol=1e-3, atol=1e-4)
     assert (pruner.done and pruner.structure.units != pruner.first.units) == (name == "pruned")
 
 
@@ -98,6 +103,6 @@ def test_an_old_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(content), f"{path} was made again"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(line["label"], line["epoch"]) for line in log[-2:]] == [("residual", 1), ("residual", 2)]
-    expected = rmprune.load(OLD / "runs" / "finished" / "residual").state_dict()
-    torch.testing.assert_close(rmprune.load(run / "residual").state_dict(), expected, rtol=1e-3, atol=1e-4)
+    expected = weights(rmprune.load(OLD / "runs" / "finished" / "residual"))
+    torch.testing.assert_close(weights(rmprune.load(run / "residual")), expected, rtol=1e-3, atol=1e-4)
     assert list(networks(read_record(run))) == ["original", "plain", "pruned", "residual"]

@@ -349,7 +349,18 @@ def test_a_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x08\x08", b"no file", residual().SerializeToString()[:300]], ids=["empty", "header", "text", "cut"]
+    "data",
+    [
+        b"",
+        b"\x08\x08",
+        b"no file",
+        residual().SerializeToString()[:300],
+        *(
+            residual().SerializeToString().replace(name, b"\xff" * len(name))
+            for name in (b"camera", b"image:0", b"block")
+        ),
+    ],
+    ids=["empty", "header", "text", "cut", "name", "input", "node"],
 )
 def test_what_is_no_whole_file_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(data)
@@ -370,6 +381,7 @@ def external(tmp_path: Path, location: str, length: int | None = None) -> Path:
     for folder in (tmp_path, tmp_path / "in"):
         (folder / "weights").write_bytes(data)
     (tmp_path / "in" / "link").symlink_to(tmp_path / "weights")
+    (tmp_path / "in" / "circle").symlink_to("circle")
     return written(model, tmp_path / "in" / "m.onnx")
 
 
@@ -385,6 +397,7 @@ def test_external_data_is_read(tmp_path: Path) -> None:
         ("../weights", None, "outside"),
         ("/etc/passwd", None, "outside"),
         ("link", None, "outside"),
+        ("circle", None, "loop"),
         ("", None, "outside"),
         ("none", None, "is missing"),
         (".", None, "outside|missing"),
