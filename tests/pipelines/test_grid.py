@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_workers import Forked
+from forked_workers import Forked, import_before_forks
 
 from rmprune.cli import main
 from rmprune.config import DeployConfig, GridConfig, PruneConfig
@@ -44,6 +44,7 @@ def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pyt
         begun.append(arguments[0].method[0] if work is grid.do_cell else work.__name__)
         return Forked(tmp_path / f"{len(begun)}.json", function, work, *arguments)
 
+    import_before_forks()
     monkeypatch.setattr(_Training, "train_step", dies)
     monkeypatch.setattr(grid, "LOOK", 0.02)
     monkeypatch.setattr(grid, "_workers", lambda config: submit)
