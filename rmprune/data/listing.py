@@ -64,6 +64,15 @@ def _from_folders(root: Path) -> Listing:
         for part, folder in opened.items()
         for path, label in folder.samples
     ]
+    seen: dict[tuple[int, int], Photo] = {}
+    for photo in photos:  # a link of a folder may lead to another class, or round in a circle
+        if Path(photo.path).exists():
+            about = Path(photo.path).stat()
+            first = seen.setdefault((about.st_dev, about.st_ino), photo)
+            if (first.label, first.part) != (photo.label, photo.part):
+                raise DataError(
+                    f"{first.path} and {photo.path} are one file by a link; it has one class and part: take one out"
+                )
     return Listing(photos, tuple(classes))
 
 

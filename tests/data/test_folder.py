@@ -363,3 +363,10 @@ def test_augment_was_a_switch(folder: Path) -> None:
     assert [DataConfig(augment=value).augmentation for value in (True, False)] == ["light", "none"]
     with pytest.raises(ConfigError, match="for an imagefolder"):
         DataConfig(augment="imagenet")
+
+
+def test_a_circle_of_links_puts_no_photo_into_another_class(folder: Path) -> None:
+    kind = next(path for path in sorted(folder.rglob("*")) if path.is_dir() and any(path.glob("*.png")))
+    (kind / "round").symlink_to("..")
+    with pytest.raises(DataError, match="are one file by a link"):
+        load_dataset(DataConfig("imagefolder", data_dir=folder))

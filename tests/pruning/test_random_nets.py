@@ -1,6 +1,7 @@
 """Random networks of everything that moves channels, cut at random: the result equals the original with what went silenced, or is refused.
 
-`RMPRUNE_PROPERTY_DRAWS=2000 pytest tests/pruning/test_random_nets.py` draws that many; the default ends in seconds. What went is read off
+`RMPRUNE_PROPERTY_DRAWS=2000 pytest tests/pruning/test_random_nets.py` draws that many (RMPRUNE_PROPERTY_FIRST: from which seed
+on); the default ends in seconds. What went is read off
 the numbers that the result says it kept, and silenced by hand: neither the groups nor the proof of the package have a say here.
 """
 
