@@ -74,7 +74,7 @@ BACKENDS = (  # the most telling first; torch.compile takes half a minute for ea
 )
 BATCHES = (32, 256, 1)
 PATHS = {
-    "rmprune.measure.latency._cuda_ms": "times by device events",
+    "rmprune.measure.rounds._cuda_ms": "times by device events",
     "rmprune.measure.latency._gpu_peak_mib": "peak memory",
     "rmprune.measure.torch_backends.cuda_graph": "a network as a CUDA graph",
     "rmprune.measure.torch_backends.current": "the GPU that streams and events are of",
