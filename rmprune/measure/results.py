@@ -127,7 +127,7 @@ def median_interval(values: Sequence[float], sittings: Sequence[int] = (), seed:
     sizes = sittings or (len(values),)
     random = np.random.default_rng(seed)
     sitting = random.integers(len(sizes), size=(RESAMPLES, len(sizes)))
-    drawn = np.full((*sitting.shape, max(sizes)), np.inf)  # past the rounds of a shorter sitting: sorted behind all that count
+    drawn = np.full((*sitting.shape, max(sizes)), np.inf)  # sorted behind all rounds of shorter sittings
     for number, (size, end) in enumerate(zip(sizes, itertools.accumulate(sizes), strict=True)):
         block, here = max(1, round(size**0.5)), sitting == number
         starts = random.integers(size, size=(here.sum(), -(-size // block), 1))
