@@ -75,7 +75,7 @@ def _end_as_interrupt() -> Iterator[list[int]]:
     def end(number: int, frame: FrameType | None) -> None:
         told.append(number)
         handler = signal.getsignal(signal.SIGINT)
-        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+        (handler if callable(handler) else signal.default_int_handler)(number, frame)
 
     here = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
     usual = here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # torchrun's ends the other processes at once

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ def undo_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         alias = _alias(node, modules)
         same[node] = same[source] if source is not None and alias == "same" else node
-        changes = source is not None and _in_place(node, modules)
+        changes = source is not None and changes_in_place(node, modules)
         storage[node] = storage[source] if source is not None and (alias or changes) else node
         sharing.setdefault(storage[node], []).append(node)
         if source is None or not changes:
@@ -56,7 +58,8 @@ def undo_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
                 user.replace_input_with(other, node)
 
 
-def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def changes_in_place(node: fx.Node, modules: Mapping[str, Any]) -> bool:
+    """Whether a node writes its value over its first argument."""
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False)) and not named(modules[str(node.target)], GONE)
     if node.op == "call_method":
@@ -70,7 +73,7 @@ def _positional_in_place(node: fx.Node) -> bool:
     return node.target in (F.relu, F.relu6, F.silu, F.hardswish) and len(node.args) > 1 and bool(node.args[1])
 
 
-def _alias(node: fx.Node, modules: dict[str, nn.Module]) -> str:
+def _alias(node: fx.Node, modules: Mapping[str, Any]) -> str:
     """ "same" where the node is another name for its first argument, "view" where it shares its memory in another shape."""
     if node.op == "call_module":
         module = modules[str(node.target)]

@@ -10,7 +10,7 @@ time budget is spent, and there are at least `min_rounds`.
 
 A comparison is made in several sittings, each with all candidates made ready anew: where weights and activations come to lie moves a
 time by a per cent or two for as long as they lie there, and a machine may change its mind between one minute and the next. Every
-configuration has its first sitting before any has its second. Where a ratio is then not yet known within KNOWN, as many follow.
+configuration has its first sitting before any has its second. Where a ratio is then not yet known within KNOWN, as many more follow.
 
 Reported: median and quartiles over rounds, the ratio to the reference candidate round by round with a bootstrap interval over
 sittings and rounds (the better comparison: a machine that slows down for a while slows both), and apart from these the time to
@@ -161,32 +161,31 @@ def measure_candidates(
     _check(candidates, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
     places = list(itertools.starmap(Configuration, itertools.product(backends, [device], threads, batch_sizes)))
     planned = {place: sittings_of(place, seconds, sittings) if len(candidates) > 1 else 1 for place in places}
+    wanted = dict(planned)
     found: dict[Configuration, dict[str, Latency]] = {}
-
-    def compared(place: Configuration) -> dict[str, Latency]:
-        if reference is None:
-            return found[place]
-        base = found[place][reference]
-        return {name: replace(own.relative_to(base), reference=reference) for name, own in found[place].items()}
-
-    def enough(place: Configuration, sitting: int) -> bool:
-        """Sittings planned are sat; as many more follow where a ratio is not known yet."""
-        n = planned[place]
-        return sitting >= n and (
-            n == 1 or sitting >= 2 * n or all(x.uncertainty <= KNOWN for x in compared(place).values())
-        )
-
+    compared: dict[Configuration, dict[str, Latency]] = {}
     for sitting in range(2 * max(planned.values())):
-        for place in (place for place in places if not enough(place, sitting)):
+        for place in (place for place in places if sitting < wanted[place]):
             if progress is not None:
                 progress(str(place))
             n = planned[place]
             new = measure_configuration(candidates, place, seconds / n, -(-min_rounds // n), seed + sitting)
             found[place] = {name: one.followed_by(new[name]) for name, one in found[place].items()} if sitting else new
-    results = {name: [compared(place)[name] for place in places] for name in candidates}
+            if sitting + 1 == wanted[place]:
+                compared[place] = _compared(found[place], reference)
+                if 1 < n == wanted[place] and any(x.uncertainty > KNOWN for x in compared[place].values()):
+                    # All are sat: to stop at the first narrow interval would keep those that are narrow by chance.
+                    wanted[place] = 2 * n
+    results = {name: [compared[place][name] for place in places] for name in candidates}
     if warn:
         warn_if_doubtful(results, KNOWN)
     return results
+
+
+def _compared(found: dict[str, Latency], reference: str | None) -> dict[str, Latency]:
+    if reference is None:
+        return found
+    return {name: replace(own.relative_to(found[reference]), reference=reference) for name, own in found.items()}
 
 
 def measure_configuration(

@@ -122,17 +122,21 @@ def median_interval(values: Sequence[float], sittings: Sequence[int] = (), seed:
 
     Rounds that follow each other are alike, and those of a sitting more so. Sittings of so many rounds (all are one by default) are
     drawn with replacement, and in each of them stretches of rounds (circular block bootstrap, Politis and Romano 1992), as long as the
-    square root of their number. Of sittings that differ in length the last rounds of the longer ones are not drawn.
+    square root of their number. A sitting drawn gives as many rounds as it has: long ones weigh more, as they do in the median itself.
     """
     sizes = sittings or (len(values),)
-    each, ends = min(sizes), itertools.accumulate(sizes)
-    table = np.array([values[end - size : end - size + each] for size, end in zip(sizes, ends, strict=True)])
     random = np.random.default_rng(seed)
-    block = max(1, round(each**0.5))
-    drawn = random.integers(len(table), size=(RESAMPLES, len(table), 1))
-    starts = random.integers(each, size=(RESAMPLES, len(table), -(-each // block), 1))
-    rounds = ((starts + np.arange(block)) % each).reshape(RESAMPLES, len(table), -1)[..., :each]
-    low, high = np.quantile(np.median(table[drawn, rounds], axis=(1, 2)), [0.025, 0.975])
+    sitting = random.integers(len(sizes), size=(RESAMPLES, len(sizes)))
+    drawn = np.full((*sitting.shape, max(sizes)), np.inf)  # sorted behind all rounds of shorter sittings
+    for number, (size, end) in enumerate(zip(sizes, itertools.accumulate(sizes), strict=True)):
+        block, here = max(1, round(size**0.5)), sitting == number
+        starts = random.integers(size, size=(here.sum(), -(-size // block), 1))
+        rounds = ((starts + np.arange(block)) % size).reshape(len(starts), -1)[:, :size]
+        drawn[here, :size] = np.asarray(values[end - size : end])[rounds]
+    ordered, count = np.sort(drawn.reshape(RESAMPLES, -1)), np.array(sizes)[sitting].sum(axis=1)
+    middle = np.stack([(count - 1) // 2, count // 2], axis=1)
+    medians = np.take_along_axis(ordered, middle, axis=1).mean(axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -5,6 +5,8 @@ A round in which another process took a core from ours is left out and made up f
 
 import contextlib
 import gc
+import itertools
+import math
 import os
 import random
 import time
@@ -65,31 +67,43 @@ def timed_rounds(
     turns: dict[str, list[float]] = {name: [] for name in runs}
     lasted: list[float] = []
     waited: list[float] = []
+    spent, calm_seconds, calmest = 0.0, 0.0, math.inf
     names, budget = list(runs), seconds * len(runs)
     with current(device):
         repeats = {n: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(runs[n], timer, warmup), 1e-3))) for n in names}
-        while len(lasted) < min_rounds or (
-            sum(lasted) < AT_MOST_TIMES * budget and calm_seconds(lasted, waited) < budget
-        ):
+        while len(lasted) < min_rounds or (spent < AT_MOST_TIMES * budget and calm_seconds < budget):
             order.shuffle(names)
             start, before = time.perf_counter(), waiting_seconds()
             for name in names:
                 runs[name]()
                 turns[name].append(timer(runs[name], repeats[name]))
-            waited.append(waiting_seconds() - before)
+            waited.append(waited_between(before, waiting_seconds()))
             lasted.append(time.perf_counter() - start)
+            spent += lasted[-1]
+            share = waited[-1] / lasted[-1]
+            if share < calmest:  # which rounds are calm goes by the calmest: all are counted anew, which is rare
+                calmest, calm_seconds = share, sum(itertools.compress(lasted, calm(lasted, waited)))
+            elif share <= calmest + DISTURBED:
+                calm_seconds += lasted[-1]
     kept = least_disturbed(lasted, waited, min_rounds)
     return Rounds({name: [times[i] for i in kept] for name, times in turns.items()}, repeats, len(lasted) - len(kept))
 
 
-def waiting_seconds() -> float:
-    """How long the threads of this process have waited for a core that others had (Linux, /proc/self/task/*/schedstat); 0 elsewhere."""
-    found = 0
+def waiting_seconds() -> dict[str, float]:
+    """How long each thread of this process has waited for a core that others had, by thread id (Linux, /proc/self/task/*/schedstat);
+    none elsewhere.
+    """
+    found = {}
     with contextlib.suppress(OSError):
         for task in os.scandir("/proc/self/task"):
             with contextlib.suppress(OSError):  # a thread may end meanwhile
-                found += int(Path(task.path, "schedstat").read_bytes().split()[1])
-    return found / 1e9
+                found[task.name] = int(Path(task.path, "schedstat").read_bytes().split()[1]) / 1e9
+    return found
+
+
+def waited_between(before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Seconds that threads waited from `before` to `after`: what a thread that ended has waited is not taken off."""
+    return sum(max(0.0, wait - before.get(thread, 0.0)) for thread, wait in after.items())
 
 
 def calm(lasted: Sequence[float], waited: Sequence[float]) -> list[bool]:
@@ -99,11 +113,6 @@ def calm(lasted: Sequence[float], waited: Sequence[float]) -> list[bool]:
     shares = [wait / length for wait, length in zip(waited, lasted, strict=True)]
     limit = min(shares, default=0.0) + DISTURBED
     return [share <= limit for share in shares]
-
-
-def calm_seconds(lasted: Sequence[float], waited: Sequence[float]) -> float:
-    """What the calm rounds lasted."""
-    return sum(length for length, quiet in zip(lasted, calm(lasted, waited), strict=True) if quiet)
 
 
 def least_disturbed(lasted: Sequence[float], waited: Sequence[float], least: int) -> list[int]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
+from rmprune.measure.place import MARGIN
 from rmprune.methods.auto import SHAPE_IMAGES, ends_of
 from rmprune.methods.cutter import cost_ratios
 from rmprune.methods.refuse import NOISE
@@ -32,17 +33,21 @@ def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Fil
         found = block_losses(network, options, job.examples, ends_of(network, job))
         return {name: own["drop"] for name, own in found.items()}
 
-    losses: dict[str, float] = remembered(files.note("losses"), "blocks", measure)
+    note = files.note("losses")
+    losses: dict[str, float] = remembered(note, "blocks", measure)
     order = sorted(losses, key=lambda name: losses[name])
-    costs = _costs(network, order, range(1, len(order) + 1), budget, job)
+    costs: list[float] = remembered(
+        note, "costs", lambda: _costs(network, order, range(1, len(order) + 1), budget, job)
+    )
     allowed = getattr(budget, budget.name)
-    count = next((count for count, cost in costs.items() if cost <= allowed), None)
-    if count is None:
-        raise _infeasible(min(costs.values()), allowed)
+    aim = allowed * (1.0 if budget.latency_ratio is None else MARGIN)  # it is measured again when it is trained
+    if min(costs) > aim:
+        raise _infeasible(min(costs), allowed)
+    count = 1 + next(place for place, cost in enumerate(costs) if cost <= aim)
     choices: dict[str, Choice] = dict.fromkeys(order[:count], "drop")
     shorter, facts = carry_out_blocks(network, choices, job.examples, job.config.removal)
     plan = SlimPlan(facts["blocks"], {}, facts["fuse"], layers_digest(job.original))
-    search = {"losses": losses, "dropped": order[:count], "verified_ratio": costs[count]}
+    search = {"losses": losses, "dropped": order[:count], "verified_ratio": costs[count - 1]}
     return job.recentred(shorter), {
         "method": files.label,
         "collapsed": facts["collapsed"],
@@ -55,7 +60,7 @@ def check_depth(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Non
     """Raise UnsupportedModel where no block can be dropped, InfeasibleBudget where dropping them all does not meet the budget."""
     network = job.here(network)
     order = list(_droppable(network, job))
-    (least,) = _costs(network, order, [len(order)], budget, job).values()
+    (least,) = _costs(network, order, [len(order)], budget, job)
     allowed = getattr(budget, budget.name)
     if least > allowed * (1.0 if budget.latency_ratio is None else NOISE):
         raise _infeasible(least, allowed)
@@ -75,8 +80,8 @@ def _droppable(network: nn.Module, job: Job[SlimConfig]) -> Options:
 
 def _costs(
     network: nn.Module, order: list[str], counts: Iterable[int], budget: Budget, job: Job[SlimConfig]
-) -> dict[int, float]:
-    """{count: cost without the first so many blocks of `order`, as a fraction of the original's}."""
+) -> list[float]:
+    """Costs without the first so many blocks of `order`, for each of `counts`, as fractions of the original's."""
     images = job.data.train.example(SHAPE_IMAGES, job.device)
 
     def without(count: int) -> nn.Module:
@@ -84,8 +89,7 @@ def _costs(
             network, dict.fromkeys(order[:count], "drop"), lambda n: images[:n], job.config.removal
         )[0]
 
-    found = cost_ratios(budget, job, {str(count): without(count).cpu() for count in counts})
-    return {int(count): ratio for count, ratio in found.items()}
+    return list(cost_ratios(budget, job, {str(count): without(count).cpu() for count in counts}).values())
 
 
 def _infeasible(least: float, allowed: float) -> InfeasibleBudget:

@@ -5,7 +5,6 @@ checks it. No timing here.
 import inspect
 import io
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,13 +58,16 @@ def _export_large(
     folded: nn.Module, inputs: tuple[Tensor, ...], path: Path, dynamic_batch: bool, tolerance: float
 ) -> float:
     """The same with the weights in PATH.data beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        work = Path(folder) / path.name
+    with whole(path.with_name(f"{path.name}.large")) as folder:
+        folder.mkdir()
+        work = folder / path.name
         write_proto(*_asked(bare_graph, folded, inputs, dynamic_batch, OPSET), work)
         error = _checked(folded, open_session(work), inputs, path, tolerance)
-        for file in (work.with_name(f"{path.name}.data"), work):  # the graph last: without it there is no file
-            file.replace(path.with_name(file.name))
+    done = path.with_name(f"{path.name}.large")
+    path.unlink(missing_ok=True)  # no old graph shows new weights: without a graph there is no file
+    for name in (f"{path.name}.data", path.name):
+        (done / name).replace(path.with_name(name))
+    done.rmdir()
     return error
 
 

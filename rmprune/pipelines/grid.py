@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -122,12 +123,13 @@ def plan_tasks(config: GridConfig, command: str) -> list[Task]:
         others: dict[str, Any] = {kind: () for kind, _ in config.prune.budgets}
         for kind, value in config.prune.budgets:
             for method in config.method:
-                cell = Cell(seed, kind, value, shared / f"{kind}-{value:g}-{method}", shared)
+                cell = Cell(
+                    seed, kind, value, shared / f"{kind}-{value:g}-{method}", shared, config.prune.memory_beside
+                )
                 own = replace(
                     whole,
                     method=(method,),
                     prune=replace(config.prune, **others | {kind: (value,)}),
-                    measure=replace(config.measure, **NO_TIME),
                     out=cell.directory,
                 )
                 tasks.append(
@@ -167,7 +169,8 @@ def do_cell(config: SlimConfig, cell: Cell, command: str) -> None:
         repeatable(config.deterministic, job.device),
         claim(config.directory, config, records=[cell.record], networks=set(), overwrite=False, wait=True),
     ):
-        run_cell(cell, find_methods(config.method), None, job, command)
+        measure = replace(config.measure, **NO_TIME)
+        run_cell(cell, find_methods(config.method), None, job, command, measure)
 
 
 def attempt(work: Callable[..., object], *arguments: Any) -> str:
@@ -292,11 +295,24 @@ def _workers(config: GridConfig) -> Submit:
         raise ConfigError(f"{config.cluster}: {first_line(error)}") from None
 
     def submit(*work: Any) -> Worker:
-        with _stderr_in(config.directory / "jobs" / "submitit.txt"):
+        with _stderr_in(config.directory / "jobs" / "submitit.txt"), _interruptible():
             worker: Worker = executor.submit(*work)
         return worker
 
     return submit
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Processes that are started within heed SIGINT, by which they are stopped, also where this one was begun with `&` in a script."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if before is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

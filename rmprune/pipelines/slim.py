@@ -16,7 +16,7 @@ from torch import nn
 from rmprune import artifact
 from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.describe import describe
-from rmprune.config import SlimConfig
+from rmprune.config import MeasureConfig, SlimConfig
 from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
@@ -126,8 +126,11 @@ def starts_of(job: Job[SlimConfig], cell: Cell) -> Starts:
     return functools.cache(functools.partial(starting_network, job, cell))
 
 
-def run_cell(cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig], command: str) -> None:
-    """Every stage of a cell that is not done yet, then its record."""
+def run_cell(
+    cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig], command: str,
+    measure: MeasureConfig | None = None,
+) -> None:  # fmt: skip
+    """Every stage of a cell that is not done yet, then its record; `measure`: how long for that, where not as the settings say."""
     config, example = job.config, job.data.train.example(1)
     dense = dense_network(job, cell)
     memory = None if job.given else cell.shared / "checkpoint" / "teacher"  # others' batches may differ each time
@@ -159,7 +162,7 @@ def run_cell(cell: Cell, methods: dict[str, Method], plan: SlimPlan | None, job:
         raise refusal("no method can be had", refused)
     done = [name for name in methods if name not in refused]
     reasons = {name: str(error) for name, error in refused.items()}
-    finish(job, cell, command, networks, methods=done, removal=removal, refused=reasons)
+    finish(job, cell, command, networks, methods=done, removal=removal, refused=reasons, measure=measure)
 
 
 def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:

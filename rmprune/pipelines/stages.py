@@ -149,11 +149,12 @@ def say(facts: Mapping[str, Any]) -> None:
 
 def finish(
     job: Job[RunConfig], cell: Cell, command: str, networks: dict[str, nn.Module], *, methods: list[str],
-    removal: Mapping[str, Any] | None = None, refused: Mapping[str, str] | None = None,
+    removal: Mapping[str, Any] | None = None, refused: Mapping[str, str] | None = None, measure: MeasureConfig | None = None,
 ) -> Path:  # fmt: skip
     """Measure the networks of a cell, the trained one as "original", and write its record; returns its path.
 
-    `methods`: that made them; `removal`: the facts of RM on the trained network, where it was done; `refused`: {method: why not}.
+    `methods`: that made them; `removal`: the facts of RM on the trained network, where it was done; `refused`: {method: why not};
+    `measure`: how long, where not as the settings say.
     """
     record: dict[str, Any] = {
         "schema": records.SCHEMA,
@@ -169,7 +170,7 @@ def finish(
         "environment": environment(),
         "removal": removal,
         "training": training_log(cell.shared, cell.directory),
-        **measure_networks(networks, job.data, job.config.measure, job.device),
+        **measure_networks(networks, job.data, measure or job.config.measure, job.device),
         **({"refused": refused} if refused else {}),
     }
     for name in [name for name in networks if name not in ("original", "plain")]:

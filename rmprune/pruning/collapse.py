@@ -24,6 +24,7 @@ from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.equivalence import refuse_unseen
 from rmprune.graph.foreign import reference_copy
+from rmprune.graph.in_place import changes_in_place
 from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
@@ -237,15 +238,19 @@ def _fit_in_order(network: Network, parts: dict[fx.Node, _Part], inputs: tuple[T
         found = copy.deepcopy(network.own(node))
         return found.float() if isinstance(found, nn.Module) or found.is_floating_point() else found
 
+    def side(node: fx.Node, values: Values, number: int) -> Any:
+        over = node.args[0] if changes_in_place(node, network.layers) else None  # `x += y`: x is read by others here
+        return node_value(node, lambda n: values[n][number].clone() if n is over else values[n][number], own)
+
     def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
-        original = node_value(node, lambda n: values[n][0], own)
+        original = side(node, values, 0)
         if node in parts:
             read, shortcut = values[parts[node].block.fork][1], values[_operands(parts[node].block)[1]][1]
             fitted[node], value = _fit(parts[node], read, original, shortcut, generator)
             return original, value
         if all(values[source][0] is values[source][1] for source in node.all_input_nodes):
             return original, original
-        return original, node_value(node, lambda n: values[n][1], own)
+        return original, side(node, values, 1)
 
     forks = {add: (part.block.fork,) for add, part in parts.items()}  # read once more, when its sum is there
     for _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, forks):

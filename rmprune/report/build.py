@@ -20,7 +20,7 @@ from rmprune.report.payload import payload
 from rmprune.report.search_figure import search_figure
 from rmprune.report.tables import frame_of, refusals, summary_tables
 from rmprune.runs.records import read_record
-from rmprune.runs.writing import sweep, write_text
+from rmprune.runs.writing import sweep_beside, write_text
 
 logger = logging.getLogger("rmprune")
 COMMAND = "command.txt"
@@ -41,7 +41,6 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
     command = command or shlex.join(sys.argv)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        sweep(out_dir, ".*")
         written = [out_dir / "results.csv"]
         write_text(written[0], data.to_csv(index=False))
         if not data.empty:
@@ -54,6 +53,8 @@ def build_report(paths: list[Path] | Path, out_dir: Path, command: str | None = 
                 written += save_figure(figure, out_dir / stem)
         for name, text in (("index.html", page(payload(data, records, left_out, command))), (COMMAND, command + "\n")):
             written.append(write_text(out_dir / name, text))
+        for path in written:
+            sweep_beside(path)
     except OSError as error:
         raise ArtifactError(
             f"{out_dir}: the report cannot be written ({error.strerror}); choose another --out"

@@ -18,7 +18,7 @@ _UNREAD = frozenset(
 )
 _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-isomorphic", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
-_RESIDUALS_STAY = (*_TORCH_PRUNING, "residual", "inner", "uniform", "scratch", "depth")
+_RESIDUALS_STAY = (*_TORCH_PRUNING, "residual", "inner", "uniform", "scratch")
 """Methods that read no settings of a removal."""
 _FIXED = {
     "rm-slimming": ("gradual", "reconstruct", "importance", "rank"),

@@ -70,12 +70,15 @@ def append_line(path: Path, line: str) -> None:
                 raise
 
 
-def sweep(folder: Path, names: str = "**/.*") -> None:
+def sweep(folder: Path, names: str = "**/.*", *, of: str = "") -> None:
     """Take away what writers that were killed left below a folder under such names, to which nobody else may be writing; what stepped
-    aside for something that never came goes back to its place. Runs of their own below it, which have a lock, are left alone."""
+    aside for something that never came goes back to its place. Runs of their own below it, which have a lock, are left alone.
+    `of`: only what was to be of that name."""
     runs = {lock.parent for lock in folder.rglob(LOCK_FILE)} - {folder} if "**" in names else set()
     for left in list(folder.glob(names)):
         found = None if runs & {*left.parents} else LEFT.fullmatch(left.name)
+        if of and found and found[1] != of:
+            continue
         if found and found[2] == "old" and not left.with_name(found[1]).exists():
             left.rename(left.with_name(found[1]))
         elif found:
@@ -84,7 +87,7 @@ def sweep(folder: Path, names: str = "**/.*") -> None:
 
 def sweep_beside(path: Path) -> None:
     """The same for what writers of this file or folder left beside it."""
-    sweep(path.parent, f".{glob.escape(path.name)}.*")
+    sweep(path.parent, f".{glob.escape(path.name)}.*", of=path.name)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -345,16 +346,19 @@ class _Training:
 
     def measure_statistics(self) -> None:
         """Batch norms forget the weights of earlier steps; every process does the same with the same images."""
-        size, images = self.data.config.batch_size, len(self.data.train)
+        size = self.data.config.batch_size
         batches = self.data.train.batches(
             size,
             device=self.device,
             shuffle_seed=batch_seed(self.seed, self.state.step),
             memory_format=self.memory_format,
-            limit=min(images, max(size, min(MOST_IMAGES, images // 4))),
         )
+        count = max(1, min(MOST_IMAGES // size, self.state.steps_per_epoch // 4))
         with autocast(self.config.precision, self.device):
-            measure_statistics(self.state.model, batches, self.loss)
+            try:
+                measure_statistics(self.state.model, itertools.islice(batches, count), self.loss)
+            except ValueError as error:
+                raise one_value(error, self.label) from error
 
     def save(self) -> None:
         """Write the checkpoint, unless the model is broken: then the one before is worth more."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.data.batches import Loss
 from rmprune.training.precision import ask
@@ -18,22 +19,26 @@ from rmprune.training.precision import ask
 MOST_IMAGES = 1024  # a quarter of an epoch, where that is less, is enough
 
 
+@torch.no_grad()
 def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Loss | None = None) -> None:
     """Give the batch norms of `model`, in place, the mean and variance that these batches have on average (Wu and Johnson 2021).
 
-    `batches`: (x [B, C, ...], y) as a split yields them, on the model's device; a `loss` of one's own is what runs the model on y.
-    Everything is in training mode, as in a step; the mode is left as it was.
+    `batches`: (x [B, C, ...], y) as a split yields them, on the model's device; with a `loss` of one's own, that runs the model on y.
+    The network is in training mode, as in a step, and each module's own mode is put back. A batch norm that a step leaves alone is left
+    alone: one that `train()` does not reach, one of momentum 0, one without statistics.
     """
-    update_bn(([batch] for batch in batches), _Step(model, loss))
-
-
-class _Step(nn.Module):
-    """What one step of training computes of a batch (x, y)."""
-
-    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-        self.training = model.training
-
-    def forward(self, batch: tuple[Tensor, Any]) -> Tensor:
-        return ask(self.model, batch[0]) if self.loss is None else self.loss(self.model, batch[1])
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+    momenta = [(norm, norm.momentum) for norm in norms if norm.momentum != 0]
+    try:
+        for norm, _ in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None  # the average of all batches
+        for x, y in batches if momenta else ():
+            ask(model, x) if loss is None else loss(model, y)
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from rmprune.measure import latency as timing
-from rmprune.measure import measure_latencies, rounds
+from rmprune.measure import measure_latencies, results, rounds
 from rmprune.measure.latency import KNOWN
 from rmprune.measure.results import BUSY, Latency, median_interval, of_rounds
-from rmprune.measure.rounds import WARMUP_RUNS, _warm_up, least_disturbed, timed_rounds, waiting_seconds
+from rmprune.measure.rounds import WARMUP_RUNS, _warm_up, least_disturbed, timed_rounds, waited_between, waiting_seconds
 
 X = torch.randn(1, 3, 12, 12)
 
@@ -103,6 +103,8 @@ def test_sittings_are_put_together_and_their_disagreement_widens_the_interval() 
     assert steady.relative_to(base).uncertainty == 0.0
     found = moved.relative_to(base)
     assert (found.ratio_low, found.ratio_high) == (1.45, 1.62) and found.uncertainty > KNOWN
+    uneven = [1.1] * 3 + [1.0] * 37 + [1.1] * 3
+    assert median_interval(uneven, (40, 3)) == (1.0, 1.1)  # all rounds of the long one, as in the ratio
 
 
 def test_rounds_in_which_others_had_the_cores_are_left_out() -> None:
@@ -110,29 +112,37 @@ def test_rounds_in_which_others_had_the_cores_are_left_out() -> None:
     assert least_disturbed(lasted, waited, 3) == [0, 2, 3, 5, 6]
     assert least_disturbed(lasted, [w + 0.4 for w in waited], 3) == [0, 2, 3, 5, 6]  # threads that wait for each other
     assert least_disturbed(lasted, waited, 7) == [0, 1, 2, 3, 5, 6, 7]  # too few are calm: those that waited least
-    assert waiting_seconds() >= 0
+    assert all(wait >= 0 for wait in waiting_seconds().values())
+    assert waited_between({"1": 1.0, "ends": 0.5}, {"1": 1.25, "new": 0.125}) == 0.375
 
 
 def test_rounds_that_were_disturbed_are_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second round waits for half of it; each turn reads the clock twice, each round twice more."""
+    """Every second round, the first among them, waits for most of it; each turn reads the clock twice, each round twice more."""
     clock, waits = itertools.count(), itertools.count()
     monkeypatch.setattr(rounds.time, "perf_counter", lambda: next(clock) * 0.01)
-    monkeypatch.setattr(rounds, "waiting_seconds", lambda: ((next(waits) + 1) // 4) * 0.02)
+    monkeypatch.setattr(rounds, "waiting_seconds", lambda: {"1": ((next(waits) + 3) // 4) * 0.02})
+    counted, calm = [], rounds.calm
+    monkeypatch.setattr(rounds, "calm", lambda *those: counted.append(1) or calm(*those))
     found = timed_rounds({"a": lambda: None}, "cpu", 0.3, 2, random.Random(0), warmup=0.0)
     assert found.disturbed > 0 and 0.3 <= 0.03 * len(found.turns["a"]) < 0.4
+    assert len(counted) == 3  # twice for a calmest round, and at the end; not before every round
 
 
+@pytest.mark.parametrize(("moves", "unknown"), [({1, 3, 5, 7, 9}, 1), ({1}, 0)], ids=["never known", "after seven"])
 def test_a_ratio_that_is_not_known_yet_gets_more_sittings(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    moves: set[int], unknown: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """All of those more, and no interval is drawn more often than twice."""
     sat: list[str] = []
+    drawn: list[int] = []
 
     def sitting(candidates: object, place: timing.Configuration, *rest: object) -> dict[str, Latency]:
         sat.append(place.backend)
-        moved = 1.2 if place.backend == "eager" and sat.count("eager") % 2 else 1.0
+        moved = 1.2 if place.backend == "eager" and sat.count("eager") in moves else 1.0
         return {"base": in_two(1.0, 1.0), "moving": of_rounds([moved] * 32, 1, 0, **WHERE)}
 
     monkeypatch.setattr(timing, "measure_configuration", sitting)
+    monkeypatch.setattr(results, "median_interval", lambda *of: drawn.append(1) or median_interval(*of))
     one = {"threads": [1], "batch_sizes": [1], "device": "cpu", "min_rounds": 1, "reference": "base"}
     for seconds, expected in ((1.0, {"eager": 10, "onnxruntime": 5}), (0.1, {"eager": 1, "onnxruntime": 1})):
         sat.clear()
@@ -140,7 +150,8 @@ def test_a_ratio_that_is_not_known_yet_gets_more_sittings(
             {"base": None, "moving": None}, backends=["eager", "onnxruntime"], seconds=seconds, **one
         )  # type: ignore[dict-item]
         assert Counter(sat) == expected and sat[:2] == ["eager", "onnxruntime"]
-    assert sum("1 of 4 ratios are not known within 3 %" in message for message in caplog.messages) == 1
+    assert len(drawn) == 2 * (2 + 1) + 2 * (1 + 1)
+    assert sum("1 of 4 ratios are not known within 3 %" in message for message in caplog.messages) == unknown
 
 
 def test_images_per_second_and_spread() -> None:

@@ -133,6 +133,12 @@ def test_cells_are_runs_of_slim(tmp_path: Path) -> None:
     assert type(own).__name__ == "SlimConfig" and own.directory == cell.directory and cell.shared == tmp_path / "seed1"
 
 
+def test_a_cell_keeps_the_budget_of_memory_beside_its_own_and_the_time_for_measuring(tmp_path: Path) -> None:
+    settings = config(tmp_path, method=("rm",), prune=PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,)))
+    own, cell = plan_tasks(settings, "")[1].arguments[:2]
+    assert cell.budget == {"macs_ratio": 0.5, "memory_ratio": 0.7} and own.measure == settings.measure
+
+
 def test_a_cell_waits_for_a_worker_that_outlived_its_grid(tmp_path: Path) -> None:
     _, cell = plan_tasks(config(tmp_path, method=("inner",), prune=PruneConfig(macs_ratio=(0.5,))), "")
     own = cell.arguments[0]

@@ -44,6 +44,19 @@ def test_a_block_becomes_one_layer_that_rm_merges_without_reserving(block: Resid
     assert torch.allclose(removal.model(many()), found.model(many()), atol=1e-10)
 
 
+class InPlace(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.branch(x)
+        return self.after(x)
+
+
+def test_additions_in_place_are_fitted_as_others_are() -> None:
+    blocks = [basic(), basic()]
+    written = [InPlace(block.branch, None, block.after) for block in blocks]
+    fits = [collapse_blocks(network(*own), many()) for own in (blocks, written)]
+    assert fits[0].collapsed == fits[1].collapsed
+
+
 def test_the_fit_loses_far_less_than_leaving_the_branch_out() -> None:
     model = network(basic(), basic())
     without = network(basic(), basic())

@@ -168,10 +168,10 @@ def test_what_stepped_aside_comes_back_when_its_writer_was_killed(tmp_path: Path
 
 
 def test_what_killed_writers_of_one_file_left_goes_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".a.01234567.tmp", ".ab.01234567.tmp", "b/.a.01234567.tmp"):
+    for name in (".a.01234567.tmp", ".ab.01234567.tmp", ".a.b.01234567.tmp", "b/.a.01234567.tmp"):
         write_text(tmp_path / name, "half")
     sweep_beside(tmp_path / "a")
-    assert contents(tmp_path).keys() == {".ab.01234567.tmp", "b/.a.01234567.tmp"}
+    assert contents(tmp_path).keys() == {".ab.01234567.tmp", ".a.b.01234567.tmp", "b/.a.01234567.tmp"}
 
 
 def test_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:

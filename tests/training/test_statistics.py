@@ -34,6 +34,25 @@ def test_statistics_are_the_mean_of_those_of_the_batches() -> None:
         assert not tuned.training and not last.training and last.momentum == 0.3
 
 
+class Frozen(nn.Sequential):
+    """The usual way to freeze a batch norm."""
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+def test_what_a_step_leaves_alone_is_left_alone() -> None:
+    net = Frozen(nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.0), nn.BatchNorm2d(3), nn.BatchNorm2d(3)).train()
+    net[2].eval()  # by hand, for now
+    before = copy.deepcopy(net.state_dict())
+    measure_statistics(net, [(torch.randn(8, 3, 4, 4) + 1, None)])
+    assert [module.training for module in net] == [False, True, False, True]
+    means = {name: value for name, value in net.state_dict().items() if name.endswith("running_mean")}
+    assert {name[0] for name, value in means.items() if not torch.equal(value, before[name])} == {"2", "3"}
+
+
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset(DataConfig())
