@@ -299,6 +299,9 @@ def own_rounding(
     """The largest relative change of the outputs, of a few draws, when every weight and statistic moves to a neighbouring float64."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
     moving = [t for t in (*reference.parameters(), *reference.buffers()) if t.is_floating_point()]
+    for tensor in moving:
+        if 0 in tensor.stride():  # expanded: one number in memory for many, which must move one by one
+            tensor.data = tensor.contiguous()
     for _ in range(_DRAWS):
         ups = [torch.rand(tensor.shape, generator=generator) < 0.5 for tensor in moving]
         _move(moving, ups)

@@ -28,7 +28,7 @@ from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import even_fraction
 from rmprune.pruning.budget import allowed_units, resolve
 from rmprune.pruning.carry_out import carry_out_blocks
-from rmprune.pruning.groups import Cost, macs, total_cost
+from rmprune.pruning.groups import Cost, Structure, macs, total_cost
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.options import BlockLayers, block_layers, block_options
@@ -73,14 +73,21 @@ class Outlook:
         }
 
 
-def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
-    """The networks that plans of `network` (with modules that name its blocks) are put together from, whatever its weights.
+def refuse(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> None:
+    """Raise what `look` will, before anything is trained; of a budget in time, which is not measured yet, that no layers can be fitted."""
+    if budget.latency_ratio is None:
+        look(network, budget, job)
+    else:
+        _networks(network, job)
 
-    Widths keep the default floor, or less where the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the
-    least that can be had, UnsupportedModel where layers cannot be fitted, by which every width is weighed.
+
+def _networks(
+    network: nn.Module, job: Job[SlimConfig]
+) -> tuple[dict[Choice, nn.Module], dict[Choice, Structure], Options]:
+    """The networks that plans are put together from, and what its blocks may become.
+
+    Raises UnsupportedModel where layers cannot be fitted, by which every width is weighed.
     """
-    if budget.name != "memory_ratio":
-        budget = dataclasses.replace(budget, memory_ratio=None)  # the cut of each plan holds it
     images = job.data.train.example(SHAPE_IMAGES, job.device)
     removal = dataclasses.replace(job.config.removal, fuse="never")
     options = block_options(network, images[:2], removal=removal)
@@ -100,6 +107,19 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     for choice in _SAID:
         with fitting("auto weighs widths by fits: use another method, such as residual with --no-reconstruct"):
             read_program(networks[choice], structures[choice], images[:2])
+    return networks, structures, options
+
+
+def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
+    """The networks that plans of `network` (with modules that name its blocks) are put together from, whatever its weights.
+
+    Widths keep the default floor, or less where the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the
+    least that can be had, UnsupportedModel where layers cannot be fitted.
+    """
+    if budget.name != "memory_ratio":
+        budget = dataclasses.replace(budget, memory_ratio=None)  # the cut of each plan holds it
+    networks, structures, options = _networks(network, job)
+    images = job.data.train.example(2, job.device)
     costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
     if budget.latency_ratio is not None:
         table, example = layer_times(job, place_of(job)), images[:1].cpu()
@@ -115,7 +135,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             widths = {group.name: thinned(allowed_units(group, least)) for group in structure.groups}
             none = {name: [0.0] * len(own) for name, own in widths.items()}
             sights[choice] = Sight(structure, costs[choice], widths, none)
-        found = Outlook(networks, sights, options, block_layers(network, images[:2]), limit)
+        found = Outlook(networks, sights, options, block_layers(network, images), limit)
         cost = Proposals(sights, found.layers, found.nothing).least_cost()
         if cost <= limit:
             return found

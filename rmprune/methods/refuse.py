@@ -31,15 +31,15 @@ def check_budgets(
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
     Networks may have any weights. Of a method's candidates one that can do it is enough; with `skip_infeasible` one method is enough
-    for a budget. `searches`: {method: what raises where it finds nothing}, with candidates for budgets that need no measuring alone.
+    for a budget. `searches`: {method: what raises where it finds nothing}; candidates of one are looked at for budgets in time alone.
     """
     for budget in budgets:
         refusals: dict[str, Refusal] = {}
         for name, method in methods.items():
             try:
-                if name in searches and (budget.latency_ratio is None or not method.candidates):
+                if name in searches:
                     searches[name](budget)
-                else:
+                if name not in searches or (method.candidates and budget.latency_ratio is not None):
                     _check_any(name, method, start, budget, job)
             except InfeasibleBudget as error:
                 skip(name, error, job.config)

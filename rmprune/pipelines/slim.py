@@ -111,7 +111,7 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
 
     job = replace(job, teacher=dense)
     searches: dict[str, Callable[[Budget], object]] = {
-        "auto": functools.partial(auto.look, dense, job=job),
+        "auto": functools.partial(auto.refuse, dense, job=job),
         "depth": functools.partial(depth.check_depth, dense, job=job),
     }
     if any(method.scratch for method in methods.values()):

@@ -193,7 +193,7 @@ class Calibrator:
         else:
             kind = torch.float64 if y.dtype == torch.float64 else torch.float32
             gamma, beta = y.new_ones(channels, dtype=kind), y.new_zeros(channels, dtype=kind)
-        if (self.settings.own_statistics or op.shared) and norm.running_mean is not None:
+        if self.settings.own_statistics or op.shared:
             return self._own_statistics(op, weight, y, gamma, beta, cut)
         out, mean, inverse = torch.native_batch_norm(y, gamma, beta, None, None, True, 0.0, norm.eps)
         variance = (inverse**-2 - norm.eps).clamp(min=0)

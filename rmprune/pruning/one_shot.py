@@ -157,10 +157,11 @@ def prune(
     whole = total_cost(structure, target.cost)
     pruned, keep = cut(held)[1] if alone else _nearest(choose, cut, target.limit, whole)
     left = total_cost(structure.shrunk(keep), target.cost)
-    if not alone and left < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
+    spent = whole if memory else left  # what memory took beside it, no dead channel did
+    if not alone and spent < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name, target.as_ratio(budget, left), getattr(budget, budget.name),
+            budget.name, target.as_ratio(budget, spent), getattr(budget, budget.name),
         )  # fmt: skip
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:

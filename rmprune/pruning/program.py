@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, plain
@@ -91,6 +92,12 @@ def read_program(model: nn.Module, structure: Structure, example_inputs: Tensor)
     nodes = list(reading.network.graph.nodes)
     if sum(node.op == "placeholder" for node in nodes) != 1 or not isinstance(nodes[-1].args[0], fx.Node):
         raise UnsupportedModel(f"{type(model).__name__}: fitting layers needs a network with one input and one output")
+    for node in nodes:
+        layer = reading.network.layer(node)
+        if isinstance(layer, _BatchNorm) and layer.running_mean is None:
+            raise UnsupportedModel(
+                f"{reading.name(node) or node.target}: fitting layers needs batch norms with running statistics"
+            )
     joined = reading.joined_norms()
     norms = {layer: str(reading.name(norm)) for norm, layer in joined.items()}
     alias = {norm.name: layer.name for norm, layer in joined.items()}  # its value is that of its layer's operation

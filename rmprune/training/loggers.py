@@ -45,11 +45,17 @@ def mlflow(log: Path, label: str) -> Sink:
             f"mlflow: its store cannot be used ({first_line(error)}); set MLFLOW_TRACKING_URI, or --no-mlflow"
         ) from None
 
+    gone = contextlib.suppress(Exception)  # a server that went away ends no training; log.jsonl has it all
+
     def write(name: str, value: float, epoch: int) -> None:
-        with contextlib.suppress(Exception):  # a server that went away ends no training; log.jsonl has it all
+        with gone:
             client.log_metric(run, name, value, step=epoch)
 
-    return Sink(write, lambda: client.set_terminated(run))
+    def close() -> None:
+        with gone:
+            client.set_terminated(run)
+
+    return Sink(write, close)
 
 
 SINKS: dict[str, Callable[[Path, str], Sink]] = {"tensorboard": tensorboard, "mlflow": mlflow}

@@ -138,6 +138,7 @@ def test_the_originals_own_rounding_is_also_that_of_its_statistics() -> None:
     norm = nn.BatchNorm2d(2, affine=False)
     model = nn.Sequential(nn.ReLU(), norm).double().eval()
     norm.running_mean.fill_(2.0**10)
+    norm.running_var = torch.ones(1, dtype=torch.float64).expand(2)
     x, before = (torch.randn(3, 2, 4, 4, dtype=torch.float64),), norm.running_mean.clone()
     with torch.no_grad():
         assert 1e-14 < own_rounding(model, x, [3], model(*x)) < 1e-11

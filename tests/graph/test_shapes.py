@@ -7,14 +7,33 @@ from torch import nn
 from rmprune.graph.normalise import normalise
 from rmprune.graph.shapes import to_run
 
+
+class Twice(nn.Linear):
+    __module__ = nn.__name__  # what is of torch is not looked into
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).repeat_interleave(2, -1)
+
+
+class Padded(nn.Conv2d):
+    __module__ = nn.__name__
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
 LAYERS = {
     "1-D, strided": (nn.Conv1d(4, 6, 3, 2), (4, 9)),
     "3-D, dilated": (nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 2, 1), dilation=(1, 2, 1)), (4, 3, 7, 5)),
     "padding in words": (nn.Conv2d(4, 6, 3, padding="same"), (4, 7, 5)),
+    "circular": (nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode="circular"), (4, 7, 5)),
+    "padded by itself": (Padded(4, 6, 3), (4, 7, 5)),
+    "unbatched": (nn.Conv1d(2, 6, 2), (2,)),
     "transposed": (nn.ConvTranspose2d(4, 6, 3, 2, output_padding=1), (4, 7, 5)),
     "norm of tokens": (nn.BatchNorm1d(4), (4, 9)),
     "norm of rows": (nn.BatchNorm1d(4), (4,)),
     "tokens": (nn.Linear(4, 6), (9, 4)),
+    "tokens, twice as wide": (Twice(4, 6), (9, 4)),
     "activation of tokens": (nn.GELU(), (9, 4)),
     "slopes": (nn.PReLU(4), (4, 9)),
 }

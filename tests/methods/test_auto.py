@@ -121,12 +121,13 @@ def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -
     assert "\n" not in str(refused.value) and not (tmp_path / "no").exists()
 
 
-def test_attention_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", ["macs_ratio", "latency_ratio"])
+def test_attention_is_refused_before_anything_is_trained(budget: str, tmp_path: Path) -> None:
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
     with pytest.raises(
         UnsupportedModel, match=r"^norm: fitting layers cannot .*; auto weighs widths by fits: use another"
     ):
-        rmprune.slim(Tokens().eval(), batches, batches, macs_ratio=0.8, method="auto", out=tmp_path / "no")
+        rmprune.slim(Tokens().eval(), batches, batches, method="auto", out=tmp_path / "no", **{budget: 0.8})  # type: ignore[arg-type]
     assert not (tmp_path / "no").exists()
 
 

@@ -49,6 +49,19 @@ def test_beside_a_budget_of_macs_both_hold(which: str, macs: float, memory: floa
     assert max(counted, held) <= 1 and max(counted, held) > 0.85  # and neither was cut to for nothing
 
 
+@pytest.mark.parametrize(("dead", "said"), [(1, []), (4, [0.593])])
+def test_dead_channels_are_not_said_to_have_taken_what_memory_took(
+    dead: int, said: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    for tensor in net[0].parameters():
+        tensor.data[:dead] = 0
+    budget = rmprune.Budget(macs_ratio=0.9, memory_ratio=0.6, round_to=1)
+    cut = rmprune.prune(net, X, importance="magnitude", budget=budget, prove=False)
+    assert rmprune.count_macs(cut, X[:1]) < 0.5 * rmprune.count_macs(net, X[:1])
+    assert [r.args[1] for r in caplog.records if "went beyond" in r.msg] == pytest.approx(said, abs=1e-3)
+
+
 def test_what_lives_follows_from_the_widths() -> None:
     net = network(plain=True)
     structure = find_structure(net, X)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import rmprune
+from rmprune.errors import UnsupportedModel
 from rmprune.pruning.groups import record_shapes
 from rmprune.pruning.layers import SizedLayer, sized_layers
 from rmprune.pruning.positions import outputs_at, patches_at, sample_positions
@@ -152,3 +153,11 @@ def test_networks_of_vectors_are_fitted() -> None:
         for fit in (False, True)
     )
     assert (fitted(x) - net(x)).square().mean() < (cut(x) - net(x)).square().mean()
+
+
+def test_norms_without_running_statistics_are_refused_by_name() -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    net, x = nn.Sequential(nn.Conv2d(2, 4, 1), norm, nn.Conv2d(4, 2, 1), nn.Flatten()).eval(), torch.randn(8, 2, 2, 2)
+    data = [(x, torch.arange(8) % 2)]
+    with pytest.raises(UnsupportedModel, match=r"^1: .*running statistics; --no-reconstruct"):
+        rmprune.prune(net, x, budget=rmprune.Budget(ratio=0.5), importance="magnitude", data=data, reconstruct=True)

@@ -59,6 +59,7 @@ class Store:
 
     def set_terminated(self, run: object) -> None:
         self.ended.append(run)
+        raise OSError("it went away: training has ended all the same")
 
 
 def test_mlflow_is_told_each_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
