@@ -1,6 +1,6 @@
 """ONNX files over 2 GiB, whose weights lie beside them, in both directions: what `inspect`, `convert` and export take in memory.
 
-    python experiments/onnx_large.py DIR [GIB]      # 2 GiB by default; up to 10 GB of memory, three times that on disk in DIR
+    python experiments/onnx_large.py DIR [GIB]      # 2 GiB by default; up to 11 GiB of memory, three times that on disk in DIR
 
 A chain of residual blocks of two 1x1 convolutions, 1,024 channels wide and 32,768 inside, for maps of 4x4. Each step is a process of its
 own; its peak is the largest resident memory that the kernel saw, pages of mapped files included. Outputs are compared in ONNX

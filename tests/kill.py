@@ -1,6 +1,7 @@
 """Kills real runs at random moments: `python tests/kill.py --kills 50 --seed 0` (some ten minutes of one core).
 
-A run (train, slim, a comparison of two methods, amc, measure, report, deploy, convert; in miniature, one thread) is killed by SIGKILL up
+A run (train, slim, a comparison of two methods, amc, grid (with forked workers in submitit's place),
+measure, report, deploy, convert; in miniature, one thread) is killed by SIGKILL up
 to three times, each time at a random moment of what is left of it: of its CPU seconds, or just before a random one of the changes that it
 makes to its files. Then the same command runs to its end. What it leaves must be what an undisturbed run of another interpreter leaves: the
 same files, networks and records bit by bit but for times, no temporary file, nothing twice in a log. Exit status 1 where it is not.

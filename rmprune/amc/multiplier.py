@@ -1,6 +1,7 @@
 """The plainest control: the original network at a smaller width, the largest within the budget. It trains nothing."""
 
 import functools
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,14 +44,14 @@ def width_multiplier(
     require_multiplier(config)
     widths = smaller_widths(make, config.width or 1.0, whole=False)
     if goal.timing is not None:
-        return widest("uniform", make, widths, goal.timing.place.ratios, goal.ratio, timed=True)
+        return widest("uniform: the narrowest network", make, widths, goal.timing.place.ratios, goal.ratio, timed=True)
     cost = COSTS[config.search.constraint]
     base = network_cost(original, example, cost)
 
     def ratios(networks: Mapping[str, nn.Module]) -> dict[str, float]:
         return {name: network_cost(network, example, cost) / base for name, network in networks.items()}
 
-    return widest("uniform", make, widths, ratios, goal.ratio, timed=False)
+    return widest("uniform: the narrowest network", make, widths, ratios, goal.ratio, timed=False)
 
 
 def smaller_widths(make: Callable[[float], nn.Module], own: float, *, whole: bool) -> list[float]:
@@ -63,14 +64,20 @@ def smaller_widths(make: Callable[[float], nn.Module], own: float, *, whole: boo
     return list(firsts.values())
 
 
+def too_dear(what: str, cost: float, allowed: float) -> InfeasibleBudget:
+    """That a network, `what`, costs more than `allowed` times the original; infinite where it is its memory that is too much."""
+    over = f"costs {cost:.3g} times the original, more than {allowed:g}"
+    return InfeasibleBudget(f"{what} {over if cost < math.inf else 'takes more memory than memory_ratio allows'}")
+
+
 def widest(
-    name: str, make: Callable[[float], nn.Module], widths: Sequence[float], ratios: Ratios, allowed: float, *,
+    what: str, make: Callable[[float], nn.Module], widths: Sequence[float], ratios: Ratios, allowed: float, *,
     timed: bool,
 ) -> Multiplier:  # fmt: skip
     """The largest of these widths, ascending, whose network costs at most `allowed` times the original.
 
     `timed`: it is searched for as all others are (`measure.place.largest_within`): something in hand, and measured twice. Raises
-    InfeasibleBudget, in the `name` of a method, where even the narrowest is too dear.
+    InfeasibleBudget where even the narrowest, `what`, is too dear.
     """
     network = functools.cache(lambda width: make(width).eval())
 
@@ -78,9 +85,7 @@ def widest(
         return list(ratios({str(width): network(width) for width in some}).values())
 
     def refuse(least: float) -> InfeasibleBudget:
-        return InfeasibleBudget(
-            f"{name}: the narrowest network costs {least:.3g} times the original, more than {allowed:g}"
-        )
+        return too_dear(what, least, allowed)
 
     if timed:
 

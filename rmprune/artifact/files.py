@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rmprune.artifact.describe import describe, file_tensors
 from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
-from rmprune.errors import ArtifactError, UnsupportedModel
+from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.equivalence import relative_error
 from rmprune.graph.facts import facts_of, note
 from rmprune.graph.finite import refuse_broken
@@ -82,11 +82,13 @@ def _refuse_unlike(model: nn.Module, loaded: nn.Module, inputs: tuple[Tensor, ..
             batch = [torch.cat([x[:1]] * count) for x in inputs]
             try:
                 expected = model(*(x.clone() for x in batch))
-            except Exception:
+            except Exception as fault:
                 if count > 1:  # made for one image
                     return
                 trial(model, tuple(batch))  # says which layer takes what
-                raise
+                raise UnsupportedModel(
+                    f"{type(model).__name__} does not run on example_inputs: {first_line(fault)}"
+                ) from fault
             try:
                 error = relative_error(expected, loaded(*batch), [count])
             except Exception:  # indices and shapes of another number of images

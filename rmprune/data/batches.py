@@ -17,7 +17,7 @@ from rmprune.graph.finite import broken_tensor
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
-# Of all images that maps are held of, or that a network is asked about again and again: 8192 of 32 x 32, 512 of 128 x 128.
+# Of all images together, where their maps are held or a network sees them many times: 8192 images of 32 x 32, 512 of 128 x 128.
 PIXELS = 2**23
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): runs the model on (part of) the batch and returns a scalar, lower for better."""
@@ -35,8 +35,8 @@ class WithLoss:
 
 
 def affordable(most: int, size: Sequence[int], pixels: int = PIXELS) -> int:
-    """How many images of `size` (H, W) are looked at: `most` of them, fewer where they are large, at least 64."""
-    return max(64, min(most, pixels // math.prod(size)))
+    """How many images of `size` (H, W) are looked at: `most` of them, fewer where they are large, but no fewer than 64 for that."""
+    return min(most, max(64, pixels // math.prod(size)))
 
 
 def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:

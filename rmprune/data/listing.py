@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from pathlib import Path
@@ -56,6 +57,8 @@ def _from_folders(root: Path) -> Listing:
     parts = [part for part in PARTS if (root / part).is_dir()]
     if parts and "train" not in parts:
         raise DataError(f"{root}: there is {parts[0]}/ but no train/; {LAYOUT}")
+    for part in parts or [""]:
+        _refuse_repeated_folders(root / part)
     opened = {part: _open(root / part) for part in parts} or {"": _open(root)}
     classes = sorted({name for folder in opened.values() for name in folder.classes})
     number = {name: i for i, name in enumerate(classes)}
@@ -65,8 +68,8 @@ def _from_folders(root: Path) -> Listing:
         for path, label in folder.samples
     ]
     seen: dict[tuple[int, int], Photo] = {}
-    for photo in photos:  # a link of a folder may lead to another class, or round in a circle
-        if Path(photo.path).exists():
+    for photo in photos:
+        with contextlib.suppress(OSError):  # a link that leads nowhere is named where it is opened
             about = Path(photo.path).stat()
             first = seen.setdefault((about.st_dev, about.st_ino), photo)
             if (first.label, first.part) != (photo.label, photo.part):
@@ -74,6 +77,17 @@ def _from_folders(root: Path) -> Listing:
                     f"{first.path} and {photo.path} are one file by a link; it has one class and part: take one out"
                 )
     return Listing(photos, tuple(classes))
+
+
+def _refuse_repeated_folders(root: Path) -> None:
+    """A link may lead to a folder that is read already, or round in a circle: its photos would count many times."""
+    seen: dict[tuple[int, int], str] = {}
+    for folder, _, _ in os.walk(root, followlinks=True):
+        about = Path(folder).stat()
+        if (first := seen.setdefault((about.st_dev, about.st_ino), folder)) != folder:
+            raise DataError(
+                f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
+            )
 
 
 def _open(folder: Path) -> ImageFolder:

@@ -304,9 +304,11 @@ def own_rounding(
             tensor.data = tensor.contiguous()
     for _ in range(_DRAWS):
         ups = [torch.rand(tensor.shape, generator=generator) < 0.5 for tensor in moving]
+        before = [tensor.clone() for tensor in moving]
         _move(moving, ups)
         worst = max(worst, relative_error(expected, in_double(reference, checked), groups, base))
-        _move(moving, [~up for up in ups])  # back
+        for tensor, own in zip(moving, before, strict=True):
+            tensor.copy_(own)
     return worst
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import IN_PLACE_OPERATORS, set_item
 from rmprune.graph.network import GONE, named
+from rmprune.graph.run import node_value
 
 _IN_PLACE_FUNCTIONS = (*IN_PLACE_OPERATORS.values(), torch.relu_, set_item)
 _SAME_METHODS = ("contiguous", "detach", "float", "double", "to", "type_as")
@@ -67,6 +68,19 @@ def changes_in_place(node: fx.Node, modules: Mapping[str, Any]) -> bool:
             str(node.target).endswith("_") and not str(node.target).startswith("_") and node.target != "requires_grad_"
         )
     return node.target in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace")) or _positional_in_place(node)
+
+
+def value_apart(
+    node: fx.Node, value: Callable[[fx.Node], Any], own: Callable[[fx.Node], Any], modules: Mapping[str, Any]
+) -> Any:
+    """`node_value` where in-place calls were undone: what the node would write over may be read by others, and stays as it is."""
+    over = node.args[0] if changes_in_place(node, modules) else None
+
+    def apart(source: fx.Node) -> Any:
+        found = value(source)
+        return found.clone() if source is over and isinstance(found, Tensor) else found
+
+    return node_value(node, apart, own)
 
 
 def _positional_in_place(node: fx.Node) -> bool:

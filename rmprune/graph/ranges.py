@@ -82,7 +82,7 @@ def _propagate(network: Network, node: fx.Node) -> Range | None:
         if isinstance(layer, _READS_MAPS) and len(shape_of(inputs[0]) or ()) != 4:
             return None  # an image without its batch: dimension 1 is its height
         return _through_layer(layer, inputs[0], node)
-    if node.op == "call_function" and node.target in _FUNCTIONS:
+    if node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
         return _FUNCTIONS[node.target](node)
     return None
 

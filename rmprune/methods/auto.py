@@ -22,7 +22,7 @@ from rmprune.data.batches import affordable
 from rmprune.errors import InfeasibleBudget
 from rmprune.methods.choose import Verdicts, best, judge, shown
 from rmprune.methods.cutter import LEAST_FRACTION, Cutter, layer_times, make_cutter, place_of
-from rmprune.methods.refuse import Starts
+from rmprune.methods.refuse import Starts, able
 from rmprune.methods.table import METHODS, STARTS, Method
 from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import even_fraction
@@ -238,9 +238,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
     keep(seconds)
     candidates: dict[str, Callable[[], Cutter]] = {
-        name: functools.partial(_preset, method, starts, job, budget)
-        for name, method in PRESETS.items()
-        if budget.memory_ratio is None or method.pruner == "ours"
+        name: functools.partial(_preset, PRESETS[name], starts, job, budget) for name in able(PRESETS, budget)
     }
     verdicts = judge(candidates | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
     for name in list(plans)[:PROPOSED] if not seconds else ():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -247,19 +248,13 @@ def place_of(job: Job[SlimConfig]) -> Place:
 
 
 def cost_ratios(budget: Budget, job: Job[SlimConfig], networks: Mapping[str, nn.Module]) -> Mapping[str, float]:
-    """Their costs as fractions of the original's, as the budget counts; where memory must hold as well, whichever comes nearer to its
-    limit, as if it were the budget's own.
-    """
-    example = job.data.train.example(1)
-    found: Mapping[str, float] = dict.fromkeys(networks, 0.0)
+    """Their costs as fractions of the original's, as the budget counts; infinite where memory must hold as well and does not."""
+    example, most = job.data.train.example(1), byte_limit(budget)
+    peaks = {name: activation_memory(own, example).peak_bytes for name, own in networks.items() if most < math.inf}
+    if budget.memory_ratio is not None and budget.name == "memory_ratio":
+        return {name: budget.memory_ratio * peak / most for name, peak in peaks.items()}
     if budget.latency_ratio is not None:
-        found = place_of(job).ratios(networks)
-    elif budget.name != "memory_ratio":
-        found = {
-            name: count_macs(network, example) / (budget.reference_macs or 1) for name, network in networks.items()
-        }
-    if budget.memory_ratio is None:
-        return found
-    whole = byte_limit(budget) / getattr(budget, budget.name)
-    peaks = {name: activation_memory(network, example).peak_bytes / whole for name, network in networks.items()}
-    return {name: max(cost, peaks[name]) for name, cost in found.items()}
+        found: Mapping[str, float] = place_of(job).ratios(networks)
+    else:
+        found = {name: count_macs(own, example) / (budget.reference_macs or 1) for name, own in networks.items()}
+    return {name: math.inf if peaks.get(name, 0) > most else cost for name, cost in found.items()}

@@ -1,13 +1,15 @@
 """`depth`: whole blocks go and every width stays. What pruning of channels has to beat at equal cost. Trains nothing itself."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
+from rmprune.amc.multiplier import Multiplier, too_dear, widest
 from rmprune.config import SlimConfig
-from rmprune.errors import InfeasibleBudget, UnsupportedModel
-from rmprune.measure.place import MARGIN
+from rmprune.errors import UnsupportedModel
 from rmprune.methods.auto import SHAPE_IMAGES, ends_of
 from rmprune.methods.cutter import cost_ratios
 from rmprune.methods.refuse import NOISE
@@ -18,6 +20,8 @@ from rmprune.pruning.plan import Choice, Options, SlimPlan, layers_digest
 from rmprune.pruning.surrogate import block_losses
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Files, Job
+
+SHORTEST = "depth: without any block that can be dropped the network"
 
 
 def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Files) -> tuple[nn.Module, dict[str, Any]]:
@@ -36,18 +40,19 @@ def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Fil
     note = files.note("losses")
     losses: dict[str, float] = remembered(note, "blocks", measure)
     order = sorted(losses, key=lambda name: losses[name])
-    costs: list[float] = remembered(
-        note, "costs", lambda: _costs(network, order, range(1, len(order) + 1), budget, job)
-    )
-    allowed = getattr(budget, budget.name)
-    aim = allowed * (1.0 if budget.latency_ratio is None else MARGIN)  # it is measured again when it is trained
-    if min(costs) > aim:
-        raise _infeasible(min(costs), allowed)
-    count = 1 + next(place for place, cost in enumerate(costs) if cost <= aim)
+    timed, allowed = budget.latency_ratio is not None, getattr(budget, budget.name)
+    left, make = [float(1 + n) for n in range(len(order))], _without(network, order, job)
+    ratios = functools.partial(cost_ratios, budget, job)
+
+    def find() -> dict[str, float]:
+        return asdict(widest(SHORTEST, make, left, ratios, allowed, timed=timed))
+
+    found = Multiplier(**remembered(note, "left", find))
+    count = len(order) + 1 - round(found.width)
     choices: dict[str, Choice] = dict.fromkeys(order[:count], "drop")
     shorter, facts = carry_out_blocks(network, choices, job.examples, job.config.removal)
     plan = SlimPlan(facts["blocks"], {}, facts["fuse"], layers_digest(job.original))
-    search = {"losses": losses, "dropped": order[:count], "verified_ratio": costs[count - 1]}
+    search = {"losses": losses, "dropped": order[:count], "verified_ratio": found.ratio}
     return job.recentred(shorter), {
         "method": files.label,
         "collapsed": facts["collapsed"],
@@ -60,10 +65,10 @@ def check_depth(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Non
     """Raise UnsupportedModel where no block can be dropped, InfeasibleBudget where dropping them all does not meet the budget."""
     network = job.here(network)
     order = list(_droppable(network, job))
-    (least,) = _costs(network, order, [len(order)], budget, job)
+    least = cost_ratios(budget, job, {"shortest": _without(network, order, job)(1.0)})["shortest"]
     allowed = getattr(budget, budget.name)
     if least > allowed * (1.0 if budget.latency_ratio is None else NOISE):
-        raise _infeasible(least, allowed)
+        raise too_dear(SHORTEST, least, allowed)
 
 
 def _droppable(network: nn.Module, job: Job[SlimConfig]) -> Options:
@@ -78,21 +83,12 @@ def _droppable(network: nn.Module, job: Job[SlimConfig]) -> Options:
     return found
 
 
-def _costs(
-    network: nn.Module, order: list[str], counts: Iterable[int], budget: Budget, job: Job[SlimConfig]
-) -> list[float]:
-    """Costs without the first so many blocks of `order`, for each of `counts`, as fractions of the original's."""
+def _without(network: nn.Module, order: list[str], job: Job[SlimConfig]) -> Callable[[float], nn.Module]:
+    """make(left): the network with so many of the blocks of `order`, the last ones, less one; its weights are not fitted."""
     images = job.data.train.example(SHAPE_IMAGES, job.device)
 
-    def without(count: int) -> nn.Module:
-        return carry_out_blocks(
-            network, dict.fromkeys(order[:count], "drop"), lambda n: images[:n], job.config.removal
-        )[0]
+    def make(left: float) -> nn.Module:
+        gone: dict[str, Choice] = dict.fromkeys(order[: len(order) + 1 - round(left)], "drop")
+        return carry_out_blocks(network, gone, lambda n: images[:n], job.config.removal)[0].cpu()
 
-    return list(cost_ratios(budget, job, {str(count): without(count).cpu() for count in counts}).values())
-
-
-def _infeasible(least: float, allowed: float) -> InfeasibleBudget:
-    return InfeasibleBudget(
-        f"depth: without any block that can be dropped the network costs {least:.3g} times the original, more than {allowed:g}"
-    )
+    return make

@@ -2,13 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from torch import nn
 
 from rmprune.config import SlimConfig
-from rmprune.errors import ConfigError, InfeasibleBudget, MissedBudget, UnsupportedModel
+from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
 from rmprune.methods.cutter import make_cutter, place_of
@@ -54,13 +54,19 @@ def _check_any(name: str, method: Method, start: Starts, budget: Budget, job: Jo
         _check(method, start, budget, job)
         return
     refusals: dict[str, Refusal] = {}
-    for candidate in method.candidates:
+    candidates = able(method.candidates, budget)
+    for candidate in candidates:
         try:
             _check(METHODS[candidate], start, budget, job, candidate=True)
         except (InfeasibleBudget, UnsupportedModel) as error:
             refusals[candidate] = error
-    if len(refusals) == len(method.candidates):
+    if len(refusals) == len(candidates):
         raise refusal(f"no candidate of {name} can be had", refusals)
+
+
+def able(candidates: Iterable[str], budget: Budget) -> list[str]:
+    """Those that can meet this kind of budget: Torch-Pruning counts no memory."""
+    return [name for name in candidates if budget.memory_ratio is None or METHODS[name].pruner == "ours"]
 
 
 def skip(name: str, error: InfeasibleBudget, config: SlimConfig) -> None:
@@ -89,10 +95,6 @@ def _check(method: Method, start: Starts, budget: Budget, job: Job[SlimConfig], 
     cutter = make_cutter(network, method, job, budget, measured=False)
     cutter.check(once=candidate or budget.latency_ratio is not None)
     if budget.memory_ratio is not None:
-        if method.faster:
-            raise ConfigError(
-                "memory_ratio is not met by mixed, which removes residuals after its cut: copies may hold more again; take rm or residual"
-            )
         cutter.check_memory(budget)
         if budget.name == "memory_ratio":
             return

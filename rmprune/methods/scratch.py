@@ -5,15 +5,16 @@ from collections.abc import Callable
 
 from torch import nn
 
-from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, widest
+from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, too_dear, widest
 from rmprune.config import SlimConfig
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError
 from rmprune.methods.cutter import cost_ratios
 from rmprune.methods.refuse import NOISE
 from rmprune.models.families import default_width, has_multiplier
 from rmprune.pruning import Budget
 from rmprune.training.job import Job
 
+NARROWEST = "scratch: the narrowest network"
 Make = Callable[[float], nn.Module]
 """make(width): the network at this width, with random weights."""
 
@@ -36,7 +37,7 @@ def narrowed(make: Make, budget: Budget, job: Job[SlimConfig]) -> Multiplier:
     """The largest width within the budget. Raises InfeasibleBudget where even the narrowest network is too dear."""
     widths = smaller_widths(make, own_width(job), whole=not has_multiplier(job.config.model))
     timed, allowed = budget.latency_ratio is not None, getattr(budget, budget.name)
-    return widest("scratch", make, widths, functools.partial(cost_ratios, budget, job), allowed, timed=timed)
+    return widest(NARROWEST, make, widths, functools.partial(cost_ratios, budget, job), allowed, timed=timed)
 
 
 def check_narrowest(make: Make, budget: Budget, job: Job[SlimConfig]) -> None:
@@ -45,6 +46,4 @@ def check_narrowest(make: Make, budget: Budget, job: Job[SlimConfig]) -> None:
     least = own / STEPS if has_multiplier(job.config.model) else 1.0
     ratio = cost_ratios(budget, job, {"narrowest": make(least)})["narrowest"]
     if ratio > allowed * (1.0 if budget.latency_ratio is None else NOISE):
-        raise InfeasibleBudget(
-            f"scratch: the narrowest network costs {ratio:.3g} times the original, more than {allowed:g}"
-        )
+        raise too_dear(NARROWEST, ratio, allowed)

@@ -51,23 +51,29 @@ def export_onnx(
     error = _checked(folded, open_session(data), inputs, path, tolerance)
     with whole(path) as work:
         work.write_bytes(data)
+    _take_weights(path)
     return error
+
+
+def _take_weights(path: Path) -> None:
+    """What a larger network that stood here had beside it."""
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
 
 
 def _export_large(
     folded: nn.Module, inputs: tuple[Tensor, ...], path: Path, dynamic_batch: bool, tolerance: float
 ) -> float:
-    """The same with the weights in PATH.data beside it."""
+    """The same with the weights in PATH.data beside it, where there are so many."""
     with whole(path.with_name(f"{path.name}.large")) as folder:
         folder.mkdir()
-        work = folder / path.name
+        work, heavy = folder / path.name, f"{path.name}.data"
         write_proto(*_asked(bare_graph, folded, inputs, dynamic_batch, OPSET), work)
         error = _checked(folded, open_session(work), inputs, path, tolerance)
-    done = path.with_name(f"{path.name}.large")
-    path.unlink(missing_ok=True)  # no old graph shows new weights: without a graph there is no file
-    for name in (f"{path.name}.data", path.name):
-        (done / name).replace(path.with_name(name))
-    done.rmdir()
+        path.unlink(missing_ok=True)  # no old graph shows new weights: without a graph there is no file
+        _take_weights(path)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name != heavy):  # the graph last
+            file.replace(path.with_name(file.name))
+    path.with_name(f"{path.name}.large").rmdir()
     return error
 
 

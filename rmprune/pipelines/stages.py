@@ -154,12 +154,12 @@ def finish(
     """Measure the networks of a cell, the trained one as "original", and write its record; returns its path.
 
     `methods`: that made them; `removal`: the facts of RM on the trained network, where it was done; `refused`: {method: why not};
-    `measure`: how long, where not as the settings say.
+    `measure`: in the place of what the settings say.
     """
     record: dict[str, Any] = {
         "schema": records.SCHEMA,
         "command": command,
-        "config": to_dict(job.config),
+        "config": to_dict(replace(job.config, measure=measure or job.config.measure)),
         "seed": job.seed,
         "model": job.config.model,
         "dataset": job.config.data.dataset,

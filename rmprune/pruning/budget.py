@@ -79,7 +79,7 @@ others; got ratio, macs_ratio
 
     @property
     def name(self) -> str:
-        """Which of the ratios is set; where memory_ratio holds beside another, that."""
+        """Which of the ratios is set; of two, the one that memory_ratio holds beside."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 

@@ -103,8 +103,10 @@ class Calibrator:
 
     def measure_reference(self, program: Program, x: Tensor) -> None:
         """Run the unpruned network on the calibration images and note what the policies are compared with; say what cannot be fitted."""
-        if shared := list(dict.fromkeys(op.layer or op.norm for op in program.ops if op.shared)):
-            logger.warning("fitting layers: used more than once, and left as cut: %s", ", ".join(shared))
+        if shared := list(
+            dict.fromkeys(op.layer or op.norm for op in program.ops if op.shared and op.kind in ("layer", "norm"))
+        ):
+            logger.warning("fitting layers: used or shared more than once, and left as cut: %s", ", ".join(shared))
         self.reference = self.fit(program, {program.ops[0].name: x}, Cut({}, {}), first=True)
 
     def fit(self, program: Program, values: dict[str, Tensor], cut: Cut, *, first: bool = False) -> dict[str, Fitted]:

@@ -24,12 +24,12 @@ from rmprune.graph.build import build_norm, materialise, target_of
 from rmprune.graph.convolution import Conv, Obstacle, to_measure
 from rmprune.graph.equivalence import refuse_unseen
 from rmprune.graph.foreign import reference_copy
-from rmprune.graph.in_place import changes_in_place
+from rmprune.graph.in_place import value_apart
 from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, range_of
-from rmprune.graph.run import Values, node_value, run
+from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import to_double
 from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal.blocks import Block, additions, find_block
@@ -239,8 +239,7 @@ def _fit_in_order(network: Network, parts: dict[fx.Node, _Part], inputs: tuple[T
         return found.float() if isinstance(found, nn.Module) or found.is_floating_point() else found
 
     def side(node: fx.Node, values: Values, number: int) -> Any:
-        over = node.args[0] if changes_in_place(node, network.layers) else None  # `x += y`: x is read by others here
-        return node_value(node, lambda n: values[n][number].clone() if n is over else values[n][number], own)
+        return value_apart(node, lambda n: values[n][number], own, network.layers)
 
     def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
         original = side(node, values, 0)

@@ -154,7 +154,8 @@ class _Tried:
 
     def given(self, node: fx.Node) -> Any:
         if node not in self._given:
-            self._given[node] = _run(self.walk, node, self.places(node))
+            places = {n: _without(x, [None] * len(tensors_in(x))) for n, x in self.places(node).items()}
+            self._given[node] = _run(self.walk, node, places)
         return self._given[node]
 
 
@@ -216,7 +217,7 @@ def _without(values: Any, slices: list[tuple[int, Tensor] | None]) -> Any:
 
     def cut(x: Tensor) -> Tensor:
         own = next(of)
-        return x if own is None else select(x, *own)
+        return x.view_as(x) if own is None else select(x, *own)  # a move in place may give it another shape
 
     return cut(values) if isinstance(values, Tensor) else tree_map_only(Tensor, cut, values)
 

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, plain
+from rmprune.graph.in_place import value_apart
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
-from rmprune.graph.run import node_value
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.layers import Weighted, own_tensors
 from rmprune.pruning.operations import ELEMENTWISE, operation
@@ -82,7 +82,7 @@ class Program:
             return values[op.inputs[0]] * float(layer.factor)  # a number has no precision of its own
         if op.fresh and type(layer) in IN_PLACE:
             return IN_PLACE[type(layer)](values[op.inputs[0]])  # type: ignore[index]
-        found: Tensor = node_value(op.node, value, self.network.layer)
+        found: Tensor = value_apart(op.node, value, self.network.layer, self.network.layers)
         return found
 
 

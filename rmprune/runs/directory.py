@@ -1,6 +1,7 @@
 """Run directories: who may write where, what is finished, what goes on where it was. No stage logic."""
 
 import contextlib
+import logging
 import re
 import shutil
 from collections.abc import Collection, Iterator
@@ -13,6 +14,7 @@ from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.runs.writing import LEFT, LOCK_FILE, sweep, write_text
 
+logger = logging.getLogger("rmprune")
 Config = TypeVar("Config")
 CONFIG_FILE = "config.toml"
 WRITTEN = re.compile(
@@ -68,7 +70,13 @@ def _prepare(
     if used and not known.is_file():
         raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
     directory.mkdir(parents=True, exist_ok=True)
-    lock.acquire()
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if lock.timeout == 0:
+            raise
+        logger.info("%s: waiting for the process that is at it", directory)
+        lock.acquire()
     sweep(directory)
     if known.is_file() and overwritten is not None:
         _clear(directory, config, known, overwritten)

@@ -3,13 +3,15 @@
 To add one: a function from (the log's path, the training's label) to a Sink, a line in SINKS, and a setting of its name in TrainConfig.
 """
 
-import contextlib
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from rmprune.errors import ConfigError, first_line
+
+logger = logging.getLogger("rmprune")
 
 
 class Sink(NamedTuple):
@@ -45,17 +47,22 @@ def mlflow(log: Path, label: str) -> Sink:
             f"mlflow: its store cannot be used ({first_line(error)}); set MLFLOW_TRACKING_URI, or --no-mlflow"
         ) from None
 
-    gone = contextlib.suppress(Exception)  # a server that went away ends no training; log.jsonl has it all
+    reached = True
 
-    def write(name: str, value: float, epoch: int) -> None:
-        with gone:
-            client.log_metric(run, name, value, step=epoch)
+    def unless_gone(call: Callable[..., object], *arguments: object, **more: object) -> None:
+        """A server that went away ends no training, and is waited for once: log.jsonl has it all."""
+        nonlocal reached
+        try:
+            if reached:
+                call(run, *arguments, **more)
+        except Exception as error:
+            reached = False
+            logger.warning("%s: nothing more goes to mlflow (%s)", label, first_line(error))
 
-    def close() -> None:
-        with gone:
-            client.set_terminated(run)
-
-    return Sink(write, close)
+    return Sink(
+        lambda name, value, epoch: unless_gone(client.log_metric, name, value, step=epoch),
+        lambda: unless_gone(client.set_terminated),
+    )
 
 
 SINKS: dict[str, Callable[[Path, str], Sink]] = {"tensorboard": tensorboard, "mlflow": mlflow}

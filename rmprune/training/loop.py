@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from rmprune.training.precision import autocast, compute_dtype
 from rmprune.training.refuse import begins, check_trainable, not_finite, one_value
 from rmprune.training.shared_statistics import SharedStatistics
 from rmprune.training.state import Hook, TrainState
-from rmprune.training.statistics import MOST_IMAGES, measure_statistics
+from rmprune.training.statistics import measure_statistics
 from rmprune.training.teacher import Teacher
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
@@ -346,17 +345,15 @@ class _Training:
 
     def measure_statistics(self) -> None:
         """Batch norms forget the weights of earlier steps; every process does the same with the same images."""
-        size = self.data.config.batch_size
         batches = self.data.train.batches(
-            size,
+            self.data.config.batch_size,
             device=self.device,
             shuffle_seed=batch_seed(self.seed, self.state.step),
             memory_format=self.memory_format,
         )
-        count = max(1, min(MOST_IMAGES // size, self.state.steps_per_epoch // 4))
         with autocast(self.config.precision, self.device):
             try:
-                measure_statistics(self.state.model, itertools.islice(batches, count), self.loss)
+                measure_statistics(self.state.model, batches, self.loss)
             except ValueError as error:
                 raise one_value(error, self.label) from error
 

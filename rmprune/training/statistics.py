@@ -16,12 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rmprune.data.batches import Loss
 from rmprune.training.precision import ask
 
-MOST_IMAGES = 1024  # a quarter of an epoch, where that is less, is enough
+MOST_IMAGES = 1024  # that they are measured on, in whole batches
 
 
 @torch.no_grad()
 def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Loss | None = None) -> None:
-    """Give the batch norms of `model`, in place, the mean and variance that these batches have on average (Wu and Johnson 2021).
+    """Give the batch norms of `model`, in place, the mean and variance that the first MOST_IMAGES of these have on average by batch (Wu
+    and Johnson 2021).
 
     `batches`: (x [B, C, ...], y) as a split yields them, on the model's device; with a `loss` of one's own, that runs the model on y.
     The network is in training mode, as in a step, and each module's own mode is put back. A batch norm that a step leaves alone is left
@@ -35,8 +36,12 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], 
         for norm, _ in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # the average of all batches
+        seen = 0
         for x, y in batches if momenta else ():
             ask(model, x) if loss is None else loss(model, y)
+            seen += len(x)
+            if seen >= MOST_IMAGES:
+                break
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum

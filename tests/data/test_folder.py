@@ -365,8 +365,16 @@ def test_augment_was_a_switch(folder: Path) -> None:
         DataConfig(augment="imagenet")
 
 
-def test_a_circle_of_links_puts_no_photo_into_another_class(folder: Path) -> None:
+@pytest.mark.parametrize("to", ["..", "."])
+def test_a_circle_of_links_counts_no_photo_twice(folder: Path, to: str) -> None:
     kind = next(path for path in sorted(folder.rglob("*")) if path.is_dir() and any(path.glob("*.png")))
-    (kind / "round").symlink_to("..")
+    (kind / "round").symlink_to(to)
+    with pytest.raises(DataError, match="are one folder by a link"):
+        load_dataset(DataConfig("imagefolder", data_dir=folder))
+
+
+def test_one_photo_has_one_class(folder: Path) -> None:
+    first, other = [path for path in sorted((folder / "train").iterdir()) if path.is_dir()][:2]
+    (other / "again.png").symlink_to(next(first.glob("*.png")).resolve())
     with pytest.raises(DataError, match="are one file by a link"):
         load_dataset(DataConfig("imagefolder", data_dir=folder))

@@ -71,15 +71,15 @@ def test_the_interval_of_a_ratio_holds_the_median_and_repeats_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sittings", "apart", "alike", "before"),
-    [((100,), 0.0, 0.0, 45), ((225,), 0.0, 0.9, 30), ((45,) * 5, 0.02, 0.0, 30)],
+    ("sittings", "apart", "alike", "before", "width"),
+    [((100,), 0.0, 0.0, 45, 0.012), ((225,), 0.0, 0.9, 30, 0.022), ((45,) * 5, 0.02, 0.0, 30, 0.042)],
     ids=["independent", "rounds like those before them", "sittings apart"],
 )
 def test_intervals_hold_the_true_ratio_about_as_often_as_they_say(
-    sittings: tuple[int, ...], apart: float, alike: float, before: int
+    sittings: tuple[int, ...], apart: float, alike: float, before: int, width: float
 ) -> None:
     """Synthetic ratios around 1.7. As if all rounds were independent, two of the three intervals would claim far too much."""
-    draw, count, held, claimed = np.random.default_rng(0), sum(sittings), 0, 0
+    draw, count, held, claimed, wide = np.random.default_rng(0), sum(sittings), 0, 0, 0.0
     noise = draw.normal(0, 0.02, size=(50, count))
     for step in range(1, count):
         noise[:, step] = alike * noise[:, step - 1] + (1 - alike**2) ** 0.5 * noise[:, step]
@@ -87,9 +87,10 @@ def test_intervals_hold_the_true_ratio_about_as_often_as_they_say(
     for values in 1.7 + offsets + noise:
         low, high = median_interval(list(values), sittings)
         middle = 1.253 * values.std() / count**0.5  # the standard error of a median of independent values
-        held += low <= 1.7 <= high
+        held, wide = held + (low <= 1.7 <= high), wide + high - low
         claimed += abs(np.median(values) - 1.7) <= 1.96 * middle
-    assert held >= 41 and (claimed >= before if before == 45 else claimed <= before)
+    assert held >= 41 and wide / 50 < width  # and is no wider than it must be
+    assert claimed >= before if before == 45 else claimed <= before
 
 
 def in_two(first: float, second: float, rounds: int = 16) -> Latency:

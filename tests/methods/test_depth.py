@@ -25,6 +25,7 @@ def test_as_few_blocks_go_as_the_budget_asks_for(
     record = records.read_record(run_slim(replace(ONE, prune=prune, out=tmp_path), command="x")[0])
     found, whole = record["depth"], record["original"]
     dropped, losses = found["search"]["dropped"], found["search"]["losses"]
+    assert len(dropped) == (2 if prune.macs_ratio else 1)  # one fewer costs 0.72 of the MACs
     assert dropped == sorted(losses, key=losses.get)[: len(dropped)] and len(losses) == 3
     assert set(found["plan"]["blocks"]) == set(dropped)
     cost, allowed = ("macs", 0.7) if prune.macs_ratio else ("params", 0.95)

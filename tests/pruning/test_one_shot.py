@@ -118,7 +118,7 @@ def test_what_is_used_more_than_once_is_left_as_it_was_cut(caplog: pytest.LogCap
         prune(model, images(), importance="magnitude", budget=Budget(macs_ratio=0.6), data=batches(8), reconstruct=r)
         for r in (False, True)
     )
-    assert "used more than once, and left as cut: norm, slope, again, one.0, other.0" in caplog.text
+    assert "used or shared more than once, and left as cut: norm, again, one.0, other.0" in caplog.text
     same = {n for n, t in fitted.named_parameters() if torch.equal(t, cut.get_parameter(n))}
     assert {"again.weight", "again.bias", "one.0.weight", "slope.weight"} <= same
     assert not {"turn.weight", "last.0.weight", "head.weight"} & same

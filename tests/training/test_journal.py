@@ -40,8 +40,8 @@ def test_tensorboard_is_written_beside_the_log(tmp_path: Path):
 class Store:
     """A stand-in for mlflow.MlflowClient."""
 
-    def __init__(self, down: bool = False) -> None:
-        self.down, self.told, self.ended = down, [], []
+    def __init__(self, down: bool = False, gone: bool = False) -> None:
+        self.down, self.gone, self.told, self.ended = down, gone, [], []
 
     def get_experiment_by_name(self, name: str) -> None:
         if self.down:
@@ -55,7 +55,8 @@ class Store:
 
     def log_metric(self, run: object, key: str, value: float, step: int) -> None:
         self.told.append((run, key, step))
-        raise OSError("it went away: training goes on")
+        if self.gone:
+            raise OSError("it went away: training goes on")
 
     def set_terminated(self, run: object) -> None:
         self.ended.append(run)
@@ -70,6 +71,10 @@ def test_mlflow_is_told_each_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run = ("rmprune", "r dense")
     assert [told for told in store.told if told[1] == "train_loss"] == [(run, "train_loss", 1), (run, "train_loss", 2)]
     assert store.ended == [run]
+    gone = Store(gone=True)
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=lambda: gone))
+    fit(tiny_net(), blobs(), config, seed=0, log=file.with_name("gone.jsonl"), label="dense")
+    assert len(gone.told) == 1 and gone.ended == []  # it is waited for once
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=lambda: Store(down=True)))
     with pytest.raises(ConfigError, match=r"^mlflow: its store cannot be used \(no server\); set"):
         fit(tiny_net(), blobs(), config, seed=0, log=file)
