@@ -14,7 +14,7 @@ _BUDGETS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Which channels go, by what budgets (one of ratio, macs_ratio, latency_ratio; memory_ratio alone or beside), at once or in training."""
+    """Which channels go, by what budgets (one of ratio, macs_ratio, latency_ratio; memory_ratio alone or beside), at once or slowly."""
 
     ratio: Fractions = ()
     """Fraction of the channels of the network being pruned that is removed; several, comma-separated, make a run each."""
