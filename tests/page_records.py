@@ -19,7 +19,15 @@ METHODS = (
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 PROFILE = [
     {"layer": "conv1", "operator": "Conv", "cin": 3, "cout": 8, "macs": 13824, "ms": 0.06, "share": 0.75},
-    {"layer": f"/Flatten {HOSTILE}", "operator": "Flatten", "cin": None, "cout": None, "macs": None, "ms": 0.02, "share": 0.25},
+    {
+        "layer": f"/Flatten {HOSTILE}",
+        "operator": "Flatten",
+        "cin": None,
+        "cout": None,
+        "macs": None,
+        "ms": 0.02,
+        "share": 0.25,
+    },
 ]
 BLOCKS = ("layer1.0", "layer1.1", "layer2.0")
 

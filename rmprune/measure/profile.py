@@ -34,10 +34,10 @@ def profile_layers(
 ) -> "pd.DataFrame":
     """One row for each kernel that ONNX Runtime runs on the CPU, in order: network, position, layer, operator, cin, cout, macs, ms, share.
 
-    `models`: for example {"before": net, "after": plain}; they run in turns, in one process. `cin`, `cout` and `macs` (of one image) are
-    those of the layer, where a kernel computes one. `ms` is the median over `runs` for a
-    whole batch, of a kernel with what was fused into it; `share` is of the network's sum. A profiler slows what it watches: compare
-    shares, and measure whole networks by `measure_latencies`. `example_inputs`: (N, C, H, W), or several inputs; `batch_size` defaults to N.
+    `models`: for example {"before": net, "after": plain}; they run in turns, in one process. `example_inputs`: (N, C, H, W), or several
+    inputs; `batch_size` defaults to N. `cin`, `cout` and `macs` (of one image) are those of the layer, where a kernel computes one. `ms` is
+    the median over `runs` for a whole batch, of a kernel with what was fused into it; `share` is of the network's sum. A profiler slows
+    what it watches: compare shares, and measure whole networks by `measure_latencies`.
 
     >>> table = profile_layers({"net": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())}, torch.randn(1, 3, 8, 8), runs=3)
     >>> bool("Conv" in set(table.operator)), round(float(table.share.sum()), 6), int(table.macs.sum())  # 3 * 8 * 3 * 3 * 6 * 6
@@ -57,7 +57,7 @@ def profile_layers(
 def profile_candidates(
     candidates: Mapping[str, Candidate], threads: int, batch_size: int, *, runs: int = 50, seconds: float = math.inf
 ) -> dict[str, list[dict[str, Any]]]:
-    """The rows of `profile_layers` by network, of what is a candidate already; fewer runs where they take `seconds` a network, at least 5."""
+    """The rows of `profile_layers` by network, of candidates; fewer runs (5 at least) once `seconds` a network are over."""
     with tempfile.TemporaryDirectory() as folder:
         sessions: dict[str, tuple[Any, dict[str, Any]]] = {}
         for number, (name, candidate) in enumerate(candidates.items()):

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -59,7 +59,11 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     check_available(config.measure.backends, config.measure.device)
     data = dataset_of(paths) if reduced(config.measure.backends) else None
     images = torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0))
-    profiles = profile(lambda: {name: Candidate(name, net, images) for name, net in found.items()}, config)
+    profiles = (
+        profile({name: Candidate(name, net, images) for name, net in found.items()}, config.measure)
+        if config.profile
+        else {}
+    )
     originals = {labels[network_directory(path.parent, "original")] for path in paths}
     latencies = measure_latencies(
         found,
@@ -81,15 +85,12 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     return paths
 
 
-def profile(candidates: Callable[[], dict[str, Candidate]], config: RemeasureConfig) -> dict[str, dict[str, Any]]:
-    """Where the time of each network goes, as a record holds it; empty where nobody asked."""
-    if not config.profile:
-        return {}
+def profile(candidates: Mapping[str, Candidate], measure: MeasureConfig) -> dict[str, dict[str, Any]]:
+    """Where the time of each network goes, as a record holds it. Raises ConfigError where ONNX Runtime is not there."""
     check_available(("onnxruntime",), "cpu")
-    measure = config.measure
     place = {"threads": measure.threads[0], "batch_size": measure.batch_sizes[0]}
     logger.info("profiling layer by layer in onnxruntime, up to %g s a network", measure.seconds)
-    found = profile_candidates(candidates(), **place, seconds=measure.seconds)
+    found = profile_candidates(candidates, **place, seconds=measure.seconds)
     return {name: {"backend": "onnxruntime", **place, "layers": layers} for name, layers in found.items()}
 
 

@@ -13,7 +13,7 @@ from rmprune.config import MeasureConfig, RemeasureConfig
 from rmprune.errors import ConfigError
 from rmprune.measure import Latency
 from rmprune.measure.backends import BACKENDS
-from rmprune.measure.candidate import Candidate, FileCandidate, onnx_form
+from rmprune.measure.candidate import FileCandidate, onnx_form
 from rmprune.measure.latency import Configuration, measure_candidates
 from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
@@ -46,8 +46,8 @@ def run_measure_files(config: RemeasureConfig) -> dict[str, list[Latency]]:
     measure = replace(measure, batch_sizes=_batch_sizes(files, measure))
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(1, *shape, generator=generator) for shape in shapes)
-    candidates: dict[str, Candidate] = {name: FileCandidate(name, file, inputs) for name, file in files.items()}
-    profiles = profile(lambda: candidates, replace(config, measure=measure))
+    candidates = {name: FileCandidate(name, file, inputs) for name, file in files.items()}
+    profiles = profile(candidates, measure) if config.profile else {}
     found = measure_candidates(
         candidates,
         **vars(measure),
