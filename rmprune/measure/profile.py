@@ -47,9 +47,9 @@ def profile_layers(
 
     if runs < 1 or threads < 1:
         raise ConfigError("runs and threads must be at least 1")
-    candidates = {name: Candidate(name, model, example_inputs) for name, model in models.items()}
-    size = batch_size or len(as_tuple(next(iter(models.values())), example_inputs)[0])
-    found = profile_candidates(candidates, threads, size, runs=runs)
+    inputs = as_tuple(next(iter(models.values())), example_inputs)
+    candidates = {name: Candidate(name, model, inputs) for name, model in models.items()}
+    found = profile_candidates(candidates, threads, batch_size or len(inputs[0]), runs=runs)
     rows = [{"network": name, "position": n} | row for name, own in found.items() for n, row in enumerate(own)]
     return pd.DataFrame(rows)
 
@@ -78,8 +78,15 @@ def profile_candidates(
             total = sum(kernel.ms for kernel in kernels)
             layers = _layers(_graph(candidates[name].form(onnx_form)), kernels, batch_size)
             found[name] = [
-                {"layer": layer.name, "operator": kernel.operator, "cin": layer.cin, "cout": layer.cout}
-                | {"macs": layer.macs, "ms": kernel.ms, "share": kernel.ms / total}
+                {
+                    "layer": layer.name,
+                    "operator": kernel.operator,
+                    "cin": layer.cin,
+                    "cout": layer.cout,
+                    "macs": layer.macs,
+                    "ms": kernel.ms,
+                    "share": kernel.ms / total,
+                }
                 for kernel, layer in zip(kernels, layers, strict=True)
             ]
     return found
