@@ -234,7 +234,24 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
             ratio = latency.get("ratio", latency["median_ms"] / base["median_ms"])
             cells.append(f"{milliseconds(latency['median_ms'])}  {ratio:.2f}x")
         time.add_row(*cells)
-    return [cost, *([time] if times["original"] else []), *_by_class(found)]
+    profiles = [profile_table(name, network["profile"]) for name, network in found.items() if network.get("profile")]
+    return [cost, *([time] if times["original"] else []), *_by_class(found), *profiles]
+
+
+def profile_table(network: str, profile: dict[str, Any]) -> Table:
+    """Where the time of a network goes: a row for each kernel that the runtime ran, in order. MACs are of one image, ms of a batch."""
+    place = configuration_label((profile["backend"], "cpu", profile["threads"], profile["batch_size"]))
+    title = escape(f"{network}, layer by layer: {place}")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("layer", "operator", "channels", "MACs", "ms", "share"):
+        left = heading in ("layer", "operator")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "layer")
+    for row in profile["layers"]:
+        widths = f"{row['cin']} to {row['cout']}" if row.get("cout") else ""
+        macs = amount(row["macs"]) if row.get("macs") else ""
+        cells = (row["operator"], widths, macs, milliseconds(row["ms"]), f"{row['share']:.1%}")
+        table.add_row(escape(row["layer"]), *map(escape, cells))
+    return table
 
 
 def _by_class(found: dict[str, dict[str, Any]]) -> list[Table]:

@@ -64,6 +64,9 @@ _LAYER = {
 _EPISODE = {"reward": _is_number, "source": str}
 _WIDTH = {"group": str, "whole": _is_count, "kept": int}
 _SEARCH = {"episodes": _may([_EPISODE]), "widths": _may([_WIDTH]), "verified_ratio": _may(_is_number)}
+_KERNEL = {"layer": str, "operator": str, "ms": _is_number, "share": _is_share} | dict.fromkeys(
+    ("cin", "cout", "macs"), _may(_is_count)
+)
 _SHOWN: dict[str, Any] = {
     "model": _may(str),
     "dataset": _may(str),
@@ -85,6 +88,7 @@ _DRAWN: dict[str, Any] = {
     "plan": _may(dict),
     "candidates": _may(dict),
     "search": _may(_SEARCH),
+    "profile": _may({"backend": str, "threads": _is_count, "batch_size": _is_count, "layers": [_KERNEL]}),
 }
 
 
