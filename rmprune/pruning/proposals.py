@@ -25,7 +25,7 @@ from rmprune.pruning.options import BlockLayers
 from rmprune.pruning.plan import Choice, flat_name
 
 LEVELS = 8  # widths of a group that a program chooses among, at most
-PARTS = ("widths", "merge", "drop")  # of losses, which are believed each by a factor
+WEIGHED = ("widths", "merge", "drop")  # of losses, which are believed each by a factor
 _SLIGHT = 0.01  # nats: differences below it say nothing
 _PRIOR = 0.1  # what speaks for a factor being 1, where a plan weighs 1
 
@@ -45,7 +45,7 @@ class Sight:
 class Proposal:
     """blocks: {block: choice}; widths: {layer by its flat name: units of the group it puts out}; what the surrogate says of it.
 
-    parts: {kind of PARTS: what that loses as it was measured}; `loss` is their sum, each times what it is believed by.
+    parts: {kind of WEIGHED: what that loses as it was measured}; `loss` is their sum, each times what it is believed by.
     """
 
     blocks: dict[str, Choice]
@@ -56,18 +56,18 @@ class Proposal:
 
 
 def learned(parts: Sequence[Mapping[str, float]], realised: Sequence[float]) -> dict[str, float]:
-    """{kind of PARTS: what to multiply its losses by}, from plans' `parts` and what these plans turned out to lose.
+    """{kind of WEIGHED: what to multiply its losses by}, from plans' `parts` and what these plans turned out to lose.
 
     By ratios of what was said to what came, under a loss that few plans far off do not decide; 1 where no plan says anything.
     """
-    said = np.array([[own[kind] for kind in PARTS] for own in parts]).reshape(-1, len(PARTS))
+    said = np.array([[own[kind] for kind in WEIGHED] for own in parts]).reshape(-1, len(WEIGHED))
     came = np.log(np.maximum(np.array(realised, dtype=float), 0.0) + _SLIGHT)
 
     def off(logs: np.ndarray) -> np.ndarray:
         return np.concatenate([np.log(said @ np.exp(logs) + _SLIGHT) - came, _PRIOR * logs])
 
-    found = least_squares(off, np.zeros(len(PARTS)), loss="cauchy", f_scale=0.2)
-    return {kind: float(np.exp(value)) for kind, value in zip(PARTS, found.x, strict=True)}
+    found = least_squares(off, np.zeros(len(WEIGHED)), loss="cauchy", f_scale=0.2)
+    return {kind: float(np.exp(value)) for kind, value in zip(WEIGHED, found.x, strict=True)}
 
 
 def thinned(widths: Sequence[int]) -> list[int]:
@@ -92,7 +92,7 @@ class Proposals:
         belief: Mapping[str, float] | None = None,
     ) -> None:
         self.sights, self.layers, self.losses = sights, layers, losses
-        self._belief = dict.fromkeys(PARTS, 1.0) | dict(belief or {})
+        self._belief = dict.fromkeys(WEIGHED, 1.0) | dict(belief or {})
         self._problem = Problem()
         self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
         self._members: dict[Choice, _Members] = {
@@ -132,7 +132,7 @@ class Proposals:
             return None
         blocks = {name: list(self.losses[name])[found.answers[name]] for name in self._ports}
         widths = {layer: at[found.answers[asked]] for layer, asked, at in self._named if asked in found.answers}
-        parts = {k: sum(self.losses[b][c] for b, c in blocks.items() if c == k) for k in PARTS}
+        parts = {k: sum(self.losses[b][c] for b, c in blocks.items() if c == k) for k in WEIGHED}
         of_blocks = sum(self._belief[kind] * part for kind, part in parts.items())
         parts["widths"] = max(found.loss - of_blocks, 0.0) / self._belief["widths"]
         return Proposal(blocks | self._others, widths, found.cost + self._constant, found.loss, parts)
