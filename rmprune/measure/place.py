@@ -23,6 +23,7 @@ from rmprune.measure import measure_latencies
 
 logger = logging.getLogger("rmprune")
 CANDIDATES = 5  # networks measured in a round
+SECONDS = 0.5  # for which each is measured, at most: a winner is measured again, and for as long as the settings say in the end
 ATTEMPTS = 3  # measurements before a network counts as too slow
 STEP = 1.02  # times: sizes nearer to each other are not told apart
 ROUNDS = 5  # of measuring ever nearer to the budget, at most: steps of up to 2.1 times, then 1.2, then 1.05, ...
@@ -47,7 +48,7 @@ class Place:
     def first(cls, config: MeasureConfig, original: nn.Module, example: Tensor) -> "Place":
         """The first configuration of the settings; `example` is [1, C, H, W]."""
         settings = (config.backends[0], config.threads[0], config.batch_sizes[0], config.device)
-        return cls(original, example, *settings, config.seconds, config.min_rounds)
+        return cls(original, example, *settings, min(config.seconds, SECONDS), config.min_rounds)
 
     def __str__(self) -> str:
         return f"{self.backend}, {self.threads} threads, batch {self.batch_size}"
