@@ -17,6 +17,18 @@ METHODS = (
     "rm-slimming",
 )
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+PROFILE = [
+    {"layer": "conv1", "operator": "Conv", "cin": 3, "cout": 8, "macs": 13824, "ms": 0.06, "share": 0.75},
+    {
+        "layer": f"/Flatten {HOSTILE}",
+        "operator": "Flatten",
+        "cin": None,
+        "cout": None,
+        "macs": None,
+        "ms": 0.02,
+        "share": 0.25,
+    },
+]
 BLOCKS = ("layer1.0", "layer1.1", "layer2.0")
 
 
@@ -95,6 +107,7 @@ def plan(method: str, removal: dict[str, Any]) -> dict[str, Any]:
             "removal": removal,
             "candidates": {"rm": {"loss": 0.5}},
             "chosen": "rm",
+            "profile": {"backend": "onnxruntime", "threads": 1, "batch_size": 1, "layers": PROFILE},
         }
     return outline(8, left=BLOCKS)
 

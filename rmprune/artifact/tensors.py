@@ -4,6 +4,7 @@ torch.load(weights_only=True) has the closed list of what a pickle may name, but
 sizes it is told; so a dry run of the pickle compares them with the file first. Whose tensors they are is others' business.
 """
 
+import argparse
 import io
 import math
 import pickle
@@ -35,6 +36,15 @@ _ITEM_BYTES = {
 }
 
 
+def read_tensors(path: Path) -> Any:
+    """What a file of weights holds, of whichever kind it is: its first bytes say so, not its name. Raises as the two below."""
+    _check_regular(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    named = path.suffix.lower() == ".safetensors" and start[:1] not in (b"P", b"\x80")
+    return (read_safetensors if start[8:] == b"{" or named else read_pickled)(path)
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file. Raises OSError where it cannot be read, ValueError where it is damaged."""
     _check_regular(path)
@@ -61,7 +71,9 @@ def read_pickled(path: Path) -> Any:
         (_check_archive if is_archive else _check_legacy)(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch to itself
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # argparse's are timm's and torchvision's notes: values alone; opened here, as torch reads a .safetensors by its name
+            with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError as error:  # torch's own words advise to run it
@@ -93,6 +105,8 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         sizes = {entry.filename.lower(): entry.file_size for entry in entries}
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise pickle.UnpicklingError("it is TorchScript, which is code")
         if len(sizes) < len(entries) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("parts of it are compressed or stand twice, which torch.save never writes")
         if sum(sizes.values()) > path.stat().st_size:
@@ -102,7 +116,9 @@ def _check_archive(path: Path) -> None:
                 with archive.open(entry) as part:
                     while part.read(2**20):
                         pass
-        content = next(entry for entry in entries if entry.filename.endswith("/data.pkl"))
+        content = next((entry for entry in entries if entry.filename.endswith("/data.pkl")), None)
+        if content is None:
+            raise ValueError("a zip archive that torch.save did not write")
         if content.file_size > LARGEST_PICKLE:
             raise ValueError(f"its pickle is longer than {LARGEST_PICKLE} bytes")
         with path.open("rb") as file:  # not through zipfile, which insists on a checksum
@@ -194,6 +210,8 @@ class _DryRun(pickle._Unpickler):  # the one in C takes memory for whatever numb
         return _Costly if name == "bytearray" or name.endswith("Tensor") else _Nothing
 
     def persistent_load(self, pid: Any) -> _Storage:
+        if pid[0] == "module":
+            raise pickle.UnpicklingError("it holds a whole module, which is code")
         tag, item_bytes, key, _, items = pid[:5]
         if tag != "storage" or not isinstance(key, str) or not all(isinstance(n, int) for n in (item_bytes, items)):
             raise ValueError("it refers to something that is no storage")

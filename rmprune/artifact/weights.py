@@ -1,5 +1,6 @@
 """Weights of others, from files, into a network: trained already (a checkpoint), or to start training from. Nothing is executed."""
 
+import logging
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.artifact.tensors import is_plain, read_pickled, read_safetensors
+from rmprune.artifact.tensors import is_plain, read_tensors
 from rmprune.errors import ArtifactError, first_line
 from rmprune.models.head import head_parameters
 from rmprune.models.pretrained import IMAGENET, imagenet_weights
+from rmprune.runs.reading import not_data
 
+logger = logging.getLogger("rmprune")
 NESTED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "model_ema", "state_dict_ema", "ema")
-"""Under these names training frameworks keep the weights in a file; the first that is there is taken."""
+"""Under these names training frameworks keep the weights in a file; the first that is there is taken, and the log says so."""
 _COUNTER = "num_batches_tracked"
 _DEEPEST = 3  # such names within each other: a file may hold a dict that holds itself
 _SHOWN = 4  # names of each kind in an error
@@ -23,21 +26,11 @@ _SHOWN = 4  # names of each kind in an error
 def load_checkpoint_into(model: nn.Module, path: Path, name: str) -> nn.Module:
     """`model` with the weights of an artifact directory or of a file (.safetensors, or a .pt/.pth state dict read with weights_only).
 
-    Raises ArtifactError where the file is missing or damaged or holds another network.
+    Names are understood as by `put_weights`, but the head must fit too. Raises ArtifactError where the file is missing or damaged or
+    holds another network.
     """
-    state = _read(path)
-    own = model.state_dict()
-    counters = {key: value for key, value in own.items() if key.endswith(_COUNTER)}
-    state = {**counters, **state}  # files from before torch 0.4.1 have none
-    wrong = [key for key in (*own, *state) if key not in state or key not in own or state[key].shape != own[key].shape]
-    if wrong:
-        there, here = (_sizes(tensors.get(wrong[0])) for tensors in (state, own))
-        raise ArtifactError(
-            f"{path}: these are the weights of another network than {name} (first difference: {wrong[0][:80]} is {there} there and "
-            f"{here} here); give the model, number of classes, width and image size that they were trained with"
-        )
-    own.update(state)
-    model.load_state_dict(own)
+    if said := put_weights(model, _read(path), str(path), name, same_classes=True):
+        logger.info("%s: %s", path, said)
     return model
 
 
@@ -50,15 +43,23 @@ def start_from(model: nn.Module, weights: str, name: str, *, by_order: bool = Fa
     return put_weights(model, state, weights, name, by_order=by_order)
 
 
-def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: str, *, by_order: bool = False) -> str:
-    """Put `state` into `model`, which may be of other classes: then its head is made anew, in torch's own way, as some
+def put_weights(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str,
+    name: str,
+    *,
+    by_order: bool = False,
+    same_classes: bool = False,
+) -> str:
+    """Put `state` into `model`, which (but for `same_classes`) may be of others: then its head is made anew, in torch's own way, as some
     networks begin with outputs that are loud beside what the weights put out. Returns what there is to say, or "".
 
     Names may stand behind any one prefix (`model.`, `backbone.`); what lies outside it is left out, and said. `by_order`: the
     tensors belong to the model's in this order, whatever their names. Raises ArtifactError that lists what does not fit, before
     anything is changed.
     """
-    own, head = model.state_dict(), set(head_parameters(model))
+    own, head = model.state_dict(), set() if same_classes else set(head_parameters(model))
     said: list[str] = []
     if by_order:
         ordered = _ordered(own, state, head)
@@ -72,7 +73,10 @@ def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: s
         if outside := [key for key in state if not key.startswith(prefix)]:
             said.append(f"{_listed(outside)} beside {prefix}* left out")
         state, flat = inside, state
-    state = {key: value for key, value in own.items() if key.endswith(_COUNTER)} | state
+    # files from before torch 0.4.1 have no counters, and some norms that have are frozen here
+    state = {key: value for key, value in own.items() if key.endswith(_COUNTER)} | {
+        key: value for key, value in state.items() if key in own or not key.endswith(_COUNTER)
+    }
     new = [key for key in own if key in head and (key not in state or state[key].shape != own[key].shape)]
     kept = {key: value for key, value in state.items() if not new or key not in head}
     problems = [
@@ -81,17 +85,22 @@ def put_weights(model: nn.Module, state: dict[str, Tensor], source: str, name: s
             "of another shape: ",
             [f"{key} ({_sizes(kept[key])} there, {_sizes(own[key])} here)" for key in own if _differs(kept, own, key)],
         ),
+        (
+            "whole numbers there: ",
+            [key for key in own if key in kept and kept[key].is_floating_point() < own[key].is_floating_point()],
+        ),
         (f"not in {name}: ", [key for key in kept if key not in own]),
     ]
     if any(names for _, names in problems):
-        if not by_order and isinstance(_ordered(own, flat, head), dict):
+        if not by_order and not same_classes and isinstance(_ordered(own, flat, head), dict):
             raise ArtifactError(
                 f"{source}: has other names than {name} ({next(iter(flat))[:80]}; here {next(iter(own))}), but in its order all shapes "
                 "fit: if it is the same network, add --weights-by-order"
             )
         what = "; ".join(start + _listed(names) for start, names in problems if names)
         raise ArtifactError(
-            f"{source}: not the weights of {name} ({what}); give the model, width and image size that they belong to"
+            f"{source}: these are the weights of another network than {name} ({what}); give the model, number of classes, width and "
+            "image size that they belong to"
         )
     own.update(kept)  # its own notes of versions stay with it, which some modules ask for
     model.load_state_dict(own)
@@ -121,7 +130,7 @@ def _ordered(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -
     tensors = [value for value in state.values() if not _counts(value)]
     for key, value in zip(names, tensors, strict=False):
         shapes = [tensor.shape[1:] if key in head else tensor.shape for tensor in (value, own[key])]
-        if shapes[0] != shapes[1]:
+        if shapes[0] != shapes[1] or value.is_floating_point() < own[key].is_floating_point():
             return f"at {key} stands one of {_sizes(value)} there, {_sizes(own[key])} here"
     if len(names) != len(tensors):
         return f"{len(tensors)} there, {len(names)} here"
@@ -152,23 +161,43 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a state dict that torch.save wrote, by itself or under one of the names in `NESTED`."""
+    """The tensors of a .safetensors file or of a state dict that torch.save wrote, by itself or in a dict: under one of the names in
+    `NESTED`, or the only one there. Raises ArtifactError for what is none, and for weights that are no numbers.
+    """
     try:
-        content: Any = read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
-    except pickle.UnpicklingError as error:
-        raise ArtifactError(
-            f"{path}: not a plain state dict ({first_line(error)}), and nothing in it is run; load it where it was made, and save "
-            "model.state_dict()"
-        ) from None
-    except (OSError, ValueError) as error:
+        content: Any = read_tensors(path)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        if what := not_data(path):
+            raise ArtifactError(f"{path}: holds no weights: {what}") from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise ArtifactError(
+                f"{path}: not a plain state dict ({first_line(error)}), and nothing in it is run; load it where it was made, and save "
+                "model.state_dict()"
+            ) from None
         raise ArtifactError(f"{path}: cannot be read as weights ({first_line(error)}); copy or save it again") from None
     for _ in range(_DEEPEST):
-        if isinstance(content, dict) and (key := next((k for k in NESTED if isinstance(content.get(k), dict)), None)):
-            content = content[key]
+        inner = [k for k in NESTED if isinstance(content, dict) and isinstance(content.get(k), dict)]
+        if not inner and isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+            inner = [k for k, value in content.items() if _holds_tensors(value)]
+            if len(inner) > 1:
+                raise ArtifactError(
+                    f"{path}: holds several networks ({_listed(map(str, inner))}); save the one that you mean"
+                )
+        if inner:
+            if len(inner) > 1:
+                logger.info("%s: %s is taken, %s left out", path, inner[0], _listed(inner[1:]))
+            content = content[inner[0]]
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise ArtifactError(f"{path}: not a state dict (name -> tensor); save model.state_dict()")
     for key, value in content.items():
         if not is_plain(value) or value.is_complex():
             raise ArtifactError(f"{path}: {key[:80]} is no plain tensor; save the state_dict() of a plain model")
-    # the names that torch.compile and DataParallel put before
-    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in content.items()}
+        if value.is_floating_point() and value.isnan().any():
+            raise ArtifactError(
+                f"{path}: {key[:80]} holds NaN, as of a training that diverged; take an earlier checkpoint"
+            )
+    return {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # which torch.compile puts before
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values())

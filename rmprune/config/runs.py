@@ -243,6 +243,9 @@ class RemeasureConfig:
     measure: Unprefixed[MeasureConfig] = MeasureConfig()
     image_size: int | None = None
     """Height and width of the images of ONNX files that leave them open (default: 224)."""
+    profile: bool = False
+    """Where the time of each network goes, layer by layer, as ONNX Runtime's profiler sees it on the CPU, for the first of the thread
+    numbers and batch sizes: printed, and kept in the record."""
 
     def __post_init__(self) -> None:
         require(len(self.runs) > 0, "there is nothing to measure; give run directories or ONNX files")

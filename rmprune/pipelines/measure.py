@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
@@ -20,7 +21,9 @@ from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
 from rmprune.measure.backends import reduced
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.machine import environment
+from rmprune.measure.profile import profile_candidates
 from rmprune.pipelines.stages import expected_statistics, image_shape, measuring
 from rmprune.runs import records
 from rmprune.runs.directory import runs_of, tidy
@@ -55,10 +58,16 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
     check_available(config.measure.backends, config.measure.device)
     data = dataset_of(paths) if reduced(config.measure.backends) else None
+    images = torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0))
+    profiles = (
+        profile({name: Candidate(name, net, images) for name, net in found.items()}, config.measure)
+        if config.profile
+        else {}
+    )
     originals = {labels[network_directory(path.parent, "original")] for path in paths}
     latencies = measure_latencies(
         found,
-        torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0)),
+        images,
         **vars(config.measure),
         reference=min(originals) if len(originals) == 1 else None,
         progress=measuring(len(found), config.measure),
@@ -68,7 +77,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     written: list[Path] = []
     try:
         for path in paths:
-            written.append(_renew(path, latencies, labels, config.measure))
+            written.append(_renew(path, latencies, profiles, labels, config.measure))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{len(written)} of {len(paths)} records hold the new times, the others are as they were"
@@ -76,16 +85,36 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     return paths
 
 
-def _renew(path: Path, latencies: dict[str, list[Latency]], labels: dict[Path, str], measure: MeasureConfig) -> Path:
-    """Write the new times of its networks into a record, and how long was measured; where, each time says itself."""
+def profile(candidates: Mapping[str, Candidate], measure: MeasureConfig) -> dict[str, dict[str, Any]]:
+    """Where the time of each network goes, as a record holds it. Raises ConfigError where ONNX Runtime is not there."""
+    check_available(("onnxruntime",), "cpu")
+    place = {"threads": measure.threads[0], "batch_size": measure.batch_sizes[0]}
+    logger.info("profiling layer by layer in onnxruntime, up to %g s a network", measure.seconds)
+    found = profile_candidates(candidates, **place, seconds=measure.seconds)
+    return {name: {"backend": "onnxruntime", **place, "layers": layers} for name, layers in found.items()}
+
+
+def _renew(
+    path: Path,
+    latencies: dict[str, list[Latency]],
+    profiles: dict[str, dict[str, Any]],
+    labels: dict[Path, str],
+    measure: MeasureConfig,
+) -> Path:
+    """Write the new times of its networks into a record, and how long was measured; where, each time says itself. A profile of before
+    goes: it may be another machine's.
+    """
     record = records.read_record(path)
     for name, network in records.networks(record).items():
-        own = latencies[labels[network_directory(path.parent, name)]]
+        label = labels[network_directory(path.parent, name)]
+        own = latencies[label]
         original = latencies[labels[network_directory(path.parent, "original")]]
         network["latency"] = [
             replace(latency.relative_to(base), reference="original").to_dict()
             for latency, base in zip(own, original, strict=True)
         ]
+        network.pop("profile", None)
+        network |= {"profile": profiles[label]} if label in profiles else {}
     record["environment"] = environment()
     # Its first place stays that in which a budget of time was met.
     if isinstance(record["config"].get("measure"), dict):

@@ -1,5 +1,6 @@
 """`measure FILE.onnx ...`: files side by side, each as it stands, in turns in one process. No records: a file says nothing of a run."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -16,7 +17,9 @@ from rmprune.measure.candidate import FileCandidate, onnx_form
 from rmprune.measure.latency import Configuration, measure_candidates
 from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
+from rmprune.pipelines.measure import profile
 from rmprune.pipelines.stages import measuring
+from rmprune.report.tables import profile_table
 
 _SIZE = 224  # of images whose size no file says
 FILE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.form in (onnx_form, openvino_form))
@@ -43,14 +46,16 @@ def run_measure_files(config: RemeasureConfig) -> dict[str, list[Latency]]:
     measure = replace(measure, batch_sizes=_batch_sizes(files, measure))
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(1, *shape, generator=generator) for shape in shapes)
+    candidates = {name: FileCandidate(name, file, inputs) for name, file in files.items()}
+    profiles = profile(candidates, measure) if config.profile else {}
     found = measure_candidates(
-        {name: FileCandidate(name, file, inputs) for name, file in files.items()},
+        candidates,
         **vars(measure),
         reference=names[0],
         progress=measuring(len(files), measure),
     )
     console = Console()
-    for table in times_tables(found):
+    for table in (*times_tables(found), *itertools.starmap(profile_table, profiles.items())):
         console.print(table)
     return found
 

@@ -453,7 +453,7 @@ function drawLayers() {
   const original = originalOf(network);
   const after = outlineOf(network), before = outlineOf(original);
   if (!after || !before) {
-    figure.replaceChildren(...drawWithoutOutline(network));
+    figure.replaceChildren(...drawWithoutOutline(network), ...profileOf(network));
     return;
   }
   const rows = layerRows(before, after).map((row, position) => ({ ...row, position }));
@@ -487,7 +487,20 @@ function drawLayers() {
   svg.setAttribute("role", "img");
   const counts = counted(arcs);
   svg.setAttribute("aria-label", `${plural(rows.length, "layer")}; residuals: ${saidOf(counts)}`);
-  figure.replaceChildren(layerKey(counts, fill), svg, ...reasons(network));
+  figure.replaceChildren(layerKey(counts, fill), svg, ...reasons(network), ...profileOf(network));
+}
+
+/** Where the time goes, for a network that was measured with --profile. */
+function profileOf({ profile }) {
+  if (!profile) return [];
+  const where = `${profile.backend}, ${plural(profile.threads, "thread")}, batch ${profile.batch_size}`;
+  const text = (value) => h("td", { class: "text" }, value);
+  const rows = profile.layers.map((row) => h("tr", {}, text(row.layer), text(row.operator), h("td", {}, row.cout ? `${row.cin} → ${row.cout}` : ""),
+    h("td", {}, row.macs ? amount(row.macs) : ""), h("td", {}, three(row.ms)), h("td", {}, `${(100 * row.share).toFixed(1)} %`)));
+  const head = ["layer", "operator", "channels", "MACs", "ms", "share"].map((name, i) => h("th", { scope: "col", class: i < 2 ? "text" : null }, name));
+  const table = h("table", {}, h("thead", {}, h("tr", {}, head)), h("tbody", {}, rows));
+  return [h("details", { class: "profile" }, h("summary", {}, `Where its time goes (${where})`),
+    h("div", { class: "wide", role: "region", "aria-label": "Where its time goes", tabindex: "0" }, table))];
 }
 
 function layerKey(counts, fill) {

@@ -91,6 +91,7 @@ def _network(record: dict[str, Any], name: str, network: dict[str, Any], run: in
         ("plan", network.get("plan"), dict),
         ("chosen", network.get("chosen"), str),
         ("search", _search(network.get("search")), dict),
+        ("profile", network.get("profile"), dict),
     ):
         if isinstance(value, kind):
             found[key] = value

@@ -206,12 +206,14 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
     """What a record says, for the screen: one table of accuracy and cost, one of time, relative to the original."""
     found = networks(record)
     original = found["original"]
-    cost = Table(title="Accuracy and cost, relative to the original", title_justify="left", title_style="bold")
-    for heading in ("network", "accuracy", "change", "MACs", "", "parameters", ""):
+    score, scale, form = ("loss", 1, "{:.4g}") if original["accuracy"] is None else ("accuracy", 100, "{:.2%}")
+    title = f"{score.capitalize()} and cost, relative to the original"
+    cost = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("network", score, "change", "MACs", "", "parameters", ""):
         cost.add_column(heading, justify="left" if heading == "network" else "right")
     for name, network in found.items():
-        change = (network["accuracy"] - original["accuracy"]) * 100
-        cells = [escape(name), f"{network['accuracy']:.2%}", "" if name == "original" else f"{change:+.2f}"]
+        change = (network[score] - original[score]) * scale
+        cells = [escape(name), form.format(network[score]), "" if name == "original" else f"{change:+.2f}"]
         for field in ("macs", "params"):
             cells += [amount(network[field]), f"{network[field] / original[field]:.2f}x"]
         cost.add_row(*cells)
@@ -234,7 +236,24 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
             ratio = latency.get("ratio", latency["median_ms"] / base["median_ms"])
             cells.append(f"{milliseconds(latency['median_ms'])}  {ratio:.2f}x")
         time.add_row(*cells)
-    return [cost, *([time] if times["original"] else []), *_by_class(found)]
+    profiles = [profile_table(name, network["profile"]) for name, network in found.items() if network.get("profile")]
+    return [cost, *([time] if times["original"] else []), *_by_class(found), *profiles]
+
+
+def profile_table(network: str, profile: dict[str, Any]) -> Table:
+    """Where the time of a network goes: a row for each kernel that the runtime ran, in order. MACs are of one image, ms of a batch."""
+    place = configuration_label((profile["backend"], "cpu", profile["threads"], profile["batch_size"]))
+    title = escape(f"{network}, layer by layer: {place}")
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("layer", "operator", "channels", "MACs", "ms", "share"):
+        left = heading in ("layer", "operator")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "layer")
+    for row in profile["layers"]:
+        widths = f"{row['cin']} to {row['cout']}" if row.get("cout") else ""
+        macs = amount(row["macs"]) if row.get("macs") else ""
+        cells = (row["operator"], widths, macs, milliseconds(row["ms"]), f"{row['share']:.1%}")
+        table.add_row(escape(row["layer"]), *map(escape, cells))
+    return table
 
 
 def _by_class(found: dict[str, dict[str, Any]]) -> list[Table]:

@@ -22,6 +22,24 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def not_data(path: Path) -> str:
+    """What a file is that should hold weights, a network or a photo and can be read as none: empty, a pointer of git-lfs, a text such as
+    the page of a failed download. "" where it is nothing of these; never raises.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(200)
+    except OSError:
+        return ""
+    if not start:
+        return "it is empty; copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs in place of the file; run `git lfs pull`"
+    text = " ".join(start.decode("utf-8", "replace").split())
+    told = text[:40] if text.isprintable() and "\ufffd" not in text[:-1] else ""
+    return f"it is a text that begins with {told!r}, perhaps of a failed download; download it again" if told else ""
+
+
 def parse_json(text: str) -> Any:
     """The value that a JSON text describes. Raises ValueError where it is none, says a key twice, or nests deeper than DEEPEST."""
     try:

@@ -1,3 +1,5 @@
+import argparse
+import math
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from rmprune.artifact import files as artifact
-from rmprune.artifact.weights import load_checkpoint_into, read_state_dict
+from rmprune.artifact.weights import load_checkpoint_into, read_state_dict, start_from
 from rmprune.errors import ArtifactError
 from rmprune.models.families import create_network
 
@@ -40,8 +42,57 @@ def test_a_missing_and_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 nothing else")
     (tmp_path / "empty.pt").touch()
     for name in ("damaged.pt", "empty.pt"):
-        with pytest.raises(ArtifactError, match=r"cannot be read|not a plain state dict"):
+        with pytest.raises(ArtifactError, match=r"cannot be read|it is empty"):
             read_state_dict(tmp_path / name)
+
+
+FORMS = {
+    "lightning": lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}, "callbacks": {}},
+    "timm": lambda state: {"state_dict": state, "state_dict_ema": dict(state), "args": argparse.Namespace(lr=0.1)},
+    "average": lambda state: {
+        "model_ema": {f"module.{k}": v for k, v in state.items()} | {"n_averaged": torch.ones(())}
+    },
+    "compiled": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    "unknown": lambda state: {"weights": state, "epoch": 3},
+    "frozen norms": lambda state: state | {"bn9.num_batches_tracked": torch.tensor(3)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoints_of_training_frameworks(tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
+    trained = net().state_dict()
+    torch.save(FORMS[form](trained), tmp_path / "a.ckpt")
+    with caplog.at_level("INFO"):
+        loaded = load_checkpoint_into(net(), tmp_path / "a.ckpt", "resnet8").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in trained.items())
+    assert ("state_dict is taken, state_dict_ema left out" in caplog.text) == (form == "timm")
+
+
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_a_file_is_read_as_what_it_is_not_as_its_name_says(tmp_path: Path, form: str) -> None:
+    trained = net().state_dict()
+    other = {"pt": "safetensors", "safetensors": "pt"}[form]
+    (torch.save if form == "pt" else save_file)(trained, tmp_path / f"a.{other}")
+    assert torch.equal(read_state_dict(tmp_path / f"a.{other}")["fc.weight"], trained["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"<!DOCTYPE html><html><title>404", "begins with '<!DOCTYPE html><html><title>404'.*download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git lfs pull"),
+        (lambda state: {"teacher": state, "student": state}, r"several networks \(teacher, student\)"),
+        (lambda state: state | {"fc.bias": torch.full((3,), math.nan)}, "fc.bias holds NaN"),
+        (lambda state: state | {"fc.bias": torch.ones(3, dtype=torch.int8)}, "whole numbers there: fc.bias"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_checkpoint_into, lambda model, path, name: start_from(model, str(path), name)])
+def test_what_is_no_weights_is_named_for_what_it_is(tmp_path: Path, content, told: str, load) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content(net().state_dict()), path)
+    with pytest.raises(ArtifactError, match=told) as caught:
+        load(net(), path, "resnet8")
+    assert "\n" not in str(caught.value)
 
 
 class Payload:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import rmprune
+from rmprune.cli import main
 from rmprune.config import (
     AmcConfig,
     DataConfig,
@@ -19,6 +20,7 @@ from rmprune.config import (
 )
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import backend_accuracy, calibration_images
+from rmprune.measure.backends import says_what_fails
 from rmprune.pipelines.measure import dataset_of, run_measure
 from rmprune.pipelines.train import run_train
 from rmprune.runs.records import read_record, write_record
@@ -40,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_accuracy_in_int8_lands_in_the_record_beside_the_times(run: Path) -> None:
     before = read_record(run)
     config = replace(QUICK, backends=("eager", "onnxruntime-int8"), batch_sizes=(1, 2))
-    (path,) = run_measure(RemeasureConfig((run,), config))
+    (path,) = run_measure(RemeasureConfig((run,), config, profile=True))
     after, data = read_record(path), dataset_of([path])
     for name in ("original", "plain"):
         times = after[name]["latency"]
@@ -53,11 +55,27 @@ def test_accuracy_in_int8_lands_in_the_record_beside_the_times(run: Path) -> Non
         network = rmprune.load(run / ("dense" if name == "original" else name))
         images = calibration_images(data.train)
         assert times[2]["accuracy"] == backend_accuracy(network, data.test, "onnxruntime-int8", calibration=images)
+    for name in ("original", "plain"):
+        profile = after[name].pop("profile")
+        assert (profile["threads"], profile["batch_size"]) == (1, 1)
+        assert sum(row["macs"] or 0 for row in profile["layers"]) == after[name]["macs"]
+        assert sum(row["share"] for row in profile["layers"]) == pytest.approx(1)
     for entry in (before, after):
         for name in ("original", "plain"):
             entry[name].pop("latency")
         entry.pop("environment")
     assert before == after
+
+
+def test_a_profile_is_shown_and_goes_with_the_measuring_that_it_belongs_to(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = ("--backend", "eager", "--batch-size", "2", "--seconds", "0", "--min-rounds", "3")
+    main(("measure", str(run), *quick, "--profile"))
+    printed = capsys.readouterr().out
+    assert "plain, layer by layer: onnxruntime, 1 thread, batch 2" in printed and "16 to 10" in printed
+    main(("measure", str(run), *quick))
+    assert "layer by layer" not in capsys.readouterr().out and "profile" not in read_record(run)["plain"]
 
 
 def test_runs_that_cannot_say_their_data_are_refused_for_int8_alone(run: Path, tmp_path: Path) -> None:
@@ -97,6 +115,19 @@ def test_int8_is_measured_and_judges_nothing() -> None:
         ):
             config()
     SlimConfig(measure=replace(first, backends=("eager", "openvino-int8")), prune=PruneConfig(latency_ratio=(0.5,)))
+
+
+def test_each_place_is_measured_once_and_thousands_of_threads_are_refused() -> None:
+    config = MeasureConfig(("eager", "onnxruntime", "eager"), (2, 1, 2), (8, 8))
+    assert (config.backends, config.threads, config.batch_sizes) == (("eager", "onnxruntime"), (2, 1), (8,))
+    with pytest.raises(ConfigError, match="at most 1024"):
+        MeasureConfig(threads=(1, 10000))
+
+
+def test_too_large_a_batch_is_told_from_a_backend_that_cannot() -> None:
+    for error, remedy in ((MemoryError(), "smaller batch size"), (ValueError("no"), "another backend")):
+        with pytest.raises(ConfigError, match=remedy), says_what_fails("net", "eager"):
+            raise error
 
 
 def test_training_measures_accuracy_in_int8_too(tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ def files(tmp_path: Path) -> tuple[Path, ...]:
 
 
 def test_files_are_measured_side_by_side(files: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_measure_files(RemeasureConfig(files, measure=replace(QUICK, batch_sizes=(1, 2))))
+    found = run_measure_files(RemeasureConfig(files, measure=replace(QUICK, batch_sizes=(1, 2)), profile=True))
     assert [list(found), [time.batch_size for time in found[str(files[1])]]] == [[str(file) for file in files], [1, 2]]
     assert all(time.backend == "onnxruntime" and time.median_ms > 0 for times in found.values() for time in times)
     assert [time.ratio for time in found[str(files[0])]] == [1.0, 1.0]
     assert found[str(files[1])][0].reference == str(files[0])
     said = capsys.readouterr().out
     assert "onnxruntime, 1 thread, batch 2" in said and said.count("1.00x") >= 2
+    assert " ".join(said.split()).count("layer by layer: onnxruntime, 1 thread, batch 1") == 2
 
 
 def test_what_no_importer_reads_is_measured_as_it_stands(tmp_path: Path) -> None:

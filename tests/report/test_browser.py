@@ -252,6 +252,10 @@ def test_layers_curves_and_what_was_left_out(page: Any) -> None:
         for fate, count in zip(("kept", "removed", "merged", "dropped"), fates, strict=True):
             expect(drawing).to_contain_text(f"residual {fate}: {count}")
     expect(drawing).to_contain_text("16 → 8")
+    rm = page.locator("#network option", has_text=re.compile(r"^rm, macs 0.5, seed 0")).first
+    page.locator("#network").select_option(rm.get_attribute("value"))
+    drawing.locator(".profile summary").click()
+    expect(drawing.locator(".profile tbody tr").first).to_have_text("conv1Conv3 → 813.8 k0.0675.0 %")
     older = page.locator("#network option", has_text="older)").first
     page.locator("#network").select_option(older.get_attribute("value"))
     expect(drawing).to_contain_text("does not list layers")
