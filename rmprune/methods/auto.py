@@ -1,16 +1,18 @@
 """`auto`: a choice for every block and a width for every group, looked for under the budget. Trains nothing.
 
 The presets' own networks and the plans that a surrogate proposes (`rmprune.pruning.proposals`) are cut to the budget, fitted and judged as
-whole networks on validation images; then plans that differ in one block from the best, while the minutes given for it last.
+whole networks on validation images: first the presets' blocks with widths of the surrogate's, then what it holds best, having learned from
+all before it what its losses are worth; then plans that differ in one block from the best, while the minutes given for it last.
 """
 
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import nn
 from rmprune.config import SlimConfig
 from rmprune.data.batches import affordable
 from rmprune.errors import InfeasibleBudget
-from rmprune.methods.choose import Verdicts, best, judge, shown
+from rmprune.methods.choose import Verdicts, best, judge, losses, shown
 from rmprune.methods.cutter import LEAST_FRACTION, Cutter, layer_times, make_cutter, place_of
 from rmprune.methods.refuse import Starts, able
 from rmprune.methods.table import METHODS, STARTS, Method
@@ -34,15 +36,17 @@ from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.options import BlockLayers, block_layers, block_options
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.program import read_program
-from rmprune.pruning.proposals import Proposal, Proposals, Sight, thinned
+from rmprune.pruning.proposals import Proposal, Proposals, Sight, learned, thinned
 from rmprune.pruning.surrogate import Ends, block_losses, width_losses
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.runs.notes import read_notes, remembered, write_text
 from rmprune.runs.writing import append_line
+from rmprune.training import evaluate
 from rmprune.training.job import Files, Job
 
 logger = logging.getLogger("rmprune")
-PROPOSED = 8  # plans that the surrogate proposes at first
+PROPOSED = 8  # plans that the surrogate proposes at first,
+APART = 4  # each, but for the presets' blocks, unlike all others in one of so many blocks
 END_IMAGES = 256  # training images on which the end of the network is looked at, at most,
 END_PIXELS = 2**20  # and of so many pixels, many times over: 64 of 128 x 128
 SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
@@ -210,10 +214,14 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     """
     network = job.here(network)
     outlook = look(network, budget, job)
-    proposals = propose(outlook, job, files)
+    surrogate = propose(outlook, job, files)
+    unpruned = remembered(
+        files.note("losses"), "unpruned", lambda: evaluate(network, job.data.validation, device=job.device).loss
+    )
     note = files.note("plans")
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
+    seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
 
     @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -222,40 +230,56 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     def cutter(name: str) -> Cutter:
         return make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"])
 
-    def add(found: Proposal, why: str) -> str:
-        name = f"plan-{len(plans) + 1}"
-        plans[name] = {"blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "why": why}
-        return name
-
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
 
-    def keep(seconds: float) -> None:
+    def keep() -> None:
         write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
 
-    while len(plans) < PROPOSED and (found := proposals.best(outlook.limit, other_than=tried())) is not None:
-        add(found, f"number {len(plans) + 1} by the surrogate")
-    seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
-    keep(seconds)
-    candidates: dict[str, Callable[[], Cutter]] = {
-        name: functools.partial(_preset, PRESETS[name], starts, job, budget) for name in able(PRESETS, budget)
-    }
-    verdicts = judge(candidates | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
-    for name in list(plans)[:PROPOSED] if not seconds else ():
-        _tell(files, name, plans[name], verdicts[name], whole)
+    def add(found: Proposal, why: str) -> Verdicts:
+        """All verdicts, with that on this plan."""
+        begun, name = time.monotonic(), f"plan-{len(plans) + 1}"
+        plans[name] = {
+            "blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "parts": found.parts, "why": why
+        }  # fmt: skip
+        keep()
+        verdicts = judge({name: functools.partial(cutter, name)}, budget, job, files)
+        left = whole - seconds - (time.monotonic() - begun if len(plans) > PROPOSED else 0.0)
+        _tell(files, name, plans[name], verdicts[name], max(0.0, left))
+        return verdicts
+
+    def taught() -> Proposals:
+        """The surrogate, having learned from what plans turned out to lose."""
+        found = losses(verdicts)
+        pairs = [(plan["parts"], found[n] - unpruned) for n, plan in plans.items() if n in found and "parts" in plan]
+        belief = learned([parts for parts, _ in pairs], [loss for _, loss in pairs])
+        logger.info("%s: its losses count %s", files.label, ", ".join(f"{k} x {v:.2f}" for k, v in belief.items()))
+        return surrogate.believing(belief)
+
+    def first() -> Iterator[tuple[Proposal, str]]:
+        for name, preset in PRESETS.items():
+            near = _blocks(preset, outlook.options)
+            if (found := surrogate.best(outlook.limit, near=near, changes=0, other_than=tried())) is not None:
+                yield found, f"the blocks of {name}"
+        for apart in (max(1, len(outlook.options) // APART), 1):
+            while (found := taught().best(outlook.limit, other_than=tried(), apart=apart)) is not None:
+                yield found, f"number {len(plans) + 1} by the surrogate"
+
+    presets = {name: functools.partial(_preset, PRESETS[name], starts, job, budget) for name in able(PRESETS, budget)}
+    verdicts = judge(presets | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
+    for found, why in itertools.islice(first(), max(0, PROPOSED - len(plans))):
+        verdicts = add(found, why)
     while seconds < whole:
         begun, leader = time.monotonic(), best(verdicts)
         centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], outlook.options)
-        found = proposals.best(outlook.limit, near=centre, other_than=tried())
-        if found is None:  # all its neighbours were tried
-            keep(whole)
-            break
-        changed = [f"{b} {centre[b]} -> {c}" for b, c in found.blocks.items() if c != centre[b]]
-        name = add(found, f"{leader} with {', '.join(changed) or 'other widths'}")
-        verdicts = judge({name: functools.partial(cutter, name)}, budget, job, files)
-        seconds += time.monotonic() - begun
-        keep(seconds)
-        _tell(files, name, plans[name], verdicts[name], max(0.0, whole - seconds))
+        proposed = taught().best(outlook.limit, near=centre, other_than=tried())
+        if proposed is None:  # all its neighbours were tried
+            seconds = whole
+        else:
+            changed = [f"{b} {centre[b]} -> {c}" for b, c in proposed.blocks.items() if c != centre[b]]
+            verdicts = add(proposed, f"{leader} with {', '.join(changed) or 'other widths'}")
+            seconds += time.monotonic() - begun
+        keep()
     name = best(verdicts)
     if name in plans:
         plain, facts = carried_out(name)

@@ -46,7 +46,7 @@ from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.program import read_program
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished
-from rmprune.runs.directory import claim
+from rmprune.runs.directory import claim, refuse_used
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.precision import repeatable
@@ -67,10 +67,11 @@ def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> li
             )
     budgets = [(f"{config.search.constraint}_ratio", value) for value in config.search.budget]
     cells = plan_cells(config.directory, config.seed, config.seeds, budgets)
+    found, networks = [cell.record for cell in cells], {"dense", "plain", *AMC_METHODS}
+    refuse_used(config.directory, config, found, overwrite=config.overwrite)
     device = pick_device(config.device)
     data = open_data(config, load)
     _refuse_early(Job(config, data, device, config.seed), cells)
-    found, networks = [cell.record for cell in cells], {"dense", "plain", *AMC_METHODS}
     with (
         repeatable(config.deterministic, device),
         claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),

@@ -44,7 +44,7 @@ from rmprune.pruning.peak_memory import with_reference
 from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.removal import plan_removal
 from rmprune.runs.cells import Cell, plan_cells, unfinished
-from rmprune.runs.directory import claim
+from rmprune.runs.directory import claim, refuse_used
 from rmprune.runs.notes import remembered
 from rmprune.runs.records import RENAMED
 from rmprune.training.job import Files, Job, tune
@@ -65,9 +65,10 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     plan = None if config.plan is None else SlimPlan.read(config.plan)
     budgets, memory = config.prune.budgets or [("", 0.0)], config.prune.memory_beside
     cells = plan_cells(config.directory, config.seed, config.seeds, budgets, memory)
-    refuse_early(methods, plan, job)
     networks = {"dense", "pruned", *STARTS, *METHODS, *RENAMED}
     found = [cell.record for cell in cells]
+    refuse_used(config.directory, config, found, overwrite=config.overwrite)
+    refuse_early(methods, plan, job)
     with (
         repeatable(config.deterministic, device),
         claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),

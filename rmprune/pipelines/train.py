@@ -20,7 +20,7 @@ from rmprune.pipelines.stages import (
 from rmprune.removal import plan_removal
 from rmprune.removal.remove import nothing_to_remove
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import claim
+from rmprune.runs.directory import claim, refuse_used
 from rmprune.training.job import Job
 from rmprune.training.precision import repeatable
 
@@ -28,8 +28,9 @@ from rmprune.training.precision import repeatable
 def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
     root = config.directory
-    job = Job(config, open_data(config, load), pick_device(config.device), config.seed)
     cell = Cell(config.seed, "", 0.0, root, root)
+    refuse_used(root, config, [cell.record], overwrite=config.overwrite)
+    job = Job(config, open_data(config, load), pick_device(config.device), config.seed)
     check_available(config.measure.backends, config.measure.device)
     model = make_dense(config, job.data, config.seed)
     describe(model)

@@ -62,16 +62,16 @@ class Solution:
 
 
 def solve(
-    problem: Problem, limit: float | None, *, other_than: Iterable[Mapping[str, int]] = (),
+    problem: Problem, limit: float | None, *, other_than: Iterable[Mapping[str, int]] = (), apart: int = 1,
     near: tuple[Mapping[str, int], int] | None = None,
 ) -> Solution | None:  # fmt: skip
     """The answers of the least loss whose cost is at most `limit` (None: of the least cost); None where there are none.
 
-    other_than: each names answers that may not all hold; near: (answers, how many of them may be others).
+    other_than: each names answers of which `apart` at least do not hold; near: (answers, how many of them may be others).
     """
     rows = _Rows(problem)
     for tabu in other_than:
-        rows.add([(rows.at[q, a], 1.0) for q, a in tabu.items()], -np.inf, len(tabu) - 1)
+        rows.add([(rows.at[q, a], 1.0) for q, a in tabu.items()], -np.inf, len(tabu) - apart)
     if near is not None:
         rows.add([(rows.at[q, a], 1.0) for q, a in near[0].items()], len(near[0]) - near[1], np.inf)
     if limit is not None:

@@ -6,7 +6,8 @@ that stands in a block counts where the block is what that network has there; a 
 two blocks has a width of its own, as in the network without residuals. Where a block stays, or vanishes, and its shortcut is the
 identity, the maps before and after it have the same width and keep the same channels: what that loses besides (the original's tied
 group against the free ones) its blocks share equally. A block that is fused has the layers of one that is removed, but for each pair that
-the fourth network multiplies there, its product. That all these losses add up is assumed, see `rmprune.pruning.surrogate`.
+the fourth network multiplies there, its product. That all these losses add up is assumed, see `rmprune.pruning.surrogate`; they do not
+quite, so what plans turned out to lose (`learned`) says what to believe of narrow, merged and dropped parts in the next one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from rmprune.pruning.groups import Cost, SizedLayer, Structure
 from rmprune.pruning.multiple_choice import Answer, Problem, Question, Term, solve
@@ -23,6 +25,9 @@ from rmprune.pruning.options import BlockLayers
 from rmprune.pruning.plan import Choice, flat_name
 
 LEVELS = 8  # widths of a group that a program chooses among, at most
+WEIGHED = ("widths", "merge", "drop")  # of losses, which are believed each by a factor
+_SLIGHT = 0.01  # nats: differences below it say nothing
+_PRIOR = 0.1  # what speaks for a factor being 1, where a plan weighs 1
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,31 @@ class Sight:
 
 @dataclass(frozen=True)
 class Proposal:
-    """blocks: {block: choice}; widths: {layer by its flat name: units of the group it puts out}; what the surrogate says of it."""
+    """blocks: {block: choice}; widths: {layer by its flat name: units of the group it puts out}; what the surrogate says of it.
+
+    parts: {kind of WEIGHED: what that loses as it was measured}; `loss` is their sum, each times what it is believed by.
+    """
 
     blocks: dict[str, Choice]
     widths: dict[str, int]
     cost: float
     loss: float
+    parts: dict[str, float]
+
+
+def learned(parts: Sequence[Mapping[str, float]], realised: Sequence[float]) -> dict[str, float]:
+    """{kind of WEIGHED: what to multiply its losses by}, from plans' `parts` and what these plans turned out to lose.
+
+    By ratios of what was said to what came, under a loss that few plans far off do not decide; 1 where no plan says anything.
+    """
+    said = np.array([[own[kind] for kind in WEIGHED] for own in parts]).reshape(-1, len(WEIGHED))
+    came = np.log(np.maximum(np.array(realised, dtype=float), 0.0) + _SLIGHT)
+
+    def off(logs: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.log(said @ np.exp(logs) + _SLIGHT) - came, _PRIOR * logs])
+
+    found = least_squares(off, np.zeros(len(WEIGHED)), loss="cauchy", f_scale=0.2)
+    return {kind: float(np.exp(value)) for kind, value in zip(WEIGHED, found.x, strict=True)}
 
 
 def thinned(widths: Sequence[int]) -> list[int]:
@@ -57,7 +81,7 @@ class Proposals:
     """The program of one network, and what was proposed before.
 
     sights: of "keep", "remove", "merge" and "fuse"; layers: of each block that can be followed; losses: {block: {choice: KL}}. A block
-    that does not read one map and put out one is as the network without residuals has it.
+    that does not read one map and put out one is as the network without residuals has it. belief: see `learned`.
     """
 
     def __init__(
@@ -65,8 +89,10 @@ class Proposals:
         sights: Mapping[Choice, Sight],
         layers: Mapping[str, BlockLayers],
         losses: Mapping[str, Mapping[Choice, float]],
+        belief: Mapping[str, float] | None = None,
     ) -> None:
-        self.sights, self.losses = sights, losses
+        self.sights, self.layers, self.losses = sights, layers, losses
+        self._belief = dict.fromkeys(WEIGHED, 1.0) | dict(belief or {})
         self._problem = Problem()
         self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
         self._members: dict[Choice, _Members] = {
@@ -86,21 +112,30 @@ class Proposals:
         if "fuse" in sights:
             self._write_pairs()
 
+    def believing(self, belief: Mapping[str, float]) -> Proposals:
+        """The same program with other factors."""
+        return Proposals(self.sights, self.layers, self.losses, belief)
+
     def best(
-        self, limit: float, *, other_than: Iterable[Mapping[str, Choice]] = (), near: Mapping[str, Choice] | None = None
-    ) -> Proposal | None:
+        self, limit: float, *, other_than: Iterable[Mapping[str, Choice]] = (), apart: int = 1,
+        near: Mapping[str, Choice] | None = None, changes: int = 1,
+    ) -> Proposal | None:  # fmt: skip
         """The plan of the least loss whose layers cost at most `limit`, or None.
 
-        other_than: choices that it may not make again, each of all blocks; near: of its choices one at most may be another.
+        other_than: choices, each of all blocks, of which it makes `apart` at least otherwise; near: choices of which it makes `changes`
+        at most otherwise.
         """
         tabu = [self._numbers(choices) for choices in other_than]
-        centre = None if near is None else (self._numbers(near), 1)
-        found = solve(self._problem, limit - self._constant, other_than=tabu, near=centre)
+        centre = None if near is None else (self._numbers(near), changes)
+        found = solve(self._problem, limit - self._constant, other_than=tabu, apart=apart, near=centre)
         if found is None:
             return None
         blocks = {name: list(self.losses[name])[found.answers[name]] for name in self._ports}
         widths = {layer: at[found.answers[asked]] for layer, asked, at in self._named if asked in found.answers}
-        return Proposal(blocks | self._others, widths, found.cost + self._constant, found.loss)
+        parts = {k: sum(self.losses[b][c] for b, c in blocks.items() if c == k) for k in WEIGHED}
+        of_blocks = sum(self._belief[kind] * part for kind, part in parts.items())
+        parts["widths"] = max(found.loss - of_blocks, 0.0) / self._belief["widths"]
+        return Proposal(blocks | self._others, widths, found.cost + self._constant, found.loss, parts)
 
     def least_cost(self) -> float:
         """The least that any plan costs."""
@@ -137,7 +172,7 @@ class Proposals:
         """The question how wide a group of a sight is."""
         asked, sight = f"{choice}: {group}", self.sights[choice]
         if asked not in self._problem.questions:
-            loss = np.array(sight.losses[group], dtype=float)
+            loss = self._belief["widths"] * np.array(sight.losses[group], dtype=float)
             self._problem.questions[asked] = Question(len(loss), where)
             self._problem.terms.append(Term((asked,), np.zeros_like(loss), loss, where))
             for layer in sight.structure.group(group).producers:
@@ -152,7 +187,8 @@ class Proposals:
 
     def _write_block(self, name: str, choice: Choice) -> None:
         where = self._where(name, choice)
-        self._problem.terms.append(Term((), np.array(0.0), np.array(self.losses[name][choice]), where))
+        lost = np.array(self._belief.get(choice, 1.0) * self.losses[name][choice])
+        self._problem.terms.append(Term((), np.array(0.0), lost, where))
         if choice in ("remove", "fuse"):
             where = self._where(name, "remove", "fuse")
             if where[0] != self._where(name, choice)[0]:
@@ -171,7 +207,7 @@ class Proposals:
         if choice in ("keep", "drop") and kept[0] and kept[0] == kept[1] and before != after:
             assert before is not None and after is not None
             self._problem.equal.append((before, after, where))
-            loss = self._tied(next(iter(kept[0])))
+            loss = self._belief["widths"] * self._tied(next(iter(kept[0])))
             self._problem.terms.append(Term((before,), np.zeros_like(loss), loss, where))
 
     def _write_pairs(self) -> None:

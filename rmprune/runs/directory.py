@@ -48,6 +48,18 @@ def claim(
         lock.release()
 
 
+def refuse_used(directory: Path, config: Config, records: list[Path], *, overwrite: bool) -> None:
+    """Raise what `claim` would, but for other processes: asked before anything that takes long, and nothing is written."""
+    with _said(directory):
+        known = directory / CONFIG_FILE
+        names = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+        used = any(name != LOCK_FILE and not LEFT.fullmatch(name) for name in names)
+        if used and not known.is_file():
+            raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
+        if known.is_file() and not overwrite:
+            _refuse_other(directory, config, known, records)
+
+
 @contextlib.contextmanager
 def alone(directory: Path) -> Iterator[None]:
     """Keep other processes out of a directory of runs. Raises as `claim`."""
@@ -64,11 +76,8 @@ def alone(directory: Path) -> Iterator[None]:
 def _prepare(
     directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock
 ) -> None:
+    refuse_used(directory, config, [], overwrite=True)
     known = directory / CONFIG_FILE
-    names = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-    used = any(name != LOCK_FILE and not LEFT.fullmatch(name) for name in names)
-    if used and not known.is_file():
-        raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
     directory.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)

@@ -66,4 +66,16 @@ def test_a_checkpoint_of_other_sizes_is_told_by_them(tmp_path: Path, capsys: pyt
         tmp_path / "state.pth",
     )
     arguments = ["--image-size", "32", "--checkpoint", str(tmp_path / "state.pth"), "--out", str(tmp_path / "plain")]
-    assert "conv1.weight is 4x3x7x7 there and 4x3x3x3 here" in refused([*CONVERT, *arguments], capsys)
+    assert "conv1.weight (4x3x7x7 there, 4x3x3x3 here)" in refused([*CONVERT, *arguments], capsys)
+
+
+@pytest.mark.parametrize("command", ["slim", "amc", "train"])
+def test_a_directory_of_another_run_is_refused_before_the_data_are_looked_at(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Budgets in time took minutes to check, only to end in this line."""
+    (tmp_path / "notes.txt").write_text("mine")
+    data = ["--dataset", "imagefolder", "--data-dir", str(tmp_path / "missing")] if command != "slim" else []
+    said = refused([command, "--out", str(tmp_path), *data, *(["--ratio", "0.5"] if command == "slim" else [])], capsys)
+    assert "not empty, and not a run of rmprune" in said and "can rm meet" not in said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]

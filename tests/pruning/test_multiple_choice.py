@@ -51,4 +51,7 @@ def test_no_answers_are_better(seed: int) -> None:
     assert (other is None) == (not rest) and (other is None or other.loss == pytest.approx(min(rest), rel=2e-3))
     near = solve(problem, limit, other_than=[chosen], near=(chosen, 1))
     assert near is None or sum(near.answers[name] != chosen[name] for name in "ab") == 1
+    far = solve(problem, limit, other_than=[chosen], apart=2)
+    rest = [loss for answers, (cost, loss) in scored if cost <= limit and all(answers[n] != chosen[n] for n in "ab")]
+    assert (far is None) == (not rest) and (far is None or far.loss == pytest.approx(min(rest), rel=2e-3))
     assert solve(problem, 0.9 * least.cost) is None

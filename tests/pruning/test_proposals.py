@@ -1,0 +1,29 @@
+"""What the surrogate learns from plans that were carried out."""
+
+import numpy as np
+import pytest
+
+from rmprune.pruning.proposals import WEIGHED, learned
+
+
+def test_losses_of_a_kind_count_for_what_they_turned_out_to_be() -> None:
+    true = {"widths": 0.3, "merge": 1.5, "drop": 4.0}
+    draw = np.random.default_rng(0)
+    plans = [{kind: float(draw.uniform(0, 0.5)) for kind in WEIGHED} for _ in range(12)]
+    came = [sum(true[kind] * plan[kind] for kind in WEIGHED) * draw.uniform(0.9, 1.1) for plan in plans]
+    found = learned(plans, came)
+    assert found == {kind: pytest.approx(true[kind], rel=0.25) for kind in WEIGHED}
+
+
+def test_nothing_is_learned_of_what_no_plan_has() -> None:
+    assert learned([], []) == dict.fromkeys(WEIGHED, pytest.approx(1.0))
+    found = learned([{"widths": 0.4, "merge": 0.0, "drop": 0.0}] * 3, [0.1] * 3)
+    assert found["widths"] == pytest.approx(0.25, rel=0.05) and found["merge"] == found["drop"] == pytest.approx(1.0)
+
+
+def test_one_plan_far_off_does_not_decide() -> None:
+    """The first block dropped alone ruins a network, with a fitted block behind it it does not."""
+    plans = [{"widths": 0.1, "merge": 0.0, "drop": d} for d in (0.1, 0.4, 0.8, 8.0)]
+    found = learned(plans, [0.2, 0.5, 0.9, 0.15])
+    assert 0.8 < found["drop"] < 1.2
+    assert all(value > 0 for value in learned(plans, [0.0] * 4).values())  # a plan that loses nothing, or gains
