@@ -228,8 +228,8 @@ def _by_key(root: Path) -> dict[str, Path | None]:
     found: dict[str, Path | None] = {}
     for folder, _, files in os.walk(root):
         for path in (Path(folder, name) for name in files if Path(name).suffix.lower() in IMAGES):
-            for one in (path, path.with_suffix("")):
-                one = _key(str(one.relative_to(root)))
+            for form in (path, path.with_suffix("")):
+                one = _key(str(form.relative_to(root)))
                 found[one] = None if one in found else path
     return found
 
