@@ -13,14 +13,14 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from rmprune.config import DataConfig
-from rmprune.data.table import COLUMNS, column_of, plain_name, read_rows
+from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
 from rmprune.errors import DataError
 
 logger = logging.getLogger("rmprune")
 LAYOUT = "it needs CLASS/image.jpg, or train/CLASS/image.jpg with or without val/ and test/ beside train/; or --labels FILE.csv"
 PARTS = ("train", "val", "test")
 PART_OF = {name: name for name in PARTS} | {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-IMAGES = frozenset(
+ENDINGS = frozenset(
     f".{kind}"
     for kind in ("jpg", "jpeg", "jpe", "jfif", "png", "ppm", "pgm", "bmp", "tif", "tiff", "webp", "gif", "jp2", "avif")
 )
@@ -133,7 +133,7 @@ def _images(root: Path) -> dict[str, list[str]]:
     other: Counter[str] = Counter()
     for folder, files in sorted(found):
         for name in files:
-            if (ending := Path(name).suffix.lower()) in IMAGES:
+            if (ending := Path(name).suffix.lower()) in ENDINGS:
                 images[Path(folder).relative_to(root).parts[0]].append(str(Path(folder, name)))
             else:
                 other[ending] += 1
@@ -169,7 +169,7 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     labels = column_of(file, columns, "label", config.label_column)
     groups = column_of(file, columns, "group", config.group_column) if config.group_column else None
     known = cache(lambda: _by_key(root))
-    if not groups and (likely := [name for name in columns if plain_name(name) in COLUMNS["group"].split()]):
+    if not groups and (likely := [name for name in columns if plain_name(name) in USUAL_NAMES["group"].split()]):
         logger.info(
             "%s: photos of one %s may be in two parts; --group-column %s keeps them together",
             file,
@@ -227,7 +227,7 @@ def _by_key(root: Path) -> dict[str, Path | None]:
     """All images by their `_key`, with and without ending; None where several have one."""
     found: dict[str, Path | None] = {}
     for folder, _, files in os.walk(root):
-        for path in (Path(folder, name) for name in files if Path(name).suffix.lower() in IMAGES):
+        for path in (Path(folder, name) for name in files if Path(name).suffix.lower() in ENDINGS):
             for form in (path, path.with_suffix("")):
                 one = _key(str(form.relative_to(root)))
                 found[one] = None if one in found else path

@@ -10,7 +10,7 @@ from pathlib import Path
 from rmprune.errors import DataError
 from rmprune.runs.reading import not_data
 
-COLUMNS = {
+USUAL_NAMES = {
     "image": "image file filename path filepath imagepath imagefile img imageid photo",
     "label": "label class target category classname labelname",
     "group": "group object patient groupid objectid patientid subject",
@@ -63,7 +63,7 @@ def _decoded(data: bytes) -> str:
 
 
 def plain_name(name: str) -> str:
-    """A column's name as `COLUMNS` spells it."""
+    """A column's name as `USUAL_NAMES` spells it."""
     return "".join(sign for sign in name.lower() if sign.isalnum())
 
 
@@ -75,7 +75,7 @@ def column_of(file: Path, columns: list[str], kind: str, asked: str) -> str:
     if asked in columns:
         return asked
     default = asked == kind and kind != "group"
-    may = COLUMNS[kind].split() if default else [plain_name(asked)]
+    may = USUAL_NAMES[kind].split() if default else [plain_name(asked)]
     found = [name for name in columns if plain_name(name) in may]
     if len(found) == 1:
         return found[0]
