@@ -23,13 +23,12 @@ import tyro
 from rmprune import config as settings
 from rmprune.config.toml import from_toml
 from rmprune.config.transfer import transfer_flags
-from rmprune.errors import ConfigError, RmpruneError
+from rmprune.errors import ConfigError, RmpruneError, out_of_memory
 
 Config = TypeVar("Config")
 LEFT = dict.fromkeys(("slim", "grid", "amc", "train"), "what was done is saved") | dict.fromkeys(
     ("convert", "report", "deploy"), "files that were finished stay"
 )
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # as torch says it, on the CPU and on a GPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:
         if told and "DataLoader worker" in str(error):  # which was told, too
             _interrupted("", arguments, told)
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        if not out_of_memory(error):
             raise
         _fail("out of memory; take a smaller width, batch size or image size")
     except KeyboardInterrupt as interrupt:

@@ -40,6 +40,12 @@ class ConfigError(RmpruneError):
     """A setting is outside its range or contradicts another."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or a runtime says so, on the CPU or on a GPU."""
+    signs = ("can't allocate memory", "out of memory", "failed to allocate", "bad allocation")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line of bounded length."""
     return str(getattr(error, "strerror", None) or error).split("\n", 1)[0][:200] or type(error).__name__

@@ -21,25 +21,32 @@ def as_input(file: str, folder: Path = HERE) -> Any:
     """The file as the network takes it, float32 [1, C, H, W]. Raises OSError or ValueError where it is no such image."""
     facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     shape, how = tuple(facts["input_shape"]), facts["preprocessing"]
-    if file.endswith(".npy"):
+    if file.lower().endswith(".npy"):
         values = np.load(file, allow_pickle=False)
+        if not isinstance(values, np.ndarray):
+            raise ValueError("several arrays in one file; give one array for each image")
     elif how is None:
         raise ValueError("only .npy arrays float32 [C, H, W], as your own loader made them for training")
     else:
         values = _decoded(file, how, shape)
-    if how is not None and values.dtype in (np.uint8, np.uint16):
+    said = f"{values.dtype} of shape {values.shape}"
+    if how is not None and values.dtype in (np.uint8, np.uint16) and values.ndim in (2, 3) and values.size:
         values = _as_bytes(values, how["depth"]).reshape(*values.shape[:2], -1).transpose(2, 0, 1)
         mean, std = (255 * np.array(how[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
         values = (values - mean) / std  # of a grey array for a colour network three channels
     if values.shape != shape or values.dtype.kind != "f":
-        raise ValueError(f"{values.dtype} of shape {values.shape}, but the network takes images of {shape}")
+        raise ValueError(f"{said}, but the network takes images [C, H, W] of {shape}")
+    if not np.isfinite(values).all():
+        raise ValueError("values that are infinite or no numbers")
     return values.astype(np.float32)[None]
 
 
 def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
     """The middle of an image file, bytes [H, W] or [H, W, 3]: upright, its shorter side scaled, cropped, as in training."""
-    from PIL import Image, ImageOps
-
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ValueError("Pillow is not there to open image files: pip install pillow, or give a .npy array") from None
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened)
         if max(image.size) > 50 * min(image.size):
@@ -91,19 +98,25 @@ def main() -> None:
     given = parser.parse_args()
     if not (HERE / given.model).is_file():
         sys.exit(f"there is no {given.model} here; README.md says why")
-    network = Deployed(given.model)
+    try:
+        network = Deployed(given.model)
+    except Exception as error:  # the runtime has errors of its own
+        sys.exit(f"{given.model} and model.json: {type(error).__name__}: {error}")
+    failed = False
     for file in given.files:
         try:
-            x = as_input(file)
+            outputs = network(as_input(file))
+            told = {} if network.classes is None else network.told(outputs)
         except Exception as error:  # Pillow's readers stumble in many ways over damaged files
-            sys.exit(f"{file}: {error}")
-        outputs = network(x)
-        told = {} if network.classes is None else network.told(outputs)
+            print(f"{file}: {error}", file=sys.stderr)
+            failed = True
+            continue
         if given.json or not told:
             plain = [one.tolist() for one in outputs] if isinstance(outputs, list) else outputs.tolist()
             print(json.dumps({"file": file, "outputs": plain} | ({"classes": told} if told else {})))
         else:
             print(f"{file}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in list(told.items())[:5]))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import tyro
 
 from rmprune.config.fields import Names, Numbers, require, require_inside
 
+MOST_THREADS = 1024
+"""More than cores there are: thousands are started one by one and take turns for minutes."""
+
 
 @dataclass(frozen=True)
 class MeasureConfig:
@@ -31,7 +34,11 @@ class MeasureConfig:
     def __post_init__(self) -> None:
         for name in ("backends", "threads", "batch_sizes"):
             require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
-        require(min(self.threads) >= 1, f"threads is {self.threads}; each must be at least 1")
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))  # each is measured once
+        require(
+            min(self.threads) >= 1 and max(self.threads) <= MOST_THREADS,
+            f"threads is {self.threads}; each must be at least 1 and at most {MOST_THREADS}",
+        )
         require(min(self.batch_sizes) >= 1, f"batch_sizes is {self.batch_sizes}; each must be at least 1")
         require_inside(self, "[0, inf)", "seconds")
         require_inside(self, "[1, inf)", "min_rounds")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rmprune.errors import ConfigError, RmpruneError
+from rmprune.errors import ConfigError, RmpruneError, out_of_memory
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.candidate import Candidate, Prepared, Run, Setting, folded_form, onnx_form
 from rmprune.measure.machine import BFLOAT16, has_instruction
@@ -172,6 +172,7 @@ def says_what_fails(name: str, backend: str) -> Iterator[None]:
     except RmpruneError:
         raise
     except Exception as error:  # each runtime has its own errors
+        remedy = "take a smaller batch size" if out_of_memory(error) else "measure with another backend"
         raise ConfigError(
-            f"backend {backend!r} cannot run {name!r} ({type(error).__name__}: {str(error)[:200]}); measure with another backend"
+            f"backend {backend!r} cannot run {name!r} ({type(error).__name__}: {str(error)[:200]}); {remedy}"
         ) from error

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd  # imported where a table is made: it takes 0.2 s
 
 _LEAST = 5
+_ADDED = re.compile(r"(/MatmulTransposeFusion/|_nchwc|_token_\d+)$")
 
 
 def profile_layers(
@@ -75,18 +77,10 @@ def profile_candidates(
         found = {}
         for name, (session, _) in sessions.items():
             kernels = _kernels(json.loads(Path(session.end_profiling()).read_text()))
-            total = sum(kernel.ms for kernel in kernels)
+            total = sum(kernel.ms for kernel in kernels) or 1.0  # whole microseconds, of which a kernel may take none
             layers = _layers(_graph(candidates[name].form(onnx_form)), kernels, batch_size)
             found[name] = [
-                {
-                    "layer": layer.name,
-                    "operator": kernel.operator,
-                    "cin": layer.cin,
-                    "cout": layer.cout,
-                    "macs": layer.macs,
-                    "ms": kernel.ms,
-                    "share": kernel.ms / total,
-                }
+                layer._asdict() | {"ms": kernel.ms, "share": kernel.ms / total}
                 for kernel, layer in zip(kernels, layers, strict=True)
             ]
     return found
@@ -112,7 +106,8 @@ class _Kernel(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    name: str
+    layer: str
+    operator: str
     cin: int | None
     cout: int | None
     macs: int | None
@@ -145,12 +140,18 @@ def _graph(form: bytes | str) -> Any:
 def _layers(graph: Any, kernels: list[_Kernel], batch_size: int) -> list[_Layer]:
     """The layer of the network that each kernel computes, by the name of its weights; other kernels keep the runtime's name.
 
-    ONNX Runtime calls a kernel as the node it came from, or after the last tensor of what was fused into it ("..._nchwc").
+    ONNX Runtime calls a kernel as the node it came from, or after the last tensor of what was fused into it, and adds to the name.
     """
     made = {output: node for node in graph.node for output in node.output}
     named = {node.name: node for node in graph.node}
-    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    ends = {kernel.name.removesuffix("_nchwc") for kernel in kernels}
+    weights = {tensor.name: (tensor.name, tuple(tensor.dims)) for tensor in graph.initializer}
+    weights |= {
+        node.output[0]: weights[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights
+    }
+    starts = [_ADDED.sub("", kernel.name) for kernel in kernels]
+    ends = set(starts)
 
     def own(node: Any, kind: str) -> Any:
         """Back from the end of a fused kernel to its layer; what another kernel ends with is that one's."""
@@ -160,17 +161,16 @@ def _layers(graph: Any, kernels: list[_Kernel], batch_size: int) -> list[_Layer]
         return next((found for found in (own(b, kind) for b in before if b is not None) if found is not None), None)
 
     found = []
-    for kernel in kernels:
-        start = kernel.name.removesuffix("/MatmulTransposeFusion/")
-        node = own(named.get(start) or made.get(start.removesuffix("_nchwc")), kernel.operator)
-        weight = next((name for name in node.input if name in weights), None) if node is not None else None
-        if weight is None:
-            found.append(_Layer(kernel.name, None, None, _macs(kernel, node, (), batch_size)))
+    for kernel, start in zip(kernels, starts, strict=True):
+        node = own(named.get(start) or made.get(start), kernel.operator)
+        weight, dims = next((weights[name] for name in node.input if name in weights), ("", ())) if node else ("", ())
+        if not weight:
+            found.append(_Layer(kernel.name, kernel.operator, None, None, _macs(kernel, node, (), batch_size)))
             continue
         # A transposed copy of the weights has a number for a name, and its node the layer's: "/head/fc/MatMul".
         name = node.name.strip("/").rpartition("/")[0].replace("/", ".") if weight.startswith("onnx::") else weight
-        macs = _macs(kernel, node, weights[weight], batch_size)
-        found.append(_Layer(name.removesuffix(".weight") or kernel.name, *_widths(node, weights[weight]), macs))
+        name = name.removesuffix("_quantized").removesuffix(".weight") or kernel.name
+        found.append(_Layer(name, kernel.operator, *_widths(node, dims), _macs(kernel, node, dims, batch_size)))
     return found
 
 
@@ -192,7 +192,9 @@ def _macs(kernel: _Kernel, node: Any, weight: tuple[int, ...], batch_size: int) 
     """Multiply-accumulates for one image, as `count_macs` counts them; None of what has none, or is not known by its weights."""
     kind = "" if node is None else node.op_type
     if weight and kind in ("Conv", "ConvTranspose"):
-        shape = kernel.gives if kind == "Conv" else kernel.takes[0]
+        if kernel.operator == "QLinearConv":  # channels may come last
+            return math.prod(weight[1:]) * math.prod(kernel.gives) // batch_size or None
+        shape = kernel.gives if kind == "Conv" else kernel.takes[0]  # whose channels may be padded
         return math.prod(weight) * shape[0] * math.prod(shape[2:]) // batch_size or None
     if kind in ("Gemm", "MatMul"):  # [..., rows, inner] times [..., inner, columns]
         if weight:

@@ -25,13 +25,14 @@ class Quietness:
 
     @property
     def verdict(self) -> str:
-        """quiet, restless or busy."""
-        return "quiet" if self.spread <= STEADY else "restless" if self.spread <= BUSY else "busy"
+        """quiet, restless or busy, by the spread of the times and by how far from 1 the ratio may be."""
+        doubt = max(self.spread, 1 - self.ratio_low, self.ratio_high - 1)
+        return "quiet" if doubt <= STEADY else "restless" if doubt <= BUSY else "busy"
 
     def __str__(self) -> str:
         advice = {
             "quiet": "quiet: fit to measure on",
-            "restless": "restless: ratios hold, single times less so",
+            "restless": "restless: no small difference will show",
             "busy": "busy: end other work before measuring",
         }
         load = "" if self.load is None else f"; load {self.load:.1f}"

@@ -129,7 +129,8 @@ def _records(run: Path) -> list[Path]:
     if not (run / CONFIG_FILE).is_file():
         runs = runs_of(records)  # of a grid the grid: its cells share networks
         outer = ", ".join([str(one) for one in runs if not {*one.parents} & {*runs}][:9])
-        raise ArtifactError(f"{run}: not the directory of one run, which holds {CONFIG_FILE}; give one of {outer}")
+        give = f"give one of {outer}" if outer else "there is none under it"
+        raise ArtifactError(f"{run}: not the directory of one run, which holds {CONFIG_FILE}; {give}")
     return records
 
 

@@ -206,12 +206,14 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
     """What a record says, for the screen: one table of accuracy and cost, one of time, relative to the original."""
     found = networks(record)
     original = found["original"]
-    cost = Table(title="Accuracy and cost, relative to the original", title_justify="left", title_style="bold")
-    for heading in ("network", "accuracy", "change", "MACs", "", "parameters", ""):
+    score, scale, form = ("loss", 1, "{:.4g}") if original["accuracy"] is None else ("accuracy", 100, "{:.2%}")
+    title = f"{score.capitalize()} and cost, relative to the original"
+    cost = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("network", score, "change", "MACs", "", "parameters", ""):
         cost.add_column(heading, justify="left" if heading == "network" else "right")
     for name, network in found.items():
-        change = (network["accuracy"] - original["accuracy"]) * 100
-        cells = [escape(name), f"{network['accuracy']:.2%}", "" if name == "original" else f"{change:+.2f}"]
+        change = (network[score] - original[score]) * scale
+        cells = [escape(name), form.format(network[score]), "" if name == "original" else f"{change:+.2f}"]
         for field in ("macs", "params"):
             cells += [amount(network[field]), f"{network[field] / original[field]:.2f}x"]
         cost.add_row(*cells)

@@ -53,14 +53,8 @@ def _fits(value: Any, form: Any) -> bool:
 
 
 _REMOVAL = {"removed": [str], "kept": {str: str}, "max_error": _is_number}
-_LAYER = {
-    "name": str,
-    "cout": _is_count,
-    "size": _may([_is_count]),
-    "groups": _may(_is_count),
-    "kernel": _may([_is_count]),
-    "stride": _may([_is_count]),
-}
+_LAYER = {"name": str, "cout": _is_count}
+_CONVOLUTION = _LAYER | {"size": [_is_count], "groups": _is_count, "kernel": [_is_count], "stride": [_is_count]}
 _EPISODE = {"reward": _is_number, "source": str}
 _WIDTH = {"group": str, "whole": _is_count, "kept": int}
 _SEARCH = {"episodes": _may([_EPISODE]), "widths": _may([_WIDTH]), "verified_ratio": _may(_is_number)}
@@ -81,7 +75,7 @@ _DRAWN: dict[str, Any] = {
     "auc": _may(_is_share),
     "validation": _may({str: _may(_is_number)}),
     "classes": _may([{"name": str, "images": int, "recall": _may(_is_share), "precision": _may(_is_share)}]),
-    "layers": _may([_LAYER]),
+    "layers": _may([lambda layer: _fits(layer, _LAYER) and ("kernel" not in layer or _fits(layer, _CONVOLUTION))]),
     "residuals": _may([{"from": int, "to": int, "shortcut": list}]),
     "removal": _may(_REMOVAL),
     "collapsed": _may({str: _is_number}),
@@ -133,6 +127,8 @@ def check_record(record: Any) -> None:
         raise ArtifactError("there is no complete 'original' network with at least one more to compare")
     for name, entry in networks(record).items():
         _check_network(name, entry)
+        if (entry["accuracy"] is None) != (record["original"]["accuracy"] is None):
+            raise ArtifactError(f"{name}: accuracy is there, or a loss in its place, where 'original' has the other")
 
 
 def _check_network(name: str, entry: dict[str, Any]) -> None:

@@ -78,8 +78,14 @@ def test_an_unknown_backend_is_refused_before_anything_is_tried(capsys: pytest.C
 def test_a_network_against_its_own_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     found = quietness(0.0)
     assert found.ratio_low <= found.ratio <= found.ratio_high and found.spread >= 0
-    verdicts = [Quietness(spread, 1.0, 0.9, 1.1, None).verdict for spread in (0.01, 0.1, 0.5)]
-    assert verdicts == ["quiet", "restless", "busy"]
+    for spread, low, high, verdict in (
+        (0.01, 0.99, 1.01, "quiet"),
+        (0.1, 0.99, 1.01, "restless"),
+        (0.01, 0.9, 1.01, "restless"),
+        (0.01, 0.99, 1.5, "busy"),
+        (0.5, 0.99, 1.01, "busy"),
+    ):
+        assert Quietness(spread, 1.0, low, high, None).verdict == verdict
     monkeypatch.delattr(quiet.os, "getloadavg")
     assert quietness(0.0).load is None
 

@@ -1,6 +1,7 @@
 """Where time and resident memory go."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 
 from rmprune.errors import ConfigError
 from rmprune.measure import activation_memory, count_macs
+from rmprune.measure.candidate import Candidate, FileCandidate
 from rmprune.measure.memory import peak_resident_mib
-from rmprune.measure.profile import profile_layers
+from rmprune.measure.profile import profile_candidates, profile_layers
+from rmprune.measure.quantise import onnx_int8
+from rmprune.onnx.file import open_onnx
 
 
 class Net(nn.Module):
@@ -55,6 +59,15 @@ def test_macs_are_those_that_are_counted() -> None:
     assert table.macs.sum() == count_macs(net, x)
     widths = {row.layer: (row.cin, row.cout) for row in table.itertuples() if row.cout == row.cout}
     assert [widths[name] for name in ("grouped", "up", "tokens", "head")] == [(4, 8), (8, 6), (6, 5), (5, 3)]
+
+
+def test_a_layer_in_int8_is_the_layer(tmp_path: Path) -> None:
+    net, x = Net(16).eval(), torch.randn(4, 3, 6, 10)
+    (tmp_path / "int8.onnx").write_bytes(onnx_int8(Candidate("net", net, x, x)))
+    candidate = FileCandidate("int8", open_onnx(tmp_path / "int8.onnx"), (x[:1],))
+    rows = {row["layer"]: row for row in profile_candidates({"int8": candidate}, 1, 2, runs=1)["int8"]}
+    assert (rows["large"]["operator"], rows["large"]["cin"], rows["large"]["cout"]) == ("QLinearConv", 8, 16)
+    assert sum(row["macs"] or 0 for row in rows.values()) == count_macs(net, x)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count is Linux's")

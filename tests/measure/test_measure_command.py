@@ -20,6 +20,7 @@ from rmprune.config import (
 )
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import backend_accuracy, calibration_images
+from rmprune.measure.backends import says_what_fails
 from rmprune.pipelines.measure import dataset_of, run_measure
 from rmprune.pipelines.train import run_train
 from rmprune.runs.records import read_record, write_record
@@ -114,6 +115,19 @@ def test_int8_is_measured_and_judges_nothing() -> None:
         ):
             config()
     SlimConfig(measure=replace(first, backends=("eager", "openvino-int8")), prune=PruneConfig(latency_ratio=(0.5,)))
+
+
+def test_each_place_is_measured_once_and_thousands_of_threads_are_refused() -> None:
+    config = MeasureConfig(("eager", "onnxruntime", "eager"), (2, 1, 2), (8, 8))
+    assert (config.backends, config.threads, config.batch_sizes) == (("eager", "onnxruntime"), (2, 1), (8,))
+    with pytest.raises(ConfigError, match="at most 1024"):
+        MeasureConfig(threads=(1, 10000))
+
+
+def test_too_large_a_batch_is_told_from_a_backend_that_cannot() -> None:
+    for error, remedy in ((MemoryError(), "smaller batch size"), (ValueError("no"), "another backend")):
+        with pytest.raises(ConfigError, match=remedy), says_what_fails("net", "eager"):
+            raise error
 
 
 def test_training_measures_accuracy_in_int8_too(tmp_path: Path) -> None:

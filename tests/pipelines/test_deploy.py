@@ -1,6 +1,7 @@
 """deploy/ stands by itself: predict.py gives what PyTorch gives for the run's own images, validation images choose, int8 has to hold."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,43 @@ def test_int8_that_loses_too_much_is_left_out(slimmed: Path, tmp_path: Path, mon
         assert (folder / "model-int8.onnx").exists() == kept
         assert ("There is no int8 form: on the 143" in (folder / "README.md").read_text()) != kept
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_predict_names_each_file_that_is_no_image_and_goes_on(
+    slimmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = deploy.deploy(slimmed, load_dataset(QUICK.data), tmp_path / "out", int8_loss=0.0)
+    arrays = {
+        "ok": np.zeros((8, 8), np.uint8),
+        "colour": np.zeros((8, 8, 3), np.uint8),
+        "scalar": np.uint8(1),
+        "nothing": np.zeros((0, 8, 8), np.uint8),
+        "nan": np.full((1, 8, 8), np.nan, np.float32),
+    }
+    for name, values in arrays.items():
+        np.save(tmp_path / name, values)
+    np.savez(tmp_path / "two", ok=arrays["ok"])
+    (tmp_path / "two.npz").rename(tmp_path / "two.NPY")
+    (tmp_path / "photo.png").write_bytes(b"")
+    names = ("colour.npy", "scalar.npy", "nothing.npy", "nan.npy", "two.NPY", "none.npy", "out", "photo.png", "ok.npy")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr(sys, "argv", ["predict.py", *(str(tmp_path / name) for name in names)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(folder / "predict.py"), run_name="__main__")
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and said.out.startswith(f"{tmp_path / 'ok.npy'}: ") and said.out.count("\n") == 1
+    lines = dict(zip(names, said.err.splitlines(), strict=False))
+    assert all(line.startswith(f"{tmp_path / name}: ") for name, line in lines.items()) and len(lines) == 8
+    for name in ("colour.npy", "scalar.npy", "nothing.npy"):
+        assert f"uint8 of shape {arrays[name[:-4]].shape}, but the network takes" in lines[name]
+    assert (
+        "no numbers" in lines["nan.npy"]
+        and "one array" in lines["two.NPY"]
+        and "pip install pillow" in lines["photo.png"]
+    )
+    (folder / "model.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"model\.onnx and model\.json: KeyError"):
+        runpy.run_path(str(folder / "predict.py"), run_name="__main__")
 
 
 def test_measuring_again_renews_the_card_and_the_ranking(slimmed: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rmprune.report import frame
 from rmprune.report.build import show
 from rmprune.report.tables import amount, budget_of, find_setting, method_of, milliseconds, model_of, relative
-from rmprune.runs.records import find_records, read_record, write_record
+from rmprune.runs.records import STAGES, find_records, read_record, write_record
 
 
 def test_a_row_for_each_network_and_measurement(runs: Path) -> None:
@@ -49,6 +49,18 @@ def test_a_network_that_records_share_counts_once_a_seed(runs: Path) -> None:
 def test_a_record_named_twice_counts_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs.parent)
     assert len(find_records([runs, Path("runs"), runs / "s0-0.5"])) == 4
+
+
+def test_the_screen_shows_a_loss_where_there_is_no_accuracy() -> None:
+    networks = {
+        name: network(0.5, 100, 1.0) | {"accuracy": None, "loss": 0.25 + n} for n, name in enumerate(STAGES[:3])
+    }
+    stream = io.StringIO()
+    show(
+        {key: value for key, value in example().items() if key != "coupled"} | networks, Console(file=stream, width=120)
+    )
+    for words in ("Loss and cost", " 0.25 ", " 2.25 ", "+2.00"):
+        assert words in stream.getvalue()
 
 
 def test_the_screen_shows_everything_relative_to_the_original() -> None:
