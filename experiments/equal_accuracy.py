@@ -1,13 +1,13 @@
-"""How much faster a method is than the best coupled pruning *at equal accuracy*, from the results of `slim` runs.
+"""How much faster a method is than the best of its rivals (coupled pruning) *at equal accuracy*, from the results of `slim` runs.
 
     python experiments/equal_accuracy.py reports/slim-fashion/results.csv
     python experiments/equal_accuracy.py reports/slim-fashion/results.csv --seed 0
     python experiments/equal_accuracy.py reports/slim-fashion/results.csv reports/slim-fashion-round-16/results.csv --seed 0
 
-For each backend and batch size the coupled methods and the dense network give a front: the best accuracy (mean over seeds) that
-coupled pruning reaches within a time. Between its points accuracy is linear in log time. A network of another method with accuracy a
+For each backend and batch size the rivals and the dense network give a front: the best accuracy (mean over seeds) that one of them
+reaches within a time. Between its points accuracy is linear in log time. A network of another method with accuracy a
 and time t is (time at which the front reaches a) / t times as fast. Like is compared with like: a row and its front are means over
-the same seeds, those that the method has at that budget and coupled pruning at all budgets. Fronts of few points and one or two seeds
+the same seeds, those that the method has at that budget and the rivals at all budgets. Fronts of few points and one or two seeds
 are no proof: the table shows the points too. Writes a table beside the first CSV.
 """
 
@@ -29,12 +29,14 @@ COUPLED = ("coupled", "coupled-taylor", "coupled-norm")
 
 @dataclass(frozen=True)
 class Config:
-    """Speed at equal accuracy over the front of coupled pruning."""
+    """Speed at equal accuracy over the front of the rivals."""
 
     results: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """results.csv of `python -m rmprune report`; of a second and further ones, pruned networks are points of their own, not seeds."""
     seed: int | None = None
     """This seed alone, instead of means over seeds."""
+    rivals: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = COUPLED
+    """Methods whose front is compared with."""
 
 
 def front(points: pd.DataFrame) -> list[tuple[float, float]]:
@@ -54,8 +56,8 @@ def speed_at(accuracy: float, ratio: float, points: list[tuple[float, float]]) -
     return "more accurate than all of it" if accuracy > points[-1][1] else "less accurate than all of it"
 
 
-def compare(data: pd.DataFrame) -> pd.DataFrame:
-    """One row for each method, budget and place, means over the seeds that coupled pruning has at all its budgets too.
+def compare(data: pd.DataFrame, rivals: tuple[str, ...] = COUPLED) -> pd.DataFrame:
+    """One row for each method, budget and place, means over the seeds that the rivals have at all their budgets too.
 
     `realised`: the speed-up over the reduction in MACs.
     """
@@ -63,13 +65,13 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     seeds_of = pruned.groupby(["model", "method", "budget"]).seed.agg(frozenset)
     rows = []
     for (model, method, budget), own in seeds_of.items():
-        seeds = sorted(own & front_seeds(seeds_of, model))
+        seeds = sorted(own & front_seeds(seeds_of, model, rivals))
         same = relative(data[(data.model == model) & data.seed.isin(seeds)])
         same = same[same.seeds == len(seeds)]
         for (backend, _, threads, batch), part in same.groupby(CONFIGURATION):
-            best = front(part[part.method.isin([*COUPLED, "dense"])])
+            best = front(part[part.method.isin([*rivals, "dense"])])
             for row in part[(part.method == method) & (part.budget == budget)].itertuples():
-                faster = "" if method in COUPLED else speed_at(row.accuracy, row.ratio, best)
+                faster = "" if method in rivals else speed_at(row.accuracy, row.ratio, best)
                 accuracy = f"{row.accuracy:.2%}" + (f" ± {row.accuracy_spread * 100:.2f}" if row.seeds > 1 else "")
                 facts = (method, budget, " ".join(map(str, seeds)), accuracy)
                 figures = (f"{row.macs_ratio:.3f}", f"{row.ratio:.3f}", f"{row.macs_ratio / row.ratio:.2f}")
@@ -77,17 +79,17 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     facts = ["method", "budget", "seeds", "accuracy", "MACs", "time", "realised", "speed at equal accuracy"]
     if not rows:
         raise SystemExit(
-            "no seed with which coupled pruning was run at all its budgets: there is no front to compare with"
+            f"no seed with which {', '.join(rivals)} ran at all budgets: there is no front to compare with"
         )
     table = pd.DataFrame(rows, columns=["model", "backend", "threads", "batch", *facts])
     return table.sort_values(["model", "backend", "threads", "batch"], kind="stable")
 
 
-def front_seeds(seeds_of: "pd.Series[frozenset[int]]", model: str) -> frozenset[int]:
-    """The seeds with which the front has all its budgets: at each, those of the coupled method that has most."""
+def front_seeds(seeds_of: "pd.Series[frozenset[int]]", model: str, rivals: tuple[str, ...]) -> frozenset[int]:
+    """The seeds with which the front has all its budgets: at each, those of the rival that has most."""
     found: dict[str, frozenset[int]] = {}
     for (name, method, budget), seeds in seeds_of.items():
-        if name == model and method in COUPLED:
+        if name == model and method in rivals:
             found[budget] = max(found.get(budget, frozenset()), seeds, key=len)
     return frozenset.intersection(*found.values()) if found else frozenset()
 
@@ -112,7 +114,7 @@ def read(config: Config) -> pd.DataFrame:
 
 
 def main(config: Config) -> None:
-    table = compare(read(config))
+    table = compare(read(config), config.rivals)
     lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
     parts = ["equal-accuracy", *(path.parent.name for path in config.results[1:])]
@@ -121,7 +123,7 @@ def main(config: Config) -> None:
     )
     out.write_text(
         "MACs and time are relative to the dense network (realised: their quotient), ± is the standard deviation over seeds, "
-        f"speed is over the front of coupled pruning with the same seeds. `python {shlex.join(sys.argv)}`\n\n"
+        f"speed is over the front of {', '.join(config.rivals)} and dense with the same seeds. `python {shlex.join(sys.argv)}`\n\n"
         + "\n".join(lines)
         + "\n"
     )
