@@ -44,9 +44,10 @@ class DataConfig:
     labels: Path | None = None
     """CSV with a row for each image, in the place of class folders (imagefolder only); a column `split` names parts."""
     image_column: str = "image"
-    """The CSV's column with the path below data_dir."""
+    """The CSV's column with the path below data_dir; by default one called image, file, filename, path or the like."""
     label_column: str = "label"
-    """The CSV's column with the class; without it the class is the folder that the image lies in."""
+    """The CSV's column with the class; by default one called label, class, target, category or the like, and without one the class is the
+    folder that the image lies in."""
     group_column: str | None = None
     """The CSV's column that says what belongs together (frames of one object): never in two parts."""
     balance: bool = False

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import csv
+import logging
 import os
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from torchvision.datasets import ImageFolder
-
 from rmprune.config import DataConfig
+from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
 from rmprune.errors import DataError
 
+logger = logging.getLogger("rmprune")
 LAYOUT = "it needs CLASS/image.jpg, or train/CLASS/image.jpg with or without val/ and test/ beside train/; or --labels FILE.csv"
 PARTS = ("train", "val", "test")
-_LARGEST_CSV = 2**30  # bytes
+PART_OF = {name: name for name in PARTS} | {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+ENDINGS = frozenset(
+    f".{kind}"
+    for kind in ("jpg", "jpeg", "jpe", "jfif", "png", "ppm", "pgm", "bmp", "tif", "tiff", "webp", "gif", "jp2", "avif")
+)
+"""Endings, in lower case, of the kinds that photos.py opens."""
 
 
 class Photo(NamedTuple):
@@ -41,7 +50,11 @@ def list_photos(config: DataConfig) -> Listing:
     root = Path(config.data_dir)
     found = _from_folders(root) if config.labels is None else _from_csv(root, config)
     if len(found.classes) < 2:
-        raise DataError(f"{root}: all images are of one class, {found.classes[0]!r}; there is nothing to tell apart")
+        inner = config.labels is None and len({Path(photo.path).parent for photo in found.photos}) > 1
+        hint = (
+            "; if its folders are the classes, give it with --data-dir" if inner else "; there is nothing to tell apart"
+        )
+        raise DataError(f"{root}: all images are of one class, {found.classes[0]!r}{hint}")
     parts = sorted({photo.part for photo in found.photos}, key=(*PARTS, "").index)
     for part in parts:
         there = {photo.label for photo in found.photos if photo.part == part}
@@ -54,18 +67,17 @@ def list_photos(config: DataConfig) -> Listing:
 
 
 def _from_folders(root: Path) -> Listing:
-    parts = [part for part in PARTS if (root / part).is_dir()]
+    parts = _parts(root)
     if parts and "train" not in parts:
-        raise DataError(f"{root}: there is {parts[0]}/ but no train/; {LAYOUT}")
-    for part in parts or [""]:
-        _refuse_repeated_folders(root / part)
-    opened = {part: _open(root / part) for part in parts} or {"": _open(root)}
-    classes = sorted({name for folder in opened.values() for name in folder.classes})
+        raise DataError(f"{root}: there is {min(parts.values())}/ but no train/; {LAYOUT}")
+    opened = {part: _images(root / name) for part, name in parts.items()} or {"": _images(root)}
+    classes = sorted({name for found in opened.values() for name in found})
     number = {name: i for i, name in enumerate(classes)}
     photos = [
-        Photo(path, number[folder.classes[label]], part, "")
-        for part, folder in opened.items()
-        for path, label in folder.samples
+        Photo(path, number[name], part, "")
+        for part, found in opened.items()
+        for name, paths in found.items()
+        for path in paths
     ]
     seen: dict[tuple[int, int], Photo] = {}
     for photo in photos:
@@ -79,77 +91,151 @@ def _from_folders(root: Path) -> Listing:
     return Listing(photos, tuple(classes))
 
 
-def _refuse_repeated_folders(root: Path) -> None:
-    """A link may lead to a folder that is read already, or round in a circle: its photos would count many times."""
+def _parts(root: Path) -> dict[str, str]:
+    """Part -> its folder, however it is spelled where there is a train/, or where all folders are parts; else classes may be called so."""
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    named = [(PART_OF[name.lower()], name) for name in folders if name.lower() in PART_OF]
+    if "train" not in folders and (len(named) < len(folders) or "train" not in dict(named)):
+        named = [(name, name) for name in folders if name in PARTS]
+    for part, count in Counter(part for part, _ in named).items():
+        if count > 1:
+            both = " and ".join(f"{name}/" for found, name in named if found == part)
+            raise DataError(f"{root}: {both} are one part; take one out")
+    if named and (other := [name for name in folders if name not in dict(named).values()]):
+        logger.info("%s: %s: left out, beside %s/", root, ", ".join(other)[:200], dict(named).get("train"))
+    return {part: dict(named)[part] for part in PARTS if part in dict(named)}
+
+
+def _images(root: Path) -> dict[str, list[str]]:
+    """Class -> its images, of folders within it too; hidden ones are left out, and other files, which the log says.
+
+    Raises DataError for a folder that cannot be read or is there twice (a link may lead to one that is read already, or round in a
+    circle), and where there are no classes or one of them has no image.
+    """
     seen: dict[tuple[int, int], str] = {}
-    for folder, _, _ in os.walk(root, followlinks=True):
-        about = Path(folder).stat()
-        if (first := seen.setdefault((about.st_dev, about.st_ino), folder)) != folder:
-            raise DataError(
-                f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
-            )
-
-
-def _open(folder: Path) -> ImageFolder:
+    classes: list[str] = []
+    found: list[tuple[str, list[str]]] = []
     try:
-        return ImageFolder(str(folder))
-    except OSError as error:  # no such folder, no class folders, a class without images
-        reason = " ".join(str(error).split()).split(" Supported extensions")[0]
-        raise DataError(f"{folder} is missing or a class of it has no images ({reason}); {LAYOUT}") from None
+        for folder, inner, files in os.walk(root, followlinks=True, onerror=_raise):
+            about = Path(folder).stat()
+            if (first := seen.setdefault((about.st_dev, about.st_ino), folder)) != folder:
+                raise DataError(
+                    f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
+                )
+            inner[:] = sorted(name for name in inner if not _is_hidden(name))
+            if folder == str(root):
+                classes = list(inner)
+            else:
+                found.append((folder, sorted(name for name in files if not _is_hidden(name))))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {LAYOUT}") from None
+    images: dict[str, list[str]] = {name: [] for name in classes}
+    other: Counter[str] = Counter()
+    for folder, files in sorted(found):
+        for name in files:
+            if (ending := Path(name).suffix.lower()) in ENDINGS:
+                images[Path(folder).relative_to(root).parts[0]].append(str(Path(folder, name)))
+            else:
+                other[ending] += 1
+    if other:
+        logger.info("%s: left out, no images that are read: %s", root, _counted(other))
+    if empty := [name for name, paths in images.items() if not paths]:
+        raise DataError(f"{root}: no image of {', '.join(map(repr, empty))[:200]}; add some, or take the folder out")
+    if not classes:
+        raise DataError(f"{root}: no folders of classes; {LAYOUT}")
+    return images
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether an operating system or an editor made this: .DS_Store, ._a.jpg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind or 'without an ending'}" for kind, count in kinds.most_common(8))
 
 
 def _from_csv(root: Path, config: DataConfig) -> Listing:
     """One row for an image: its path below the folder, and what the settings' columns say of it."""
     assert config.labels is not None
     file = root / config.labels if (root / config.labels).is_file() else Path(config.labels)
-    rows = _read_rows(file)
+    rows = read_rows(file)
     columns = list(rows[0])
-    for name in (config.image_column, *([config.group_column] if config.group_column else [])):
-        if name not in columns:
-            raise DataError(f"{file}: has no column {name!r}; there are: {', '.join(columns)[:200]}")
-    labelled = config.label_column in columns
-    names = [row[config.label_column] if labelled else Path(row[config.image_column]).parent.name for row in rows]
-    classes = sorted(set(names))
-    number = {name: i for i, name in enumerate(classes)}
-    photos: list[Photo] = []
+    images = column_of(file, columns, "image", config.image_column)
+    labels = column_of(file, columns, "label", config.label_column)
+    groups = column_of(file, columns, "group", config.group_column) if config.group_column else None
+    known = cache(lambda: _by_key(root))
+    if not groups and (likely := [name for name in columns if plain_name(name) in USUAL_NAMES["group"].split()]):
+        logger.info(
+            "%s: photos of one %s may be in two parts; --group-column %s keeps them together",
+            file,
+            likely[0],
+            likely[0],
+        )
+    if not labels:
+        logger.info(
+            "%s: no column of labels (there are: %s); the folder names the class", file, ", ".join(columns)[:200]
+        )
+    split = next((name for name in columns if plain_name(name) == "split"), None)
+    named: list[tuple[Photo, str]] = []  # with the name of its class
     spelled: dict[str, str] = {}  # file -> its path in the CSV
-    for row, name in zip(rows, names, strict=True):
-        image = row[config.image_column]
-        path = root / image
-        if not path.is_file():
-            raise DataError(f"{file}: {image!r}: no such file under {root}")
+    for row in rows:
+        image = row[images]
+        path = _found(root, image, known)
+        if path is None:
+            what = f"several files under {root} could be it" if _key(image) in known() else f"no such file under {root}"
+            raise DataError(f"{file}: {image[:200]!r}: {what}")
         real = os.path.realpath(path)
         if real in spelled:
             also = "" if spelled[real] == image else f" (one calls it {spelled[real]!r})"
             raise DataError(f"{file}: {image!r} stands in two rows{also}; an image belongs to one class and one part")
         spelled[real] = image
+        name = row[labels] if labels else path.parent.name if path.parent != root else ""
         if not name:
-            what = "is empty" if labelled else "is missing, and no folder names the class"
-            raise DataError(f"{file}: {image!r}: column {config.label_column!r} {what}; give each image its class")
-        part = {"validation": "val", "valid": "val"}.get(row.get("split", ""), row.get("split", ""))
-        if "split" in columns and part not in PARTS:
-            raise DataError(f"{file}: {image!r} has split {part!r}; use train, val or test")
-        photos.append(Photo(str(path), number[name], part, row[config.group_column] if config.group_column else ""))
-    if "split" in columns and not any(photo.part == "train" for photo in photos):
+            what = (
+                f"column {labels!r} is empty"
+                if labels
+                else f"column {config.label_column!r} is missing, and no folder names the class"
+            )
+            raise DataError(f"{file}: {image!r}: {what}; give each image its class")
+        part = PART_OF.get(row[split].lower(), "") if split else ""
+        if split and not part:
+            raise DataError(f"{file}: {image!r} has split {row[split]!r}; use train, val or test")
+        named.append((Photo(str(path), 0, part, row[groups] if groups else ""), name))
+    if split and not any(photo.part == "train" for photo, _ in named):
         raise DataError(f"{file}: no row has split 'train'")
-    return Listing(photos, tuple(classes))
+    classes = sorted({name for _, name in named})
+    number = {name: i for i, name in enumerate(classes)}
+    return Listing([photo._replace(label=number[name]) for photo, name in named], tuple(classes))
 
 
-def _read_rows(file: Path) -> list[dict[str, str]]:
+def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) -> Path | None:
+    """The file that a CSV means: as it says, or with Windows' separators, in another case or form of Unicode, or without its ending."""
     try:
-        if file.exists() and (not file.is_file() or file.stat().st_size > _LARGEST_CSV):
-            raise ValueError("not a regular file of at most 1 GiB")
-        with file.open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text)
-            rows = list(reader)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{file}: cannot be read as CSV ({error}); give --labels FILE.csv with a header") from None
-    if not rows:
-        raise DataError(f"{file}: has no rows; it needs a header and a row for each image")
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise DataError(f"{file}: row {number} has another number of columns than the header")
-    return rows
+        if image and (root / image).is_file():
+            return root / image
+    except (OSError, ValueError):  # too long, or with a zero in it
+        return None
+    return known().get(_key(image))
+
+
+def _by_key(root: Path) -> dict[str, Path | None]:
+    """All images by their `_key`, with and without ending; None where several have one."""
+    found: dict[str, Path | None] = {}
+    for folder, _, files in os.walk(root):
+        for path in (Path(folder, name) for name in files if Path(name).suffix.lower() in ENDINGS):
+            for form in (path, path.with_suffix("")):
+                one = _key(str(form.relative_to(root)))
+                found[one] = None if one in found else path
+    return found
+
+
+def _key(path: str) -> str:
+    return unicodedata.normalize("NFC", str(PurePath(path.replace("\\", "/")))).casefold()
 
 
 def _refuse_shared_groups(root: Path, photos: list[Photo]) -> None:

@@ -24,6 +24,7 @@ from rmprune.config.data import CacheKind
 from rmprune.data.sources import cache_folder
 from rmprune.errors import ArtifactError, DataError
 from rmprune.runs.progress import progress
+from rmprune.runs.reading import not_data
 from rmprune.runs.writing import whole
 
 logger = logging.getLogger("rmprune")
@@ -31,6 +32,8 @@ ELONGATED = 50  # times the shorter side: what is longer is no photo, and its en
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
 _LOOKED_AT = 64  # images, for whether any has 16 bits
 _AT_ONCE = 32  # images, from a loader process
+Image.init()  # all readers, of which a few are used: others start programs (EPS) or read more than a photo
+_FORMATS = tuple(sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "JPEG2000", "AVIF"}))
 _VERSION = 2  # of what decoding does: another one makes new caches
 
 
@@ -57,11 +60,21 @@ def bit_depth(paths: list[str]) -> int:
 
 def _brightest(path: str) -> int:
     """The largest value of a 16-bit image, 0 of any other."""
+    with _opened(path) as file:
+        return int(np.asarray(file).max()) if file.mode.startswith("I") else 0
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The image file. Raises DataError that names it where it, or what is done with it, fails."""
     try:
-        with Image.open(path) as file:
-            return int(np.asarray(file).max()) if file.mode.startswith("I") else 0
-    except Exception as error:  # as below
-        raise _damaged(path, error) from None
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
+            raise ValueError("not a regular file")
+        with Image.open(path, formats=_FORMATS) as file:
+            yield file
+    except Exception as error:  # Pillow's readers stumble in many ways over damaged files
+        reason = not_data(Path(path)) or " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path} is missing or damaged ({reason}); replace it or take it out of the folder") from None
 
 
 class Photos(TorchDataset[Tensor]):
@@ -102,18 +115,16 @@ class Photos(TorchDataset[Tensor]):
 
     def whole(self, index: int) -> Image.Image:
         """The photo as it is, in RGB. Raises DataError that names the file where it cannot be decoded."""
-        path = self.paths[index]
-        try:
-            with Image.open(path) as file:
-                if file.mode == "F":
-                    raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
-                upright = ImageOps.exif_transpose(file)
-                if upright.mode.startswith("I"):
-                    scaled = np.asarray(upright, np.float32) * (255 / (2**self.depth - 1))
-                    upright = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
-                return upright.convert("RGB")
-        except Exception as error:  # Pillow's readers stumble in many ways over damaged files
-            raise _damaged(path, error) from None
+        with _opened(self.paths[index]) as file:
+            if file.mode == "F":
+                raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
+            upright = ImageOps.exif_transpose(file)
+            if upright.mode.startswith("I"):
+                scaled = np.asarray(upright, np.float32) * (255 / (2**self.depth - 1))
+                upright = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+            if isinstance(upright.info.get("transparency"), bytes):  # of a palette, which Pillow wants to be asked for
+                upright = upright.convert("RGBA")
+            return upright.convert("RGB")
 
     def decode_all(self, kind: CacheKind, workers: int) -> None:
         """Decode every image once: into a file of the user's cache, into memory, or (where it fits into neither) not at all.
@@ -174,11 +185,6 @@ def one_line_errors() -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
-
-
-def _damaged(path: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return DataError(f"{path} is missing or damaged ({reason}); replace it or take it out of the folder")
 
 
 def _square(image: Image.Image, side: int) -> Tensor:

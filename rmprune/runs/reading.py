@@ -27,6 +27,8 @@ def not_data(path: Path) -> str:
     the page of a failed download. "" where it is nothing of these; never raises.
     """
     try:
+        if not path.is_file():  # a pipe would never end
+            return ""
         with path.open("rb") as file:
             start = file.read(200)
     except OSError:

@@ -1,5 +1,6 @@
 import argparse
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def test_a_file_is_read_as_what_it_is_not_as_its_name_says(tmp_path: Path, form:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
+        (None, "not a regular file"),
         (b"<!DOCTYPE html><html><title>404", "begins with '<!DOCTYPE html><html><title>404'.*download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git lfs pull"),
         (lambda state: {"teacher": state, "student": state}, r"several networks \(teacher, student\)"),
@@ -89,7 +91,10 @@ def test_a_file_is_read_as_what_it_is_not_as_its_name_says(tmp_path: Path, form:
 @pytest.mark.parametrize("load", [load_checkpoint_into, lambda model, path, name: start_from(model, str(path), name)])
 def test_what_is_no_weights_is_named_for_what_it_is(tmp_path: Path, content, told: str, load) -> None:
     path = tmp_path / "a.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content(net().state_dict()), path)
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content(net().state_dict()), path)
     with pytest.raises(ArtifactError, match=told) as caught:
         load(net(), path, "resnet8")
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Folders of photographs: layouts, parts, kinds of files, the cache, augmentation, and what is refused."""
 
 import csv
+import os
 import pickle
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image
 from rmprune.config import DataConfig
 from rmprune.data import photos
 from rmprune.data.folder import FolderSplit, lightly_augmented
+from rmprune.data.listing import list_photos
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import HALF, Statistics, draw_part
 from rmprune.errors import ConfigError, DataError, RmpruneError
@@ -150,6 +152,62 @@ def test_a_csv_names_the_parts_and_folders_the_classes(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog") and [len(part) for part in names(data)] == [8, 2, 2]
 
 
+COLUMNS = "File_Name{0}Class{0}Part{0}Split\n{1}{0}cat{0}p{0}Train\n{2}{0}dog{0}q{0}Training\n{3}{0}cat{0}r{0}TEST\n{4}{0}dog{0}s{0}test\n"
+FILES = ["train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        COLUMNS.format(";", *FILES).encode("utf-16"),
+        COLUMNS.format("\t", *FILES).replace("\n", "\r\n").encode("utf-8-sig"),
+        ("sep=;\r\n" + COLUMNS.format(";", *FILES) + ";;;\r\n").replace("cat;", "K\xe4tzchen;").encode("cp1252"),
+        COLUMNS.format(",", *(f'"{name}"' for name in FILES)).replace("cat,", '"cat, the first",').encode(),
+        COLUMNS.format(", ", *(name.replace("/", "\\").upper() for name in FILES)).encode(),
+        COLUMNS.format("|", *(name.removesuffix(".png") for name in FILES)).encode(),
+    ],
+    ids=["utf-16, semicolons", "tabs", "Excel", "quoted", "Windows", "no endings"],
+)
+def test_a_csv_of_any_program(folder: Path, written: bytes) -> None:
+    (folder / "a.csv").write_bytes(written)
+    listed, classes = list_photos(config(folder, labels=Path("a.csv"), group_column="part"))
+    assert [Path(photo.path).relative_to(folder).as_posix() for photo in listed] == FILES
+    assert [photo.group for photo in listed] == ["p", "q", "r", "s"] and classes[1 - classes.index("dog")] != "dog"
+    assert [photo.part for photo in listed] == ["train", "train", "test", "test"]
+
+
+def test_what_systems_leave_in_folders_is_no_photo(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = list_photos(config(folder))
+    for name in (
+        "train/__MACOSX/cat/._0.png",
+        "train/cat/._0.png",
+        "train/.git/a.png",
+        "train/cat/.ipynb_checkpoints/0.png",
+    ):
+        save(folder / name, 0)
+    (folder / "val" / "cat" / "Thumbs.db").touch()
+    with caplog.at_level("INFO"):
+        assert list_photos(config(folder)) == before
+    assert "left out, no images that are read: 1 .db" in caplog.text
+    save(folder / "train" / "cat" / "9.GIF", 0)
+    assert len(list_photos(config(folder)).photos) == len(before.photos) + 1
+
+
+@pytest.mark.parametrize("names", [("Train", "Validation"), ("training", "valid"), ("train", "TEST")])
+def test_parts_are_named_in_several_ways(folder: Path, names: tuple[str, str]) -> None:
+    for part, name in zip(("train", "val"), names, strict=True):
+        (folder / part).rename(folder / name)
+    listed, classes = list_photos(config(folder))
+    assert {photo.part for photo in listed} == {"train", "test" if "TEST" in names else "val"} and classes == (
+        "cat",
+        "dog",
+    )
+
+
+def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
+    assert list_photos(config(make(tmp_path, {"training": 1, "match": 1}))).classes == ("match", "training")
+
+
 def square(path: Path) -> torch.Tensor:
     one = photos.Photos([str(path)], 4, photos.bit_depth([str(path)]))
     return one[0]
@@ -180,10 +238,13 @@ def test_palettes_transparency_and_turned_photos(tmp_path: Path) -> None:
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     photo.save(tmp_path / "turned.png", exif=exif)
     photo.convert("P").save(tmp_path / "palette.png")
+    photo.convert("P").save(tmp_path / "clear.png", transparency=bytes(range(256)))
     photo.convert("RGBA").save(tmp_path / "transparent.webp", lossless=True)
     upright = torch.from_numpy(pixels).permute(2, 0, 1)
     assert torch.equal(square(tmp_path / "turned.png"), torch.rot90(upright, -1, (1, 2)))
-    assert torch.equal(square(tmp_path / "palette.png"), upright)
+    assert torch.equal(square(tmp_path / "palette.png"), upright) and torch.equal(
+        square(tmp_path / "clear.png"), upright
+    )
     assert torch.equal(square(tmp_path / "transparent.webp"), upright)
 
 
@@ -320,7 +381,7 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (lambda f: make(f, {"train/cow": 2, "val/cow": 1}) and {"validation": 0.9}, "'cow' has no image left for training"),
         (lambda f: {"data_dir": f / "val" / "cat"}, "CLASS/image.jpg"),
         (lambda f: {"data_dir": None}, "--data-dir"),
-        (lambda f: (f / "train").rename(f / "training"), "no train/"),
+        (lambda f: (f / "train").rename(f / "learn"), "no train/"),
         (lambda f: make(f / "one", {"cat": 4}) and {"data_dir": f / "one"}, "all images are of one class, 'cat'"),
         (lambda f: Image.new("RGB", (1, 99)).save(f / "train" / "cat" / "9.png"), "1x99 pixels"),
         (lambda f: Image.new("F", (9, 9)).save(f / "train" / "cat" / "9.tif"), "32-bit floats"),
@@ -331,6 +392,16 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (csv_of("image,label\n" + CAT + CAT + DOG), "stands in two rows"),
         (csv_of("image,label\n" + CAT + DOG + "train/dog/../cat/0.png,dog\n"), "one calls it 'train/cat/0.png'"),
         (csv_of("image,label\n" + CAT + DOG + "train/dog/1.png,\n"), "column 'label' is empty"),
+        (csv_of("file,path,label\na," + CAT + "b," + DOG), "several columns could be the image; there are: file, path, label"),
+        (lambda f: csv_of("image,label\n" + CAT + DOG)(f) | {"label_column": "kind"}, "no column 'kind'; there are: image, label"),
+        (csv_of("image,label,label\n" + CAT), "two columns are called 'label'"),
+        (lambda f: (f / "a.csv").write_bytes(b"PK\3\4\0\0") and {"labels": Path("a.csv")}, "a spreadsheet or archive"),
+        (lambda f: save(f / "train" / "cat" / "0.jpg", 1) or csv_of("image,label\ntrain/CAT/0,cat\n" + DOG)(f), "several files"),
+        (lambda f: (f / "train" / "cat" / "9.jpg").write_text("<html>404"), "it is a text that begins with '<html>404'"),
+        (lambda f: os.mkfifo(f / "train" / "cat" / "9.jpg"), "not a regular file"),
+        (lambda f: (f / "train" / "cat" / "9.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF"), "%!PS"),
+        (lambda f: (f / "valid").mkdir(), "val/ and valid/ are one part"),
+        (lambda f: make(f / "one" / "all", {"cat": 2, "dog": 2}) and {"data_dir": f / "one"}, "if its folders are the classes"),
         (csv_of("image,label\n" + CAT + "train/dog/77.png,dog\n"), "no such file"),
         (csv_of("image,label\n" + CAT + "train/dog/0.png\n"), "row 3 has another number of columns"),
         (csv_of("image,label\n" + CAT), "one class"),
