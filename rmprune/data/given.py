@@ -45,7 +45,7 @@ class GivenSplit(Split):
             self.classes = self._classes(first)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{name}: the network cannot be run on the first batch ({reason})") from error
         if not bool(value.isfinite()):  # a loss that came with the data says so itself
