@@ -55,6 +55,8 @@ def list_photos(config: DataConfig) -> Listing:
             "; if its folders are the classes, give it with --data-dir" if inner else "; there is nothing to tell apart"
         )
         raise DataError(f"{root}: all images are of one class, {found.classes[0]!r}{hint}")
+    if wrong := next((name for name in found.classes if any("\ud800" <= sign <= "\udfff" for sign in name)), None):
+        raise DataError(f"{root}: class {wrong!r} has a name that is no Unicode, which no record could hold; rename it")
     parts = sorted({photo.part for photo in found.photos}, key=(*PARTS, "").index)
     for part in parts:
         there = {photo.label for photo in found.photos if photo.part == part}
