@@ -95,7 +95,10 @@ def _from_folders(root: Path) -> Listing:
 
 def _parts(root: Path) -> dict[str, str]:
     """Part -> its folder, however it is spelled where there is a train/, or where all folders are parts; else classes may be called so."""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    try:
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read ({error.strerror}); {LAYOUT}") from None
     named = [(PART_OF[name.lower()], name) for name in folders if name.lower() in PART_OF]
     if "train" not in folders and (len(named) < len(folders) or "train" not in dict(named)):
         named = [(name, name) for name in folders if name in PARTS]
