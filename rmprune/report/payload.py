@@ -12,6 +12,7 @@ from rmprune.runs.records import networks
 
 _POINT = (
     "accuracy", "accuracy_low", "accuracy_high", "accuracy_change", "macs", "macs_ratio", "params", "params_ratio",
+    "activation_bytes",
 )  # fmt: skip
 _TIME = ("median_ms", "q1_ms", "q3_ms", "ratio")
 _DIGITS = 6

@@ -158,6 +158,7 @@ def test_the_switches_of_the_chart(page: Any) -> None:
         ("speed", "images per second"),
         ("macs", "multiply-accumulates"),
         ("params", "parameters"),
+        ("memory", "bytes of float32 activations"),
         ("time", "measured time for a batch of 1 (ms)"),
     ):
         page.locator("#axis").select_option(value)
@@ -206,6 +207,7 @@ def test_hover_says_what_is_known(page: Any) -> None:
         "2 seeds",
         "of rm",
         "1.2e-15",
+        "10 kB at the peak",
     ):
         expect(tip).to_contain_text(words)
     page.locator("h1").hover()
