@@ -103,6 +103,8 @@ class GivenSplit(Split):
                     f"{self.name}: images of several sizes, {', '.join(map(str, sorted(sizes)))}; give them one"
                 )
             self._first = torch.cat(found)
+            if not bool(self._first.isfinite().all()):
+                raise DataError(f"{self.name}: there are images that are not finite; mend them or leave them out")
         return self._first[:n].to(device)
 
     def _read(self, seed: int) -> Iterator[Any]:

@@ -114,6 +114,12 @@ def test_examples_of_several_sizes_are_refused() -> None:
         split.example(3)
 
 
+def test_images_that_are_not_finite_are_named() -> None:
+    split = GivenSplit([(X[:4], Y[:4]), (X[4:] / 0, Y[4:])], MODEL, None, "train")
+    with pytest.raises(DataError, match=r"^train: there are images that are not finite"):
+        split.example(10)
+
+
 def test_a_network_of_several_inputs_needs_a_loss() -> None:
     with pytest.raises(DataError, match=r"^train: the network cannot be run on the first batch"):
         GivenSplit([(X, Y)], nn.Bilinear(4, 4, 3), None, "train")
