@@ -101,6 +101,7 @@ def start(command: str, place: Path, *, before: int = 0, fault: str = "kill", fo
         said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1)
         os.dup2(said, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
         if not fork:
             os.execv(sys.executable, [sys.executable, __file__, "--child", command, str(before), fault])
         child(command, before, fault)

@@ -151,7 +151,13 @@ def network(accuracy: float, macs: int, ms: float) -> dict[str, Any]:
         for batch in (1, 32)
         for time in [ms * speed * batch**0.9 / threads]
     ]
-    return {"accuracy": accuracy, "macs": macs, "params": macs // 10, "latency": latency}
+    return {
+        "accuracy": accuracy,
+        "macs": macs,
+        "params": macs // 10,
+        "activation_bytes": macs // 50,
+        "latency": latency,
+    }
 
 
 def add_int8(*networks: dict[str, Any]) -> None:

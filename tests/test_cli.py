@@ -151,7 +151,7 @@ def test_an_interruption_says_what_is_left(
 
 
 def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str]) -> None:
-    main(("inspect", "resnet50", "--image-size", "32"))
+    main(("inspect", "resnet50", "--width", "8", "--image-size", "32"))
     printed = capsys.readouterr().out
     assert "layer1.0" in printed and "removable" in printed and "convert resnet50" in printed
 

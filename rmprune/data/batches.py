@@ -172,20 +172,25 @@ def labelled(data: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or not all(isinstance(part, Tensor) for part in batch[:2]):
-        kind = (
-            f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"of type {type(batch).__name__}"
-        )
+    parts = list(batch) if isinstance(batch, tuple | list) else []
+    if len(parts) < 2 or not all(isinstance(part, Tensor) and part.dim() for part in parts[:2]):
+        kind = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else _said(batch)
+        if parts:
+            kind = f"({', '.join(map(_said, parts[:4]))})"
         raise DataError(
             f"data: a batch is {kind}; give (images, labels), for example ((b['image'], b['label']) for b in loader) as a list, "
             f"or {OWN_LOSS}"
         )
-    x, y = batch[:2]
+    x, y = parts[:2]
     if not x.is_floating_point():
         raise DataError(f"data: images are {x.dtype}; give them normalised, as the network was trained on them")
     if len(x) != len(y):
         raise DataError(f"data: a batch has {len(x)} images and {len(y)} labels; {OWN_LOSS}, where these are no labels")
     return x, y
+
+
+def _said(value: Any) -> str:
+    return f"a tensor of sizes {list(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def class_loss(outputs: Any, labels: Tensor) -> Tensor:

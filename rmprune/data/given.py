@@ -45,7 +45,7 @@ class GivenSplit(Split):
             self.classes = self._classes(first)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{name}: the network cannot be run on the first batch ({reason})") from error
         if not bool(value.isfinite()):  # a loss that came with the data says so itself
@@ -103,6 +103,8 @@ class GivenSplit(Split):
                     f"{self.name}: images of several sizes, {', '.join(map(str, sorted(sizes)))}; give them one"
                 )
             self._first = torch.cat(found)
+            if not bool(self._first.isfinite().all()):
+                raise DataError(f"{self.name}: there are images that are not finite; mend them or leave them out")
         return self._first[:n].to(device)
 
     def _read(self, seed: int) -> Iterator[Any]:

@@ -55,6 +55,8 @@ def list_photos(config: DataConfig) -> Listing:
             "; if its folders are the classes, give it with --data-dir" if inner else "; there is nothing to tell apart"
         )
         raise DataError(f"{root}: all images are of one class, {found.classes[0]!r}{hint}")
+    if wrong := next((name for name in found.classes if any("\ud800" <= sign <= "\udfff" for sign in name)), None):
+        raise DataError(f"{root}: class {wrong!r} has a name that is no Unicode, which no record could hold; rename it")
     parts = sorted({photo.part for photo in found.photos}, key=(*PARTS, "").index)
     for part in parts:
         there = {photo.label for photo in found.photos if photo.part == part}
@@ -93,7 +95,10 @@ def _from_folders(root: Path) -> Listing:
 
 def _parts(root: Path) -> dict[str, str]:
     """Part -> its folder, however it is spelled where there is a train/, or where all folders are parts; else classes may be called so."""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    try:
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    except OSError as error:
+        raise DataError(f"{root}: cannot be read ({error.strerror}); {LAYOUT}") from None
     named = [(PART_OF[name.lower()], name) for name in folders if name.lower() in PART_OF]
     if "train" not in folders and (len(named) < len(folders) or "train" not in dict(named)):
         named = [(name, name) for name in folders if name in PARTS]

@@ -17,7 +17,7 @@ from rmprune.errors import NotEquivalent
 from rmprune.graph.convolution import Conv, Pattern
 from rmprune.graph.network import Network, free_name
 from rmprune.graph.run import Values, run
-from rmprune.graph.shapes import WithoutValues, blank_inputs, on_meta
+from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _run_on_meta(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dty
     """What the module returns, in its own dtype, without values: what the builder ran was not yet this module."""
     try:
         with WithoutValues():
-            return on_meta(module)(*blank_inputs(inputs, dtype))
+            return to_run(module)(*blank_inputs(inputs, dtype))
     except RuntimeError as error:
         raise NotEquivalent(f"the new network does not run in {dtype}: {error}") from error
 

@@ -15,7 +15,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import ADDITIONS
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import trace
-from rmprune.graph.shapes import blank_images, on_meta
+from rmprune.graph.shapes import blank_images, to_run
 from rmprune.graph.vocabulary import LAYERS
 
 _FREE = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -74,7 +74,7 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[TimedLayer]
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
     folded = fold_batch_norms(model, (example_inputs,))
-    graph_module = fx.GraphModule(on_meta(folded).float(), trace(folded))
+    graph_module = fx.GraphModule(to_run(folded, torch.float32), trace(folded))
     with torch.no_grad():
         ShapeProp(graph_module).propagate(blank_images(example_inputs[:1]))
     return _read_graph(graph_module)

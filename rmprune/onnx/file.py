@@ -17,12 +17,14 @@ from onnx import helper
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.vocabulary import MAX_ENTRIES
 from rmprune.onnx.compare import open_session
+from rmprune.runs.reading import not_data
 
 OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 _TYPES = ("float32", "float64", "int64", "int32", "bool", "int8", "uint8")
 _DTYPES = {int(helper.np_dtype_to_tensor_dtype(np.dtype(name))): np.dtype(name) for name in _TYPES}
 _MOST_AXES = 8
+_HALF = "export it in float32, and make float16 of the result (onnxruntime.transformers.float16)"
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,14 @@ def open_onnx(path: str | Path) -> OnnxFile:
     proto = _parse(path)
     try:
         opset = _opset(proto)
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        _drop_unread(proto.graph, weights)
         if len(proto.graph.node) + len(proto.graph.initializer) > MAX_ENTRIES:
             raise ArtifactError(f"more than {MAX_ENTRIES} nodes and tensors; split the network")
         _refuse_foreign_nodes(proto)
         for where, tensor in _tensors(proto.graph):
             _check_tensor(where, tensor, path)
         _check_names(proto.graph)
-        weights = {tensor.name for tensor in proto.graph.initializer}
         inputs = tuple(_described(value, "input") for value in proto.graph.input if value.name not in weights)
         outputs = tuple(_described(value, "output") for value in proto.graph.output)
         if not inputs or not outputs:
@@ -112,9 +115,8 @@ def _parse(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror or error}); name an ONNX file") from error
     except (DecodeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(
-            f"{path}: damaged, or no ONNX file ({first_line(error)}); copy or export it again"
-        ) from None
+        told = not_data(path) or f"{first_line(error)}; copy or export it again"
+        raise ArtifactError(f"{path}: damaged, or no ONNX file: {told}") from None
     if not proto.HasField("graph") or not proto.graph.node:
         raise ArtifactError(f"{path}: holds no network; it was cut short or is no ONNX file: copy or export it again")
     if not _is_text(proto):
@@ -134,13 +136,31 @@ def _is_text(message: Any) -> bool:
 
 
 def _opset(proto: onnx.ModelProto) -> int:
-    own = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    own = sorted({entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")})
+    if not own:
+        raise ArtifactError(
+            "it names no opset, so what its operators mean is not known; export it again, or add its opset_import"
+        )
     if len(own) != 1 or own[0] not in OPSETS:
-        said = ", ".join(map(str, own)) or "missing"
+        said = ", ".join(map(str, own))
         raise UnsupportedModel(
             f"its opset is {said}, read are {OPSETS.start} to {OPSETS.stop - 1}; convert it by onnx.version_converter, or export it again"
         )
     return own[0]
+
+
+def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
+    """Leaves out what no output needs, which need not be of kinds that are read. Out of order, `_check_names` says what is missing."""
+    needed = {value.name for value in graph.output}
+    for i, node in reversed(list(enumerate(graph.node))):
+        if needed.isdisjoint(filter(None, node.output)):
+            del graph.node[i]
+        else:
+            needed.update(node.input)
+    for entries in (graph.initializer, graph.input):  # older exporters list weights among the inputs
+        for i, entry in reversed(list(enumerate(entries))):
+            if entry.name in weights - needed:
+                del entries[i]
 
 
 def _refuse_foreign_nodes(proto: onnx.ModelProto) -> None:
@@ -178,9 +198,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
 def _check_tensor(where: str, tensor: onnx.TensorProto, path: Path) -> None:
     """Raise where type, sizes and bytes of a tensor do not belong together, or where its bytes lie somewhere else than they may."""
     if tensor.data_type not in _DTYPES:
-        raise UnsupportedModel(
-            f"{where} is {_said(tensor.data_type)}; read are {', '.join(_TYPES)}: export it in float32"
-        )
+        raise UnsupportedModel(f"{where} is {_said(tensor.data_type)}; read are {', '.join(_TYPES)}: {_HALF}")
     if len(tensor.dims) > _MOST_AXES or any(not 0 <= size < 2**40 for size in tensor.dims):
         raise ArtifactError(f"{where} has sizes {list(tensor.dims)[:_MOST_AXES]}; export the network again")
     count = math.prod(tensor.dims)
@@ -270,10 +288,17 @@ def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
     tensor = value.type.tensor_type
     if kind != "tensor_type" or tensor.elem_type != onnx.TensorProto.FLOAT:
         said = _said(tensor.elem_type) if kind == "tensor_type" else kind.removesuffix("_type")
-        raise UnsupportedModel(f"its {what} {printable(value.name)} is {said}; taken are tensors of float32")
+        todo = (
+            _HALF
+            if said in ("float16", "bfloat16", "double")
+            else "cut the file where it is (onnx.utils.extract_model)"
+        )
+        raise UnsupportedModel(f"its {what} {printable(value.name)} is {said}; taken are tensors of float32: {todo}")
     sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
     if what == "input" and (not sizes or len(sizes) > _MOST_AXES):
-        raise UnsupportedModel(f"its {what} {printable(value.name)} has {len(sizes)} axes; taken are batches, (N, ...)")
+        raise UnsupportedModel(
+            f"its {what} {printable(value.name)} has {len(sizes)} axes; taken are batches, (N, ...): export it with its sizes"
+        )
     return OnnxInput(value.name, sizes)
 
 

@@ -60,7 +60,7 @@ def read_network(file: OnnxFile, image_size: int | None = None, channels: int = 
     drawing = Drawing()
     values: dict[str, OnnxValue | None] = {"": None}
     for entry, size in zip(file.inputs, sizes, strict=True):
-        first = entry.sizes[0] or 2
+        first = fixed_batch(file) or 2
         blanks = tuple(torch.empty(count, *size, device="meta") for count in (first, first + 1))
         values[entry.name] = drawing.input(entry.name, (blanks[0], blanks[1]))
     for tensor in file.proto.graph.initializer:
@@ -143,7 +143,7 @@ def _result(
     if node.op_type not in ONNX_READERS:
         raise Obstacle("it is read of sizes and constants only, not of images")
     call = Call(
-        node.op_type, _layer_name(node), file.opset, inputs, attributes, drawing, len(node.output), _fixed_batch(file)
+        node.op_type, _layer_name(node), file.opset, inputs, attributes, drawing, len(node.output), fixed_batch(file)
     )
     found = ONNX_READERS[node.op_type](call)
     if call.attributes:
@@ -151,7 +151,8 @@ def _result(
     return found if isinstance(found, list) else [found]
 
 
-def _fixed_batch(file: OnnxFile) -> int | None:
+def fixed_batch(file: OnnxFile) -> int | None:
+    """The number of images that a file takes; None where it leaves that open. An input that does is given as many as one that says."""
     return next((entry.sizes[0] for entry in file.inputs if entry.sizes[0]), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from rmprune.errors import ArtifactError, NotEquivalent, first_line
 from rmprune.onnx.compare import FLOAT32_TOLERANCE, difference, is_off, outputs_of
 from rmprune.onnx.file import OnnxFile, open_onnx
-from rmprune.onnx.read import OnnxNetwork, read_network
+from rmprune.onnx.read import OnnxNetwork, fixed_batch, read_network
 
 
 def checked_network(path: str | Path, image_size: int | None = None, channels: int = 3) -> OnnxNetwork:
@@ -29,7 +30,7 @@ def batch_for(file: OnnxFile, examples: Sequence[Tensor], seed: int = 0) -> tupl
     """Normal inputs of as many images as the file takes, two where it leaves that open."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(entry.sizes[0] or 2, *x.shape[1:], generator=generator)
+        torch.randn(entry.sizes[0] or fixed_batch(file) or 2, *x.shape[1:], generator=generator)
         for entry, x in zip(file.inputs, examples, strict=True)
     )
 
@@ -40,8 +41,13 @@ def run_file(file: OnnxFile, inputs: Sequence[Tensor]) -> list[Tensor]:
     try:
         return [torch.from_numpy(value) for value in file.session.run([entry.name for entry in file.outputs], feed)]
     except Exception as error:  # ONNX Runtime has many errors of its own
+        said = re.sub(
+            r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .* failed:|\S*/onnxruntime/core/\S+ .*?\) (?=\w)",
+            "",
+            str(error),
+        )
         raise ArtifactError(
-            f"{file.path}: ONNX Runtime refuses it ({first_line(error)}); export the network again"
+            f"{file.path}: ONNX Runtime refuses it ({first_line(RuntimeError(said))}); export the network again"
         ) from None
 
 

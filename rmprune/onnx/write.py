@@ -16,7 +16,7 @@ from rmprune.graph.network import free_name
 from rmprune.onnx.bare import Weights, bare_graph, write_proto
 from rmprune.onnx.compare import as_tensors
 from rmprune.onnx.file import OnnxFile, open_onnx
-from rmprune.onnx.read import OnnxNetwork
+from rmprune.onnx.read import OnnxNetwork, fixed_batch
 from rmprune.onnx.runtime import batch_for, refuse_difference, run_file
 
 logger = logging.getLogger("rmprune")
@@ -120,7 +120,7 @@ def _agree_on_more_pixels(network: OnnxNetwork, new: OnnxFile) -> bool:
     """Whether both files take images of another size, and give the same for them."""
     inputs = []
     for entry, x in zip(network.file.inputs, network.examples, strict=True):
-        count = entry.sizes[0] or len(x)
+        count = fixed_batch(network.file) or len(x)
         sizes = [n + _MORE_PIXELS * (i > 1 and entry.sizes[i] is None) for i, n in enumerate(x.shape)]
         inputs.append(torch.randn([count, *sizes[1:]], generator=torch.Generator().manual_seed(2)))
     try:

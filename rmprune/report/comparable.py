@@ -1,10 +1,18 @@
 """Rows of one method and budget are averaged over seeds; records that differ in more than their seed are found here."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rmprune.config import PruneConfig, TrainConfig
 from rmprune.report.tables import budget_of, find_setting, method_of, model_of
 from rmprune.runs.records import networks
+
+
+def _names(**tables: Any) -> frozenset[str]:
+    """Of the settings in these tables: names of configs and their classes."""
+    return frozenset(f"{table}.{field.name}" for table, kind in tables.items() for field in fields(kind))
+
 
 _OWN = {
     "seed", "seeds", "method", "skip_infeasible", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "memory_ratio",
@@ -20,6 +28,11 @@ _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-isomorphic", "coupled-no
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _RESIDUALS_STAY = (*_TORCH_PRUNING, "residual", "inner", "uniform", "scratch")
 """Methods that read no settings of a removal."""
+_NOT_PRUNED = {
+    "depth": _names(prune=PruneConfig),
+    "scratch": _names(prune=PruneConfig, finetune=TrainConfig) - {"finetune.epochs"},
+}
+"""Settings that are not read where no channel is cut; what is trained from nothing reads of fine-tuning how long it takes."""
 _FIXED = {
     "rm-slimming": ("gradual", "reconstruct", "importance", "rank"),
     "uniform": ("gradual", "reconstruct"),
@@ -64,6 +77,7 @@ def _unread(method: str) -> frozenset[str]:
     """Settings that a method does not read: they may differ."""
     found = {f"prune.{name}" for name in _FIXED.get(method, ())} | (_UNREAD if method in _TORCH_PRUNING else set())
     found |= {"search_minutes"} if method != "auto" else set()
+    found |= _NOT_PRUNED.get(method, set())
     return frozenset(found | (_REMOVAL.keys() if method in _RESIDUALS_STAY else set()))
 
 

@@ -10,6 +10,7 @@ const STYLE = { background: "none", fontSize: "12px", fontFamily: "inherit" };
 
 const three = (value) => (value >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(3))));
 const amount = (value) => d3.format(".3~s")(value).replace(/([kMG])$/, " $1");
+const bytes = (value) => d3.format(".3~s")(value).replace(/[kMG]?$/, " $&B");
 const percent = (value) => `${(100 * value).toFixed(2)} %`;
 const times = (value) => (value == null ? "" : `${value.toFixed(2)}x`);
 const signed = (value) => (value == null ? "" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2));
@@ -69,6 +70,7 @@ const AXES = {
   speed: { name: "images per second", unit: () => "images per second", more: true, of: (p) => [p.median_ms, p.q3_ms, p.q1_ms].map((ms) => 1000 * place().batch_size / ms) },
   macs: { name: "MACs", unit: () => "multiply-accumulates (MACs) of one image", of: (p) => [p.macs] },
   params: { name: "parameters", unit: () => "parameters", of: (p) => [p.params] },
+  memory: { name: "memory of activations", unit: () => "bytes of float32 activations of one image, peak", of: (p) => [p.activation_bytes] },
 };
 const PARTS = { backend: "Backend", number_format: "Number format", batch_size: "Batch size", threads: "Threads", device: "Device" };
 
@@ -127,7 +129,8 @@ function drawControls() {
     if (!["device", "number_format"].includes(part) || values.length > 1)
       parts.push(segments(part, name, values.map((value) => [value, String(value)]), place()[part], (value) => { state.place = nearest(part, value); draw(); }));
   }
-  parts.push(select("axis", "Horizontal axis", Object.entries(AXES).map(([key, axis]) => [key, axis.name]), state.axis, set("axis")));
+  const axes = Object.entries(AXES).filter(([key, axis]) => key === state.axis || inGroup().some((point) => axis.of(point)[0] != null));
+  parts.push(select("axis", "Horizontal axis", axes.map(([key, axis]) => [key, axis.name]), state.axis, set("axis")));
   parts.push(segments("scale", "Scale", [["log", "log"], ["linear", "linear"]], state.scale, set("scale")));
   parts.push(select("front", "Front line", [["all", "of all shown"], ["each", "of each method"], ["none", "none"]], state.front, set("front")));
   byId("controls").replaceChildren(...parts);
@@ -281,6 +284,7 @@ function figures(point) {
     ["time", `${three(point.median_ms)} ms (${three(point.q1_ms)} to ${three(point.q3_ms)}), ${times(point.ratio)} of dense`],
     ["MACs", `${amount(point.macs)}, ${times(point.macs_ratio)}`],
     ["parameters", `${amount(point.params)}, ${times(point.params_ratio)}`],
+    ["activations", point.activation_bytes && `${bytes(point.activation_bytes)} at the peak`],
   ].filter(([, value]) => value);
 }
 

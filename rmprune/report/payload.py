@@ -12,9 +12,11 @@ from rmprune.runs.records import networks
 
 _POINT = (
     "accuracy", "accuracy_low", "accuracy_high", "accuracy_change", "macs", "macs_ratio", "params", "params_ratio",
+    "activation_bytes",
 )  # fmt: skip
 _TIME = ("median_ms", "q1_ms", "q3_ms", "ratio")
 _DIGITS = 6
+_MOST_KERNELS = 4000  # of 0.1 KB each
 _BELOW_FLOAT32 = ("int8", "bfloat16", "float16", "tf32")
 
 
@@ -33,6 +35,10 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
             outline = _outline(network, skeletons)
             found.append(_network(record, name, network, len(runs), groups) | outline)
         runs.append(_run(str(path.parent), record, groups))
+    if sum(len(network.get("profile", {}).get("layers", ())) for network in found) > _MOST_KERNELS:
+        for network in found:
+            network.pop("profile", None)
+        left_out = [*left_out, f"where the time goes, layer by layer: over {_MOST_KERNELS} rows; report fewer runs"]
     named = dict.fromkeys([*ranked(data), *(network["method"] for network in found)])  # measured ones first
     methods = [
         {"name": name, "colour": look.number, "marker": look.marker} for name, look in looks(list(named)).items()

@@ -13,9 +13,10 @@ from rich.table import Table
 from rmprune.runs.records import RENAMED, networks, read_record
 
 COLUMNS = [
-    "model", "dataset", "method", "budget", "seed", "accuracy", "balanced_accuracy", "auc", "macs", "params", "backend",
-    "device", "threads", "batch_size", "median_ms", "q1_ms", "q3_ms", "ratio", "run",
+    "model", "dataset", "method", "budget", "seed", "accuracy", "balanced_accuracy", "auc", "macs", "params", "activation_bytes",
+    "backend", "device", "threads", "batch_size", "median_ms", "q1_ms", "q3_ms", "ratio", "run",
 ]  # fmt: skip
+_MAY_LACK = ("balanced_accuracy", "auc", "activation_bytes")
 _SAME_PLACE = 1.1
 """Times of one dense network, longest over shortest, up to which records count as measured under the same conditions."""
 _BUDGETS = ("latency_ratio", "macs_ratio", "params_ratio", "memory_ratio", "ratio")
@@ -89,9 +90,9 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
             "budget": "" if name in ("original", "plain") else budget_of(record),
             "seed": record["seed"],
             "accuracy": network["accuracy"],
-            **{name: math.nan if network.get(name) is None else network[name] for name in ("balanced_accuracy", "auc")},
             "macs": network["macs"],
             "params": network["params"],
+            **{name: math.nan if network.get(name) is None else network[name] for name in _MAY_LACK},
             "run": run,
         }
         for latency in network["latency"]:
@@ -120,7 +121,7 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
     """One row per method, budget and configuration, means over seeds, everything against the dense network.
 
     Columns: accuracy (0 to 1), its spread over seeds (standard deviation), its lowest and highest seed, accuracy_change
-    (points), balanced_accuracy, auc and its spread (empty in older records), macs, params and their ratios, time
+    (points), balanced_accuracy, auc and its spread (empty in older records), macs, params and their ratios, activation_bytes, time
     (median/q1/q3 in ms) and its ratio, seeds.
     """
     keys = ["model", "dataset", "method", "budget", *CONFIGURATION]
@@ -134,8 +135,8 @@ def relative(data: pd.DataFrame) -> pd.DataFrame:
         params_ratio=data.params.to_numpy() / base.params.to_numpy(),
     )
     numbers = [
-        "accuracy", "accuracy_change", "balanced_accuracy", "auc", "macs", "macs_ratio", "params", "params_ratio", "median_ms",
-        "q1_ms", "q3_ms", "ratio",
+        "accuracy", "accuracy_change", "balanced_accuracy", "auc", "macs", "macs_ratio", "params", "params_ratio", "activation_bytes",
+        "median_ms", "q1_ms", "q3_ms", "ratio",
     ]  # fmt: skip
     # the networks that cells of a seed share stand in each of their records: one value a seed
     by_seed = full.groupby([*keys, "seed"], sort=False, dropna=False)[numbers].mean().reset_index()

@@ -73,6 +73,7 @@ _DRAWN: dict[str, Any] = {
     "method": _may(str),
     "balanced_accuracy": _may(_is_share),
     "auc": _may(_is_share),
+    "activation_bytes": _may(_is_count),
     "validation": _may({str: _may(_is_number)}),
     "classes": _may([{"name": str, "images": int, "recall": _may(_is_share), "precision": _may(_is_share)}]),
     "layers": _may([lambda layer: _fits(layer, _LAYER) and ("kernel" not in layer or _fits(layer, _CONVOLUTION))]),

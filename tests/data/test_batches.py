@@ -53,7 +53,7 @@ def test_data_without_images_is_refused(importance: str) -> None:
     ("data", "said"),
     [
         ([{"image": IMAGES, "label": LABELS}], "a batch is a dict of image, label"),
-        ([IMAGES], "a batch is of type Tensor"),
+        ([IMAGES], "a batch is a tensor of sizes"),
         ([(IMAGES, LABELS[:3])], "8 images and 3 labels"),
         ([((IMAGES * 50).byte(), LABELS)], "images are torch.uint8"),
         ([(IMAGES, LABELS + 7)], "labels from 7 to 9, but the network has 3 classes"),

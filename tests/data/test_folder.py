@@ -400,6 +400,7 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (lambda f: (f / "train" / "cat" / "9.jpg").write_text("<html>404"), "it is a text that begins with '<html>404'"),
         (lambda f: os.mkfifo(f / "train" / "cat" / "9.jpg"), "not a regular file"),
         (lambda f: (f / "train" / "cat" / "9.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF"), "%!PS"),
+        (lambda f: [(f / part / "cat").rename(f / part / "c\udcff") for part in ("train", "val")], "a name that is no Unicode"),
         (lambda f: (f / "valid").mkdir(), "val/ and valid/ are one part"),
         (lambda f: make(f / "one" / "all", {"cat": 2, "dog": 2}) and {"data_dir": f / "one"}, "if its folders are the classes"),
         (csv_of("image,label\n" + CAT + "train/dog/77.png,dog\n"), "no such file"),

@@ -94,6 +94,11 @@ def test_a_stream_is_counted() -> None:
     [
         ([(X, Y), (X, Y + 3)], r"^test: batch 1: data: labels from 3 to 7, but the network has 5 classes"),
         ([(X[:, :2], Y)], r"^test: data: the network fails on images of shape"),
+        (
+            list(zip(X, Y, strict=True)),
+            r"^test: data: a batch is \(a tensor of sizes .*, a tensor of sizes \[\]\); give",
+        ),
+        ([(X, Y.tolist())], r"^test: data: a batch is \(a tensor of sizes .*, of type list\); give"),
     ],
 )
 def test_every_batch_is_looked_at(batches: list[tuple[Tensor, Tensor]], reason: str) -> None:
@@ -107,3 +112,14 @@ def test_examples_of_several_sizes_are_refused() -> None:
     assert split.example(2).shape == (2, 3, 2, 2)
     with pytest.raises(DataError, match=r"^train: images of several sizes"):
         split.example(3)
+
+
+def test_images_that_are_not_finite_are_named() -> None:
+    split = GivenSplit([(X[:4], Y[:4]), (X[4:] / 0, Y[4:])], MODEL, None, "train")
+    with pytest.raises(DataError, match=r"^train: there are images that are not finite"):
+        split.example(10)
+
+
+def test_a_network_of_several_inputs_needs_a_loss() -> None:
+    with pytest.raises(DataError, match=r"^train: the network cannot be run on the first batch"):
+        GivenSplit([(X, Y)], nn.Bilinear(4, 4, 3), None, "train")

@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "train"
     short = TrainConfig(epochs=1)
     run_train(
-        TrainRunConfig("resnet20", width=4, train=short, measure=QUICK, out=out, data=DataConfig(train_images=256)),
+        TrainRunConfig("resnet8", width=4, train=short, measure=QUICK, out=out, data=DataConfig(train_images=256)),
         command="x",
     )
     return out

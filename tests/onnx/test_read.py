@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx_examples import graph_of, normal, one, residual, written
 
 from rmprune.artifact.describe import describe
@@ -16,7 +16,9 @@ from rmprune.config import InspectConfig, NetworkConfig
 from rmprune.errors import RmpruneError
 from rmprune.onnx.read import ONNX_READERS
 from rmprune.onnx.runtime import batch_for, checked_network
+from rmprune.onnx.write import write_like
 from rmprune.pipelines.convert import run_inspect
+from rmprune.removal import remove_residuals
 
 W = normal(6, 4, 3, 3)
 INT = np.int64
@@ -268,7 +270,16 @@ REFUSED = {
     ),
     "an unknown attribute": (one("Relu", alpha=1.0), "Relu n: its attribute alpha is not known"),
     "an old opset": (edited(lambda m: setattr(m.opset_import[0], "version", 6)), "its opset is 6, read are 7 to"),
-    "float16": (edited(lambda m: typed(m, 10)), "its input image:0 is float16; taken are tensors of float32"),
+    "float16": (
+        edited(lambda m: typed(m, 10)),
+        r"its input image:0 is float16; .*export it in float32.*transformers\.float16",
+    ),
+    "bytes": (edited(lambda m: typed(m, 2)), r"its input image:0 is uint8; .*extract_model"),
+    "no opset": (edited(lambda m: m.ClearField("opset_import")), "names no opset"),
+    "a newer IR version": (
+        edited(lambda m: setattr(m, "ir_version", 99)),
+        r"refuses it \(Unsupported model IR version: 99",
+    ),
     "a sequence": (
         edited(lambda m: m.graph.input[0].type.sequence_type.elem_type.tensor_type.SetInParent()),
         "is sequence; taken are",
@@ -290,8 +301,8 @@ REFUSED = {
         "reads q, which nothing before it gives",
     ),
     "a name given twice": (
-        edited(lambda m: m.graph.node[1].output.__setitem__(0, "1")),
-        "gives 1, which is there already",
+        edited(lambda m: m.graph.node.insert(2, node("Relu", ["1"], ["2"]))),
+        "gives 2, which is there already",
     ),
     "a computed weight": (between([node("Conv", ["x", "x"], ["y"])]), "its weight is computed while it runs"),
     "a mixed batch": (one("Reshape", INT([16, 24])), r"it makes \[16, 24\] of \[3, 4, 6, 8\]"),
@@ -348,10 +359,37 @@ def test_a_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def with_dead_ends() -> onnx.ModelProto:
+    model = residual()
+    model.graph.node.extend([node("NonZero", ["7"], ["dead"])])
+    model.graph.initializer.append(numpy_helper.from_array(normal(2).astype(np.float16), "unread"))
+    model.graph.input.append(helper.make_tensor_value_info("unread", onnx.TensorProto.FLOAT16, [2]))
+    model.opset_import.add(domain="ai.onnx", version=17)
+    return model
+
+
+def with_a_second_input(batch: object) -> onnx.ModelProto:
+    model = residual()
+    model.graph.input.append(helper.make_tensor_value_info("second", onnx.TensorProto.FLOAT, [batch, 5]))
+    model.graph.node[-1].output[0] = "first"
+    model.graph.node.append(node("Add", ["first", "second"], ["scores/out:0"]))
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [with_dead_ends(), with_a_second_input(1), with_a_second_input("batch")], ids=["dead ends", "one", "open"]
+)
+def test_what_exporters_leave_in_files(model: onnx.ModelProto, tmp_path: Path) -> None:
+    network = checked_network(written(model, tmp_path / "m.onnx"))
+    removed = remove_residuals(network.model, network.examples)
+    assert removed.removed and write_like(network, removed.model, tmp_path / "new.onnx") < 1e-5
+
+
 @pytest.mark.parametrize(
     "data",
     [
         b"",
+        b"<!DOCTYPE html><html>",
         b"\x08\x08",
         b"no file",
         residual().SerializeToString()[:300],
@@ -360,7 +398,7 @@ def test_a_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
             for name in (b"camera", b"image:0", b"block")
         ),
     ],
-    ids=["empty", "header", "text", "cut", "name", "input", "node"],
+    ids=["empty", "page", "header", "text", "cut", "name", "input", "node"],
 )
 def test_what_is_no_whole_file_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(data)

@@ -95,7 +95,7 @@ def test_no_budget_that_the_limits_allow_is_refused(round_to: int) -> None:
     """Once Torch-Pruning is told to remove more than may go it removes nothing; the search must not take that for too little."""
     model, x = residual(32), images()
     whole = measured_macs(model, x)
-    for ratio in (0.9, 0.7, 0.5, 0.35, 0.3):
+    for ratio in (0.9, 0.5, 0.3):
         budget = Budget(macs_ratio=ratio, min_fraction=0.5, round_to=round_to)
         assert 0.65 * ratio * whole < measured_macs(prune_coupled(model, x, budget=budget), x) <= ratio * whole
 

@@ -19,6 +19,7 @@ from removal_nets import (
 from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.models import create
 from rmprune.removal import plan_removal, remove_residuals
 
 
@@ -44,7 +45,7 @@ def test_widths_are_those_of_the_paper() -> None:
 
 
 def test_names_tell_the_block() -> None:
-    model = torchvision.models.resnet18(num_classes=3)
+    model = create("resnet18", num_classes=3, width=8)
     removal = remove_residuals(model.eval(), torch.randn(2, 3, 32, 32))
     names = [name for name, _ in removal.model.named_children()]
     assert removal.removed == [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
@@ -131,7 +132,7 @@ def test_networks_without_residuals_say_so() -> None:
 
 def test_blocks_of_a_flat_graph_are_named_after_their_layers() -> None:
     """A loaded artifact has no modules around its layers."""
-    model = torchvision.models.resnet18(num_classes=3).eval()
+    model = create("resnet18", num_classes=3, width=8).eval()
     x = torch.randn(2, 3, 32, 32)
     flat = remove_residuals(model, x, keep=["layer1.0", "layer2.0"]).model
     assert [block.name for block in plan_removal(flat, x)] == ["layer1_0", "layer2_0"]

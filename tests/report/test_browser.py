@@ -158,6 +158,7 @@ def test_the_switches_of_the_chart(page: Any) -> None:
         ("speed", "images per second"),
         ("macs", "multiply-accumulates"),
         ("params", "parameters"),
+        ("memory", "bytes of float32 activations"),
         ("time", "measured time for a batch of 1 (ms)"),
     ):
         page.locator("#axis").select_option(value)
@@ -206,6 +207,7 @@ def test_hover_says_what_is_known(page: Any) -> None:
         "2 seeds",
         "of rm",
         "1.2e-15",
+        "10 kB at the peak",
     ):
         expect(tip).to_contain_text(words)
     page.locator("h1").hover()
@@ -285,6 +287,9 @@ def test_phone_dark_and_print(page: Any) -> None:
     dot = page.locator("#chart .dot[aria-label^='rm, macs 0.5']").bounding_box()
     page.mouse.click(dot["x"] + 12, dot["y"] + 12)  # near is enough for a finger
     expect(page.locator("#details h3")).not_to_contain_text("No network")
+    page.locator(".profile summary").click()
+    widths = page.eval_on_selector_all("tbody td:first-child", "all => all.map(cell => cell.offsetWidth)")
+    assert len(widths) > 20 and max(widths) < 200  # the other columns can be reached beside a name of 90 letters
     page.locator("#group").select_option("1")
     page.get_by_role("button", name="all", exact=True).click()
     page.locator("#chart .dot").first.dispatch_event("focus")
@@ -295,6 +300,8 @@ def test_phone_dark_and_print(page: Any) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     assert colours(page) == ("rgb(255, 255, 255)", "rgb(27, 29, 32)")
     assert not page.locator("#methods .all").first.is_visible() and page.locator("#table").is_visible()
+    page.set_viewport_size({"width": 700, "height": 1000})  # between the margins of a page
+    assert page.evaluate("document.documentElement.scrollWidth") == 700
 
 
 def colours(page: Any) -> tuple[str, str]:

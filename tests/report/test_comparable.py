@@ -83,9 +83,15 @@ def test_settings_that_a_method_does_not_read_may_differ_and_methods_say_which()
         plain = method.start == "dense" and not (method.candidates or method.faster) and name not in ("plan", "depth")
         assert differ(name, read, "removal") != plain, name
         for setting in ("importance", "gradual"):
-            fixed = setting in method.settings
+            fixed = setting in method.settings or method.scratch or method.depth
             assert differ(name, ({setting: "a"}, {setting: "b"}), "prune") != fixed, (name, setting)
     assert differ("auto", ({"search": "a"}, {"search": "b"}), "finetune")
+    for table, setting, readers in (
+        ("finetune", "learning_rate", {"depth", "rm"}),
+        ("finetune", "epochs", {"depth", "rm", "scratch"}),
+    ):
+        found = {name for name in ("depth", "rm", "scratch") if differ(name, ({setting: 1}, {setting: 2}), table)}
+        assert found == readers, (table, setting)
 
 
 def test_budgets_in_time_that_were_counted_elsewhere_are_not_averaged(runs: Path) -> None:

@@ -43,10 +43,13 @@ def test_fifty_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
         record = page_records.record(seed, 0.5, page_records.METHODS)
         for place, network in enumerate(record.values()):  # eleven networks a run, of as many layers as MobileNetV2 has
             if isinstance(network, dict) and "layers" in network:
+                network["profile"] = record["pruned"]["profile"] | {"layers": 8 * page_records.PROFILE}
                 network["layers"] = [page_records.layer(f"features.{n}.conv.{place}", n, 100 + seed) for n in range(53)]
         record["inner"]["search"]["episodes"] = [{"reward": 0.1234567 + e, "source": "agent"} for e in range(300)]
         write_record(tmp_path / "runs" / str(seed) / "record.json", record)
-    assert len(page_of(tmp_path / "runs")) < 2_000_000
+    text = page_of(tmp_path / "runs")
+    assert len(text) < 2_000_000 and '"profile":' not in text and "over 4000 rows; report fewer runs" in text
+    assert '"profile":' in page_of(tmp_path / "runs" / "0")
 
 
 def test_points_are_means_over_seeds_and_name_their_networks(tmp_path: Path) -> None:
