@@ -243,10 +243,10 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
             "blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "parts": found.parts, "why": why
         }  # fmt: skip
         keep()
-        verdicts = judge({name: functools.partial(cutter, name)}, budget, job, files)
+        now = dict(verdicts) | dict(judge({name: functools.partial(cutter, name)}, budget, job, files, last=False))
         left = whole - seconds - (time.monotonic() - begun if len(plans) > PROPOSED else 0.0)
-        _tell(files, name, plans[name], verdicts[name], max(0.0, left))
-        return verdicts
+        _tell(files, name, plans[name], now[name], max(0.0, left))
+        return now
 
     def taught() -> Proposals:
         """The surrogate, having learned from what plans turned out to lose."""
@@ -266,9 +266,13 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
                 yield found, f"number {len(plans) + 1} by the surrogate"
 
     presets = {name: functools.partial(_preset, PRESETS[name], starts, job, budget) for name in able(PRESETS, budget)}
-    verdicts = judge(presets | {name: functools.partial(cutter, name) for name in plans}, budget, job, files)
+    known_plans = {name: functools.partial(cutter, name) for name in plans}
+    verdicts = judge(presets | known_plans, budget, job, files, last=False)
     for found, why in itertools.islice(first(), max(0, PROPOSED - len(plans))):
         verdicts = add(found, why)
+    if not losses(verdicts):
+        reasons = "; ".join(f"{name}: {verdict['refused']}" for name, verdict in verdicts.items())
+        raise InfeasibleBudget(f"no candidate of {files.label} can be had: {reasons}")
     while seconds < whole:
         begun, leader = time.monotonic(), best(verdicts)
         centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], outlook.options)

@@ -22,12 +22,13 @@ Verdicts = Mapping[str, Mapping[str, Any]]
 
 
 def judge(
-    candidates: Mapping[str, Callable[[], Cutter]], budget: Budget, job: Job[SlimConfig], files: Files
-) -> Verdicts:
+    candidates: Mapping[str, Callable[[], Cutter]], budget: Budget, job: Job[SlimConfig], files: Files,
+    *, last: bool = True,
+) -> Verdicts:  # fmt: skip
     """How well each candidate {method: makes its cutter} predicts validation images: cut once to the budget, not fine-tuned.
 
     What is found is kept beside the checkpoint of `files`, whose label the candidates go by, and not looked for again. Raises
-    InfeasibleBudget or UnsupportedModel where no candidate can.
+    InfeasibleBudget or UnsupportedModel where no candidate can, if these are the `last`.
     """
     file = files.note("candidates")
     verdicts: dict[str, dict[str, Any]] = read_notes(file)
@@ -47,7 +48,7 @@ def judge(
             refusals[name], verdicts[name] = error, {"refused": str(error)}
         if losses(verdicts):  # where none can, the same command tries all again
             write_text(file, json.dumps(verdicts))
-    if not losses(verdicts):
+    if last and not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)
     logger.info(
         "on validation images, before fine-tuning: %s",

@@ -112,6 +112,21 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     assert again["candidates"] == found["candidates"] and again["accuracy"] == found["accuracy"]
 
 
+def test_a_plan_goes_on_where_no_preset_meets_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "PROPOSED", 2)
+    monkeypatch.setattr(auto, "PRESETS", {"residual": auto.PRESETS["residual"]})
+    prune = PruneConfig(macs_ratio=(0.12,), round_to=1, min_fraction=0.5)  # half of every width is 0.27 of the MACs
+    config = replace(QUICK, method=("auto",), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
+    config = replace(config, search_minutes=0.0, data=replace(config.data, train_images=256))
+    (path,) = run_slim(replace(config, out=tmp_path / "run"), command="x")
+    found = records.read_record(path)["auto"]
+    assert found["chosen"].startswith("plan-") and set(found["plan"]["blocks"].values()) != {"keep"}
+    assert (
+        "refused" in found["candidates"]["residual"]
+        and found["macs"] <= 0.12 * records.read_record(path)["original"]["macs"]
+    )
+
+
 def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -> None:
     prune = PruneConfig(macs_ratio=(0.001,), round_to=1)
     with pytest.raises(
