@@ -22,8 +22,8 @@ from rmprune.config import PruneConfig, SlimConfig, TrainConfig
 from rmprune.data.load import load_dataset
 from rmprune.errors import RmpruneError
 from rmprune.measure import count_macs
-from rmprune.methods.auto import look, propose
 from rmprune.methods.cutter import make_cutter
+from rmprune.methods.outlook import look, propose
 from rmprune.methods.slim import met
 from rmprune.methods.table import Method
 from rmprune.models import create

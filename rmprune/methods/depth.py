@@ -10,8 +10,8 @@ from torch import nn
 from rmprune.amc.multiplier import Multiplier, too_dear, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import UnsupportedModel
-from rmprune.methods.auto import SHAPE_IMAGES, ends_of
 from rmprune.methods.cutter import cost_ratios
+from rmprune.methods.outlook import SHAPE_IMAGES, ends_of
 from rmprune.methods.refuse import NOISE
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks

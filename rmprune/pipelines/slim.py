@@ -20,7 +20,7 @@ from rmprune.config import MeasureConfig, SlimConfig
 from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
-from rmprune.methods import auto, depth, scratch
+from rmprune.methods import auto, depth, outlook, scratch
 from rmprune.methods.choose import best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
@@ -112,7 +112,7 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
 
     job = replace(job, teacher=dense)
     searches: dict[str, Callable[[Budget], object]] = {
-        "auto": functools.partial(auto.refuse, dense, job=job),
+        "auto": functools.partial(outlook.refuse, dense, job=job),
         "depth": functools.partial(depth.check_depth, dense, job=job),
     }
     if any(method.scratch for method in methods.values()):

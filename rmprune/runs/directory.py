@@ -51,13 +51,8 @@ def claim(
 def refuse_used(directory: Path, config: Config, records: list[Path], *, overwrite: bool) -> None:
     """Raise what `claim` would, but for other processes: asked before anything that takes long, and nothing is written."""
     with _said(directory):
-        known = directory / CONFIG_FILE
-        names = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
-        used = any(name != LOCK_FILE and not LEFT.fullmatch(name) for name in names)
-        if used and not known.is_file():
-            raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
-        if known.is_file() and not overwrite:
-            _refuse_other(directory, config, known, records)
+        if _holds_run(directory) and not overwrite:
+            _refuse_other(directory, config, records)
 
 
 @contextlib.contextmanager
@@ -76,8 +71,7 @@ def alone(directory: Path) -> Iterator[None]:
 def _prepare(
     directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock
 ) -> None:
-    refuse_used(directory, config, [], overwrite=True)
-    known = directory / CONFIG_FILE
+    _holds_run(directory)  # or nothing is made there
     directory.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
@@ -87,11 +81,22 @@ def _prepare(
         logger.info("%s: waiting for the process that is at it", directory)
         lock.acquire()
     sweep(directory)
-    if known.is_file() and overwritten is not None:
-        _clear(directory, config, known, overwritten)
-    elif known.is_file():
-        _refuse_other(directory, config, known, records)
-    write_text(known, to_toml(config))
+    if _holds_run(directory):  # which may have begun while this one waited
+        if overwritten is None:
+            _refuse_other(directory, config, records)
+        else:
+            _clear(directory, config, overwritten)
+    write_text(directory / CONFIG_FILE, to_toml(config))
+
+
+def _holds_run(directory: Path) -> bool:
+    """Whether a run has begun there. Raises ConfigError where something else lies there."""
+    names = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+    if (directory / CONFIG_FILE).is_file():
+        return True
+    if any(name != LOCK_FILE and not LEFT.fullmatch(name) for name in names):
+        raise ConfigError(f"{directory}: not empty, and not a run of rmprune; choose another --out")
+    return False
 
 
 @contextlib.contextmanager
@@ -108,8 +113,9 @@ def _said(directory: Path) -> Iterator[None]:
         raise ArtifactError(f"{directory}: cannot be written ({reason}); choose another --out") from None
 
 
-def _clear(directory: Path, config: Config, known: Path, networks: Collection[str]) -> None:
+def _clear(directory: Path, config: Config, networks: Collection[str]) -> None:
     """Take away what a run wrote, config.toml last; anything else in the directory stays."""
+    known = directory / CONFIG_FILE
     try:
         from_toml(type(config), known)
     except ConfigError as error:
@@ -125,8 +131,8 @@ def _clear(directory: Path, config: Config, known: Path, networks: Collection[st
             entry.unlink()
 
 
-def _refuse_other(directory: Path, config: Config, known: Path, records: list[Path]) -> None:
-    changed = differences(from_toml(type(config), known), config)
+def _refuse_other(directory: Path, config: Config, records: list[Path]) -> None:
+    changed = differences(from_toml(type(config), directory / CONFIG_FILE), config)
     if changed:
         raise ConfigError(
             f"{directory}: holds a run with other settings ({'; '.join(changed)}); choose another --out, or --overwrite"

@@ -19,6 +19,7 @@ from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import auto
+from rmprune.methods.outlook import look
 from rmprune.methods.table import METHODS
 from rmprune.pipelines import stages
 from rmprune.pipelines.slim import run_slim
@@ -49,7 +50,7 @@ def test_the_surrogate_knows_what_a_plan_costs(name: str) -> None:
     job = Job(config, data, torch.device("cpu"), 0)
     model, images = create(name), data.train.example(48)
     whole = rmprune.count_macs(model, images[:1])
-    shapes = auto.look(model, Budget(macs_ratio=0.6, reference_macs=whole), job)
+    shapes = look(model, Budget(macs_ratio=0.6, reference_macs=whole), job)
     assert shapes.limit == pytest.approx(0.6 * whole)
     every = list(itertools.product(*(own.items() for own in shapes.nothing.values())))
     wider = {  # the wider the better
@@ -151,13 +152,13 @@ def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, m
     monkeypatch.setattr(LatencyModel, "_measure", made_up)
     config = SlimConfig(prune=PruneConfig(latency_ratio=(0.5,), round_to=1), out=tmp_path)
     job = Job(config, load_dataset(config.data), torch.device("cpu"), 0, teacher=create("resnet8"))
-    outlook = auto.look(job.original, Budget(latency_ratio=0.5), job)
+    outlook = look(job.original, Budget(latency_ratio=0.5), job)
     losses = {block: {choice: float(choice != "keep") for choice in own} for block, own in outlook.nothing.items()}
     found = Proposals(outlook.sights, outlook.layers, losses).best(outlook.limit)
     assert found is not None and found.cost <= outlook.limit * (1 + 1e-6)
     assert 0 < found.loss <= 3 and "keep" in found.blocks.values()  # each layer has a time that no width saves
     with pytest.raises(InfeasibleBudget, match=r"latency_ratio 0.01 cannot be met by any plan.*least .* about 0\.\d"):
-        auto.look(job.original, Budget(latency_ratio=0.01), job)
+        look(job.original, Budget(latency_ratio=0.01), job)
 
 
 def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
