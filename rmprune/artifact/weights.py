@@ -69,7 +69,7 @@ def put_weights(
             )
         state = ordered
     else:
-        prefix, inside = _inside(own, state, head)
+        prefix, inside = _inside(own, state, head, source)
         if outside := [key for key in state if not key.startswith(prefix)]:
             said.append(f"{_listed(outside)} beside {prefix}* left out")
         state, flat = inside, state
@@ -116,11 +116,21 @@ def _differs(state: dict[str, Tensor], own: dict[str, Tensor], key: str) -> bool
     return key in state and state[key].shape != own[key].shape
 
 
-def _inside(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -> tuple[str, dict[str, Tensor]]:
-    """The prefix before most of the network's names, the shortest of several, and what stands behind it."""
+def _inside(
+    own: dict[str, Tensor], state: dict[str, Tensor], head: set[str], source: str
+) -> tuple[str, dict[str, Tensor]]:
+    """The prefix before most of the network's names, the shortest of several, and what stands behind it.
+
+    Raises ArtifactError where two are as short: nothing says which network is meant.
+    """
     first = next((key for key in own if key not in head), next(iter(own), ""))
     prefixes = {key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")} | {""}
-    prefix = max(sorted(prefixes, key=len), key=lambda before: sum(before + key in state for key in own))
+    count = {before: sum(before + key in state for key in own) for before in prefixes}
+    prefix, *others = sorted((p for p in prefixes if count[p] == max(count.values())), key=lambda p: (len(p), p))
+    if same := [other for other in others if len(other) == len(prefix)]:
+        raise ArtifactError(
+            f"{source}: holds several networks ({_listed([prefix, *same])}); save the one that you mean"
+        )
     return prefix, {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -94,59 +94,84 @@ def _from_folders(root: Path) -> Listing:
 
 
 def _parts(root: Path) -> dict[str, str]:
-    """Part -> its folder, however it is spelled where there is a train/, or where all folders are parts; else classes may be called so."""
+    """Part -> its folder. Beside train/, val/ and test/ count other spellings of them that hold folders (of classes), in their place.
+
+    Raises DataError where several could be one part, or where Train/ could be a class as well.
+    """
+
+    def folders(at: Path) -> list[str]:
+        with os.scandir(at) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
+
     try:
-        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+        names = folders(root)
+        found = {name: [name] for name in PARTS if name in names}
+        for name in names:
+            part = PART_OF.get(name.lower())
+            if part is not None and part not in names and folders(root / name):
+                found.setdefault(part, []).append(name)
     except OSError as error:
-        raise DataError(f"{root}: cannot be read ({error.strerror}); {LAYOUT}") from None
-    named = [(PART_OF[name.lower()], name) for name in folders if name.lower() in PART_OF]
-    if "train" not in folders and (len(named) < len(folders) or "train" not in dict(named)):
-        named = [(name, name) for name in folders if name in PARTS]
-    for part, count in Counter(part for part, _ in named).items():
-        if count > 1:
-            both = " and ".join(f"{name}/" for found, name in named if found == part)
-            raise DataError(f"{root}: {both} are one part; take one out")
-    if named and (other := [name for name in folders if name not in dict(named).values()]):
-        logger.info("%s: %s: left out, beside %s/", root, ", ".join(other)[:200], dict(named).get("train"))
-    return {part: dict(named)[part] for part in PARTS if part in dict(named)}
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {LAYOUT}") from None
+    if "train" not in found:
+        return {part: part for part in found if part in names}  # others may be classes
+    for part, several in found.items():
+        if len(several) > 1:
+            raise DataError(
+                f"{root}: {' and '.join(f'{name}/' for name in several)} are one part, {part}; take one out"
+            )
+    parts = {part: found[part][0] for part in PARTS if part in found}
+    other = [name for name in names if name not in parts.values()]
+    if other and list(parts) == ["train"] and parts["train"] != "train":
+        raise DataError(
+            f"{root}: {parts['train']}/ holds folders and stands beside {', '.join(other)[:100]}; call it train/ if those are classes, or "
+            "name each image's class by --labels FILE.csv"
+        )
+    if other:
+        logger.info("%s: %s: left out, beside %s/", root, ", ".join(other)[:200], parts["train"])
+    return parts
+
+
+def _walked(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files), sorted, links followed, without what is hidden.
+
+    Raises DataError for a folder that is there twice: a link may lead to one that is read already, or round in a circle.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for folder, inner, files in os.walk(root, followlinks=True, onerror=_raise):
+        about = Path(folder).stat()
+        if (first := seen.setdefault((about.st_dev, about.st_ino), folder)) != folder:
+            raise DataError(
+                f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
+            )
+        inner[:] = sorted(name for name in inner if not _is_hidden(name))
+        yield folder, sorted(name for name in files if not _is_hidden(name))
 
 
 def _images(root: Path) -> dict[str, list[str]]:
     """Class -> its images, of folders within it too; hidden ones are left out, and other files, which the log says.
 
-    Raises DataError for a folder that cannot be read or is there twice (a link may lead to one that is read already, or round in a
-    circle), and where there are no classes or one of them has no image.
+    Raises DataError for a folder that cannot be read or is there twice, and where there are no classes or one of them has no image.
     """
-    seen: dict[tuple[int, int], str] = {}
-    classes: list[str] = []
-    found: list[tuple[str, list[str]]] = []
+    images: dict[str, list[str]] = {}
+    other: Counter[str] = Counter()
     try:
-        for folder, inner, files in os.walk(root, followlinks=True, onerror=_raise):
-            about = Path(folder).stat()
-            if (first := seen.setdefault((about.st_dev, about.st_ino), folder)) != folder:
-                raise DataError(
-                    f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
-                )
-            inner[:] = sorted(name for name in inner if not _is_hidden(name))
+        for folder, files in sorted(_walked(root)):
             if folder == str(root):
-                classes = list(inner)
-            else:
-                found.append((folder, sorted(name for name in files if not _is_hidden(name))))
+                continue
+            own = images.setdefault(Path(folder).relative_to(root).parts[0], [])
+            for name in files:
+                _, dot, kind = name.rpartition(".")
+                if (ending := dot + kind.lower() if dot else "") in ENDINGS:
+                    own.append(f"{folder}{os.sep}{name}")
+                else:
+                    other[ending] += 1
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {LAYOUT}") from None
-    images: dict[str, list[str]] = {name: [] for name in classes}
-    other: Counter[str] = Counter()
-    for folder, files in sorted(found):
-        for name in files:
-            if (ending := Path(name).suffix.lower()) in ENDINGS:
-                images[Path(folder).relative_to(root).parts[0]].append(str(Path(folder, name)))
-            else:
-                other[ending] += 1
     if other:
         logger.info("%s: left out, no images that are read: %s", root, _counted(other))
     if empty := [name for name, paths in images.items() if not paths]:
         raise DataError(f"{root}: no image of {', '.join(map(repr, empty))[:200]}; add some, or take the folder out")
-    if not classes:
+    if not images:
         raise DataError(f"{root}: no folders of classes; {LAYOUT}")
     return images
 
@@ -168,12 +193,15 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     """One row for an image: its path below the folder, and what the settings' columns say of it."""
     assert config.labels is not None
     file = root / config.labels if (root / config.labels).is_file() else Path(config.labels)
-    rows = read_rows(file)
+    rows = read_rows(file, config.image_column)
     columns = list(rows[0])
     images = column_of(file, columns, "image", config.image_column)
     labels = column_of(file, columns, "label", config.label_column)
     groups = column_of(file, columns, "group", config.group_column) if config.group_column else None
     known = cache(lambda: _by_key(root))
+    for column, asked in ((images, config.image_column), (labels, config.label_column)):
+        if column not in ("", asked):
+            logger.info("%s: column %r is taken for %r", file, column, asked)
     if not groups and (likely := [name for name in columns if plain_name(name) in USUAL_NAMES["group"].split()]):
         logger.info(
             "%s: photos of one %s may be in two parts; --group-column %s keeps them together",
@@ -199,7 +227,7 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
             also = "" if spelled[real] == image else f" (one calls it {spelled[real]!r})"
             raise DataError(f"{file}: {image!r} stands in two rows{also}; an image belongs to one class and one part")
         spelled[real] = image
-        name = row[labels] if labels else path.parent.name if path.parent != root else ""
+        name = row[labels].strip() if labels else path.parent.name if path.parent != root else ""
         if not name:
             what = (
                 f"column {labels!r} is empty"
@@ -207,10 +235,10 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
                 else f"column {config.label_column!r} is missing, and no folder names the class"
             )
             raise DataError(f"{file}: {image!r}: {what}; give each image its class")
-        part = PART_OF.get(row[split].lower(), "") if split else ""
+        part = PART_OF.get(row[split].strip().lower(), "") if split else ""
         if split and not part:
             raise DataError(f"{file}: {image!r} has split {row[split]!r}; use train, val or test")
-        named.append((Photo(str(path), 0, part, row[groups] if groups else ""), name))
+        named.append((Photo(str(path), 0, part, row[groups].strip() if groups else ""), name))
     if split and not any(photo.part == "train" for photo, _ in named):
         raise DataError(f"{file}: no row has split 'train'")
     classes = sorted({name for _, name in named})
@@ -221,8 +249,9 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
 def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) -> Path | None:
     """The file that a CSV means: as it says, or with Windows' separators, in another case or form of Unicode, or without its ending."""
     try:
-        if image and (root / image).is_file():
-            return root / image
+        for form in (image, image.strip()):
+            if form and (root / form).is_file():
+                return root / form
     except (OSError, ValueError):  # too long, or with a zero in it
         return None
     return known().get(_key(image))
@@ -231,7 +260,7 @@ def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) 
 def _by_key(root: Path) -> dict[str, Path | None]:
     """All images by their `_key`, with and without ending; None where several have one."""
     found: dict[str, Path | None] = {}
-    for folder, _, files in os.walk(root):
+    for folder, files in _walked(root):
         for path in (Path(folder, name) for name in files if Path(name).suffix.lower() in ENDINGS):
             for form in (path, path.with_suffix("")):
                 one = _key(str(form.relative_to(root)))
@@ -240,7 +269,7 @@ def _by_key(root: Path) -> dict[str, Path | None]:
 
 
 def _key(path: str) -> str:
-    return unicodedata.normalize("NFC", str(PurePath(path.replace("\\", "/")))).casefold()
+    return unicodedata.normalize("NFC", str(PurePath(path.strip().replace("\\", "/")))).casefold()
 
 
 def _refuse_shared_groups(root: Path, photos: list[Photo]) -> None:

@@ -33,7 +33,9 @@ _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
 _LOOKED_AT = 64  # images, for whether any has 16 bits
 _AT_ONCE = 32  # images, from a loader process
 Image.init()  # all readers, of which a few are used: others start programs (EPS) or read more than a photo
-_FORMATS = tuple(sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "JPEG2000", "AVIF"}))
+_FORMATS = tuple(
+    sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF"})
+)
 _VERSION = 2  # of what decoding does: another one makes new caches
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -19,47 +19,68 @@ USUAL_NAMES = {
 _LARGEST_CSV = 2**30  # bytes
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a CSV, of commas, semicolons, tabs or bars, in UTF-8, UTF-16 with its mark, or Windows' Western signs."""
+def read_rows(file: Path, image_column: str = "image") -> list[dict[str, str]]:
+    """The rows of a CSV, of commas, semicolons, tabs or bars, in UTF-8, UTF-16 with its mark, or Windows' Western signs.
+
+    Of the separators that is meant which gives a column of images (of this name, or a usual one), else most columns. Cells are as they
+    stand. Raises DataError for what is no such file.
+    """
     try:
         if file.exists() and (not file.is_file() or file.stat().st_size > _LARGEST_CSV):
             raise ValueError("not a regular file of at most 1 GiB")
-        text = _decoded(file.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
-        first, _, rest = text.partition("\n")
-        told = first.strip().lower()
-        if told.startswith("sep=") and len(told) == 5:  # Excel's
-            separator, text = told[-1], rest
-        else:
-            separator = max(",;\t|", key=lambda sign: len(next(csv.reader([first], delimiter=sign), [])))
-        lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
-        read = [(lines.line_num, [cell.strip() for cell in line]) for line in lines]
+        try:
+            rows = _parsed(file, _encoding(file), image_column)
+        except UnicodeDecodeError:
+            rows = _parsed(file, "cp1252", image_column)
     except (OSError, ValueError, csv.Error) as error:
         what = not_data(file) if isinstance(error, UnicodeError) else ""
         raise DataError(
             f"{file}: cannot be read as CSV ({what or error}); give --labels FILE.csv with a header"
         ) from None
-    rows = [(number, line) for number, line in read if any(line)]
-    if len(rows) < 2:
+    if not rows:
         raise DataError(f"{file}: has no rows; it needs a header and a row for each image")
-    header = rows[0][1]
-    if twice := next((name for name, count in Counter(header).items() if name and count > 1), None):
-        raise DataError(f"{file}: two columns are called {twice!r}; give each its name")
-    for number, line in rows[1:]:
-        if len(line) != len(header):
-            raise DataError(f"{file}: row {number} has another number of columns than the header")
-    return [dict(zip(header, line, strict=True)) for _, line in rows[1:]]
+    return rows
 
 
-def _decoded(data: bytes) -> str:
-    """Text by the mark it begins with. Raises ValueError for what is none."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
-    if b"\0" in data[:10_000]:
+def _parsed(file: Path, encoding: str, image_column: str) -> list[dict[str, str]]:
+    with file.open(encoding=encoding, newline="") as text:
+        first = next((line for line in text if line.strip()), "")
+        told = first.strip().lower()
+        if told.startswith("sep=") and len(told) == 5:  # Excel's
+            separator, first = told[-1], next((line for line in text if line.strip()), "")
+        else:
+            separator = _separator(first, image_column)
+        spaced = f'{separator} "' in first  # a quote behind a space is one all the same
+        lines = csv.reader(itertools.chain([first], text), delimiter=separator, skipinitialspace=spaced)
+        header = [name.strip() for name in next(lines, [])]
+        if twice := next((name for name, count in Counter(header).items() if name and count > 1), None):
+            raise DataError(f"{file}: two columns are called {twice!r}; give each its name")
+        rows: list[dict[str, str]] = []
+        for line in lines:
+            if not any(cell.strip() for cell in line):
+                continue
+            if len(line) != len(header):
+                raise DataError(f"{file}: row {len(rows) + 2} has another number of columns than the header")
+            rows.append(dict(zip(header, line, strict=True)))
+    return rows
+
+
+def _separator(header: str, image_column: str) -> str:
+    names = {sign: next(csv.reader([header], delimiter=sign), []) for sign in ",;\t|"}
+    usual = {plain_name(image_column), *USUAL_NAMES["image"].split()}
+    meant = [sign for sign, cells in names.items() if len(cells) > 1 and usual & set(map(plain_name, cells))]
+    return meant[0] if meant else max(names, key=lambda sign: len(names[sign]))
+
+
+def _encoding(file: Path) -> str:
+    """By the mark that a file begins with. Raises ValueError for what is no text."""
+    with file.open("rb") as opened:
+        start = opened.read(10_000)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if b"\0" in start:
         raise ValueError("no text: a spreadsheet or archive, or UTF-16 without its mark; save it as CSV in UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252")
+    return "utf-8-sig"
 
 
 def plain_name(name: str) -> str:

@@ -17,11 +17,10 @@ from typing import Any
 from torch import nn
 
 from rmprune.config import SlimConfig
-from rmprune.errors import InfeasibleBudget
 from rmprune.methods.choose import Verdicts, best, judge, losses, shown
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.outlook import look, propose
-from rmprune.methods.refuse import Starts, able
+from rmprune.methods.refuse import Refusal, Starts, able, refusal
 from rmprune.methods.table import METHODS, STARTS, Method
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks
@@ -91,17 +90,22 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     def keep() -> None:
         write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
 
-    def add(found: Proposal, why: str) -> Verdicts:
+    def judged(name: str) -> Verdicts:
         """All verdicts, with that on this plan."""
-        begun, name = time.monotonic(), f"plan-{len(plans) + 1}"
+        begun = time.monotonic()
+        one = {name: functools.partial(cutter, name)}
+        now = dict(verdicts) | dict(judge(one, budget, job, files, refusals=refusals))
+        left = whole - seconds - (time.monotonic() - begun if len(plans) > PROPOSED else 0.0)
+        _tell(files, name, plans[name], now[name], max(0.0, left))
+        return now
+
+    def add(found: Proposal, why: str) -> Verdicts:
+        name = f"plan-{len(plans) + 1}"
         plans[name] = {
             "blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "parts": found.parts, "why": why
         }  # fmt: skip
         keep()
-        now = dict(verdicts) | dict(judge({name: functools.partial(cutter, name)}, budget, job, files, last=False))
-        left = whole - seconds - (time.monotonic() - begun if len(plans) > PROPOSED else 0.0)
-        _tell(files, name, plans[name], now[name], max(0.0, left))
-        return now
+        return judged(name)
 
     def taught() -> Proposals:
         """The surrogate, having learned from what plans turned out to lose."""
@@ -121,13 +125,14 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
                 yield found, f"number {len(plans) + 1} by the surrogate"
 
     presets = {name: functools.partial(_preset, PRESETS[name], starts, job, budget) for name in able(PRESETS, budget)}
-    known_plans = {name: functools.partial(cutter, name) for name in plans}
-    verdicts = judge(presets | known_plans, budget, job, files, last=False)
+    refusals: dict[str, Refusal] = {}
+    verdicts = judge(presets, budget, job, files, refusals=refusals)
+    for name in [name for name in plans if name not in verdicts]:  # an interrupted search left it
+        verdicts = judged(name)
     for found, why in itertools.islice(first(), max(0, PROPOSED - len(plans))):
         verdicts = add(found, why)
     if not losses(verdicts):
-        reasons = "; ".join(f"{name}: {verdict['refused']}" for name, verdict in verdicts.items())
-        raise InfeasibleBudget(f"no candidate of {files.label} can be had: {reasons}")
+        raise refusal(f"no candidate of {files.label} can be had", refusals)
     while seconds < whole:
         begun, leader = time.monotonic(), best(verdicts)
         centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], outlook.options)

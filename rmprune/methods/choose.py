@@ -23,16 +23,16 @@ Verdicts = Mapping[str, Mapping[str, Any]]
 
 def judge(
     candidates: Mapping[str, Callable[[], Cutter]], budget: Budget, job: Job[SlimConfig], files: Files,
-    *, last: bool = True,
+    *, refusals: dict[str, Refusal] | None = None,
 ) -> Verdicts:  # fmt: skip
     """How well each candidate {method: makes its cutter} predicts validation images: cut once to the budget, not fine-tuned.
 
     What is found is kept beside the checkpoint of `files`, whose label the candidates go by, and not looked for again. Raises
-    InfeasibleBudget or UnsupportedModel where no candidate can, if these are the `last`.
+    InfeasibleBudget or UnsupportedModel where no candidate can; with `refusals` these are put there instead.
     """
     file = files.note("candidates")
     verdicts: dict[str, dict[str, Any]] = read_notes(file)
-    refusals: dict[str, Refusal] = {}
+    refused: dict[str, Refusal] = {} if refusals is None else refusals
     for name, make in candidates.items():
         if name in verdicts:
             continue
@@ -45,11 +45,11 @@ def judge(
                 raise UnsupportedModel(f"after the cut its loss is {loss}")
             verdicts[name] = {"loss": loss}
         except (InfeasibleBudget, UnsupportedModel) as error:
-            refusals[name], verdicts[name] = error, {"refused": str(error)}
+            refused[name], verdicts[name] = error, {"refused": str(error)}
         if losses(verdicts):  # where none can, the same command tries all again
             write_text(file, json.dumps(verdicts))
-    if last and not losses(verdicts):
-        raise refusal(f"no candidate of {files.label} can be had", refusals)
+    if refusals is None and not losses(verdicts):
+        raise refusal(f"no candidate of {files.label} can be had", refused)
     logger.info(
         "on validation images, before fine-tuning: %s",
         ", ".join(f"{name} {shown(verdicts[name])}" for name in candidates),

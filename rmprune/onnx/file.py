@@ -85,10 +85,10 @@ def open_onnx(path: str | Path) -> OnnxFile:
     proto = _parse(path)
     try:
         opset = _opset(proto)
-        weights = {tensor.name for tensor in proto.graph.initializer}
-        _drop_unread(proto.graph, weights)
         if len(proto.graph.node) + len(proto.graph.initializer) > MAX_ENTRIES:
             raise ArtifactError(f"more than {MAX_ENTRIES} nodes and tensors; split the network")
+        weights = {tensor.name for tensor in proto.graph.initializer}
+        _drop_unread(proto.graph, weights)
         _refuse_foreign_nodes(proto)
         for where, tensor in _tensors(proto.graph):
             _check_tensor(where, tensor, path)
@@ -157,9 +157,10 @@ def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
             del graph.node[i]
         else:
             needed.update(node.input)
+    unread = weights - needed
     for entries in (graph.initializer, graph.input):  # older exporters list weights among the inputs
         for i, entry in reversed(list(enumerate(entries))):
-            if entry.name in weights - needed:
+            if entry.name in unread:
                 del entries[i]
 
 

@@ -117,3 +117,12 @@ def test_small_images_get_a_small_stem() -> None:
     small = create_network("resnet18", num_classes=10, input_shape=(1, 28, 28))
     large = create_network("resnet18", num_classes=10, input_shape=(3, 224, 224))
     assert small.conv1.stride == (1, 1) and large.conv1.stride == (2, 2)
+
+
+def test_two_networks_behind_prefixes_as_short_are_refused(tmp_path: Path) -> None:
+    """Which of them was taken went by the order of a set, that is by chance."""
+    two = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in net().state_dict().items()}
+    torch.save(two, tmp_path / "two.pt")
+    for load in (load_checkpoint_into, lambda model, path, name: start_from(model, str(path), name)):
+        with pytest.raises(ArtifactError, match=r"holds several networks \(student\., teacher\.\)"):
+            load(net(), tmp_path / "two.pt", "resnet8")

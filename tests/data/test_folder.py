@@ -3,6 +3,7 @@
 import csv
 import os
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -208,6 +209,47 @@ def test_classes_may_be_called_like_parts(tmp_path: Path) -> None:
     assert list_photos(config(make(tmp_path, {"training": 1, "match": 1}))).classes == ("match", "training")
 
 
+def test_what_stands_beside_parts_changes_nothing(folder: Path) -> None:
+    """Another folder made classes of Train/ and Val/; unlabelled images in Test/ kept all from being read."""
+    before = [photo._replace(path="") for photo in list_photos(config(folder)).photos]
+    save(folder / "samples" / "x.png", 0)
+    save(folder / "Test" / "x.png", 0)
+    save(folder / "validation" / "x.png", 0)
+    assert [photo._replace(path="") for photo in list_photos(config(folder)).photos] == before
+    for part in ("train", "val"):
+        (folder / part).rename(folder / part.capitalize())
+    assert [photo._replace(path="") for photo in list_photos(config(folder)).photos] == before
+
+
+@pytest.mark.parametrize(
+    "header", ["image,label,box x|y|w|h", 'image,"label;x;y;z"', "file;a,b,c;label", "\n\nimage;label"]
+)
+def test_signs_in_other_columns_are_no_separators(folder: Path, header: str) -> None:
+    sign = ";" if header.strip().startswith(("file", "image;")) else ","
+    cells = ["train/cat/0.png", "train/dog/0.png"], ["cat", "dog"]
+    width = len(next(csv.reader([header.strip()], delimiter=sign)))
+    rows = [sign.join([image, *[label] * (width - 1)]) for image, label in zip(*cells, strict=True)]
+    (folder / "a.csv").write_text("\n".join([header, *rows]))
+    listed = list_photos(
+        config(folder, labels=Path("a.csv"), label_column="label" if "x;y" not in header else "label;x;y;z")
+    )
+    assert listed.classes == ("cat", "dog") and len(listed.photos) == 2
+
+
+def test_paths_in_a_csv_are_taken_as_they_stand_and_through_links(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(folder / "train" / " a.png", 1)
+    save(folder / "train" / "a.png", 2)
+    shutil.move(folder / "val", folder.with_name("elsewhere"))
+    (folder / "linked").symlink_to(folder.with_name("elsewhere"), target_is_directory=True)
+    (folder / "a.csv").write_text("image,target\ntrain/ a.png,m\nlinked/cat/0, n\n")
+    with caplog.at_level("INFO"):
+        listed = list_photos(config(folder, labels=Path("a.csv")))
+    assert [Path(photo.path).name for photo in listed.photos] == [" a.png", "0.png"] and listed.classes == ("m", "n")
+    assert "column 'target' is taken for 'label'" in caplog.text
+
+
 def square(path: Path) -> torch.Tensor:
     one = photos.Photos([str(path)], 4, photos.bit_depth([str(path)]))
     return one[0]
@@ -401,7 +443,8 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (lambda f: os.mkfifo(f / "train" / "cat" / "9.jpg"), "not a regular file"),
         (lambda f: (f / "train" / "cat" / "9.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF"), "%!PS"),
         (lambda f: [(f / part / "cat").rename(f / part / "c\udcff") for part in ("train", "val")], "a name that is no Unicode"),
-        (lambda f: (f / "valid").mkdir(), "val/ and valid/ are one part"),
+        (lambda f: shutil.copytree((f / "val").rename(f / "Valid"), f / "validation"), "Valid/ and validation/ are one part"),
+        (lambda f: [(f / "train").rename(f / "Train"), (f / "val").rename(f / "Meta")], "Train/ holds folders and stands beside"),
         (lambda f: make(f / "one" / "all", {"cat": 2, "dog": 2}) and {"data_dir": f / "one"}, "if its folders are the classes"),
         (csv_of("image,label\n" + CAT + "train/dog/77.png,dog\n"), "no such file"),
         (csv_of("image,label\n" + CAT + "train/dog/0.png\n"), "row 3 has another number of columns"),

@@ -30,6 +30,22 @@ def test_a_budget_that_no_width_meets_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_narrowest_network_is_measured_again_only_where_it_has_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def least(place: Place, network: object, limit: float) -> float:
+        limits.append(limit)
+        return 0.4
+
+    monkeypatch.setattr(Place, "least_ratio", least)
+    prune = PruneConfig(latency_ratio=(0.9, 0.5, 0.1), round_to=1)
+    with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0\.1 cannot be met.* takes 0\.40 of"):
+        run_slim(replace(QUICK, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
+    assert limits == [pytest.approx(1.1 * 0.9), pytest.approx(1.1 * 0.1)]
+
+
 def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
