@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rmprune.config import MeasureConfig
+from rmprune.config.fields import require_numbers
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.graph.foreign import plain_module
@@ -90,7 +92,7 @@ def measure_latency(
         example_inputs,
         backends=[backend],
         threads=[threads],
-        batch_sizes=[batch_size or len(as_tuple(model, example_inputs)[0])],
+        batch_sizes=[len(as_tuple(model, example_inputs)[0]) if batch_size is None else batch_size],
         device=device,
         seconds=seconds,
         min_rounds=min_rounds,
@@ -245,6 +247,8 @@ def _check(
     reference: str | None,
 ) -> None:
     check_available(backends, device)
+    numbers = {"threads": tuple(threads), "batch_sizes": tuple(batch_sizes), "seconds": seconds, "min_rounds": min_rounds}
+    require_numbers(MeasureConfig, numbers)
     if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
         raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")
     if reference is not None and reference not in models:

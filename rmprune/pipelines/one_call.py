@@ -155,6 +155,10 @@ def slim(
     >>> sorted(path.name for path in result.save("slimmed").iterdir())
     ['config.toml', 'dense', 'deploy', 'log.jsonl', 'plain', 'pruned', 'record.json']
     """
+    for name, value, kind in (("finetune", finetune, TrainConfig), ("prune", prune, PruneConfig), ("measure", measure, MeasureConfig),
+                              ("method", method, str), ("out", out, str | Path)):  # fmt: skip
+        if not isinstance(value, kind | None):
+            raise ConfigError(f"{name} is of type {type(value).__name__}; give a {getattr(kind, '__name__', kind)}")
     budgets = {
         "ratio": ratio,
         "macs_ratio": macs_ratio,
@@ -176,8 +180,8 @@ def slim(
         raise ConfigError(
             f"{', '.join(found)} count accuracy on labelled images of our own; measure result.model there by measure_latencies"
         )
-    at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     network = _trained(model)
+    at = next(parameter.device for parameter in model.parameters())
     splits = [
         GivenSplit(train, network, loss, "train"),
         GivenSplit(validation, network, loss, "validation"),
