@@ -80,7 +80,9 @@ def require_finite(config: Any) -> None:
 
 def require_seed(name: str, value: int) -> None:
     """Raise `ConfigError` unless the generators take this seed."""
-    require(hasattr(value, "__index__") and 0 <= value < 2**32, f"{name} is {value}; it must lie between 0 and {2**32 - 1}")
+    require(
+        hasattr(value, "__index__") and 0 <= value < 2**32, f"{name} is {value}; it must lie between 0 and {2**32 - 1}"
+    )
 
 
 def changeable() -> Any:

@@ -247,7 +247,12 @@ def _check(
     reference: str | None,
 ) -> None:
     check_available(backends, device)
-    numbers = {"threads": tuple(threads), "batch_sizes": tuple(batch_sizes), "seconds": seconds, "min_rounds": min_rounds}
+    numbers = {
+        "threads": tuple(threads),
+        "batch_sizes": tuple(batch_sizes),
+        "seconds": seconds,
+        "min_rounds": min_rounds,
+    }
     require_numbers(MeasureConfig, numbers)
     if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
         raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")

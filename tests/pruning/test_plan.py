@@ -166,7 +166,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("wrong", [{"blocks": {"1": "zap"}}, {"blocks": 3}, {"widths": {"1": 2.5}}, {"fuse": None}, {"blocks": {1: "drop"}}])
+@pytest.mark.parametrize(
+    "wrong", [{"blocks": {"1": "zap"}}, {"blocks": 3}, {"widths": {"1": 2.5}}, {"fuse": None}, {"blocks": {1: "drop"}}]
+)
 def test_plans_in_code_are_checked_as_those_in_files(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong)).rstrip("s")):
         SlimPlan(**wrong)
