@@ -18,7 +18,7 @@ from onnx import helper
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.vocabulary import MAX_ENTRIES
 from rmprune.onnx.compare import open_session
-from rmprune.onnx.formats import FORMATS, all_float32, format_of
+from rmprune.onnx.formats import NUMBER_FORMATS, all_float32, format_of
 from rmprune.onnx.order import check_names, drop_unread, printable, said_of, sort_nodes
 from rmprune.runs.reading import not_data
 
@@ -61,8 +61,8 @@ class OnnxFile:
             return self
         proto = onnx.ModelProto.FromString(self.proto.SerializeToString())
         for _, tensor in _tensors(proto.graph):
-            if tensor.data_type in FORMATS or tensor.data_location == tensor.EXTERNAL:
-                value = self.array(tensor).astype(np.float32 if tensor.data_type in FORMATS else None)
+            if tensor.data_type in NUMBER_FORMATS or tensor.data_location == tensor.EXTERNAL:
+                value = self.array(tensor).astype(np.float32 if tensor.data_type in NUMBER_FORMATS else None)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
         all_float32(proto.graph)
         if proto.ByteSize() >= 2**31:
@@ -286,7 +286,7 @@ def _array(tensor: onnx.TensorProto, path: Path) -> np.ndarray[Any, Any]:
 def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
     kind = value.type.WhichOneof("value") or "no type"
     tensor = value.type.tensor_type
-    if kind != "tensor_type" or tensor.elem_type not in FORMATS:
+    if kind != "tensor_type" or tensor.elem_type not in NUMBER_FORMATS:
         said = _said(tensor.elem_type) if kind == "tensor_type" else kind.removesuffix("_type")
         todo = _ASKED if said == "bfloat16" else "cut the file where it is (onnx.utils.extract_model)"
         raise UnsupportedModel(
@@ -297,4 +297,4 @@ def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
         raise UnsupportedModel(
             f"its {what} {printable(value.name)} has {len(sizes)} axes; taken are batches, (N, ...): export it with its sizes"
         )
-    return OnnxInput(value.name, sizes, FORMATS[tensor.elem_type])
+    return OnnxInput(value.name, sizes, NUMBER_FORMATS[tensor.elem_type])
