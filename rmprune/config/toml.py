@@ -75,7 +75,7 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     """The config of these plain values, as `to_dict` gives them. Raises ConfigError for an unknown setting or a wrong value."""
     types = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path})
     try:
-        return dacite.from_dict(kind, _as_python(kind, values), types)  # type: ignore[type-var]
+        return dacite.from_dict(kind, _as_python(kind, values), types)
     except dacite.WrongTypeError as error:
         choices = _choices(error.field_type)
         said = (
