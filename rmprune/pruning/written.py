@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.fx_tracer import follow
 from rmprune.graph.normalise import PlainTracer
 from rmprune.graph.run import evaluating
+from rmprune.graph.tracing import follow
 
 RETRACINGS = 3  # of tracing what was traced, until its names are those that tracing gives
 
