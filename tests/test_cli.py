@@ -48,7 +48,7 @@ SLIM = ("slim", "--ratio", "0.5")
         ((*SLIM, "--checkpoint", "none.pt"), "there is no such checkpoint"),
         ((*SLIM, "--device", "tpu"), "'tpu'"),
         (
-            ("slim", "--macs-ratio", "0.5", "--round-to", "1", "--min-fraction", "0.9", "--width", "4"),
+            ("slim", "--macs-ratio", "0.5", "--round-to", "1", "--min-fraction", "0.9", "--width", "4", "--method", "rm"),
             "min_fraction=0.9 forbids it",
         ),
         (("slim", "--config", "none.toml"), "there is no such config file"),
