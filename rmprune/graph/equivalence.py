@@ -305,13 +305,9 @@ def own_rounding(
     for _ in range(_DRAWS):
         ups = [torch.rand(tensor.shape, generator=generator) < 0.5 for tensor in moving]
         before = [tensor.clone() for tensor in moving]
-        _move(moving, ups)
+        for tensor, up in zip(moving, ups, strict=True):
+            tensor.copy_(torch.nextafter(tensor, torch.where(up, math.inf, -math.inf).to(tensor)))
         worst = max(worst, relative_error(expected, in_double(reference, checked), groups, base))
         for tensor, own in zip(moving, before, strict=True):
             tensor.copy_(own)
     return worst
-
-
-def _move(tensors: list[Tensor], ups: list[Tensor]) -> None:
-    for tensor, up in zip(tensors, ups, strict=True):
-        tensor.copy_(torch.nextafter(tensor, torch.where(up, math.inf, -math.inf).to(tensor)))

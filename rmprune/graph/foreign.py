@@ -25,6 +25,7 @@ _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
 # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations.
 _HOOKED = ("WeightNorm", "SpectralNorm")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame")  # timm's
 
 
@@ -159,7 +160,7 @@ def freeze(twin: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         make_permanent(module)
     for module in twin.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for name in HOOKS:
             getattr(module, name).clear()
     return twin
 

@@ -7,20 +7,16 @@ A run is a directory, laid out as `slim`'s: with one seed and one budget it is t
 
 import functools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from rmprune import artifact
 from rmprune.amc.choose import Goal, Timing, choose, make_space, network_cost
 from rmprune.amc.multiplier import Multiplier, require_multiplier, width_multiplier
-from rmprune.amc.search import SEARCHES, SearchResult, Watcher
+from rmprune.amc.search import SEARCHES, SearchResult
 from rmprune.amc.space import COSTS
 from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact.describe import describe
@@ -48,6 +44,7 @@ from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim, refuse_used
 from rmprune.runs.notes import remembered
+from rmprune.runs.progress import progress
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.precision import repeatable
 
@@ -160,7 +157,18 @@ def _slim(name: str, base: nn.Module, goal: Goal, job: Job[AmcConfig], cell: Cel
     else:
         space = goal.timing.space(base, config.search, goal.ratio, goal.directory / "budget.json")
     episodes = 1 if search == "uniform" else config.search.episodes
-    with search_bar(f"{name}: {SEARCHES[search].split(',')[0]}", episodes, space.budget) as watch:
+    done, label = 0, f"{name}: {SEARCHES[search].split(',')[0]}"
+    with progress(label, episodes) as advance:
+
+        def watch(result: SearchResult) -> None:
+            nonlocal done
+            best = result.best
+            said = f"best reward {best.reward:.4f} at {100 * best.cost / space.budget:.0f} % of the budget"
+            advance(len(result.episodes) - done, said)
+            done = len(result.episodes)
+            if done == episodes:
+                logger.info("%s  %s  (%d episodes, %.0f s)", label, said, done, result.seconds)
+
         chosen = choose(base, space, search, job, goal, watch)
     network, hook = chosen.model, None
     if config.apply == "gradual" and config.finetune.epochs > 0:
@@ -203,21 +211,3 @@ def _narrow(name: str, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.
     train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
     network = tune(make(found.width), train, job, Files.of(cell.directory, name))
     return network, {"search": {"method": "width multiplier", "width": found.width, "verified_ratio": found.ratio}}
-
-
-@contextmanager
-def search_bar(label: str, total: int, budget: float) -> Iterator[Watcher]:
-    """Yields the watcher that moves the bar; costs are shown as parts of `budget`."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=total)
-
-        def watch(result: SearchResult) -> None:
-            best, done = result.best, len(result.episodes)
-            text = f"{label}  best reward {best.reward:.4f} at {100 * best.cost / budget:.0f} % of the budget"
-            progress.update(task, completed=done, description=text)
-            if done == total or (not console.is_terminal and done % max(1, total // 4) == 0):
-                logger.info("%s  (%d of %d episodes, %.0f s)", text, done, total, result.seconds)
-
-        yield watch

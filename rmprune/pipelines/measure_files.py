@@ -19,7 +19,7 @@ from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
 from rmprune.pipelines.measure import profile
 from rmprune.pipelines.stages import measuring
-from rmprune.report.tables import profile_table
+from rmprune.report.tables import headed, profile_table
 
 _SIZE = 224  # of images whose size no file says
 FILE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.form in (onnx_form, openvino_form))
@@ -106,11 +106,7 @@ def times_tables(found: dict[str, list[Latency]]) -> list[Table]:
     for times in zip(*found.values(), strict=True):
         one = times[0]
         title = f"{Configuration(one.backend, one.device, one.threads, one.batch_size)}: ms for a batch"
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for heading in ("file", "median", "quartiles", "ratio", "95 %"):
-            table.add_column(
-                heading, justify="left" if heading == "file" else "right", overflow="fold", no_wrap=heading != "file"
-            )
+        table = headed(title, "file", "median", "quartiles", "ratio", "95 %", fold=True)
         for name, time in zip(found, times, strict=True):
             quartiles = f"{time.q1_ms:.3g} to {time.q3_ms:.3g}"
             interval = f"{time.ratio_low:.2f} to {time.ratio_high:.2f}"

@@ -288,24 +288,21 @@ def _operands(block: Block) -> tuple[fx.Node, fx.Node]:
 def replace_branch(network: Network, block: Block, fit: Fit, dropped: bool = False) -> None:
     """The fitted layers in the graph, in double precision as everything there, instead of the branch; or instead of the block."""
     branch, shortcut = _operands(block)
-    graph, gone = network.graph, block.branch
+    gone = block.branch
     if fit.layers is not None:
-        with graph.inserting_before(block.add):
-            conv = graph.call_module(network.add(f"{block.name}.conv", fit.layers[0].double()), (block.fork,))
-            norm = graph.call_module(network.add(f"{block.name}.bn", fit.layers[1].double()), (conv,))
+        conv = network.insert(block.add, f"{block.name}.conv", fit.layers[0].double(), block.fork)
+        norm = network.insert(block.add, f"{block.name}.bn", fit.layers[1].double(), conv)
         conv.meta["shape"] = norm.meta["shape"] = shape_of(block.add)
         if dropped:
             shortcut, gone = norm, block.nodes
         else:
             block.add.replace_input_with(branch, norm)
     if dropped:
-        block.add.replace_all_uses_with(shortcut)
-        graph.erase_node(block.add)
+        network.bypass(block.add, shortcut)
         if shortcut is block.fork:
             _without_idle_activations(network, shortcut)
     for node in sorted(gone, reverse=True):
-        graph.erase_node(node)
-        network.layers.pop(str(node.target), None)
+        network.take_out(node)
 
 
 def _without_idle_activations(network: Network, source: fx.Node) -> None:
@@ -314,6 +311,4 @@ def _without_idle_activations(network: Network, source: fx.Node) -> None:
         layer = network.layer(user)
         rule = rule_of(layer) if isinstance(layer, nn.Module) else None
         if rule is not None and not rule.slopes and bool(free(rule, *range_of(source)).all()):
-            user.replace_all_uses_with(source)
-            network.graph.erase_node(user)
-            network.layers.pop(str(user.target), None)
+            network.bypass(user, source)

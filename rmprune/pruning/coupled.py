@@ -23,7 +23,7 @@ from rmprune.graph.inputs import as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import explain, least_cost
-from rmprune.pruning.budget import Budget, allowed_units, resolve
+from rmprune.pruning.budget import Budget, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, device_of
 from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, own_tensors, price
@@ -90,7 +90,7 @@ def prune_coupled(
     elif gradients is None:
         assert data is not None
         gradients = loss_gradients(model, data)
-    allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+    allowed = allowed_widths(structure, budget, origin)
     least = {name: found[0] for name, found in allowed.items()}
     most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
     best: tuple[float, nn.Module, dict[str, Slices]] | None = None

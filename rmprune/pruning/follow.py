@@ -110,7 +110,7 @@ class Walk(Labelled):
         if x.dim() != (rank or max(x.dim(), 2)) or x.shape[dim] != size or set(varying(x)) - {dim}:
             self.channels.stay(x, f"{name} reads its channels as positions")
             x = nobody(x.shape)
-        vector = x[tuple(slice(None) if d == dim else 0 for d in range(x.dim()))]
+        vector = along(x, dim)
         if isinstance(layer, Weighted):
             return self._weighted(node, name, layer, vector)
         if isinstance(layer, nn.GroupNorm):

@@ -10,7 +10,7 @@ from itertools import takewhile
 
 from torch import fx, nn
 
-from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, module_around
+from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, is_addition, module_around
 from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
 from rmprune.graph.network import Network, in_words, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
@@ -87,7 +87,7 @@ def additions(network: Network) -> list[tuple[str, fx.Node]]:
     """
     found: list[tuple[str, fx.Node]] = []
     for node in network.graph.nodes:
-        if node.op in ("call_function", "call_method") and node.target in ADDITIONS and _adds_maps(node):
+        if is_addition(node) and _adds_maps(node):
             found.append((module_around(node)[0] or _common_name(network, node), node))
     names = [name for name, _ in found]
     numbered, seen = [], dict.fromkeys(names, 0)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from rmprune.report.gather import Records
 from rmprune.report.looks import SERIES_AT_ONCE, looks, ranked
-from rmprune.report.tables import CONFIGURATION, budget_of, find_setting, measured_apart, method_of, model_of, relative
+from rmprune.report.tables import CONFIGURATION, budget_of, dataset_name, measured_apart, method_of, model_of, relative
 from rmprune.runs.records import networks
 
 _POINT = (
@@ -43,7 +43,7 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     methods = [
         {"name": name, "colour": look.number, "marker": look.marker} for name, look in looks(list(named)).items()
     ]
-    places = list(dict.fromkeys(map(tuple, data[CONFIGURATION].itertuples(index=False))))
+    places = data[CONFIGURATION].drop_duplicates().to_dict("records")
     return {
         "command": command, "apart": measured_apart(data), "groups": groups, "methods": methods,
         "at_once": SERIES_AT_ONCE, "places": [_place(place) for place in places],
@@ -53,9 +53,8 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     }  # fmt: skip
 
 
-def _place(configuration: tuple[Any, ...]) -> dict[str, Any]:
+def _place(place: dict[Any, Any]) -> dict[str, Any]:
     """Where time was measured; a number format below float32, which ends a backend's name, apart from the runtime."""
-    place = dict(zip(CONFIGURATION, _plain(configuration), strict=True))
     runtime, _, last = str(place["backend"]).rpartition("-")
     return place | {"backend": runtime, "number_format": last} if last in _BELOW_FLOAT32 else place
 
@@ -78,7 +77,7 @@ def _points(data: pd.DataFrame, groups: list[str], places: list[Any], found: lis
     for row in relative(data).to_dict("records"):
         key = (groups.index(_title(row["model"], row["dataset"])), row["method"], row["budget"])
         point = dict(zip(("group", "method", "budget"), key, strict=True)) | {"networks": made_of[key]}
-        point["place"] = places.index(tuple(row[column] for column in CONFIGURATION))
+        point["place"] = places.index({column: row[column] for column in CONFIGURATION})
         point |= {name: _rounded(row[name]) for name in (*_POINT, *_TIME)}
         points.append(point | {"seeds": int(row["seeds"])})
     return points
@@ -155,7 +154,7 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def _group(record: dict[str, Any]) -> str:
-    return _title(model_of(record), record.get("dataset") or find_setting(record["config"], "dataset"))
+    return _title(model_of(record), dataset_name(record))
 
 
 def _title(model: Any, dataset: Any) -> str:
@@ -167,7 +166,3 @@ def _rounded(value: Any) -> Any:
     if not isinstance(value, int | float) or value != value:
         return None
     return int(value) if float(value).is_integer() else float(f"{value:.{_DIGITS}g}")
-
-
-def _plain(place: tuple[Any, ...]) -> list[Any]:
-    return [value.item() if hasattr(value, "item") else value for value in place]

@@ -24,6 +24,15 @@ MOST_CLASSES = 20  # that the screen shows one by one
 CONFIGURATION = ["backend", "device", "threads", "batch_size"]
 
 
+def headed(title: str, *headings: str, words: int = 1, fold: bool = False) -> Table:
+    """An empty table for the screen: the first so many columns hold words, the others numbers. `fold`: the first alone breaks."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    for place, heading in enumerate(headings):
+        breaks: Any = {"overflow": "fold", "no_wrap": place > 0} if fold else {}
+        table.add_column(escape(heading), justify="left" if place < words else "right", **breaks)
+    return table
+
+
 def find_setting(config: dict[str, Any], name: str) -> Any:
     """The value of setting `name`, at the top of `config` or in the first table that has it; None where none does."""
     if config.get(name) is not None:
@@ -46,6 +55,11 @@ def budget_of(record: dict[str, Any]) -> str:
     kinds = [name for name in _BUDGETS if isinstance(found.get(name), int | float)]
     said = [f"{'channels' if name == 'ratio' else name.removesuffix('_ratio')} {found[name]:g}" for name in kinds]
     return ", ".join(said if found is own else said[:1])
+
+
+def dataset_name(record: dict[str, Any]) -> Any:
+    """The name of the data set."""
+    return record.get("dataset") or find_setting(record["config"], "dataset")
 
 
 def model_of(record: dict[str, Any]) -> str:
@@ -85,7 +99,7 @@ def rows(record: dict[str, Any], run: str) -> list[dict[str, Any]]:
     for name, network in networks(record).items():
         shared = {
             "model": model_of(record),
-            "dataset": record.get("dataset") or find_setting(record["config"], "dataset"),
+            "dataset": dataset_name(record),
             "method": method_of(record, name),
             "budget": "" if name in ("original", "plain") else budget_of(record),
             "seed": record["seed"],
@@ -209,9 +223,7 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
     original = found["original"]
     score, scale, form = ("loss", 1, "{:.4g}") if original["accuracy"] is None else ("accuracy", 100, "{:.2%}")
     title = f"{score.capitalize()} and cost, relative to the original"
-    cost = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("network", score, "change", "MACs", "", "parameters", ""):
-        cost.add_column(heading, justify="left" if heading == "network" else "right")
+    cost = headed(title, "network", score, "change", "MACs", "", "parameters", "")
     for name, network in found.items():
         change = (network[score] - original[score]) * scale
         cells = [escape(name), form.format(network[score]), "" if name == "original" else f"{change:+.2f}"]
@@ -220,12 +232,7 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
         cost.add_row(*cells)
     places = {_place(_key(latency)) for latency in original["latency"]}
     where = f" on {next(iter(places))}" if len(places) == 1 else ""
-    time = Table(
-        title=f"Measured time{escape(where)} (ms for a batch, median)", title_justify="left", title_style="bold"
-    )
-    time.add_column("measured with")
-    for name in found:
-        time.add_column(escape(name), justify="right")
+    time = headed(f"Measured time{where} (ms for a batch, median)", "measured with", *found)
     times = {name: {_key(latency): latency for latency in network["latency"]} for name, network in found.items()}
     for key, base in times["original"].items():
         cells = [escape(configuration_label(key, with_place=len(places) > 1))]
@@ -244,11 +251,8 @@ def summary_tables(record: dict[str, Any]) -> list[Table]:
 def profile_table(network: str, profile: dict[str, Any]) -> Table:
     """Where the time of a network goes: a row for each kernel that the runtime ran, in order. MACs are of one image, ms of a batch."""
     place = configuration_label((profile["backend"], "cpu", profile["threads"], profile["batch_size"]))
-    title = escape(f"{network}, layer by layer: {place}")
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("layer", "operator", "channels", "MACs", "ms", "share"):
-        left = heading in ("layer", "operator")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=heading != "layer")
+    headings = ("layer", "operator", "channels", "MACs", "ms", "share")
+    table = headed(f"{network}, layer by layer: {place}", *headings, words=2, fold=True)
     for row in profile["layers"]:
         widths = f"{row['cin']} to {row['cout']}" if row.get("cout") else ""
         macs = amount(row["macs"]) if row.get("macs") else ""
@@ -263,9 +267,7 @@ def _by_class(found: dict[str, dict[str, Any]]) -> list[Table]:
     names = [one["name"] for one in classes]
     if len(names) > MOST_CLASSES or names == [str(number) for number in range(len(names))]:
         return []
-    table = Table(title="Recognised, of each class", title_justify="left", title_style="bold")
-    for heading in ("class", "images", *found):
-        table.add_column(escape(heading), justify="left" if heading == "class" else "right")
+    table = headed("Recognised, of each class", "class", "images", *found)
     recalls = [{one["name"]: one["recall"] for one in network.get("classes", [])} for network in found.values()]
     for one in classes:
         shown = [recall.get(one["name"]) for recall in recalls]
