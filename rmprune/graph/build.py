@@ -1,8 +1,6 @@
 """Builds the modules of a rewritten graph one after the other, while inputs flow through them: batch norms are measured on the
 way, outputs come out in float64 for the check, and each layer is cast to its final dtype before the next one is made."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Equivalence of two networks on given inputs and on random ones that saturate activations: in float64, and in the dtype of the
 result. Rewrites nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Networks as people bring them: wrappers taken off, weights that are computed made numbers, what cannot be read refused."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import logging

@@ -1,7 +1,5 @@
 """Stock modules for functional calls and tensor methods (F.relu -> nn.ReLU, x.mean([2, 3]) -> pool and flatten); nothing else."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from typing import Any

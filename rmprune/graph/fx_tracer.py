@@ -1,7 +1,5 @@
 """torch.fx's tracer, helped by the sizes of the example inputs where it cannot go on, and the refusal where that is no help either."""
 
-from __future__ import annotations
-
 import contextlib
 import linecache
 import operator

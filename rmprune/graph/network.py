@@ -1,7 +1,5 @@
 """The graph that removal works on: a torch.fx graph, its layers (modules, or convolutions as data) and shapes. No passes here."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Container
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A user's network as a graph of stock modules with known shapes. Finds and rewrites nothing."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from typing import Any

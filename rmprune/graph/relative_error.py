@@ -1,7 +1,5 @@
 """Inputs to compare two networks on, and how far their outputs are apart, relative to what the inputs change in them. Runs no network."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

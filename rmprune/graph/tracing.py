@@ -1,7 +1,5 @@
 """A network traced by torch.fx, with what `fx_tracer` knows where it cannot go on; or why it cannot be, in words. It reads no graph."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import re

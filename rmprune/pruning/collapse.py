@@ -6,8 +6,6 @@ of n blocks becomes a plain chain of n layers, half as deep as the original, who
 like it: the time of a small network goes with its number of layers more than with its MACs.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

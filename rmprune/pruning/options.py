@@ -1,7 +1,5 @@
 """What each residual block of a network may become, and why not: chosen from the graph, as removal chooses. Fits and builds nothing."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, nn

@@ -10,8 +10,6 @@ Where channels meet in a product that is added over (queries and keys), rows of 
 The weights do not matter, the cut does: what folding and fitting change afterwards is theirs to check.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ and the network as one, so that a cut can write others. Decides nothing.
 A place is "NODE:1.2", the third entry of the second argument of the node, or "NODE:scale".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

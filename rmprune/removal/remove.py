@@ -1,7 +1,5 @@
 """The public calls of removal: normalise, find bounds, rewrite, build, check. Each stage lives in its own module."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a training shows and writes while it runs: progress bar, log.jsonl, and what other tools ask for. It computes nothing."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

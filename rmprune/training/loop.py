@@ -1,7 +1,5 @@
 """The one training loop, with one hook point after every step; sparsity and gradual pruning are hooks, not loops."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

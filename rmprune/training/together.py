@@ -4,8 +4,6 @@ What is read, refused, searched, measured and written happens once, in the first
 others wait for its orders, each of which is one training, and end when it does. Nothing here trains: `fit` does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
