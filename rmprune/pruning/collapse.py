@@ -130,15 +130,20 @@ class _Part:
         )
 
 
+def read_additions(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Network, list[tuple[str, fx.Node]]]:
+    """The network as removal reads it, in float64 and with the range of every channel, and its additions by the names of their blocks."""
+    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    annotate_ranges(network)
+    return network, additions(network)
+
+
 def _reshaped(
     model: nn.Module, images: Inputs, named: set[str], pick: Callable[[Network, str, fx.Node], _Part | str]
 ) -> Collapse:
     """What `pick` says of each addition: the part that it becomes, or (also by an Obstacle) why it stays."""
     model, given = as_given(model, images)
     inputs = tuple(x.cpu() for x in given)
-    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
-    annotate_ranges(network)
-    found = additions(network)
+    network, found = read_additions(model, inputs)
     names = [name for name, _ in found]
     if named - set(names):
         raise ConfigError(f"keep: no block {', '.join(sorted(named - set(names)))}; there are: {', '.join(names)}")

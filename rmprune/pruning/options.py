@@ -6,15 +6,13 @@ from torch import Tensor, nn
 
 from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
-from rmprune.graph.foreign import plain_module, reference_copy
+from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_given
-from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
-from rmprune.graph.shapes import to_double
-from rmprune.pruning.collapse import Fit, collapsible, new_layers, replace_branch
+from rmprune.pruning.collapse import Fit, collapsible, new_layers, read_additions, replace_branch
 from rmprune.pruning.plan import CHOICES, Choice, Options, flat_name
 from rmprune.removal import plan_removal
-from rmprune.removal.blocks import Block, additions, find_block
+from rmprune.removal.blocks import Block, find_block
 from rmprune.removal.rewrite import remove_all
 
 _ALONE = "no linear layer stands beside it that it could be multiplied with"
@@ -51,10 +49,9 @@ def block_options(
         | {"remove": report.reason, "fuse": report.reason or ("" if report != other else _ALONE)}
         for report, other in zip(reports, fused, strict=True)
     }
-    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
-    annotate_ranges(network)
+    network, blocks = read_additions(model, inputs)
     shorter: dict[str, Block] = {}
-    for name, add in additions(network):
+    for name, add in blocks:
         try:
             find_block(network, name, add)
         except Obstacle as obstacle:
@@ -80,8 +77,7 @@ def block_options(
 
 def block_names(model: nn.Module, images: Tensor) -> list[str]:
     """The residual blocks of a network, from front to back."""
-    network = normalise(reference_copy(plain_module(model)), (to_double(images[:2]),))
-    return [name for name, _ in additions(network)]
+    return [name for name, _ in read_additions(plain_module(model), (images,))[1]]
 
 
 @dataclass(frozen=True)
@@ -94,10 +90,9 @@ class BlockLayers:
 
 def block_layers(model: nn.Module, images: Tensor) -> dict[str, BlockLayers]:
     """{block: its layers}, of the blocks that can be followed."""
-    network = normalise(reference_copy(plain_module(model)), (to_double(images[:2]),))
-    annotate_ranges(network)
+    network, blocks = read_additions(plain_module(model), (images,))
     found = {}
-    for name, add in additions(network):
+    for name, add in blocks:
         block = or_none(find_block, network, name, add)
         if block is not None:
             branch, way = (
