@@ -33,6 +33,7 @@ from rmprune.pipelines.stages import (
     open_data,
     pick_device,
     stage,
+    starting_network,
 )
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner
