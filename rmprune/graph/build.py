@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.convolution import Conv, Pattern
-from rmprune.graph.network import Network, free_name
+from rmprune.graph.network import Network, flat_name, free_name
 from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
 
@@ -119,7 +119,7 @@ class _Builder:
         return value
 
     def _register(self, name: str, own: nn.Module | Tensor) -> str:
-        name = free_name("".join(c if c.isalnum() else "_" for c in name), self.own)
+        name = free_name(flat_name(name), self.own)
         self.own[name] = own
         return name
 

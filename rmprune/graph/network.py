@@ -92,6 +92,11 @@ class Network:
                 self.take_out(node)
 
 
+def flat_name(name: str) -> str:
+    """A module's name as a flat network has it: layer1.0.conv1 -> layer1_0_conv1."""
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
 def free_name(name: str, taken: Container[str]) -> str:
     """`name`, or with the first number behind it that is not taken."""
     free, count = name, 0

@@ -1,5 +1,6 @@
 """What each residual block of a network may become, and why not: chosen from the graph, as removal chooses. Fits and builds nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.pruning.collapse import read_additions
+from rmprune.pruning.groups import Structure
 from rmprune.pruning.one_convolution import Fit, collapsible, new_layers, replace_branch
 from rmprune.pruning.plan import CHOICES, Choice, Options, flat_name
 from rmprune.removal import plan_removal
@@ -102,3 +104,37 @@ def block_layers(model: nn.Module, images: Tensor) -> dict[str, BlockLayers]:
             )
             found[name] = BlockLayers(branch, way)
     return found
+
+
+@dataclass(frozen=True)
+class BlockMembers:
+    """Where the layers of a network stand. block: {layer of a structure: the block it stands in}; inner: {group: the block that all its
+    layers stand in}; way: layers of shortcuts.
+    """
+
+    structure: Structure
+    block: Mapping[str, str]
+    inner: Mapping[str, str]
+    way: frozenset[str]
+
+    @classmethod
+    def of(cls, structure: Structure, layers: Mapping[str, BlockLayers]) -> "BlockMembers":
+        known = {f"{flat_name(name)}_conv": name for name in layers}
+        for name, parts in layers.items():
+            known |= {f"{layer}{end}": name for layer in (*parts.branch, *parts.way) for end in ("", "_in", "_out")}
+        block = {x.name: known[flat_name(x.name)] for x in structure.layers if flat_name(x.name) in known}
+        touching: dict[str, set[str | None]] = {}
+        for layer in structure.layers:
+            for group, _ in (*layer.inputs, *layer.outputs):
+                touching.setdefault(group, set()).add(block.get(layer.name))
+        inner = {group: own for group, blocks in touching.items() if len(blocks) == 1 and (own := next(iter(blocks)))}
+        ways = {layer for parts in layers.values() for layer in parts.way}
+        return cls(structure, block, inner, frozenset(x.name for x in structure.layers if flat_name(x.name) in ways))
+
+    def ports(self, name: str) -> tuple[set[str], set[str]]:
+        """The groups that a block reads from outside, and that it puts out."""
+        own = [layer for layer in self.structure.layers if self.block.get(layer.name) == name]
+        return (
+            {group for layer in own for group, _ in layer.inputs if group not in self.inner},
+            {group for layer in own for group, _ in layer.outputs if group not in self.inner},
+        )
