@@ -76,12 +76,16 @@ class Place:
 
     def least_ratio(self, network: nn.Module, limit: float) -> float:
         """The same, the least of up to ATTEMPTS measurements while it is over `limit`: no network is judged by one disturbed one."""
-        least = math.inf
-        for _ in range(ATTEMPTS):
-            least = min(least, self.ratio(network))
-            if least <= limit:
-                break
-        return least
+        return _least(lambda: self.ratio(network), limit)
+
+
+def _least(measure: Callable[[], float], limit: float) -> float:
+    """The least of up to ATTEMPTS measurements, no more than it takes to come below the limit."""
+    least = math.inf
+    for _ in range(ATTEMPTS):
+        if (least := min(least, measure())) <= limit:
+            break
+    return least
 
 
 C = TypeVar("C", bound=Hashable)
@@ -155,11 +159,8 @@ def largest_within(
         return found
     if not tried:
         raise refuse(1.0)
-    smallest, least = min(tried, key=size), math.inf
-    for _ in range(ATTEMPTS):
-        least = min(least, *measure([smallest]))
-        if least <= MARGIN * allowed:
-            break
+    smallest = min(tried, key=size)
+    least = _least(lambda: next(iter(measure([smallest]))), MARGIN * allowed)
     if least > allowed:
         raise refuse(least)
     return Found(smallest, least, len(tried))

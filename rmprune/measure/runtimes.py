@@ -31,27 +31,12 @@ def cpu_or_cuda(device: str) -> list[Provider]:
     return [("CUDAExecutionProvider", {"device_id": _index(device), "use_tf32": 0})]
 
 
-def tensorrt(device: str) -> list[Provider]:
-    """TensorRT in float32; CUDA takes what it lacks."""
+def tensorrt(device: str, *, float16: bool = False) -> list[Provider]:
+    """TensorRT in float32, or float16 where it likes; CUDA takes what it lacks."""
     return [
-        ("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": False}),
+        ("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": float16}),
         *cpu_or_cuda(device),
     ]
-
-
-def tensorrt_float16(device: str) -> list[Provider]:
-    """TensorRT, float16 where it likes."""
-    return [("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": True}), *cpu_or_cuda(device)]
-
-
-def dnnl(device: str) -> list[Provider]:
-    """oneDNN."""
-    return [("DnnlExecutionProvider", {})]
-
-
-def xnnpack(device: str) -> list[Provider]:
-    """XNNPACK."""
-    return [("XnnpackExecutionProvider", {})]
 
 
 def _index(device: str) -> int:
