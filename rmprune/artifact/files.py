@@ -197,9 +197,7 @@ def _channels_last(tensor: Tensor) -> torch.memory_format:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether the strides are exactly those of channels-last; kernels decide by strides even where both orders are
-    the same in memory.
-    """
+    """Whether the strides are exactly those of channels-last; kernels decide by strides even where both orders are the same in memory."""
     if tensor.dim() not in (4, 5) or 0 in tensor.shape:
         return False
     blank = torch.empty(tensor.shape, device="meta")

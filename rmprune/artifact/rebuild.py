@@ -219,9 +219,7 @@ def set_tensor(root: nn.Module, path: str, tensor: Tensor) -> None:
 
 
 def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
-    """The torch.fx graph. Names end up in generated code, so they must be plain identifiers (and paths), checked
-    here.
-    """
+    """The torch.fx graph. Names end up in generated code, so they must be plain identifiers (and paths), checked here."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for position, entry in enumerate(entries):

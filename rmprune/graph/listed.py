@@ -54,9 +54,7 @@ def is_norm_with_activation(module: nn.Module) -> bool:
 
 
 def stock_norm(module: nn.Module) -> nn.BatchNorm2d:
-    """A stock BatchNorm2d that holds the tensors and children of timm's BatchNormAct2d, and does not call the
-    children.
-    """
+    """A stock BatchNorm2d that holds the tensors and children of timm's BatchNormAct2d, and does not call the children."""
     with torch.device("meta"):
         norm = nn.BatchNorm2d(**LAYERS["BatchNorm2d"].read(module))
     norm._parameters, norm._buffers, norm._modules = module._parameters, module._buffers, module._modules

@@ -78,15 +78,11 @@ class LatencyModel:
             self._read(self.cache)
 
     def predict(self, model: nn.Module, example_inputs: Tensor) -> float:
-        """Predicted milliseconds for `batch_size` images of `example_inputs`' size; measures layers that are not
-        known yet.
-        """
+        """Predicted milliseconds for `batch_size` images of `example_inputs`' size; measures layers that are not known yet."""
         return self.predict_layers(network_layers(model, example_inputs))
 
     def predict_layers(self, layers: Iterable[TimedLayer]) -> float:
-        """As `predict`, for layers from `network_layers`, whose widths a search may have changed
-        (`layer._replace(cout=24)`).
-        """
+        """As `predict`, for layers from `network_layers`, whose widths a search may have changed (`layer._replace(cout=24)`)."""
         layers = list(layers)
         self.require(layers)
         a, b = self.fit
@@ -180,9 +176,7 @@ class LatencyModel:
         return {name: found[0].median_ms for name, found in results.items()}
 
     def _measure(self, layers: list[TimedLayer]) -> list[float]:
-        """Milliseconds of layers alone, measured in turns: the first quartile, which a burst of other load hardly
-        moves.
-        """
+        """Milliseconds of layers alone, measured in turns: the first quartile, which a burst of other load hardly moves."""
         runs = {}
         with quiet_process(self.threads), surroundings(self.backend, self.device), torch.inference_mode():
             for layer in layers:

@@ -92,9 +92,7 @@ def refuse_no_budget(budget: object) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """A budget in absolute numbers: `cost` summed over the layers must not exceed `limit`. `whole`: what the
-    ratio counts against.
-    """
+    """A budget in absolute numbers: `cost` summed over the layers must not exceed `limit`. `whole`: what the ratio counts against."""
 
     cost: Cost
     limit: float

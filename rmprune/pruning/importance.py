@@ -144,9 +144,7 @@ def score_groups(
     structure: Structure,
     batches: Batches | None = None,
 ) -> Scores:
-    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score
-    for each unit.
-    """
+    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit."""
     if isinstance(importance, str):
         if importance not in IMPORTANCES:
             raise ConfigError(f"importance {importance!r} is unknown; there are: {', '.join(IMPORTANCES)}")

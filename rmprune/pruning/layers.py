@@ -81,9 +81,7 @@ def macs(layer: SizedLayer, cin: int, cout: int) -> float:
 
 
 def channels(layer: SizedLayer, cin: int, cout: int) -> float:
-    """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted
-    twice).
-    """
+    """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted twice)."""
     return float(cout) if layer.outputs and layer.kind != "depthwise" else 0.0
 
 

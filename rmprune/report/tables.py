@@ -76,9 +76,7 @@ def model_of(record: dict[str, Any]) -> str:
 
 
 def method_of(record: dict[str, Any], network: str) -> str:
-    """The method that made a network: its own `method`, else dense, plain, or the fitting part of the record's
-    "rm,coupled".
-    """
+    """The method that made a network: its own `method`, else dense, plain, or the fitting part of the record's "rm,coupled"."""
     found = networks(record)
     own = found[network].get("method")
     if isinstance(own, str):
@@ -204,9 +202,7 @@ def milliseconds(value: float) -> str:
 
 
 def configuration_label(configuration: Any, with_place: bool = True) -> str:
-    """A (backend, device, threads, batch_size) as "onnxruntime, 2 threads, batch 1"; without its place, as on the
-    screen.
-    """
+    """A (backend, device, threads, batch_size) as "onnxruntime, 2 threads, batch 1"; without its place, as on the screen."""
     backend, _, _, batch_size = configuration
     return ", ".join([backend, *([_place(configuration)] if with_place else []), f"batch {batch_size}"])
 

@@ -191,9 +191,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record in the file `path`, or in the run directory `path`; ArtifactError where it is missing, damaged or
-    foreign.
-    """
+    """The record in the file `path`, or in the run directory `path`; ArtifactError where it is missing, damaged or foreign."""
     path = Path(path)
     file = path / RECORD if path.is_dir() else path
     record = read_json(
