@@ -20,11 +20,11 @@ from rmprune.artifact.describe import describe, file_tensors
 from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
-from rmprune.graph.equivalence import relative_error
 from rmprune.graph.facts import facts_of, note
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import plain_module, refuse_weights
 from rmprune.graph.inputs import Inputs, as_tuple, trial
+from rmprune.graph.relative_error import relative_error
 from rmprune.graph.run import evaluating
 from rmprune.onnx.export import export_onnx
 from rmprune.runs.reading import read_json

@@ -1,7 +1,5 @@
 """Which channels go, and by what budget."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

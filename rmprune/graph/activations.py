@@ -1,7 +1,5 @@
 """What each stock activation does to a channel: where it is the identity, how a pair recovers x, which interval it gives."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

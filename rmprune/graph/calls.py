@@ -1,7 +1,5 @@
 """What a call in a graph is, however it is written: as a function, a method or an operator, its arguments by place or by name."""
 
-from __future__ import annotations
-
 import inspect
 import operator
 from typing import Any

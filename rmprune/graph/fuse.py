@@ -3,8 +3,6 @@
 Two convolutions become one where their product is exact and, under the rule "cheaper", has no more MACs than the pair.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """In-place calls in a traced graph: later readers of a changed value are given the new one. torch.fx alone does not know."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -8,8 +8,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import writes
-from rmprune.graph.fx_tracer import Tracer, follow
+from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
+from rmprune.graph.tracing import follow
 from rmprune.graph.vocabulary import LAYERS
 
 

@@ -1,7 +1,5 @@
 """The graph that removal works on: a torch.fx graph, its layers (modules, or convolutions as data) and shapes. No passes here."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -92,6 +90,11 @@ class Network:
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.op not in stay:
                 self.take_out(node)
+
+
+def flat_name(name: str) -> str:
+    """A module's name as a flat network has it: layer1.0.conv1 -> layer1_0_conv1."""
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def free_name(name: str, taken: Container[str]) -> str:

@@ -1,7 +1,5 @@
 """Calls that draw random numbers in eval mode, too: a network with one is no function, and nothing can be equal to it."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

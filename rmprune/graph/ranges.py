@@ -3,8 +3,6 @@
 `node.meta["range"]` is (low, high), two float64 tensors with one entry a channel, for every node whose shape is known.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable

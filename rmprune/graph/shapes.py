@@ -1,7 +1,5 @@
 """The shape of every tensor in a normalised graph: by formula where plain, else by a run on the meta device."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, TypeVar
 

@@ -224,7 +224,9 @@ def _attempt(
         )  # fmt: skip
         groups = pruner.step(interactive=True)
         first = next(groups, None)  # all is ranked by now
-        _number(twin)
+        for tensor in _tensors(twin).values():  # every entry becomes its own position: what is cut now says what it was
+            tensor.grad = None
+            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
         for group in itertools.chain([] if first is None else [first], groups):
             group.prune()
     for name, parameter in model.named_parameters():
@@ -235,13 +237,6 @@ def _attempt(
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     both = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor for name, tensor in both if tensor.dim() and tensor.is_floating_point()}
-
-
-def _number(twin: nn.Module) -> None:
-    """Every entry becomes its own position: what is cut now says what it was."""
-    for tensor in _tensors(twin).values():
-        tensor.grad = None
-        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
 
 
 def _renumbered(twin: nn.Module, model: nn.Module) -> dict[str, Slices]:

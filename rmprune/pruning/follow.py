@@ -4,8 +4,6 @@ A layer numbers its output channels anew; operations that only move data are run
 the channels that meet; whatever is unknown, or needs channels in their number or order, leaves those it touches whole, and says why.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

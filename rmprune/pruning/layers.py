@@ -1,8 +1,6 @@
 """Layers whose widths a cut sets: convolutions, transposed ones and linear layers of any rank. Their sizes, their MACs, and where in
 their tensors the channels lie. Knows no groups."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

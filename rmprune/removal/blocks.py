@@ -1,7 +1,5 @@
 """Finds residual additions by structure: fork, branch, shortcut, or why an addition is none that can go. Changes nothing."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, replace

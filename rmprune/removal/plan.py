@@ -3,8 +3,6 @@
 Every assignment of the shortcut's stages to the branch's layers is tried (both in order), and the cheapest exact one is taken.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement

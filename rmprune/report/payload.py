@@ -88,25 +88,16 @@ def _network(record: dict[str, Any], name: str, network: dict[str, Any], run: in
     found = {key: network[key] for key in ("accuracy", "macs", "params")}
     found |= {"run": run, "name": name, "method": method_of(record, name), "group": groups.index(_group(record))}
     found |= {"seed": record["seed"], "budget": "" if name in ("original", "plain") else budget_of(record)}
-    removal = record["removal"] if name == "plain" else network.get("removal")
-    for key, value, kind in (
-        ("removal", removal, dict),
-        ("collapsed", network.get("collapsed"), dict),
-        ("candidates", network.get("candidates"), dict),
-        ("plan", network.get("plan"), dict),
-        ("chosen", network.get("chosen"), str),
-        ("search", _search(network.get("search")), dict),
-        ("profile", network.get("profile"), dict),
-    ):
-        if isinstance(value, kind):
-            found[key] = value
-    return found
+    more = {key: network.get(key) for key in ("collapsed", "candidates", "plan", "chosen", "profile")}
+    more["removal"] = record["removal"] if name == "plain" else network.get("removal")
+    more["search"] = _search(network.get("search") or {}) or None
+    return found | {key: value for key, value in more.items() if value is not None}
 
 
 def _outline(network: dict[str, Any], skeletons: dict[str, int]) -> dict[str, Any]:
     """The widths of a network and the number of its skeleton: layers and residuals, which many networks have in common."""
     layers, residuals = network.get("layers"), network.get("residuals")
-    if not isinstance(layers, list) or not isinstance(residuals, list):
+    if layers is None or residuals is None:
         return {}
     skeleton = json.dumps({"layers": [[layer["name"], _kind(layer)] for layer in layers], "residuals": residuals})
     return {"skeleton": skeletons.setdefault(skeleton, len(skeletons)), "widths": [layer["cout"] for layer in layers]}
@@ -122,25 +113,20 @@ def _kind(layer: dict[str, Any]) -> str:
     return ", ".join([*said, "x".join(map(str, layer["size"]))])
 
 
-def _search(search: Any) -> dict[str, Any] | None:
+def _search(search: dict[str, Any]) -> dict[str, Any]:
     """A search with its episodes as columns: there are many."""
-    if not isinstance(search, dict) or not isinstance(episodes := search.get("episodes"), list):
-        return search if isinstance(search, dict) else None
-    return search | {
-        "episodes": {
-            "reward": [_rounded(episode["reward"]) for episode in episodes],
-            "source": [episode["source"] for episode in episodes],
-        }
-    }
+    if (episodes := search.get("episodes")) is None:
+        return search
+    rewards = [_rounded(episode["reward"]) for episode in episodes]
+    return search | {"episodes": {"reward": rewards, "source": [episode["source"] for episode in episodes]}}
 
 
 def _run(name: str, record: dict[str, Any], groups: list[str]) -> dict[str, Any]:
     found = {key: record[key] for key in ("command", "seed", "removal")} | {"name": name, "budget": budget_of(record)}
     found |= {"group": groups.index(_group(record)), "machine": machine(record["environment"])}
-    training = record.get("training")
     found["training"] = {
         label: [_rounded(epoch.get("validation_accuracy")) for epoch in epochs]
-        for label, epochs in (training.items() if isinstance(training, dict) else ())
+        for label, epochs in (record.get("training") or {}).items()
     }
     return found
 

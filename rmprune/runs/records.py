@@ -81,6 +81,7 @@ _DRAWN: dict[str, Any] = {
     "removal": _may(_REMOVAL),
     "collapsed": _may({str: _is_number}),
     "plan": _may(dict),
+    "chosen": _may(str),
     "candidates": _may(dict),
     "search": _may(_SEARCH),
     "profile": _may({"backend": str, "threads": _is_count, "batch_size": _is_count, "layers": [_KERNEL]}),

@@ -11,8 +11,6 @@ that follows the reference implementation: one trained, penalised scale per chan
 the loss itself may drive to 0.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 

@@ -153,7 +153,7 @@ def test_what_is_required_may_come_from_a_flag(tmp_path: Path, text: str, words:
     file.write_text(text)
     found = cli._parse(ConvertConfig, ["--config", str(file), *words], "convert")
     assert (type(found.network), found.network.model, found.out) == (NetworkConfig, "resnet8", Path("x"))
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="Missing from"):
         cli._parse(ConvertConfig, ["--config", str(file)], "convert")
 
 
