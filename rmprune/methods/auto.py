@@ -49,7 +49,7 @@ class Winner:
     """What goes on: its method, the network that this prunes, the widths to descend from.
 
     begun: the facts of how that network was made; None where it is one of STARTS. verdicts: of everything that was tried;
-    plans: those of it that the surrogate proposed, with the reason for each.
+    plans: those of it that the surrogate proposed, with the reason for each; seconds: what the search took, interrupted or not.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Winner:
     begun: dict[str, Any] | None
     verdicts: Verdicts
     plans: Mapping[str, Mapping[str, Any]]
+    seconds: float
 
 
 def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Winner:
@@ -68,6 +69,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     tried again: an interrupted search goes on, a finished one is not repeated, whatever the clock says. Raises InfeasibleBudget where
     no plan meets the budget.
     """
+    started = time.monotonic()
     network = job.here(network)
     outlook = look(network, budget, job)
     surrogate = propose(outlook, job, files)
@@ -77,6 +79,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     note = files.note("plans")
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
+    took = float(known.get("took", 0.0))  # before this time
     seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
     whole = 60 * (MINUTES if minutes is None else minutes)
     worse = int(known.get("worse", 0))  # of the last plans, so many in a row were no better than the best before them
@@ -91,8 +94,11 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
 
-    def keep() -> None:
-        write_text(note, json.dumps({"plans": plans, "seconds": seconds, "worse": worse}))
+    def keep() -> float:
+        """Writes down how far the search is; returns the seconds that it took."""
+        whole_time = took + time.monotonic() - started
+        write_text(note, json.dumps({"plans": plans, "seconds": seconds, "worse": worse, "took": whole_time}))
+        return whole_time
 
     def judged(name: str) -> Verdicts:
         """All verdicts, with that on this plan."""
@@ -152,9 +158,9 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     name = best(verdicts)
     if name in plans:
         plain, facts = carried_out(name)
-        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans)
+        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans, keep())
     preset = _preset(name)
-    return Winner(name, preset, starts(preset.start), None, None, verdicts, plans)
+    return Winner(name, preset, starts(preset.start), None, None, verdicts, plans, keep())
 
 
 def _preset(name: str) -> Method:

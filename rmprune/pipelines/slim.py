@@ -199,6 +199,7 @@ def _slim(
         files = files.named(f"{name}-{found.name}")
         why = {name: {key: plan[key] for key in ("why", "predicted", "blocks")} for name, plan in found.plans.items()}
         facts |= {"chosen": found.name, "candidates": {n: {**v, **why.get(n, {})} for n, v in found.verdicts.items()}}
+        facts["search"] = {"seconds": found.seconds}
     elif method.candidates:
         cutters = {one: functools.partial(_cutter, METHODS[one], budget, job, starts) for one in method.candidates}
         verdicts = judge(cutters, budget, job, files)

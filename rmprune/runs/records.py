@@ -57,7 +57,12 @@ _LAYER = {"name": str, "cout": _is_count}
 _CONVOLUTION = _LAYER | {"size": [_is_count], "groups": _is_count, "kernel": [_is_count], "stride": [_is_count]}
 _EPISODE = {"reward": _is_number, "source": str}
 _WIDTH = {"group": str, "whole": _is_count, "kept": int}
-_SEARCH = {"episodes": _may([_EPISODE]), "widths": _may([_WIDTH]), "verified_ratio": _may(_is_number)}
+_SEARCH = {
+    "episodes": _may([_EPISODE]),
+    "widths": _may([_WIDTH]),
+    "verified_ratio": _may(_is_number),
+    "seconds": _may(_is_number),
+}
 _KERNEL = {"layer": str, "operator": str, "ms": _is_number, "share": _is_share} | dict.fromkeys(
     ("cin", "cout", "macs"), _may(_is_count)
 )
