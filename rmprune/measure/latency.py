@@ -85,17 +85,19 @@ def measure_latency(
     (4, 5, True)
     """
     model = plain_module(model)
-    results = measure_latencies(
-        {"model": model},
-        example_inputs,
-        backends=[backend],
-        threads=[threads],
-        batch_sizes=[batch_size or len(as_tuple(model, example_inputs)[0])],
-        device=device,
-        seconds=seconds,
-        min_rounds=min_rounds,
-    )
-    return results["model"][0]
+    place = Configuration(backend, device, threads, batch_size or len(as_tuple(model, example_inputs)[0]))
+    return measure_at(place, {"model": model}, example_inputs, seconds=seconds, min_rounds=min_rounds)["model"]
+
+
+def measure_at(
+    place: Configuration, models: dict[str, nn.Module], example_inputs: Inputs, **settings: Any
+) -> dict[str, Latency]:
+    """The time of each network in one place; `settings`: the others of `measure_latencies`."""
+    found = measure_latencies(
+        models, example_inputs, backends=[place.backend], threads=[place.threads], batch_sizes=[place.batch_size],
+        device=place.device, **settings,
+    )  # fmt: skip
+    return {name: time for name, (time,) in found.items()}
 
 
 def measure_latencies(
@@ -146,7 +148,7 @@ def measure_latencies(
     if split is not None:
         for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
             logger.info("accuracy of %s on %s, %d images", name, backend, len(split))
-            accuracy = candidate_accuracy(candidate, split, backend, device, max(threads))
+            accuracy = candidate_accuracy(candidate, split, backend, device=device, threads=max(threads))
             results[name] = [replace(r, accuracy=accuracy) if r.backend == backend else r for r in results[name]]
     return results
 

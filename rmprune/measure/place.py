@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rmprune.config import MeasureConfig
 from rmprune.errors import InfeasibleBudget
-from rmprune.measure import measure_latencies
+from rmprune.measure.latency import Configuration, measure_at
 
 logger = logging.getLogger("rmprune")
 CANDIDATES = 5  # networks measured in a round
@@ -55,20 +55,12 @@ class Place:
 
     def ratios(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
         """Time of each network relative to the original's: the median of paired ratios, all measured in turns."""
-        latencies = measure_latencies(
-            {"original": self.original, **networks},
-            self.example,
-            backends=[self.backend],
-            threads=[self.threads],
-            batch_sizes=[self.batch_size],
-            device=self.device,
-            seconds=self.seconds,
-            min_rounds=self.min_rounds,
-            reference="original",
-            sittings=1,
-            warn=False,  # a step of a search, which nobody can repeat
-        )
-        return {name: float(latencies[name][0].ratio or 1.0) for name in networks}
+        place = Configuration(self.backend, self.device, self.threads, self.batch_size)
+        times = measure_at(
+            place, {"original": self.original, **networks}, self.example, seconds=self.seconds, min_rounds=self.min_rounds,
+            reference="original", sittings=1, warn=False,  # a step of a search, which nobody can repeat
+        )  # fmt: skip
+        return {name: float(times[name].ratio or 1.0) for name in networks}
 
     def ratio(self, network: nn.Module) -> float:
         """Time of one network relative to the original's."""
