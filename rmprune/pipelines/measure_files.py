@@ -19,7 +19,8 @@ from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
 from rmprune.pipelines.measure import profile
 from rmprune.pipelines.stages import measuring
-from rmprune.report.tables import headed, milliseconds, profile_table
+from rmprune.report.screen import headed, profile_table
+from rmprune.report.tables import milliseconds
 
 _SIZE = 224  # of images whose size no file says
 FILE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.form in (onnx_form, openvino_form))
