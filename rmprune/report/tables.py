@@ -1,4 +1,4 @@
-"""Records as tables: one row for each network and measurement; how numbers and places are written. Records are read, nothing is measured."""
+"""Records as tables: a row for each network and measurement; how numbers and places are written. Records are read, nothing is measured."""
 
 import math
 from pathlib import Path
