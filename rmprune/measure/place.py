@@ -159,7 +159,12 @@ def largest_within(
 
 
 def find_ratio(
-    cut: Callable[[float], nn.Module], low: float, high: float, allowed: float, place: Place, first: Iterable[float] = ()
+    cut: Callable[[float], nn.Module],
+    low: float,
+    high: float,
+    allowed: float,
+    place: Place,
+    first: Iterable[float] = (),
 ) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
