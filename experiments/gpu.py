@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import rmprune
 from rmprune.config import SlimConfig
 from rmprune.config.fields import Names
-from rmprune.graph.equivalence import base_inputs, check_inputs, relative_error
+from rmprune.graph.relative_error import base_inputs, check_inputs, relative_error
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.backends import GPU_ONLY, Candidate, check_backend
 from rmprune.measure.latency import Configuration, measure_configuration

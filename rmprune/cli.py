@@ -2,13 +2,10 @@
 and imported once the flags are read: that takes seconds, which nobody who mistyped one or asks for --help should wait."""
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
-import io
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -18,12 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-import tyro
-
 from rmprune import config as settings
-from rmprune.config.toml import from_toml
-from rmprune.config.transfer import transfer_flags
-from rmprune.errors import ConfigError, RmpruneError, out_of_memory
+from rmprune.config.flags import parse
+from rmprune.errors import RmpruneError, out_of_memory
 
 Config = TypeVar("Config")
 LEFT = dict.fromkeys(("slim", "grid", "amc", "train"), "what was done is saved") | dict.fromkeys(
@@ -122,62 +116,7 @@ def _overview() -> str:
 
 
 def _parse(kind: type[Config], arguments: list[str], command: str) -> Config:
-    """Flags to a config; `--config FILE` gives the defaults that the other flags override."""
-    default: Any = tyro.MISSING_NONPROP
-    said_by = ""
-    arguments = [
-        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    arguments = _with_value("--augment", "True", arguments)
-    given = [
-        a.partition("=")[2] or b
-        for a, b in zip(arguments, [*arguments[1:], ""], strict=False)
-        if a.split("=")[0] == "--weights"
-    ]
-    transfer = bool(given) and given[-1].lower() != "none"
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 == len(arguments):
-            _fail("--config needs the path of a TOML file")
-        path, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
-        default = from_toml(kind, Path(path), transfer=transfer, whole=False)
-        said_by = f"{path} and the flags: " if arguments else f"{path}: "
-    elif transfer:  # of two flags the last counts, which is the user's
-        arguments = transfer_flags({field.name for field in dataclasses.fields(kind)}) + arguments  # type: ignore[arg-type]
-    description = (COMMANDS[command].__doc__ or "") + "\n\n--config FILE reads settings from TOML first."
-    prog, said = f"python -m rmprune {command}", io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, default=default, prog=prog, description=description)
-    except ConfigError as error:
-        raise ConfigError(f"{said_by}{error}") from None
-    except SystemExit as stopped:
-        if not stopped.code:  # --help
-            raise
-        _fail(f"{_one_line(said.getvalue())} ({prog} --help lists the flags)")
-
-
-def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
-    """`flag` by itself, and its opposite, as they were before it took a value: `--augment`, `--no-augment`."""
-    words = [
-        word.replace("--no-", "--") + "=False" if word == flag.replace("--", "--no-") else word for word in arguments
-    ]
-    bare = {
-        i for i, word in enumerate(words) if word == flag and (i + 1 == len(words) or words[i + 1].startswith("--"))
-    }
-    return [f"{word}={value}" if i in bare else word for i, word in enumerate(words)]
-
-
-def _one_line(box: str) -> str:
-    """What tyro says in a box about a flag, without the help of that flag: the message, and the flag that may have been meant."""
-    box = re.sub(r"\x1b\[[\d;]*m", "", box).replace("─", "-")  # colours, on a terminal
-    boxed = [line.strip("│")[1:] for line in box.splitlines() if line.startswith("│")]
-    parts = re.split("-{10,}", "\n".join(boxed) if boxed else box)
-    # Without UTF-8 it draws no box, and the title is a part of its own.
-    words = parts[0] if boxed else "".join(parts[1:2])
-    message = " ".join(row.strip() for row in words.splitlines() if not row.startswith(" " * 8)).strip().rstrip(".")
-    meant = re.search(r"Perhaps you meant:[\s│]+(--\S+)", box)
-    return (message or " ".join(box.split())) + (f"; did you mean {meant.group(1)}?" if meant else "")
+    return parse(kind, arguments, f"python -m rmprune {command}", COMMANDS[command].__doc__ or "")
 
 
 def _command_line(command: str, arguments: list[str]) -> str:

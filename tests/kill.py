@@ -41,9 +41,10 @@ MEASURE = (
 SLIM = f"slim --model resnet8 --width 2 --epochs 2 --finetune.epochs 2 --round-to 1 {DATA}{MEASURE} --out run"
 COMMANDS = {
     "train": f"train --model resnet8 --width 2 --epochs 2 {DATA.partition(' --finetune')[0]}{MEASURE} --out run",
-    "slim": f"{SLIM} --macs-ratio 0.7",
+    "slim": f"{SLIM} --macs-ratio 0.7 --method rm",
+    "auto": f"{SLIM} --macs-ratio 0.7 --method auto --search-minutes 0.01",
     "comparison": f"{SLIM} --macs-ratio 0.8,0.6 --method rm,inner",
-    "gradual": f"{SLIM} --macs-ratio 0.7 --cuts 3",
+    "gradual": f"{SLIM} --macs-ratio 0.7 --gradual --cuts 3",
     "amc": "amc --model mobilenet_v2_digits --width 0.1 --epochs 1 --finetune.epochs 1 --multiple 1 --budget 0.7 --episodes 6 "
     f"--warm-up 3 --images 32 --calibration 16 --method rm-amc {DATA}{MEASURE} --out run",
     "measure": f"measure run{MEASURE.replace('--measure.', '--')}",

@@ -9,10 +9,11 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.build import materialise, target_of
-from rmprune.graph.equivalence import check_inputs, over_tolerance, relative_error
+from rmprune.graph.equivalence import over_tolerance
 from rmprune.graph.foreign import reference_copy
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.normalise import normalise
+from rmprune.graph.relative_error import check_inputs, relative_error
 from rmprune.removal import Removal, remove_residuals
 
 

@@ -234,12 +234,7 @@ class Agent:
             optimizer.load_state_dict({**saved, "state": moments})
 
     def _networks(self) -> dict[str, nn.Module]:
-        return {
-            "actor": self.actor,
-            "critic": self.critic,
-            "target_actor": self.target_actor,
-            "target_critic": self.target_critic,
-        }
+        return {name: getattr(self, name) for name in ("actor", "critic", "target_actor", "target_critic")}
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"actor_optimizer": self.actor_optimizer, "critic_optimizer": self.critic_optimizer}

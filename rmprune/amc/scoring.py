@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.amc.space import Space, Widths
-from rmprune.pruning.calibration import Calibrator, Cut, Fitting, convolve, fold_scale
+from rmprune.pruning.calibration import Calibrator, Cut, Fitting, affine, convolve, fold_scale
 from rmprune.pruning.groups import Scores
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.refit import written
@@ -132,11 +132,5 @@ class Scorer:
             return convolve(self.calibrator.layers[op.layer], values[op.inputs[0]], weight, bias)
         if op.kind == "norm":
             _, scale, shift = folded[op.name]
-            x = values[op.inputs[0]]
-            return x * _along(scale, x) + _along(shift, x)
+            return affine(values[op.inputs[0]], scale, shift, own=False)
         return self.calibrator.apply_plain(program, op, values, cut)
-
-
-def _along(vector: Tensor, x: Tensor) -> Tensor:
-    """The vector [C] shaped to act on the channels (dimension 1) of x."""
-    return vector.view(1, -1, *[1] * (x.dim() - 2))

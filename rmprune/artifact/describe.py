@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from rmprune.artifact.arguments import encode
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import module_around
+from rmprune.graph.foreign import HOOKS
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace_sized
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
@@ -30,7 +31,6 @@ from rmprune.graph.vocabulary import (
 )
 
 logger = logging.getLogger("rmprune")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict
     """
     flat = is_flat_sequential(model)
     for path, module in model.named_modules():
-        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        if any(getattr(module, hooks, None) for hooks in HOOKS):
             where = f"layer {path} ({type(module).__name__})" if path else type(module).__name__
             raise UnsupportedModel(f"{where}: it carries hooks, which a file cannot hold; remove them first")
         if "forward" in vars(module) and (flat or not module._modules):

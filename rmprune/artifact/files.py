@@ -20,11 +20,11 @@ from rmprune.artifact.describe import describe, file_tensors
 from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import LARGEST_HEADER, read_safetensors
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
-from rmprune.graph.equivalence import relative_error
 from rmprune.graph.facts import facts_of, note
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import plain_module, refuse_weights
 from rmprune.graph.inputs import Inputs, as_tuple, trial
+from rmprune.graph.relative_error import relative_error
 from rmprune.graph.run import evaluating
 from rmprune.onnx.export import export_onnx
 from rmprune.runs.reading import read_json
@@ -197,9 +197,7 @@ def _channels_last(tensor: Tensor) -> torch.memory_format:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether the strides are exactly those of channels-last; kernels decide by strides even where both orders are
-    the same in memory.
-    """
+    """Whether the strides are exactly those of channels-last; kernels decide by strides even where both orders are the same in memory."""
     if tensor.dim() not in (4, 5) or 0 in tensor.shape:
         return False
     blank = torch.empty(tensor.shape, device="meta")

@@ -75,7 +75,8 @@ def fill(model: nn.Module, description: dict[str, Any], tensors: Mapping[str, Te
             raise ArtifactError(f"there is no tensor {name} among the weights")
         if not is_plain(tensor) or tensor.shape != blank.shape:
             raise ArtifactError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(blank.shape)}")
-        if tensor.dtype != blank.dtype and not (tensor.dtype in TENSOR_DTYPES and _are_floating(tensor, blank)):
+        floating = tensor.dtype in TENSOR_DTYPES and tensor.is_floating_point() and blank.is_floating_point()
+        if tensor.dtype != blank.dtype and not floating:
             raise ArtifactError(f"{name} is {tensor.dtype}, expected {blank.dtype}")
         if isinstance(blank, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=blank.requires_grad)
@@ -83,10 +84,6 @@ def fill(model: nn.Module, description: dict[str, Any], tensors: Mapping[str, Te
     for path, first in description["tied"]:
         set_tensor(model, path, get_tensor(model, first))
     return set(blanks)
-
-
-def _are_floating(*tensors: Tensor) -> bool:
-    return all(tensor.is_floating_point() for tensor in tensors)
 
 
 def _graph_module(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
@@ -222,9 +219,7 @@ def set_tensor(root: nn.Module, path: str, tensor: Tensor) -> None:
 
 
 def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
-    """The torch.fx graph. Names end up in generated code, so they must be plain identifiers (and paths), checked
-    here.
-    """
+    """The torch.fx graph. Names end up in generated code, so they must be plain identifiers (and paths), checked here."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for position, entry in enumerate(entries):

@@ -83,7 +83,11 @@ def put_weights(
         ("missing there: ", [key for key in own if key not in head and key not in kept]),
         (
             "of another shape: ",
-            [f"{key} ({_sizes(kept[key])} there, {_sizes(own[key])} here)" for key in own if _differs(kept, own, key)],
+            [
+                f"{key} ({_sizes(kept[key])} there, {_sizes(own[key])} here)"
+                for key in own
+                if key in kept and kept[key].shape != own[key].shape
+            ],
         ),
         (
             "whole numbers there: ",
@@ -110,10 +114,6 @@ def put_weights(
         there = _sizes(state.get(new[0]))
         said.append(f"the head is new: {new[0]} is {there} there, {_sizes(own[new[0]])} here")
     return "; ".join(said)
-
-
-def _differs(state: dict[str, Tensor], own: dict[str, Tensor], key: str) -> bool:
-    return key in state and state[key].shape != own[key].shape
 
 
 def _inside(

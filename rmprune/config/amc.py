@@ -1,7 +1,5 @@
 """The amc command: the search and the run around it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal

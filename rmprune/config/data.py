@@ -1,7 +1,5 @@
 """Which images a run trains and tests on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal

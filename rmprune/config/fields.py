@@ -1,7 +1,5 @@
 """What the classes of settings share: tuples on the command line, and checks that refuse a value."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from types import NoneType, UnionType

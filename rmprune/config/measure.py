@@ -1,7 +1,5 @@
 """How time is measured."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

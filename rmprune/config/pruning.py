@@ -1,7 +1,5 @@
 """Which channels go, and by what budget."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,3 +79,9 @@ class PruneConfig:
     def memory_beside(self) -> float | None:
         """The memory_ratio that holds beside budgets of another kind."""
         return next((value for value in self.memory_ratio if self.budgets[0][0] != "memory_ratio"), None)
+
+    @property
+    def usual_method(self) -> str:
+        """The method of `slim` where none is named: `auto` for budgets that it can look under, cutting once and fitting what is left."""
+        equal = bool(self.macs_ratio or self.latency_ratio)  # networks of equal cost, which it chooses among
+        return "auto" if equal and self.reconstruct and not self.gradual else "rm"

@@ -111,11 +111,13 @@ class SlimConfig(RunConfig):
     width: int | None = None
     """Base width, for networks that have one (resnet20: 16; resnet18: 64)."""
     method: Names = ()
-    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (default: rm)."""
+    """Ways to prune, comma-separated; each is fine-tuned and measured from the same checkpoint (default: auto with --macs-ratio or
+    --latency-ratio, unless --gradual or --no-reconstruct is given; else rm)."""
     plan: Path | None = None
     """Carry out this plan (a JSON file: a choice for each block, a width for each channel group) instead of meeting a budget."""
-    search_minutes: float = 1.0
-    """How long method auto looks for better plans, once it has judged the presets and the first that its surrogate proposes."""
+    search_minutes: float | None = None
+    """How long method auto looks for better plans, once it has judged the presets and the first that its surrogate proposes (default: until
+    four in a row are no better, at most a minute)."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
     """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
     seeds: int = 1
@@ -144,7 +146,7 @@ class SlimConfig(RunConfig):
                 self.removal.fuse == "cheaper", 'a plan says itself what is fused ("fuse": "always"); leave out --fuse'
             )
         if not self.method:
-            object.__setattr__(self, "method", ("rm" if self.plan is None else "plan",))
+            object.__setattr__(self, "method", ("plan" if self.plan is not None else self.prune.usual_method,))
         require_inside(self, "[0, 10000]", "search_minutes")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
 

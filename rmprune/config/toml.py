@@ -66,20 +66,24 @@ def from_toml(kind: type[Config], path: Path, *, transfer: bool = False, whole: 
         if isinstance(given, dict) and dataclasses.is_dataclass(field.default):
             values[field.name] = to_dict(field.default) | gentle.get(field.name, {}) | given
     try:
-        config: Any = dacite.from_dict(
-            kind if whole else _unlooked(kind),
-            _as_python(kind, values),
-            dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path}),
-        )
+        return from_dict(kind, values) if whole else _taken_for(kind, from_dict(_unlooked(kind), values))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The config of these plain values, as `to_dict` gives them. Raises ConfigError for an unknown setting or a wrong value."""
+    types = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _as_float, Path: _as_path})
+    try:
+        return dacite.from_dict(kind, _as_python(kind, values), types)
     except dacite.WrongTypeError as error:
         choices = _choices(error.field_type)
         said = (
             f"{error.field_path} is {error.value!r}; use {' or '.join(map(repr, choices))}" if choices else str(error)
         )
-        raise ConfigError(f"{path}: {said[:500]}") from None
+        raise ConfigError(said[:500]) from None
     except (dacite.DaciteError, ConfigError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ConfigError(f"{path}: {str(error)[:500]}") from None
-    return config if whole else _taken_for(kind, config)
+        raise ConfigError(str(error)[:500]) from None
 
 
 def _choices(hint: Any) -> list[Any]:

@@ -1,7 +1,5 @@
 """One training, and the sparsity in it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

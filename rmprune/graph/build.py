@@ -1,8 +1,6 @@
 """Builds the modules of a rewritten graph one after the other, while inputs flow through them: batch norms are measured on the
 way, outputs come out in float64 for the check, and each layer is cast to its final dtype before the next one is made."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.convolution import Conv, Pattern
-from rmprune.graph.network import Network, free_name
+from rmprune.graph.network import Network, flat_name, free_name
 from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
 
@@ -121,7 +119,7 @@ class _Builder:
         return value
 
     def _register(self, name: str, own: nn.Module | Tensor) -> str:
-        name = free_name("".join(c if c.isalnum() else "_" for c in name), self.own)
+        name = free_name(flat_name(name), self.own)
         self.own[name] = own
         return name
 

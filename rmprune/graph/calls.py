@@ -1,7 +1,6 @@
 """What a call in a graph is, however it is written: as a function, a method or an operator, its arguments by place or by name."""
 
-from __future__ import annotations
-
+import inspect
 import operator
 from typing import Any
 
@@ -32,6 +31,33 @@ def argument(node: fx.Node, place: int, *names: str, default: Any = None) -> Any
     if len(node.args) > place:
         return node.args[place]
     return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a call adds."""
+    return node.op in ("call_function", "call_method") and node.target in ADDITIONS
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """By name, defaults filled in; calls without a Python signature (torch.dropout) name their last flag `train`."""
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        flags = [value for value in node.args if isinstance(value, bool)]
+        return {"p": next(iter(node.args[1:2]), 1), "training": flags[-1] if flags else True, **node.kwargs}
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a function or method writes over its first argument: y += z, y.relu_(), F.relu(y, True), y[0] = z."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    if name.endswith("_") and name[0] != "_":
+        return name != "requires_grad_"
+    flag = node.kwargs.get("inplace") or (True in node.args[1:] and arguments(node).get("inplace"))
+    return bool(flag) or node.target is set_item or node.target in IN_PLACE_OPERATORS.values()
 
 
 def concatenated(node: fx.Node) -> tuple[list[Any], Any]:

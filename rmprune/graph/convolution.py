@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
@@ -124,12 +124,9 @@ class Conv:
         """The same function without norm: weight * scale, bias * scale + shift."""
         if self.norm is None:
             return self
-        scale, shift = self.norm.scale_shift()
-        return replace(self, weight=_scaled(self.weight, scale), bias=self.bias * scale + shift, norm=None)
-
-
-def _scaled(weight: Callable[[], Tensor], scale: Tensor) -> Callable[[], Tensor]:
-    return lambda: weight() * scale[:, None, None, None]
+        own, (scale, shift) = self.weight, self.norm.scale_shift()
+        scaled = lambda: own() * scale[:, None, None, None]  # noqa: E731
+        return replace(self, weight=scaled, bias=self.bias * scale + shift, norm=None)
 
 
 def norm_of(bn: _BatchNorm) -> Norm:
@@ -145,6 +142,13 @@ def with_norm(conv: Conv, norm: Norm, norm_name: str) -> Conv:
     """The batch norm that follows `conv` joins it; a convolution that has one already is folded first."""
     conv = conv.folded()
     return replace(conv, norm=norm, norm_name=norm_name)
+
+
+def pointwise(layer: nn.Linear, name: str = "") -> Conv:
+    """A linear layer on vectors as a 1x1 convolution."""
+    weight = layer.weight.detach().double().cpu()[:, :, None, None]
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().cpu()
+    return Conv(lambda: weight, bias, weight.shape[1], name=name)
 
 
 def depthwise(kernel: Tensor, bias: Tensor, geometry: Geometry, name: str = "") -> Conv:
@@ -272,11 +276,12 @@ def times(a: Pair, b: Pair) -> Pair:
 
 
 def output_size(geometry: Geometry, size: Pair) -> Pair:
-    """Pixels of the output, by the usual floor formula."""
-    sizes = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(
-            size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True
-        )
-    ]
-    return sizes[0], sizes[1]
+    """Pixels of the output."""
+    height, width = positions(size, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+    return height, width
+
+
+def positions(size: Iterable[int], *window: Iterable[int]) -> tuple[int, ...]:
+    """Along each axis how often a window fits into so many pixels; `window`: kernel, stride, padding, dilation."""
+    axes = zip(size, *window, strict=True)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)

@@ -1,15 +1,12 @@
 """Equivalence of two networks on given inputs and on random ones that saturate activations: in float64, and in the dtype of the
 result. Rewrites nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel
 from rmprune.graph.build import target_of
@@ -18,125 +15,9 @@ from rmprune.graph.foreign import copied, eval_copy, has_hooks, reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
+from rmprune.graph.relative_error import check_inputs, depends, double_tensors, relative_error
 from rmprune.graph.run import run
 from rmprune.graph.tf32 import tf32
-
-SCALES = (1.0, 10.0, 100.0)
-
-
-def check_inputs(
-    example_inputs: tuple[Tensor, ...], given: int, random: int, seed: int = 0,
-    limits: tuple[float, float] = (-math.inf, math.inf),
-) -> tuple[tuple[Tensor, ...], list[int]]:  # fmt: skip
-    """Float64 inputs to compare on, and the sizes of their groups: `given` first images, then `random` ones inside `limits`.
-
-    Random images are normal with scales 1, 10 and 100 in turn; the last mixes all scales, pixel by pixel.
-    Only inputs of floating point are replaced by random ones.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = []
-    for value in example_inputs:
-        value = value.detach().cpu()
-        first = value[:given]
-        if not value.is_floating_point():
-            inputs.append(torch.cat([first, *[value[:1]] * random]))
-            continue
-        parts = [first.double()]
-        for k in range(random):
-            noise = torch.randn(1, *value.shape[1:], generator=generator, dtype=torch.float64)
-            scale = torch.tensor(SCALES[k % len(SCALES)], dtype=torch.float64)
-            if k == random - 1 and value.dim() == 4:
-                scale = torch.tensor(SCALES, dtype=torch.float64)[
-                    torch.randint(0, 3, (1, 1, *value.shape[2:]), generator=generator)
-                ]
-            parts.append((noise * scale).clamp(*limits))
-        inputs.append(torch.cat(parts))
-    return tuple(inputs), [len(example_inputs[0][:given])] + [1] * random
-
-
-FLOOR = 1e-3  # of the largest |output|: the rounding of float64 goes with that
-HARDLY = 1e-9  # of it: what the inputs change no more than so is told from rounding no longer (to 1e-4 at the usual tolerance)
-
-
-def base_inputs(
-    example_inputs: tuple[Tensor, ...], limits: tuple[float, float] = (-math.inf, math.inf)
-) -> tuple[Tensor, ...]:
-    """One more random image of scale 1, in float64: what the outputs on the checked images are told from."""
-    return tuple(x[:1] for x in check_inputs(example_inputs, 0, 2, seed=1, limits=limits)[0])
-
-
-def relative_error(original: Any, result: Any, groups: list[int], base: Any = None) -> float:
-    """max |difference| / what the inputs change, the largest over groups of images and over outputs. Infinite where shapes differ.
-
-    What the inputs change in a group, for each output tensor: max - min over the group's images and `base` (the original's outputs
-    on one other image), at the entry where that is largest, so that a bias does not count (RM.md 10). At least FLOOR of the
-    largest |output|, since float64 rounding goes with that; and the largest itself where there is nothing to tell the image from.
-    Where the original itself is not finite nothing is compared, except that it must be finite somewhere.
-    """
-    first, second = _tensors(original), _tensors(result)
-    if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
-        return math.inf
-    worst = 0.0
-    for a, b, other in zip(first, second, _others(first, base), strict=True):
-        for x, y in zip(_parts(a, groups), _parts(b, groups), strict=True):
-            worst = max(worst, _error(x, y, _change(x, other)))
-    return worst
-
-
-def hardly_depends(original: Any, groups: list[int], base: Any) -> bool:
-    """Whether the inputs change some output tensor by no more than HARDLY of its largest |entry|, in every group of images."""
-    tensors = _tensors(original)
-    pairs = [(_parts(tensor, groups), other) for tensor, other in zip(tensors, _others(tensors, base), strict=True)]
-    return any(not any(_depends(part, other) for part in parts) for parts, other in pairs)
-
-
-def _depends(part: Tensor, other: Tensor | None) -> bool:
-    return _change(part, other) > HARDLY * _largest(part)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """In float64 on the CPU."""
-    return [t.detach().cpu().double() for t in tree_leaves(value) if isinstance(t, Tensor)]
-
-
-def _others(tensors: list[Tensor], base: Any) -> list[Tensor] | list[None]:
-    others = _tensors(base)
-    return others if len(others) == len(tensors) else [None] * len(tensors)
-
-
-def _parts(tensor: Tensor, groups: list[int]) -> tuple[Tensor, ...]:
-    """The groups, (images, entries) each; one of one image where the tensor does not hold image after image."""
-    if tensor.dim() == 0 or tensor.numel() == 0 or len(tensor) % sum(groups):
-        return (tensor.reshape(1, -1),)
-    return tensor.reshape(sum(groups), -1).split(groups)
-
-
-def _change(part: Tensor, other: Tensor | None) -> float:
-    """max over entries of max - min over images; infinite where no entry is finite in two of them."""
-    if other is not None and other.numel() == part.shape[1]:
-        part = torch.cat([part, other.reshape(1, -1)])
-    finite = torch.isfinite(part)
-    entries = finite.sum(0) > 1
-    if not entries.any():
-        return math.inf
-    low, high = torch.where(finite, part, math.inf).amin(0), torch.where(finite, part, -math.inf).amax(0)
-    return (high - low)[entries].max().item()
-
-
-def _largest(part: Tensor) -> float:
-    return part[torch.isfinite(part)].abs().max().item() if torch.isfinite(part).any() else 0.0
-
-
-def _error(original: Tensor, result: Tensor, change: float) -> float:
-    finite = torch.isfinite(original)
-    if not finite.any():
-        return 0.0 if original.numel() == 0 else math.inf
-    difference = (original - result)[finite].abs().max().item()
-    largest = _largest(original)
-    scale = min(largest, change) if math.isinf(change) else max(change, FLOOR * largest)
-    if math.isnan(difference):
-        return math.inf
-    return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
 
 
 def maps_error(
@@ -155,7 +36,7 @@ def maps_error(
     shared = [node.name for node in maps if kept.get(node.name) == (shape_of(node) or ())[1:]]
     two = tuple(torch.cat([x[-1:], y]) for x, y in zip(checked, other, strict=True))
     seen = build(_with_outputs(before, shared), two)
-    dependent = {name for name, value in zip(shared, seen, strict=True) if _depends(value.reshape(2, -1), None)}
+    dependent = {name for name, value in zip(shared, seen, strict=True) if depends(value.reshape(2, -1), None)}
     deepest: list[str] = []
     above: set[fx.Node] = set()
     for node in reversed(before.graph.nodes):
@@ -203,7 +84,7 @@ def own_dtype_error(
         # What does not hold image after image is compared as a whole: the original is off by as much.
         wanted = [
             t[k * len(one) : (k + 1) * len(one)] if t.dim() and len(t) == sum(groups) * len(one) else t
-            for t, one in zip(_tensors(expected), _tensors(base), strict=False)
+            for t, one in zip(double_tensors(expected), double_tensors(base), strict=False)
         ]
         try:
             with tf32(False, target.device):
@@ -305,13 +186,9 @@ def own_rounding(
     for _ in range(_DRAWS):
         ups = [torch.rand(tensor.shape, generator=generator) < 0.5 for tensor in moving]
         before = [tensor.clone() for tensor in moving]
-        _move(moving, ups)
+        for tensor, up in zip(moving, ups, strict=True):
+            tensor.copy_(torch.nextafter(tensor, torch.where(up, math.inf, -math.inf).to(tensor)))
         worst = max(worst, relative_error(expected, in_double(reference, checked), groups, base))
         for tensor, own in zip(moving, before, strict=True):
             tensor.copy_(own)
     return worst
-
-
-def _move(tensors: list[Tensor], ups: list[Tensor]) -> None:
-    for tensor, up in zip(tensors, ups, strict=True):
-        tensor.copy_(torch.nextafter(tensor, torch.where(up, math.inf, -math.inf).to(tensor)))

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from functools import partial
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -45,9 +46,12 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
             before = modules[source.target]
             fits = not isinstance(before, nn.Linear) or node.target in vectors
             if calls[source.target] == calls[node.target] == 1 and fits and _foldable(before, module):
-                modules[source.target] = _fold(before, module)
+                fuse: Any = fuse_linear_bn_eval if isinstance(before, nn.Linear) else fuse_conv_bn_eval
+                modules[source.target] = fuse(before, module)
                 graph_module.set_submodule(str(source.target), modules[source.target])
-                graph_module.set_submodule(str(node.target), _container(module))
+                inside = nn.Module()  # timm keeps the activation inside the norm
+                inside._modules = module._modules
+                graph_module.set_submodule(str(node.target), inside)
                 _bypass(graph, node, source)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
@@ -70,13 +74,6 @@ def _norms_of_vectors(model: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
     return found
 
 
-def _container(module: nn.Module) -> nn.Module:
-    """The children of `module` without it: timm keeps the activation inside the norm."""
-    container = nn.Module()
-    container._modules = module._modules
-    return container
-
-
 def _bypass(graph: fx.Graph, node: fx.Node, source: fx.Node) -> None:
     node.replace_all_uses_with(source)
     graph.erase_node(node)
@@ -96,10 +93,3 @@ def _foldable(before: nn.Module | None, norm: nn.Module) -> bool:
     if not isinstance(norm, _NORMS) or norm.running_mean is None:
         return False
     return isinstance(before, _CONVS) or (isinstance(before, nn.Linear) and isinstance(norm, nn.BatchNorm1d))
-
-
-def _fold(before: nn.Module | None, norm: nn.Module) -> nn.Module:
-    if isinstance(before, nn.Linear):
-        return fuse_linear_bn_eval(before, norm)  # type: ignore[arg-type]
-    assert before is not None
-    return fuse_conv_bn_eval(before, norm)  # type: ignore[type-var, arg-type]

@@ -1,7 +1,5 @@
 """Networks as people bring them: wrappers taken off, weights that are computed made numbers, what cannot be read refused."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import logging
@@ -17,6 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.network import named
 
 M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger("rmprune")
@@ -25,7 +24,9 @@ _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
 # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations.
 _HOOKED = ("WeightNorm", "SpectralNorm")
-_STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame")  # timm's
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# timm's, which standardise their weights, each filter for itself, whenever they run.
+_STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame")
 
 
 def plain_module(model: nn.Module) -> nn.Module:
@@ -68,12 +69,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 def _computed(module: nn.Module) -> bool:
     hooked = any(is_of_weights(hook) for hook in module._forward_pre_hooks.values())
-    return parametrize.is_parametrized(module) or hooked or _is_standardised(module)
-
-
-def _is_standardised(module: nn.Module) -> bool:
-    """Whether a convolution of timm's standardises its weight, each filter for itself, whenever it runs."""
-    return type(module).__name__ in _STANDARDISED and type(module).__module__.split(".")[0] == "timm"
+    return parametrize.is_parametrized(module) or hooked or named(module, _STANDARDISED)
 
 
 def is_of_weights(hook: Any) -> bool:
@@ -112,7 +108,7 @@ def make_permanent(module: nn.Module) -> None:
             # Not remove_parametrizations: the copy shares its made-up class with the original, which that would damage.
             module.__class__ = type(module).__bases__[0]
             del module._modules["parametrizations"]
-        if _is_standardised(module):
+        if named(module, _STANDARDISED):
             values["weight"] = _plain_convolution(module)
     module.training = was
     for name, value in values.items():
@@ -159,7 +155,7 @@ def freeze(twin: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         make_permanent(module)
     for module in twin.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for name in HOOKS:
             getattr(module, name).clear()
     return twin
 

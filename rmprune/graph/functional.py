@@ -1,7 +1,5 @@
 """Stock modules for functional calls and tensor methods (F.relu -> nn.ReLU, x.mean([2, 3]) -> pool and flatten); nothing else."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -42,17 +40,9 @@ def _simple(make: Callable[..., nn.Module]) -> Callable[[dict[str, Any]], list[n
     return build
 
 
-def _gone(given: dict[str, Any]) -> list[nn.Module]:
-    return []
-
-
 def _contiguous(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
     """Another memory format changes no value; a reader such as `view` may depend on it, layers do not."""
     return [] if all(user.op == "call_module" for user in node.users) else None
-
-
-def _dropout(given: dict[str, Any]) -> list[nn.Module] | None:
-    return [] if not given.get("training", True) or "training" not in given else None
 
 
 def _clamp(given: dict[str, Any]) -> list[nn.Module] | None:
@@ -72,10 +62,6 @@ def _holding(module: nn.Module, **tensors: Tensor | None) -> list[nn.Module]:
 
 def _prelu(given: dict[str, Any]) -> list[nn.Module]:
     return _holding(nn.PReLU(given["weight"].numel()), weight=given["weight"].flatten())
-
-
-def _flatten(given: dict[str, Any]) -> list[nn.Module]:
-    return [nn.Flatten(given.get("start_dim", 0), given.get("end_dim", -1))]
 
 
 def _mean(given: dict[str, Any]) -> list[nn.Module] | None:
@@ -164,15 +150,19 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), (_MAX_POOL, _simple(nn.MaxPool2d))),
     F.adaptive_avg_pool2d: (("output_size",), _simple(nn.AdaptiveAvgPool2d)),
     **dict.fromkeys((torch.mean, "mean"), (("dim", "keepdim"), _mean)),
-    **dict.fromkeys((torch.flatten, "flatten"), (("start_dim", "end_dim"), _flatten)),
+    **dict.fromkeys(
+        (torch.flatten, "flatten"), (("start_dim", "end_dim"), lambda given: [nn.Flatten(**{"start_dim": 0} | given)])
+    ),
     **dict.fromkeys(("view", "reshape"), ((), _view)),
-    **dict.fromkeys((F.dropout, F.dropout2d), (("p", "training", "inplace"), _dropout)),
+    **dict.fromkeys(
+        (F.dropout, F.dropout2d), (("p", "training", "inplace"), lambda given: None if given.get("training") else [])
+    ),
     F.conv2d: (("weight", "bias", "stride", "padding", "dilation", "groups"), _conv2d),
     F.linear: (("weight", "bias"), _linear),
     F.batch_norm: (("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul"), (("other",), _scale)),
-    "detach": ((), _gone),
-    "clone": (("memory_format",), _gone),
+    "detach": ((), lambda _: []),
+    "clone": (("memory_format",), lambda _: []),
     "contiguous": (("memory_format",), _contiguous),
 }
 _WITH_NODE = (_view, _contiguous)

@@ -3,8 +3,6 @@
 Two convolutions become one where their product is exact and, under the rule "cheaper", has no more MACs than the pair.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from dataclasses import replace
@@ -40,7 +38,8 @@ def join_norms(network: Network) -> None:
         if before is None or before.norm is not None or norm is None or norm.norm is None:
             continue
         network.layers[str(source.target)] = with_norm(before, norm.norm, str(node.target))
-        _drop(network, node, source)
+        source.meta.update({k: v for k, v in node.meta.items() if k in ("shape", "range")})
+        network.bypass(node, source)
 
 
 def fuse_convolutions(network: Network, rule: str, fused: Collection[str] = ()) -> int:
@@ -90,18 +89,12 @@ def _product(first: Conv, second: Conv, source: fx.Node, node: fx.Node, rule: st
     return replace(product, norm=norm, norm_name=second.norm_name, rewritten=first.rewritten or second.rewritten)
 
 
-def _drop(network: Network, node: fx.Node, source: fx.Node) -> None:
-    source.meta.update({k: v for k, v in node.meta.items() if k in ("shape", "range")})
-    network.bypass(node, source)
-
-
 def _bypass(network: Network, source: fx.Node, node: fx.Node) -> None:
     before = source.args[0]
     assert isinstance(before, fx.Node) and shape_of(before) is not None
     node.args = (before,)
     node.meta.setdefault("block", source.meta.get("block", ""))
-    network.layers.pop(str(source.target), None)
-    network.graph.erase_node(source)
+    network.take_out(source)
 
 
 def compose(first: Conv, second: Conv) -> Conv | None:

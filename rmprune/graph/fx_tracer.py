@@ -1,12 +1,8 @@
 """torch.fx's tracer, helped by the sizes of the example inputs where it cannot go on, and the refusal where that is no help either."""
 
-from __future__ import annotations
-
 import contextlib
-import inspect
 import linecache
 import operator
-import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +14,6 @@ from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute, TraceError
 from torch.utils._pytree import tree_leaves
 
-from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes, set_item
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, to_run
@@ -144,8 +139,7 @@ class Tracer(fx.Tracer):
 
 
 _UNKNOWN = object()
-_PROXIES = r"<class '[\w.]*_Known\w*'>|'?_Known\w*'?( object)?"  # what Python calls our stand-ins
-_NO_LENGTH = "the length of this value is not known while the network is traced"
+NO_LENGTH = "the length of this value is not known while the network is traced"
 
 
 @contextlib.contextmanager
@@ -159,54 +153,6 @@ def _untraced() -> Iterator[None]:
         nn.Module.__call__, nn.Module.__getattr__ = ours  # type: ignore[method-assign]
 
 
-_FACTORIES = ("zeros", "ones", "full", "empty", "arange")
-
-
-@contextlib.contextmanager
-def _recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph; autocast that is off is left out."""
-
-    def recorded(make: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", make, args, kwargs)
-            return make(*args, **kwargs)
-
-        return call
-
-    def autocast(device_type: Any, *args: Any, **kwargs: Any) -> Any:
-        off = isinstance(device_type, fx.Proxy) and kwargs.get("enabled") is False
-        return contextlib.nullcontext() if off else own["autocast"](device_type, *args, **kwargs)
-
-    own = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
-    try:
-        for name, make in own.items():
-            setattr(torch, name, autocast if name == "autocast" else recorded(make))
-        yield
-    finally:
-        for name, make in own.items():
-            setattr(torch, name, make)
-
-
-@contextlib.contextmanager
-def _own_caches(model: nn.Module) -> Iterator[None]:
-    """Dictionaries in which modules keep what they computed (LeViT's attention biases) are empty for the while, and as before after it."""
-    found = [
-        (held, dict(held))
-        for module in model.modules()
-        for name, held in vars(module).items()
-        if type(held) is dict and "cache" in name
-    ]
-    for held, _ in found:
-        held.clear()
-    try:
-        yield
-    finally:
-        for held, before in found:
-            held.clear()
-            held.update(before)
-
-
 class _Known(fx.Proxy):
     """A proxy that Python may ask for its length, or for its number where it is one made of sizes."""
 
@@ -216,7 +162,7 @@ class _Known(fx.Proxy):
     def __len__(self) -> int:
         count = length(self.tracer, self)  # type: ignore[arg-type]
         if count is None:
-            raise TypeError(_NO_LENGTH)  # `list` asks for it, goes on where there is none, and asks for the entries
+            raise TypeError(NO_LENGTH)  # `list` asks for it, goes on where there is none, and asks for the entries
         return count
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -269,99 +215,3 @@ def _pieces(node: fx.Node) -> int | None:
     if node.target in CHUNKS:
         return given if isinstance(given, int) else None
     return len(given) if isinstance(given, tuple | list) else None
-
-
-def follow(
-    kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | None = None
-) -> tuple[fx.Graph, list[str]]:
-    """The torch.fx graph of `model` as a tracer of this kind sees it, and where sizes decided what is in it.
-
-    Arguments of forward that `inputs` do not reach and that are None or flags are taken as they are. First without sizes; where that
-    fails, with those of `inputs`, and at last with transformers of torch left whole. Raises UnsupportedModel that names module, line,
-    cause and way out.
-    """
-    _refuse_mixed(model, inputs)
-    tried: list[tuple[Tracer, Exception]] = []
-    attempts = ((None, False, False), (inputs, False, False), (inputs, True, False), (inputs, True, True))
-    for known, held, whole in attempts if inputs is not None else attempts[:1]:
-        tracer, before = kind(), set(model.__dict__)
-        tracer.inputs, tracer.held, tracer.whole = known, held, whole
-        try:
-            fixed = _fixed(model, None if inputs is None else len(inputs))
-            with _recorded_factories(tracer), _own_caches(model):
-                graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
-            _note_origin(graph, model)
-            decided = list(tracer.decided)
-            vars(tracer).clear()  # it stands in a circle, and would hold the network until that is collected
-            return _cleaned(graph, fixed), decided
-        except Exception as error:  # tracing runs the user's forward code: anything may come out
-            tried.append((tracer, error))
-            for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
-                del model.__dict__[name]
-    failed = tried[min(1, len(tried) - 1)]
-    raise _refusal(model, *failed) from failed[1]
-
-
-def _note_origin(graph: fx.Graph, model: nn.Module) -> None:
-    """Which node of the graph that a GraphModule has each node is, in its meta, where tracing gave the same ones."""
-    if isinstance(model, fx.GraphModule) and [n.name for n in graph.nodes] == [n.name for n in model.graph.nodes]:
-        for node in graph.nodes:
-            node.meta["traced_as"] = node.name
-
-
-def _refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> None:
-    """torch.fx takes `*more` after named arguments for one tensor, and `more[0]` for the first image of it."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    more = next((place for place, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_POSITIONAL), 0)
-    if inputs is not None and 0 < more < len(inputs):
-        named = ", ".join(p.name for p in parameters[:more])
-        raise UnsupportedModel(
-            f"{type(model).__name__}: forward takes {named} and *{parameters[more].name}, which torch.fx cannot tell apart: write each "
-            "input by its name"
-        )
-
-
-def _fixed(model: nn.Module, count: int | None) -> dict[str, Any] | tuple[Any, ...] | None:
-    """What torch.fx is told of the arguments of forward. count: of the inputs given, where there are examples."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    if count and len(parameters) == 1 and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
-        return (_symbolic_trace.PH,) * count
-    rest = parameters[count:] if count is not None else parameters
-    return {p.name: p.default for p in rest if p.default is None or isinstance(p.default, bool)} or None
-
-
-def _cleaned(graph: fx.Graph, fixed: Any) -> fx.Graph:
-    """Without assertions and what only they read, and without inputs that are fixed."""
-    asserted = [node for node in graph.nodes if node.target in (torch._assert, _symbolic_trace._assert_is_none)]
-    for node in asserted:
-        _erase(node)
-    names = [f"{name}_1" for name in fixed] if isinstance(fixed, dict) else []
-    for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        if not node.users and (node.target in names or str(node.target).startswith("*")):
-            graph.erase_node(node)
-    return graph
-
-
-def _erase(node: fx.Node) -> None:
-    sources = node.all_input_nodes
-    node.graph.erase_node(node)
-    for source in sources:
-        if not source.users and source.op == "call_function" and not source._erased:
-            _erase(source)
-
-
-def _refusal(model: nn.Module, tracer: Tracer, error: Exception) -> UnsupportedModel:
-    where, text = tracer.place(error), re.sub(_PROXIES, "a value of the network", " ".join(str(error).split()))
-    if isinstance(error, TraceError) and ("decide" in text or "control flow" in text):
-        cause = "control flow that depends on the values of tensors"
-        way = "write it without (torch.where, a product with a mask), or give the part without it"
-        if tracer.inputs is None:
-            cause += " or on their sizes"
-            way += "; where sizes alone decide, give example_inputs"
-    elif isinstance(error, TraceError) or text == _NO_LENGTH:
-        cause = f"what it goes over has no length that is known ({text[:120]})"
-        way = "name the pieces (a, b = x.chunk(2, 1)), or write a loop of a fixed number of steps"
-    else:
-        cause = f"{type(error).__name__}: {text[:200]}"
-        way = "mend it, or give the part of the network without it"
-    return UnsupportedModel(f"{where}: torch.fx cannot trace {type(model).__name__}: {cause}; {way}")

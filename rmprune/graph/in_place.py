@@ -1,7 +1,5 @@
 """In-place calls in a traced graph: later readers of a changed value are given the new one. torch.fx alone does not know."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import IN_PLACE_OPERATORS, set_item
+from rmprune.graph.calls import set_item, writes
 from rmprune.graph.network import GONE, named
 from rmprune.graph.run import node_value
 
-_IN_PLACE_FUNCTIONS = (*IN_PLACE_OPERATORS.values(), torch.relu_, set_item)
 _SAME_METHODS = ("contiguous", "detach", "float", "double", "to", "type_as")
 _VIEW_METHODS = (
     "view", "reshape", "flatten", "chunk", "split", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "unbind", "expand",
@@ -63,11 +60,7 @@ def changes_in_place(node: fx.Node, modules: Mapping[str, Any]) -> bool:
     """Whether a node writes its value over its first argument."""
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False)) and not named(modules[str(node.target)], GONE)
-    if node.op == "call_method":
-        return (
-            str(node.target).endswith("_") and not str(node.target).startswith("_") and node.target != "requires_grad_"
-        )
-    return node.target in _IN_PLACE_FUNCTIONS or bool(node.kwargs.get("inplace")) or _positional_in_place(node)
+    return writes(node)
 
 
 def value_apart(
@@ -81,10 +74,6 @@ def value_apart(
         return found.clone() if source is over and isinstance(found, Tensor) else found
 
     return node_value(node, apart, own)
-
-
-def _positional_in_place(node: fx.Node) -> bool:
-    return node.target in (F.relu, F.relu6, F.silu, F.hardswish) and len(node.args) > 1 and bool(node.args[1])
 
 
 def _alias(node: fx.Node, modules: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """What a call is given: example inputs (one tensor, a tuple of them, or a dict by the names in forward), and whether they fit; names."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -4,10 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import IN_PLACE_OPERATORS
-from rmprune.graph.fx_tracer import Tracer, follow
+from rmprune.graph.calls import writes
+from rmprune.graph.fx_tracer import Tracer
+from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
+from rmprune.graph.tracing import follow
 from rmprune.graph.vocabulary import LAYERS
 
 
@@ -51,9 +54,7 @@ def is_norm_with_activation(module: nn.Module) -> bool:
 
 
 def stock_norm(module: nn.Module) -> nn.BatchNorm2d:
-    """A stock BatchNorm2d that holds the tensors and children of timm's BatchNormAct2d, and does not call the
-    children.
-    """
+    """A stock BatchNorm2d that holds the tensors and children of timm's BatchNormAct2d, and does not call the children."""
     with torch.device("meta"):
         norm = nn.BatchNorm2d(**LAYERS["BatchNorm2d"].read(module))
     norm._parameters, norm._buffers, norm._modules = module._parameters, module._buffers, module._modules
@@ -85,19 +86,17 @@ def trace_sized(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> tuple[fx
             f"{type(model).__name__}: the forward pass makes {len(constants)} tensor constant(s); register them as "
             "buffers of the module"
         )
-    graph.eliminate_dead_code(is_impure_node=_has_effect)
+    stay = ("placeholder", "output", "call_module")  # layers keep statistics
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in stay or writes(node))
     return graph, decided
 
 
-def _has_effect(node: fx.Node) -> bool:
-    """Whether a node whose result nobody reads must stay: layers keep statistics, in-place operations change their
-    argument.
-    """
-    if node.op in ("placeholder", "output", "call_module"):
-        return True
-    name = str(getattr(node.target, "__name__", node.target))
-    inplace_operator = node.target in IN_PLACE_OPERATORS.values()
-    return name.endswith("_") or inplace_operator or True in (node.kwargs.get("inplace"), *node.args[1:])
+def shaped(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    """The network as `trace` reads it, in float32 without values, and node.meta["tensor_meta"] as it is for the images `x`."""
+    module = fx.GraphModule(to_run(model, torch.float32), trace(model))
+    with torch.no_grad(), WithoutValues():
+        ShapeProp(module).propagate(*blank_inputs((x,), torch.float32))
+    return module
 
 
 def is_flat_sequential(model: nn.Module) -> bool:

@@ -1,7 +1,5 @@
 """The graph that removal works on: a torch.fx graph, its layers (modules, or convolutions as data) and shapes. No passes here."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.calls import concatenated
-from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size, pointwise
 from rmprune.graph.double import InDouble
 from rmprune.graph.run import Values, node_value
 
@@ -78,9 +76,10 @@ class Network:
     def bypass(self, node: fx.Node, by: fx.Node) -> None:
         """Gives the readers of a node `by` in its place, and takes it out."""
         node.replace_all_uses_with(by)
-        self._take_out(node)
+        self.take_out(node)
 
-    def _take_out(self, node: fx.Node) -> None:
+    def take_out(self, node: fx.Node) -> None:
+        """Takes a node out that nothing reads, and its layer."""
         self.graph.erase_node(node)
         if node.op == "call_module":
             self.layers.pop(str(node.target), None)
@@ -90,7 +89,12 @@ class Network:
         stay = ("output", "placeholder") if layers else ("output", "placeholder", "call_module")
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.op not in stay:
-                self._take_out(node)
+                self.take_out(node)
+
+
+def flat_name(name: str) -> str:
+    """A module's name as a flat network has it: layer1.0.conv1 -> layer1_0_conv1."""
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def free_name(name: str, taken: Container[str]) -> str:
@@ -123,11 +127,11 @@ def linear_layer(network: Network, node: fx.Node) -> Conv:
     shape = shape_of(node)
     source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     before = shape_of(source) if source is not None else None
-    if isinstance(network.layer(node), nn.Linear) and len(shape or ()) == 2:
-        return _pointwise(network.layer(node), str(node.target))
+    layer = network.layer(node)
+    if isinstance(layer, nn.Linear) and len(shape or ()) == 2:
+        return pointwise(layer, str(node.target))
     if source is None or shape is None or before is None or len(shape) != 4 or len(before) != 4:
         raise Obstacle(f"{in_words(network, node)} does not read one map (batch, channels, height, width)")
-    layer = network.layer(node)
     if isinstance(layer, Conv):
         return layer
     if layer is not None:
@@ -139,13 +143,6 @@ def linear_layer(network: Network, node: fx.Node) -> Conv:
     if output_size(found.geometry, spatial(source)) != spatial(node):
         raise Obstacle(f"{node.target}: partial windows at the border of this input size (ceil_mode)")
     return found
-
-
-def _pointwise(layer: Any, name: str) -> Conv:
-    """A linear layer on vectors as a 1x1 convolution."""
-    weight = layer.weight.detach().double().cpu()[:, :, None, None]
-    bias = _zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().cpu()
-    return Conv(lambda: weight, bias, weight.shape[1], name=name)
 
 
 def _crop(node: fx.Node, channels: int) -> Conv:

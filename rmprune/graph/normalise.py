@@ -1,7 +1,5 @@
 """A user's network as a graph of stock modules with known shapes. Finds and rewrites nothing."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from typing import Any
@@ -15,12 +13,13 @@ from rmprune.graph.calls import is_size, module_around
 from rmprune.graph.convolution import plain
 from rmprune.graph.double import InDouble
 from rmprune.graph.functional import COMMUTATIVE, modules_for
-from rmprune.graph.fx_tracer import Tracer, follow
+from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, free_name, named
 from rmprune.graph.randomness import draws, is_pure, refuse_drawn, refuse_random
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
+from rmprune.graph.tracing import follow
 from rmprune.graph.written_out import as_layers
 
 _TRANSFORMERS = (  # of torch, but made of layers that can be cut

@@ -1,12 +1,11 @@
 """A network's outline for a record: its layers with their widths, and where residuals are added. Weights are not in it."""
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.graph.calls import ADDITIONS
+from rmprune.graph.calls import is_addition
 from rmprune.graph.listed import trace
 from rmprune.graph.run import hooked
 
@@ -20,7 +19,8 @@ def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
     graph, modules = trace(model), dict(model.named_modules())
-    weighted = {n: modules[str(n.target)] for n in graph.nodes if n.op == "call_module" and _is_weighted(modules, n)}
+    called = {n: modules[str(n.target)] for n in graph.nodes if n.op == "call_module"}
+    weighted = {n: own for n, own in called.items() if isinstance(own, nn.Conv2d | nn.Linear)}
     sizes = _output_sizes(model, example_inputs, list(weighted.values()))
     places = {node: place for place, node in enumerate(weighted)}
     before: dict[fx.Node, int] = {}  # the layers that a node depends on, itself included, as bits
@@ -32,16 +32,12 @@ def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
             before[node] |= bits
         if node in places:
             before[node] |= 1 << places[node]
-        elif len(sources) == 2 and node.target in ADDITIONS:
+        elif len(sources) == 2 and is_addition(node):
             short, long = sorted(sources, key=lambda bits: (bits & ~(sources[0] & sources[1])).bit_count())
             shared = short & long
             residuals.append({"from": _last(shared), "to": _last(short | long), "shortcut": _ones(short & ~shared)})
     layers = [_layer(str(n.target), own, sizes[own]) for n, own in weighted.items()]
     return {"layers": layers, "residuals": residuals}
-
-
-def _is_weighted(modules: dict[str, nn.Module], node: fx.Node) -> bool:
-    return isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)
 
 
 def _output_sizes(model: nn.Module, x: Tensor, layers: list[nn.Module]) -> dict[nn.Module, list[int]]:
@@ -69,4 +65,4 @@ def _last(bits: int) -> int:
 
 
 def _ones(bits: int) -> list[int]:
-    return [place for place, bit in zip(itertools.count(), reversed(bin(bits)[2:]), strict=False) if bit == "1"]
+    return [place for place, bit in enumerate(reversed(f"{bits:b}")) if bit == "1"]

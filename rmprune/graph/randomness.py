@@ -1,8 +1,5 @@
 """Calls that draw random numbers in eval mode, too: a network with one is no function, and nothing can be equal to it."""
 
-from __future__ import annotations
-
-import inspect
 import random
 from typing import Any
 
@@ -11,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import IN_PLACE_OPERATORS, argument, module_around, set_item
+from rmprune.graph.calls import argument, arguments, module_around, writes
 from rmprune.graph.double import in_double
 from rmprune.graph.network import Network, named
 from rmprune.graph.shapes import to_double
@@ -48,7 +45,7 @@ def refuse_random(network: Network) -> None:
                 f"{_place(node)}: {name} is random in eval mode, too, as it is written (its training flag is True); write "
                 f"{name}(..., training=self.training){module}"
             )
-        if name in _ALWAYS or (name == "scaled_dot_product_attention" and _attention_drops(node)):
+        if name in _ALWAYS or (name == "scaled_dot_product_attention" and argument(node, 4, "dropout_p")):
             raise UnsupportedModel(
                 f"{_place(node)}: {name} draws random numbers in eval mode, too; call it only if self.training (drop_path and "
                 "stochastic_depth take training=self.training), or keep fixed numbers as a buffer"
@@ -58,9 +55,7 @@ def refuse_random(network: Network) -> None:
 def is_pure(node: fx.Node) -> bool:
     """Whether a call neither draws nor changes what it reads."""
     name = str(getattr(node.target, "__name__", node.target))
-    changes = name.endswith("_") or node.target in IN_PLACE_OPERATORS.values() or node.target is set_item
-    flags = {"out", "inplace"} & node.kwargs.keys()
-    return not changes and not flags and name not in _ALWAYS | _TRAINING
+    return not writes(node) and "out" not in node.kwargs and name not in _ALWAYS | _TRAINING
 
 
 def _place(node: fx.Node) -> str:
@@ -68,24 +63,9 @@ def _place(node: fx.Node) -> str:
     return f"{path}.{node.name}" if path else node.name
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """By name, defaults filled in; calls without a Python signature (torch.dropout) name their last flag `train`."""
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        flags = [value for value in node.args if isinstance(value, bool)]
-        return {"p": next(iter(node.args[1:2]), 1), "training": flags[-1] if flags else True, **node.kwargs}
-    bound.apply_defaults()
-    return bound.arguments
-
-
 def _active(node: fx.Node) -> bool:
-    given = _arguments(node)
+    given = arguments(node)
     return bool(given.get("train", given.get("training", True))) and given.get("p", 1) != 0
-
-
-def _attention_drops(node: fx.Node) -> bool:
-    return bool(argument(node, 4, "dropout_p"))
 
 
 def draws() -> tuple[Any, ...]:

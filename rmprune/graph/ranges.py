@@ -3,8 +3,6 @@
 `node.meta["range"]` is (low, high), two float64 tensors with one entry a channel, for every node whose shape is known.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.activations import image
 from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, DIVISIONS, MULTIPLICATIONS, concatenated
-from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, or_none
+from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, or_none, pointwise
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.run import run
 
@@ -93,9 +91,7 @@ _READS_MAPS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.A
 def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> Range | None:
     low, high = range_of(source)
     if isinstance(layer, nn.Linear) and len(shape_of(source) or ()) == 2:
-        weight = layer.weight.detach().double().cpu()
-        bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu()
-        return affine_range(weight, bias.double(), low, high)
+        return conv_range(pointwise(layer), low, high)
     if isinstance(layer, nn.AdaptiveAvgPool2d | nn.MaxPool2d | nn.AdaptiveMaxPool2d):
         return low, high
     if isinstance(layer, nn.Upsample):
@@ -167,15 +163,6 @@ def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
         total_low += _grouped(positive, bottom, groups) + _grouped(negative, top, groups)
         total_high += _grouped(positive, top, groups) + _grouped(negative, bottom, groups)
     return total_low, total_high
-
-
-def affine_range(weight: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Range:
-    """The range (out,) of weight (out, in) times a vector in [low, high] (in,), plus bias (out,)."""
-    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
-    return (
-        bias + _grouped(positive, low, 1) + _grouped(negative, high, 1),
-        bias + _grouped(positive, high, 1) + _grouped(negative, low, 1),
-    )
 
 
 def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:

@@ -1,7 +1,5 @@
 """Runs a network node by node: what its values are and how long they live. What becomes of a value is the caller's affair."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -1,20 +1,17 @@
 """The shape of every tensor in a normalised graph: by formula where plain, else by a run on the meta device."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
-from rmprune.graph.convolution import plain
+from rmprune.graph.convolution import plain, positions
 from rmprune.graph.double import InDouble, each_argument
 from rmprune.graph.foreign import copied
 from rmprune.graph.network import Network, in_words
@@ -70,11 +67,6 @@ def blank(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The same without values; in `dtype` where it is of floating point."""
     empty = torch.empty_like(tensor, device="meta", dtype=dtype if tensor.is_floating_point() else None)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def blank_images(x: Tensor) -> Tensor:
-    """For a network in float32 without values: an input of the shape of `x` without any; whole numbers stay whole."""
-    return torch.empty(x.shape, dtype=torch.float32 if x.is_floating_point() else x.dtype, device="meta")
 
 
 def to_double(x: Tensor) -> Tensor:
@@ -150,13 +142,9 @@ def _off_device(value: Any) -> Any:
 
 
 def _own(layer: Any) -> Any:
-    return (
-        to_run(layer, torch.float64)
-        if isinstance(layer, nn.Module)
-        else blank(layer)
-        if isinstance(layer, Tensor)
-        else layer
-    )
+    if isinstance(layer, nn.Module):
+        return to_run(layer, torch.float64)
+    return blank(layer) if isinstance(layer, Tensor) else layer
 
 
 def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, ...] | None:
@@ -179,14 +167,8 @@ def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, 
         return (*shape[:-1], module.out_features) if known else None
     kind = _CONVOLUTIONS.get(len(shape), nn.Conv2d)
     if isinstance(module, kind) and plain(module, kind) and module.in_channels == shape[1]:
-        size = _size(module, shape[2:])
+        if isinstance(module.padding, str):
+            return None
+        size = positions(shape[2:], module.kernel_size, module.stride, module.padding, module.dilation)
         return (shape[0], module.out_channels, *size) if min(size) > 0 else None
     return None
-
-
-def _size(conv: _ConvNd, size: tuple[int, ...]) -> tuple[int, ...]:
-    """Positions of the output, by the usual floor formula; zeros where the padding is given in words."""
-    if isinstance(conv.padding, str):
-        return (0,) * len(size)
-    axes = zip(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)

@@ -81,9 +81,7 @@ class LayerSpec:
         return "." not in tensor or tensor.partition(".")[0] in self.inside
 
     def read(self, module: nn.Module) -> dict[str, Any]:
-        """The constructor arguments of `module`, as plain JSON values (tuples become lists, a parameter's presence a
-        flag).
-        """
+        """The constructor arguments of `module`, as plain JSON values (tuples become lists, a parameter's presence a flag)."""
         values = {name: getattr(module, name, None) for name in self.args}
         if "bias" in values:
             values["bias"] = any(getattr(module, name, None) is not None for name in ("bias", "in_proj_bias"))

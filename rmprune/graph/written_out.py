@@ -1,7 +1,5 @@
 """What code writes out, as layers: pieces as slices, differences as sums, zeros as padding, relu6(x + 3) / 6 as Hardsigmoid."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,6 +1,7 @@
 """Accuracy of a network as a backend computes it, number format and all. No training, no timing."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,22 +39,14 @@ def backend_accuracy(
 
     `calibration`: training images [N, C, H, W] for int8. Raises ConfigError as `measure_latencies` does, and where int8 gets none.
     """
-    return candidate_accuracy(
-        Candidate("model", model, split.example(1), calibration), split, backend, device, threads, batch_size, limit
-    )
+    candidate = Candidate("model", model, split.example(1), calibration)
+    where: dict[str, Any] = {"device": device, "threads": threads, "batch_size": batch_size, "limit": limit}
+    return candidate_accuracy(candidate, split, backend, **where)
 
 
-def candidate_accuracy(
-    candidate: Candidate,
-    split: Split,
-    backend: str,
-    device: str = "cpu",
-    threads: int = 2,
-    batch_size: int = BATCH,
-    limit: int | None = None,
-) -> float:
-    """The same for a network that is made ready."""
-    logits, labels = candidate_logits(candidate, split, backend, device, threads, batch_size, limit)
+def candidate_accuracy(candidate: Candidate, split: Split, backend: str, **where: Any) -> float:
+    """The same for a network that is made ready; `where`: the others of `candidate_logits`."""
+    logits, labels = candidate_logits(candidate, split, backend, **where)
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 

@@ -22,7 +22,6 @@ from rmprune.measure.quantise import onnx_int8, openvino_int8
 from rmprune.measure.runtimes import (
     Provider,
     cpu_or_cuda,
-    dnnl,
     float16_form,
     missing_provider,
     ncnn,
@@ -32,8 +31,6 @@ from rmprune.measure.runtimes import (
     openvino_form,
     tensorrt,
     tensorrt_engine,
-    tensorrt_float16,
-    xnnpack,
 )
 from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, torchscript
 
@@ -87,8 +84,8 @@ BACKENDS: dict[str, Backend] = {
     "openvino-bfloat16": Backend(
         partial(openvino, precision="bf16"), openvino_form, "bfloat16", ("cpu",), ("openvino",)
     ),
-    "onnxruntime-dnnl": _onnx(dnnl, "cpu"),
-    "onnxruntime-xnnpack": _onnx(xnnpack, "cpu"),
+    "onnxruntime-dnnl": _onnx(lambda _: [("DnnlExecutionProvider", {})], "cpu"),  # oneDNN
+    "onnxruntime-xnnpack": _onnx(lambda _: [("XnnpackExecutionProvider", {})], "cpu"),
     "eager-tf32": _torch(eager, "tf32", "cuda"),
     "eager-float16": _torch(eager, "float16", "cuda"),
     "compile-float16": _torch(compiled, "float16", "cuda"),
@@ -97,7 +94,7 @@ BACKENDS: dict[str, Backend] = {
     "cudagraph-bfloat16": _torch(cuda_graph, "bfloat16", "cuda"),
     "cudagraph-float16": _torch(cuda_graph, "float16", "cuda"),
     "tensorrt": _onnx(tensorrt, "cuda"),
-    "tensorrt-float16": _onnx(tensorrt_float16, "cuda", number_format="float16"),
+    "tensorrt-float16": _onnx(partial(tensorrt, float16=True), "cuda", number_format="float16"),
     "tensorrt-engine": Backend(tensorrt_engine, onnx_form, "float32", ("cuda",), ("tensorrt",)),
     "tensorrt-engine-float16": Backend(
         partial(tensorrt_engine, form=float16_form), float16_form, "float16", ("cuda",), ("tensorrt",)

@@ -87,17 +87,20 @@ def measure_latency(
     (4, 5, True)
     """
     model = plain_module(model)
-    results = measure_latencies(
-        {"model": model},
-        example_inputs,
-        backends=[backend],
-        threads=[threads],
-        batch_sizes=[len(as_tuple(model, example_inputs)[0]) if batch_size is None else batch_size],
-        device=device,
-        seconds=seconds,
-        min_rounds=min_rounds,
-    )
-    return results["model"][0]
+    batch_size = len(as_tuple(model, example_inputs)[0]) if batch_size is None else batch_size
+    place = Configuration(backend, device, threads, batch_size)
+    return measure_at(place, {"model": model}, example_inputs, seconds=seconds, min_rounds=min_rounds)["model"]
+
+
+def measure_at(
+    place: Configuration, models: dict[str, nn.Module], example_inputs: Inputs, **settings: Any
+) -> dict[str, Latency]:
+    """The time of each network in one place; `settings`: the others of `measure_latencies`."""
+    found = measure_latencies(
+        models, example_inputs, backends=[place.backend], threads=[place.threads], batch_sizes=[place.batch_size],
+        device=place.device, **settings,
+    )  # fmt: skip
+    return {name: time for name, (time,) in found.items()}
 
 
 def measure_latencies(
@@ -136,7 +139,6 @@ def measure_latencies(
     (1.0, True)
     """
     backends = as_names(backends, "backends")
-    _check(models, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
     models = {name: plain_module(model) for name, model in models.items()}
     example_inputs = as_tuple(next(iter(models.values())), example_inputs)
     candidates = {name: Candidate(name, model, example_inputs, calibration) for name, model in models.items()}
@@ -149,7 +151,7 @@ def measure_latencies(
     if split is not None:
         for backend, (name, candidate) in itertools.product(reduced(backends), candidates.items()):
             logger.info("accuracy of %s on %s, %d images", name, backend, len(split))
-            accuracy = candidate_accuracy(candidate, split, backend, device, max(threads))
+            accuracy = candidate_accuracy(candidate, split, backend, device=device, threads=max(threads))
             results[name] = [replace(r, accuracy=accuracy) if r.backend == backend else r for r in results[name]]
     return results
 
@@ -160,7 +162,13 @@ def measure_candidates(
     progress: Callable[[str], None] | None = None, warn: bool = True,
 ) -> dict[str, list[Latency]]:  # fmt: skip
     """`measure_latencies` of what is a candidate already, such as a file: times under every configuration, and ratios to `reference`."""
-    _check(candidates, backends, threads, batch_sizes, device, seconds, min_rounds, reference)
+    check_available(backends, device)
+    lists = {"threads": tuple(threads), "batch_sizes": tuple(batch_sizes)}
+    require_numbers(MeasureConfig, {**lists, "seconds": seconds, "min_rounds": min_rounds})
+    if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
+        raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")
+    if reference is not None and reference not in candidates:
+        raise ConfigError(f"reference {reference!r} is not among the models measured: {', '.join(candidates)}")
     places = list(itertools.starmap(Configuration, itertools.product(backends, [device], threads, batch_sizes)))
     planned = {place: sittings_of(place, seconds, sittings) if len(candidates) > 1 else 1 for place in places}
     wanted = dict(planned)
@@ -234,30 +242,6 @@ def check_available(backends: Sequence[str], device: str) -> None:
         raise ConfigError(f"device {device!r}: there is no CUDA device {index or 0} here; use --device cpu")
     for backend in backends:
         check_backend(backend, device)
-
-
-def _check(
-    models: Mapping[str, object],
-    backends: Sequence[str],
-    threads: Sequence[int],
-    batch_sizes: Sequence[int],
-    device: str,
-    seconds: float,
-    min_rounds: int,
-    reference: str | None,
-) -> None:
-    check_available(backends, device)
-    numbers = {
-        "threads": tuple(threads),
-        "batch_sizes": tuple(batch_sizes),
-        "seconds": seconds,
-        "min_rounds": min_rounds,
-    }
-    require_numbers(MeasureConfig, numbers)
-    if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
-        raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")
-    if reference is not None and reference not in models:
-        raise ConfigError(f"reference {reference!r} is not among the models measured: {', '.join(models)}")
 
 
 def _gpu_peak_mib(run: Run) -> float:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure.backends import BACKENDS, Candidate, prepare, surroundings
-from rmprune.measure.latency import measure_latencies
+from rmprune.measure.latency import Configuration, measure_at
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.measure.machine import environment
 from rmprune.measure.rounds import quiet_process, timed_rounds
@@ -78,15 +78,11 @@ class LatencyModel:
             self._read(self.cache)
 
     def predict(self, model: nn.Module, example_inputs: Tensor) -> float:
-        """Predicted milliseconds for `batch_size` images of `example_inputs`' size; measures layers that are not
-        known yet.
-        """
+        """Predicted milliseconds for `batch_size` images of `example_inputs`' size; measures layers that are not known yet."""
         return self.predict_layers(network_layers(model, example_inputs))
 
     def predict_layers(self, layers: Iterable[TimedLayer]) -> float:
-        """As `predict`, for layers from `network_layers`, whose widths a search may have changed
-        (`layer._replace(cout=24)`).
-        """
+        """As `predict`, for layers from `network_layers`, whose widths a search may have changed (`layer._replace(cout=24)`)."""
         layers = list(layers)
         self.require(layers)
         a, b = self.fit
@@ -167,22 +163,11 @@ class LatencyModel:
         return table.assign(error=table.predicted_ms / table.measured_ms - 1)
 
     def _measure_networks(self, models: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
-        results = measure_latencies(
-            models,
-            x,
-            backends=[self.backend],
-            threads=[self.threads],
-            batch_sizes=[self.batch_size],
-            device=self.device,
-            seconds=seconds,
-            sittings=1,
-        )
-        return {name: found[0].median_ms for name, found in results.items()}
+        place = Configuration(self.backend, self.device, self.threads, self.batch_size)
+        return {n: time.median_ms for n, time in measure_at(place, models, x, seconds=seconds, sittings=1).items()}
 
     def _measure(self, layers: list[TimedLayer]) -> list[float]:
-        """Milliseconds of layers alone, measured in turns: the first quartile, which a burst of other load hardly
-        moves.
-        """
+        """Milliseconds of layers alone, measured in turns: the first quartile, which a burst of other load hardly moves."""
         runs = {}
         with quiet_process(self.threads), surroundings(self.backend, self.device), torch.inference_mode():
             for layer in layers:

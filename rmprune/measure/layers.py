@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import ADDITIONS
+from rmprune.graph.calls import is_addition
 from rmprune.graph.fold import fold_batch_norms
-from rmprune.graph.listed import trace
-from rmprune.graph.shapes import blank_images, to_run
+from rmprune.graph.listed import shaped
 from rmprune.graph.vocabulary import LAYERS
 
 _FREE = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -73,11 +71,7 @@ def network_layers(model: nn.Module, example_inputs: Tensor) -> list[TimedLayer]
     Left out, as they cost next to nothing: flattening, identities, dropout, functions other than additions and relu.
     Raises UnsupportedModel where torch.fx cannot trace the network.
     """
-    folded = fold_batch_norms(model, (example_inputs,))
-    graph_module = fx.GraphModule(to_run(folded, torch.float32), trace(folded))
-    with torch.no_grad():
-        ShapeProp(graph_module).propagate(blank_images(example_inputs[:1]))
-    return _read_graph(graph_module)
+    return _read_graph(shaped(fold_batch_norms(model, (example_inputs,)), example_inputs[:1]))
 
 
 def _read_graph(module: fx.GraphModule) -> list[TimedLayer]:
@@ -128,7 +122,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _is_addition(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in ADDITIONS and len(_sources(node)) == 2
+    return is_addition(node) and len(_sources(node)) == 2
 
 
 def _activation(node: fx.Node | None, modules: dict[str, nn.Module]) -> dict[str, Any] | None:

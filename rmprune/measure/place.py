@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rmprune.config import MeasureConfig
 from rmprune.errors import InfeasibleBudget
-from rmprune.measure import measure_latencies
+from rmprune.measure.latency import Configuration, measure_at
 
 logger = logging.getLogger("rmprune")
 CANDIDATES = 5  # networks measured in a round
@@ -55,20 +55,12 @@ class Place:
 
     def ratios(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
         """Time of each network relative to the original's: the median of paired ratios, all measured in turns."""
-        latencies = measure_latencies(
-            {"original": self.original, **networks},
-            self.example,
-            backends=[self.backend],
-            threads=[self.threads],
-            batch_sizes=[self.batch_size],
-            device=self.device,
-            seconds=self.seconds,
-            min_rounds=self.min_rounds,
-            reference="original",
-            sittings=1,
-            warn=False,  # a step of a search, which nobody can repeat
-        )
-        return {name: float(latencies[name][0].ratio or 1.0) for name in networks}
+        place = Configuration(self.backend, self.device, self.threads, self.batch_size)
+        times = measure_at(
+            place, {"original": self.original, **networks}, self.example, seconds=self.seconds, min_rounds=self.min_rounds,
+            reference="original", sittings=1, warn=False,  # a step of a search, which nobody can repeat
+        )  # fmt: skip
+        return {name: float(times[name].ratio or 1.0) for name in networks}
 
     def ratio(self, network: nn.Module) -> float:
         """Time of one network relative to the original's."""
@@ -76,12 +68,16 @@ class Place:
 
     def least_ratio(self, network: nn.Module, limit: float) -> float:
         """The same, the least of up to ATTEMPTS measurements while it is over `limit`: no network is judged by one disturbed one."""
-        least = math.inf
-        for _ in range(ATTEMPTS):
-            least = min(least, self.ratio(network))
-            if least <= limit:
-                break
-        return least
+        return _least(lambda: self.ratio(network), limit)
+
+
+def _least(measure: Callable[[], float], limit: float) -> float:
+    """The least of up to ATTEMPTS measurements, no more than it takes to come below the limit."""
+    least = math.inf
+    for _ in range(ATTEMPTS):
+        if (least := min(least, measure())) <= limit:
+            break
+    return least
 
 
 C = TypeVar("C", bound=Hashable)
@@ -155,21 +151,25 @@ def largest_within(
         return found
     if not tried:
         raise refuse(1.0)
-    smallest, least = min(tried, key=size), math.inf
-    for _ in range(ATTEMPTS):
-        least = min(least, *measure([smallest]))
-        if least <= MARGIN * allowed:
-            break
+    smallest = min(tried, key=size)
+    least = _least(lambda: next(iter(measure([smallest]))), MARGIN * allowed)
     if least > allowed:
         raise refuse(least)
     return Found(smallest, least, len(tried))
 
 
-def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allowed: float, place: Place) -> float:
+def find_ratio(
+    cut: Callable[[float], nn.Module],
+    low: float,
+    high: float,
+    allowed: float,
+    place: Place,
+    first: Iterable[float] = (),
+) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
-    A cut may raise InfeasibleBudget: a pruner that cannot go as far as the limits would let it. Raises it where even the smallest
-    network that can be had is too slow.
+    `first`: the ratios to begin with, where something is known. A cut may raise InfeasibleBudget: a pruner that cannot go as far as the
+    limits would let it. Raises it where even the smallest network that can be had is too slow.
     """
     networks: dict[float, nn.Module] = {}
     firsts: dict[tuple[torch.Size, ...], float] = {}
@@ -186,8 +186,9 @@ def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allow
     def measure(ratios: Sequence[float]) -> Iterable[float]:
         return place.ratios({f"{ratio:.6f}": networks[ratio] for ratio in ratios}).values()
 
+    begin = [ratio for ratio in map(at, (ratio for ratio in first if low <= ratio <= high)) if ratio is not None]
     found = largest_within(
-        allowed, at, float, measure, low, high, refuse=lambda least: infeasible(allowed, least, place)
+        allowed, at, float, measure, low, high, first=begin, refuse=lambda least: infeasible(allowed, least, place)
     )
     logger.info("latency_ratio %g on %s: a cut to %.3f of the network's own cost", allowed, place, found.candidate)
     return found.candidate

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.graph.fold import fold_batch_norms
-from rmprune.graph.listed import trace
-from rmprune.graph.shapes import WithoutValues, blank_images, to_run
+from rmprune.graph.listed import shaped
 from rmprune.graph.vocabulary import FUNCTION_NAMES
 
 ALIGNMENT = 64  # bytes at which runtimes begin a tensor
@@ -86,9 +84,7 @@ def live_bytes(model: nn.Module, example_inputs: Tensor) -> list[int]:
 
 def _planned(model: nn.Module, example_inputs: Tensor, bytes_per_value: int) -> tuple[list[str], list[_Buffer]]:
     """The steps of a network, and the pieces of memory that they write and read."""
-    module = fx.GraphModule(to_run(model, torch.float32), trace(model))
-    with torch.no_grad(), WithoutValues():
-        ShapeProp(module).propagate(blank_images(example_inputs))
+    module = shaped(model, example_inputs)
     return [node.name for node in module.graph.nodes], _buffers(module, bytes_per_value)
 
 

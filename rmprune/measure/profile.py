@@ -18,6 +18,7 @@ from rmprune.errors import ConfigError
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.measure.backends import says_what_fails
 from rmprune.measure.candidate import Candidate, onnx_form
+from rmprune.measure.runtimes import session_options
 
 if TYPE_CHECKING:
     import pandas as pd  # imported where a table is made: it takes 0.2 s
@@ -87,12 +88,8 @@ def profile_candidates(
 
 
 def _session(candidate: Candidate, threads: int, prefix: str) -> Any:
-    onnxruntime = importlib.import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    onnxruntime, options = importlib.import_module("onnxruntime"), session_options(threads)
     options.enable_profiling, options.profile_file_prefix = True, prefix
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(candidate.form(onnx_form), options, providers=["CPUExecutionProvider"])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rmprune.measure.latency import measure_latencies
+from rmprune.measure.latency import Configuration, measure_at
 from rmprune.measure.results import BUSY
 
 STEADY = 0.05
@@ -46,17 +46,7 @@ def quietness(seconds: float = 2.0) -> Quietness:
     """Measures a small network in turns with its copy, eager on the CPU, for about `seconds`."""
     net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()).eval()
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = measure_latencies(
-        {"net": net, "copy": net},
-        x,
-        backends=["eager"],
-        threads=[1],
-        batch_sizes=[1],
-        seconds=seconds / 2,
-        min_rounds=9,
-        reference="copy",
-        sittings=1,
-        warn=False,
-    )["net"][0]
+    settings = {"seconds": seconds / 2, "min_rounds": 9, "reference": "copy", "sittings": 1, "warn": False}
+    found = measure_at(Configuration("eager", "cpu", 1, 1), {"net": net, "copy": net}, x, **settings)["net"]
     ratio, low, high = (float(value or 1.0) for value in (found.ratio, found.ratio_low, found.ratio_high))
     return Quietness(found.spread, ratio, low, high, os.getloadavg()[0] if hasattr(os, "getloadavg") else None)

@@ -16,9 +16,7 @@ BUSY = 0.15  # an idle machine's middle half of times lies within a few per cent
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one network under one configuration, for a whole batch, in milliseconds; `ratio` is time over the
-    reference's.
-    """
+    """Time of one network under one configuration, for a whole batch, in milliseconds; `ratio` is time over the reference's."""
 
     backend: str
     device: str

@@ -31,27 +31,12 @@ def cpu_or_cuda(device: str) -> list[Provider]:
     return [("CUDAExecutionProvider", {"device_id": _index(device), "use_tf32": 0})]
 
 
-def tensorrt(device: str) -> list[Provider]:
-    """TensorRT in float32; CUDA takes what it lacks."""
+def tensorrt(device: str, *, float16: bool = False) -> list[Provider]:
+    """TensorRT in float32, or float16 where it likes; CUDA takes what it lacks."""
     return [
-        ("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": False}),
+        ("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": float16}),
         *cpu_or_cuda(device),
     ]
-
-
-def tensorrt_float16(device: str) -> list[Provider]:
-    """TensorRT, float16 where it likes."""
-    return [("TensorrtExecutionProvider", {"device_id": _index(device), "trt_fp16_enable": True}), *cpu_or_cuda(device)]
-
-
-def dnnl(device: str) -> list[Provider]:
-    """oneDNN."""
-    return [("DnnlExecutionProvider", {})]
-
-
-def xnnpack(device: str) -> list[Provider]:
-    """XNNPACK."""
-    return [("XnnpackExecutionProvider", {})]
 
 
 def _index(device: str) -> int:
@@ -64,6 +49,16 @@ def missing_provider(providers: Callable[[str], list[Provider]], device: str) ->
     return next((name for name, _ in providers(device) if name not in present), None)
 
 
+def session_options(threads: int) -> Any:
+    """ONNX Runtime's, as everything here is timed by it: its threads spin while a run lasts, as they do by default, and stop when it ends
+    (force_spinning_stop): left to spin on, they would take the cores from the candidate measured next."""
+    options = importlib.import_module("onnxruntime").SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def onnx_runtime(
     candidate: Candidate,
     setting: Setting,
@@ -71,19 +66,10 @@ def onnx_runtime(
     form: Callable[[Candidate], bytes | str] = onnx_form,
     providers: Callable[[str], list[Provider]] = cpu_or_cuda,
 ) -> Prepared:
-    """ONNX Runtime, its own threads, static batch size; on a GPU input and output stay there, and each run waits for its end.
-
-    Its threads spin while a run lasts, as they do by default, and stop when it ends (force_spinning_stop): left to spin
-    on, they would take the cores from the candidate measured next.
-    """
-    onnxruntime = importlib.import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = setting.threads
-    options.inter_op_num_threads = 1
+    """ONNX Runtime, its own threads, static batch size; on a GPU input and output stay there, and each run waits for its end."""
+    onnxruntime, options = importlib.import_module("onnxruntime"), session_options(setting.threads)
     for name, size in candidate.free_sizes(setting.batch_size).items():
         options.add_free_dimension_override_by_name(name, size)
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     asked = providers(setting.device)
     session = onnxruntime.InferenceSession(candidate.form(form), options, providers=asked)
     if asked[0][0] not in session.get_providers():  # it goes on without one that does not load

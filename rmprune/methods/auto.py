@@ -2,7 +2,7 @@
 
 The presets' own networks and the plans that a surrogate proposes (`rmprune.pruning.proposals`) are cut to the budget, fitted and judged as
 whole networks on validation images: first the presets' blocks with widths of the surrogate's, then what it holds best, having learned from
-all before it what its losses are worth; then plans that differ in one block from the best, while the minutes given for it last.
+all before it what its losses are worth; then plans that differ in one block from the best, while they help and the time lasts.
 """
 
 import functools
@@ -20,7 +20,7 @@ from rmprune.config import SlimConfig
 from rmprune.methods.choose import Verdicts, best, judge, losses, shown
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.outlook import look, propose
-from rmprune.methods.refuse import Refusal, Starts, able, refusal
+from rmprune.methods.refuse import Refusal, Starts, refusal
 from rmprune.methods.table import METHODS, STARTS, Method
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks
@@ -34,6 +34,8 @@ from rmprune.training.job import Files, Job
 logger = logging.getLogger("rmprune")
 PROPOSED = 8  # plans that the surrogate proposes at first,
 APART = 4  # each, but for the presets' blocks, unlike all others in one of so many blocks
+MINUTES = 1.0  # for plans that differ in one block from the best, where no time is given for them, and
+WORSE = 4  # no longer than until so many of them in a row are no better
 _FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
     "uniform": Method(
@@ -47,7 +49,7 @@ class Winner:
     """What goes on: its method, the network that this prunes, the widths to descend from.
 
     begun: the facts of how that network was made; None where it is one of STARTS. verdicts: of everything that was tried;
-    plans: those of it that the surrogate proposed, with the reason for each.
+    plans: those of it that the surrogate proposed, with the reason for each; seconds: what the search took, interrupted or not.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Winner:
     begun: dict[str, Any] | None
     verdicts: Verdicts
     plans: Mapping[str, Mapping[str, Any]]
+    seconds: float
 
 
 def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Winner:
@@ -66,6 +69,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     tried again: an interrupted search goes on, a finished one is not repeated, whatever the clock says. Raises InfeasibleBudget where
     no plan meets the budget.
     """
+    started = time.monotonic()
     network = job.here(network)
     outlook = look(network, budget, job)
     surrogate = propose(outlook, job, files)
@@ -75,7 +79,10 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     note = files.note("plans")
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
-    seconds, whole = float(known.get("seconds", 0.0)), 60 * job.config.search_minutes
+    took = float(known.get("took", 0.0))  # before this time
+    seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
+    whole = 60 * (MINUTES if minutes is None else minutes)
+    worse = int(known.get("worse", 0))  # of the last plans, so many in a row were no better than the best before them
 
     @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -87,8 +94,11 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
 
-    def keep() -> None:
-        write_text(note, json.dumps({"plans": plans, "seconds": seconds}))
+    def keep() -> float:
+        """Writes down how far the search is; returns the seconds that it took."""
+        whole_time = took + time.monotonic() - started
+        write_text(note, json.dumps({"plans": plans, "seconds": seconds, "worse": worse, "took": whole_time}))
+        return whole_time
 
     def judged(name: str) -> Verdicts:
         """All verdicts, with that on this plan."""
@@ -124,7 +134,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
             while (found := taught().best(outlook.limit, other_than=tried(), apart=apart)) is not None:
                 yield found, f"number {len(plans) + 1} by the surrogate"
 
-    presets = {name: functools.partial(_preset, PRESETS[name], starts, job, budget) for name in able(PRESETS, budget)}
+    presets = {name: functools.partial(_cutter, PRESETS[name], starts, job, budget) for name in PRESETS}
     refusals: dict[str, Refusal] = {}
     verdicts = judge(presets, budget, job, files, refusals=refusals)
     for name in [name for name in plans if name not in verdicts]:  # an interrupted search left it
@@ -133,25 +143,32 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         verdicts = add(found, why)
     if not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)
-    while seconds < whole:
+    while seconds < whole and (minutes is not None or worse < WORSE):
         begun, leader = time.monotonic(), best(verdicts)
-        centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(PRESETS[leader], outlook.options)
+        centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(_preset(leader), outlook.options)
         proposed = taught().best(outlook.limit, near=centre, other_than=tried())
         if proposed is None:  # all its neighbours were tried
             seconds = whole
         else:
             changed = [f"{b} {centre[b]} -> {c}" for b, c in proposed.blocks.items() if c != centre[b]]
             verdicts = add(proposed, f"{leader} with {', '.join(changed) or 'other widths'}")
+            worse = worse + 1 if best(verdicts) == leader else 0
             seconds += time.monotonic() - begun
         keep()
     name = best(verdicts)
     if name in plans:
         plain, facts = carried_out(name)
-        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans)
-    return Winner(name, PRESETS[name], starts(PRESETS[name].start), None, None, verdicts, plans)
+        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans, keep())
+    preset = _preset(name)
+    return Winner(name, preset, starts(preset.start), None, None, verdicts, plans, keep())
 
 
-def _preset(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:
+def _preset(name: str) -> Method:
+    """Also one that only a search of before has tried."""
+    return PRESETS.get(name) or METHODS[name]
+
+
+def _cutter(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:
     return make_cutter(starts(method.start), method, job, budget)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from torch import nn
@@ -59,19 +59,13 @@ def _check_any(
         _check(name, method, start, budget, job, least)
         return
     refusals: dict[str, Refusal] = {}
-    candidates = able(method.candidates, budget)
-    for candidate in candidates:
+    for candidate in method.candidates:
         try:
             _check(candidate, METHODS[candidate], start, budget, job, least, candidate=True)
         except (InfeasibleBudget, UnsupportedModel) as error:
             refusals[candidate] = error
-    if len(refusals) == len(candidates):
+    if len(refusals) == len(method.candidates):
         raise refusal(f"no candidate of {name} can be had", refusals)
-
-
-def able(candidates: Iterable[str], budget: Budget) -> list[str]:
-    """Those that can meet this kind of budget: Torch-Pruning counts no memory."""
-    return [name for name in candidates if budget.memory_ratio is None or METHODS[name].pruner == "ours"]
 
 
 def skip(name: str, error: InfeasibleBudget, config: SlimConfig) -> None:

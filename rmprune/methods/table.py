@@ -1,6 +1,6 @@
 """The ways to slim a trained network that a run can compare: a rule for its blocks, a criterion for its widths. Prunes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -131,10 +131,15 @@ METHODS: dict[str, Method] = {
     "auto": Method(
         "a choice for every block and a width for every group, looked for under the budget: a surrogate proposes plans, validation images "
         "choose among them and the presets before fine-tuning",
-        candidates=("residual", "rm", "rm-v1", "rm-collapse", "uniform", "coupled-taylor"),
+        candidates=("residual", "rm", "rm-v1", "rm-collapse", "uniform"),
     ),
     "plan": Method("the plan in a file (--plan): its choice for each block, its width for each channel group"),
 }
+
+
+def network_name(method: str, compared: Collection[str]) -> str:
+    """What a run that compares these methods calls the network of one of them: `pruned` where it is the usual one, else as the method."""
+    return "pruned" if method == "rm" or (method == "auto" and set(compared) == {"auto"}) else method
 
 
 def find_methods(names: tuple[str, ...]) -> dict[str, Method]:

@@ -2,8 +2,6 @@
 free width and a stem for small images. Every other torchvision network comes from torchvision itself.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch

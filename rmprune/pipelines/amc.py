@@ -7,20 +7,17 @@ A run is a directory, laid out as `slim`'s: with one seed and one budget it is t
 
 import functools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from rmprune import artifact
 from rmprune.amc.choose import Goal, Timing, choose, make_space, network_cost
 from rmprune.amc.multiplier import Multiplier, require_multiplier, width_multiplier
-from rmprune.amc.search import SEARCHES, SearchResult, Watcher
+from rmprune.amc.search import SEARCHES, SearchResult
 from rmprune.amc.space import COSTS
 from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact.describe import describe
@@ -35,11 +32,9 @@ from rmprune.pipelines.stages import (
     make_dense,
     open_data,
     pick_device,
-    say,
     stage,
-    with_names,
+    starting_network,
 )
-from rmprune.pruning.carry_out import CALIBRATION_IMAGES
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.pruning.one_shot import fitting
@@ -48,6 +43,7 @@ from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import claim, refuse_used
 from rmprune.runs.notes import remembered
+from rmprune.runs.progress import progress
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.precision import repeatable
 
@@ -96,7 +92,7 @@ def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
     if (cells[0].shared / "plain").exists() and not config.overwrite:
         return
     networks = {
-        plain: _without_residuals(config, dense, example).model if plain else dense
+        plain: remove_residuals(dense, example, **vars(config.removal)).model if plain else dense
         for plain in {AMC_METHODS[name].plain for name in config.method if AMC_METHODS[name].search is not None}
     }
     for network in networks.values():
@@ -112,11 +108,6 @@ def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
             make_space(network, dense, example, config.search, ratio)
 
 
-def _without_residuals(config: AmcConfig, dense: nn.Module, images: Tensor) -> Removal:
-    """RM and fusing, with batch norms measured on these training images."""
-    return remove_residuals(dense, images, **vars(config.removal))
-
-
 def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
     """Every stage that is not done yet, then the record."""
     config, example = job.config, job.data.train.example(2)
@@ -125,7 +116,7 @@ def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
     networks: dict[str, nn.Module] = {"original": dense}
     removal: dict[str, Any] | None = None
     if any(AMC_METHODS[name].plain for name in config.method):
-        networks["plain"] = stage(cell.shared / "plain", functools.partial(_remove, job), onnx=example[:1])
+        networks["plain"] = starting_network(job, cell, "plain")
         removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
     timing = None
     if config.search.constraint == "latency":
@@ -133,25 +124,13 @@ def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
     for name in config.method:
         goal = Goal(cell.value, timing, cell.directory / "search" / name)
         base = networks["plain"] if AMC_METHODS[name].plain else dense
-        narrow = AMC_METHODS[name].search is None
-        make = (
-            functools.partial(_narrow, name, goal, job, cell)
-            if narrow
-            else functools.partial(_slim, name, base, goal, job, cell)
-        )
-        networks[name] = stage(cell.directory / name, make, onnx=example[:1])
+        work: Callable[..., Any] = _narrow if AMC_METHODS[name].search is None else functools.partial(_slim, base)
+        made = functools.partial(work, name, goal, job, cell)
+        networks[name] = stage(cell.directory / name, made, onnx=example[:1])
     finish(job, cell, command, networks, methods=list(config.method), removal=removal)
 
 
-def _remove(job: Job[AmcConfig]) -> tuple[nn.Module, dict[str, Any]]:
-    images = job.data.train.example(CALIBRATION_IMAGES)
-    removal = _without_residuals(job.config, with_names(job.original, job), images)
-    facts = {"removal": removal.facts}
-    say(facts)
-    return removal.model, facts
-
-
-def _slim(name: str, base: nn.Module, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
+def _slim(base: nn.Module, name: str, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
     """A method's network, trained to its end, and what its search found."""
     config, search, example = job.config, AMC_METHODS[name].search, job.data.train.example(2)
     assert search is not None and goal.directory is not None
@@ -160,7 +139,18 @@ def _slim(name: str, base: nn.Module, goal: Goal, job: Job[AmcConfig], cell: Cel
     else:
         space = goal.timing.space(base, config.search, goal.ratio, goal.directory / "budget.json")
     episodes = 1 if search == "uniform" else config.search.episodes
-    with search_bar(f"{name}: {SEARCHES[search].split(',')[0]}", episodes, space.budget) as watch:
+    done, label = 0, f"{name}: {SEARCHES[search].split(',')[0]}"
+    with progress(label, episodes) as advance:
+
+        def watch(result: SearchResult) -> None:
+            nonlocal done
+            best = result.best
+            said = f"best reward {best.reward:.4f} at {100 * best.cost / space.budget:.0f} % of the budget"
+            advance(len(result.episodes) - done, said)
+            done = len(result.episodes)
+            if done == episodes:
+                logger.info("%s  %s  (%d episodes, %.0f s)", label, said, done, result.seconds)
+
         chosen = choose(base, space, search, job, goal, watch)
     network, hook = chosen.model, None
     if config.apply == "gradual" and config.finetune.epochs > 0:
@@ -203,21 +193,3 @@ def _narrow(name: str, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.
     train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
     network = tune(make(found.width), train, job, Files.of(cell.directory, name))
     return network, {"search": {"method": "width multiplier", "width": found.width, "verified_ratio": found.ratio}}
-
-
-@contextmanager
-def search_bar(label: str, total: int, budget: float) -> Iterator[Watcher]:
-    """Yields the watcher that moves the bar; costs are shown as parts of `budget`."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=total)
-
-        def watch(result: SearchResult) -> None:
-            best, done = result.best, len(result.episodes)
-            text = f"{label}  best reward {best.reward:.4f} at {100 * best.cost / budget:.0f} % of the budget"
-            progress.update(task, completed=done, description=text)
-            if done == total or (not console.is_terminal and done % max(1, total // 4) == 0):
-                logger.info("%s  (%d of %d episodes, %.0f s)", text, done, total, result.seconds)
-
-        yield watch

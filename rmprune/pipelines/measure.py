@@ -14,7 +14,7 @@ from torch import nn
 from rmprune import artifact
 from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
-from rmprune.config.toml import UNSET
+from rmprune.config.toml import from_dict
 from rmprune.data.given import GIVEN
 from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import Statistics
@@ -50,7 +50,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     for path in paths:
         for name in records.networks(records.read_record(path)):
             directory = network_directory(path.parent, name)
-            labels[directory] = label = firsts.setdefault(_identity(directory), str(directory))
+            # Equal for copies of an artifact: it holds the digest of the weights.
+            labels[directory] = label = firsts.setdefault((directory / ARCHITECTURE).read_text(), str(directory))
             if label not in found:
                 found[label] = artifact.load(directory)
     shapes = {path: example_shape(path) for path in paths}
@@ -122,11 +123,6 @@ def _renew(
     return records.write_record(path, record)
 
 
-def _identity(directory: Path) -> str:
-    """Equal for copies of an artifact: its architecture.json, which holds the digest of the weights."""
-    return (directory / ARCHITECTURE).read_text()
-
-
 def network_directory(run: Path, name: str) -> Path:
     """Where a run keeps a network: `original` is called dense/ on disk; dense/ and plain/ may lie one level up, shared by cells."""
     folder = "dense" if name == "original" else name
@@ -142,7 +138,7 @@ def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
     """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
     are several, or a record does not say which.
     """
-    unset = {field.name: field.default is None for field in fields(DataConfig)}
+    settings = {field.name for field in fields(DataConfig)}
     found: list[tuple[DataConfig, Statistics]] = []
     for path in paths:
         config = records.read_record(path)["config"]
@@ -155,13 +151,9 @@ def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
                 f"{path}: its images came from loaders of somebody's own, which are in no file; rmprune.slim, with the same "
                 "loaders and out=, gives its result back, whose save() deploys it"
             )
-        known = {name: value for name, value in config["data"].items() if name in unset}
-        values: dict[str, Any] = {
-            name: None if value == UNSET and unset[name] else value for name, value in known.items()
-        }
-        values |= {name: Path(values[name]) for name in ("data_dir", "labels") if values.get(name) is not None}
+        data = from_dict(DataConfig, {name: value for name, value in config["data"].items() if name in settings})
         statistics = expected_statistics(str(config.get("model")), config.get("weights"))
-        found.append((DataConfig(**values), statistics))
+        found.append((data, statistics))
     same = attrgetter("dataset", "data_dir", "image_size", "crop", "labels", "normalization")
     if len({(same(data), statistics) for data, statistics in found}) > 1:
         raise ArtifactError(

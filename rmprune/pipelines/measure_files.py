@@ -19,7 +19,8 @@ from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
 from rmprune.pipelines.measure import profile
 from rmprune.pipelines.stages import measuring
-from rmprune.report.tables import profile_table
+from rmprune.report.screen import headed, profile_table
+from rmprune.report.tables import milliseconds
 
 _SIZE = 224  # of images whose size no file says
 FILE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.form in (onnx_form, openvino_form))
@@ -45,8 +46,11 @@ def run_measure_files(config: RemeasureConfig) -> dict[str, list[Latency]]:
     shapes = _example_shapes(list(files.values()), config.image_size)
     measure = replace(measure, batch_sizes=_batch_sizes(files, measure))
     generator = torch.Generator().manual_seed(0)
-    inputs = tuple(torch.randn(1, *shape, generator=generator) for shape in shapes)
-    candidates = {name: FileCandidate(name, file, inputs) for name, file in files.items()}
+    inputs = [torch.randn(1, *shape, generator=generator) for shape in shapes]
+    candidates = {
+        name: FileCandidate(name, file, tuple(x.to(entry.dtype) for x, entry in zip(inputs, file.inputs, strict=True)))
+        for name, file in files.items()
+    }
     profiles = profile(candidates, measure) if config.profile else {}
     found = measure_candidates(
         candidates,
@@ -106,14 +110,10 @@ def times_tables(found: dict[str, list[Latency]]) -> list[Table]:
     for times in zip(*found.values(), strict=True):
         one = times[0]
         title = f"{Configuration(one.backend, one.device, one.threads, one.batch_size)}: ms for a batch"
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for heading in ("file", "median", "quartiles", "ratio", "95 %"):
-            table.add_column(
-                heading, justify="left" if heading == "file" else "right", overflow="fold", no_wrap=heading != "file"
-            )
+        table = headed(title, "file", "median", "quartiles", "ratio", "95 %", fold=True)
         for name, time in zip(found, times, strict=True):
-            quartiles = f"{time.q1_ms:.3g} to {time.q3_ms:.3g}"
+            quartiles = f"{milliseconds(time.q1_ms)} to {milliseconds(time.q3_ms)}"
             interval = f"{time.ratio_low:.2f} to {time.ratio_high:.2f}"
-            table.add_row(escape(name), f"{time.median_ms:.3g}", quartiles, f"{time.ratio:.2f}x", interval)
+            table.add_row(escape(name), milliseconds(time.median_ms), quartiles, f"{time.ratio:.2f}x", interval)
         tables.append(table)
     return tables

@@ -30,7 +30,7 @@ from rmprune.pipelines.slim import run_job
 from rmprune.pipelines.stages import pick_device
 from rmprune.pruning.plan import SlimPlan
 from rmprune.runs.directory import Finished
-from rmprune.runs.records import read_record
+from rmprune.runs.records import networks, read_record
 from rmprune.runs.writing import whole
 from rmprune.training.job import Job
 from rmprune.training.refuse import check_precision
@@ -49,10 +49,11 @@ class Slimmed:
     record.json; `directory`: the run. Without `out` that lives as long as this object: `save` it.
     """
 
-    def __init__(self, directory: Path, network: str, device: torch.device, data: Dataset, *, temporary: bool) -> None:
-        self.directory, self._network, self._data = directory, network, data
+    def __init__(self, directory: Path, device: torch.device, data: Dataset, *, temporary: bool) -> None:
+        self.directory, self._data = directory, data
         self.record: dict[str, Any] = read_record(directory)
-        self.model = artifact.load(directory / network).to(device)
+        self._network = next(name for name in networks(self.record) if name not in ("original", "plain"))
+        self.model = artifact.load(directory / self._network).to(device)
         if temporary:
             weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
 
@@ -117,7 +118,7 @@ def slim(
     memory_ratio: float | None = None,
     test: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    method: str = "rm",
+    method: str | None = None,
     epochs: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
@@ -127,7 +128,7 @@ def slim(
     prune: PruneConfig | None = None,
     measure: MeasureConfig | None = None,
 ) -> Slimmed:
-    """Remove the residuals of a trained network exactly, prune it to a budget, fine-tune it with the original as teacher, measure both.
+    """Prune a trained network to a budget, residuals removed where that pays, fine-tune it with the original as teacher, measure both.
 
     The same job as `python -m rmprune slim --checkpoint`, for any network that torch.fx can trace and any loaders; `model` is left alone.
 
@@ -136,9 +137,9 @@ def slim(
     what the table is about (default: `validation`, on which nothing is chosen but by methods that compare candidates). One budget:
     `ratio` of channels that go, `macs_ratio`, `latency_ratio` (measured, of `measure`'s first place) or `memory_ratio`
     (peak of activations, which may stand beside another) of the original that stays.
-    `method`: as in docs/methods.md. `epochs` (20) and `learning_rate` (0.02, the peak): of fine-tuning; `finetune`, `prune` and
-    `measure`: all that the flags of these names set, before which these two go. With a loss the teacher's part is the squared
-    difference of outputs over their variance.
+    `method`: as in docs/methods.md (default: as the slim command's, "rm" with a loss of one's own). `epochs` (20) and `learning_rate`
+    (0.02, the peak): of fine-tuning; `finetune`, `prune` and `measure`: all that the flags of these names set, before which these two
+    go. With a loss the teacher's part is the squared difference of outputs over their variance.
     `out`: a folder that keeps the run: the same call goes on from it where one was interrupted, and gives back one that is finished.
     Without it, `result.save(folder)`.
 
@@ -149,7 +150,7 @@ def slim(
     >>> model = rmprune.models.create("resnet8", num_classes=4, width=16).eval()  # a trained one
     >>> batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(2)]
     >>> quick = rmprune.config.MeasureConfig(backends=("eager",), seconds=0, min_rounds=3)
-    >>> result = rmprune.slim(model, batches, batches, macs_ratio=0.5, epochs=1, measure=quick)
+    >>> result = rmprune.slim(model, batches, batches, macs_ratio=0.5, method="rm", epochs=1, measure=quick)
     >>> list(result.table.index), bool(result.table.macs_ratio["pruned"] <= 0.5)
     (['original', 'removed', 'pruned'], True)
     >>> sorted(path.name for path in result.save("slimmed").iterdir())
@@ -195,7 +196,7 @@ def slim(
             model=type(network).__name__,
             seed=seed,
             device=device,
-            method=(method,),
+            method=("rm",) if method is None and loss is not None else () if method is None else (method,),
             data=DataConfig(dataset=dataset, augment="none"),
             prune=dataclasses.replace(
                 prune or PruneConfig(),
@@ -217,10 +218,10 @@ def slim(
         shape = tuple(splits[0].example(1).shape[1:])
         data = Dataset(dataset, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
         asked = ", ".join(f"{name}={value:g}" for name, value in given.items())
-        command = f"rmprune.slim({type(network).__name__}, ..., {asked}, method={method!r}, seed={seed})"
+        command = f"rmprune.slim({type(network).__name__}, ..., {asked}, method={config.method[0]!r}, seed={seed})"
         with contextlib.suppress(Finished):  # out= holds this very run
             run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
-        return Slimmed(folder, "pruned" if method == "rm" else method, at, data, temporary=out is None)
+        return Slimmed(folder, at, data, temporary=out is None)
     except BaseException:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)

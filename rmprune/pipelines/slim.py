@@ -26,7 +26,7 @@ from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
 from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
-from rmprune.methods.table import METHODS, STARTS, Method, find_methods
+from rmprune.methods.table import METHODS, STARTS, Method, find_methods, network_name
 from rmprune.pipelines.stages import (
     dense_network,
     finish,
@@ -152,7 +152,7 @@ def run_cell(
     budget = Budget.from_config(config.prune, cell.kind, cell.value, reference_macs=count_macs(dense, example))
     budget = with_reference(budget, dense, example)
     for name, method in methods.items():
-        key = "pruned" if name == "rm" else name
+        key = network_name(name, methods)
         make = functools.partial(_slim, name, method, budget, job, cell, starts)
         try:
             networks[key] = stage(cell.directory / key, make, onnx=example)
@@ -199,6 +199,7 @@ def _slim(
         files = files.named(f"{name}-{found.name}")
         why = {name: {key: plan[key] for key in ("why", "predicted", "blocks")} for name, plan in found.plans.items()}
         facts |= {"chosen": found.name, "candidates": {n: {**v, **why.get(n, {})} for n, v in found.verdicts.items()}}
+        facts["search"] = {"seconds": found.seconds}
     elif method.candidates:
         cutters = {one: functools.partial(_cutter, METHODS[one], budget, job, starts) for one in method.candidates}
         verdicts = judge(cutters, budget, job, files)

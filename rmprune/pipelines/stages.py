@@ -17,7 +17,7 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.artifact.weights import load_checkpoint_into, start_from
-from rmprune.config import REMOVAL, MeasureConfig, RunConfig, SlimConfig, TrainRunConfig, architecture
+from rmprune.config import REMOVAL, MeasureConfig, RunConfig, SlimConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
@@ -122,14 +122,14 @@ def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
     return network
 
 
-def starting_network(job: Job[SlimConfig | TrainRunConfig], cell: Cell, name: str) -> nn.Module:
+def starting_network(job: Job[RunConfig], cell: Cell, name: str) -> nn.Module:
     """What methods prune, by its name in STARTS: the trained network (the job's teacher), or one made of it, which a seed's cells share."""
     if name == "dense":
         return job.original
     examples = job.data.train.example if name == "plain" else job.examples  # fits of blocks take as many as pruning
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
-        settings = job.config.removal if isinstance(job.config, SlimConfig) else REMOVAL
+        settings = getattr(job.config, "removal", REMOVAL)
         network, facts = start(with_names(job.original, job), name, examples, settings)
         say(facts)
         return network, facts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.pruning.budget import Budget, Target, allowed_units, resolve
+from rmprune.pruning.budget import Budget, Target, allowed_widths, resolve
 from rmprune.pruning.groups import Keep, Structure, total_cost
 from rmprune.pruning.layers import Cost, channels, macs, price
 
@@ -190,7 +190,7 @@ def allocate_uniform(
     """The same fraction of every group, its most important units: the largest fraction within the budget and the
     limits, each group at the allowed width nearest to it (with `round_to` some may stay whole).
     """
-    allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+    allowed = allowed_widths(structure, budget, origin)
     whole = {g.name: (origin or structure.units)[g.name] for g in structure.groups}
 
     def widths(fraction: float) -> dict[str, int]:
@@ -232,7 +232,7 @@ def allocate(
     if rank not in ("per_cost", "importance"):
         raise ConfigError(f"rank must be 'per_cost' or 'importance', got {rank!r}")
     target = target or resolve(structure, budget, cost)
-    widths = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+    widths = allowed_widths(structure, budget, origin)
     widths = {n: [u for u in us if u <= (most or {}).get(n, us[-1])] for n, us in widths.items()}
     start = {n: [u for u in us if u <= (begin or {}).get(n, us[-1])] or us[:1] for n, us in widths.items()}
     search = GreedySearch(structure, importance, target.cost, start, rank, lookahead)
@@ -252,7 +252,7 @@ def even_fraction(structure: Structure, budget: Budget, cost: Cost | None = None
 
 def least_cost(structure: Structure, budget: Budget, cost: Cost, origin: Mapping[str, int] | None = None) -> float:
     """The cost with every group as narrow as the limits let it be."""
-    least = {g.name: allowed_units(g, budget, (origin or {}).get(g.name))[0] for g in structure.groups}
+    least = {name: units[0] for name, units in allowed_widths(structure, budget, origin).items()}
     return math.fsum(Meter(structure, cost).at(least))
 
 

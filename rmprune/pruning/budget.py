@@ -1,6 +1,7 @@
 """A hard budget with limits of each layer, and what both are in absolute numbers for one network. Chooses nothing."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rmprune.config import PruneConfig
@@ -93,9 +94,7 @@ def refuse_no_budget(budget: object) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """A budget in absolute numbers: `cost` summed over the layers must not exceed `limit`. `whole`: what the
-    ratio counts against.
-    """
+    """A budget in absolute numbers: `cost` summed over the layers must not exceed `limit`. `whole`: what the ratio counts against."""
 
     cost: Cost
     limit: float
@@ -126,6 +125,13 @@ def resolve(structure: Structure, budget: Budget, cost: Cost | None = None, *, m
         raise ConfigError("latency_ratio needs a cost in milliseconds: pass the latency model's cost")
     whole = budget.reference_ms or total_cost(structure, cost)
     return Target(cost, budget.latency_ratio * whole, whole)
+
+
+def allowed_widths(
+    structure: Structure, budget: Budget, origin: Mapping[str, int] | None = None
+) -> dict[str, list[int]]:
+    """{group: `allowed_units`}; `origin`: original sizes, of groups that had others."""
+    return {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
 
 
 def allowed_units(group: Group, budget: Budget, origin: int | None = None) -> list[int]:

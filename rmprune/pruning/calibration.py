@@ -172,7 +172,7 @@ class Calibrator:
             weight = self._taken(f"{op.layer}.weight", cut)
             if self.settings.reconstruct and not first and fitting and not op.shared:
                 weight = self._reconstructed(op, x, weight, cut)
-            y = convolve(layer, x, weight.to(_precision(layer, x, weight)), None)
+            y = convolve(layer, x, weight if layer.kind == "linear" else weight.to(x.dtype), None)
             if self.settings.reconstruct and first and not op.shared:
                 self._note_outputs(op, y)
         if op.norm:
@@ -184,7 +184,7 @@ class Calibrator:
             scale = torch.ones_like(mean)
         else:
             scale, shift = self._corrected(op, mean, variance, cut)
-        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift, own=op.kind == "layer")
+        return Fitted(weight, mean, variance, scale, shift), affine(y, scale, shift, own=op.kind == "layer")
 
     def _normalised(self, op: Op, weight: Tensor | None, y: Tensor, cut: Cut) -> tuple[Fitted, Tensor]:
         norm = self.model.get_submodule(op.norm)
@@ -203,7 +203,7 @@ class Calibrator:
             before, index = self.reference[op.name].variance, cut.outputs(op.layer)
             variance = before if index is None else before[index]  # outputs are fitted to have this deviation
             scale = gamma * (variance + norm.eps).rsqrt()
-            out = _affine(y, scale, beta - mean * scale, own=True)
+            out = affine(y, scale, beta - mean * scale, own=True)
         else:
             scale = gamma * inverse
         return Fitted(weight, mean, variance, scale, beta - mean * scale), out
@@ -223,7 +223,7 @@ class Calibrator:
         norm = self.model.get_submodule(op.norm)
         scale = gamma * (variance + norm.eps).rsqrt()  # type: ignore[operator]
         shift = beta - mean * scale
-        return Fitted(weight, mean, variance, scale, shift), _affine(y, scale, shift, own=op.kind == "layer")
+        return Fitted(weight, mean, variance, scale, shift), affine(y, scale, shift, own=op.kind == "layer")
 
     def _corrected(self, op: Op, mean: Tensor, variance: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
         """Scale and shift that give a layer without batch norm the moments it has in the unpruned network.
@@ -281,12 +281,8 @@ def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (inverse**-2 - 1e-12).clamp(min=0)
 
 
-def _affine(y: Tensor, scale: Tensor, shift: Tensor, *, own: bool) -> Tensor:
+def affine(y: Tensor, scale: Tensor, shift: Tensor, *, own: bool) -> Tensor:
     """y * scale + shift, channel by channel; written over y where it is one's own."""
     shape = (1, -1, *[1] * (y.dim() - 2))
     scaled = torch.mul(y, scale.to(y.dtype).view(shape), out=y if own else None)
     return scaled.add_(shift.to(y.dtype).view(shape))
-
-
-def _precision(layer: SizedLayer, x: Tensor, weight: Tensor) -> torch.dtype:
-    return weight.dtype if layer.kind == "linear" else x.dtype

@@ -1,7 +1,5 @@
 """A plan carried out: the blocks of a network become what was chosen for them, then its channel groups as wide as planned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

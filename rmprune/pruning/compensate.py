@@ -33,13 +33,13 @@ def compensated(
     for group in structure.groups:
         gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
         for member in group.consumers if bool(gone.any()) else ():
-            if member.layer not in means or (member.layer not in norms and _has_no_bias(result, member.layer)):
+            layer = result.get_submodule(member.layer)
+            if member.layer not in means or (member.layer not in norms and getattr(layer, "bias", None) is None):
                 continue
             value = torch.zeros(member.size, dtype=torch.float64)
             index = member.index[gone].flatten()
             value[index] = means[member.layer][index]
-            delta = response(result.get_submodule(member.layer), value)
-            add_to_bias(result, member.layer, delta, norms.get(member.layer))
+            add_to_bias(result, member.layer, response(layer, value), norms.get(member.layer))
     return result
 
 
@@ -61,7 +61,3 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
     if not sums:
         raise DataError(NOT_RUN)
     return {name: total.cpu() / counts[name] for name, total in sums.items()}
-
-
-def _has_no_bias(model: nn.Module, layer: str) -> bool:
-    return getattr(model.get_submodule(layer), "bias", None) is None

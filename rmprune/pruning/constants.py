@@ -92,9 +92,7 @@ def to_be_trained(norm: NodeLayer | None) -> TypeGuard[_BatchNorm]:
 
 
 def add_to_bias(model: nn.Module, layer: str, delta: Tensor, follower: str | None) -> None:
-    """Add `delta` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one,
-    else its bias.
-    """
+    """Add `delta` [c_out] to what the layer puts out, in place: through its batch norm's mean where there is one, else its bias."""
     module = model.get_submodule(layer)
     assert isinstance(module, Weighted)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from rmprune.graph.inputs import as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import explain, least_cost
-from rmprune.pruning.budget import Budget, allowed_units, resolve
+from rmprune.pruning.budget import Budget, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, device_of
 from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, own_tensors, price
@@ -90,7 +90,7 @@ def prune_coupled(
     elif gradients is None:
         assert data is not None
         gradients = loss_gradients(model, data)
-    allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+    allowed = allowed_widths(structure, budget, origin)
     least = {name: found[0] for name, found in allowed.items()}
     most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
     best: tuple[float, nn.Module, dict[str, Slices]] | None = None
@@ -224,7 +224,9 @@ def _attempt(
         )  # fmt: skip
         groups = pruner.step(interactive=True)
         first = next(groups, None)  # all is ranked by now
-        _number(twin)
+        for tensor in _tensors(twin).values():  # every entry becomes its own position: what is cut now says what it was
+            tensor.grad = None
+            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
         for group in itertools.chain([] if first is None else [first], groups):
             group.prune()
     for name, parameter in model.named_parameters():
@@ -235,13 +237,6 @@ def _attempt(
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     both = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor for name, tensor in both if tensor.dim() and tensor.is_floating_point()}
-
-
-def _number(twin: nn.Module) -> None:
-    """Every entry becomes its own position: what is cut now says what it was."""
-    for tensor in _tensors(twin).values():
-        tensor.grad = None
-        tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
 
 
 def _renumbered(twin: nn.Module, model: nn.Module) -> dict[str, Slices]:

@@ -82,9 +82,7 @@ def fold_dead(
 def _dead_units(
     model: nn.Module, structure: Structure, constants: Constants, limits: Budget | None, origin: Mapping[str, int]
 ) -> tuple[Keep, dict[str, int]]:
-    """{group: what stays} for the groups that lose something, and {group: the unit that takes over the constants of
-    the others}.
-    """
+    """{group: what stays} for the groups that lose something, and {group: the unit that takes over the constants of the others}."""
     keep: Keep = {}
     merged: dict[str, int] = {}
     for group in structure.groups:
@@ -110,9 +108,7 @@ def _dead_units(
 
 
 def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor, Tensor, int | None]:
-    """Units that go for nothing, units whose constants another could take over (with equal borders), and which one
-    that would be.
-    """
+    """Units that go for nothing, units whose constants another could take over (with equal borders), and which one that would be."""
     free = torch.ones(group.units, dtype=torch.bool)
     mergeable = torch.ones(group.units, dtype=torch.bool)
     able = torch.ones(group.units, dtype=torch.bool)  # could take over the constants of others
@@ -176,9 +172,7 @@ def _without(
 
 
 def _merge_columns(layer: nn.Module, constant: Tensor, value: Tensor, into: int) -> None:
-    """W[:, into] += sum over c of W[:, c] * value_c / constant_into: the same sum at every position, borders
-    included.
-    """
+    """W[:, into] += sum over c of W[:, c] * value_c / constant_into: the same sum at every position, borders included."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     with torch.no_grad():

@@ -15,6 +15,7 @@ from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import in_words
 from rmprune.pruning.follow import Walk
 from rmprune.pruning.groups import Group, Member, Structure, with_ports
+from rmprune.pruning.labelled import along
 from rmprune.pruning.labels import compact, select, tensors_in, thin, varying
 from rmprune.pruning.layers import Weighted, own_tensors, sized_layers
 from rmprune.pruning.reading import Reading, read
@@ -208,7 +209,7 @@ def _slice(labels: Tensor, gone: Tensor) -> tuple[int, Tensor] | None:
         return None
     if len(dims) != 1:
         raise ValueError("the channels that go are no slices of one dimension")
-    return dims[0], ~mask[tuple(slice(None) if d == dims[0] else 0 for d in range(mask.dim()))]
+    return dims[0], ~along(mask, dims[0])
 
 
 def _without(values: Any, slices: list[tuple[int, Tensor] | None]) -> Any:

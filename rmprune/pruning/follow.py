@@ -4,8 +4,6 @@ A layer numbers its output channels anew; operations that only move data are run
 the channels that meet; whatever is unknown, or needs channels in their number or order, leaves those it touches whole, and says why.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,7 +108,7 @@ class Walk(Labelled):
         if x.dim() != (rank or max(x.dim(), 2)) or x.shape[dim] != size or set(varying(x)) - {dim}:
             self.channels.stay(x, f"{name} reads its channels as positions")
             x = nobody(x.shape)
-        vector = x[tuple(slice(None) if d == dim else 0 for d in range(x.dim()))]
+        vector = along(x, dim)
         if isinstance(layer, Weighted):
             return self._weighted(node, name, layer, vector)
         if isinstance(layer, nn.GroupNorm):

@@ -130,9 +130,7 @@ class GradualPruner:
         return {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i.cpu(), True) for n, i in kept.items()}
 
     def planned_cuts(self, state: TrainState) -> int:
-        """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is
-        shorter.
-        """
+        """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is shorter."""
         steps = min(round(self.prune_epochs * state.steps_per_epoch), state.total_steps)
         return max(1, steps // self.every)
 

@@ -207,9 +207,7 @@ def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[t
 
 
 def inner_only(structure: Structure) -> Structure:
-    """Only channels inside blocks may go, as in ThiNet: every group that several layers add into (a residual stream)
-    is left whole.
-    """
+    """Only channels inside blocks may go, as in ThiNet: every group that several layers add into (a residual stream) is left whole."""
     return structure.without({g.name: "a residual stream" for g in structure.groups if len(g.producers) > 1})
 
 

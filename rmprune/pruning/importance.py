@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from rmprune.pruning.groups import (
     zero_scores,
 )
 from rmprune.pruning.layers import by_input, by_output, channel_rows, weight_of
+from rmprune.training.recentre import Moments
 
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
 
@@ -110,12 +110,11 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     """
     data = _need(batches, "activation")
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
-    moments: dict[str, list[Any]] = {}
+    moments = {name: (Moments(), Moments()) for name in consumers}
 
     def record(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        now = [m for x in (inputs[0], output) for m in _moments(channel_rows(x, layer).double())]
-        before = moments.get(name)
-        moments[name] = now if before is None else [a + b for a, b in zip(before, now, strict=True)]
+        for own, x in zip(moments[name], (inputs[0], output), strict=True):
+            own.add(channel_rows(x, layer).T)
 
     hooks = (layer.register_forward_hook(partial(record, name)) for name, layer in consumers.items())
     with hooked(hooks), evaluating(model), torch.no_grad():
@@ -124,9 +123,8 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     scores = zero_scores(structure)
     for group in structure.groups:
         for member in group.consumers:
-            n_in, sum_in, square_in, n_out, sum_out, square_out = moments[member.layer]
-            variance = (square_in / n_in - (sum_in / n_in).square()).clamp(min=0)
-            total = (square_out / n_out - (sum_out / n_out).square()).clamp(min=0).sum().clamp(min=1e-30)
+            variance, given = (own.square / own.count for own in moments[member.layer])
+            total = given.sum().clamp(min=1e-30)
             layer = consumers[member.layer]
             weights = by_input(layer, by_output(layer, weight_of(model, member.layer).detach().double().square()))
             scores[group.name] += member_values(variance * weights / total, member).sum(1)
@@ -146,9 +144,7 @@ def score_groups(
     structure: Structure,
     batches: Batches | None = None,
 ) -> Scores:
-    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score
-    for each unit.
-    """
+    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit."""
     if isinstance(importance, str):
         if importance not in IMPORTANCES:
             raise ConfigError(f"importance {importance!r} is unknown; there are: {', '.join(IMPORTANCES)}")
@@ -202,11 +198,6 @@ def _need(batches: Batches | None, name: str) -> Batches:
             f"importance {name!r} is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
         )
     return batches
-
-
-def _moments(rows: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Count, sums and sums of squares of each of these rows."""
-    return rows.shape[1], rows.sum(1), rows.square().sum(1)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """What is known of a network while its channels are followed: the labels of its values, and who has which. Walks through nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

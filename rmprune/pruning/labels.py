@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -45,25 +48,17 @@ class Channels:
 
     def unite(self, first: Tensor, second: Tensor, why: str) -> None:
         """The channels at the same place of two tensors of one shape go together; `why`, where one of them must stay."""
-        pairs = torch.stack([self.root[first].flatten(), self.root[second].flatten()])
-        parent: dict[int, int] = {}
-
-        def find(number: int) -> int:
-            while number in parent:
-                number = parent[number]
-            return number
-
-        for pair in pairs[:, pairs[0] != pairs[1]].unique(dim=1).T.tolist():
-            low, high = sorted(map(find, pair))
-            if low != high:
-                parent[high] = low
-        if not parent:
+        one, two = self.root[first].flatten(), self.root[second].flatten()
+        apart = one != two
+        if not bool(apart.any()):
             return
-        moved = torch.tensor(list(parent))
-        ends = torch.tensor([find(number) for number in parent])
-        if bool((ends == 0).any()):
-            self.stay(moved[ends == 0], why)
-        to = torch.arange(len(self.root)).index_copy(0, moved, ends)
+        count = len(self.root)
+        pairs = coo_array((np.ones(int(apart.sum())), (one[apart].numpy(), two[apart].numpy())), (count, count))
+        _, least, part = np.unique(
+            connected_components(pairs, directed=False)[1], return_index=True, return_inverse=True
+        )
+        to = torch.from_numpy(least[part])
+        self.stay((to == 0).nonzero().flatten(), why)
         self.root = to[self.root]
 
     def why(self, labels: Tensor) -> str | None:

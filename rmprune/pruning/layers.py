@@ -1,8 +1,6 @@
 """Layers whose widths a cut sets: convolutions, transposed ones and linear layers of any rank. Their sizes, their MACs, and where in
 their tensors the channels lie. Knows no groups."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -83,9 +81,7 @@ def macs(layer: SizedLayer, cin: int, cout: int) -> float:
 
 
 def channels(layer: SizedLayer, cin: int, cout: int) -> float:
-    """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted
-    twice).
-    """
+    """Prunable output channels, the unit of `Budget.ratio` (a depthwise layer's are its producer's, and not counted twice)."""
     return float(cout) if layer.outputs and layer.kind != "depthwise" else 0.0
 
 

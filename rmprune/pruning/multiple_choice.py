@@ -6,8 +6,6 @@ is. Some are asked only where another is answered in a certain way (the widths i
 linear as in a transport problem: shares of each pair that add up to the answers, which is tight (Sherali and Adams 1990).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

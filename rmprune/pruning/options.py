@@ -1,22 +1,21 @@
 """What each residual block of a network may become, and why not: chosen from the graph, as removal chooses. Fits and builds nothing."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
-from rmprune.graph.foreign import plain_module, reference_copy
+from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_given
-from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
-from rmprune.graph.shapes import to_double
-from rmprune.pruning.collapse import Fit, collapsible, new_layers, replace_branch
+from rmprune.pruning.collapse import read_additions
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.one_convolution import Fit, collapsible, new_layers, replace_branch
 from rmprune.pruning.plan import CHOICES, Choice, Options, flat_name
 from rmprune.removal import plan_removal
-from rmprune.removal.blocks import Block, additions, find_block
+from rmprune.removal.blocks import Block, find_block
 from rmprune.removal.rewrite import remove_all
 
 _ALONE = "no linear layer stands beside it that it could be multiplied with"
@@ -53,10 +52,9 @@ def block_options(
         | {"remove": report.reason, "fuse": report.reason or ("" if report != other else _ALONE)}
         for report, other in zip(reports, fused, strict=True)
     }
-    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
-    annotate_ranges(network)
+    network, blocks = read_additions(model, inputs)
     shorter: dict[str, Block] = {}
-    for name, add in additions(network):
+    for name, add in blocks:
         try:
             find_block(network, name, add)
         except Obstacle as obstacle:
@@ -82,8 +80,7 @@ def block_options(
 
 def block_names(model: nn.Module, images: Tensor) -> list[str]:
     """The residual blocks of a network, from front to back."""
-    network = normalise(reference_copy(plain_module(model)), (to_double(images[:2]),))
-    return [name for name, _ in additions(network)]
+    return [name for name, _ in read_additions(plain_module(model), (images,))[1]]
 
 
 @dataclass(frozen=True)
@@ -96,10 +93,9 @@ class BlockLayers:
 
 def block_layers(model: nn.Module, images: Tensor) -> dict[str, BlockLayers]:
     """{block: its layers}, of the blocks that can be followed."""
-    network = normalise(reference_copy(plain_module(model)), (to_double(images[:2]),))
-    annotate_ranges(network)
+    network, blocks = read_additions(plain_module(model), (images,))
     found = {}
-    for name, add in additions(network):
+    for name, add in blocks:
         block = or_none(find_block, network, name, add)
         if block is not None:
             branch, way = (
@@ -108,3 +104,37 @@ def block_layers(model: nn.Module, images: Tensor) -> dict[str, BlockLayers]:
             )
             found[name] = BlockLayers(branch, way)
     return found
+
+
+@dataclass(frozen=True)
+class BlockMembers:
+    """Where the layers of a network stand. block: {layer of a structure: the block it stands in}; inner: {group: the block that all its
+    layers stand in}; way: layers of shortcuts.
+    """
+
+    structure: Structure
+    block: Mapping[str, str]
+    inner: Mapping[str, str]
+    way: frozenset[str]
+
+    @classmethod
+    def of(cls, structure: Structure, layers: Mapping[str, BlockLayers]) -> "BlockMembers":
+        known = {f"{flat_name(name)}_conv": name for name in layers}
+        for name, parts in layers.items():
+            known |= {f"{layer}{end}": name for layer in (*parts.branch, *parts.way) for end in ("", "_in", "_out")}
+        block = {x.name: known[flat_name(x.name)] for x in structure.layers if flat_name(x.name) in known}
+        touching: dict[str, set[str | None]] = {}
+        for layer in structure.layers:
+            for group, _ in (*layer.inputs, *layer.outputs):
+                touching.setdefault(group, set()).add(block.get(layer.name))
+        inner = {group: own for group, blocks in touching.items() if len(blocks) == 1 and (own := next(iter(blocks)))}
+        ways = {layer for parts in layers.values() for layer in parts.way}
+        return cls(structure, block, inner, frozenset(x.name for x in structure.layers if flat_name(x.name) in ways))
+
+    def ports(self, name: str) -> tuple[set[str], set[str]]:
+        """The groups that a block reads from outside, and that it puts out."""
+        own = [layer for layer in self.structure.layers if self.block.get(layer.name) == name]
+        return (
+            {group for layer in own for group, _ in layer.inputs if group not in self.inner},
+            {group for layer in own for group, _ in layer.outputs if group not in self.inner},
+        )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure.planner import activation_memory, live_bytes
 from rmprune.pruning.allocate import keep_best
-from rmprune.pruning.budget import Budget, allowed_units
+from rmprune.pruning.budget import Budget, allowed_widths
 from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.surgery import shrink
 from rmprune.runs.progress import progress
@@ -58,7 +58,7 @@ class ActivationPeaks:
 
     def least(self, structure: Structure, budget: Budget, origin: Mapping[str, int] | None = None) -> float:
         """The peak with every group as narrow as the limits let it be."""
-        return self.peak({g.name: allowed_units(g, budget, (origin or {}).get(g.name))[0] for g in structure.groups})
+        return self.peak({name: units[0] for name, units in allowed_widths(structure, budget, origin).items()})
 
     def allocate(
         self, structure: Structure, importance: Mapping[str, Tensor], budget: Budget, *, uniform: bool = False,
@@ -71,7 +71,7 @@ class ActivationPeaks:
         limit = byte_limit(budget)
         if (least := self.least(structure, budget, origin)) > limit:
             raise InfeasibleBudget(self._explain(structure, budget, least, limit, origin))
-        allowed = {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+        allowed = allowed_widths(structure, budget, origin)
         scores = {name: importance[name].double().cpu() for name in allowed}
         units = self._uniform(allowed, limit) if uniform else self._greedy(allowed, scores, limit)
         return {name: keep_best(scores[name], count) for name, count in units.items()}

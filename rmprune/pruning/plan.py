@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from rmprune.errors import ConfigError
+from rmprune.graph.network import flat_name as flat_name
 from rmprune.pruning.groups import Structure
 from rmprune.runs.reading import read_json
 
@@ -26,11 +27,6 @@ Options = Mapping[str, Mapping[Choice, str]]
 """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back."""
 _FUSE = ("cheaper", "always", "never")
 PLAN_SCHEMA = 1
-
-
-def flat_name(name: str) -> str:
-    """A module's name as a flat network has it: layer1.0.conv1 -> layer1_0_conv1."""
-    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def _by_name(names: Iterable[str]) -> dict[str, str]:

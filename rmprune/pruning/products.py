@@ -1,7 +1,5 @@
 """Channels through products of maps: matrix products, einsum, attention. What is no product is `follow`'s affair."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

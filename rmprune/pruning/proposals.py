@@ -21,7 +21,7 @@ from scipy.optimize import least_squares
 
 from rmprune.pruning.groups import Cost, SizedLayer, Structure
 from rmprune.pruning.multiple_choice import Answer, Problem, Question, Term, solve
-from rmprune.pruning.options import BlockLayers
+from rmprune.pruning.options import BlockLayers, BlockMembers
 from rmprune.pruning.plan import Choice, flat_name
 
 LEVELS = 8  # widths of a group that a program chooses among, at most
@@ -95,8 +95,8 @@ class Proposals:
         self._belief = dict.fromkeys(WEIGHED, 1.0) | dict(belief or {})
         self._problem = Problem()
         self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
-        self._members: dict[Choice, _Members] = {
-            c: _Members.of(sight.structure, layers) for c, sight in sights.items() if c != "fuse"
+        self._members: dict[Choice, BlockMembers] = {
+            c: BlockMembers.of(sight.structure, layers) for c, sight in sights.items() if c != "fuse"
         }
         self._ports = {name: ports for name in layers if (ports := self._find_ports(name)) is not None}
         self._others: dict[str, Choice] = {
@@ -277,36 +277,3 @@ class Proposals:
             self._problem.terms.append(Term(asked, table, np.zeros_like(table), where))
         else:
             self._constant += float(table)
-
-
-@dataclass(frozen=True)
-class _Members:
-    """block: {layer of a structure: the block it stands in}; inner: {group: the block that all its layers stand in}; way: layers of
-    shortcuts."""
-
-    structure: Structure
-    block: Mapping[str, str]
-    inner: Mapping[str, str]
-    way: frozenset[str]
-
-    @classmethod
-    def of(cls, structure: Structure, layers: Mapping[str, BlockLayers]) -> _Members:
-        known = {f"{flat_name(name)}_conv": name for name in layers}
-        for name, parts in layers.items():
-            known |= {f"{layer}{end}": name for layer in (*parts.branch, *parts.way) for end in ("", "_in", "_out")}
-        block = {x.name: known[flat_name(x.name)] for x in structure.layers if flat_name(x.name) in known}
-        touching: dict[str, set[str | None]] = {}
-        for layer in structure.layers:
-            for group, _ in (*layer.inputs, *layer.outputs):
-                touching.setdefault(group, set()).add(block.get(layer.name))
-        inner = {group: own for group, blocks in touching.items() if len(blocks) == 1 and (own := next(iter(blocks)))}
-        ways = {layer for parts in layers.values() for layer in parts.way}
-        return cls(structure, block, inner, frozenset(x.name for x in structure.layers if flat_name(x.name) in ways))
-
-    def ports(self, name: str) -> tuple[set[str], set[str]]:
-        """The groups that a block reads from outside, and that it puts out."""
-        own = [layer for layer in self.structure.layers if self.block.get(layer.name) == name]
-        return (
-            {group for layer in own for group, _ in layer.inputs if group not in self.inner},
-            {group for layer in own for group, _ in layer.outputs if group not in self.inner},
-        )

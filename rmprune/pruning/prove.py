@@ -10,8 +10,6 @@ Where channels meet in a product that is added over (queries and keys), rows of 
 The weights do not matter, the cut does: what folding and fitting change afterwards is theirs to check.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.double import in_double
-from rmprune.graph.equivalence import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.foreign import copied, reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.run import hooked
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, output_dim, slices_of

@@ -4,8 +4,6 @@ and the network as one, so that a cut can write others. Decides nothing.
 A place is "NODE:1.2", the third entry of the second argument of the node, or "NODE:scale".
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.fx_tracer import follow
 from rmprune.graph.normalise import PlainTracer
 from rmprune.graph.run import evaluating
+from rmprune.graph.tracing import follow
 
 RETRACINGS = 3  # of tracing what was traced, until its names are those that tracing gives
 

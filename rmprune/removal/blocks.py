@@ -1,7 +1,5 @@
 """Finds residual additions by structure: fork, branch, shortcut, or why an addition is none that can go. Changes nothing."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, replace
@@ -10,7 +8,7 @@ from itertools import takewhile
 
 from torch import fx, nn
 
-from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, module_around
+from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, is_addition, module_around
 from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
 from rmprune.graph.network import Network, in_words, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
@@ -85,10 +83,8 @@ def additions(network: Network) -> list[tuple[str, fx.Node]]:
 
     In a flat graph, such as a loaded artifact's, that is what the names of the layers before it have in common.
     """
-    found: list[tuple[str, fx.Node]] = []
-    for node in network.graph.nodes:
-        if node.op in ("call_function", "call_method") and node.target in ADDITIONS and _adds_maps(node):
-            found.append((module_around(node)[0] or _common_name(network, node), node))
+    adding = [node for node in network.graph.nodes if is_addition(node) and _adds_maps(node)]
+    found = [(module_around(node)[0] or _common_name(network, node), node) for node in adding]
     names = [name for name, _ in found]
     numbered, seen = [], dict.fromkeys(names, 0)
     for name, node in found:

@@ -1,7 +1,5 @@
 """What the layers of a graph cost, in all and by block: MACs for one image, and parameters. Nothing is built for it."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable

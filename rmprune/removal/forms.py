@@ -1,7 +1,5 @@
 """How a carried value passes an activation exactly: as it is, shifted, as a pair, with slope 1, or not at all (RM.md 2)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Output i, tap t of a shortcut kernel on a grid of step A reads the fork at `A * 
 expresses that tap if it has a tap t' with `B * (d' t' - p') = A * (d t - p)`, and if both read padding for the same outputs.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache

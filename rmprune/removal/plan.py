@@ -3,9 +3,6 @@
 Every assignment of the shortcut's stages to the branch's layers is tried (both in order), and the cheapest exact one is taken.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
@@ -77,7 +74,8 @@ def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str)
     """
     best: Schedule | None = None
     first: Obstacle | None = None
-    for assignment in _assignments(len(block.stages), len(block.layers)):
+    # The layer of each stage, in order; everything in the merge comes first.
+    for assignment in sorted(combinations_with_replacement(range(len(block.layers)), len(block.stages)), reverse=True):
         if best is not None and _least_macs(block, assignment, needed) >= best.macs():
             continue
         try:
@@ -91,11 +89,6 @@ def _cheapest(block: Block, layout: list[Wire], needed: list[Tensor], form: str)
         assert first is not None
         raise first
     return best
-
-
-def _assignments(stages: int, layers: int) -> Iterator[tuple[int, ...]]:
-    """The layer of each stage, in order; everything in the merge comes first."""
-    yield from sorted(combinations_with_replacement(range(layers), stages), reverse=True)
 
 
 def _least_macs(block: Block, assignment: tuple[int, ...], needed: list[Tensor]) -> int:

@@ -1,7 +1,5 @@
 """The public calls of removal: normalise, find bounds, rewrite, build, check. Each stage lives in its own module."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,22 +12,14 @@ from rmprune.config.fields import require_numbers
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
 from rmprune.graph.double import in_double
-from rmprune.graph.equivalence import (
-    base_inputs,
-    check_inputs,
-    hardly_depends,
-    maps_error,
-    over_tolerance,
-    own_dtype_error,
-    refuse_unseen,
-    relative_error,
-)
+from rmprune.graph.equivalence import maps_error, over_tolerance, own_dtype_error, refuse_unseen
 from rmprune.graph.foreign import reference_copy
 from rmprune.graph.fuse import RULES
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
+from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.shapes import to_double
 from rmprune.removal.forms import FORMS
 from rmprune.removal.rewrite import Plan, remove_all
@@ -46,7 +36,7 @@ class Removal:
     model: eval mode, dtype, device and memory format of the original; a flat nn.Sequential where the graph is a chain.
     removed: names of the blocks whose residual is gone; kept: {name: reason} of the others.
     max_error: largest difference to the original in float64, relative to what the inputs change in its outputs, or in the maps
-    before its head where the outputs hardly depend on the inputs (`note` says so); see `rmprune.graph.equivalence.relative_error`.
+    before its head where the outputs hardly depend on the inputs (`note` says so); see `rmprune.graph.relative_error.relative_error`.
     own_dtype_error: the same of `model` in its own dtype, rounding and all; None where that was not compared (`note` says why).
     note: what to know of the comparison; empty as a rule.
 

@@ -1,7 +1,5 @@
 """Replaces blocks by their plain chains in the graph, innermost first. Weights are not built here."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace

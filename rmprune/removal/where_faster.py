@@ -1,7 +1,5 @@
 """Which residuals to remove from a network whose function is settled: those whose removal makes it faster, measured."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any

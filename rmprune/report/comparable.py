@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rmprune.config import PruneConfig, TrainConfig
-from rmprune.report.tables import budget_of, find_setting, method_of, model_of
+from rmprune.report.tables import budget_of, dataset_name, method_of, model_of
 from rmprune.runs.records import networks
 
 
@@ -92,8 +92,7 @@ def _settings(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
         mine = _SINCE | flat(config)
         if method in _BY_TIME or budget.startswith("latency"):
             mine |= counted_at(record["config"])
-        dataset = record.get("dataset") or find_setting(record["config"], "dataset")
-        found[model_of(record), dataset, method, budget] = mine
+        found[model_of(record), dataset_name(record), method, budget] = mine
     return found
 
 

@@ -172,9 +172,7 @@ def _short(name: str) -> str:
 
 
 def _scale(ax: Axes, panel: pd.DataFrame) -> None:
-    """Room around the points; a logarithmic time axis, with plain numbers, where times span more than a factor of
-    five.
-    """
+    """Room around the points; a logarithmic time axis, with plain numbers, where times span more than a factor of five."""
     low, high = float(panel.time_q1.min()), float(panel.time_q3.max())
     if high > 5 * low:
         ax.set_xscale("log")

@@ -305,8 +305,8 @@ function plan(point) {
   else if (first.removal) pairs.push(["residuals", `${first.removal.removed.length} removed, ${Object.keys(first.removal.kept).length} kept`]);
   if (first.removal) pairs.push(["exact to", (first.removal.max_error ?? NaN).toExponential(1)]);
   if (first.search) {
-    const { method, episodes, width, verified_ratio: cost } = first.search;
-    const parts = [method, episodes && plural(episodes.reward.length, "episode"), width != null && `width ${three(width)}`, cost != null && `${times(cost)} of the cost`];
+    const { method, episodes, width, seconds, verified_ratio: cost } = first.search;
+    const parts = [method, episodes && plural(episodes.reward.length, "episode"), width != null && `width ${three(width)}`, cost != null && `${times(cost)} of the cost`, seconds != null && `${Math.round(seconds)} s`];
     pairs.push(["search", parts.filter(Boolean).join(", ")]);
   }
   return pairs;

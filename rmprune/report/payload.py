@@ -7,7 +7,7 @@ import pandas as pd
 
 from rmprune.report.gather import Records
 from rmprune.report.looks import SERIES_AT_ONCE, looks, ranked
-from rmprune.report.tables import CONFIGURATION, budget_of, find_setting, measured_apart, method_of, model_of, relative
+from rmprune.report.tables import CONFIGURATION, budget_of, dataset_name, measured_apart, method_of, model_of, relative
 from rmprune.runs.records import networks
 
 _POINT = (
@@ -43,7 +43,7 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     methods = [
         {"name": name, "colour": look.number, "marker": look.marker} for name, look in looks(list(named)).items()
     ]
-    places = list(dict.fromkeys(map(tuple, data[CONFIGURATION].itertuples(index=False))))
+    places = data[CONFIGURATION].drop_duplicates().to_dict("records")
     return {
         "command": command, "apart": measured_apart(data), "groups": groups, "methods": methods,
         "at_once": SERIES_AT_ONCE, "places": [_place(place) for place in places],
@@ -53,9 +53,8 @@ def payload(data: pd.DataFrame, records: Records, left_out: list[str], command: 
     }  # fmt: skip
 
 
-def _place(configuration: tuple[Any, ...]) -> dict[str, Any]:
+def _place(place: dict[Any, Any]) -> dict[str, Any]:
     """Where time was measured; a number format below float32, which ends a backend's name, apart from the runtime."""
-    place = dict(zip(CONFIGURATION, _plain(configuration), strict=True))
     runtime, _, last = str(place["backend"]).rpartition("-")
     return place | {"backend": runtime, "number_format": last} if last in _BELOW_FLOAT32 else place
 
@@ -78,7 +77,7 @@ def _points(data: pd.DataFrame, groups: list[str], places: list[Any], found: lis
     for row in relative(data).to_dict("records"):
         key = (groups.index(_title(row["model"], row["dataset"])), row["method"], row["budget"])
         point = dict(zip(("group", "method", "budget"), key, strict=True)) | {"networks": made_of[key]}
-        point["place"] = places.index(tuple(row[column] for column in CONFIGURATION))
+        point["place"] = places.index({column: row[column] for column in CONFIGURATION})
         point |= {name: _rounded(row[name]) for name in (*_POINT, *_TIME)}
         points.append(point | {"seeds": int(row["seeds"])})
     return points
@@ -89,25 +88,16 @@ def _network(record: dict[str, Any], name: str, network: dict[str, Any], run: in
     found = {key: network[key] for key in ("accuracy", "macs", "params")}
     found |= {"run": run, "name": name, "method": method_of(record, name), "group": groups.index(_group(record))}
     found |= {"seed": record["seed"], "budget": "" if name in ("original", "plain") else budget_of(record)}
-    removal = record["removal"] if name == "plain" else network.get("removal")
-    for key, value, kind in (
-        ("removal", removal, dict),
-        ("collapsed", network.get("collapsed"), dict),
-        ("candidates", network.get("candidates"), dict),
-        ("plan", network.get("plan"), dict),
-        ("chosen", network.get("chosen"), str),
-        ("search", _search(network.get("search")), dict),
-        ("profile", network.get("profile"), dict),
-    ):
-        if isinstance(value, kind):
-            found[key] = value
-    return found
+    more = {key: network.get(key) for key in ("collapsed", "candidates", "plan", "chosen", "profile")}
+    more["removal"] = record["removal"] if name == "plain" else network.get("removal")
+    more["search"] = _search(network.get("search") or {}) or None
+    return found | {key: value for key, value in more.items() if value is not None}
 
 
 def _outline(network: dict[str, Any], skeletons: dict[str, int]) -> dict[str, Any]:
     """The widths of a network and the number of its skeleton: layers and residuals, which many networks have in common."""
     layers, residuals = network.get("layers"), network.get("residuals")
-    if not isinstance(layers, list) or not isinstance(residuals, list):
+    if layers is None or residuals is None:
         return {}
     skeleton = json.dumps({"layers": [[layer["name"], _kind(layer)] for layer in layers], "residuals": residuals})
     return {"skeleton": skeletons.setdefault(skeleton, len(skeletons)), "widths": [layer["cout"] for layer in layers]}
@@ -123,25 +113,20 @@ def _kind(layer: dict[str, Any]) -> str:
     return ", ".join([*said, "x".join(map(str, layer["size"]))])
 
 
-def _search(search: Any) -> dict[str, Any] | None:
+def _search(search: dict[str, Any]) -> dict[str, Any]:
     """A search with its episodes as columns: there are many."""
-    if not isinstance(search, dict) or not isinstance(episodes := search.get("episodes"), list):
-        return search if isinstance(search, dict) else None
-    return search | {
-        "episodes": {
-            "reward": [_rounded(episode["reward"]) for episode in episodes],
-            "source": [episode["source"] for episode in episodes],
-        }
-    }
+    if (episodes := search.get("episodes")) is None:
+        return search
+    rewards = [_rounded(episode["reward"]) for episode in episodes]
+    return search | {"episodes": {"reward": rewards, "source": [episode["source"] for episode in episodes]}}
 
 
 def _run(name: str, record: dict[str, Any], groups: list[str]) -> dict[str, Any]:
     found = {key: record[key] for key in ("command", "seed", "removal")} | {"name": name, "budget": budget_of(record)}
     found |= {"group": groups.index(_group(record)), "machine": machine(record["environment"])}
-    training = record.get("training")
     found["training"] = {
         label: [_rounded(epoch.get("validation_accuracy")) for epoch in epochs]
-        for label, epochs in (training.items() if isinstance(training, dict) else ())
+        for label, epochs in (record.get("training") or {}).items()
     }
     return found
 
@@ -155,7 +140,7 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def _group(record: dict[str, Any]) -> str:
-    return _title(model_of(record), record.get("dataset") or find_setting(record["config"], "dataset"))
+    return _title(model_of(record), dataset_name(record))
 
 
 def _title(model: Any, dataset: Any) -> str:
@@ -167,7 +152,3 @@ def _rounded(value: Any) -> Any:
     if not isinstance(value, int | float) or value != value:
         return None
     return int(value) if float(value).is_integer() else float(f"{value:.{_DIGITS}g}")
-
-
-def _plain(place: tuple[Any, ...]) -> list[Any]:
-    return [value.item() if hasattr(value, "item") else value for value in place]

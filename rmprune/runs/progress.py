@@ -20,20 +20,20 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(count)`, to be told of so many more of the `total` done."""
+def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
+    """Yields `advance(count, said)`, to be told of so many more of the `total` done, and what else is to be shown of them."""
     console, started, done, due = Console(stderr=True), time.monotonic(), 0, FIRST_LINE
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
 
-        def advance(count: int) -> None:
+        def advance(count: int, said: str = "") -> None:
             nonlocal done, due
-            done += count
-            bar.advance(task, count)
+            done, told = done + count, f"{label}  {said}" if said else label
+            bar.update(task, advance=count, description=told)
             seconds = time.monotonic() - started
             if not console.is_terminal and seconds > due and done < total:
                 due = 2 * seconds
-                logger.info("%s: %d of %d, %s left", label, done, total, duration(seconds * (total - done) / done))
+                logger.info("%s: %d of %d, %s left", told, done, total, duration(seconds * (total - done) / done))
 
         yield advance

@@ -57,7 +57,12 @@ _LAYER = {"name": str, "cout": _is_count}
 _CONVOLUTION = _LAYER | {"size": [_is_count], "groups": _is_count, "kernel": [_is_count], "stride": [_is_count]}
 _EPISODE = {"reward": _is_number, "source": str}
 _WIDTH = {"group": str, "whole": _is_count, "kept": int}
-_SEARCH = {"episodes": _may([_EPISODE]), "widths": _may([_WIDTH]), "verified_ratio": _may(_is_number)}
+_SEARCH = {
+    "episodes": _may([_EPISODE]),
+    "widths": _may([_WIDTH]),
+    "verified_ratio": _may(_is_number),
+    "seconds": _may(_is_number),
+}
 _KERNEL = {"layer": str, "operator": str, "ms": _is_number, "share": _is_share} | dict.fromkeys(
     ("cin", "cout", "macs"), _may(_is_count)
 )
@@ -81,6 +86,7 @@ _DRAWN: dict[str, Any] = {
     "removal": _may(_REMOVAL),
     "collapsed": _may({str: _is_number}),
     "plan": _may(dict),
+    "chosen": _may(str),
     "candidates": _may(dict),
     "search": _may(_SEARCH),
     "profile": _may({"backend": str, "threads": _is_count, "batch_size": _is_count, "layers": [_KERNEL]}),
@@ -190,9 +196,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record in the file `path`, or in the run directory `path`; ArtifactError where it is missing, damaged or
-    foreign.
-    """
+    """The record in the file `path`, or in the run directory `path`; ArtifactError where it is missing, damaged or foreign."""
     path = Path(path)
     file = path / RECORD if path.is_dir() else path
     record = read_json(

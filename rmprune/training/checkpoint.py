@@ -1,7 +1,5 @@
 """Checkpoints of a running training: written atomically, read without pickle's code, refused where they are foreign."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Convolutions with a stride whose gradients oneDNN computes wrongly or slowly on CPUs, computed another way while training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

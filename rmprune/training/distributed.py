@@ -3,8 +3,6 @@
 What is agreed on (flags, checkpoints, sums of a log) goes through gloo on the CPU, gradients through the device's own library.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a model puts out on a split, and how good that is; no training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

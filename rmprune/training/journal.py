@@ -1,7 +1,5 @@
 """What a training shows and writes while it runs: progress bar, log.jsonl, and what other tools ask for. It computes nothing."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -63,7 +61,7 @@ class Journal:
             left = duration(seconds * (self._steps - step) / (step - self._first))
             text = "%s: step %d of %d, epoch %d, %.0f images/s, %s left"
             _LOGGER.info(text, self.label, step, self._steps, epoch, images_per_second, left)
-        if self._bar is not None:
+        else:
             right = "" if math.isnan(accuracy) else f"  accuracy {accuracy:.2%}"
             facts = f"epoch {epoch}  loss {loss:.3f}{right}  {images_per_second:,.0f} images/s"
             self._bar.update(self._task, completed=step, facts=facts)

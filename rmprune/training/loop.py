@@ -1,13 +1,8 @@
 """The one training loop, with one hook point after every step; sparsity and gradual pruning are hooks, not loops."""
 
-from __future__ import annotations
-
-import contextlib
-import copy
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +10,7 @@ from torch import Tensor, nn
 from rmprune.config import TrainConfig, require
 from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
-from rmprune.errors import DataError, RmpruneError
-from rmprune.measure.cuda_graphs import Replayed
+from rmprune.errors import DataError
 from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
@@ -24,14 +18,11 @@ from rmprune.training.evaluation import NoOutputs, evaluate, number_or_none
 from rmprune.training.interrupt import DeferredInterrupt
 from rmprune.training.journal import Journal, SilentJournal
 from rmprune.training.loggers import SINKS
-from rmprune.training.objective import class_objective, own_objective
-from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
-from rmprune.training.precision import autocast, compute_dtype
-from rmprune.training.refuse import begins, check_trainable, not_finite, one_value
-from rmprune.training.shared_statistics import SharedStatistics
-from rmprune.training.state import Hook, TrainState
+from rmprune.training.precision import autocast
+from rmprune.training.refuse import check_trainable, one_value
+from rmprune.training.state import Hook
 from rmprune.training.statistics import measure_statistics
-from rmprune.training.teacher import Teacher
+from rmprune.training.step import Stepping
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
 
@@ -94,64 +85,16 @@ def fit(
     return run.state.model.eval()
 
 
-class _Training:
+class _Training(Stepping):
     """The living state of one `fit`."""
 
     journal: Journal
 
-    def __init__(
-        self, model: nn.Module, data: Dataset, config: TrainConfig, seed: int, device: torch.device, hook: Hook | None,
-        checkpoint: Path | None, label: str, rank: int, world: int,
-    ) -> None:  # fmt: skip
-        self.data, self.config, self.seed, self.device, self.hook = data, config, seed, device, hook
-        self.label, self.rank, self.world = label, rank, world
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.teacher: Teacher | None = None
-        self.loss = data.train.loss
-        self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
-        model = self.place(copy.deepcopy(model))
-        self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
-        steps = data.train.num_batches(data.config.batch_size, shuffled=True)
-        self.state = TrainState(
-            model,
-            make_optimizer(model, config),
-            config,
-            steps,
-            steps * config.epochs,
-            total_learning_rate(config, steps),
-        )
-        self.first_model = model  # another one in `state` came from the hook
-        self.replayable = config.cuda_graph and device.type == "cuda" and world == 1
-        self.connect()
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.seconds = 0.0  # spent on this epoch before the current call
-        self.between_steps = True
-        self.agreed = world == 1  # that all processes stop here: with one there is nobody to ask
-        self.saved_step: int | None = None  # of the checkpoint
+        self.agreed = self.world == 1  # that all processes stop here: with one there is nobody to ask
         self.started = self.saved_at = time.monotonic()
-
-    def connect(self) -> None:
-        """Make ready what computes gradients of the model that is trained from now on."""
-        self.parallel = distributed.wrap(self.state.model, self.world, self.device)
-        self.gradients: Callable[..., None] = self.compute_gradients
-        if self.replayable:
-            self.gradients = Replayed(self.compute_gradients)
-
-    def follow(self, network: nn.Module, memory: Path | None) -> None:
-        """Learn from this network as well."""
-        self.teacher = Teacher(
-            self.place(copy.deepcopy(network)).eval(),
-            self.data,
-            replayed=self.replayable,
-            seed=self.seed,
-            dtype=compute_dtype(self.config.precision, self.device),
-            memory=memory if self.world == 1 else None,
-        )
-
-    def place(self, model: nn.Module) -> nn.Module:
-        """The model on the device, in the memory order and the mode of training."""
-        return model.to(self.device).to(memory_format=self.memory_format).train()
 
     @property
     def at_epoch_end(self) -> bool:
@@ -228,84 +171,6 @@ class _Training:
         """Processes see different images, and drop out different values."""
         if self.rank > 0:
             torch.manual_seed(batch_seed(self.seed + self.state.step, self.rank))
-
-    def train_step(self, x: Tensor, y: Tensor) -> None:
-        """Forward, backward, the optimizer's step and the hook."""
-        state = self.state
-        state.learning_rate = learning_rate(self.config, state.step, state.steps_per_epoch)
-        for group in state.optimizer.param_groups:
-            group["lr"] = state.learning_rate * group.get("rate", 1.0)  # a hook's own optimizer has none
-        self.between_steps = False
-        targets = []
-        if self.teacher is not None and self.loss is None:
-            with autocast(self.config.precision, self.device):
-                targets = [self.teacher.outputs(x, *divmod(state.step, state.steps_per_epoch))]
-        self.gradients(x, y, *targets)
-        state.optimizer.step()
-        state.step += 1
-        self.between_steps = True
-        if self.hook is not None:
-            self.call_hook(self.hook)
-
-    def compute_gradients(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
-        """The gradients of one batch, clipped, and its part of the totals. On a GPU nothing here waits for it."""
-        config = self.config
-        shared = SharedStatistics() if config.sync_batch_norm and self.world > 1 else contextlib.nullcontext()
-        parts = None if self.world == 1 else self.parts(x, y)
-        with autocast(config.precision, self.device), shared:
-            try:
-                if self.loss is None:
-                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights, parts)
-                else:
-                    teacher = None if self.teacher is None else self.teacher.frozen
-                    loss, hits = own_objective(self.parallel, y, self.loss, teacher, config)
-            except ValueError as error:
-                raise one_value(error, self.label) from error
-        with torch.no_grad():
-            count = torch.full_like(loss, len(x))
-            self.totals += torch.stack([loss * (count if parts is None else count / parts[0]), hits, count])
-        if self.device.type == "cpu":
-            self.check_finite(x)
-        self.state.optimizer.zero_grad()
-        loss.backward()
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip_norm)
-
-    def parts(self, x: Tensor, y: Tensor) -> Tensor:
-        """What this process's means over its images, and over their weights, count among those of all [2]."""
-        amounts = torch.full((2,), float(len(x)), device=self.device)
-        if self.class_weights is not None:
-            amounts[1] = self.class_weights[y].sum()
-        return distributed.part_of_all(amounts, self.world)
-
-    def call_hook(self, hook: Hook) -> None:
-        """Let the hook work, and take over a model that it put in place."""
-        state = self.state
-        model, optimizer = state.model, state.optimizer
-        hook(state)
-        if state.model is not model:
-            self.adopt(state.model, None if state.optimizer is optimizer else state.optimizer)
-
-    def adopt(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Train this model from now on, by default with a new optimizer."""
-        self.state.model = self.place(model)
-        self.state.optimizer = optimizer or make_optimizer(self.state.model, self.config)
-        self.connect()
-
-    def check_finite(self, x: Tensor | None = None) -> None:
-        """Refuse to go on from a loss that is no number. x: the images it comes from, where they are at hand; else all processes ask."""
-        totals = self.totals if x is not None else distributed.add_up(self.totals, self.world)
-        if not math.isfinite(float(totals[0])):
-            where = begins(self.state.model, None if self.teacher is None else self.teacher.frozen, x)
-            raise self.broken("the loss is", where, self.state.step + (x is not None))
-
-    def check_weights(self) -> None:
-        """Refuse to go on from weights that are no numbers."""
-        if where := begins(self.state.model, None, None):
-            raise self.broken("weights are", where, self.state.step)
-
-    def broken(self, what: str, where: str, step: int) -> RmpruneError:
-        return not_finite(f"{self.label}: {what}", where, self.state, step, self.checkpoint, self.saved_step)
 
     def facts(self, totals: Tensor) -> tuple[float, float, float]:
         """(mean loss, accuracy, images per second) of the epoch so far."""

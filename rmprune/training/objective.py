@@ -1,7 +1,5 @@
 """What a training minimises on one batch: the cross entropy of classes, or somebody's own loss, and the teacher's part of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The optimizer and its learning-rate schedule; no loop."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Which number format a device computes in fast, and whether it repeats itself; no model code."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Batch norms that see the images of all processes while training. Their modules stay what they are."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

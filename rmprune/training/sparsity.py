@@ -11,8 +11,6 @@ that follows the reference implementation: one trained, penalised scale per chan
 the loss itself may drive to 0.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 
@@ -22,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from rmprune.config import Scales, SparsityConfig
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.graph.calls import ADDITIONS, module_around
+from rmprune.graph.calls import is_addition, module_around
 from rmprune.training.optimizer import SHORTCUT_SCALE
 from rmprune.training.state import TrainState
 
@@ -109,7 +107,7 @@ def add_shortcut_scales(model: nn.Module, example_inputs: Tensor) -> nn.Module:
     traced.eval()  # so that the shapes' run leaves the batch-norm statistics alone
     with torch.no_grad():
         ShapeProp(traced).propagate(example_inputs)
-    shortcuts = [(node, source) for node in traced.graph.nodes if (source := _identity_shortcut(traced, node))]
+    shortcuts = [(node, source) for node in traced.graph.nodes if (source := _identity_shortcut(node))]
     if not shortcuts:
         raise UnsupportedModel("the model has no identity shortcut to put a scale on; leave shortcut_scales off")
     for addition, source in shortcuts:
@@ -143,14 +141,10 @@ def _trace(model: nn.Module) -> fx.GraphModule:
         ) from error
 
 
-def _is_addition(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in ADDITIONS
-
-
-def _identity_shortcut(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _identity_shortcut(node: fx.Node) -> fx.Node | None:
     """The operand of an addition that the other one is computed from."""
     operands = node.all_input_nodes
-    if not _is_addition(node) or len(operands) != 2:
+    if not is_addition(node) or len(operands) != 2:
         return None
     for source, branch in (operands, operands[::-1]):
         if _depends_on(branch, source):
@@ -191,7 +185,7 @@ def _batch_norms_into_additions(traced: fx.GraphModule) -> set[str]:
     added: set[fx.Node] = set()  # additions, and what they read without such a layer between
     for node in reversed(traced.graph.nodes):
         mixed = node.op == "call_module" and isinstance(modules[node.target], _MIXING)
-        if _is_addition(node) or (not mixed and not added.isdisjoint(node.users)):
+        if is_addition(node) or (not mixed and not added.isdisjoint(node.users)):
             added.add(node)
     norms = {name for name, module in modules.items() if isinstance(module, _BATCH_NORMS)}
     return {str(node.target) for node in added if node.op == "call_module"} & norms

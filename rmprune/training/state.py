@@ -1,7 +1,5 @@
 """What the training loop shows to its hook, and what a hook may change; no behaviour."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ While weights move, a running mean is one of networks that are gone. At the rate
 is well: EfficientNet-Lite0 in MobileNetV1's form, after its first epoch, had a validation loss of 8.1 with them (reports/README.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

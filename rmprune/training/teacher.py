@@ -1,7 +1,5 @@
 """The network that distillation follows, whose outputs are computed once for all trainings that ask it about the same batches."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

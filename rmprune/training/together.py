@@ -4,8 +4,6 @@ What is read, refused, searched, measured and written happens once, in the first
 others wait for its orders, each of which is one training, and end when it does. Nothing here trains: `fit` does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -24,9 +22,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from rmprune.config import DataConfig, SparsityConfig, TrainConfig
+from rmprune.data.batches import to_device
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ConfigError, DataError, RmpruneError
@@ -41,6 +39,7 @@ from rmprune.training.state import Hook, TrainState
 PATIENCE = 10.0  # seconds that processes wait for each other's last words
 GO_ON = "what was done is saved: the same command goes on from there, with any number of processes"
 _LOOK = 0.05  # seconds between two looks for an order
+_CPU = torch.device("cpu")
 _LOST = ("gloo", "NCCL", "Connection", "TCPStore")  # what torch says of a process that is gone
 
 Packed = tuple[str, dict[str, Any]]
@@ -48,9 +47,7 @@ Packed = tuple[str, dict[str, Any]]
 
 def pack(model: nn.Module) -> Packed:
     """A network as text and tensors on the CPU, by which another process builds it."""
-    return files.architecture_of(model), tree_map_only(
-        torch.Tensor, lambda tensor: tensor.cpu(), files.constants_of(model) | model.state_dict()
-    )
+    return files.architecture_of(model), to_device(files.constants_of(model) | model.state_dict(), _CPU)
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,7 @@ class _Leading:
         any_says(processes(), changed, False)
         if changed:
             memory = files.optimizer_state(state.optimizer, state.model)
-            first_says(
-                (pack(state.model), tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), memory)), processes()
-            )
+            first_says((pack(state.model), to_device(memory, _CPU)), processes())
 
     def state_dict(self) -> Any:
         own = getattr(self.hook, "state_dict", None)
@@ -172,7 +167,10 @@ class Team:
     def ended(self) -> bool:
         """Whether the first process is at its end, or gone."""
         try:
-            return any(self.store.check([key]) and self.store.get(key) == b"end" for key in (self._next, self._last))
+            return any(
+                self.store.check([key]) and self.store.get(key) == b"end"
+                for key in (self._next, f"order {self.orders - 1}")
+            )
         except RuntimeError:
             return True
 
@@ -201,10 +199,6 @@ class Team:
     @property
     def _next(self) -> str:
         return f"order {self.orders}"
-
-    @property
-    def _last(self) -> str:
-        return f"order {self.orders - 1}"
 
     def _wait(self) -> bool:
         """Whether there is another training."""

@@ -153,7 +153,7 @@ def test_what_is_required_may_come_from_a_flag(tmp_path: Path, text: str, words:
     file.write_text(text)
     found = cli._parse(ConvertConfig, ["--config", str(file), *words], "convert")
     assert (type(found.network), found.network.model, found.out) == (NetworkConfig, "resnet8", Path("x"))
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="Missing from"):
         cli._parse(ConvertConfig, ["--config", str(file)], "convert")
 
 
@@ -170,3 +170,19 @@ def test_a_wrong_choice_is_said_with_those_there_are(tmp_path: Path, text: str, 
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(ConfigError, match=f"c.toml: {re.escape(said)}"):
         from_toml(SlimConfig, tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    "flags, method",
+    [
+        ("--macs-ratio 0.5", "auto"),
+        ("--latency-ratio 0.5 --memory-ratio 0.7", "auto"),
+        ("--macs-ratio 0.5 --gradual", "rm"),
+        ("--latency-ratio 0.5 --no-reconstruct", "rm"),
+        ("--memory-ratio 0.5", "rm"),
+        ("--ratio 0.5", "rm"),
+        ("--macs-ratio 0.5 --method inner", "inner"),
+    ],
+)
+def test_the_method_where_none_is_named_goes_by_the_budget(flags: str, method: str) -> None:
+    assert cli._parse(SlimConfig, flags.split(), "slim").method == (method,)

@@ -12,7 +12,8 @@ from removal_nets import basic, conv, images, prepared
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.equivalence import base_inputs, hardly_depends, own_rounding, relative_error
+from rmprune.graph.equivalence import own_rounding
+from rmprune.graph.relative_error import base_inputs, hardly_depends, relative_error
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import plan_removal, remove_residuals
 

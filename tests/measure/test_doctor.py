@@ -7,6 +7,7 @@ import pytest
 
 from rmprune import cli
 from rmprune.config import DoctorConfig
+from rmprune.config.flags import one_line
 from rmprune.measure import BACKENDS, quiet
 from rmprune.measure.quiet import Quietness, quietness
 from rmprune.pipelines import doctor
@@ -124,10 +125,10 @@ def test_boxes_and_colours_of_a_terminal_are_taken_off() -> None:
         "│ ──────────────────────────────── │\n│ Perhaps you meant:               │\n│     --ratio FLOAT                │\n"
         "╰──────────────────────────────────╯\n"
     )
-    assert cli._one_line(box) == "Unrecognized options: --ratoi, 0.5; did you mean --ratio?"
+    assert one_line(box) == "Unrecognized options: --ratoi, 0.5; did you mean --ratio?"
     plain = "Parsing error\n------------\nno such flag.\n------------\nFor full helptext, run x --help"
-    assert cli._one_line(plain) == "no such flag"
-    assert cli._one_line("said\n otherwise") == "said otherwise"
+    assert one_line(plain) == "no such flag"
+    assert one_line("said\n otherwise") == "said otherwise"
 
 
 def test_help_is_still_tyro_s(capsys: pytest.CaptureFixture[str]) -> None:

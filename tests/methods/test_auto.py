@@ -84,33 +84,32 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 2)
-    monkeypatch.setattr(
-        auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform", "coupled-taylor")}
-    )
-    prune = PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,), round_to=1)  # which Torch-Pruning's preset cannot hold
-    config = replace(QUICK, method=("auto",), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
+    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform", "rm-collapse")})
+    prune = PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,), round_to=1)
+    config = replace(QUICK, method=(), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     config = replace(config, search_minutes=0.001)
     config = replace(config, data=replace(config.data, train_images=256))
     (path,) = run_slim(replace(config, out=tmp_path / "run"), command="x")
     record = records.read_record(path)
-    found = record["auto"]
+    found = record["pruned"]
     losses = {name: verdict["loss"] for name, verdict in found["candidates"].items() if "loss" in verdict}
     assert found["chosen"] == min(losses, key=lambda name: losses[name]) and {"residual", "plan-1"} <= set(losses)
     assert found["candidates"]["plan-3"]["why"].startswith(
-        f"{min(('residual', 'uniform', 'plan-1', 'plan-2'), key=losses.__getitem__)} with"
+        f"{min(('residual', 'uniform', 'rm-collapse', 'plan-1', 'plan-2'), key=losses.__getitem__)} with"
     )
     assert found["macs"] <= 0.5 * record["original"]["macs"]
     assert found["activation_bytes"] <= 0.7 * record["original"]["activation_bytes"]
-    assert record["budget"] == {"macs_ratio": 0.5, "memory_ratio": 0.7} and "coupled-taylor" not in found["candidates"]
+    assert record["budget"] == {"macs_ratio": 0.5, "memory_ratio": 0.7}
     assert set(found["plan"]["blocks"]) <= {"layer1.0", "layer2.0", "layer3.0"} and found["plan"]["widths"]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["plan"] for line in log if "search" in line] == ["plan-1", "plan-2", "plan-3"]  # the third by a change
     (path.parent / "record.json").unlink()
-    shutil.rmtree(tmp_path / "run" / "auto")
+    shutil.rmtree(tmp_path / "run" / "pruned")
     monkeypatch.setattr(auto, "make_cutter", lambda *_: pytest.fail("judged again"))
     run_slim(replace(config, out=tmp_path / "run"), command="x")
-    again = records.read_record(path)["auto"]
+    again = records.read_record(path)["pruned"]
     assert again["candidates"] == found["candidates"] and again["accuracy"] == found["accuracy"]
+    assert 0 < found["search"]["seconds"] < again["search"]["seconds"]
 
 
 def test_a_plan_goes_on_where_no_preset_meets_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +117,14 @@ def test_a_plan_goes_on_where_no_preset_meets_the_budget(tmp_path: Path, monkeyp
     monkeypatch.setattr(auto, "PRESETS", {"residual": auto.PRESETS["residual"]})
     prune = PruneConfig(macs_ratio=(0.12,), round_to=1, min_fraction=0.5)  # half of every width is 0.27 of the MACs
     config = replace(QUICK, method=("auto",), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
-    config = replace(config, search_minutes=0.0, data=replace(config.data, train_images=256))
+    monkeypatch.setattr(auto, "WORSE", 1)
+    config = replace(config, data=replace(config.data, train_images=256))
     (path,) = run_slim(replace(config, out=tmp_path / "run"), command="x")
-    found = records.read_record(path)["auto"]
+    found = records.read_record(path)["pruned"]
+    *better, last = (verdict["loss"] for name, verdict in found["candidates"].items() if name.startswith("plan-"))
+    assert (
+        len(better) >= 2 and last >= min(better) and better[2:] == sorted(better[2:], reverse=True)
+    )  # then it gave up
     assert found["chosen"].startswith("plan-") and set(found["plan"]["blocks"].values()) != {"keep"}
     assert (
         "refused" in found["candidates"]["residual"]
@@ -172,10 +176,10 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     prune, none = PruneConfig(latency_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
     config = replace(QUICK, method=("auto",), prune=prune, train=none, finetune=none, search_minutes=0.0, out=tmp_path)
     found = records.read_record(run_slim(config, command="x")[0])
-    assert found["auto"]["params"] <= 0.5 * found["original"]["params"]
-    tried = found["auto"]["candidates"]
-    assert all("loss" in tried[name] for name in ("rm-v1", "plan-1")) and found["auto"]["plan"]["blocks"].keys() == {
+    assert found["pruned"]["params"] <= 0.5 * found["original"]["params"]
+    tried = found["pruned"]["candidates"]
+    assert all("loss" in tried[name] for name in ("rm-v1", "plan-1")) and found["pruned"]["plan"]["blocks"].keys() == {
         "3",
         "4",
     }
-    assert found["auto"]["plan"]["fuse"] == ("always" if found["auto"]["chosen"] == "rm-v1" else "cheaper")
+    assert found["pruned"]["plan"]["fuse"] == ("always" if found["pruned"]["chosen"] == "rm-v1" else "cheaper")

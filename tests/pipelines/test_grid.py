@@ -17,9 +17,10 @@ from forked_workers import Forked, import_before_forks
 from rmprune.cli import main
 from rmprune.config import DeployConfig, GridConfig, PruneConfig
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
-from rmprune.pipelines import grid
+from rmprune.pipelines import grid, workers
 from rmprune.pipelines.deploy import ranked, run_deploy
-from rmprune.pipelines.grid import TRIES, Task, _workers, plan_tasks, run_grid, work_off
+from rmprune.pipelines.grid import plan_tasks, run_grid
+from rmprune.pipelines.workers import TRIES, Task, work_off, workers_of
 from rmprune.runs.directory import LOCK_FILE, alone, claim
 from rmprune.training.loop import _Training
 
@@ -46,8 +47,8 @@ def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pyt
 
     import_before_forks()
     monkeypatch.setattr(_Training, "train_step", dies)
-    monkeypatch.setattr(grid, "LOOK", 0.02)
-    monkeypatch.setattr(grid, "_workers", lambda config: submit)
+    monkeypatch.setattr(workers, "LOOK", 0.02)
+    monkeypatch.setattr(grid, "workers_of", lambda config: submit)
     out = tmp_path / "run"
     main([*GRID.split(), str(out)])
     assert begun == ["share", "residual", "inner", "inner", "measure_all"]
@@ -87,7 +88,7 @@ class Said:
 
 
 def test_what_cannot_be_had_is_said_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "LOOK", 0.0)
+    monkeypatch.setattr(workers, "LOOK", 0.0)
     first, other = (Task(name, print, (name,), (tmp_path / name,)) for name in ("first", "other"))
     tasks = [first, Task("of first", print, ("of first",), (tmp_path / "f",), first), other]
     tasks.append(Task("of other", print, ("of other",), (tmp_path / "o",), other))
@@ -176,7 +177,7 @@ def test_a_grid_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_no_cell_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "LOOK", 0.0)
+    monkeypatch.setattr(workers, "LOOK", 0.0)
     with pytest.raises(RmpruneError, match="no cell can be had: the data are gone; seed 0 could not be had"):
         run_grid(config(tmp_path), command="", submit=lambda *_: Said("the data are gone"))
 
@@ -184,11 +185,11 @@ def test_no_cell_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"file: cannot be written \(Not a directory\); choose another --out"):
-        _workers(config(tmp_path / "file"))
+        workers_of(config(tmp_path / "file"))
 
 
 def test_submitit_says_which_worker_was_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    submit = _workers(config(tmp_path, jobs=1))
+    submit = workers_of(config(tmp_path, jobs=1))
     well, lost = submit(len, "abc"), submit(time.sleep, 60)
     assert well.result() == 3
     children = lambda pid: Path(f"/proc/{pid}/task/{pid}/children").read_text().split()  # noqa: E731

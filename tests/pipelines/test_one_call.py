@@ -188,7 +188,7 @@ def test_mistakes_are_said_before_anything_is_trained(
 def test_out_gives_back_its_finished_run_and_refuses_other_data(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = rmprune.models.create("resnet8", num_classes=4, width=4).eval()
-    call: dict[str, Any] = {"macs_ratio": 0.7, "epochs": 0, "out": tmp_path / "run", **QUICK}
+    call: dict[str, Any] = {"macs_ratio": 0.7, "method": "rm", "epochs": 0, "out": tmp_path / "run", **QUICK}
     first = rmprune.slim(model, labelled(), labelled(), **call)
     again = rmprune.slim(model, labelled(), labelled(), **call)
     assert again.record == first.record

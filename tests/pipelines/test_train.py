@@ -113,7 +113,7 @@ def test_bad_settings_are_refused_before_a_file_is_written(settings: dict, messa
 
 
 def test_slim_takes_them_by_name(tmp_path: Path) -> None:
-    flags = "--width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --macs-ratio 0.5 --round-to 1 --cuts 2"
+    flags = "--width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --macs-ratio 0.5 --round-to 1 --method rm"
     main(("slim", "--model", "preact_resnet8", *flags.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
     record = records.read_record(tmp_path / "run")
     assert record["pruned"]["macs"] <= 0.5 * record["original"]["macs"] and record["removal"]["kept"] == {}

@@ -68,7 +68,7 @@ def test_two_processes_train_like_one(alone: Path, tmp_path: Path) -> None:
 def test_batch_norms_of_ones_own_images_are_others(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rmprune.training.loop.SharedStatistics", contextlib.nullcontext)
+    monkeypatch.setattr("rmprune.training.step.SharedStatistics", contextlib.nullcontext)
     assert on_processes(lambda rank: train(tmp_path, rank), tmp_path) == [0, 0]
     with pytest.raises(AssertionError):
         compare(tmp_path, alone, 1)

@@ -1,0 +1,77 @@
+"""Settings from the words of a command line, and from a TOML file before them. The flags themselves follow from the classes of settings."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from rmprune.config.toml import from_toml
+from rmprune.config.transfer import transfer_flags
+from rmprune.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def parse(kind: type[Config], arguments: list[str], prog: str, description: str) -> Config:
+    """Flags to a config; `--config FILE` gives the defaults that the other flags override. Prints help, and ends, where that is asked for.
+
+    Raises ConfigError in one line for a flag or a value that is none.
+    """
+    default: Any = tyro.MISSING_NONPROP
+    said_by = ""
+    arguments = [
+        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
+    arguments = _with_value("--augment", "True", arguments)
+    given = [
+        a.partition("=")[2] or b
+        for a, b in zip(arguments, [*arguments[1:], ""], strict=False)
+        if a.split("=")[0] == "--weights"
+    ]
+    transfer = bool(given) and given[-1].lower() != "none"
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ConfigError("--config needs the path of a TOML file")
+        path, arguments = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+        default = from_toml(kind, Path(path), transfer=transfer, whole=False)
+        said_by = f"{path} and the flags: " if arguments else f"{path}: "
+    elif transfer:  # of two flags the last counts, which is the user's
+        arguments = transfer_flags({field.name for field in dataclasses.fields(kind)}) + arguments  # type: ignore[arg-type]
+    description, said = f"{description}\n\n--config FILE reads settings from TOML first.", io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=arguments, default=default, prog=prog, description=description)
+    except ConfigError as error:
+        raise ConfigError(f"{said_by}{error}") from None
+    except SystemExit as stopped:
+        if not stopped.code:  # --help
+            raise
+        raise ConfigError(f"{one_line(said.getvalue())} ({prog} --help lists the flags)") from None
+
+
+def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
+    """`flag` by itself, and its opposite, as they were before it took a value: `--augment`, `--no-augment`."""
+    words = [
+        word.replace("--no-", "--") + "=False" if word == flag.replace("--", "--no-") else word for word in arguments
+    ]
+    bare = {
+        i for i, word in enumerate(words) if word == flag and (i + 1 == len(words) or words[i + 1].startswith("--"))
+    }
+    return [f"{word}={value}" if i in bare else word for i, word in enumerate(words)]
+
+
+def one_line(box: str) -> str:
+    """What tyro says in a box about a flag, without the help of that flag: the message, and the flag that may have been meant."""
+    box = re.sub(r"\x1b\[[\d;]*m", "", box).replace("─", "-")  # colours, on a terminal
+    boxed = [line.strip("│")[1:] for line in box.splitlines() if line.startswith("│")]
+    parts = re.split("-{10,}", "\n".join(boxed) if boxed else box)
+    # Without UTF-8 it draws no box, and the title is a part of its own.
+    words = parts[0] if boxed else "".join(parts[1:2])
+    message = " ".join(row.strip() for row in words.splitlines() if not row.startswith(" " * 8)).strip().rstrip(".")
+    meant = re.search(r"Perhaps you meant:[\s│]+(--\S+)", box)
+    return (message or " ".join(box.split())) + (f"; did you mean {meant.group(1)}?" if meant else "")
