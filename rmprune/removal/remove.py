@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmprune.config.fields import require_numbers
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
 from rmprune.graph.double import in_double
@@ -179,7 +178,11 @@ def _check_settings(
     for name, value, known in (("ranges", ranges, RANGES), ("form", form, FORMS), ("fuse", fuse, RULES)):
         if value not in known:
             raise ConfigError(f"{name}={value!r} is none of {', '.join(known)}")
-    require_numbers(remove_residuals, {"tolerance": tolerance, "margin": margin, "input_range": input_range})
+    if not (isinstance(input_range, tuple | list) and len(input_range) == 2):
+        raise ConfigError(f"input_range={input_range!r}: give (lowest, highest)")
+    for name, value in (("tolerance", tolerance), ("margin", margin), *(("input_range", end) for end in input_range)):
+        if not hasattr(value, "__float__"):
+            raise ConfigError(f"{name}={value!r} is no number")
     if not 0 <= margin < math.inf:
         raise ConfigError(f"margin={margin} must be finite, and not negative: bounds that were seen are widened by it")
     if not tolerance > 0:
