@@ -180,9 +180,14 @@ def _check_settings(
             raise ConfigError(f"{name}={value!r} is none of {', '.join(known)}")
     if not (isinstance(input_range, tuple | list) and len(input_range) == 2):
         raise ConfigError(f"input_range={input_range!r}: give (lowest, highest)")
-    for name, value in (("tolerance", tolerance), ("margin", margin), *(("input_range", end) for end in input_range)):
-        if not hasattr(value, "__float__"):
-            raise ConfigError(f"{name}={value!r} is no number")
+    numbers = {
+        "tolerance": tolerance,
+        "margin": margin,
+        "the first of input_range": input_range[0],
+        "the last": input_range[1],
+    }
+    if found := next((name for name, number in numbers.items() if not hasattr(number, "__float__")), ""):
+        raise ConfigError(f"{found} is {numbers[found]!r}, no number")
     if not 0 <= margin < math.inf:
         raise ConfigError(f"margin={margin} must be finite, and not negative: bounds that were seen are widened by it")
     if not tolerance > 0:
