@@ -48,7 +48,8 @@ from rmprune.models.families import create_network
 from rmprune.onnx.constants import FOLDED
 from rmprune.onnx.read import ONNX_READERS
 from rmprune.onnx.runtime import checked_network
-from rmprune.report.tables import refusals, rows, summary_tables
+from rmprune.report.screen import refusals, summary_tables
+from rmprune.report.tables import rows
 from rmprune.runs.notes import read_notes
 from rmprune.runs.records import read_record
 from rmprune.training import fit

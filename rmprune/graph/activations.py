@@ -75,7 +75,7 @@ def image(module: nn.Module, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
         return None
     if isinstance(module, nn.PReLU):
         slope = module.weight.detach().to(low)
-        ends = [torch.where(end >= 0, end, _product(slope, end)) for end in (low, high)]
+        ends = [torch.where(end >= 0, end, torch.where(slope == 0, 0.0, slope * end)) for end in (low, high)]
         first, second = ends
         inside = (low < 0) & (high > 0)
         bottom, top = torch.minimum(first, second), torch.maximum(first, second)
@@ -93,10 +93,6 @@ def image(module: nn.Module, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]
     bottom = torch.minimum(*ends)
     inside = (low <= valley[0]) & (high >= valley[0])
     return torch.where(inside, torch.full_like(bottom, valley[1] - 1e-9), bottom), torch.maximum(*ends)
-
-
-def _product(slope: Tensor, end: Tensor) -> Tensor:
-    return torch.where(slope == 0, torch.zeros_like(end), slope * end)
 
 
 def _ends(module: nn.Module, end: Tensor) -> Tensor:

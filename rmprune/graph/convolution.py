@@ -124,12 +124,9 @@ class Conv:
         """The same function without norm: weight * scale, bias * scale + shift."""
         if self.norm is None:
             return self
-        scale, shift = self.norm.scale_shift()
-        return replace(self, weight=_scaled(self.weight, scale), bias=self.bias * scale + shift, norm=None)
-
-
-def _scaled(weight: Callable[[], Tensor], scale: Tensor) -> Callable[[], Tensor]:
-    return lambda: weight() * scale[:, None, None, None]
+        own, (scale, shift) = self.weight, self.norm.scale_shift()
+        scaled = lambda: own() * scale[:, None, None, None]  # noqa: E731
+        return replace(self, weight=scaled, bias=self.bias * scale + shift, norm=None)
 
 
 def norm_of(bn: _BatchNorm) -> Norm:

@@ -142,13 +142,9 @@ def _off_device(value: Any) -> Any:
 
 
 def _own(layer: Any) -> Any:
-    return (
-        to_run(layer, torch.float64)
-        if isinstance(layer, nn.Module)
-        else blank(layer)
-        if isinstance(layer, Tensor)
-        else layer
-    )
+    if isinstance(layer, nn.Module):
+        return to_run(layer, torch.float64)
+    return blank(layer) if isinstance(layer, Tensor) else layer
 
 
 def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, ...] | None:

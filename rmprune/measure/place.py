@@ -158,11 +158,18 @@ def largest_within(
     return Found(smallest, least, len(tried))
 
 
-def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allowed: float, place: Place) -> float:
+def find_ratio(
+    cut: Callable[[float], nn.Module],
+    low: float,
+    high: float,
+    allowed: float,
+    place: Place,
+    first: Iterable[float] = (),
+) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
-    A cut may raise InfeasibleBudget: a pruner that cannot go as far as the limits would let it. Raises it where even the smallest
-    network that can be had is too slow.
+    `first`: the ratios to begin with, where something is known. A cut may raise InfeasibleBudget: a pruner that cannot go as far as the
+    limits would let it. Raises it where even the smallest network that can be had is too slow.
     """
     networks: dict[float, nn.Module] = {}
     firsts: dict[tuple[torch.Size, ...], float] = {}
@@ -179,8 +186,9 @@ def find_ratio(cut: Callable[[float], nn.Module], low: float, high: float, allow
     def measure(ratios: Sequence[float]) -> Iterable[float]:
         return place.ratios({f"{ratio:.6f}": networks[ratio] for ratio in ratios}).values()
 
+    begin = [ratio for ratio in map(at, (ratio for ratio in first if low <= ratio <= high)) if ratio is not None]
     found = largest_within(
-        allowed, at, float, measure, low, high, refuse=lambda least: infeasible(allowed, least, place)
+        allowed, at, float, measure, low, high, first=begin, refuse=lambda least: infeasible(allowed, least, place)
     )
     logger.info("latency_ratio %g on %s: a cut to %.3f of the network's own cost", allowed, place, found.candidate)
     return found.candidate

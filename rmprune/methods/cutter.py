@@ -18,7 +18,7 @@ from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place, find_ratio
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
-from rmprune.pruning.allocate import even_fraction, least_cost
+from rmprune.pruning.allocate import Meter, even_fraction, least_cost
 from rmprune.pruning.budget import resolve
 from rmprune.pruning.coupled import check_coupled, loss_gradients
 from rmprune.pruning.followed import followed
@@ -32,6 +32,7 @@ from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
 
+BELOW = (1.0, 0.93, 0.86, 0.78, 0.68)  # of what the widths of a plan cost: where a budget in time is looked for first
 LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut would leave it
 
 
@@ -105,7 +106,9 @@ class Cutter:
         """
         settings = self.settings
         origin = None if settings.min_fraction is None else self.structure.units  # a limit that was asked for
-        here = self.job.here(network)
+        here, ranked = self.job.here(network), scores
+        if ranked is None and network is self.network:
+            ranked = self.scores  # measured once, also where a budget in time was looked for
         if self.coupled:
             smaller = prune_coupled(
                 here, self.example, importance=settings.importance, isomorphic=self.method.isomorphic, budget=budget,
@@ -114,7 +117,7 @@ class Cutter:
             )  # fmt: skip
         else:
             smaller = prune(
-                here, self.example, importance=settings.importance if scores is None else scores, budget=budget,
+                here, self.example, importance=settings.importance if ranked is None else ranked, budget=budget,
                 data=self.job.batches if scores is None else None, cost=self.cost, rank=settings.rank,
                 which=self.method.widths, reconstruct=settings.reconstruct and scores is None,
                 lookahead=self.lookahead, origin=origin, prove=scores is None, begin=self.begin,
@@ -160,7 +163,14 @@ class Cutter:
             )
             return shrink(self.network, keep, self.structure)[0].cpu()
 
-        return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, self.place)
+        first = [share * self._begun for share in BELOW] if self.begin is not None else []
+        return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, self.place, first)
+
+    @property
+    def _begun(self) -> float:
+        """What the widths that a cut descends from cost, of the network's own cost."""
+        meter = Meter(self.structure, self.cost or macs)
+        return sum(meter.at(self.structure.units | dict(self.begin or {}))) / meter.total
 
     @cached_property
     def memory(self) -> ActivationPeaks:

@@ -50,7 +50,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     for path in paths:
         for name in records.networks(records.read_record(path)):
             directory = network_directory(path.parent, name)
-            labels[directory] = label = firsts.setdefault(_identity(directory), str(directory))
+            # Equal for copies of an artifact: it holds the digest of the weights.
+            labels[directory] = label = firsts.setdefault((directory / ARCHITECTURE).read_text(), str(directory))
             if label not in found:
                 found[label] = artifact.load(directory)
     shapes = {path: example_shape(path) for path in paths}
@@ -120,11 +121,6 @@ def _renew(
     if isinstance(record["config"].get("measure"), dict):
         record["config"]["measure"] |= {"seconds": measure.seconds, "min_rounds": measure.min_rounds}
     return records.write_record(path, record)
-
-
-def _identity(directory: Path) -> str:
-    """Equal for copies of an artifact: its architecture.json, which holds the digest of the weights."""
-    return (directory / ARCHITECTURE).read_text()
 
 
 def network_directory(run: Path, name: str) -> Path:

@@ -19,7 +19,8 @@ from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
 from rmprune.pipelines.measure import profile
 from rmprune.pipelines.stages import measuring
-from rmprune.report.tables import headed, profile_table
+from rmprune.report.screen import headed, profile_table
+from rmprune.report.tables import milliseconds
 
 _SIZE = 224  # of images whose size no file says
 FILE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.form in (onnx_form, openvino_form))
@@ -108,8 +109,8 @@ def times_tables(found: dict[str, list[Latency]]) -> list[Table]:
         title = f"{Configuration(one.backend, one.device, one.threads, one.batch_size)}: ms for a batch"
         table = headed(title, "file", "median", "quartiles", "ratio", "95 %", fold=True)
         for name, time in zip(found, times, strict=True):
-            quartiles = f"{time.q1_ms:.3g} to {time.q3_ms:.3g}"
+            quartiles = f"{milliseconds(time.q1_ms)} to {milliseconds(time.q3_ms)}"
             interval = f"{time.ratio_low:.2f} to {time.ratio_high:.2f}"
-            table.add_row(escape(name), f"{time.median_ms:.3g}", quartiles, f"{time.ratio:.2f}x", interval)
+            table.add_row(escape(name), milliseconds(time.median_ms), quartiles, f"{time.ratio:.2f}x", interval)
         tables.append(table)
     return tables

@@ -172,7 +172,7 @@ class Calibrator:
             weight = self._taken(f"{op.layer}.weight", cut)
             if self.settings.reconstruct and not first and fitting and not op.shared:
                 weight = self._reconstructed(op, x, weight, cut)
-            y = convolve(layer, x, weight.to(_precision(layer, x, weight)), None)
+            y = convolve(layer, x, weight if layer.kind == "linear" else weight.to(x.dtype), None)
             if self.settings.reconstruct and first and not op.shared:
                 self._note_outputs(op, y)
         if op.norm:
@@ -286,7 +286,3 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor, *, own: bool) -> Tensor:
     shape = (1, -1, *[1] * (y.dim() - 2))
     scaled = torch.mul(y, scale.to(y.dtype).view(shape), out=y if own else None)
     return scaled.add_(shift.to(y.dtype).view(shape))
-
-
-def _precision(layer: SizedLayer, x: Tensor, weight: Tensor) -> torch.dtype:
-    return weight.dtype if layer.kind == "linear" else x.dtype

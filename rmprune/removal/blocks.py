@@ -83,10 +83,8 @@ def additions(network: Network) -> list[tuple[str, fx.Node]]:
 
     In a flat graph, such as a loaded artifact's, that is what the names of the layers before it have in common.
     """
-    found: list[tuple[str, fx.Node]] = []
-    for node in network.graph.nodes:
-        if is_addition(node) and _adds_maps(node):
-            found.append((module_around(node)[0] or _common_name(network, node), node))
+    adding = [node for node in network.graph.nodes if is_addition(node) and _adds_maps(node)]
+    found = [(module_around(node)[0] or _common_name(network, node), node) for node in adding]
     names = [name for name, _ in found]
     numbered, seen = [], dict.fromkeys(names, 0)
     for name, node in found:

@@ -17,8 +17,9 @@ from rmprune.report.gather import gather
 from rmprune.report.looks import looks, ranked
 from rmprune.report.page import page
 from rmprune.report.payload import payload
+from rmprune.report.screen import refusals, summary_tables
 from rmprune.report.search_figure import search_figure
-from rmprune.report.tables import frame_of, refusals, summary_tables
+from rmprune.report.tables import frame_of
 from rmprune.runs.records import read_record
 from rmprune.runs.writing import sweep_beside, write_text
 

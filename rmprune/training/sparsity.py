@@ -107,7 +107,7 @@ def add_shortcut_scales(model: nn.Module, example_inputs: Tensor) -> nn.Module:
     traced.eval()  # so that the shapes' run leaves the batch-norm statistics alone
     with torch.no_grad():
         ShapeProp(traced).propagate(example_inputs)
-    shortcuts = [(node, source) for node in traced.graph.nodes if (source := _identity_shortcut(traced, node))]
+    shortcuts = [(node, source) for node in traced.graph.nodes if (source := _identity_shortcut(node))]
     if not shortcuts:
         raise UnsupportedModel("the model has no identity shortcut to put a scale on; leave shortcut_scales off")
     for addition, source in shortcuts:
@@ -141,7 +141,7 @@ def _trace(model: nn.Module) -> fx.GraphModule:
         ) from error
 
 
-def _identity_shortcut(traced: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _identity_shortcut(node: fx.Node) -> fx.Node | None:
     """The operand of an addition that the other one is computed from."""
     operands = node.all_input_nodes
     if not is_addition(node) or len(operands) != 2:
