@@ -92,8 +92,8 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     try:
-        for module, twin in twins:
-            vars(twin).update((name, _copied_value(value, memo)) for name, value in vars(module).items())
+        for module, twin in reversed(twins):  # parts first: those of a wrapper are read where it is made anew
+            vars(twin).update((name, _copied_value(value, memo)) for name, value in module.__getstate__().items())
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error
@@ -122,7 +122,7 @@ def _twin(module: nn.Module) -> nn.Module | None:
     ways = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
     stock = all(getattr(kind, way) is getattr(nn.Module, way) for way in ways) and not hasattr(module, "__deepcopy__")
     stock = stock and kind.__setstate__ in (nn.Module.__setstate__, _ConvNd.__setstate__)  # which serve old files
-    return object.__new__(kind) if stock and kind.__basicsize__ == nn.Module.__basicsize__ else None
+    return object.__new__(kind) if stock else None
 
 
 def make_permanent(module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from rmprune.graph.foreign import copied
 from rmprune.graph.shapes import to_double
 
 FLOAT32_TOLERANCE = 1e-4  # of the largest output
@@ -66,9 +66,7 @@ def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
     """What float32 does to the outputs of `model` in eval mode: their `difference` to float64."""
     single = as_tensors(inputs)
-    return difference(
-        outputs_of(model, single), outputs_of(copy.deepcopy(model).double(), tuple(map(to_double, single)))
-    )
+    return difference(outputs_of(model, single), outputs_of(copied(model).double(), tuple(map(to_double, single))))
 
 
 def is_off(error: float, tolerance: float, model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
