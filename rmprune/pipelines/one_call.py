@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import logging
@@ -23,7 +22,7 @@ from rmprune.data.batches import Loss
 from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
-from rmprune.graph.foreign import plain_module
+from rmprune.graph.foreign import copied, plain_module
 from rmprune.graph.inputs import as_given
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job
@@ -237,7 +236,7 @@ def _trained(model: nn.Module) -> nn.Module:
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; give a trained network, after model.eval()")
     check_precision(model.parameters())
-    return copy.deepcopy(plain_module(model)).cpu()
+    return copied(plain_module(model)).cpu()
 
 
 def _refuse_another(folder: Path, network: nn.Module) -> None:
