@@ -24,6 +24,7 @@ from rmprune.pruning.collapse import shorten_blocks
 from rmprune.pruning.groups import Scores, Structure, device_of
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.program import read_program
+from rmprune.runs.progress import progress
 
 _SAMPLES = 1 << 12  # positions that each layer is fitted on
 # Layers fitted behind a group that is made narrow: what is left of its error then is not made up for further on.
@@ -68,14 +69,16 @@ def block_losses(
     """{block: {choice: KL}} of every block that is merged or dropped, alone and fitted; what is kept, removed or fused changes nothing."""
     found: dict[str, dict[Choice, float]] = {}
     images = collapse_images(examples)
-    for name, own in options.items():
-        exact: tuple[Choice, ...] = ("keep", "remove", "fuse")
-        found[name] = {choice: 0.0 for choice in exact if not own[choice]}
-        if not own["merge"]:
-            found[name]["merge"] = ends.change(shorten_blocks(model, images, collapse=[name]).model)[0]
-        if not own["drop"]:
-            found[name]["drop"] = ends.change(shorten_blocks(model, images, drop=[name]).model)[0]
-        tell(f"{name}: " + ", ".join(f"{choice} {kl:.3g}" for choice, kl in found[name].items()))
+    with progress("blocks merged or dropped", len(options)) as advance:
+        for name, own in options.items():
+            exact: tuple[Choice, ...] = ("keep", "remove", "fuse")
+            found[name] = {choice: 0.0 for choice in exact if not own[choice]}
+            if not own["merge"]:
+                found[name]["merge"] = ends.change(shorten_blocks(model, images, collapse=[name]).model)[0]
+            if not own["drop"]:
+                found[name]["drop"] = ends.change(shorten_blocks(model, images, drop=[name]).model)[0]
+            tell(f"{name}: " + ", ".join(f"{choice} {kl:.3g}" for choice, kl in found[name].items()))
+            advance(1)
     return found
 
 
@@ -100,7 +103,11 @@ def width_losses(
     x = ends.images.to(device_of(model), memory_format=order)
     calibrator.measure_reference(program, x)
     cuts = {(name, units): Cut.of(calibrator.model, structure, {name: keep}) for (name, units), keep in points.items()}
-    found = {key: ends.divergence(logits) for key, logits in calibrator.outcomes(program, x, cuts, _BEHIND)}
+    found = {}
+    with progress("groups made narrow", len(cuts)) as advance:
+        for key, logits in calibrator.outcomes(program, x, cuts, _BEHIND):
+            found[key] = ends.divergence(logits)
+            advance(1)
     return {
         g.name: _curve({u: kl for (n, u), kl in found.items() if n == g.name}, g.units, widths[g.name])
         for g in structure.groups
