@@ -109,7 +109,7 @@ class Candidate:
 
 
 class FileCandidate(Candidate):
-    """An ONNX file as it stands, for runtimes that read one; `all_inputs`: one example of each input, float32."""
+    """An ONNX file as it stands, for runtimes that read one; `all_inputs`: one example of each input, in the file's formats."""
 
     def __init__(self, name: str, file: OnnxFile, all_inputs: tuple[Tensor, ...]) -> None:
         self.name, self.file, self.all_inputs = name, file, all_inputs

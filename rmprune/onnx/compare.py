@@ -1,8 +1,7 @@
-"""Outputs compared, in ONNX Runtime and in PyTorch: the one rule by which two networks in float32 are the same. No files of others."""
+"""Outputs compared, in ONNX Runtime and in PyTorch: the one rule by which two networks are the same. No files of others."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
+from rmprune.graph.build import target_of
+from rmprune.graph.foreign import copied
 from rmprune.graph.shapes import to_double
 
-FLOAT32_TOLERANCE = 1e-4  # of the largest output
-ROUNDINGS = 4.0  # two float32 runs of one network differ by this many times its `rounding` at most
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2.0**-10}  # of the largest output
+ROUNDINGS = 4.0  # two runs of one network in one format differ by this many times its `rounding` at most
 
 
 def open_session(source: Path | bytes) -> Any:
@@ -46,10 +47,10 @@ def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         return list(named_outputs(model(*inputs)).values())
 
 
-def as_tensors(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Inputs as a tuple on the CPU, those of floating point in float32."""
+def as_tensors(inputs: Tensor | tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Inputs as a tuple on the CPU, those of floating point in this format."""
     values = (inputs,) if isinstance(inputs, Tensor) else inputs
-    return tuple(x.detach().float().cpu() if x.is_floating_point() else x.cpu() for x in values)
+    return tuple(x.detach().to("cpu", dtype) if x.is_floating_point() else x.cpu() for x in values)
 
 
 def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
@@ -63,14 +64,17 @@ def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     return float(torch.stack(list(errors)).max())  # NaN where one is
 
 
+def in_format(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network with its weights in this format: itself where they are."""
+    return model if target_of(model).dtype == dtype else copied(model).to(dtype)
+
+
 def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
-    """What float32 does to the outputs of `model` in eval mode: their `difference` to float64."""
-    single = as_tensors(inputs)
-    return difference(
-        outputs_of(model, single), outputs_of(copy.deepcopy(model).double(), tuple(map(to_double, single)))
-    )
+    """What the format of its weights does to the outputs of `model` in eval mode: their `difference` to float64."""
+    own = as_tensors(inputs, target_of(model).dtype)
+    return difference(outputs_of(model, own), outputs_of(copied(model).double(), tuple(map(to_double, own))))
 
 
 def is_off(error: float, tolerance: float, model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether a `difference` is over the tolerance and over what float32 itself does to the network (not asked at tolerance 0)."""
+    """Whether a `difference` is over the tolerance and over what its format itself does to the network (not asked at tolerance 0)."""
     return not error <= tolerance and not (tolerance > 0 and error <= ROUNDINGS * rounding(model, inputs))

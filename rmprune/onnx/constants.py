@@ -91,9 +91,9 @@ def _range(inputs: list[Any], attributes: Mapping[str, Any]) -> Array:
 
 
 def _cast(inputs: list[Any], attributes: Mapping[str, Any]) -> Array:
-    types = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 11: "float64"}
+    types = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64"}
     if attributes["to"] not in types:
-        raise Obstacle("it makes another type than float32, float64, int32, int64 or bool")
+        raise Obstacle("it makes another type than float32, float64, float16, int32, int64 or bool")
     return inputs[0].astype(types[attributes["to"]])
 
 

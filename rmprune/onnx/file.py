@@ -4,46 +4,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import helper
 
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.vocabulary import MAX_ENTRIES
 from rmprune.onnx.compare import open_session
+from rmprune.onnx.formats import NUMBER_FORMATS, all_float32, format_of
+from rmprune.onnx.order import check_names, drop_unread, printable, said_of, sort_nodes
 from rmprune.runs.reading import not_data
 
 OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
-_TYPES = ("float32", "float64", "int64", "int32", "bool", "int8", "uint8")
+_TYPES = ("float32", "float64", "float16", "int64", "int32", "bool", "int8", "uint8")
 _DTYPES = {int(helper.np_dtype_to_tensor_dtype(np.dtype(name))): np.dtype(name) for name in _TYPES}
 _MOST_AXES = 8
-_HALF = "export it in float32, and make float16 of the result (onnxruntime.transformers.float16)"
+_ASKED = "export it in float32 or float16"
 
 
 @dataclass(frozen=True)
 class OnnxInput:
-    """An input or output of a file, float32: its name, and its sizes, None where a size is left open."""
+    """An input or output of a file: its name, its sizes, None where a size is left open, and float32, float16 or float64."""
 
     name: str
     sizes: tuple[int | None, ...]
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that was looked at: its path, what it says, the opset of its operators, its inputs without weights, and its outputs."""
+    """A file that was looked at: its path, what it says, the opset of its operators, its inputs without weights, and its outputs.
+
+    dtype: what its layers compute in, float32, float16 or float64. in_memory: `proto` is not what stands in the file.
+    """
 
     path: Path
     proto: onnx.ModelProto
     opset: int
     inputs: tuple[OnnxInput, ...]
     outputs: tuple[OnnxInput, ...]
+    dtype: torch.dtype = torch.float32
+    in_memory: bool = False
+
+    @cached_property
+    def in_float32(self) -> OnnxFile:
+        """The same graph with all weights and results in float32: itself where it computes so already."""
+        if {self.dtype, *(entry.dtype for entry in (*self.inputs, *self.outputs))} == {torch.float32}:
+            return self
+        proto = onnx.ModelProto.FromString(self.proto.SerializeToString())
+        for _, tensor in _tensors(proto.graph):
+            if tensor.data_type in NUMBER_FORMATS or tensor.data_location == tensor.EXTERNAL:
+                value = self.array(tensor).astype(np.float32 if tensor.data_type in NUMBER_FORMATS else None)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+        all_float32(proto.graph)
+        if proto.ByteSize() >= 2**31:
+            raise UnsupportedModel(
+                f"{self.path}: in float32, in which it is compared, its weights take over 2 GiB; {_ASKED.replace(' or float16', '')}"
+            )
+        sides = ([replace(entry, dtype=torch.float32) for entry in side] for side in (self.inputs, self.outputs))
+        inputs, outputs = map(tuple, sides)
+        return OnnxFile(self.path, proto, self.opset, inputs, outputs, in_memory=True)
+
+    @property
+    def runnable(self) -> OnnxFile:
+        """What ONNX Runtime's CPU can run: the file itself, in float32 where it computes in double (it has no such convolution)."""
+        return self.in_float32 if self.dtype == torch.float64 else self
 
     @property
     def session(self) -> Any:
@@ -53,7 +86,7 @@ class OnnxFile:
 
     @cached_property
     def _kept_session(self) -> Any:
-        return open_session(self.path)
+        return open_session(self.proto.SerializeToString() if self.in_memory else self.path)
 
     @property
     def nodes(self) -> list[onnx.NodeProto]:
@@ -88,18 +121,20 @@ def open_onnx(path: str | Path) -> OnnxFile:
         if len(proto.graph.node) + len(proto.graph.initializer) > MAX_ENTRIES:
             raise ArtifactError(f"more than {MAX_ENTRIES} nodes and tensors; split the network")
         weights = {tensor.name for tensor in proto.graph.initializer}
-        _drop_unread(proto.graph, weights)
+        sort_nodes(proto.graph)
+        drop_unread(proto.graph, weights)
         _refuse_foreign_nodes(proto)
         for where, tensor in _tensors(proto.graph):
             _check_tensor(where, tensor, path)
-        _check_names(proto.graph)
+        check_names(proto.graph)
         inputs = tuple(_described(value, "input") for value in proto.graph.input if value.name not in weights)
         outputs = tuple(_described(value, "output") for value in proto.graph.output)
         if not inputs or not outputs:
             raise ArtifactError(f"the graph has no {'inputs' if not inputs else 'outputs'}; export the network again")
+        dtype = format_of(proto.graph)
     except (ArtifactError, UnsupportedModel) as error:
         raise type(error)(f"{path}: {error}") from None
-    return OnnxFile(path, proto, opset, inputs, outputs)
+    return OnnxFile(path, proto, opset, inputs, outputs, dtype)
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -149,21 +184,6 @@ def _opset(proto: onnx.ModelProto) -> int:
     return own[0]
 
 
-def _drop_unread(graph: onnx.GraphProto, weights: set[str]) -> None:
-    """Leaves out what no output needs, which need not be of kinds that are read. Out of order, `_check_names` says what is missing."""
-    needed = {value.name for value in graph.output}
-    for i, node in reversed(list(enumerate(graph.node))):
-        if needed.isdisjoint(filter(None, node.output)):
-            del graph.node[i]
-        else:
-            needed.update(node.input)
-    unread = weights - needed
-    for entries in (graph.initializer, graph.input):  # older exporters list weights among the inputs
-        for i, entry in reversed(list(enumerate(entries))):
-            if entry.name in unread:
-                del entries[i]
-
-
 def _refuse_foreign_nodes(proto: onnx.ModelProto) -> None:
     if proto.functions:
         raise UnsupportedModel(
@@ -199,7 +219,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
 def _check_tensor(where: str, tensor: onnx.TensorProto, path: Path) -> None:
     """Raise where type, sizes and bytes of a tensor do not belong together, or where its bytes lie somewhere else than they may."""
     if tensor.data_type not in _DTYPES:
-        raise UnsupportedModel(f"{where} is {_said(tensor.data_type)}; read are {', '.join(_TYPES)}: {_HALF}")
+        raise UnsupportedModel(f"{where} is {_said(tensor.data_type)}; read are {', '.join(_TYPES)}: {_ASKED}")
     if len(tensor.dims) > _MOST_AXES or any(not 0 <= size < 2**40 for size in tensor.dims):
         raise ArtifactError(f"{where} has sizes {list(tensor.dims)[:_MOST_AXES]}; export the network again")
     count = math.prod(tensor.dims)
@@ -258,57 +278,23 @@ def _array(tensor: onnx.TensorProto, path: Path) -> np.ndarray[Any, Any]:
         return np.memmap(file, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
     if tensor.HasField("raw_data"):
         return np.frombuffer(tensor.raw_data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+    if dtype == np.float16:  # listed as the bits of each
+        return np.array(_listed(tensor), np.uint16).view(dtype).reshape(shape)
     return np.array(_listed(tensor), dtype).reshape(shape)
-
-
-def _check_names(graph: onnx.GraphProto) -> None:
-    """Raise unless every name is given once, and before it is read."""
-    weights = [tensor.name for tensor in graph.initializer]
-    known = {*weights, *(value.name for value in graph.input), ""}
-    if len(set(weights)) < len(weights):
-        raise ArtifactError("two of its tensors have one name; export the network again")
-    for node in graph.node:
-        for name in node.input:
-            if name not in known:
-                raise ArtifactError(
-                    f"{said_of(node)} reads {printable(name)}, which nothing before it gives; export the network again"
-                )
-        for name in filter(None, node.output):
-            if name in known:
-                raise ArtifactError(
-                    f"{said_of(node)} gives {printable(name)}, which is there already; export the network again"
-                )
-            known.add(name)
-    for value in graph.output:
-        if value.name not in known:
-            raise ArtifactError(f"nothing gives its output {printable(value.name)}; export the network again")
 
 
 def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
     kind = value.type.WhichOneof("value") or "no type"
     tensor = value.type.tensor_type
-    if kind != "tensor_type" or tensor.elem_type != onnx.TensorProto.FLOAT:
+    if kind != "tensor_type" or tensor.elem_type not in NUMBER_FORMATS:
         said = _said(tensor.elem_type) if kind == "tensor_type" else kind.removesuffix("_type")
-        todo = (
-            _HALF
-            if said in ("float16", "bfloat16", "double")
-            else "cut the file where it is (onnx.utils.extract_model)"
+        todo = _ASKED if said == "bfloat16" else "cut the file where it is (onnx.utils.extract_model)"
+        raise UnsupportedModel(
+            f"its {what} {printable(value.name)} is {said}; taken are tensors of float32, float16 and double: {todo}"
         )
-        raise UnsupportedModel(f"its {what} {printable(value.name)} is {said}; taken are tensors of float32: {todo}")
     sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
     if what == "input" and (not sizes or len(sizes) > _MOST_AXES):
         raise UnsupportedModel(
             f"its {what} {printable(value.name)} has {len(sizes)} axes; taken are batches, (N, ...): export it with its sizes"
         )
-    return OnnxInput(value.name, sizes)
-
-
-def said_of(node: onnx.NodeProto) -> str:
-    """A node in words: its operator, and its name or the first thing that it gives."""
-    name = node.name or next(iter(node.output), "")
-    return f"{printable(node.op_type)} {printable(name)}"
-
-
-def printable(text: str) -> str:
-    """A name from outside as it can be printed, of bounded length."""
-    return "".join(c if c.isprintable() else "?" for c in text[:100]) or "(no name)"
+    return OnnxInput(value.name, sizes, NUMBER_FORMATS[tensor.elem_type])

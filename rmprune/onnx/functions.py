@@ -15,6 +15,7 @@ from torch import fx, nn
 from rmprune.graph.convolution import Obstacle
 from rmprune.onnx.constants import Array, axes_of, reshaped, slices
 from rmprune.onnx.drawing import Call, NamedSum, shapes
+from rmprune.onnx.formats import NUMBER_FORMATS
 from rmprune.onnx.resize import resize
 
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
@@ -63,11 +64,11 @@ def _reciprocal(call: Call) -> fx.Node:
 
 
 def _cast(call: Call) -> fx.Node:
-    call.only("to", 1)
+    """Between formats of floating point: none here, since the whole network is read in one."""
     call.attribute("saturate")
-    source = call.source()
-    if source.meta["seen"][0].dtype != torch.float32:
-        raise Obstacle("a cast of what is no float32; make the network float32 throughout")
+    source, kind = call.source(), call.attribute("to")
+    if kind not in NUMBER_FORMATS or not source.meta["seen"][0].is_floating_point():
+        raise Obstacle(f"to={kind} is not read of images, only casts between float32, float16 and double")
     return source
 
 

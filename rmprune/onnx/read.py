@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx
 
 from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel, first_line
 from rmprune.graph.convolution import Obstacle
-from rmprune.onnx.constants import FOLDED, fold
+from rmprune.onnx.constants import FOLDED, Array, fold
 from rmprune.onnx.drawing import Call, Drawing, Known, OnnxValue, shapes
-from rmprune.onnx.file import OnnxFile, OnnxInput, printable, said_of
+from rmprune.onnx.file import OnnxFile, OnnxInput
 from rmprune.onnx.functions import FUNCTION_READERS
 from rmprune.onnx.idioms import join_idioms
 from rmprune.onnx.layers import LAYER_READERS
+from rmprune.onnx.order import printable, said_of
 from rmprune.onnx.windows import WINDOW_READERS
 
 ONNX_READERS = WINDOW_READERS | LAYER_READERS | FUNCTION_READERS
@@ -38,11 +40,14 @@ class OnnxNetwork:
     examples: tuple[Tensor, ...]
 
 
-def read_network(file: OnnxFile, image_size: int | None = None, channels: int = 3) -> OnnxNetwork:
-    """The network of a file: torch.fx graph and stock layers, float32, for any number of images.
+def read_network(
+    file: OnnxFile, image_size: int | None = None, channels: int = 3, like: tuple[Tensor, ...] | None = None
+) -> OnnxNetwork:
+    """The network of a file: torch.fx graph and stock layers, for any number of images, in the number format that the file computes in.
 
-    `image_size`, `channels`: where the file leaves them open (224, 3). Raises UnsupportedModel for an operator, an attribute or a use
-    that is not on the list, and ArtifactError where the file contradicts itself; both name the node.
+    `image_size`, `channels`: where the file leaves them open (224, 3); `like`: inputs whose sizes are taken instead. Raises
+    UnsupportedModel for an operator, an attribute or a use that is not on the list, and ArtifactError where the file contradicts itself;
+    both name the node.
     """
     for node in file.nodes:
         if "Quantize" in node.op_type or node.op_type in _QUANTISED:
@@ -56,15 +61,17 @@ def read_network(file: OnnxFile, image_size: int | None = None, channels: int = 
             f"{file.path}: has operators that are not on the list of those that are read: {named}; leave their part out of the file "
             "(onnx.utils.extract_model), or remove residuals before exporting (convert MODEL)"
         )
-    sizes = [_sizes(file, entry, image_size, channels) for entry in file.inputs]
-    drawing = Drawing()
+    sizes = [tuple(x.shape[1:]) for x in like or ()] or [
+        _sizes(file, entry, image_size, channels) for entry in file.inputs
+    ]
+    drawing, wide = Drawing(), torch.float64 if file.dtype == torch.float64 else torch.float32
     values: dict[str, OnnxValue | None] = {"": None}
     for entry, size in zip(file.inputs, sizes, strict=True):
         first = fixed_batch(file) or 2
-        blanks = tuple(torch.empty(count, *size, device="meta") for count in (first, first + 1))
+        blanks = tuple(torch.empty(count, *size, device="meta", dtype=wide) for count in (first, first + 1))
         values[entry.name] = drawing.input(entry.name, (blanks[0], blanks[1]))
     for tensor in file.proto.graph.initializer:
-        array = file.array(tensor)
+        array = _wide(file, file.array(tensor))
         values[tensor.name] = Known(array, array)
     for node in file.nodes:
         _read(file, node, values, drawing)
@@ -83,7 +90,8 @@ def read_network(file: OnnxFile, image_size: int | None = None, channels: int = 
     model.delete_all_unused_submodules()
     model.recompile()
     generator = torch.Generator().manual_seed(0)
-    return OnnxNetwork(file, model.eval(), tuple(torch.randn(2, *size, generator=generator) for size in sizes))
+    examples = (torch.randn(2, *size, generator=generator) for size in sizes)
+    return OnnxNetwork(file, model.eval().to(file.dtype), tuple(x.to(file.dtype) for x in examples))
 
 
 def _sizes(file: OnnxFile, entry: OnnxInput, image_size: int | None, channels: int) -> tuple[int, ...]:
@@ -102,6 +110,13 @@ def _sizes(file: OnnxFile, entry: OnnxInput, image_size: int | None, channels: i
             f"{file.path}: its input {printable(entry.name)} of sizes {list(entry.sizes)} is too large"
         )
     return found
+
+
+def _wide(file: OnnxFile, array: Array) -> Array:
+    """A constant in the format that the network is read in: float64 for a file that computes in it, else nothing below float32."""
+    if file.dtype == torch.float64 and array.dtype in (np.float16, np.float32):
+        return array.astype(np.float64)
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def _read(file: OnnxFile, node: onnx.NodeProto, values: dict[str, OnnxValue | None], drawing: Drawing) -> None:
@@ -128,7 +143,8 @@ def _result(
     file: OnnxFile, node: onnx.NodeProto, inputs: list[OnnxValue | None], attributes: dict[str, Any], drawing: Drawing
 ) -> list[OnnxValue | None]:
     if node.op_type == "Constant":
-        return [_constant(attributes)]
+        array = _wide(file, _constant(attributes))
+        return [Known(array, array)]
     if node.op_type == "Shape" and inputs and inputs[0] is not None:
         start, end = attributes.pop("start", 0), attributes.pop("end", None)
         both = shapes(inputs[0]) if isinstance(inputs[0], fx.Node) else [side.shape for side in inputs[0]]
@@ -137,9 +153,9 @@ def _result(
     given = [value for value in inputs if value is not None]
     if node.op_type in FOLDED and given and all(isinstance(value, Known) for value in given):
         sides = [[None if value is None else value[k] for value in inputs] for k in (0, 1)]  # type: ignore[index]
-        one = fold(node.op_type, sides[0], attributes)
+        one = _wide(file, fold(node.op_type, sides[0], attributes))
         same = all(value.constant for value in given)  # type: ignore[union-attr]
-        return [Known(one, one if same else fold(node.op_type, sides[1], attributes))]
+        return [Known(one, one if same else _wide(file, fold(node.op_type, sides[1], attributes)))]
     if node.op_type not in ONNX_READERS:
         raise Obstacle("it is read of sizes and constants only, not of images")
     call = Call(
@@ -163,7 +179,7 @@ def _attribute(file: OnnxFile, attribute: onnx.AttributeProto) -> Any:
     return list(value) if not isinstance(value, int | float | bytes) else value
 
 
-def _constant(attributes: dict[str, Any]) -> Known:
+def _constant(attributes: dict[str, Any]) -> Array:
     kinds = {
         "value": None,
         "value_float": "float32",
@@ -175,8 +191,7 @@ def _constant(attributes: dict[str, Any]) -> Known:
     if len(names) != 1 or len(attributes) != 1:
         raise Obstacle(f"a constant given as {', '.join(map(printable, attributes)) or 'nothing'} is not read")
     value = attributes[names[0]]
-    array = value if names[0] == "value" else torch.tensor(value, dtype=getattr(torch, str(kinds[names[0]]))).numpy()
-    return Known(array, array)
+    return value if names[0] == "value" else torch.tensor(value, dtype=getattr(torch, str(kinds[names[0]]))).numpy()
 
 
 def _layer_name(node: onnx.NodeProto) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import RmpruneError, UnsupportedModel, first_line
+from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel, first_line
+from rmprune.graph.build import target_of
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.network import free_name
 from rmprune.onnx.bare import Weights, bare_graph, write_proto
-from rmprune.onnx.compare import as_tensors
+from rmprune.onnx.compare import as_tensors, in_format, named_outputs, outputs_of
 from rmprune.onnx.file import OnnxFile, open_onnx
-from rmprune.onnx.read import OnnxNetwork, fixed_batch
+from rmprune.onnx.read import OnnxNetwork, fixed_batch, read_network
 from rmprune.onnx.runtime import batch_for, refuse_difference, run_file
 
 logger = logging.getLogger("rmprune")
@@ -31,7 +31,7 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
     Runtime, over the largest output, for other batches as well where the file leaves them open. Sizes of images that it leaves open
     stay open where both files agree on a second size, else they are those of the examples, and the log says so.
 
-    Raises NotEquivalent where they differ by more than float32 rounds, UnsupportedModel where the exporter cannot write the network.
+    Raises NotEquivalent where they differ by more than their format rounds, UnsupportedModel where the exporter cannot write the network.
     """
     file = network.file
     proto, weights = _exported(network, model)
@@ -54,18 +54,39 @@ def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, 
     """The graph as torch exports it, inputs i0, ... and outputs o0, ..., and its weights by name, which it does not hold."""
     file = network.file
     examples = batch_for(file, network.examples)
-    folded = fold_batch_norms(model, examples).float().cpu().to(memory_format=torch.contiguous_format)
+    wide = in_format(model, torch.float32 if file.dtype == torch.float16 else file.dtype)
+    folded = fold_batch_norms(wide, as_tensors(examples, target_of(wide).dtype)).cpu().to(file.dtype)
+    folded = folded.to(memory_format=torch.contiguous_format)
+    if not all(bool(value.isfinite().all()) for value in folded.state_dict().values() if value.is_floating_point()):
+        raise NotEquivalent(
+            f"{file.path}: weights of the new network leave the range of float16 (65504); give the file in float32"
+        )
+    if any(entry.dtype != file.dtype for entry in (*file.inputs, *file.outputs)):
+        folded = _Cast(folded, file)
     inputs, outputs = ([f"{kind}{i}" for i in range(len(of))] for kind, of in (("i", file.inputs), ("o", file.outputs)))
     free = {
         name: {axis: f"{name}_{axis}" for axis, size in enumerate(entry.sizes) if size is None}
         for name, entry in zip(inputs, file.inputs, strict=True)
     }
     try:
-        return bare_graph(folded, as_tensors(examples), (inputs, outputs), free, file.opset)
+        given = tuple(x.to(entry.dtype) for x, entry in zip(examples, file.inputs, strict=True))
+        return bare_graph(folded, given, (inputs, outputs), free, file.opset)
     except Exception as error:  # neither has an error family of its own
         raise UnsupportedModel(
             f"{file.path}: the new network cannot be written in opset {file.opset} ({first_line(error)})"
         ) from error
+
+
+class _Cast(nn.Module):
+    """A network between the inputs and outputs of a file, which are in other formats than its layers."""
+
+    def __init__(self, network: nn.Module, file: OnnxFile) -> None:
+        super().__init__()
+        self.network, self.dtype, self.formats = network, file.dtype, [entry.dtype for entry in file.outputs]
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        found = named_outputs(self.network(*(x.to(self.dtype) for x in inputs))).values()
+        return [x if x.dtype == to else x.to(to) for x, to in zip(found, self.formats, strict=True)]
 
 
 def _rename(proto: onnx.ModelProto, weights: Weights, file: OnnxFile) -> Weights:
@@ -109,11 +130,25 @@ def _write(proto: onnx.ModelProto, weights: Weights, path: Path) -> OnnxFile:
 
 
 def _compare(network: OnnxNetwork, new: OnnxFile, seed: int) -> float:
-    """Both files in ONNX Runtime: on the examples' sizes, and, with another seed, three images where their number is open."""
-    inputs: Sequence[Tensor] = batch_for(network.file, network.examples, seed)
+    """Both files on the examples' sizes, and, with another seed, three images where their number is open."""
+    inputs = batch_for(network.file, network.examples, seed)
     if seed and all(entry.sizes[0] is None for entry in network.file.inputs):
-        inputs = [torch.cat([x, x.flip(0)[:1] * 3]) for x in inputs]
-    return refuse_difference(network, inputs, run_file(new, inputs), f"{new.path.name}, the new file,")
+        inputs = tuple(torch.cat([x, x.flip(0)[:1] * 3]) for x in inputs)
+    return _compare_on(inputs, network, new)
+
+
+def _compare_on(inputs: tuple[Tensor, ...], network: OnnxNetwork, new: OnnxFile) -> float:
+    """The largest difference in ONNX Runtime; beside float32 also of what is read of the new file, with every result in its format."""
+    what = f"{new.path.name}, the new file,"
+    model = in_format(network.model, network.file.runnable.dtype)
+    own = as_tensors(inputs, network.file.runnable.dtype)
+    expected, found = (run_file(file.runnable, own) for file in (network.file, new))
+    error = refuse_difference(model, own, found, expected, what)
+    if network.file.dtype != torch.float32:
+        found = outputs_of(read_network(new, like=inputs).model, inputs)
+        again = refuse_difference(network.model, inputs, found, outputs_of(network.model, inputs), what)
+        error = max(error, again)
+    return error
 
 
 def _agree_on_more_pixels(network: OnnxNetwork, new: OnnxFile) -> bool:
@@ -122,9 +157,9 @@ def _agree_on_more_pixels(network: OnnxNetwork, new: OnnxFile) -> bool:
     for entry, x in zip(network.file.inputs, network.examples, strict=True):
         count = fixed_batch(network.file) or len(x)
         sizes = [n + _MORE_PIXELS * (i > 1 and entry.sizes[i] is None) for i, n in enumerate(x.shape)]
-        inputs.append(torch.randn([count, *sizes[1:]], generator=torch.Generator().manual_seed(2)))
+        inputs.append(torch.randn([count, *sizes[1:]], generator=torch.Generator().manual_seed(2)).to(x.dtype))
     try:
-        refuse_difference(network, inputs, run_file(new, inputs), "the new file")
+        _compare_on(tuple(inputs), network, new)
     except (RmpruneError, RuntimeError):
         return False
     return True

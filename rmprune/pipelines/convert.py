@@ -16,12 +16,13 @@ from rmprune.artifact.files import ARCHITECTURE
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, architecture
 from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
+from rmprune.graph.build import target_of
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
-from rmprune.onnx.compare import FLOAT32_TOLERANCE, difference, is_off, open_session, outputs_of
-from rmprune.onnx.file import is_onnx
+from rmprune.onnx.compare import TOLERANCES, difference, is_off, outputs_of
+from rmprune.onnx.file import is_onnx, open_onnx
 from rmprune.onnx.read import OnnxNetwork
-from rmprune.onnx.runtime import batch_for, checked_network
+from rmprune.onnx.runtime import batch_for, checked_network, run_file
 from rmprune.onnx.write import write_like
 from rmprune.pipelines.stages import image_shape
 from rmprune.pruning.options import block_options
@@ -214,21 +215,18 @@ def _check_out(config: ConvertConfig) -> None:
 
 
 def check_written(path: Path, model: nn.Module, examples: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative difference of the loaded artifact, and of its ONNX file, to the original in float32.
+    """Relative difference of the loaded artifact, and of its ONNX file, to the original in its own format.
 
-    Raises NotEquivalent over FLOAT32_TOLERANCE and over what float32 itself does to the original.
+    Raises NotEquivalent over the format's tolerance and over what it does to the original itself.
     """
     expected = outputs_of(model.eval(), examples)
-    outputs = {"the artifact": outputs_of(artifact.load(path), examples)}
-    file = path / "model.onnx"
-    if file.is_file():
-        session = open_session(file)
-        feed = {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), examples, strict=True)}
-        outputs["model.onnx in ONNX Runtime"] = [torch.from_numpy(value) for value in session.run(None, feed)]
-    errors = {name: difference(found, expected) for name, found in outputs.items()}
+    found = {"the artifact": (outputs_of(artifact.load(path), examples), target_of(model).dtype)}
+    if (path / "model.onnx").is_file():
+        file = open_onnx(path / "model.onnx").runnable
+        found["model.onnx in ONNX Runtime"] = run_file(file, examples), file.dtype
+    errors = {name: difference(outputs, expected) for name, (outputs, _) in found.items()}
     for name, error in errors.items():
-        if is_off(error, FLOAT32_TOLERANCE, model, examples):
-            raise NotEquivalent(
-                f"{path}: {name} differs by {error:.1e}, more than {FLOAT32_TOLERANCE:.0e}; do not deploy it"
-            )
+        tolerance = TOLERANCES[found[name][1]]
+        if is_off(error, tolerance, model, examples):
+            raise NotEquivalent(f"{path}: {name} differs by {error:.1e}, more than {tolerance:.0e}; do not deploy it")
     return errors

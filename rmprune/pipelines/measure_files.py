@@ -46,8 +46,11 @@ def run_measure_files(config: RemeasureConfig) -> dict[str, list[Latency]]:
     shapes = _example_shapes(list(files.values()), config.image_size)
     measure = replace(measure, batch_sizes=_batch_sizes(files, measure))
     generator = torch.Generator().manual_seed(0)
-    inputs = tuple(torch.randn(1, *shape, generator=generator) for shape in shapes)
-    candidates = {name: FileCandidate(name, file, inputs) for name, file in files.items()}
+    inputs = [torch.randn(1, *shape, generator=generator) for shape in shapes]
+    candidates = {
+        name: FileCandidate(name, file, tuple(x.to(entry.dtype) for x, entry in zip(inputs, file.inputs, strict=True)))
+        for name, file in files.items()
+    }
     profiles = profile(candidates, measure) if config.profile else {}
     found = measure_candidates(
         candidates,

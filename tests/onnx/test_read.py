@@ -270,10 +270,12 @@ REFUSED = {
     ),
     "an unknown attribute": (one("Relu", alpha=1.0), "Relu n: its attribute alpha is not known"),
     "an old opset": (edited(lambda m: setattr(m.opset_import[0], "version", 6)), "its opset is 6, read are 7 to"),
-    "float16": (
+    "layers in two formats": (
         edited(lambda m: typed(m, 10)),
-        r"its input image:0 is float16; .*export it in float32.*transformers\.float16",
+        r"compute in float16 .*and float32 .*give the file in float32",
     ),
+    "bfloat16": (edited(lambda m: typed(m, 16)), "its input image:0 is bfloat16; .*export it in float32 or float16"),
+    "a circle": (edited(lambda m: m.graph.node[0].input.__setitem__(0, "2")), "reads 2, which nothing before it gives"),
     "bytes": (edited(lambda m: typed(m, 2)), r"its input image:0 is uint8; .*extract_model"),
     "no opset": (edited(lambda m: m.ClearField("opset_import")), "names no opset"),
     "a newer IR version": (
@@ -324,6 +326,10 @@ REFUSED = {
     "softmax of old": (one("Softmax", opset=11, axis=1), "before opset 13"),
     "an addition of one": (one("Add"), "its second input is missing"),
     "another cast": (one("Cast", to=7), "to=7"),
+    "a cast that rounds": (
+        between([node("Cast", ["x"], ["c"], to=10), node("Cast", ["c"], ["y"], to=1)]),
+        "what was read of it differs",
+    ),
     "axes beyond": (one("ReduceMean", axes=[4]), "its axes are"),
     "a squeezed map": (one("Squeeze", INT([2])), "it takes away axes"),
     "no values": (one("Reshape", INT([0, 4, 6, 0]), allowzero=1), "makes a tensor without values"),

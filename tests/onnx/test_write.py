@@ -1,5 +1,6 @@
 """From file to file: the same outputs in ONNX Runtime, and what a file says of itself besides."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 from onnx_examples import graph_of, normal, residual, written
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from rmprune import artifact
 from rmprune.config import ConvertConfig, NetworkConfig
 from rmprune.errors import RmpruneError
 from rmprune.onnx import bare
+from rmprune.onnx.file import open_onnx
 from rmprune.pipelines.convert import run_convert
 
 
@@ -50,6 +55,65 @@ def test_a_file_becomes_a_file_without_additions(
     assert sorted(file.name for file in out.iterdir()) == ["architecture.json", "model.onnx", "model.safetensors"]
     assert artifact.read_extra(out)["removal"]["removed"] == ["block"]
     assert "in ONNX Runtime" in capsys.readouterr().out
+
+
+def in_double(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With weights that float32 does not hold."""
+    for tensor in model.graph.initializer:
+        value = numpy_helper.to_array(tensor).astype(np.float64) * (1 + 1e-9)
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    return model
+
+
+def outputs_in(path: Path, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What ONNX's own reference computes, which has convolutions in every format."""
+    found: np.ndarray[Any, Any] = ReferenceEvaluator(open_onnx(path).proto).run(None, {"image:0": image})[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("convert", "given", "inside", "limit"),
+    [
+        (in_double, np.float64, 11, 1e-13),
+        (convert_float_to_float16, np.float16, 10, 3e-3),
+        (partial(convert_float_to_float16, keep_io_types=True), np.float32, 10, 3e-3),
+    ],
+    ids=["double", "float16", "float16 between casts"],
+)
+def test_a_file_in_another_format_stays_in_it(
+    convert: Any, given: Any, inside: int, limit: float, tmp_path: Path
+) -> None:
+    out = converted(convert(residual()), tmp_path, check=True)
+    before, after = onnx.load(tmp_path / "camera.onnx"), onnx.load(out / "model.onnx")
+    assert "Add" not in operators(out / "model.onnx")
+    assert after.graph.input == before.graph.input and after.graph.output == before.graph.output
+    assert {tensor.data_type for tensor in after.graph.initializer} == {inside}
+    image = normal(3, 3, 8, 8).astype(given)
+    expected, found = (outputs_in(path, image) for path in (tmp_path / "camera.onnx", out / "model.onnx"))
+    assert found.dtype == expected.dtype == given
+    assert abs(found.astype(float) - expected).max() <= limit * abs(expected).max()
+    again = artifact.load(out)
+    assert {str(weight.dtype) for weight in again.parameters()} == {
+        "torch.float64" if inside == 11 else "torch.float16"
+    }
+
+
+def test_weights_beyond_float16_are_refused_and_nothing_written(tmp_path: Path) -> None:
+    """A batch norm of a small map: folded into its convolution it makes weights that the format does not hold."""
+    model = residual()
+    values = {"scale": np.full(4, 1e3), "zero": np.zeros(4), "a": normal(4, 3, 3, 3) / 1e3, "b": normal(4, 4, 3, 3)}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in values]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(kept)
+    model.graph.initializer.extend(numpy_helper.from_array(np.float32(value), name) for name, value in values.items())
+    model.graph.node[2].output[0] = "small"
+    norm = onnx.helper.make_node("BatchNormalization", ["small", "scale", "zero", "zero", "zero"], ["3"])
+    model.graph.node.insert(3, norm)
+    with pytest.raises(RmpruneError, match=r"float16.* off by inf|leave the range of float16"):
+        converted(convert_float_to_float16(model), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["camera.onnx"]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
