@@ -138,7 +138,7 @@ def _walked(root: Path) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
     waiting = [str(root)]
     while waiting:
         folder = waiting.pop()
-        about = os.stat(folder)
+        about = Path(folder).stat()
         if (first := seen.setdefault(_number(about.st_dev, about.st_ino), folder)) != folder:
             raise DataError(
                 f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
@@ -175,7 +175,8 @@ def _number_of(entry: os.DirEntry[str], device: int) -> int:
 
 
 def _images(root: Path) -> dict[str, dict[str, int]]:
-    """Class -> its images, each with the number of its file, of folders within it too; hidden ones are left out, and other files, which the log says.
+    """Class -> its images, each with the number of its file, of folders within it too; hidden ones are left out,
+    and other files, which the log says.
 
     Raises DataError for a folder that cannot be read or is there twice, and where there are no classes or one of them has no image.
     """

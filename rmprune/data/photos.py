@@ -77,7 +77,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
     except Exception as error:  # Pillow's readers stumble in many ways over damaged files
         reason = not_data(Path(path)) or " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"{path} is missing or damaged ({reason}); replace it, take it out, or save it as one of the kinds that are read: {', '.join(_FORMATS)}"
+            f"{path} is missing or damaged ({reason}); replace it, take it out, or save it as one of the kinds that are read: "
+            f"{', '.join(_FORMATS)}"
         ) from None
 
 
@@ -177,12 +178,12 @@ class Photos(TorchDataset[Tensor]):
     def _digest(self) -> str:
         """16 hex digits for the files (names, sizes, times of change) and what is made of them."""
         files = []
-        for path in self.paths:
+        for path in map(Path, self.paths):
             try:
-                about = os.stat(path)
+                about = path.stat()
             except OSError as error:
                 raise DataError(f"{path} cannot be read ({error.strerror}); replace it or take it out") from None
-            files.append((os.path.abspath(path), about.st_size, about.st_mtime_ns))
+            files.append((str(path.absolute()), about.st_size, about.st_mtime_ns))
         told = json.dumps([_VERSION, self.side, self.depth, files], ensure_ascii=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
