@@ -1,7 +1,9 @@
 """What the classes of settings share: tuples on the command line, and checks that refuse a value."""
 
 import math
-from typing import Annotated, Any, get_args, get_type_hints
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -48,15 +50,37 @@ def require_choice(config: Any, *names: str) -> None:
         require(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
 
 
+def require_numbers(kind: Any, values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for the first of these settings of a class or function that holds no number, or no tuple, where its type
+    has one: from Python anything may come."""
+    for name, hint in get_type_hints(kind).items():
+        if name in values and not _holds(hint, values[name]):
+            raise ConfigError(f"{name} is {values[name]!r}; give {str(getattr(hint, '__name__', hint)).lower()}")
+
+
+def _holds(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type as far as numbers go, those of numpy and torch among them; of other types all are."""
+    of, parts, able = get_origin(hint), get_args(hint), {int: "__index__", float: "__float__"}
+    if of in (Union, UnionType):
+        return any(_holds(part, value) for part in parts)
+    if of is tuple and parts[0] in able:
+        sized = isinstance(value, tuple | list) and parts[1:] in ((...,), (parts[0],) * (len(value) - 1))
+        return sized and all(_holds(parts[0], each) for each in value)
+    return value is None if hint is NoneType else hint not in able or hasattr(value, able[hint])
+
+
 def require_finite(config: Any) -> None:
     """Raise `ConfigError` for the first setting that is infinite or not a number: no record could hold it."""
+    require_numbers(type(config), vars(config))
     for name, value in vars(config).items():
         require(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}; give a finite number")
 
 
 def require_seed(name: str, value: int) -> None:
     """Raise `ConfigError` unless the generators take this seed."""
-    require(0 <= value < 2**32, f"{name} is {value}; it must lie between 0 and {2**32 - 1}")
+    require(
+        hasattr(value, "__index__") and 0 <= value < 2**32, f"{name} is {value}; it must lie between 0 and {2**32 - 1}"
+    )
 
 
 def changeable() -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from rmprune.config.fields import Names, Numbers, require, require_inside
+from rmprune.config.fields import Names, Numbers, require, require_finite, require_inside
 
 MOST_THREADS = 1024
 """More than cores there are: thousands are started one by one and take turns for minutes."""
@@ -30,6 +30,7 @@ class MeasureConfig:
     """Rounds at least, whatever the time budget."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         for name in ("backends", "threads", "batch_sizes"):
             require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))  # each is measured once

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rmprune.config.fields import Fractions, require, require_inside
+from rmprune.config.fields import Fractions, require, require_finite, require_inside
 
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
 
@@ -49,6 +49,7 @@ class PruneConfig:
     """Share of the old scores that survives a cut; 0 ranks by the steps since the last cut alone."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         kinds = dict.fromkeys(name for name, _ in self.budgets)
         require(
             len(kinds) <= 1,

@@ -74,5 +74,6 @@ class SparsityConfig:
     """Train one penalised scale per channel of every identity shortcut; ranks what RM reserves."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_inside(self, "[0, inf)", "strength")
         require_choice(self, "scales")

@@ -47,6 +47,8 @@ def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:
         return None
     if isinstance(data, WithLoss):
         return data
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise DataError(f"data is of type {type(data).__name__}; pass a loader, or a list of batches")
     held = data if isinstance(data, list | tuple) else list(data)
     return held if loss is None else WithLoss(held, loss)
 

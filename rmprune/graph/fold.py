@@ -1,6 +1,5 @@
 """Batch norms folded into the convolutions and linear layers before them, in eval mode; the function stays."""
 
-import copy
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rmprune.graph.foreign import plain_module, unbound
+from rmprune.graph.foreign import copied, plain_module, unbound
 from rmprune.graph.inputs import as_tuple, trial
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
 from rmprune.graph.run import hooked
@@ -27,7 +26,7 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     its input is also read elsewhere, where the layer before runs more than once, or where it has no running statistics.
     Dropout and Identity go as well.
     """
-    model = unbound(copy.deepcopy(plain_module(model))).eval()
+    model = unbound(copied(plain_module(model))).eval()
     flat, graph = is_flat_sequential(model), trace(model, inputs)
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rmprune.config import MeasureConfig
+from rmprune.config.fields import require_numbers
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.graph.foreign import plain_module
@@ -85,7 +87,8 @@ def measure_latency(
     (4, 5, True)
     """
     model = plain_module(model)
-    place = Configuration(backend, device, threads, batch_size or len(as_tuple(model, example_inputs)[0]))
+    batch_size = len(as_tuple(model, example_inputs)[0]) if batch_size is None else batch_size
+    place = Configuration(backend, device, threads, batch_size)
     return measure_at(place, {"model": model}, example_inputs, seconds=seconds, min_rounds=min_rounds)["model"]
 
 
@@ -160,6 +163,8 @@ def measure_candidates(
 ) -> dict[str, list[Latency]]:  # fmt: skip
     """`measure_latencies` of what is a candidate already, such as a file: times under every configuration, and ratios to `reference`."""
     check_available(backends, device)
+    lists = {"threads": tuple(threads), "batch_sizes": tuple(batch_sizes)}
+    require_numbers(MeasureConfig, {**lists, "seconds": seconds, "min_rounds": min_rounds})
     if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
         raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")
     if reference is not None and reference not in candidates:

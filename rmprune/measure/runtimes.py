@@ -1,7 +1,6 @@
 """Runtimes beside PyTorch: ONNX Runtime and its providers, TensorRT, OpenVINO, ncnn. Packages are imported when asked for."""
 
 import contextlib
-import copy
 import importlib
 import importlib.util
 import io
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.foreign import copied
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
 from rmprune.measure.torch_backends import graphed
 from rmprune.onnx.export import onnx_bytes
@@ -97,7 +97,7 @@ class _Half(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).half()
+        self.network = copied(network).half()
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.network(x.half())

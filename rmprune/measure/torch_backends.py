@@ -1,7 +1,6 @@
 """PyTorch's own ways to execute a network: eager, torch.jit, torch.compile, CUDA graphs. No timing here."""
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError
+from rmprune.graph.foreign import copied
 from rmprune.graph.listed import trace
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form
 from rmprune.measure.cuda_graphs import aside, recorded
@@ -20,7 +20,7 @@ def _on_device(
     """A copy of the network and its input on the device, in channels-last order if wanted and where there is such an order."""
     x = candidate.inputs(setting.batch_size)
     x = x.to(setting.device, dtype if x.is_floating_point() else None)
-    model = copy.deepcopy(candidate.form(folded_form)).to(setting.device, dtype)
+    model = copied(candidate.form(folded_form)).to(setting.device, dtype)
     if x.dim() == 4 and channels_last:
         return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     return model, x
@@ -43,7 +43,7 @@ def eager(
     """PyTorch as it is. Threads are torch's own, set by the caller."""
     if len(candidate.all_inputs) == 1:
         return _prepared(*_on_device(candidate, setting, dtype, channels_last))
-    model = copy.deepcopy(candidate.form(folded_form)).to(setting.device, dtype)
+    model = copied(candidate.form(folded_form)).to(setting.device, dtype)
     batch = [
         x.to(setting.device, dtype if x.is_floating_point() else None) for x in candidate.batch(setting.batch_size)
     ]

@@ -1,6 +1,5 @@
 """What plans of a network are put together from: its forms, what their layers cost at any width, and what each change loses."""
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -14,6 +13,7 @@ from torch import nn
 from rmprune.config import SlimConfig
 from rmprune.data.batches import affordable
 from rmprune.errors import InfeasibleBudget
+from rmprune.graph.foreign import copied
 from rmprune.methods.cutter import LEAST_FRACTION, layer_times, place_of
 from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import even_fraction
@@ -106,7 +106,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
     if budget.latency_ratio is not None:
         table, example = layer_times(job, place_of(job)), images[:1].cpu()
-        here = {choice: copy.deepcopy(own).cpu() for choice, own in networks.items()}
+        here = {choice: copied(own).cpu() for choice, own in networks.items()}
         costs = {choice: TimeCost(table, own, structures[choice], example) for choice, own in here.items()}
         budget = dataclasses.replace(budget, reference_ms=total_cost(structures["keep"], costs["keep"]))
     limit = resolve(structures["keep"], budget, costs["keep"]).limit

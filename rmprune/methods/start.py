@@ -28,7 +28,7 @@ def start(
     if rule.prefer == ("keep",):
         return dense, {}
     removal = replace(removal, fuse=rule.fuse or removal.fuse)
-    options = block_options(dense, examples(2), linear=False, alone=False, removal=removal)
+    options = block_options(dense, examples(2), linear=False, alone=False, removal=removal, wanted=rule.prefer)
     choices: dict[str, Choice] = {
         block: next(choice for choice in rule.prefer if not own[choice]) for block, own in options.items()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from rmprune.graph.build import target_of
+from rmprune.graph.foreign import copied
 from rmprune.graph.shapes import to_double
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2.0**-10}  # of the largest output
@@ -66,13 +66,13 @@ def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 def in_format(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The network with its weights in this format: itself where they are."""
-    return model if target_of(model).dtype == dtype else copy.deepcopy(model).to(dtype)
+    return model if target_of(model).dtype == dtype else copied(model).to(dtype)
 
 
 def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
     """What the format of its weights does to the outputs of `model` in eval mode: their `difference` to float64."""
     own = as_tensors(inputs, target_of(model).dtype)
-    return difference(outputs_of(model, own), outputs_of(copy.deepcopy(model).double(), tuple(map(to_double, own))))
+    return difference(outputs_of(model, own), outputs_of(copied(model).double(), tuple(map(to_double, own))))
 
 
 def is_off(error: float, tolerance: float, model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import logging
@@ -23,7 +22,7 @@ from rmprune.data.batches import Loss
 from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
-from rmprune.graph.foreign import plain_module
+from rmprune.graph.foreign import copied, plain_module
 from rmprune.graph.inputs import as_given
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job
@@ -156,6 +155,10 @@ def slim(
     >>> sorted(path.name for path in result.save("slimmed").iterdir())
     ['config.toml', 'dense', 'deploy', 'log.jsonl', 'plain', 'pruned', 'record.json']
     """
+    for name, value, kind in (("finetune", finetune, TrainConfig), ("prune", prune, PruneConfig), ("measure", measure, MeasureConfig),
+                              ("method", method, str), ("out", out, str | Path)):  # fmt: skip
+        if not isinstance(value, kind | None):
+            raise ConfigError(f"{name} is of type {type(value).__name__}; give a {getattr(kind, '__name__', kind)}")
     budgets = {
         "ratio": ratio,
         "macs_ratio": macs_ratio,
@@ -177,8 +180,8 @@ def slim(
         raise ConfigError(
             f"{', '.join(found)} count accuracy on labelled images of our own; measure result.model there by measure_latencies"
         )
-    at = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     network = _trained(model)
+    at = next(parameter.device for parameter in model.parameters())
     splits = [
         GivenSplit(train, network, loss, "train"),
         GivenSplit(validation, network, loss, "validation"),
@@ -233,7 +236,7 @@ def _trained(model: nn.Module) -> nn.Module:
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; give a trained network, after model.eval()")
     check_precision(model.parameters())
-    return copy.deepcopy(plain_module(model)).cpu()
+    return copied(plain_module(model)).cpu()
 
 
 def _refuse_another(folder: Path, network: nn.Module) -> None:

@@ -1,7 +1,6 @@
 """What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
 import contextlib
-import copy
 import itertools
 import json
 import logging
@@ -22,6 +21,7 @@ from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
+from rmprune.graph.foreign import copied
 from rmprune.graph.outline import outline
 from rmprune.measure import (
     activation_memory,
@@ -116,7 +116,7 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
 def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:
     """The trained network, which an artifact holds as one flat graph, with the modules that name its blocks."""
     if job.given is not None:
-        return copy.deepcopy(job.given)
+        return copied(job.given)
     network = make_dense(replace(job.config, weights=None, weights_by_order=False), job.data, job.seed)
     network.load_state_dict(dense.state_dict())
     return network

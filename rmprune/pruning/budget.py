@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rmprune.config import PruneConfig
+from rmprune.config.fields import require_numbers
 from rmprune.errors import ConfigError
 from rmprune.pruning.groups import Group, Structure, total_cost
 from rmprune.pruning.layers import Cost, channels, macs
@@ -44,6 +45,7 @@ others; got ratio, macs_ratio
     round_to: int = 1
 
     def __post_init__(self) -> None:
+        require_numbers(type(self), vars(self))
         given = [name for name in KINDS if getattr(self, name) is not None]
         if not given or given[1:] not in ([], ["memory_ratio"]):
             raise ConfigError(

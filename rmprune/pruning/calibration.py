@@ -6,7 +6,6 @@ deviation that the unpruned network has there, channel by channel: the same corr
 mean (the intercept) is measured anew, for to restore the deviation would undo the fit.
 """
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rmprune.graph.foreign import copied
 from rmprune.pruning.groups import Keep, Structure, device_of, layer_masks
 from rmprune.pruning.layers import SizedLayer, Slices
 from rmprune.pruning.positions import Positions, outputs_at, patches_at, sample_positions
@@ -91,7 +91,7 @@ class Calibrator:
     """Fits the layers of any policy of one network. `reference` holds the unpruned network's own values, by operation."""
 
     def __init__(self, model: nn.Module, structure: Structure, settings: Fitting) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copied(model).eval().requires_grad_(False)
         self.layers = {layer.name: layer for layer in structure.layers}
         self.settings = settings
         held = self.model.named_parameters, self.model.named_buffers

@@ -7,7 +7,6 @@ in the next scores. The same hook serves plain chains and networks with residual
 get the same importance and schedule.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError, DataError
+from rmprune.graph.foreign import copied
 from rmprune.graph.inputs import Inputs
 from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve
@@ -151,12 +151,12 @@ class GradualPruner:
     def _suffices(self, state: TrainState) -> bool:
         """Whether the network, near the end of its cuts, already meets what the budget stands for."""
         near = total_cost(self.structure, self.target.cost) <= MEASURED_FROM * self.target.limit
-        return self.meets is not None and near and self.meets(copy.deepcopy(state.model)) <= 1
+        return self.meets is not None and near and self.meets(copied(state.model)) <= 1
 
     def _measure(self, state: TrainState) -> None:
         """After the last cut: plan another where the network takes too much and the limits leave something to cut."""
         assert self.meets is not None
-        excess = self.meets(copy.deepcopy(state.model))
+        excess = self.meets(copied(state.model))
         least = least_cost(self.structure, self.budget, self.target.cost, self.first.units) * (1 + 1e-9)
         if excess > 1 and least < total_cost(self.structure, self.target.cost):
             limit = max(least, self.target.limit / (1.01 * excess))

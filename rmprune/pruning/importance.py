@@ -151,8 +151,10 @@ def score_groups(
         scores: Mapping[str, Tensor] = IMPORTANCES[importance](model, structure, batches)
     elif isinstance(importance, Mapping):
         scores = {g.name: _look_up(importance, g) for g in structure.groups}
-    else:
+    elif callable(importance):
         scores = importance(model, structure, batches)
+    else:
+        raise ConfigError(f"importance is {importance!r}; give a name, a table of scores or a function")
     checked = {}
     for group in structure.groups:
         score = scores.get(group.name)

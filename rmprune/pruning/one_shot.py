@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rmprune.config.fields import require_numbers
 from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with_loss
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
@@ -96,6 +97,7 @@ def prune(
     (8, {'3': "its channels are the network's output"})
     """
     refuse_no_budget(budget)
+    require_numbers(prune, {"lookahead": lookahead})
     if reconstruct and data is None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):
@@ -207,6 +209,8 @@ def refuse_unknown(structure: Structure, model: nn.Module, **widths: Mapping[str
     """Raises ConfigError where one of these settings names no group; of a network that was cut, whose groups may be fewer, no layer."""
     known = {*structure.units} | ({n for n, _ in model.named_modules()} if "kept" in facts_of(model) else set())
     for setting, units in widths.items():
+        if not isinstance(units or {}, Mapping) or not all(hasattr(u, "__index__") for u in (units or {}).values()):
+            raise ConfigError(f"{setting} is {units!r}; give {{group: units, a whole number}}")
         for name in units or ():
             if name not in known and name.partition("[")[0] not in known:
                 near = difflib.get_close_matches(str(name), structure.units, 5, 0.4) or list(structure.units)[:5]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +27,11 @@ Options = Mapping[str, Mapping[Choice, str]]
 """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back."""
 _FUSE = ("cheaper", "always", "never")
 PLAN_SCHEMA = 1
+
+
+def _by_name(names: Iterable[str]) -> dict[str, str]:
+    """Each by its flat name, where no other has that for its own, and by its own."""
+    return {flat_name(name): name for name in names} | {name: name for name in names}
 
 
 def layers_digest(model: nn.Module) -> str:
@@ -66,6 +71,9 @@ class SlimPlan:
         for name, width in self.widths.items():
             if type(width) is not int or width < 1:
                 raise ConfigError(f"width of {name} is {width!r}; it must be a whole number, at least 1")
+        for name in (*self.blocks, *self.widths):
+            if not isinstance(name, str):
+                raise ConfigError(f"{name!r} is no name of a block or of a channel group; give a text")
         if self.fuse not in _FUSE or not isinstance(self.network, str):
             raise ConfigError(
                 f"fuse is {self.fuse!r} and network {self.network!r}; use one of {', '.join(_FUSE)}, and a text"
@@ -111,16 +119,17 @@ class SlimPlan:
         """
         if self.network and self.network != (here := layers_digest(model)):
             raise ConfigError(f"the plan is for another network (its fingerprint is {self.network}, here it is {here})")
-        names = {flat_name(name): name for name in options}
-        choices: dict[str, Choice] = dict.fromkeys(options, "keep")
+        names = _by_name(options)
+        chosen: dict[str, Choice] = {}
         for block, choice in self.blocks.items():
-            name = names.get(flat_name(block))
+            name = names.get(block, names.get(flat_name(block)))
             if name is None:
                 raise ConfigError(f"there is no block {block}; there are: {', '.join(options) or 'none'}")
             if options[name][choice]:
                 raise ConfigError(f"block {block} cannot be {choice!r}: {options[name][choice]}")
-            choices[name] = choice
-        return choices
+            if chosen.setdefault(name, choice) != choice:
+                raise ConfigError(f"block {block} is {choice!r}, but it is {name}, which is {chosen[name]!r}")
+        return {name: chosen.get(name, "keep") for name in options}
 
     def units(self, structure: Structure, *, strict: bool = True) -> dict[str, int]:
         """How many units each of these groups keeps; the plan may call a group by any layer that puts out its channels and no others.
@@ -129,11 +138,11 @@ class SlimPlan:
         """
         made = [(flat_name(m.layer), g.name, m) for g in structure.groups for m in g.members if m.side == "out"]
         names = {layer: name for layer, name, member in made if member.index.numel() == member.size}
-        names |= {flat_name(name): name for name in structure.units}
-        kept = structure.units
+        names |= _by_name(structure.units)
+        kept: dict[str, int] = {}
         for group, width in self.widths.items():
-            name = names.get(flat_name(group))
-            if not strict and (name is None or width > kept[name]):
+            name = names.get(group, names.get(flat_name(group)))
+            if not strict and (name is None or width > structure.units[name]):
                 continue
             if name is None:
                 several = ", ".join(name for layer, name, _ in made if layer == flat_name(group))
@@ -144,9 +153,9 @@ class SlimPlan:
                 )
             if width > structure.units[name]:
                 raise ConfigError(f"width of {group} is {width}; there are {structure.units[name]} to keep")
-            if strict and kept[name] not in (structure.units[name], width):
+            if strict and kept.setdefault(name, width) != width:
                 raise ConfigError(
                     f"width of {group} is {width}, but its channels are those of {name}, kept at {kept[name]}"
                 )
             kept[name] = width
-        return kept
+        return structure.units | kept

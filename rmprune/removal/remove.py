@@ -93,7 +93,7 @@ def remove_residuals(
     >>> type(plain).__name__, torch.allclose(plain(images), model(images), atol=1e-5)
     ('Sequential', True)
     """
-    _check_settings(ranges, form, fuse, tolerance, input_range)
+    _check_settings(ranges, form, fuse, tolerance, margin, input_range)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
     network, reports = _rewrite(
@@ -142,7 +142,7 @@ def plan_removal(
     >>> [(block.name, block.removable, block.form, block.reserved) for block in rmprune.plan_removal(model, images)]
     [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
     """
-    _check_settings(ranges, form, fuse, tolerance, input_range)
+    _check_settings(ranges, form, fuse, tolerance, margin, input_range)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
     return _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None, fused)[1]
@@ -172,10 +172,24 @@ def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
     return max(1, min(len(images), budget - random)), random
 
 
-def _check_settings(ranges: str, form: str, fuse: str, tolerance: float, input_range: tuple[float, float]) -> None:
+def _check_settings(
+    ranges: str, form: str, fuse: str, tolerance: float, margin: float, input_range: tuple[float, float]
+) -> None:  # fmt: skip
     for name, value, known in (("ranges", ranges, RANGES), ("form", form, FORMS), ("fuse", fuse, RULES)):
         if value not in known:
             raise ConfigError(f"{name}={value!r} is none of {', '.join(known)}")
+    if not (isinstance(input_range, tuple | list) and len(input_range) == 2):
+        raise ConfigError(f"input_range={input_range!r}: give (lowest, highest)")
+    numbers = {
+        "tolerance": tolerance,
+        "margin": margin,
+        "the first of input_range": input_range[0],
+        "the last": input_range[1],
+    }
+    if found := next((name for name, number in numbers.items() if not hasattr(number, "__float__")), ""):
+        raise ConfigError(f"{found} is {numbers[found]!r}, no number")
+    if not 0 <= margin < math.inf:
+        raise ConfigError(f"margin={margin} must be finite, and not negative: bounds that were seen are widened by it")
     if not tolerance > 0:
         raise ConfigError(f"tolerance={tolerance} must be positive")
     if not input_range[0] < input_range[1]:

@@ -65,6 +65,7 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
     with matplotlib.rc_context(STYLE), whole(paths[0]) as png, whole(paths[1]) as svg:
         figure.savefig(png, dpi=160, format="png")
+        figure.set_layout_engine("none")  # it is laid out, which is a third of the time
         figure.savefig(svg, metadata={"Date": None}, format="svg")
     return paths
 

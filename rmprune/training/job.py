@@ -1,6 +1,5 @@
 """What every training of one cell shares, said once: the job, and the files of each training. It decides nothing."""
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from rmprune.config import TrainConfig
 from rmprune.data.batches import Batches, WithLoss, affordable
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Batch
+from rmprune.graph.foreign import copied
 from rmprune.training.recentre import recentre
 from rmprune.training.state import Hook
 from rmprune.training.together import fit_together
@@ -65,7 +65,7 @@ class Job(Generic[Config]):
     def here(self, network: nn.Module) -> nn.Module:
         """The network on the device: itself where it is there already, else a copy."""
         there = {tensor.device.type for tensor in network.parameters()} <= {self.device.type}
-        return network if there else copy.deepcopy(network).to(self.device)
+        return network if there else copied(network).to(self.device)
 
     def recentred(self, network: nn.Module) -> nn.Module:
         """The network with its batch norms re-centred on these images (`rmprune.training.recentre`), on the CPU."""

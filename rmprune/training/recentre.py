@@ -5,13 +5,13 @@ is wrong: the fit was made with them. But training mode takes those of the batch
 another function than the fitted one. Re-centred, the two modes differ only as one batch differs from all images.
 """
 
-import copy
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rmprune.graph.foreign import copied
 from rmprune.graph.run import evaluating, hooked
 
 
@@ -21,7 +21,7 @@ def recentre(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 
     Scale and shift take up what the statistics move by. A batch norm without scale and shift, or that no image reaches, stays.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     moments: dict[_BatchNorm, Moments] = {}
     watched = [
         norm

@@ -11,7 +11,6 @@ that follows the reference implementation: one trained, penalised scale per chan
 the loss itself may drive to 0.
 """
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from rmprune.config import Scales, SparsityConfig
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.calls import is_addition, module_around
+from rmprune.graph.foreign import copied
 from rmprune.training.optimizer import SHORTCUT_SCALE
 from rmprune.training.state import TrainState
 
@@ -102,7 +102,7 @@ def add_shortcut_scales(model: nn.Module, example_inputs: Tensor) -> nn.Module:
     addition that the other operand was computed from. `example_inputs` [N, C, H, W] give the shapes.
     Raises `UnsupportedModel` when torch.fx cannot trace the model or there is no identity shortcut.
     """
-    traced = _trace(copy.deepcopy(model))
+    traced = _trace(copied(model))
     was_training = model.training
     traced.eval()  # so that the shapes' run leaves the batch-norm statistics alone
     with torch.no_grad():

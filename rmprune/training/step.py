@@ -1,7 +1,6 @@
 """One step of a training: gradients of a batch, the optimizer's step, the hook, and what is refused as no number. It knows no epochs."""
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from rmprune.config import TrainConfig
 from rmprune.data.load import Dataset
 from rmprune.errors import RmpruneError
+from rmprune.graph.foreign import copied
 from rmprune.measure.cuda_graphs import Replayed
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
@@ -38,7 +38,7 @@ class Stepping:
         self.teacher: Teacher | None = None
         self.loss = data.train.loss
         self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
-        model = self.place(copy.deepcopy(model))
+        model = self.place(copied(model))
         self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
         steps = data.train.num_batches(data.config.batch_size, shuffled=True)
         self.state = TrainState(
@@ -66,7 +66,7 @@ class Stepping:
     def follow(self, network: nn.Module, memory: Path | None) -> None:
         """Learn from this network as well."""
         self.teacher = Teacher(
-            self.place(copy.deepcopy(network)).eval(),
+            self.place(copied(network)).eval(),
             self.data,
             replayed=self.replayable,
             seed=self.seed,

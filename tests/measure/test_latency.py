@@ -127,6 +127,7 @@ def test_inputs_of_whole_numbers_stay_whole(backend: str) -> None:
         ({"backends": ["tvm"]}, "there are eager"),
         ({"reference": "other"}, "not among"),
         ({"threads": [0]}, "at least 1"),
+        ({"seconds": "2"}, "seconds is '2'; give float"),
         ({"device": "tpu"}, "use cpu or cuda"),
     ],
 )

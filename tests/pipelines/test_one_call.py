@@ -166,6 +166,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[RmpruneError], str]] = {
     "no trace": ({"model": Asking().eval()}, UnsupportedModel, "Asking"),
     "int8": ({"measure": MeasureConfig(backends=("eager", "onnxruntime-int8"))}, ConfigError, "onnxruntime-int8 count"),
     "auto by a loss": ({"method": "auto", "loss": to_angles}, ConfigError, "take 'rm' or 'residual'"),
+    "no network": ({"model": 3}, ConfigError, "model is of type int"),
+    "settings of another kind": ({"prune": {"round_to": 8}}, ConfigError, "prune is of type dict; give a PruneConfig"),
     "no such method": ({"method": "magic"}, ConfigError, "unknown method 'magic'"),
 }
 

@@ -10,6 +10,7 @@ from rmprune.pruning.budget import Budget
 @pytest.mark.parametrize(
     "wrong",
     [{}, {"ratio": 0.5, "macs_ratio": 0.5}, {"ratio": 0.0}, {"ratio": 1.0}, {"macs_ratio": float("nan")},
+     {"macs_ratio": "0.5"}, {"ratio": 0.5, "round_to": 2.5},
      {"ratio": 0.5, "round_to": 0}, {"macs_ratio": 0.5, "reference_macs": 0}, {"ratio": 0.5, "min_fraction": 0.6, "max_fraction": 0.5}],
 )  # fmt: skip
 def test_wrong_budgets_are_refused(wrong: dict) -> None:

@@ -11,10 +11,11 @@ from torch import nn
 
 import rmprune
 from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel
+from rmprune.methods.table import STARTS
 from rmprune.pruning.carry_out import carry_out, carry_out_blocks, widths_of
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.options import block_options
-from rmprune.pruning.plan import CHOICES, SlimPlan, flat_name, layers_digest
+from rmprune.pruning.plan import CHOICES, Choice, SlimPlan, flat_name, layers_digest
 from rmprune.pruning.surgery import shrink
 
 NAMES = ("resnet8", "preact_resnet8", "inverted")
@@ -102,6 +103,16 @@ def test_every_choice_that_is_offered_can_be_had(name: str, networks: dict[str, 
             carry_out_blocks(model, {block: "merge"}, lambda count: X[:count])
 
 
+@pytest.mark.parametrize("wanted", sorted({rule.prefer for rule in STARTS.values()}))
+def test_options_that_are_asked_for_alone_are_the_same(
+    wanted: tuple[Choice, ...], networks: dict[str, nn.Module]
+) -> None:
+    model, settings = networks["inverted"], {"linear": False, "alone": False}
+    every = {block: {choice: own[choice] for choice in {"remove", *wanted}}
+             for block, own in block_options(model, X[:2], **settings).items()}  # fmt: skip
+    assert block_options(model, X[:2], **settings, wanted=wanted) == every
+
+
 def test_a_block_that_holds_another_goes_only_with_it() -> None:
     torch.manual_seed(0)
     inner = nn.Sequential(Held(nn.Conv2d(4, 4, 3, padding=1)), nn.ReLU(), nn.Conv2d(4, 4, 1))
@@ -159,12 +170,16 @@ WRONG = [
     ({"schema": 1, "widths": {"conv1": 5}}, "width of conv1 is 5; there are 4"),
     ({"schema": 1, "widths": {"conv9": 2}}, "no channel group conv9"),
     ({"schema": 1, "widths": {"conv1": 2, "layer1.0.conv2": 3}}, "its channels are those of conv1, kept at 2"),
+    ({"schema": 1, "widths": {"layer1.0.conv2": 4, "conv1": 2}}, "its channels are those of conv1, kept at 4"),
+    ({"schema": 1, "blocks": {"layer1.0": "drop", "layer1_0": "keep"}}, "is layer1.0, which is 'drop'"),
     ({"schema": 1, "fuse": "often"}, "fuse is 'often'"),
     ({"schema": 1, "network": "0123456789abcdef"}, "for another network"),
 ]
 
 
-@pytest.mark.parametrize("wrong", [{"blocks": {"1": "zap"}}, {"blocks": 3}, {"widths": {"1": 2.5}}, {"fuse": None}])
+@pytest.mark.parametrize(
+    "wrong", [{"blocks": {"1": "zap"}}, {"blocks": 3}, {"widths": {"1": 2.5}}, {"fuse": None}, {"blocks": {1: "drop"}}]
+)
 def test_plans_in_code_are_checked_as_those_in_files(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong)).rstrip("s")):
         SlimPlan(**wrong)
@@ -177,6 +192,11 @@ def test_what_is_no_plan_of_this_network_is_refused(
     with pytest.raises(ConfigError, match=message) as refused:
         carry_out(networks["resnet8"], SlimPlan.from_dict(found), DATA)
     assert "\n" not in str(refused.value)
+
+
+def test_blocks_whose_names_differ_in_a_dot_are_two() -> None:
+    options = {name: dict.fromkeys(CHOICES, "") for name in ("a.b", "a_b")}
+    assert SlimPlan({"a.b": "drop"}).check(nn.Identity(), options) == {"a.b": "drop", "a_b": "keep"}
 
 
 def test_files_that_hold_no_plan(tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_keep_leaves_blocks_in() -> None:
         remove_residuals(model, images(), keep="layer9")
 
 
-@pytest.mark.parametrize("setting", [{"ranges": "guessed"}, {"form": "clamp"}, {"fuse": "maybe"}, {"tolerance": 0.0}])
+@pytest.mark.parametrize("setting", [{"ranges": "guessed"}, {"form": "clamp"}, {"fuse": "maybe"}, {"tolerance": 0.0}, {"tolerance": "x"},
+                                     {"margin": -1.0}, {"margin": "x"}, {"input_range": 3}, {"input_range": (1.0,)}])  # fmt: skip
 def test_unknown_settings(setting: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
         remove_residuals(small_resnet(), images(), **setting)  # type: ignore[arg-type]
