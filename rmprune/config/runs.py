@@ -115,7 +115,7 @@ class SlimConfig(RunConfig):
     --latency-ratio, unless --gradual or --no-reconstruct is given; else rm)."""
     plan: Path | None = None
     """Carry out this plan (a JSON file: a choice for each block, a width for each channel group) instead of meeting a budget."""
-    search_minutes: float | None = None
+    search_minutes: float | None = field(default=None, metadata=changeable())
     """How long method auto looks for better plans, once it has judged the presets and the first that its surrogate proposes (default: until
     four in a row are no better, at most a minute)."""
     skip_infeasible: bool = field(default=False, metadata=changeable())

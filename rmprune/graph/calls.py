@@ -54,7 +54,8 @@ def writes(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = str(getattr(node.target, "__name__", node.target))
-    if name.endswith("_") and name[0] != "_":
+    keyword = node.target in (operator.and_, operator.or_)  # named so since Python has words of these names
+    if name.endswith("_") and name[0] != "_" and not keyword:
         return name != "requires_grad_"
     flag = node.kwargs.get("inplace") or (True in node.args[1:] and arguments(node).get("inplace"))
     return bool(flag) or node.target is set_item or node.target in IN_PLACE_OPERATORS.values()

@@ -21,9 +21,13 @@ Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 
 class Given(tuple[Tensor, ...]):
-    """Inputs that a network took (`as_given`): what both are handed on to does not try them again."""
+    """Inputs that a network took (`as_given`): what both are handed on to does not try them again.
+
+    `kept`: what else was found of it with these inputs, for whoever cuts it again with the same weights.
+    """
 
     network: nn.Module
+    kept: dict[Any, Any]
 
 
 def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
@@ -56,7 +60,7 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
         raise
     refuse_changing_hooks(model, inputs)
     given = Given(inputs)
-    given.network = model
+    given.network, given.kept = model, {}
     return model, given
 
 

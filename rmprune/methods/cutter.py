@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rmprune.config import PruneConfig, SlimConfig
 from rmprune.errors import InfeasibleBudget
-from rmprune.graph.inputs import as_tuple
+from rmprune.graph.inputs import Given, as_given, as_tuple
 from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place, find_ratio
@@ -107,17 +107,18 @@ class Cutter:
         settings = self.settings
         origin = None if settings.min_fraction is None else self.structure.units  # a limit that was asked for
         here, ranked = self.job.here(network), scores
+        example = self.given if here is self.network else self.example
         if ranked is None and network is self.network:
             ranked = self.scores  # measured once, also where a budget in time was looked for
         if self.coupled:
             smaller = prune_coupled(
-                here, self.example, importance=settings.importance, isomorphic=self.method.isomorphic, budget=budget,
+                here, example, importance=settings.importance, isomorphic=self.method.isomorphic, budget=budget,
                 data=self.job.batches, gradients=self.gradients if network is self.network else None, origin=origin,
                 prove=scores is None,
             )  # fmt: skip
         else:
             smaller = prune(
-                here, self.example, importance=settings.importance if ranked is None else ranked, budget=budget,
+                here, example, importance=settings.importance if ranked is None else ranked, budget=budget,
                 data=self.job.batches if scores is None else None, cost=self.cost, rank=settings.rank,
                 which=self.method.widths, reconstruct=settings.reconstruct and scores is None,
                 lookahead=self.lookahead, origin=origin, prove=scores is None, begin=self.begin,
@@ -171,6 +172,11 @@ class Cutter:
         """What the widths that a cut descends from cost, of the network's own cost."""
         meter = Meter(self.structure, self.cost or macs)
         return sum(meter.at(self.structure.units | dict(self.begin or {}))) / meter.total
+
+    @cached_property
+    def given(self) -> Given:
+        """The example, tried with this network and read once for all its cuts."""
+        return as_given(self.network, self.example)[1]
 
     @cached_property
     def memory(self) -> ActivationPeaks:

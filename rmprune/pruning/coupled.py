@@ -19,7 +19,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.foreign import copied
-from rmprune.graph.inputs import as_given, only_input
+from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import explain, least_cost
@@ -47,7 +47,7 @@ COUPLED_IMPORTANCES = {
 
 def prune_coupled(
     model: M,
-    example_inputs: Tensor,
+    example_inputs: Inputs,
     *,
     importance: str = "batch_norm",
     isomorphic: bool = False,

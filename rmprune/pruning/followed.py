@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from rmprune.graph.inputs import Given
 from rmprune.pruning.allocate import least_cost
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.find_groups import NothingToPrune, find_structure
@@ -30,10 +31,14 @@ def followed(
     """
 
     def attempt(network: nn.Module) -> tuple[nn.Module, Reading, Structure]:
-        reading = read(network, inputs, values=values)
+        kept = inputs.kept if isinstance(inputs, Given) and inputs.network is network else {}
+        if values not in kept:
+            reading = read(network, inputs, values=values)
+            kept[values] = reading, find_structure(network, inputs, reading=reading)
+        reading, structure = kept[values]
         if reading.network.sizes_note:
             logger.warning("prune: %s", reading.network.sizes_note)
-        return network, reading, settle(find_structure(network, inputs, reading=reading), network)
+        return network, reading, settle(structure, network)
 
     def least_of(structure: Structure) -> tuple[float, float]:
         if budget is None or budget.name == "memory_ratio" or (budget.latency_ratio is not None and cost is None):

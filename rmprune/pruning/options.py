@@ -1,14 +1,15 @@
 """What each residual block of a network may become, and why not: chosen from the graph, as removal chooses. Fits and builds nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_given
+from rmprune.graph.network import Network
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.pruning.collapse import read_additions
 from rmprune.pruning.groups import Structure
@@ -28,8 +29,9 @@ def block_options(
     linear: bool = True,
     alone: bool = True,
     removal: RemovalConfig = REMOVAL,
+    wanted: Collection[Choice] = CHOICES,
 ) -> Options:
-    """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back.
+    """{block: {choice: "" where it can be had, or why it cannot}}, blocks from front to back: of the choices `wanted` and "remove".
 
     A block is fused where removal (of all others, too) leaves a linear layer beside another; dropped where branch and shortcut can be
     told apart; collapsed where one convolution can stand for its branch without more MACs (`linear`: also where that leaves the block
@@ -45,14 +47,29 @@ def block_options(
     model, inputs = as_given(model, example_inputs)
     settings = vars(removal) | {"fuse": "never"}
     reports = plan_removal(model, inputs, **settings)
-    fused = plan_removal(model, inputs, **settings, fused=[report.name for report in reports])
+    names = [report.name for report in reports]
+    fused = plan_removal(model, inputs, **settings, fused=names) if "fuse" in wanted else reports
     free = {report.name for report in reports if report.removable and not report.reserved}
     found: dict[str, dict[Choice, str]] = {
         report.name: dict.fromkeys(CHOICES, "")
         | {"remove": report.reason, "fuse": report.reason or ("" if report != other else _ALONE)}
         for report, other in zip(reports, fused, strict=True)
     }
-    network, blocks = read_additions(model, inputs)
+    if alone or {"merge", "drop", "collapse"} & set(wanted):
+        _try_shorter(found, *read_additions(model, inputs), free, linear, alone)
+    for name, own in found.items():
+        if {name, name.split("#")[0]} & set(removal.keep):
+            own |= dict.fromkeys(("merge", "drop"), own["remove"])
+    return {
+        name: {choice: own[choice] for choice in own if choice in ("remove", *wanted)} for name, own in found.items()
+    }
+
+
+def _try_shorter(
+    found: dict[str, dict[Choice, str]], network: Network, blocks: list[tuple[str, fx.Node]], free: set[str],
+    linear: bool, alone: bool,
+) -> None:  # fmt: skip
+    """Notes in `found` which blocks cannot be dropped, collapsed or merged. `free`: those whose removal reserves nothing."""
     shorter: dict[str, Block] = {}
     for name, add in blocks:
         try:
@@ -72,10 +89,6 @@ def block_options(
     for report in remove_all(network, found.keys() - shorter.keys(), "auto", True, "never"):
         if report.name in shorter and (not report.removable or report.reserved):
             found[report.name]["merge"] = report.reason or f"RM would reserve {report.reserved} channels"
-    for name, own in found.items():
-        if {name, name.split("#")[0]} & set(removal.keep):
-            own |= dict.fromkeys(("merge", "drop"), own["remove"])
-    return found
 
 
 def block_names(model: nn.Module, images: Tensor) -> list[str]:

@@ -42,8 +42,7 @@ _FIXED = {
 _BY_TIME = ("mixed", "mixed-amc")
 """Methods that measure what they do, whatever the budget counts."""
 _REMOVAL = {"removal.keep": [], "removal.ranges": "provable", "removal.form": "auto", "removal.fuse": "cheaper"}
-_SINCE = _REMOVAL | {"search_minutes": 1.0}
-"""Settings that earlier records do not name, as they then were."""
+"""Settings of a removal, which earlier records do not name, as they then were."""
 _BEFORE = frozenset({"data", "train", "sparsity", "checkpoint"})
 """Settings that the network before pruning depends on."""
 
@@ -89,7 +88,7 @@ def _settings(record: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
         parts = _BEFORE | {"removal"} if name == "plain" else _BEFORE
         config = {key: record["config"].get(key) for key in parts} if dense else record["config"]
         method, budget = method_of(record, name), "" if dense else budget_of(record)
-        mine = _SINCE | flat(config)
+        mine = _REMOVAL | flat(config)
         if method in _BY_TIME or budget.startswith("latency"):
             mine |= counted_at(record["config"])
         found[model_of(record), dataset_name(record), method, budget] = mine

@@ -135,7 +135,8 @@ def _refuse_other(directory: Path, config: Config, records: list[Path]) -> None:
     changed = differences(from_toml(type(config), directory / CONFIG_FILE), config)
     if changed:
         raise ConfigError(
-            f"{directory}: holds a run with other settings ({'; '.join(changed)}); choose another --out, or --overwrite"
+            f"{directory}: holds a run with other settings ({'; '.join(changed)}); give its own to go on, choose another --out, or "
+            "--overwrite"
         )
     if all(record.is_file() for record in records):
         raise Finished(

@@ -39,6 +39,7 @@ def test_where_to_run_is_no_setting() -> None:
     assert "out" not in to_toml(config(out=Path("elsewhere"), overwrite=True))
     assert differences(config(), config(out=Path("elsewhere"))) == []
     assert differences(config(), config(skip_infeasible=True)) == []  # an interrupted run may go on with it
+    assert differences(config(search_minutes=1.0), config()) == []  # the default when runs of before began
     assert differences(config(), config(data=DataConfig(batch_size=32))) == ["data.batch_size: 64 -> 32"]
 
 

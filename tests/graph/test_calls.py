@@ -36,7 +36,7 @@ OVER = (
 )  # fmt: skip
 APART = (
     F.relu, lambda y: F.relu(y, False), lambda y: y.mean(1, True), lambda y: y + True, lambda y: F.dropout(y, 0.5, True),
-    lambda y: torch.flatten(y, 1), lambda y: y.requires_grad_(),
+    lambda y: torch.flatten(y, 1), lambda y: y.requires_grad_(), lambda y: (y > 0) & (y < 1) | (y > 2),
 )  # fmt: skip
 
 

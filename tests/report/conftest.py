@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from record_examples import example, network
+from record_examples import example, network, of_one_place
 
-from rmprune.runs.records import write_record
+from rmprune.runs.records import read_record, write_record
 
 
 @pytest.fixture
@@ -20,3 +20,11 @@ def runs(tmp_path: Path) -> Path:
             )
             write_record(tmp_path / "runs" / f"s{seed}-{ratio}" / "record.json", record)
     return tmp_path / "runs"
+
+
+@pytest.fixture
+def small(runs: Path) -> Path:
+    """The same where it is not about the figure, which takes nearly all of a report's time."""
+    for path in runs.glob("*/record.json"):
+        write_record(path, of_one_place(read_record(path)))
+    return runs

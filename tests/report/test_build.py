@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from record_examples import example
+from record_examples import example, of_one_place
 
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
@@ -12,17 +12,17 @@ from rmprune.report.build import build_report, renew_reports, run_report
 from rmprune.runs.records import read_record, write_record
 
 
-def test_measuring_again_renews_the_report_of_the_run(runs: Path) -> None:
-    build_report(runs, runs / "report", "python -m rmprune slim")
-    path = runs / "s0-0.5" / "record.json"
+def test_measuring_again_renews_the_report_of_the_run(small: Path) -> None:
+    build_report(small, small / "report", "python -m rmprune slim")
+    path = small / "s0-0.5" / "record.json"
     for ms in (3.0, 7.0):
         record = read_record(path)
         record["pruned"]["latency"][0]["median_ms"] = ms
         write_record(path, record)
-        figures = renew_reports([runs, path.parent], f"python -m rmprune measure {ms}")  # the second has no report
-        assert figures == [runs / "report" / "accuracy-time.png"]
-        assert ms in set(pd.read_csv(runs / "report" / "results.csv").median_ms)
-        made_by = (runs / "report" / "command.txt").read_text().splitlines()
+        figures = renew_reports([small, path.parent], f"python -m rmprune measure {ms}")  # the second has no report
+        assert figures == [small / "report" / "accuracy-time.png"]
+        assert ms in set(pd.read_csv(small / "report" / "results.csv").median_ms)
+        made_by = (small / "report" / "command.txt").read_text().splitlines()
         assert made_by == ["python -m rmprune slim", f"python -m rmprune measure {ms}"]
     assert not (path.parent / "report").exists()
 
@@ -49,8 +49,8 @@ def test_the_report_is_complete(runs: Path, tmp_path: Path) -> None:
     assert (out / "accuracy-time.svg").read_bytes() == before and not list(out.glob(".*"))
 
 
-def test_the_command_names_what_it_wrote(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_report(ReportConfig(runs=(runs / "s0-0.5",), out=tmp_path / "out"), command="report")
+def test_the_command_names_what_it_wrote(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_report(ReportConfig(runs=(small / "s0-0.5",), out=tmp_path / "out"), command="report")
     assert capsys.readouterr().out.split() == [str(p) for p in sorted((tmp_path / "out").iterdir(), key=_order)]
 
 
@@ -58,9 +58,12 @@ def _order(path: Path) -> int:
     return ["results.csv", "accuracy-time.png", "accuracy-time.svg", "index.html", "command.txt"].index(path.name)
 
 
-def test_one_figure_for_each_model_and_data_set(runs: Path, tmp_path: Path) -> None:
-    write_record(tmp_path / "runs" / "other" / "record.json", example(config={"model": "res/net", "dataset": "<b>"}))
-    names = {p.name for p in build_report([runs / "s0-0.5", runs / "other"], tmp_path / "out")}
+def test_one_figure_for_each_model_and_data_set(small: Path, tmp_path: Path) -> None:
+    write_record(
+        tmp_path / "runs" / "other" / "record.json",
+        of_one_place(example(config={"model": "res/net", "dataset": "<b>"})),
+    )
+    names = {p.name for p in build_report([small / "s0-0.5", small / "other"], tmp_path / "out")}
     assert {"accuracy-time-resnet20-digits.png", "accuracy-time-res-net-b.png"} <= names
     assert "<b>" not in (tmp_path / "out" / "index.html").read_text()
 

@@ -40,9 +40,22 @@ def test_settings_that_change_no_network_may_differ(runs: Path) -> None:
 def test_a_record_of_before_a_setting_is_one_of_its_default(runs: Path) -> None:
     path = runs / "s1-0.5" / "record.json"
     record = read_record(path)
-    record["config"] |= {"removal": {"keep": [], "form": "auto", "fuse": "cheaper"}, "search_minutes": 1.0}
+    record["config"] |= {"removal": {"keep": [], "form": "auto", "fuse": "cheaper"}}
     write_record(path, record)
     assert not left_out(runs)
+
+
+def test_a_search_of_so_many_minutes_is_no_usual_one(runs: Path) -> None:
+    for path in runs.rglob("record.json"):
+        record = read_record(path)
+        record["config"] |= {"search_minutes": 1.0} if record["seed"] == 1 else {}
+        write_record(path, record)
+    assert not left_out(runs)
+    for path in runs.rglob("record.json"):
+        record = read_record(path)
+        record["pruned"]["method"] = "auto"
+        write_record(path, record)
+    assert "averaged as seeds of auto, but differ in search_minutes" in left_out(runs)
 
 
 def test_plain_networks_of_different_removals_are_not_averaged(runs: Path) -> None:
