@@ -6,7 +6,7 @@ of n blocks becomes a plain chain of n layers, half as deep as the original, who
 like it: the time of a small network goes with its number of layers more than with its MACs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -21,9 +21,18 @@ from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.graph.shapes import to_double
-from rmprune.pruning.one_convolution import Part, collapsible, fit_in_order, replace_branch
+from rmprune.pruning.one_convolution import (
+    Ending,
+    Part,
+    collapsible,
+    ending_of,
+    fit_in_order,
+    put_ending,
+    replace_branch,
+)
 from rmprune.removal.blocks import additions, find_block
 
+MENDED = 2  # so many blocks that stay behind one that is merged or dropped have their last convolution fitted anew
 _SEEN = 1e-10  # by how much what torch.fx read may differ from the network, relative, in float64
 
 
@@ -82,7 +91,8 @@ def shorten_blocks(
     """`collapse_blocks` for the blocks named (linear ones, too; one of one layer stays), and without the branch of those in `drop`.
 
     What a dropped block leaves is its shortcut: fitted to the block's sum where it is a convolution, else as it is, and without the
-    activation behind it where that changes nothing. Its R2 stands among the others' in `collapsed`.
+    activation behind it where that changes nothing. Its R2 stands among the others' in `collapsed`. Of the next MENDED blocks that stay
+    the last convolution is fitted to the original's sum as well, where it is a plain one with at most a batch norm behind it.
     Raises UnsupportedModel where a block cannot be had so, with the reason, ConfigError for an unknown block.
     """
     chosen = dict.fromkeys(collapse, False) | dict.fromkeys(drop, True)
@@ -98,7 +108,7 @@ def shorten_blocks(
         except Obstacle as obstacle:
             raise UnsupportedModel(f"{name}: {obstacle}") from None
 
-    return _reshaped(model, images, set(chosen), pick)
+    return _reshaped(model, images, set(chosen), pick, behind=MENDED)
 
 
 def read_additions(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Network, list[tuple[str, fx.Node]]]:
@@ -109,9 +119,14 @@ def read_additions(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Networ
 
 
 def _reshaped(
-    model: nn.Module, images: Inputs, named: set[str], pick: Callable[[Network, str, fx.Node], Part | str]
+    model: nn.Module,
+    images: Inputs,
+    named: set[str],
+    pick: Callable[[Network, str, fx.Node], Part | str],
+    behind: int = 0,
 ) -> Collapse:
-    """What `pick` says of each addition: the part that it becomes, or (also by an Obstacle) why it stays."""
+    """What `pick` says of each addition: the part that it becomes, or (also by an Obstacle) why it stays. `behind`: of so many blocks
+    that stay behind a part the end is fitted anew."""
     model, given = as_given(model, images)
     inputs = tuple(x.cpu() for x in given)
     network, found = read_additions(model, inputs)
@@ -132,9 +147,29 @@ def _reshaped(
     if not parts:
         return Collapse(model, {}, kept)
     refuse_unseen(model, inputs, _SEEN)
-    fitted = fit_in_order(network, parts, inputs)
+    endings = _behind(network, found, parts, behind)
+    fitted = fit_in_order(network, parts, inputs, endings)
     explained = {part.block.name: fitted[add].explained for add, part in parts.items()}
-    for add, fit in reversed(fitted.items()):  # a fork is what an earlier block gives
-        replace_branch(network, parts[add].block, fit, parts[add].dropped)
+    for add, ending in endings.items():
+        if add in fitted:  # not where nothing of the parts is read
+            put_ending(network, ending, fitted[add])
+    for add, part in reversed(parts.items()):  # a fork is what an earlier block gives
+        replace_branch(network, part.block, fitted[add], part.dropped)
     result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target_of(model), batch_norm=True)
     return Collapse(result, explained, kept, network.sizes_note)
+
+
+def _behind(
+    network: Network, found: list[tuple[str, fx.Node]], parts: Mapping[fx.Node, Part], count: int
+) -> dict[fx.Node, Ending]:
+    """Of the next `count` blocks that stay behind each part, those whose last convolution can be fitted anew."""
+    endings: dict[fx.Node, Ending] = {}
+    left = 0
+    for name, add in found:
+        if add in parts:
+            left = count
+        elif left:
+            left -= 1
+            if (ending := ending_of(network, name, add)) is not None:
+                endings[add] = ending
+    return endings

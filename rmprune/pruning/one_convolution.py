@@ -3,7 +3,10 @@
 import copy
 import functools
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm
-from rmprune.graph.convolution import Conv, Obstacle, to_measure
+from rmprune.graph.convolution import Conv, Obstacle, norm_of, to_measure, with_norm
 from rmprune.graph.in_place import value_apart
-from rmprune.graph.network import Network, shape_of
+from rmprune.graph.network import Network, is_batch_norm, linear_layer, shape_of
 from rmprune.graph.ranges import range_of
 from rmprune.graph.run import Values, run
 from rmprune.pruning.reconstruct import least_squares
@@ -40,6 +43,39 @@ class Part:
             and any(n.op == "call_module" for n in self.block.way)
             and (way[0].conv.groups == 1 and way[0].conv.geometry.padding == (0, 0))
         )
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The last convolution of a block that stays, and the batch norm behind it, if there is one: what is fitted anew behind others."""
+
+    block: Block
+    conv: fx.Node
+    norm: fx.Node | None
+
+    @property
+    def source(self) -> fx.Node:
+        """What the convolution reads."""
+        source = self.conv.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+
+
+def ending_of(network: Network, name: str, add: fx.Node) -> Ending | None:
+    """That of the block that ends in this addition; None where a fit cannot take its place."""
+    try:
+        block = find_block(network, name, add)
+    except Obstacle:
+        return None
+    end = block.branch[-1]
+    norm = end if is_batch_norm(network.layer(end)) else None
+    conv = end.all_input_nodes[0] if norm is not None else end
+    own, count = network.layer(conv), Counter(node.target for node in network.graph.nodes)
+    if not isinstance(own, nn.Conv2d) or count[conv.target] > 1 or (norm is not None and count[norm.target] > 1):
+        return None
+    plain = own.groups == 1 and own.dilation == (1, 1) and own.padding_mode == "zeros"
+    fits = plain and not isinstance(own.padding, str) and own.weight[0].numel() <= INPUTS
+    return Ending(block, conv, norm) if fits else None
 
 
 def collapsible(network: Network, name: str, add: fx.Node, linear: bool = False) -> Block:
@@ -95,15 +131,23 @@ def _geometry(block: Block) -> tuple[tuple[int, int], tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Fit:
-    """One convolution with a batch norm, in eval mode (None: the shortcut alone), and the R2 that it gives of the block's sum."""
+    """One convolution and the batch norm behind it, if there is one, in eval mode (nothing: the shortcut alone), and the R2 that it gives
+    of the block's sum."""
 
-    layers: tuple[nn.Conv2d, nn.BatchNorm2d] | None
+    layers: tuple[nn.Module, ...]
     explained: float
 
 
 @torch.no_grad()
-def fit_in_order(network: Network, parts: dict[fx.Node, Part], inputs: tuple[Tensor, ...]) -> dict[fx.Node, Fit]:
-    """Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far; up to the first
+def fit_in_order(
+    network: Network,
+    parts: Mapping[fx.Node, Part],
+    inputs: tuple[Tensor, ...],
+    endings: Mapping[fx.Node, Ending] = MappingProxyType({}),
+) -> dict[fx.Node, Fit]:
+    """The convolutions of parts, and of endings, by the additions of their blocks.
+
+    Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far; up to the first
     part they are one, and behind the last nothing is asked for.
     """
     fitted: dict[fx.Node, Fit] = {}
@@ -125,11 +169,19 @@ def fit_in_order(network: Network, parts: dict[fx.Node, Part], inputs: tuple[Ten
             return original, value
         if all(values[source][0] is values[source][1] for source in node.all_input_nodes):
             return original, original
+        if node in endings:
+            ending = endings[node]
+            branch, shortcut = (values[operand][1] for operand in _operands(ending.block))
+            fitted[node], value = _fit_ending(
+                network, ending, values[ending.source][1], original, branch, shortcut, generator
+            )
+            return original, value
         return original, side(node, values, 1)
 
-    forks = {add: (part.block.fork,) for add, part in parts.items()}  # read once more, when its sum is there
-    for _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, forks):
-        if len(fitted) == len(parts):
+    again = {add: (part.block.fork,) for add, part in parts.items()}  # read once more, when the sum is there
+    again |= {add: (ending.source,) for add, ending in endings.items()}
+    for _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, again):
+        if len(fitted) == len(again):
             break
     return fitted
 
@@ -144,7 +196,7 @@ def _fit(part: Part, read: Tensor, total: Tensor, shortcut: Tensor, generator: t
     """
     variance = max(float(total.var((0, 2, 3)).sum()), 1e-30)
     if part.dropped and not part.fit_shortcut:
-        return Fit(None, 1 - float((total - shortcut).var((0, 2, 3)).sum()) / variance), shortcut
+        return Fit((), 1 - float((total - shortcut).var((0, 2, 3)).sum()) / variance), shortcut
     conv, _ = new_layers(part.block, part.dropped)
     weight, bias, error = least_squares(conv, read, total if part.dropped else total - shortcut, generator)
     conv.weight.copy_(weight)
@@ -152,6 +204,34 @@ def _fit(part: Part, read: Tensor, total: Tensor, shortcut: Tensor, generator: t
     norm = build_norm(measured, conv(read)).float().eval()
     value = norm(conv(read)) if part.dropped else shortcut + norm(conv(read))
     return Fit((conv.eval(), norm), 1 - error / variance), value
+
+
+def _fit_ending(
+    network: Network, ending: Ending, read: Tensor, total: Tensor, branch: Tensor, shortcut: Tensor,
+    generator: torch.Generator,
+) -> tuple[Fit, Tensor]:  # fmt: skip
+    """The last convolution of a branch, of what it now reads, and its norm, so that the block's sum comes nearest to `total`; and that."""
+    conv, own = copy.deepcopy(network.own(ending.conv)).float(), linear_layer(network, ending.conv)
+    more, shift, error = least_squares(conv, read, total - shortcut - branch, generator)
+    explained = 1 - error / max(float(total.var((0, 2, 3)).sum()), 1e-30)
+    before = None if ending.norm is None else norm_of(network.own(ending.norm))
+    folded = own if before is None else with_norm(own, before, "").folded()
+    weight, bias = folded.weight() + more.double(), folded.bias + shift.double()
+    conv.weight.copy_(weight)
+    conv.bias = nn.Parameter(bias.float()) if before is None else None
+    value = conv(read)
+    if before is None:
+        return Fit((conv.eval(),), explained), shortcut + value
+    norm = build_norm(Conv(lambda: weight, bias, conv.in_channels, norm=to_measure(len(bias), before)), value)
+    norm = norm.float().eval()
+    return Fit((conv.eval(), norm), explained), shortcut + norm(value)
+
+
+def put_ending(network: Network, ending: Ending, fit: Fit) -> None:
+    """The fitted layers in the place, and under the names, of those that were there; in double precision as everything there."""
+    for node, layer in zip((ending.conv, ending.norm), fit.layers, strict=False):
+        assert node is not None
+        network.layers[str(node.target)] = layer.double()
 
 
 def _operands(block: Block) -> tuple[fx.Node, fx.Node]:
@@ -165,7 +245,7 @@ def replace_branch(network: Network, block: Block, fit: Fit, dropped: bool = Fal
     """The fitted layers in the graph, in double precision as everything there, instead of the branch; or instead of the block."""
     branch, shortcut = _operands(block)
     gone = block.branch
-    if fit.layers is not None:
+    if fit.layers:
         conv = network.insert(block.add, f"{block.name}.conv", fit.layers[0].double(), block.fork)
         norm = network.insert(block.add, f"{block.name}.bn", fit.layers[1].double(), conv)
         conv.meta["shape"] = norm.meta["shape"] = shape_of(block.add)

@@ -2,8 +2,8 @@
 
 What is assumed: that the changes of several parts add up. They do not, quite (a later layer makes up for an earlier one, or two losses
 meet in one map), so a sum of them only ranks plans; the best are carried out and judged as whole networks.
-`experiments/plan_surrogate.py` compares the two. A block is judged with the layers behind it as they are, so dropped blocks look worse
-than they are where a block behind is merged: that one is fitted to the original.
+`experiments/plan_surrogate.py` compares the two. A block is judged with the ends of the next blocks fitted (`shorten_blocks`), as in
+whole plans.
 """
 
 from __future__ import annotations

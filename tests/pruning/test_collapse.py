@@ -1,5 +1,7 @@
 """Blocks of one convolution: what is fitted, what stays, and that RM then reserves nothing."""
 
+import copy
+
 import pytest
 import torch
 from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, prepared, reservations
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 import rmprune
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.pruning.collapse import collapse_blocks
+from rmprune.pruning.collapse import collapse_blocks, shorten_blocks
 from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal import plan_removal, remove_residuals
 
@@ -153,3 +155,41 @@ def test_least_squares_finds_the_convolution_that_made_the_maps() -> None:
         weight, bias, error = least_squares(made, read, wanted, torch.Generator().manual_seed(0))
     assert (weight - made.weight).abs().max() < 2e-3 and (bias - made.bias).abs().max() < 2e-3
     assert error < 1e-4 * float(wanted.var((0, 2, 3)).sum())
+
+
+def plain(last: nn.Module) -> Residual:
+    """conv with its bias, act, and `last`; no batch norm."""
+    return Residual(nn.Sequential(conv(6, 6), nn.ReLU(), last), None, nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("block", "fitted"),
+    [
+        (basic(), "4.branch.3"),
+        (plain(conv(6, 6)), "4.branch.2"),
+        (bottleneck(stride=2), "4.branch.6"),
+        (plain(conv(6, 6, groups=6)), None),
+        (plain(nn.Sequential(conv(6, 6), nn.ReLU())), None),
+    ],
+    ids=["basic", "no norm", "strided", "depthwise", "activation at the end"],
+)
+@pytest.mark.parametrize("how", ["collapse", "drop"])
+def test_blocks_behind_a_shortened_one_make_up_for_it(
+    block: Residual, fitted: str | None, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the next block the last convolution is fitted anew, under its name, and nothing else; the network ends nearer to the original."""
+    model = network(basic(), copy.deepcopy(block), basic(), basic())
+    before, x = model.state_dict(), many(1)
+    names = [found.name for found in plan_removal(model, images())]
+    ends = {}
+    for behind in (0, 1):
+        monkeypatch.setattr("rmprune.pruning.collapse.MENDED", behind)
+        found = shorten_blocks(model, many(), **{how: names[:1]})
+        assert list(found.collapsed) == names[:1]
+        ends[behind] = float((found.model(x) - model(x)).detach().norm())
+    now = {name.replace("_", "."): value for name, value in found.model.named_parameters()}
+    changed = {name for name, value in now.items() if name in before and not torch.equal(value, before[name])}
+    assert {name.removesuffix(".weight") for name in changed if before[name].dim() == 4} == (
+        {fitted} if fitted else set()
+    )
+    assert ends[1] < ends[0] if fitted else ends[1] == ends[0]
