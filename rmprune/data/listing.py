@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import os
 import unicodedata
 from collections import Counter
@@ -75,21 +76,18 @@ def _from_folders(root: Path) -> Listing:
     opened = {part: _images(root / name) for part, name in parts.items()} or {"": _images(root)}
     classes = sorted({name for found in opened.values() for name in found})
     number = {name: i for i, name in enumerate(classes)}
-    photos = [
-        Photo(path, number[name], part, "")
-        for part, found in opened.items()
-        for name, paths in found.items()
-        for path in paths
-    ]
-    seen: dict[tuple[int, int], Photo] = {}
-    for photo in photos:
-        with contextlib.suppress(OSError):  # a link that leads nowhere is named where it is opened
-            about = Path(photo.path).stat()
-            first = seen.setdefault((about.st_dev, about.st_ino), photo)
-            if (first.label, first.part) != (photo.label, photo.part):
-                raise DataError(
-                    f"{first.path} and {photo.path} are one file by a link; it has one class and part: take one out"
-                )
+    photos: list[Photo] = []
+    seen: dict[int, Photo] = {}
+    for part, found in opened.items():
+        for name, files in found.items():
+            for path, file in files.items():
+                photo = Photo(path, number[name], part, "")
+                first = seen.setdefault(file, photo)
+                if first is not photo and first[1:] != photo[1:]:
+                    raise DataError(
+                        f"{first.path} and {path} are one file by a link; it has one class and part: take one out"
+                    )
+                photos.append(photo)
     return Listing(photos, tuple(classes))
 
 
@@ -131,38 +129,68 @@ def _parts(root: Path) -> dict[str, str]:
     return parts
 
 
-def _walked(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files), sorted, links followed, without what is hidden.
+def _walked(root: Path) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
+    """(folder, the device it is on, its files), sorted, links followed, without what is hidden; no file is asked for more than its name.
 
     Raises DataError for a folder that is there twice: a link may lead to one that is read already, or round in a circle.
     """
-    seen: dict[tuple[int, int], str] = {}
-    for folder, inner, files in os.walk(root, followlinks=True, onerror=_raise):
+    seen: dict[int, str] = {}
+    waiting = [str(root)]
+    while waiting:
+        folder = waiting.pop()
         about = Path(folder).stat()
-        if (first := seen.setdefault((about.st_dev, about.st_ino), folder)) != folder:
+        if (first := seen.setdefault(_number(about.st_dev, about.st_ino), folder)) != folder:
             raise DataError(
                 f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
             )
-        inner[:] = sorted(name for name in inner if not _is_hidden(name))
-        yield folder, sorted(name for name in files if not _is_hidden(name))
+        with os.scandir(folder) as entries:
+            visible = sorted((entry for entry in entries if not _is_hidden(entry.name)), key=_name)
+        inner = [entry.path for entry in visible if _is_folder(entry)]
+        waiting += reversed(inner)
+        yield folder, about.st_dev, [entry for entry in visible if not _is_folder(entry)] if inner else visible
 
 
-def _images(root: Path) -> dict[str, list[str]]:
-    """Class -> its images, of folders within it too; hidden ones are left out, and other files, which the log says.
+_name = operator.attrgetter("name")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: named where it is opened
+        return False
+
+
+def _number(device: int, inode: int) -> int:
+    """What two names of one file share; one number, since millions of pairs keep Python's collector busy."""
+    return device << 64 | inode
+
+
+def _number_of(entry: os.DirEntry[str], device: int) -> int:
+    """Only links are looked up; one that leads nowhere is named where it is opened."""
+    if entry.is_symlink():
+        with contextlib.suppress(OSError):
+            about = entry.stat()
+            return _number(about.st_dev, about.st_ino)
+    return _number(device, entry.inode())
+
+
+def _images(root: Path) -> dict[str, dict[str, int]]:
+    """Class -> its images, each with the number of its file, of folders within it too; hidden ones are left out,
+    and other files, which the log says.
 
     Raises DataError for a folder that cannot be read or is there twice, and where there are no classes or one of them has no image.
     """
-    images: dict[str, list[str]] = {}
+    images: dict[str, dict[str, int]] = {}
     other: Counter[str] = Counter()
     try:
-        for folder, files in sorted(_walked(root)):
+        for folder, device, files in sorted(_walked(root), key=operator.itemgetter(0)):
             if folder == str(root):
                 continue
-            own = images.setdefault(Path(folder).relative_to(root).parts[0], [])
-            for name in files:
-                _, dot, kind = name.rpartition(".")
+            own = images.setdefault(Path(folder).relative_to(root).parts[0], {})
+            for entry in files:
+                _, dot, kind = entry.name.rpartition(".")
                 if (ending := dot + kind.lower() if dot else "") in ENDINGS:
-                    own.append(f"{folder}{os.sep}{name}")
+                    own[entry.path] = _number_of(entry, device)
                 else:
                     other[ending] += 1
     except OSError as error:
@@ -174,10 +202,6 @@ def _images(root: Path) -> dict[str, list[str]]:
     if not images:
         raise DataError(f"{root}: no folders of classes; {LAYOUT}")
     return images
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _is_hidden(name: str) -> bool:
@@ -260,8 +284,8 @@ def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) 
 def _by_key(root: Path) -> dict[str, Path | None]:
     """All images by their `_key`, with and without ending; None where several have one."""
     found: dict[str, Path | None] = {}
-    for folder, files in _walked(root):
-        for path in (Path(folder, name) for name in files if Path(name).suffix.lower() in ENDINGS):
+    for _, _, files in _walked(root):
+        for path in (Path(entry.path) for entry in files if Path(entry.name).suffix.lower() in ENDINGS):
             for form in (path, path.with_suffix("")):
                 one = _key(str(form.relative_to(root)))
                 found[one] = None if one in found else path

@@ -76,7 +76,10 @@ def _opened(path: str) -> Iterator[Image.Image]:
             yield file
     except Exception as error:  # Pillow's readers stumble in many ways over damaged files
         reason = not_data(Path(path)) or " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{path} is missing or damaged ({reason}); replace it or take it out of the folder") from None
+        raise DataError(
+            f"{path} is missing or damaged ({reason}); replace it, take it out, or save it as one of the kinds that are read: "
+            f"{', '.join(_FORMATS)}"
+        ) from None
 
 
 class Photos(TorchDataset[Tensor]):
@@ -174,8 +177,13 @@ class Photos(TorchDataset[Tensor]):
 
     def _digest(self) -> str:
         """16 hex digits for the files (names, sizes, times of change) and what is made of them."""
-        stats = [(path, path.stat()) for path in map(Path, self.paths)]
-        files = [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        files = []
+        for path in map(Path, self.paths):
+            try:
+                about = path.stat()
+            except OSError as error:
+                raise DataError(f"{path} cannot be read ({error.strerror}); replace it or take it out") from None
+            files.append((str(path.absolute()), about.st_size, about.st_mtime_ns))
         told = json.dumps([_VERSION, self.side, self.depth, files], ensure_ascii=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 

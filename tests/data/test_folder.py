@@ -398,7 +398,7 @@ def test_a_damaged_image_is_named(folder: Path, workers: int, cache: str, monkey
     monkeypatch.setattr(photos, "_LOOKED_AT", 1)
     whole = (folder / "val" / "cat" / "1.png").read_bytes()
     (folder / "val" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"1\.png is missing or damaged") as caught:
+    with pytest.raises(DataError, match=r"1\.png is missing or damaged .*kinds that are read: .*JPEG, ") as caught:
         list(opened(folder, workers=workers, cache=cache).test.batches(2))
     assert "\n" not in str(caught.value)
 
@@ -493,3 +493,21 @@ def test_one_photo_has_one_class(folder: Path) -> None:
     (other / "again.png").symlink_to(next(first.glob("*.png")).resolve())
     with pytest.raises(DataError, match="are one file by a link"):
         load_dataset(DataConfig("imagefolder", data_dir=folder))
+
+
+def test_listing_asks_folders_and_no_photo(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stat for each of a million photos takes longer than reading their names."""
+    asked: list[str] = []
+    real = os.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda path, *given, **named: asked.append(str(path)) or real(path, *given, **named))
+        found = list_photos(config(folder))
+    assert found.photos and not {photo.path for photo in found.photos} & set(asked)
+
+
+def test_a_link_that_leads_nowhere_is_named(folder: Path) -> None:
+    kind = next(path for path in sorted((folder / "train").iterdir()) if path.is_dir())
+    (kind / "gone.png").symlink_to("nowhere.png")
+    listed = photos.Photos([photo.path for photo in list_photos(config(folder)).photos], 8, 8)
+    with pytest.raises(DataError, match=r"gone\.png cannot be read \(No such file"):
+        listed.decode_all("disk", 0)
