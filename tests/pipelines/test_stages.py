@@ -1,13 +1,13 @@
 """What the pipelines share: one way to the dense network, one record writer; and what an interruption of `measure` says."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from rmprune import artifact
@@ -21,6 +21,7 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import dense_network, finish, make_dense, starting_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
+from rmprune.runs.writing import LOCK_FILE
 from rmprune.training.job import Job
 
 MEASURE = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(1,), seconds=0.0, min_rounds=1)
@@ -46,13 +47,18 @@ def test_the_same_settings_are_the_same_network_in_every_pipeline(data: Dataset)
         assert all(torch.equal(value, first[name]) for name, value in network.state_dict().items())
 
 
-def test_cells_make_what_they_share_one_after_the_other(data: Dataset, tmp_path: Path) -> None:
-    first = Cell(0, "macs_ratio", 0.6, tmp_path / "first", tmp_path)
-    jobs = [Job(replace(SLIM, out=tmp_path / name), data, torch.device("cpu"), 0) for name in ("first", "other")]
-    jobs = [replace(job, teacher=make_dense(SLIM, data, 0)) for job in jobs]
-    with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(lambda job: starting_network(job, first, "plain").state_dict(), jobs))
-    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+def test_cells_make_what_they_share_one_after_the_other(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(directory: Path, make: Any, onnx: Any) -> Path:
+        with pytest.raises(Timeout):  # another process waits
+            FileLock(directory.with_name(LOCK_FILE)).acquire(timeout=0)
+        return directory
+
+    monkeypatch.setattr("rmprune.pipelines.stages.stage", stage)
+    job: Job[Any] = Job(replace(SLIM, out=tmp_path / "cell"), data, torch.device("cpu"), 0)
+    cell = Cell(0, "macs_ratio", 0.6, tmp_path / "cell", tmp_path)
+    assert starting_network(job, cell, "plain") == tmp_path / "plain"
 
 
 @pytest.mark.parametrize(
