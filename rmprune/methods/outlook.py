@@ -77,7 +77,7 @@ def _networks(
 
     def shaped(*prefer: Choice) -> nn.Module:
         choices = {name: next(choice for choice in prefer if not own[choice]) for name, own in options.items()}
-        return carry_out_blocks(network, choices, lambda count: images[:count], removal)[0]
+        return carry_out_blocks(network, choices, lambda count: images[:count], removal, options)[0]
 
     networks: dict[Choice, nn.Module] = {
         "keep": network,

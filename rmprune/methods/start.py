@@ -39,7 +39,7 @@ def start(
         explained = shorten_blocks(dense, collapse_images(examples), collapse=wanted).collapsed
         order = sorted(explained, key=lambda block: -explained[block])
         choices |= dict.fromkeys(order[math.ceil(len(order) / 2) :], "keep")
-    network, facts = carry_out_blocks(dense, choices, examples, removal)
+    network, facts = carry_out_blocks(dense, choices, examples, removal, options)
     for block in facts.get("removal", {}).get("kept", {}):
         facts["removal"]["kept"][block] = options[block]["remove"] or facts["removal"]["kept"][block]
     return network, facts

@@ -1,6 +1,6 @@
 """A plan carried out: the blocks of a network become what was chosen for them, then its channel groups as wide as planned."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,12 +32,13 @@ Examples = Callable[[int], Tensor]
 
 
 def carry_out_blocks(
-    model: nn.Module, choices: Mapping[str, Choice], examples: Examples, removal: RemovalConfig = REMOVAL
-) -> tuple[nn.Module, dict[str, Any]]:
+    model: nn.Module, choices: Mapping[str, Choice], examples: Examples, removal: RemovalConfig = REMOVAL,
+    names: Iterable[str] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """The network in which each block is what was chosen (one that is not named is kept), and the facts for its artifact.
 
     First branches are fitted and dropped, in order, then residuals removed, exactly; `model` itself where nothing changes.
-    `removal`: how; which residuals go is what was chosen.
+    `removal`: how; which residuals go is what was chosen. `names`: of all blocks, as `block_options` has them, where that is at hand.
     Raises UnsupportedModel where a block has no such option (see `rmprune.pruning.options.block_options`).
 
     >>> from rmprune.pruning.carry_out import carry_out_blocks
@@ -51,17 +52,16 @@ def carry_out_blocks(
         return [name for name, choice in choices.items() if choice in wanted]
 
     network = model
-    names: list[str] | None = None
     facts: dict[str, Any] = {"blocks": dict(choices), "fuse": removal.fuse}
     if named("merge", "collapse", "drop"):
         images = collapse_images(examples)
-        names = [name for name in block_names(model, images) if name not in named("drop")]
         shorter = shorten_blocks(model, images, collapse=named("merge", "collapse"), drop=named("drop"))
         network, facts["collapsed"] = shorter.model, shorter.collapsed
     if gone := named("remove", "fuse", "merge"):
         images = examples(CALIBRATION_IMAGES)
-        here = block_names(network, images)
-        now = dict(zip(here, names or here, strict=True))  # a flat network may call them otherwise
+        names = list(names or block_names(model, images))
+        here = names if network is model else block_names(network, images)  # a flat network may call them otherwise
+        now = dict(zip(here, (name for name in names if name not in named("drop")), strict=True))
         keep = [name for name, block in now.items() if block not in gone]
         fused = [name for name, block in now.items() if choices.get(block) == "fuse"]
         found = remove_residuals(network, images, **vars(removal) | {"keep": keep, "fused": fused})
@@ -109,7 +109,7 @@ def carry_out(
     removal = replace(removal, fuse=plan.fuse)
     options = block_options(model, images[:2], alone=False, removal=removal)
     choices = plan.check(model, options)
-    network, facts = carry_out_blocks(model, choices, lambda count: images[:count], removal)
+    network, facts = carry_out_blocks(model, choices, lambda count: images[:count], removal, options)
     network, _, structure = followed(network, as_tuple(network, images[:2]))
     units = plan.units(structure)
     result, error = cut_to(network, structure, units, data, importance, reconstruct)
