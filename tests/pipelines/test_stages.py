@@ -1,6 +1,7 @@
 """What the pipelines share: one way to the dense network, one record writer; and what an interruption of `measure` says."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def test_the_same_settings_are_the_same_network_in_every_pipeline(data: Dataset)
     for network in networks:
         assert not network.training and network.state_dict().keys() == first.keys()
         assert all(torch.equal(value, first[name]) for name, value in network.state_dict().items())
+
+
+def test_cells_make_what_they_share_one_after_the_other(data: Dataset, tmp_path: Path) -> None:
+    first = Cell(0, "macs_ratio", 0.6, tmp_path / "first", tmp_path)
+    jobs = [Job(replace(SLIM, out=tmp_path / name), data, torch.device("cpu"), 0) for name in ("first", "other")]
+    jobs = [replace(job, teacher=make_dense(SLIM, data, 0)) for job in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda job: starting_network(job, first, "plain").state_dict(), jobs))
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
 
 
 @pytest.mark.parametrize(
