@@ -124,7 +124,7 @@ def _command_line(command: str, arguments: list[str]) -> str:
 
 
 def slim(arguments: list[str]) -> None:
-    """train with sparsity, remove residuals, prune the plain net, fine-tune, measure, record"""
+    """train with sparsity, remove residuals (all of them, or where that pays), prune, fine-tune, measure, record"""
     config = _parse(settings.SlimConfig, arguments, "slim")
     from rmprune.pipelines.slim import run_slim
 

@@ -103,7 +103,7 @@ REMOVAL = RemovalConfig()
 
 @dataclass(frozen=True)
 class SlimConfig(RunConfig):
-    """Train with sparsity, remove all residuals, prune the plain network freely, fine-tune, measure."""
+    """Train with sparsity, remove residuals (all of them, or where that pays), prune, fine-tune, measure."""
 
     command: ClassVar[str] = "slim"
     model: str = "resnet20"

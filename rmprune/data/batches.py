@@ -186,6 +186,10 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     x, y = parts[:2]
     if not x.is_floating_point():
         raise DataError(f"data: images are {x.dtype}; give them normalised, as the network was trained on them")
+    if any(part.layout != torch.strided or part.is_nested for part in (x, y)):
+        raise DataError(
+            "data: a batch holds sparse or nested tensors; give dense ones (to_dense(), or one size for all)"
+        )
     if len(x) != len(y):
         raise DataError(f"data: a batch has {len(x)} images and {len(y)} labels; {OWN_LOSS}, where these are no labels")
     return x, y

@@ -2,7 +2,7 @@
 result. Rewrites nothing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ def own_dtype_error(
                     relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
                 )
         except RuntimeError as error:
+            refuse_stuck(twin, result, image)
             return None, f"not compared in {target.dtype} on {target.device}, where it does not run: {error}"
         if math.isinf(own):
             continue
@@ -104,6 +105,22 @@ def own_dtype_error(
             )
     unsaid = f"not compared in {target.dtype}, where the outputs of the original itself are not finite"
     return worst, unsaid if worst is None else ""
+
+
+@torch.no_grad()
+def refuse_stuck(model: nn.Module, result: nn.Module, image: Iterable[Tensor]) -> None:
+    """Raises NotEquivalent where `result` fails on an image, in its own dtype, on which `model` runs."""
+    given = list(image)
+    for module in (model, result):
+        try:
+            module(*(x.clone() for x in given))
+        except RuntimeError as error:
+            if module is model:
+                return
+            raise NotEquivalent(
+                f"the new network, all in {target_of(result).dtype}, does not run ({error}); the original does, whose layers are of "
+                "several dtypes: give it in one, without casts in forward"
+            ) from error
 
 
 _UNSEEN = "the network does something that torch.fx does not see, such as writing into y.data, or by y.__setitem__; write it out of place"

@@ -119,6 +119,10 @@ def as_tuple(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
                 f"{said} is a {type(value).__name__}: give a tensor (N, ...), a tuple of them where the network takes several, or a "
                 "dict by the names of forward's arguments" + _way(value)
             )
+        if value.is_nested or value.layout != torch.strided:
+            raise UnsupportedModel(
+                f"{said} is a sparse or nested tensor: give a dense one, (N, ...), such as x.to_dense()"
+            )
         if value.dim() == 0 or value.numel() == 0:
             raise UnsupportedModel(f"{said} has shape {tuple(value.shape)}: give at least one example, (N, ...)")
         value = value.detach().as_subclass(Tensor)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.graph.calls import ADDITIONS, CHUNKS, DIVISIONS, MULTIPLICATIONS, argument, piece_sizes
+from rmprune.graph.calls import ADDITIONS, CHUNKS, DIVISIONS, MULTIPLICATIONS, argument, is_addition, piece_sizes
 from rmprune.graph.convolution import Scale, Shift
 from rmprune.graph.network import Network, joined_maps, shape_of
 
@@ -76,8 +76,11 @@ def _replace(network: Network, node: fx.Node, source: fx.Node, module: nn.Module
 
 
 def _as_sums(network: Network) -> None:
-    """x - y as x + (-1) * y, and a number a channel that is added as a layer; `propagate_shapes` has run."""
+    """x - y as x + (-1) * y, operands by place, a number a channel that is added as a layer; `propagate_shapes` has run."""
     for node in list(network.graph.nodes):
+        if (is_addition(node) or node.target is torch.sub) and node.kwargs.keys() & {"input", "other"}:
+            node.args = (argument(node, 0, "input"), argument(node, 1, "other"))
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "other")}
         if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
             continue
         first, second = node.args

@@ -1,4 +1,4 @@
-"""`slim`: train sparse, remove residuals, prune, fine-tune, measure, record.
+"""`slim`: train sparse, remove residuals (all of them, or where that pays), prune, fine-tune, measure, record.
 
 A run is a directory. With one seed and one budget it is the cell itself; with more, `seed0/` holds what the cells of a seed share
 (`dense/`, `plain/`) and `seed0/macs_ratio-0.5/` is a cell. Every stage leaves an artifact; what is there is not done again.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from rmprune import artifact
@@ -38,6 +39,7 @@ from rmprune.models.families import create_network
 from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
+from rmprune.runs.writing import LOCK_FILE
 from rmprune.training.distributed import check_batch, check_device
 from rmprune.training.evaluation import evaluate, logits_of, scores
 from rmprune.training.job import Files, Job, tune
@@ -134,7 +136,10 @@ def starting_network(job: Job[RunConfig], cell: Cell, name: str) -> nn.Module:
         say(facts)
         return network, facts
 
-    return stage(cell.shared / name, make, onnx=job.data.train.example(1))
+    # Searches in two cells of a grid may start from one that is not there yet; a run whose own folder this is holds its lock already.
+    held = cell.shared == job.config.directory
+    with contextlib.nullcontext() if held else FileLock(cell.shared / LOCK_FILE):
+        return stage(cell.shared / name, make, onnx=job.data.train.example(1))
 
 
 def say(facts: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
 from rmprune.graph.convolution import Obstacle
-from rmprune.graph.equivalence import refuse_unseen
-from rmprune.graph.foreign import reference_copy
+from rmprune.graph.equivalence import refuse_stuck, refuse_unseen
+from rmprune.graph.foreign import eval_copy, reference_copy
 from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
@@ -155,7 +155,9 @@ def _reshaped(
             put_ending(network, ending, fitted[add])
     for add, part in reversed(parts.items()):  # a fork is what an earlier block gives
         replace_branch(network, part.block, fitted[add], part.dropped)
-    result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target_of(model), batch_norm=True)
+    target = target_of(model)
+    result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target, batch_norm=True)
+    refuse_stuck(eval_copy(model), result, (x[:1].to(target.device) for x in given))
     return Collapse(result, explained, kept, network.sizes_note)
 
 

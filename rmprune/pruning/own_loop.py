@@ -71,6 +71,10 @@ class Pruner:
             raise ConfigError(
                 "cuts in a loop of one's own count channels or MACs, no time and no memory; give ratio or macs_ratio alone"
             )
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigError(
+                f"optimizer is of type {type(optimizer).__name__}; give the torch.optim.Optimizer that your loop steps"
+            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in model.parameters()):
             if any(id(p) in held for p in given.parameters()):

@@ -253,6 +253,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
     "channels": (X[:, :1], r"stem \(Conv2d\) .*takes 3 channels"),
     "uint8": (X.byte(), r"stem \(Conv2d\) .*uint8: give example_inputs in float32"),
     "no batch": (X[0], "without a batch"),
+    "sparse": (X.to_sparse(), "give a dense one"),
     "empty batch": (X[:0], "at least one example"),
     "list": ([X[0]], r"is a list.*torch.stack"),
     "numpy": (X.numpy(), r"is a ndarray.*torch.from_numpy"),

@@ -162,6 +162,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[RmpruneError], str]] = {
     "dicts without a loss": ({"train": pixels()}, DataError, "train: data: a batch is a dict of pixels, angles"),
     "labels of no class": ({"validation": labelled(classes=8)}, DataError, "validation: data: labels from 0 to 7"),
     "labels of numbers": ({"train": [(torch.randn(2, 3, 8, 8), torch.rand(2, 1))]}, DataError, "train: .*pass loss="),
+    "sparse images": (
+        {"train": [(x.to_sparse(), y) for x, y, *_ in labelled()]},
+        DataError,
+        "train: data: a batch holds sparse .*to_dense",
+    ),
     "a loss without the model": ({"loss": broken}, DataError, "train: loss: no gradient"),
     "no trace": ({"model": Asking().eval()}, UnsupportedModel, "Asking"),
     "int8": ({"measure": MeasureConfig(backends=("eager", "onnxruntime-int8"))}, ConfigError, "onnxruntime-int8 count"),

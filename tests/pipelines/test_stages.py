@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from rmprune import artifact
@@ -20,6 +21,7 @@ from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import dense_network, finish, make_dense, starting_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
+from rmprune.runs.writing import LOCK_FILE
 from rmprune.training.job import Job
 
 MEASURE = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(1,), seconds=0.0, min_rounds=1)
@@ -43,6 +45,20 @@ def test_the_same_settings_are_the_same_network_in_every_pipeline(data: Dataset)
     for network in networks:
         assert not network.training and network.state_dict().keys() == first.keys()
         assert all(torch.equal(value, first[name]) for name, value in network.state_dict().items())
+
+
+def test_cells_make_what_they_share_one_after_the_other(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(directory: Path, make: Any, onnx: Any) -> Path:
+        with pytest.raises(Timeout):  # another process waits
+            FileLock(directory.with_name(LOCK_FILE)).acquire(timeout=0)
+        return directory
+
+    monkeypatch.setattr("rmprune.pipelines.stages.stage", stage)
+    job: Job[Any] = Job(replace(SLIM, out=tmp_path / "cell"), data, torch.device("cpu"), 0)
+    cell = Cell(0, "macs_ratio", 0.6, tmp_path / "cell", tmp_path)
+    assert starting_network(job, cell, "plain") == tmp_path / "plain"
 
 
 @pytest.mark.parametrize(

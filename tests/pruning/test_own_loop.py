@@ -91,6 +91,8 @@ def test_mistakes_are_said_at_once() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     with pytest.raises(ConfigError, match="holds no parameter of this model"):
         rmprune.Pruner(residual(), images(2), HALF, optimizer=optimizer, steps=4)
+    with pytest.raises(ConfigError, match="optimizer is of type NoneType"):
+        rmprune.Pruner(model, images(2), HALF, optimizer=None, steps=4)  # type: ignore[arg-type]
     normed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
     torch.nn.utils.parametrizations.weight_norm(normed[0])
     with pytest.raises(UnsupportedModel, match="computed from others"):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+import torch
 import torch.nn.functional as F
 from removal_nets import basic, conv_bn, fold_batch_norms, fuse_linear, images, prepared, worst_error
 from torch import Tensor, nn
@@ -41,6 +42,30 @@ def test_arguments_of_a_layer_are_passed_on(
     expected, found = model(images()), change(model)(images())
     assert found.shape == expected.shape == (2, 3, 16, 16)
     assert (found - expected).abs().max() < 1e-12
+
+
+class Sum(nn.Module):
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.add, self.stem, self.branch = add, nn.Sequential(*conv_bn(3, 6), nn.ReLU()), nn.Sequential(*conv_bn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.add(self.branch(y), y).relu()
+
+
+ADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "torch.add": lambda x, y: torch.add(other=x, input=y),
+    "x.add": lambda x, y: x.add(other=y),
+    "torch.sub": lambda x, y: torch.sub(x, other=y),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_operands_by_name_are_added(name: str) -> None:
+    model = prepared(Sum(ADDED[name]))
+    removal = remove_residuals(model, images())
+    assert removal.removed and (removal.model(images()) - model(images())).abs().max() < 1e-12
 
 
 def test_a_result_of_another_shape_than_what_was_checked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

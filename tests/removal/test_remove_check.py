@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph import build
+from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import remove_residuals
 
 
@@ -155,6 +156,22 @@ def test_what_the_cpu_cannot_run_in_the_dtype_is_said() -> None:
     removal = remove_residuals(model, images().half())
     assert removal.own_dtype_error is None
     assert removal.note.startswith("not compared in torch.float16 on cpu, where it does not run: ")
+
+
+class HeadInDouble(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = classifier()[:-1].float(), nn.Linear(6, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).double())
+
+
+def test_layers_of_two_dtypes_are_no_network_that_does_not_run() -> None:
+    model = HeadInDouble().eval()
+    for call in (remove_residuals, collapse_blocks):
+        with pytest.raises(NotEquivalent, match="layers are of several dtypes"):
+            call(model, images().float())
 
 
 def test_an_original_that_overflows_is_said() -> None:
