@@ -25,7 +25,8 @@ class Settings:
 
 def rows(plans: Path) -> pd.DataFrame:
     """Of one search, by the file of its plans: lost is the loss on validation images over the uncut network's."""
-    known = json.loads(plans.read_text())["plans"]
+    notes = json.loads(plans.read_text())
+    known = notes["plans"]
     verdicts = json.loads(plans.with_name("auto-candidates.json").read_text())
     unpruned = json.loads(plans.with_name("auto-losses.json").read_text())["unpruned"]
     found = []
@@ -36,7 +37,7 @@ def rows(plans: Path) -> pd.DataFrame:
         lost = None if loss is None else loss - unpruned
         found.append(facts | parts | {"predicted": plan.get("predicted"), "loss": loss, "lost": lost})
     cell, seed = plans.parent.parent.name, plans.parent.parent.parent.name
-    return pd.DataFrame(found).assign(seed=seed.removeprefix("seed"), budget=cell)
+    return pd.DataFrame(found).assign(seed=seed.removeprefix("seed"), budget=cell, search_seconds=notes.get("took"))
 
 
 def main(settings: Settings) -> None:

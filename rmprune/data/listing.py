@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import operator
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from rmprune.config import DataConfig
 from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
+from rmprune.data.walk import is_hidden, number_of, same_file, walked
 from rmprune.errors import DataError
 
 logger = logging.getLogger("rmprune")
@@ -83,7 +83,7 @@ def _from_folders(root: Path) -> Listing:
             for path, file in files.items():
                 photo = Photo(path, number[name], part, "")
                 first = seen.setdefault(file, photo)
-                if first is not photo and first[1:] != photo[1:]:
+                if first is not photo and first[1:] != photo[1:] and same_file(first.path, path):
                     raise DataError(
                         f"{first.path} and {path} are one file by a link; it has one class and part: take one out"
                     )
@@ -99,7 +99,7 @@ def _parts(root: Path) -> dict[str, str]:
 
     def folders(at: Path) -> list[str]:
         with os.scandir(at) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
+            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
 
     try:
         names = folders(root)
@@ -129,51 +129,6 @@ def _parts(root: Path) -> dict[str, str]:
     return parts
 
 
-def _walked(root: Path) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
-    """(folder, the device it is on, its files), sorted, links followed, without what is hidden; no file is asked for more than its name.
-
-    Raises DataError for a folder that is there twice: a link may lead to one that is read already, or round in a circle.
-    """
-    seen: dict[int, str] = {}
-    waiting = [str(root)]
-    while waiting:
-        folder = waiting.pop()
-        about = Path(folder).stat()
-        if (first := seen.setdefault(_number(about.st_dev, about.st_ino), folder)) != folder:
-            raise DataError(
-                f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
-            )
-        with os.scandir(folder) as entries:
-            visible = sorted((entry for entry in entries if not _is_hidden(entry.name)), key=_name)
-        inner = [entry.path for entry in visible if _is_folder(entry)]
-        waiting += reversed(inner)
-        yield folder, about.st_dev, [entry for entry in visible if not _is_folder(entry)] if inner else visible
-
-
-_name = operator.attrgetter("name")
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: named where it is opened
-        return False
-
-
-def _number(device: int, inode: int) -> int:
-    """What two names of one file share; one number, since millions of pairs keep Python's collector busy."""
-    return device << 64 | inode
-
-
-def _number_of(entry: os.DirEntry[str], device: int) -> int:
-    """Only links are looked up; one that leads nowhere is named where it is opened."""
-    if entry.is_symlink():
-        with contextlib.suppress(OSError):
-            about = entry.stat()
-            return _number(about.st_dev, about.st_ino)
-    return _number(device, entry.inode())
-
-
 def _images(root: Path) -> dict[str, dict[str, int]]:
     """Class -> its images, each with the number of its file, of folders within it too; hidden ones are left out,
     and other files, which the log says.
@@ -183,14 +138,14 @@ def _images(root: Path) -> dict[str, dict[str, int]]:
     images: dict[str, dict[str, int]] = {}
     other: Counter[str] = Counter()
     try:
-        for folder, device, files in sorted(_walked(root), key=operator.itemgetter(0)):
+        for folder, device, files in sorted(walked(root), key=operator.itemgetter(0)):
             if folder == str(root):
                 continue
             own = images.setdefault(Path(folder).relative_to(root).parts[0], {})
             for entry in files:
                 _, dot, kind = entry.name.rpartition(".")
                 if (ending := dot + kind.lower() if dot else "") in ENDINGS:
-                    own[entry.path] = _number_of(entry, device)
+                    own[entry.path] = number_of(entry, device)
                 else:
                     other[ending] += 1
     except OSError as error:
@@ -202,11 +157,6 @@ def _images(root: Path) -> dict[str, dict[str, int]]:
     if not images:
         raise DataError(f"{root}: no folders of classes; {LAYOUT}")
     return images
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether an operating system or an editor made this: .DS_Store, ._a.jpg, .ipynb_checkpoints, __MACOSX."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _counted(kinds: Counter[str]) -> str:
@@ -284,7 +234,7 @@ def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) 
 def _by_key(root: Path) -> dict[str, Path | None]:
     """All images by their `_key`, with and without ending; None where several have one."""
     found: dict[str, Path | None] = {}
-    for _, _, files in _walked(root):
+    for _, _, files in walked(root):
         for path in (Path(entry.path) for entry in files if Path(entry.name).suffix.lower() in ENDINGS):
             for form in (path, path.with_suffix("")):
                 one = _key(str(form.relative_to(root)))

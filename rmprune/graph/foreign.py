@@ -94,6 +94,8 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
     try:
         for module, twin in reversed(twins):  # parts first: those of a wrapper are read where it is made anew
             vars(twin).update((name, _copied_value(value, memo)) for name, value in module.__getstate__().items())
+            if isinstance(twin, fx.GraphModule):
+                twin.graph.owning_module = twin
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error

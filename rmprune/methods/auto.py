@@ -79,10 +79,9 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     note = files.note("plans")
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
-    took = float(known.get("took", 0.0))  # before this time
+    took, judged_before = float(known.get("took", 0.0)), len(read_notes(files.note("candidates")))
     seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
     whole = 60 * (MINUTES if minutes is None else minutes)
-    worse = int(known.get("worse", 0))  # of the last plans, so many in a row were no better than the best before them
 
     @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -97,7 +96,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     def keep() -> float:
         """Writes down how far the search is; returns the seconds that it took."""
         whole_time = took + time.monotonic() - started
-        write_text(note, json.dumps({"plans": plans, "seconds": seconds, "worse": worse, "took": whole_time}))
+        write_text(note, json.dumps({"plans": plans, "seconds": seconds, "took": whole_time}))
         return whole_time
 
     def judged(name: str) -> Verdicts:
@@ -143,7 +142,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         verdicts = add(found, why)
     if not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)
-    while seconds < whole and (minutes is not None or worse < WORSE):
+    while seconds < whole and (minutes is not None or _no_better(verdicts, list(plans)[PROPOSED:]) < WORSE):
         begun, leader = time.monotonic(), best(verdicts)
         centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(_preset(leader), outlook.options)
         proposed = taught().best(outlook.limit, near=centre, other_than=tried())
@@ -152,20 +151,25 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         else:
             changed = [f"{b} {centre[b]} -> {c}" for b, c in proposed.blocks.items() if c != centre[b]]
             verdicts = add(proposed, f"{leader} with {', '.join(changed) or 'other widths'}")
-            worse = worse + 1 if best(verdicts) == leader else 0
             seconds += time.monotonic() - begun
         keep()
-    name = best(verdicts)
+    name, took = best(verdicts), keep() if len(verdicts) > judged_before else took
     if name in plans:
         plain, facts = carried_out(name)
-        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans, keep())
+        return Winner(name, _FREE, plain, plans[name]["widths"], facts, verdicts, plans, took)
     preset = _preset(name)
-    return Winner(name, preset, starts(preset.start), None, None, verdicts, plans, keep())
+    return Winner(name, preset, starts(preset.start), None, None, verdicts, plans, took)
 
 
 def _preset(name: str) -> Method:
     """Also one that only a search of before has tried."""
     return PRESETS.get(name) or METHODS[name]
+
+
+def _no_better(verdicts: Verdicts, changes: list[str]) -> int:
+    """How many plans, the last of these changes, are no better than the best before them."""
+    leader = best(verdicts)
+    return len(changes) - (changes.index(leader) + 1 if leader in changes else 0)
 
 
 def _cutter(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:

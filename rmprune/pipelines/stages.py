@@ -137,7 +137,7 @@ def starting_network(job: Job[RunConfig], cell: Cell, name: str) -> nn.Module:
         return network, facts
 
     # Searches in two cells of a grid may start from one that is not there yet; a run whose own folder this is holds its lock already.
-    held = cell.shared == job.config.directory
+    held = cell.shared == job.config.directory or (cell.shared / name).exists()
     with contextlib.nullcontext() if held else FileLock(cell.shared / LOCK_FILE):
         return stage(cell.shared / name, make, onnx=job.data.train.example(1))
 

@@ -6,6 +6,7 @@ of n blocks becomes a plain chain of n layers, half as deep as the original, who
 like it: the time of a small network goes with its number of layers more than with its MACs.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,8 +28,10 @@ from rmprune.pruning.one_convolution import (
     collapsible,
     ending_of,
     fit_in_order,
+    operands,
     put_ending,
     replace_branch,
+    without_idle_activations,
 )
 from rmprune.removal.blocks import additions, find_block
 
@@ -64,7 +67,7 @@ def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] | N
     Blocks are fitted in order, each to the sum (branch and shortcut) of the original while it reads what the collapsed network
     gives it, so that later blocks make up for earlier ones.
     images: (N, C, H, W), or a tuple or dict of inputs: some hundred training images, all held in memory at once.
-    `keep`: names of blocks to leave.
+    `keep`: names of blocks to leave, as they are.
 
     Raises UnsupportedModel where torch.fx cannot follow the model or no block can be collapsed, ConfigError for an unknown block.
 
@@ -148,13 +151,20 @@ def _reshaped(
         return Collapse(model, {}, kept)
     refuse_unseen(model, inputs, _SEEN)
     endings = _behind(network, found, parts, behind)
-    fitted = fit_in_order(network, parts, inputs, endings)
+    fitted, mended = fit_in_order(network, parts, inputs, endings)
     explained = {part.block.name: fitted[add].explained for add, part in parts.items()}
-    for add, ending in endings.items():
-        if add in fitted:  # not where nothing of the parts is read
-            put_ending(network, ending, fitted[add])
+    for add, layers in mended.items():
+        put_ending(network, endings[add], layers)
+    joined: dict[fx.Node, fx.Node] = {}  # what stands in the place of a dropped block's sum
     for add, part in reversed(parts.items()):  # a fork is what an earlier block gives
+        if part.dropped and not fitted[add].layers:
+            joined[add] = operands(part.block)[1]
         replace_branch(network, part.block, fitted[add], part.dropped)
+    annotate_ranges(network)
+    for fork in {part.block.fork: None for add, part in parts.items() if joined.get(add) is part.block.fork}:
+        while fork in joined:
+            fork = joined[fork]
+        without_idle_activations(network, fork)
     target = target_of(model)
     result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target, batch_norm=True)
     refuse_stuck(eval_copy(model), result, (x[:1].to(target.device) for x in given))
@@ -171,7 +181,9 @@ def _behind(
         if add in parts:
             left = count
         elif left:
-            left -= 1
-            if (ending := ending_of(network, name, add)) is not None:
-                endings[add] = ending
+            with contextlib.suppress(Obstacle):  # an addition that ends no block
+                block = find_block(network, name, add)
+                left -= 1
+                if (ending := ending_of(network, block)) is not None:
+                    endings[add] = ending
     return endings

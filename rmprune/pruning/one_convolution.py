@@ -3,10 +3,8 @@
 import copy
 import functools
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,10 +17,14 @@ from rmprune.graph.in_place import value_apart
 from rmprune.graph.network import Network, is_batch_norm, linear_layer, shape_of
 from rmprune.graph.ranges import range_of
 from rmprune.graph.run import Values, run
-from rmprune.pruning.reconstruct import least_squares
+from rmprune.pruning.layers import SizedLayer
+from rmprune.pruning.positions import outputs_at, patches_at, sample_positions
+from rmprune.pruning.reconstruct import POSITIONS, least_squares, reconstruct_checked
 from rmprune.removal.blocks import Block, find_block
 from rmprune.removal.forms import free
 
+Layers = tuple[nn.Module, ...]
+TAPS = 2**26  # numbers that the positions of one ending read, at most
 INPUTS = 8192  # unknowns of a fit (channels times kernel) at most: its equations are that many squared
 
 
@@ -61,21 +63,15 @@ class Ending:
         return source
 
 
-def ending_of(network: Network, name: str, add: fx.Node) -> Ending | None:
-    """That of the block that ends in this addition; None where a fit cannot take its place."""
-    try:
-        block = find_block(network, name, add)
-    except Obstacle:
-        return None
+def ending_of(network: Network, block: Block) -> Ending | None:
+    """That of a block; None where a fit cannot take its place."""
     end = block.branch[-1]
     norm = end if is_batch_norm(network.layer(end)) else None
     conv = end.all_input_nodes[0] if norm is not None else end
-    own, count = network.layer(conv), Counter(node.target for node in network.graph.nodes)
-    if not isinstance(own, nn.Conv2d) or count[conv.target] > 1 or (norm is not None and count[norm.target] > 1):
+    own = network.layer(conv)
+    if not isinstance(own, nn.Conv2d) or own.padding_mode != "zeros" or isinstance(own.padding, str):
         return None
-    plain = own.groups == 1 and own.dilation == (1, 1) and own.padding_mode == "zeros"
-    fits = plain and not isinstance(own.padding, str) and own.weight[0].numel() <= INPUTS
-    return Ending(block, conv, norm) if fits else None
+    return Ending(block, conv, norm) if own.weight[0].numel() <= INPUTS else None
 
 
 def collapsible(network: Network, name: str, add: fx.Node, linear: bool = False) -> Block:
@@ -134,23 +130,21 @@ class Fit:
     """One convolution and the batch norm behind it, if there is one, in eval mode (nothing: the shortcut alone), and the R2 that it gives
     of the block's sum."""
 
-    layers: tuple[nn.Module, ...]
+    layers: Layers
     explained: float
 
 
 @torch.no_grad()
 def fit_in_order(
-    network: Network,
-    parts: Mapping[fx.Node, Part],
-    inputs: tuple[Tensor, ...],
-    endings: Mapping[fx.Node, Ending] = MappingProxyType({}),
-) -> dict[fx.Node, Fit]:
-    """The convolutions of parts, and of endings, by the additions of their blocks.
+    network: Network, parts: Mapping[fx.Node, Part], inputs: tuple[Tensor, ...], endings: Mapping[fx.Node, Ending]
+) -> tuple[dict[fx.Node, Fit], dict[fx.Node, Layers]]:
+    """The convolutions of parts, and of those endings that read what parts give, by the additions of their blocks.
 
     Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far; up to the first
     part they are one, and behind the last nothing is asked for.
     """
     fitted: dict[fx.Node, Fit] = {}
+    mended: dict[fx.Node, Layers] = {}
     generator = torch.Generator().manual_seed(0)
 
     @functools.lru_cache(maxsize=1)
@@ -164,26 +158,25 @@ def fit_in_order(
     def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
         original = side(node, values, 0)
         if node in parts:
-            read, shortcut = values[parts[node].block.fork][1], values[_operands(parts[node].block)[1]][1]
+            read, shortcut = values[parts[node].block.fork][1], values[operands(parts[node].block)[1]][1]
             fitted[node], value = _fit(parts[node], read, original, shortcut, generator)
             return original, value
         if all(values[source][0] is values[source][1] for source in node.all_input_nodes):
             return original, original
         if node in endings:
             ending = endings[node]
-            branch, shortcut = (values[operand][1] for operand in _operands(ending.block))
-            fitted[node], value = _fit_ending(
-                network, ending, values[ending.source][1], original, branch, shortcut, generator
-            )
+            shortcut = values[operands(ending.block)[1]][1]
+            mended[node], value = _fit_ending(network, ending, values[ending.source][1], original, shortcut, generator)
             return original, value
         return original, side(node, values, 1)
 
     again = {add: (part.block.fork,) for add, part in parts.items()}  # read once more, when the sum is there
     again |= {add: (ending.source,) for add, ending in endings.items()}
-    for _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, again):
-        if len(fitted) == len(again):
+    last = max(again)
+    for node, _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, again):
+        if node is last:
             break
-    return fitted
+    return fitted, mended
 
 
 def _to_float(x: Tensor) -> Tensor:
@@ -207,34 +200,40 @@ def _fit(part: Part, read: Tensor, total: Tensor, shortcut: Tensor, generator: t
 
 
 def _fit_ending(
-    network: Network, ending: Ending, read: Tensor, total: Tensor, branch: Tensor, shortcut: Tensor,
-    generator: torch.Generator,
-) -> tuple[Fit, Tensor]:  # fmt: skip
-    """The last convolution of a branch, of what it now reads, and its norm, so that the block's sum comes nearest to `total`; and that."""
-    conv, own = copy.deepcopy(network.own(ending.conv)).float(), linear_layer(network, ending.conv)
-    more, shift, error = least_squares(conv, read, total - shortcut - branch, generator)
-    explained = 1 - error / max(float(total.var((0, 2, 3)).sum()), 1e-30)
+    network: Network, ending: Ending, read: Tensor, total: Tensor, shortcut: Tensor, generator: torch.Generator
+) -> tuple[Layers, Tensor]:
+    """The last convolution of a branch, of what it now reads, and its norm, so that the block's sum comes nearest to `total`, also on
+    images that it is not fitted to (`reconstruct_checked`: else it stays); and that sum.
+    """
+    conv, folded = copy.deepcopy(network.own(ending.conv)).float(), linear_layer(network, ending.conv)
     before = None if ending.norm is None else norm_of(network.own(ending.norm))
-    folded = own if before is None else with_norm(own, before, "").folded()
-    weight, bias = folded.weight() + more.double(), folded.bias + shift.double()
+    if before is not None:
+        folded = with_norm(folded, before, "").folded()
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    layer = SizedLayer("", "conv", conv.in_channels, conv.out_channels, *shape, conv.groups, (), (), False)
+    taps = conv.in_channels * math.prod(conv.kernel_size)
+    samples = min(max(40_000, POSITIONS * conv.weight[0].numel()), TAPS // taps)
+    at = sample_positions(len(read), (total.shape[2], total.shape[3]), -(-samples // len(read)), generator)
+    wanted = outputs_at(total - shortcut, at)
+    weight, bias = reconstruct_checked(folded.weight(), patches_at(read, layer, at), wanted, conv.groups)
     conv.weight.copy_(weight)
     conv.bias = nn.Parameter(bias.float()) if before is None else None
     value = conv(read)
     if before is None:
-        return Fit((conv.eval(),), explained), shortcut + value
+        return (conv.eval(),), shortcut + value
     norm = build_norm(Conv(lambda: weight, bias, conv.in_channels, norm=to_measure(len(bias), before)), value)
     norm = norm.float().eval()
-    return Fit((conv.eval(), norm), explained), shortcut + norm(value)
+    return (conv.eval(), norm), shortcut + norm(value)
 
 
-def put_ending(network: Network, ending: Ending, fit: Fit) -> None:
+def put_ending(network: Network, ending: Ending, layers: Layers) -> None:
     """The fitted layers in the place, and under the names, of those that were there; in double precision as everything there."""
-    for node, layer in zip((ending.conv, ending.norm), fit.layers, strict=False):
+    for node, layer in zip((ending.conv, ending.norm), layers, strict=False):
         assert node is not None
         network.layers[str(node.target)] = layer.double()
 
 
-def _operands(block: Block) -> tuple[fx.Node, fx.Node]:
+def operands(block: Block) -> tuple[fx.Node, fx.Node]:
     """What the addition adds: (end of the branch, end of the shortcut)."""
     first, second = block.add.args[0], block.add.args[1]
     assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
@@ -243,7 +242,7 @@ def _operands(block: Block) -> tuple[fx.Node, fx.Node]:
 
 def replace_branch(network: Network, block: Block, fit: Fit, dropped: bool = False) -> None:
     """The fitted layers in the graph, in double precision as everything there, instead of the branch; or instead of the block."""
-    branch, shortcut = _operands(block)
+    branch, shortcut = operands(block)
     gone = block.branch
     if fit.layers:
         conv = network.insert(block.add, f"{block.name}.conv", fit.layers[0].double(), block.fork)
@@ -255,13 +254,11 @@ def replace_branch(network: Network, block: Block, fit: Fit, dropped: bool = Fal
             block.add.replace_input_with(branch, norm)
     if dropped:
         network.bypass(block.add, shortcut)
-        if shortcut is block.fork:
-            _without_idle_activations(network, shortcut)
     for node in sorted(gone, reverse=True):
         network.take_out(node)
 
 
-def _without_idle_activations(network: Network, source: fx.Node) -> None:
+def without_idle_activations(network: Network, source: fx.Node) -> None:
     """Takes out activations of `source` that change none of its values."""
     for user in list(source.users):
         layer = network.layer(user)

@@ -505,6 +505,12 @@ def test_listing_asks_folders_and_no_photo(folder: Path, monkeypatch: pytest.Mon
     assert found.photos and not {photo.path for photo in found.photos} & set(asked)
 
 
+def test_file_systems_that_number_all_files_alike_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FUSE does without use_ino; only where two numbers are equal are files themselves compared."""
+    monkeypatch.setattr("rmprune.data.listing.number_of", lambda entry, device: 2**32 - 1)
+    assert len({photo.label for photo in list_photos(config(folder)).photos}) > 1
+
+
 def test_a_link_that_leads_nowhere_is_named(folder: Path) -> None:
     kind = next(path for path in sorted((folder / "train").iterdir()) if path.is_dir())
     (kind / "gone.png").symlink_to("nowhere.png")

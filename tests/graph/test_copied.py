@@ -76,3 +76,9 @@ def test_a_copied_graph_computes_with_its_own_layers_and_code(nested: bool) -> N
         edited.recompile()
         assert torch.equal(edited(x), x) and torch.equal(other(x), kept)
     assert torch.equal(copy.deepcopy(twin)(x), x)
+
+
+def test_the_graph_of_a_copy_is_its_own() -> None:
+    twin = copied(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())))
+    assert twin.graph.owning_module is twin
+    twin.graph.eliminate_dead_code()

@@ -1,0 +1,67 @@
+"""The files of a folder and of all folders in it, each once, and told apart from links to them. It opens none."""
+
+import contextlib
+import operator
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rmprune.errors import DataError
+
+
+def walked(root: Path) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
+    """(folder, the device it is on, its files), sorted, links followed, without what is hidden; no file is asked for more than its name.
+
+    Raises DataError for a folder that is there twice: a link may lead to one that is read already, or round in a circle.
+    """
+    seen: dict[int, str] = {}
+    waiting = [str(root)]
+    while waiting:
+        folder = waiting.pop()
+        about = Path(folder).stat()
+        if (first := seen.setdefault(_number(about.st_dev, about.st_ino), folder)) != folder:
+            raise DataError(
+                f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
+            )
+        with os.scandir(folder) as entries:
+            visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=_name)
+        inner = [entry.path for entry in visible if _is_folder(entry)]
+        waiting += reversed(inner)
+        yield folder, about.st_dev, [entry for entry in visible if not _is_folder(entry)] if inner else visible
+
+
+_name = operator.attrgetter("name")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: named where it is opened
+        return False
+
+
+def _number(device: int, inode: int) -> int:
+    """What two names of one file share; one number, since millions of pairs keep Python's collector busy."""
+    return device << 64 | inode
+
+
+def number_of(entry: os.DirEntry[str], device: int) -> int:
+    """What two names of one file share. Only links are looked up; one that leads nowhere is named where it is opened."""
+    if entry.is_symlink():
+        with contextlib.suppress(OSError):
+            about = entry.stat()
+            return _number(about.st_dev, about.st_ino)
+    return _number(device, entry.inode())
+
+
+def is_hidden(name: str) -> bool:
+    """Whether an operating system or an editor made this: .DS_Store, ._a.jpg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def same_file(one: str, other: str) -> bool:
+    """Whether two names with one number are of one file: some file systems give all their files the same."""
+    try:
+        return Path(one).samefile(other)
+    except OSError:  # gone, or a link that leads nowhere: named where it is opened
+        return False
