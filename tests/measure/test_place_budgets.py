@@ -42,7 +42,7 @@ def test_the_search_ends_a_little_below_the_budget(allowed: float, monkeypatch: 
     assert 0.9 * allowed < find_ratio(cut, 0.1, 0.999, allowed, place) ** 2 <= allowed
 
 
-@pytest.mark.parametrize("near, rounds", [(0.5, 1), (0.9, 5), (0.2, 5), (2.0, 5)])
+@pytest.mark.parametrize("near, rounds", [(0.5, 1), (0.9, 5), (0.2, 3), (2.0, 3)])
 def test_a_guess_shortens_the_search_and_never_ends_it_elsewhere(
     near: float, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,4 +58,4 @@ def test_a_guess_shortens_the_search_and_never_ends_it_elsewhere(
     cut = lambda ratio: torch.nn.Linear(1, round(1000 * ratio))  # noqa: E731
     guesses = [near * share for share in (0.98, 0.9)]
     assert 0.48 <= find_ratio(cut, 0.01, 0.999, 0.5, place, guesses) <= 0.4925
-    assert len(turns) <= 1 + rounds and turns[-1] == 1
+    assert len(turns) == 1 + rounds and turns[-1] == 1

@@ -69,6 +69,8 @@ def test_mode_and_frozen_parameters_are_kept() -> None:
 
 
 def test_refusals() -> None:
+    with pytest.raises(InfeasibleBudget, match=r"min_fraction=0\.6"):  # met by cuts that leave 4 of 8 channels
+        prune_coupled(residual(), images(), budget=Budget(macs_ratio=0.4, min_fraction=0.6))
     with pytest.raises(InfeasibleBudget, match=r"min_fraction=0\.5"):
         prune_coupled(residual(), images(), budget=Budget(macs_ratio=0.1, min_fraction=0.5))
     with pytest.raises(ConfigError, match="there are: batch_norm, taylor, magnitude"):
