@@ -64,8 +64,11 @@ TIMES = {"latency", "seconds", "images_per_second", "episodes_per_minute", "envi
 """What no two runs have alike, under these names."""
 
 
-def child(command: str, before: int, fault: str = "kill") -> None:
-    """Run the command, with the fault's signal before its change number `before` to the files of the run; or write how many there were."""
+def child(command: str, before: int, fault: str = "kill", amid: str = "") -> None:
+    """Run the command, with the fault's signal before its change number `before` to the files of the run; or write how many there were.
+
+    amid: only changes of paths with this in them count.
+    """
     from rmprune.cli import main
     from rmprune.pipelines import grid
 
@@ -79,7 +82,9 @@ def child(command: str, before: int, fault: str = "kill") -> None:
         nonlocal changes
         if os.getpid() != first or event not in CHANGES or not str(arguments[CHANGES[event]]).startswith("run"):
             return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        if amid not in str(arguments[CHANGES[event]]) or (
+            event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
             return
         changes += 1
         if changes == before:
@@ -92,7 +97,9 @@ def child(command: str, before: int, fault: str = "kill") -> None:
     Path("changes").write_text(str(changes))
 
 
-def start(command: str, place: Path, *, before: int = 0, fault: str = "kill", fork: bool = False) -> int:
+def start(
+    command: str, place: Path, *, before: int = 0, fault: str = "kill", amid: str = "", fork: bool = False
+) -> int:
     """The id of a process that runs the command in a folder; what it says goes to a file there."""
     pid = os.fork()
     if pid:
@@ -104,8 +111,8 @@ def start(command: str, place: Path, *, before: int = 0, fault: str = "kill", fo
         os.dup2(said, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
         if not fork:
-            os.execv(sys.executable, [sys.executable, __file__, "--child", command, str(before), fault])
-        child(command, before, fault)
+            os.execv(sys.executable, [sys.executable, __file__, "--child", command, str(before), fault, amid])
+        child(command, before, fault, amid)
     except SystemExit as stopped:
         os._exit(int(stopped.code or 0))
     except BaseException as error:
@@ -152,10 +159,10 @@ def ended(status: int | None, place: Path, fault: str = "kill") -> bool:
     return True
 
 
-def finish(command: str, place: Path, fork: bool) -> tuple[int, float]:
+def finish(command: str, place: Path, fork: bool, amid: str = "") -> tuple[int, float]:
     """Run the command to its end: the changes it made to files, and its CPU seconds. Raises AssertionError where it fails."""
     before = sum(os.times()[2:4])
-    assert ended(wait(start(command, place, fork=fork)), place), "killed by somebody else"
+    assert ended(wait(start(command, place, amid=amid, fork=fork)), place), "killed by somebody else"
     count = place / "changes"
     return int(count.read_text()) if count.exists() else 0, sum(os.times()[2:4]) - before
 
@@ -215,8 +222,11 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def rounds(kills: int, seed: int, names: list[str], forks: str, fault: str = "kill") -> int:
-    """Kill so many times, the commands in turn; prints each round, returns how many of them went wrong."""
+def rounds(kills: int, seed: int, names: list[str], forks: str, fault: str = "kill", amid: str = "") -> int:
+    """Kill so many times, the commands in turn; prints each round, returns how many of them went wrong.
+
+    amid: each time before a change of a path with this in it ("checkpoint": while a network is trained).
+    """
     draw, done, wrong, fork = random.Random(seed), 0, 0, forks != "none"
     with tempfile.TemporaryDirectory() as folder:
         references: dict[str, tuple[Path, int, float]] = {}
@@ -229,14 +239,14 @@ def rounds(kills: int, seed: int, names: list[str], forks: str, fault: str = "ki
                 for forked in {"none": [False], "tries": [False, True], "all": [True]}[forks]:
                     whole = Path(folder) / f"{name}-{forked}"
                     prepare(name, whole, fork)
-                    references[name] = (references.get(name, (whole,))[0], *finish(command, whole, forked))
+                    references[name] = (references.get(name, (whole,))[0], *finish(command, whole, forked, amid))
                 compare(left(whole / "run"), left(references[name][0] / "run"))
             whole, changes, seconds = references[name]
             prepare(name, place, fork, fault)
             moments: list[str] = []
             try:
                 for _ in range(min(draw.randint(1, 3), kills - done)):
-                    aimed, at = fault != "full" and draw.random() < 0.5, draw.random()
+                    aimed, at = fault != "full" and (draw.random() < 0.5 or amid != ""), draw.random()
                     before, after = 1 + int(at * changes) if aimed else 0, 1e9 if aimed else at * seconds
                     moment = f"change {before} of {changes}" if aimed else f"{after:.1f} of {seconds:.1f} s"
                     with contextlib.ExitStack() as full:
@@ -244,7 +254,7 @@ def rounds(kills: int, seed: int, names: list[str], forks: str, fault: str = "ki
                             free, after = int(at**3 * size_of(whole / "run")), 1e9
                             moment = f"{free} bytes free"
                             full.enter_context(nearly_full(place / "disk", free))
-                        pid = start(command, place, before=before, fault=fault, fork=fork)
+                        pid = start(command, place, before=before, fault=fault, amid=amid, fork=fork)
                         if ended(wait(pid, after, fault), place, fault):
                             break
                     done += 1
@@ -290,13 +300,15 @@ def main() -> None:
     parser.add_argument("--commands", default=",".join(COMMANDS))
     parser.add_argument("--fork", choices=("none", "tries", "all"), default="none")
     parser.add_argument("--fault", choices=FAULTS, default="kill")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--amid", default="", help="only before changes of paths with this in them")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(options.child[0], int(options.child[1]), options.child[2])
+        return child(options.child[0], int(options.child[1]), *options.child[2:])
     if options.fork != "none":
         import_before_forks()
-    sys.exit(rounds(options.kills, options.seed, options.commands.split(","), options.fork, options.fault) > 0)
+    commands = options.commands.split(",")
+    sys.exit(rounds(options.kills, options.seed, commands, options.fork, options.fault, options.amid) > 0)
 
 
 if __name__ == "__main__":
