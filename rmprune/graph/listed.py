@@ -25,7 +25,7 @@ class _Tracer(Tracer):
 
         Layers of torch that are not listed and cannot be gone through (recurrent ones) stay whole; others go by their name.
         """
-        if is_norm_with_activation(m):
+        if is_norm_with_activation(m) and not self.aside:
             x = self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
             for child in ("drop", "act"):
                 if child in m._modules:

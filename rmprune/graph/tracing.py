@@ -36,7 +36,7 @@ def follow(
         try:
             fixed = _fixed(model, None if inputs is None else len(inputs))
             with _recorded_factories(tracer), _own_caches(model):
-                graph = tracer.trace(model, fixed)  # type: ignore[arg-type]  # a tuple is taken, too
+                graph = tracer.trace(model, fixed)  # a tuple is taken, too
             _note_origin(graph, model)
             decided = list(tracer.decided)
             vars(tracer).clear()  # it stands in a circle, and would hold the network until that is collected

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import rmprune
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.listed import trace
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -283,3 +286,36 @@ def test_what_code_writes_of_parameters_and_into_maps_is_read() -> None:
     assert len(removal.removed) == 1 and torch.allclose(removal.model(X.double()), net(X.double()), atol=1e-12)
     pruned = rmprune.prune(net, X.double(), importance="magnitude", budget=rmprune.Budget(macs_ratio=0.999))
     assert pruned.head[0].out_features < 8 and pruned.rmprune_facts["cut_error"] < 1e-9
+
+
+class Forwarding(nn.Module):
+    """Finds its layer's attributes as its own, as wrappers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 2.0))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.conv, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.conv2d(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_classes_are_left_as_they_were(own: bool) -> None:
+    """While a network is traced, parameters are looked up in a way of torch.fx's own: on classes of the network, or on nn.Module."""
+    model = Forwarding() if own else nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    kinds = (nn.Module, Res, *{type(module) for module in model.modules()})
+    before = [dict(vars(kind)) for kind in kinds]
+    graph = trace(model)
+    assert [dict(vars(kind)) for kind in kinds] == before
+    read = [node.target for node in graph.nodes if node.op == "get_attr"]
+    assert sorted(read) == (["conv.bias", "conv.weight", "scale"] if own else [])
+    with pytest.raises(UnsupportedModel):
+        trace(Res(lambda a, b: a if a.sum() > 0 else b))
+    assert [dict(vars(kind)) for kind in kinds] == before
