@@ -36,10 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What the imports made stays: every full collection, and each measurement of a time begins with one, passes it by."""
-    gc.collect()
-    gc.freeze()
+    pass_by()
     gc.set_threshold(50_000, 10, 20)
     gc.enable()
+
+
+def pass_by() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -49,6 +53,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def late_imports_stay() -> Iterator[None]:
+    yield
+    pass_by()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_waits_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No power cut is looked at, except where writing itself is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "runs" not in request.path.parts:
+            patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

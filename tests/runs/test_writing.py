@@ -92,6 +92,22 @@ WRITERS: dict[str, Callable[[Path, int], object]] = {
 }
 
 
+def test_the_disk_has_what_is_written_before_its_name_and_then_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[str, bool]] = []
+
+    def note(handle: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(tmp_path.resolve())
+        flushed.append((place.name, (tmp_path / "net").exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    with whole(tmp_path / "net") as work:
+        work.mkdir()
+        (work / "weights").write_bytes(b"1")
+    assert flushed == [("weights", False), (work.name, False), ("", True)]
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_full_disk_leaves_what_was_there(kind: str, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=1m") as disk:
