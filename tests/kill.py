@@ -34,7 +34,7 @@ from forked_workers import Forked, import_before_forks
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this rmprune, not one that is installed
 
-DATA = "--dataset digits --train-images 48 --batch-size 16 --device cpu --checkpoint-seconds 0.01 --finetune.checkpoint-seconds 0.01"
+DATA = "--dataset digits --train-images 48 --batch-size 16 --device cpu --checkpoint-seconds 1e-9 --finetune.checkpoint-seconds 1e-9"
 MEASURE = (
     " --measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 --measure.min-rounds 1"
 )

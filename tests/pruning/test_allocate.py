@@ -10,7 +10,7 @@ from pruning_nets import chain, images, residual
 from torch import nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.pruning.allocate import Meter, allocate, allocate_uniform, least_cost
+from rmprune.pruning.allocate import Meter, allocate, allocate_uniform, even_fraction, keep_best, least_cost
 from rmprune.pruning.budget import Budget, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, inner_only, total_cost
@@ -154,6 +154,24 @@ def test_infeasible_budget_names_the_limit_and_the_nearest(limits: dict, named: 
     nearest = float(str(error.value).rsplit(" ", 1)[1])
     keep = allocate(structure, random_scores(structure, 0), Budget(macs_ratio=nearest + 1e-3, **limits))
     assert total_cost(structure.shrunk(keep)) <= (nearest + 1e-3) * total_cost(structure)
+
+
+def test_the_nearest_ratio_counts_what_goes() -> None:
+    structure = plain_structure((8, 12, 16))
+    with pytest.raises(InfeasibleBudget, match=r"min_fraction=0\.75 forbids it.* under these limits is 0\.25$"):
+        allocate(structure, random_scores(structure, 0), Budget(ratio=0.5, min_fraction=0.75))
+
+
+def test_of_equal_scores_the_first_stay() -> None:
+    scores = torch.ones(100).index_fill(0, torch.tensor([50, 99]), 2.0)
+    assert keep_best(scores, 42).nonzero().flatten().tolist() == [*range(40), 50, 99]
+
+
+def test_an_even_cut_takes_channels_as_they_are_and_macs_by_the_root() -> None:
+    structure = plain_structure((16, 16))
+    assert even_fraction(structure, Budget(ratio=0.6)) == pytest.approx(0.4)
+    assert even_fraction(structure, Budget(macs_ratio=0.49)) == pytest.approx(0.7)
+    assert even_fraction(structure, Budget(macs_ratio=0.5, reference_macs=4 * total_cost(structure))) == 1
 
 
 def test_infeasible_without_any_limit() -> None:

@@ -150,6 +150,19 @@ def test_channels_without_effect_go_first() -> None:
     assert hook.done and hook.kept["3"].tolist() == [i for i in range(12) if i not in dead]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.25])
+def test_so_much_of_the_scores_survives_a_cut(decay: float) -> None:
+    cut, uncut = (
+        GradualPruner(chain(), images(), Budget(ratio=0.5), prune_epochs=1, every=every, decay=decay)
+        for every in (5, 6)
+    )
+    for hook in (cut, uncut):
+        train(new_state(hook.whole), hook, 5)
+    assert (cut.cuts, uncut.cuts) == (1, 0) and cut.structure.units != uncut.structure.units
+    for name, kept in cut.kept.items():
+        torch.testing.assert_close(cut.scores.scores[name], decay * uncut.scores.scores[name][kept])
+
+
 def test_cuts_again_where_the_measured_network_does_not_meet_the_budget() -> None:
     """Measured, the network at its budget takes 1.25 of what it may: the next cut aims at 0.8 of the budget."""
     whole, found = measured_macs(chain(), images()), []

@@ -93,6 +93,9 @@ def test_taylor_from_batch_norm_gradients() -> None:
 
 def test_batch_norm_is_the_scale_and_adds_up_over_producers() -> None:
     model = residual()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data[::2] *= -1
     structure = find_structure(model, images())
     scores = IMPORTANCES["batch_norm"](model, structure, None)
     assert torch.equal(scores["1.conv1"], model[1].bn1.weight.abs().detach())
@@ -101,6 +104,14 @@ def test_batch_norm_is_the_scale_and_adds_up_over_producers() -> None:
     with pytest.raises(UnsupportedModel, match="no batch norm"):
         bare = nn.Sequential(conv(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).double()
         score_groups("batch_norm", bare, find_structure(bare, images()))
+
+
+def test_magnitude_of_a_unit_of_several_filters() -> None:
+    grouped = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 8, groups=2), nn.ReLU(), conv(8, 6, groups=2)).double()
+    structure = find_structure(grouped, images())
+    assert structure.group("2").multiple == 2  # a filter of either half
+    norms = grouped[2].weight.flatten(1).norm(dim=1).detach()
+    torch.testing.assert_close(score_groups("magnitude", grouped, structure)["2"], torch.hypot(norms[:4], norms[4:]))
 
 
 def test_magnitude_and_random() -> None:

@@ -1,9 +1,16 @@
-"""What the surrogate learns from plans that were carried out."""
+"""What the surrogate takes widths to lose, and what it learns from plans that were carried out."""
 
 import numpy as np
 import pytest
 
 from rmprune.pruning.proposals import WEIGHED, learned
+from rmprune.pruning.surrogate import _curve
+
+
+def test_losses_between_the_widths_measured_go_with_the_square() -> None:
+    """Nothing at the whole width, 4 at 8 of 16, and 9 at 4; where fewer units were measured to lose less, as much as with more."""
+    assert _curve({8: 4.0, 4: 9.0}, 16, [4, 6, 8, 12, 16]) == pytest.approx([9.0, 6.25, 4.0, 1.0, 0.0])
+    assert _curve({8: 4.0, 4: 1.0}, 16, [4, 8, 16]) == pytest.approx([4.0, 4.0, 0.0])
 
 
 def test_losses_of_a_kind_count_for_what_they_turned_out_to_be() -> None:

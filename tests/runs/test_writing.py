@@ -98,7 +98,7 @@ def test_the_disk_has_what_is_written_before_its_name_and_then_the_name(
     flushed: list[tuple[str, bool]] = []
 
     def note(handle: int) -> None:
-        place = Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(tmp_path.resolve())
+        place = Path(f"/proc/self/fd/{handle}").readlink().relative_to(tmp_path.resolve())
         flushed.append((place.name, (tmp_path / "net").exists()))
 
     monkeypatch.setattr(os, "fsync", note)
