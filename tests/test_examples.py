@@ -16,6 +16,7 @@ import rmprune
 from rmprune import cli, config
 from rmprune.amc.table import AMC_METHODS
 from rmprune.measure import BACKENDS
+from rmprune.methods import auto
 from rmprune.methods.table import METHODS
 from rmprune.pruning import IMPORTANCES
 
@@ -58,6 +59,8 @@ def test_every_public_name_has_an_example_that_runs(name: str, tmp_path: Path, m
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(auto, "PROPOSED", 1)  # its search is looked at in methods/
+    monkeypatch.setattr(auto, "MINUTES", 0.0)
     text = page.read_text()
     namespace: dict[str, Any] = {"__name__": page.stem}
     torch.manual_seed(0)

@@ -48,6 +48,7 @@ def test_a_residual_lives_until_it_is_added() -> None:
     assert "third" in memory.at and memory.arena_bytes >= memory.peak_bytes
     weights = 8 * 27 + 8 + 8 * 2 + 2 + 2 * 18 + 2 + 2 * 8 + 8 + 8 * 4 + 4  # batch norms are folded into biases
     assert memory.parameter_bytes == 4 * weights
+    assert activation_memory(residual_net(), X, bytes_per_value=2).parameter_bytes == 2 * weights
 
 
 def test_exact_removal_does_not_lower_the_peak_and_pruned_copies_do() -> None:

@@ -11,10 +11,36 @@ import torchvision
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError
+from rmprune.measure import latency_model
 from rmprune.measure.latency_model import LatencyModel, _corners
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
+from rmprune.measure.rounds import Rounds
 
 X = torch.zeros(1, 3, 16, 16)
+
+
+def test_of_two_passes_the_faster_one_counts() -> None:
+    class Drifting(LatencyModel):
+        calls = 0
+
+        def _measure(self, layers: list[TimedLayer]) -> list[float]:
+            self.calls += 1
+            return [float(self.calls)] * len(layers)
+
+    model = Drifting("eager")
+    model.require(network_layers(chain(8), X))
+    assert model.overhead == 1 and set(model.table.values()) == {2.0} and model.calls == 3
+
+
+def test_a_layer_alone_takes_the_first_quartile_of_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [9.0, 1.0, 3.0, 2.0, 4.0]
+    monkeypatch.setattr(
+        latency_model,
+        "timed_rounds",
+        lambda runs, *_, **__: Rounds(dict.fromkeys(runs, turns), dict.fromkeys(runs, 1), 0),
+    )
+    layers = network_layers(chain(8), X)
+    assert LatencyModel("eager", threads=1)._measure(layers[:2]) == [2.0, 2.0]
 
 
 def chain(*widths: int) -> nn.Sequential:

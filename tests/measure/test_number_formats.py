@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,16 @@ def test_the_last_batch_counts_its_own_images_alone(digits: Dataset) -> None:
         backend_accuracy(always_0, digits.test, "eager", limit=0)
 
 
+class Tens(list):
+    """Somebody's own loader, whose batches have ten images whatever is asked for."""
+
+    def batches(self, *_: object, **__: object) -> Iterator[tuple[torch.Tensor, None]]:
+        return ((x, None) for x in self)
+
+    def __len__(self) -> int:
+        return 10 * super().__len__()
+
+
 def test_calibration_images_are_training_images_of_all_classes(digits: Dataset) -> None:
     images = calibration_images(digits.train, 200)
     everything = next(digits.train.batches(len(digits.train)))[0]
@@ -180,6 +191,7 @@ def test_calibration_images_are_training_images_of_all_classes(digits: Dataset) 
     known = {image.numpy().tobytes() for image in everything}
     assert all(image.numpy().tobytes() in known for image in images)
     assert len(calibration_images(digits.train, 10**6)) == len(digits.train)
+    assert torch.equal(calibration_images(Tens([images[:10]] * 9), 25), torch.cat([images[:10]] * 3)[:25])  # type: ignore[arg-type]
 
 
 def test_a_processor_without_bfloat16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import random
 from collections import Counter
 
@@ -113,8 +114,19 @@ def test_rounds_in_which_others_had_the_cores_are_left_out() -> None:
     assert least_disturbed(lasted, waited, 3) == [0, 2, 3, 5, 6]
     assert least_disturbed(lasted, [w + 0.4 for w in waited], 3) == [0, 2, 3, 5, 6]  # threads that wait for each other
     assert least_disturbed(lasted, waited, 7) == [0, 1, 2, 3, 5, 6, 7]  # too few are calm: those that waited least
+    assert least_disturbed([10.0, 1.0, 1.0], [0.6, 0.5, 0.0], 2) == [0, 2]  # by the share of their time
     assert all(wait >= 0 for wait in waiting_seconds().values())
     assert waited_between({"1": 1.0, "ends": 0.5}, {"1": 1.25, "new": 0.125}) == 0.375
+
+
+@pytest.mark.parametrize(("names", "rounds_of"), [("a", 0.03), ("ab", 0.05)])
+def test_the_seconds_are_those_of_each_candidate(names: str, rounds_of: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn reads the clock twice, each round twice more."""
+    clock = itertools.count()
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: next(clock) * 0.01)
+    monkeypatch.setattr(rounds, "waiting_seconds", dict)
+    found = timed_rounds({name: lambda: None for name in names}, "cpu", 0.35, 1, random.Random(0), warmup=0.0)
+    assert len(found.turns["a"]) == math.ceil(0.35 * len(names) / rounds_of)
 
 
 def test_rounds_that_were_disturbed_are_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:

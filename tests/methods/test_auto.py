@@ -112,6 +112,14 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     assert again["search"] == found["search"] and found["search"]["seconds"] > 0  # nothing was looked for again
 
 
+def test_a_search_counts_how_many_changes_in_a_row_were_no_better() -> None:
+    changes = ["plan-9", "plan-10", "plan-11"]
+    for losses, count in (((0.5, 0.7, 0.8), 2), ((0.7, 0.8, 0.5), 0), ((0.7, 0.8, 0.9), 3)):
+        verdicts = {"rm": {"loss": 0.6}, "plan-8": {"refused": "why"}}
+        verdicts |= {name: {"loss": loss} for name, loss in zip(changes, losses, strict=True)}
+        assert auto._no_better(verdicts, changes) == count
+
+
 def test_a_plan_goes_on_where_no_preset_meets_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 2)
     monkeypatch.setattr(auto, "PRESETS", {"residual": auto.PRESETS["residual"]})

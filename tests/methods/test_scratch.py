@@ -1,17 +1,24 @@
 """`scratch`: the widest network within the budget, trained for all epochs together; where there is no width, one line."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from slim_runs import QUICK, by_parameters
 
 from rmprune.config import PruneConfig, TrainConfig
+from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure.place import Place
+from rmprune.methods import scratch
+from rmprune.methods.refuse import NOISE
 from rmprune.pipelines.slim import run_slim
+from rmprune.pruning import Budget
 from rmprune.runs import records
+from rmprune.training.job import Job
 
 ONE = replace(QUICK, method=("scratch",), train=TrainConfig(epochs=1), finetune=TrainConfig(epochs=1))
 
@@ -34,6 +41,24 @@ def test_the_widest_within_the_budget_is_trained_for_both_budgets_of_epochs(
     assert found["macs"] < 0.5 * whole["macs"] and found["params"] < 0.3 * whole["params"]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {line["epochs"] for line in log if line["label"] == "scratch"} == {2}
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("macs_ratio", True), ("latency_ratio", False)])
+def test_only_times_are_given_room_for_noise(kind: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrowest network costs a little more than allowed: as counted that is so, as measured it may not be."""
+    monkeypatch.setattr(
+        scratch, "cost_ratios", lambda budget, job, networks: dict.fromkeys(networks, 0.3 * (1 + NOISE) / 2)
+    )
+    job = Job(ONE, load_dataset(ONE.data), torch.device("cpu"), 0)
+    with pytest.raises(InfeasibleBudget) if refused else contextlib.nullcontext():
+        scratch.check_narrowest(lambda width: torch.nn.Identity(), Budget(**{kind: 0.3}), job)
+
+
+def test_memory_is_a_fraction_of_what_the_budget_refers_to() -> None:
+    job = Job(ONE, load_dataset(ONE.data), torch.device("cpu"), 0)
+    network = torch.nn.Conv2d(1, 7, 1)  # one map of 64 numbers in, seven out
+    budget = Budget(memory_ratio=0.5, reference_bytes=16 * 64 * 4)
+    assert scratch.cost_ratios(budget, job, {"it": network}) == {"it": 0.5}
 
 
 NO_WIDTH = [

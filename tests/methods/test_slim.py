@@ -12,6 +12,7 @@ from rmprune.config import PruneConfig, TrainConfig
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
+from rmprune.methods import slim as methods
 from rmprune.methods.slim import scaled
 from rmprune.pipelines import stages
 from rmprune.pipelines.slim import run_slim
@@ -81,6 +82,25 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     run_slim(config, command="x")
     record = records.read_record(tmp_path / "run")
     assert record["residual"]["params"] <= 0.55 * record["original"]["params"]
+
+
+def test_what_mixed_removes_holds_both_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the record names the larger error, of cuts of its groups and of the network."""
+    remove, asked = methods.remove_where_faster, []
+
+    def noted(network: torch.nn.Module, example: object, ratios: object, fits: object, **settings: object) -> object:
+        asked.append(fits)
+        return remove(network, example, ratios, fits, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods, "remove_where_faster", noted)
+    monkeypatch.setattr(methods, "prove_groups", lambda *_: 0.25)
+    monkeypatch.setattr(Place, "ratios", by_parameters)
+    prune, none = PruneConfig(macs_ratio=(0.8,), memory_ratio=(0.7,), round_to=1), TrainConfig(epochs=0)
+    config = replace(QUICK, method=("mixed",), prune=prune, train=none, finetune=none, out=tmp_path / "run")
+    assert records.read_record(run_slim(config, command="x")[0])["mixed"]["cut_error"] == 0.25
+    (fits,) = asked
+    layer = torch.nn.Conv2d(1, 1, 7, padding=3)
+    assert fits(layer) and not fits(torch.nn.Conv2d(1, 64, 1)) and not fits(torch.nn.Sequential(*[layer] * 200))
 
 
 def test_the_default_floor_forbids_no_budget(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rmprune.methods.cutter import make_cutter
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, find_methods
 from rmprune.models import create
+from rmprune.pruning import Budget
 from rmprune.report.tables import method_of
 from rmprune.training.job import Job
 
@@ -106,6 +107,17 @@ def test_the_device_reaches_what_a_cutter_measures_and_fits(data: Dataset, dense
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {tensor.device.type for tensor in dense.parameters()} == {"cpu"}  # a copy went there
     assert job.examples(100).shape == (100, 1, 8, 8) and job.examples(10**6).shape[0] == len(data.train)
+
+
+def test_the_floor_is_half_of_an_even_cut_and_cuts_are_spread_over_a_part_of_training(
+    data: Dataset, dense: nn.Module
+) -> None:
+    config = SlimConfig(prune=PruneConfig(macs_ratio=(0.64,), cuts=5, cut_fraction=0.4))
+    cutter = make_cutter(dense, METHODS["residual"], Job(config, data, torch.device("cpu"), 0, dense))
+    floored = cutter.floored(Budget(macs_ratio=0.64))
+    assert floored.min_fraction == pytest.approx(0.4)  # of 0.8, MACs going with the square
+    hook = cutter.hook(floored, steps=100, epochs=4)
+    assert hook.every == 8 and hook.prune_epochs == pytest.approx(1.6)
 
 
 def test_the_examples_of_a_job_are_the_first_training_images(data: Dataset) -> None:
