@@ -25,7 +25,8 @@ _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
 # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations.
 _HOOKED = ("WeightNorm", "SpectralNorm")
-_ATOMS = (bool, int, float, str, type(None))
+_ATOMS = frozenset((bool, int, float, str, type(None)))
+_HOLDERS = frozenset((dict, OrderedDict, set, list))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # timm's, which standardise their weights, each filter for itself, whenever they run.
 _STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv2dSame")
@@ -93,7 +94,15 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
                 memo[id(value)] = value.detach().clone()
     try:
         for module, twin in reversed(twins):  # parts first: those of a wrapper are read where it is made anew
-            vars(twin).update((name, _copied_value(value, memo)) for name, value in module.__getstate__().items())
+            own = vars(twin)
+            for name, value in module.__getstate__().items():
+                kind = type(value)
+                if kind in _ATOMS:
+                    own[name] = value
+                elif kind in _HOLDERS and not value and id(value) not in memo:  # hooks, mostly
+                    own[name] = memo[id(value)] = kind()
+                else:
+                    own[name] = _copied_value(value, memo)
             if isinstance(twin, fx.GraphModule):
                 twin.graph.owning_module = twin
         return copy.deepcopy(model, memo)
