@@ -3,8 +3,8 @@ models here.
 
 How: batch norms folded, eval mode, inference mode, the number format of the backend, static batch size. For each
 configuration (backend, threads, batch size) all candidates are made ready and warmed up until they get no faster; then come
-rounds. In a round each candidate has one turn, in an order shuffled anew. A turn is one run that is not counted (it brings
-back caches that the candidate before has taken, and outlasts threads that still spin) and then as many as fill about 5 ms,
+rounds. In a round each candidate has one turn, in an order shuffled anew. A turn is as many runs as fill about 5 ms that are not
+counted (they bring back caches that the candidates before have taken, and outlast threads that still spin) and then as many that are,
 whose mean is the turn's time. Rounds in which other processes had the cores are left out and made up for. Rounds go on until the
 time budget is spent, and there are at least `min_rounds`.
 

@@ -22,11 +22,13 @@ from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency import Configuration, measure_at
 
 logger = logging.getLogger("rmprune")
-CANDIDATES = 5  # networks measured in a round
+CANDIDATES = 3  # networks measured in a round
 SECONDS = 0.5  # for which each is measured, at most: a winner is measured again, and for as long as the settings say in the end
 ATTEMPTS = 3  # measurements before a network counts as too slow
 STEP = 1.02  # times: sizes nearer to each other are not told apart
-ROUNDS = 5  # of measuring ever nearer to the budget, at most: steps of up to 2.1 times, then 1.2, then 1.05, ...
+ROUNDS = 6  # of measuring ever nearer to the budget, at most
+POWERS = (1.0, 1.4, 1.8)  # of the budget: what fits it costs one of these, or thereabouts
+LEAST_GROWTH = 0.1  # of time with size, as a power: below it two measurements say nothing of a third
 MARGIN = 0.985  # searches aim so far below the budget: noise must not break it when the trained network is measured
 NEAR = 0.96  # of the budget: what takes as much as this is near enough
 
@@ -109,9 +111,10 @@ def largest_within(
     candidate, in the same unit; time grows with it on the whole, not step by step. `measure`: times of several, relative to the
     original's, in turns. `first`: what to begin with, in the place of sizes spread over the whole range.
 
-    Several sizes are measured at a time, ever closer to the largest with something in hand (MARGIN), until one comes near the budget
-    (NEAR) or no other is left. It is measured once more: one that was lucky counts as too slow from then on. The smallest needs
-    nothing in hand, and is judged by the best of several measurements. Raises `refuse(its time)` where that is over the budget.
+    Several sizes are measured at a time, around where a power law through the nearest ones meets the budget with something in hand
+    (MARGIN), until one comes near it (NEAR) or no other is left. It is measured once more: one that was lucky counts as too slow from
+    then on. The smallest needs nothing in hand, and is judged by the best of several measurements. Raises `refuse(its time)` where that
+    is over the budget.
     """
     tried: dict[C, float] = {}
 
@@ -125,17 +128,33 @@ def largest_within(
                 return Found(best, tried[best], len(tried))
         return None
 
+    def spread() -> list[float]:
+        return [low * (high / low) ** (step / (CANDIDATES - 1)) for step in range(CANDIDATES)]
+
+    def around() -> list[float]:
+        """Where the time should be as wanted, and half way from there to what is known; the smallest, until something fits."""
+        aim = _where(sorted((size(c), ratio) for c, ratio in tried.items()), math.sqrt(NEAR * MARGIN) * allowed)
+        if aim is None:
+            return []
+        aim = min(max(aim, low), high)
+        return [low if fitting() is None else math.sqrt(low * aim), aim, math.sqrt(aim * high)]
+
     def ahead() -> list[C]:
-        """Candidates not tried yet, of sizes in equal proportions from `low` to `high`; sizes too small to be had move `low` up."""
+        """Candidates not tried yet, around the expected one, else spread from `low` to `high`; sizes too small to be had move `low` up."""
         nonlocal low
+        if new := untried([at(s) for s in around()]):
+            return new
         while True:
-            sizes = [low * (high / low) ** (step / (CANDIDATES - 1)) for step in range(CANDIDATES)]
+            sizes = spread()
             offers = [at(s) for s in sizes]
-            new = [c for c in dict.fromkeys(offers) if c is not None and c not in tried]
+            new = untried(offers)
             missing = list(itertools.takewhile(lambda offer: offer[1] is None, zip(sizes, offers, strict=True)))
             if new or len(missing) in (0, CANDIDATES) or missing[-1][0] <= STEP * low:
                 return new
             low = missing[-1][0]
+
+    def untried(offers: Iterable[C | None]) -> list[C]:
+        return [c for c in dict.fromkeys(offers) if c is not None and c not in tried]
 
     for turn in range(ROUNDS):
         new = list(dict.fromkeys(first)) if turn == 0 and first else ahead()
@@ -158,6 +177,20 @@ def largest_within(
     return Found(smallest, least, len(tried))
 
 
+def _where(known: Sequence[tuple[float, float]], aim: float) -> float | None:
+    """The size that takes `aim`, by a power law through the two of `known` (size, time), ascending, around it, or nearest to it.
+
+    None where fewer are known, or time does not grow between them.
+    """
+    over = next((i for i, (_, time) in enumerate(known) if time > aim), len(known))
+    pair = known[max(0, min(over - 1, len(known) - 2)) :][:2]
+    if len(pair) < 2:
+        return None
+    (small, short), (large, long) = pair
+    growth = math.log(long / short) / math.log(large / small)
+    return small * (aim / short) ** (1 / growth) if growth > LEAST_GROWTH else None
+
+
 def find_ratio(
     cut: Callable[[float], nn.Module],
     low: float,
@@ -168,7 +201,7 @@ def find_ratio(
 ) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
-    `first`: the ratios to begin with, where something is known. A cut may raise InfeasibleBudget: a pruner that cannot go as far as the
+    `first`: the ratios to begin with, where something is known (else powers of `allowed`). A cut may raise InfeasibleBudget: a pruner that cannot go as far as the
     limits would let it. Raises it where even the smallest network that can be had is too slow.
     """
     networks: dict[float, nn.Module] = {}
@@ -186,6 +219,7 @@ def find_ratio(
     def measure(ratios: Sequence[float]) -> Iterable[float]:
         return place.ratios({f"{ratio:.6f}": networks[ratio] for ratio in ratios}).values()
 
+    first = list(first) or [allowed**power for power in POWERS]
     begin = [ratio for ratio in map(at, (ratio for ratio in first if low <= ratio <= high)) if ratio is not None]
     found = largest_within(
         allowed, at, float, measure, low, high, first=begin, refuse=lambda least: infeasible(allowed, least, place)

@@ -1,5 +1,6 @@
 """Rounds of turns in one process: warm-up, timers, and which rounds count. It knows runs and clocks, no networks.
 
+The first half of a turn is not counted: it brings back the caches that others have taken (`experiments/company.py`).
 A round in which another process took a core from ours is left out and made up for: the kernel says how long our threads waited.
 """
 
@@ -19,7 +20,7 @@ import torch
 from rmprune.measure.candidate import Run
 from rmprune.measure.torch_backends import current
 
-TURN_SECONDS = 0.005
+TURN_SECONDS = 0.005  # that count, and as many before that do not
 WARMUP_SECONDS = 3.0  # at most
 WARMUP_RUNS = 3
 WINDOW_SECONDS = 0.02
@@ -75,7 +76,8 @@ def timed_rounds(
             order.shuffle(names)
             start, before = time.perf_counter(), waiting_seconds()
             for name in names:
-                runs[name]()
+                for _ in range(repeats[name]):
+                    runs[name]()
                 turns[name].append(timer(runs[name], repeats[name]))
             waited.append(waited_between(before, waiting_seconds()))
             lasted.append(time.perf_counter() - start)

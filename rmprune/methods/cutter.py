@@ -32,7 +32,7 @@ from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
 
-BELOW = (1.0, 0.93, 0.86, 0.78, 0.68)  # of what the widths of a plan cost: where a budget in time is looked for first
+BELOW = (1.0, 0.86, 0.74)  # of what the widths of a plan cost: where a budget in time is looked for first
 LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut would leave it
 
 

@@ -96,15 +96,15 @@ def test_candidates_take_turns_in_a_new_order_each_round() -> None:
 
     turns, repeats, _ = timed_rounds({n: run(n) for n in "abc"}, "cpu", 0.0, 12, random.Random(0))
     assert all(len(times) == 12 for times in turns.values())
-    rounds = calls[-sum((1 + repeats[n]) * 12 for n in "abc") :]
+    rounds = calls[-sum(2 * repeats[n] * 12 for n in "abc") :]
     orders = []
     while rounds:
         order = []
         for _ in range(3):
             name = rounds[0]
             order.append(name)
-            assert rounds[: 1 + repeats[name]] == [name] * (1 + repeats[name])
-            rounds = rounds[1 + repeats[name] :]
+            assert rounds[: 2 * repeats[name]] == [name] * (2 * repeats[name])
+            rounds = rounds[2 * repeats[name] :]
         orders.append("".join(order))
     assert all(sorted(o) == ["a", "b", "c"] for o in orders) and len(set(orders)) > 1
 
