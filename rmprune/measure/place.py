@@ -201,8 +201,8 @@ def find_ratio(
 ) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
-    `first`: the ratios to begin with, where something is known (else powers of `allowed`). A cut may raise InfeasibleBudget: a pruner that cannot go as far as the
-    limits would let it. Raises it where even the smallest network that can be had is too slow.
+    `first`: the ratios to begin with, where something is known (else powers of `allowed`). A cut may raise InfeasibleBudget: a pruner
+    that cannot go as far as the limits would let it. Raises it where even the smallest network that can be had is too slow.
     """
     networks: dict[float, nn.Module] = {}
     firsts: dict[tuple[torch.Size, ...], float] = {}
