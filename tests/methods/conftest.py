@@ -12,11 +12,11 @@ from rmprune.pipelines import stages
 
 @pytest.fixture(scope="module", autouse=True)
 def short_measuring() -> Iterator[None]:
-    """4 networks in a search instead of 15, and 7 cuts of Torch-Pruning's instead of 14: measure/test_place_budgets.py and
+    """6 networks in a search instead of 18, and 7 cuts of Torch-Pruning's instead of 14: measure/test_place_budgets.py and
     pruning/test_coupled.py look at the searches themselves. No times in the records, which pipelines/ looks at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "CANDIDATES", 4)
-        patch.setattr(place, "ROUNDS", 1)
+        patch.setattr(place, "CANDIDATES", 3)
+        patch.setattr(place, "ROUNDS", 2)
         patch.setattr(cutter, "prune_coupled", partial(cutter.prune_coupled, attempts=7))
         patch.setattr(stages, "measure_latencies", lambda networks, *_, **__: {name: [] for name in networks})
         yield
