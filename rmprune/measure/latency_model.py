@@ -44,6 +44,7 @@ logger = logging.getLogger("rmprune.measure")
 SCHEMA = 1
 _PULL = 0.3
 _PASSES = 2
+_TURN_SECONDS = 0.002
 _AT_ONCE = 24  # layers measured in turns with each other
 
 
@@ -62,7 +63,7 @@ class LatencyModel:
         batch_size: int = 1,
         device: str = "cpu",
         cache: str | os.PathLike[str] | None = None,
-        seconds: float = 0.05,
+        seconds: float = 0.02,
         min_rounds: int = 7,
     ) -> None:
         if backend not in BACKENDS:
@@ -174,7 +175,9 @@ class LatencyModel:
                 module, x = layer.build(self.batch_size)
                 candidate = Candidate(str(layer), module, x)
                 runs[str(layer)] = prepare(candidate, self.backend, self.device, self.threads, self.batch_size)
-            rounds = timed_rounds(runs, self.device, self.seconds, self.min_rounds, random.Random(0), warmup=0.01)
+            rounds = timed_rounds(
+                runs, self.device, self.seconds, self.min_rounds, random.Random(0), warmup=0.01, turn=_TURN_SECONDS
+            )  # fmt: skip
         return [float(np.quantile(rounds.turns[str(layer)], 0.25)) for layer in layers]
 
     def _settings(self) -> dict[str, Any]:

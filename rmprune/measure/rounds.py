@@ -60,9 +60,10 @@ def timed_rounds(
     min_rounds: int,
     order: random.Random,
     warmup: float = WARMUP_SECONDS,
+    turn: float = TURN_SECONDS,
 ) -> Rounds:
-    """Every candidate's turns, round by round; `warmup` seconds at most before. `seconds` for each candidate are spent on rounds that
-    nothing disturbed, up to AT_MOST_TIMES times as many in all.
+    """Every candidate's turns, round by round, in each `turn` seconds that count; `warmup` seconds at most before. `seconds` for each
+    candidate are spent on rounds that nothing disturbed, up to AT_MOST_TIMES times as many in all.
     """
     timer = _cuda_ms if device.startswith("cuda") else _cpu_ms
     turns: dict[str, list[float]] = {name: [] for name in runs}
@@ -71,7 +72,7 @@ def timed_rounds(
     spent, calm_seconds, calmest = 0.0, 0.0, math.inf
     names, budget = list(runs), seconds * len(runs)
     with current(device):
-        repeats = {n: max(1, round(TURN_SECONDS * 1e3 / max(_warm_up(runs[n], timer, warmup), 1e-3))) for n in names}
+        repeats = {n: max(1, round(turn * 1e3 / max(_warm_up(runs[n], timer, warmup), 1e-3))) for n in names}
         while len(lasted) < min_rounds or (spent < AT_MOST_TIMES * budget and calm_seconds < budget):
             order.shuffle(names)
             start, before = time.perf_counter(), waiting_seconds()

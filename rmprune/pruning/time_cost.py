@@ -20,7 +20,9 @@ from rmprune.pruning.groups import Structure
 from rmprune.pruning.layers import SizedLayer
 
 GRID = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-"""Fractions of a layer's width near which it is measured."""
+"""Fractions of a layer's width near which it is measured,"""
+COARSE, BROAD = (0.0, 0.25, 1.0), 64
+"""of one wider than BROAD: there steps of 8 and 16 channels, which kernels like or do not, matter less."""
 
 
 def grid_widths(whole: int, prunable: bool) -> list[int]:
@@ -28,7 +30,8 @@ def grid_widths(whole: int, prunable: bool) -> list[int]:
     if not prunable:
         return [whole]
     step = 8 if whole <= 128 else 16 if whole <= 256 else 32
-    points = {max(step, round(fraction * whole / step) * step) for fraction in GRID[1:-1]}
+    grid = GRID if whole <= BROAD else COARSE
+    points = {max(step, round(fraction * whole / step) * step) for fraction in grid[1:-1]}
     return sorted({point for point in points if point < whole} | {min(8, whole), whole})
 
 
