@@ -34,7 +34,7 @@ from rmprune.training.job import Files, Job
 logger = logging.getLogger("rmprune")
 END_IMAGES = 256  # training images on which the end of the network is looked at, at most,
 END_PIXELS = 2**20  # and of so many pixels, many times over: 64 of 128 x 128
-SHAPE_IMAGES = 64  # for networks of which only the shapes are wanted
+SHAPE_IMAGES = 8  # for networks of which only the shapes are wanted
 
 
 @dataclass(frozen=True)
