@@ -62,6 +62,8 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
             unread |= _BY_SEED if seeds[other] != seeds[path] else frozenset()
             for setting in sorted((theirs.keys() | mine.keys()) - unread):
                 before, now = theirs.get(setting), mine.get(setting)
+                if setting == "checkpoint" and _original(records[other]) == _original(record):
+                    continue  # trained in one run and given to the other
                 if before != now and path not in found:
                     found[path] = (
                         f"{other} and {path} would be averaged as seeds of {key[2]}, but differ in {setting} "
@@ -70,6 +72,12 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
         if path not in found:
             first = {key: (path, mine) for key, mine in settings.items()} | first
     return found
+
+
+def _original(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What is known of the network before pruning: of two that were trained apart on the same seed it is not all equal."""
+    found = record["original"]
+    return tuple(found.get(name) for name in ("macs", "params", "accuracy", "auc"))
 
 
 def _unread(method: str) -> frozenset[str]:

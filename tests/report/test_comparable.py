@@ -125,6 +125,19 @@ def test_a_seed_may_have_a_training_and_a_split_of_its_own(runs: Path, seed: int
     path = runs / "s1-0.5" / "record.json"
     record = read_record(path)
     record["seed"] = seed  # 0 is the other record's
+    record["original"]["accuracy"] -= 0.001
     record["config"] |= {"checkpoint": "dense-1", "data": {"dataset": "digits", "labels": "split1.csv"}}
     write_record(path, record)
     assert ("differ in checkpoint (None and dense-1)" in left_out(runs)) == (seed == 0)
+
+
+def test_a_network_trained_in_one_run_may_be_given_to_another_of_its_seed(runs: Path) -> None:
+    path = runs / "s1-0.5" / "record.json"
+    record = read_record(path)
+    record["seed"] = 0
+    record["config"] |= {"checkpoint": "runs/s0-0.5/dense"}
+    write_record(path, record)
+    assert not left_out(runs)
+    record["original"]["params"] += 1
+    write_record(path, record)
+    assert "differ in checkpoint (None and runs/s0-0.5/dense)" in left_out(runs)
