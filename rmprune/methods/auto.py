@@ -27,6 +27,7 @@ from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.proposals import Proposal, Proposals, learned
 from rmprune.runs.notes import read_notes, remembered, write_text
+from rmprune.runs.progress import duration
 from rmprune.runs.writing import append_line
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job
@@ -82,6 +83,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     took, judged_before = float(known.get("took", 0.0)), len(read_notes(files.note("candidates")))
     seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
     whole = 60 * (MINUTES if minutes is None else minutes)
+    lasted: list[float] = []  # seconds that each plan took
 
     @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -104,8 +106,10 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         begun = time.monotonic()
         one = {name: functools.partial(cutter, name)}
         now = dict(verdicts) | dict(judge(one, budget, job, files, refusals=refusals))
-        left = whole - seconds - (time.monotonic() - begun if len(plans) > PROPOSED else 0.0)
-        _tell(files, name, plans[name], now[name], max(0.0, left))
+        lasted.append(time.monotonic() - begun)
+        to_come = max(0, PROPOSED - len(plans)) * sum(lasted) / len(lasted)
+        for_changes = whole - seconds - (lasted[-1] if len(plans) > PROPOSED else 0.0)
+        _tell(files, name, plans[name], now[name], to_come + max(0.0, for_changes))
         return now
 
     def add(found: Proposal, why: str) -> Verdicts:
@@ -183,7 +187,8 @@ def _blocks(preset: Method, options: Options) -> dict[str, Choice]:
 
 
 def _tell(files: Files, name: str, plan: Mapping[str, Any], verdict: Mapping[str, Any], left: float) -> None:
-    logger.info("%s: %s, %s: %s; %.0f s of search left", files.label, name, plan["why"], shown(verdict), left)
+    said = (files.label, name, plan["why"], shown(verdict), duration(left))
+    logger.info("%s: %s, %s: %s; at most %s of search left", *said)
     line = {
         "search": files.label,
         "plan": name,

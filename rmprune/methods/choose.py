@@ -33,10 +33,10 @@ def judge(
     file = files.note("candidates")
     verdicts: dict[str, dict[str, Any]] = read_notes(file)
     refused: dict[str, Refusal] = {} if refusals is None else refusals
-    for name, make in candidates.items():
+    for number, (name, make) in enumerate(candidates.items(), 1):
         if name in verdicts:
             continue
-        logger.info("candidate %s", name)
+        logger.info("candidate %s%s", name, f", {number} of {len(candidates)}" if len(candidates) > 1 else "")
         try:
             cutter = make()
             network = cutter.once(cutter.network, met(budget, cutter, files.named(f"{files.label}-{name}")))

@@ -103,6 +103,8 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     assert set(found["plan"]["blocks"]) <= {"layer1.0", "layer2.0", "layer3.0"} and found["plan"]["widths"]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["plan"] for line in log if "search" in line] == ["plan-1", "plan-2", "plan-3"]  # the third by a change
+    left = [line["seconds_left"] for line in log if "search" in line]
+    assert left[0] > left[1] == pytest.approx(60 * 0.001, abs=0.05)  # one plan more, and then the changes
     (path.parent / "record.json").unlink()
     shutil.rmtree(tmp_path / "run" / "pruned")
     monkeypatch.setattr(auto, "make_cutter", lambda *_: pytest.fail("judged again"))
