@@ -69,7 +69,7 @@ def refuse(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> None:
 
 
 def _allowed(options: Options, choices: Sequence[str]) -> Options:
-    """The options of blocks, those that are not among `choices` (none: any) refused. Raises ConfigError for a block that none is left to."""
+    """The options of blocks, those that are not among `choices` (none: any) refused. Raises ConfigError for a block without any."""
     if not choices:
         return options
     found: dict[str, dict[Choice, str]] = {}
