@@ -34,6 +34,14 @@ def _by_name(names: Iterable[str]) -> dict[str, str]:
     return {flat_name(name): name for name in names} | {name: name for name in names}
 
 
+def _around(block: str, model: nn.Module, blocks: Iterable[str]) -> str | None:
+    """The one block in the module of this name, or around it: graphs that were saved call a block otherwise than the network's modules."""
+    if not any(name == block or name.startswith(f"{block}.") for name, _ in model.named_modules()):
+        return None
+    found = [name for name in blocks if name.startswith(f"{block}.") or block.startswith(f"{name}.")]
+    return found[0] if len(found) == 1 else None
+
+
 def layers_digest(model: nn.Module) -> str:
     """What two networks of the same layers have in common, whatever their weights: a digest of the sizes of all tensors, by name."""
     sizes = sorted((flat_name(name), list(tensor.shape)) for name, tensor in model.state_dict().items())
@@ -115,14 +123,15 @@ class SlimPlan:
     def check(self, model: nn.Module, options: Options) -> dict[str, Choice]:
         """The choice of every block of `model`, whose options these are, under their names there.
 
-        Raises ConfigError for a plan of another network, a block that is not there, or a choice that a block does not have.
+        A name may be that of a module that holds one block, or stands in one. Raises ConfigError for a plan of another network, a block
+        that is not there, or a choice that a block does not have.
         """
         if self.network and self.network != (here := layers_digest(model)):
             raise ConfigError(f"the plan is for another network (its fingerprint is {self.network}, here it is {here})")
         names = _by_name(options)
         chosen: dict[str, Choice] = {}
         for block, choice in self.blocks.items():
-            name = names.get(block, names.get(flat_name(block)))
+            name = names.get(block, names.get(flat_name(block), _around(block, model, options)))
             if name is None:
                 raise ConfigError(f"there is no block {block}; there are: {', '.join(options) or 'none'}")
             if options[name][choice]:

@@ -14,8 +14,8 @@ from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel
 from rmprune.methods.table import STARTS
 from rmprune.pruning.carry_out import carry_out, carry_out_blocks, widths_of
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.options import block_options
-from rmprune.pruning.plan import CHOICES, Choice, SlimPlan, flat_name, layers_digest
+from rmprune.pruning.options import block_names, block_options
+from rmprune.pruning.plan import CHOICES, Choice, Options, SlimPlan, flat_name, layers_digest
 from rmprune.pruning.surgery import shrink
 
 NAMES = ("resnet8", "preact_resnet8", "inverted")
@@ -214,6 +214,18 @@ def test_a_plan_of_a_network_is_one_of_its_artifact(networks: dict[str, nn.Modul
     rmprune.save(networks["resnet8"], tmp_path / "net", example_inputs=X[:1])
     assert layers_digest(rmprune.load(tmp_path / "net")) == layers_digest(networks["resnet8"])
     assert layers_digest(networks["resnet8"]) != layers_digest(networks["preact_resnet8"])
+
+
+def test_a_plan_knows_its_blocks_in_an_artifact_which_calls_them_otherwise(tmp_path: Path) -> None:
+    model = rmprune.models.create("mobilenet_v2_digits", num_classes=10, in_channels=1, width=0.5).eval()
+    rmprune.save(model, tmp_path / "net", example_inputs=X[:1])
+    saved = rmprune.load(tmp_path / "net")
+    for network, block, other in ((model, "features.3.conv", "features.3"), (saved, "features.3", "features.3.conv")):
+        options: Options = {name: dict.fromkeys(CHOICES, "") for name in block_names(network, X[:2])}
+        assert other in options and SlimPlan({block: "drop"}).check(network, options)[other] == "drop"
+        for wrong in ("features", "features.3.nothing", "features.2", "feat"):
+            with pytest.raises(ConfigError, match=f"there is no block {wrong};"):
+                SlimPlan({wrong: "drop"}).check(network, options)
 
 
 class Joined(nn.Module):
