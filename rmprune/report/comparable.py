@@ -77,13 +77,16 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
 def _one_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two entries of `original` are of one trained network: two that were trained apart differ in one of these."""
-    losses = [
-        [found.get("loss") for found in (one, other)],
-        [(found.get("validation") or {}).get("loss") for found in (one, other)],
-    ]
+    mine, theirs = _losses(one), _losses(other)
     return all(one.get(name) == other.get(name) for name in ("macs", "params", "accuracy", "auc")) and all(
-        math.isclose(before, now, rel_tol=1e-4) for before, now in losses if None not in (before, now)
+        math.isclose(mine[split], theirs[split], rel_tol=1e-4) for split in mine.keys() & theirs.keys()
     )
+
+
+def _losses(network: dict[str, Any]) -> dict[str, float]:
+    """Those that a record knows, of the test and validation images."""
+    found = {"test": network.get("loss"), "validation": (network.get("validation") or {}).get("loss")}
+    return {split: loss for split, loss in found.items() if loss is not None}
 
 
 def _unread(method: str) -> frozenset[str]:
