@@ -170,7 +170,7 @@ def _near_lookup(kinds: set[type[nn.Module]]) -> Iterator[None]:
                 self.patches_made.append(_OwnLookup(kind, name, None, new_fn))
                 self.patches_made[-1].patch()
 
-    if nn.Module in kinds or any(kind.__getattr__ is not stock for kind in kinds):
+    if any("__getattr__" in vars(kind) or kind.__getattr__ is not stock for kind in kinds):
         yield
         return
     _symbolic_trace._Patcher = Near  # type: ignore[misc]

@@ -180,11 +180,11 @@ def largest_within(
 def _where(known: Sequence[tuple[float, float]], aim: float) -> float | None:
     """The size that takes `aim`, by a power law through the two of `known` (size, time), ascending, around it, or nearest to it.
 
-    None where fewer are known, or time does not grow between them.
+    None where fewer are known, or their sizes are not told apart, or time does not grow between them.
     """
     over = next((i for i, (_, time) in enumerate(known) if time > aim), len(known))
     pair = known[max(0, min(over - 1, len(known) - 2)) :][:2]
-    if len(pair) < 2:
+    if len(pair) < 2 or pair[1][0] < STEP * pair[0][0]:
         return None
     (small, short), (large, long) = pair
     growth = math.log(long / short) / math.log(large / small)

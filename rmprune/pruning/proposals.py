@@ -81,7 +81,8 @@ class Proposals:
     """The program of one network, and what was proposed before.
 
     sights: of "keep", "remove", "merge" and "fuse"; layers: of each block that can be followed; losses: {block: {choice: KL}}. A block
-    that does not read one map and put out one is as the network without residuals has it. belief: see `learned`.
+    that does not read one map and put out one is as the network without residuals has it; one whose branch reads in groups, and so has
+    other widths than its one convolution, is not merged. belief: see `learned`.
     """
 
     def __init__(
@@ -91,25 +92,30 @@ class Proposals:
         losses: Mapping[str, Mapping[Choice, float]],
         belief: Mapping[str, float] | None = None,
     ) -> None:
-        self.sights, self.layers, self.losses = sights, layers, losses
+        self.sights, self.layers = sights, layers
         self._belief = dict.fromkeys(WEIGHED, 1.0) | dict(belief or {})
         self._problem = Problem()
         self._named: list[tuple[str, str, Sequence[int]]] = []  # layer, the question of its width, the answers to it
         self._members: dict[Choice, BlockMembers] = {
             c: BlockMembers.of(sight.structure, layers) for c, sight in sights.items() if c != "fuse"
         }
+        self.losses = {
+            name: {c: lost for c, lost in own.items() if c != "merge" or name not in layers or self._as_wide(c, name)}
+            or dict(own)
+            for name, own in losses.items()
+        }
         self._ports = {name: ports for name in layers if (ports := self._find_ports(name)) is not None}
         self._others: dict[str, Choice] = {
             name: next(choice for choice in ("remove", "keep", *own) if choice in own)
-            for name, own in losses.items()
+            for name, own in self.losses.items()
             if name not in self._ports
         }
         self._constant = 0.0
         for name in self._ports:
-            self._problem.questions[name] = Question(len(losses[name]))
+            self._problem.questions[name] = Question(len(self.losses[name]))
         self._write_outside()
         for name in self._ports:
-            for choice in losses[name]:
+            for choice in self.losses[name]:
                 self._write_block(name, choice)
         if "fuse" in sights:
             self._write_pairs()
@@ -161,14 +167,17 @@ class Proposals:
         found = [members.ports(name) for members in self._members.values()]
         if any(len(before) > 1 or len(after) > 1 for before, after in found) or name not in self.losses:
             return None
-        plain, kept = self.sights["remove"], self.sights["keep"]
-        for mine, theirs in zip(*(self._members[choice].ports(name) for choice in ("remove", "keep")), strict=True):
-            if len(mine) != len(theirs) or any(
-                plain.widths[a] != kept.widths[b] for a, b in zip(mine, theirs, strict=True)
-            ):
-                return None
+        wide: set[Choice] = {"keep", *({"merge"} & self.losses[name].keys())}
+        if not all(self._as_wide(choice, name) for choice in wide):
+            return None
         before, after = self._members["remove"].ports(name)
         return next(iter(before), None), next(iter(after), None)
+
+    def _as_wide(self, choice: Choice, name: str) -> bool:
+        """Whether the maps before and after a block may have the widths that they may have without residuals."""
+        plain, own = self.sights["remove"].widths, self.sights[choice].widths
+        pairs = zip(*(self._members[c].ports(name) for c in ("remove", choice)), strict=True)
+        return all([plain[group] for group in mine] == [own[group] for group in theirs] for mine, theirs in pairs)
 
     def _ask(self, choice: Choice, group: str, where: tuple[Answer, ...] = ()) -> str:
         """The question how wide a group of a sight is."""

@@ -101,12 +101,16 @@ def calibrate(table: LatencyModel, networks: Mapping[str, nn.Module], example_in
 
 
 def _grid(layer: SizedLayer) -> tuple[list[int], list[int]]:
-    """(input widths, output widths); one and the same list for a depthwise layer. Of grouped ones what their groups divide."""
+    """(input widths, output widths); one and the same list for a depthwise layer. Of grouped ones multiples of their groups."""
     out = grid_widths(layer.cout, bool(layer.outputs))
     if layer.kind == "depthwise":
         return out, out
     into = grid_widths(layer.cin, bool(layer.inputs))
-    return [w for w in into if w % layer.groups == 0], [w for w in out if w % layer.groups == 0]
+    return _divided(into, layer.groups), _divided(out, layer.groups)
+
+
+def _divided(widths: list[int], groups: int) -> list[int]:
+    return sorted({max(1, width // groups) * groups for width in widths})
 
 
 def _between(grid: list[int], width: int) -> list[tuple[int, float]]:

@@ -1,5 +1,6 @@
 """Rows of one method and budget are averaged over seeds; records that differ in more than their seed are found here."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
             unread |= _BY_SEED if seeds[other] != seeds[path] else frozenset()
             for setting in sorted((theirs.keys() | mine.keys()) - unread):
                 before, now = theirs.get(setting), mine.get(setting)
-                if setting == "checkpoint" and _original(records[other]) == _original(record):
+                if setting == "checkpoint" and _one_network(records[other]["original"], record["original"]):
                     continue  # trained in one run and given to the other
                 if before != now and path not in found:
                     found[path] = (
@@ -74,10 +75,18 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     return found
 
 
-def _original(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What is known of the network before pruning: of two that were trained apart on the same seed it is not all equal."""
-    found = record["original"]
-    return tuple(found.get(name) for name in ("macs", "params", "accuracy", "auc"))
+def _one_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two entries of `original` are of one trained network: two that were trained apart differ in one of these."""
+    mine, theirs = _losses(one), _losses(other)
+    return all(one.get(name) == other.get(name) for name in ("macs", "params", "accuracy", "auc")) and all(
+        math.isclose(mine[split], theirs[split], rel_tol=1e-4) for split in mine.keys() & theirs.keys()
+    )
+
+
+def _losses(network: dict[str, Any]) -> dict[str, float]:
+    """Those that a record knows, of the test and validation images."""
+    found = {"test": network.get("loss"), "validation": (network.get("validation") or {}).get("loss")}
+    return {split: loss for split, loss in found.items() if loss is not None}
 
 
 def _unread(method: str) -> frozenset[str]:

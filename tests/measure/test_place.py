@@ -1,5 +1,6 @@
 """The one search for a budget in measured time: what it promises, by made-up times."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -72,6 +73,21 @@ def test_on_a_staircase_the_widest_step_that_fits_is_taken() -> None:
 
     found = search(Clock(law), allowed=0.7)
     assert found.ratio == pytest.approx(0.6) and 0.5 < found.candidate <= 0.6
+
+
+def test_networks_of_equal_size_may_take_unlike_times() -> None:
+    """As policies do that give one width to other layers of one shape; and sizes differ by how they were added up."""
+    times = {(0.5, "a"): 0.49, (0.5, "b"): 0.51, (0.7, "a"): 0.7, (math.nextafter(0.7, 1), "b"): 0.72}
+
+    def at(size: float) -> tuple[float, str]:
+        return max((own for own in times if own[0] <= size), default=(0.5, "b"))
+
+    for first in itertools.permutations(times, 2):
+        for allowed in (0.52, 0.74):
+            found = largest_within(
+                allowed, at, lambda own: own[0], lambda some: [times[own] for own in some], 0.5, 1.0, first=first, refuse=refuse
+            )  # fmt: skip
+            assert found.candidate[0] == pytest.approx(allowed - 0.03, abs=0.02)
 
 
 def test_sizes_with_equal_networks_are_measured_once() -> None:

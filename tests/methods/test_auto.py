@@ -33,6 +33,18 @@ from rmprune.runs import records
 from rmprune.training.job import Job
 
 
+class Grouped(nn.Module):
+    """A basic block whose first convolution is grouped, so that the map before it has other widths than where it is merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = (nn.Conv2d(12, 12, 3, padding=1, groups=groups, bias=False) for groups in (3, 1))
+        self.branch = nn.Sequential(first, nn.BatchNorm2d(12), nn.ReLU(), second, nn.BatchNorm2d(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.branch(x))
+
+
 def create(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name != "inverted":
@@ -78,6 +90,25 @@ def test_the_surrogate_knows_what_a_plan_costs(name: str) -> None:
                 assert found.cost == pytest.approx(rmprune.count_macs(network, images[:1])), found.blocks
             assert found.cost == pytest.approx(sum(Meter(structure, macs).at(units))), found.blocks
             assert found.cost <= limit * (1 + 1e-6)
+
+
+def test_blocks_that_read_in_groups_are_not_merged_and_cost_what_is_said() -> None:
+    stem, end = (nn.Conv2d(1, 12, 3, padding=1), nn.ReLU()), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
+    model = nn.Sequential(*stem, Grouped(), Grouped(), *end).eval()
+    config = SlimConfig(prune=PruneConfig(macs_ratio=(0.6,), round_to=1))
+    job = Job(config, load_dataset(config.data), torch.device("cpu"), 0)
+    images = job.data.train.example(48)
+    whole = rmprune.count_macs(model, images[:1])
+    shapes = look(model, Budget(macs_ratio=0.6, reference_macs=whole), job)
+    assert "merge" in shapes.nothing["2"]
+    plans = Proposals(shapes.sights, shapes.layers, shapes.nothing)
+    for choice in shapes.nothing["2"]:
+        found = plans.best(shapes.limit, near={"2": choice, "3": "remove"}, changes=0)
+        assert found is not None and found.blocks == {"2": "remove" if choice == "merge" else choice, "3": "remove"}
+        network, _ = carry_out_blocks(model, found.blocks, lambda count: images[:count], RemovalConfig(fuse="never"))
+        structure = find_structure(network, images[:2])
+        units = SlimPlan(widths=found.widths).units(structure, strict=False)
+        assert found.cost == pytest.approx(sum(Meter(structure, macs).at(units))) and found.cost <= shapes.limit
 
 
 def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(

@@ -122,6 +122,19 @@ def test_every_shape_of_a_grouped_network_can_be_built() -> None:
     assert cost(grouped, 24, 24) < cost(grouped, 36, 72) < cost(grouped, 48, 96)
 
 
+@pytest.mark.parametrize(("width", "groups"), [(40, 5), (104, 13), (160, 10), (288, 18), (672, 42)])
+def test_narrower_grouped_layers_take_less_whatever_their_groups(width: int, groups: int) -> None:
+    """Groups that no multiple of 8 divides, as RegNets have them."""
+    model = nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, width, 3, groups=groups), nn.ReLU())
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(width * 36, 4)).eval()
+    structure = find_structure(model, X)
+    cost = TimeCost(Table(), model, structure, X)
+    grouped = next(layer for layer in structure.layers if layer.groups == groups)
+    units = range(groups, width + 1, groups)
+    times = [cost(grouped, unit, unit) for unit in units]
+    assert times == sorted(set(times)) and times[0] < 0.5 * times[-1]
+
+
 @pytest.mark.parametrize(
     "layer, x",
     [

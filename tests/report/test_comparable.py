@@ -141,3 +141,19 @@ def test_a_network_trained_in_one_run_may_be_given_to_another_of_its_seed(runs: 
     record["original"]["params"] += 1
     write_record(path, record)
     assert "differ in checkpoint (None and runs/s0-0.5/dense)" in left_out(runs)
+
+
+@pytest.mark.parametrize("measured", ["accuracy", "loss"])
+def test_two_trainings_of_one_seed_are_two_networks_though_they_score_alike(measured: str) -> None:
+    """As accuracies on few images do, and all where a loss stands in their place."""
+    found = [fuzz.good_record() for _ in range(2)]
+    for record, loss in zip(found, (0.5, 0.51), strict=True):
+        record["config"] |= {"checkpoint": f"dense-{loss}"}
+        record["original"] |= (
+            {"validation": {"loss": loss}} if measured == "accuracy" else {"accuracy": None, "loss": loss}
+        )
+    records = {Path(str(n)): record for n, record in enumerate(found)}
+    assert "differ in checkpoint (dense-0.5 and dense-0.51)" in "".join(incomparable(records).values())
+    for record in found:
+        record["original"] |= {"validation": {"loss": 0.5}} if measured == "accuracy" else {"loss": 0.5}
+    assert not incomparable(records)
