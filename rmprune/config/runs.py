@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
@@ -196,7 +196,7 @@ class TrainRunConfig(RunConfig):
 class NetworkConfig(Architecture):
     """A network to look at: a name or an artifact, and the images it takes."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A network's name (resnet50, timm/resnet26, ...), an artifact directory, or FILE.onnx."""
     image_size: int | None = None
     """Height and width of the images (default: what artifact or file say, 32 for CIFAR networks, else 224)."""
@@ -271,7 +271,7 @@ class ReportConfig:
 class DeployConfig:
     """A network of a finished run, ready to be used: ONNX, int8, predict.py, a model card, a ranking of all its networks."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory."""
     network: str | None = None
     """Another network than the run's best on validation images, as ranking.json calls it (pruned, seed0/macs_ratio-0.5/uniform, ...)."""

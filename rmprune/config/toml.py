@@ -1,7 +1,6 @@
 """Configs as TOML, there and back: what a run writes beside its results and what `--config` reads. Nothing read is executed."""
 
 import dataclasses
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -10,6 +9,7 @@ import dacite
 import tomli_w
 import tyro
 
+from rmprune.config.meant import meant
 from rmprune.config.transfer import TRANSFER
 from rmprune.errors import ConfigError
 
@@ -157,15 +157,16 @@ def _as_path(value: Any) -> Path:
     return Path(value)
 
 
-def _refuse_unknown(kind: Any, values: dict[str, Any], path: Path, table: str = "") -> None:
-    fields = get_type_hints(kind)
+def _refuse_unknown(whole: Any, values: dict[str, Any], path: Path, kind: Any = None, table: str = "") -> None:
+    """`kind`: the class of this table of `whole`."""
+    fields = {field.name: get_type_hints(kind or whole)[field.name] for field in dataclasses.fields(kind or whole)}
     for key, value in values.items():
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
+            close = meant(table + key, whole)
+            hint = f"; did you mean {close.path!r}?" if close else f"; known here: {', '.join(fields)}"
             raise ConfigError(f"{path}: unknown setting {table + key!r}{hint}")
         if isinstance(value, dict) and dataclasses.is_dataclass(fields[key]):
-            _refuse_unknown(fields[key], value, path, f"{table}{key}.")
+            _refuse_unknown(whole, value, path, fields[key], f"{table}{key}.")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
