@@ -3,12 +3,13 @@
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import tomli_w
 import tyro
 
+from rmprune.config.fields import choices
 from rmprune.config.meant import meant
 from rmprune.config.transfer import TRANSFER
 from rmprune.errors import ConfigError
@@ -77,19 +78,11 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     try:
         return dacite.from_dict(kind, _as_python(kind, values), types)
     except dacite.WrongTypeError as error:
-        choices = _choices(error.field_type)
-        said = (
-            f"{error.field_path} is {error.value!r}; use {' or '.join(map(repr, choices))}" if choices else str(error)
-        )
+        listed = choices(error.field_type)
+        said = f"{error.field_path} is {error.value!r}; use {' or '.join(map(repr, listed))}" if listed else str(error)
         raise ConfigError(said[:500]) from None
     except (dacite.DaciteError, ConfigError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ConfigError(str(error)[:500]) from None
-
-
-def _choices(hint: Any) -> list[Any]:
-    """The values that a type lists, by itself, among others or in a tuple; none of any other type."""
-    parts = get_args(hint)
-    return list(parts) if get_origin(hint) is Literal else [choice for part in parts for choice in _choices(part)]
 
 
 def _unlooked(kind: Any) -> Any:
