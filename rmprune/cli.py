@@ -2,6 +2,7 @@
 and imported once the flags are read: that takes seconds, which nobody who mistyped one or asks for --help should wait."""
 
 import contextlib
+import difflib
 import functools
 import importlib.metadata
 import logging
@@ -98,7 +99,8 @@ def _do(arguments: list[str]) -> None:
         print(f"rmprune {importlib.metadata.version('rmprune')}")
         return
     if arguments[0] not in COMMANDS:
-        _fail(f"unknown command {arguments[0]!r}; there are: {', '.join(COMMANDS)}")
+        close = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(arguments[0], COMMANDS, 1))
+        _fail(f"unknown command {arguments[0]!r}{close or '; there are: ' + ', '.join(COMMANDS)}")
     COMMANDS[arguments[0]](arguments[1:])
 
 

@@ -36,7 +36,8 @@ SLIM = ("slim", "--ratio", "0.5")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("slimm",), "unknown command 'slimm'; there are: slim"),
+        (("slimm",), "unknown command 'slimm'; did you mean slim?"),
+        (("help",), "unknown command 'help'; there are: slim"),
         (("slim",), "there is no budget; give --ratio"),
         (("slim", "--ratio", "1.5"), "ratio is 1.5; it must lie between 0 and 1"),
         (("slim", "--ratio", "0"), "ratio is 0.0; it must lie between 0 and 1"),

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
-from rmprune.config.fields import Fractions, Names, require, require_choice, require_finite, require_inside
+from rmprune.config.fields import Fractions, Names, Settings, require, require_inside
 from rmprune.config.pruning import ImportanceName
 from rmprune.config.runs import RemovalConfig, RunConfig
 from rmprune.config.training import Precision, TrainConfig
@@ -16,7 +16,7 @@ Constraint = Literal["macs", "latency", "params"]
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Settings):
     """The search for the width of every layer, by an agent (AMC, He et al. 2018) or a control, under a hard budget."""
 
     constraint: Constraint = "macs"
@@ -53,8 +53,7 @@ class SearchConfig:
     """Of scoring: auto takes bfloat16 where the processor computes in it, else float32."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
-        require_choice(self, "constraint")
+        super().__post_init__()
         require(len(self.budget) > 0, "budget is empty; give at least one fraction, for example 0.5")
         for value in self.budget:
             require(0 < value <= 1, f"budget is {value}; it must be above 0 and at most 1")
@@ -107,7 +106,6 @@ class AmcConfig(RunConfig):
         self.measure.require_judge()
         require_inside(self, "[1, inf)", "seeds", "free")
         require_inside(self, "(0, inf)", "width", "prune_epochs")
-        require_finite(self)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         if not self.method:
             object.__setattr__(self, "method", ("rm-amc" if self.plan is None else "plan-amc",))
@@ -118,4 +116,3 @@ class AmcConfig(RunConfig):
         require(
             self.plan is None or bool(planned), "no method looks at the plan; use plan-amc, plan-random or plan-uniform"
         )
-        require_choice(self, "apply")

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rmprune.config.fields import changeable, require, require_choice, require_inside, require_seed
+from rmprune.config.fields import Settings, changeable, require, require_inside, require_seed
 
 Augmentation = Literal["none", "light", "mirrors", "turns", "imagenet"]
 CacheKind = Literal["auto", "disk", "memory", "none"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which images to train and test on, and how they are split and batched."""
 
     dataset: str = "digits"
@@ -68,17 +68,13 @@ class DataConfig:
         return round(self.image_size / self.crop)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_inside(self, "[1, inf)", "batch_size", "train_images")
         require_inside(self, "(0, 1)", "validation", "test")
         require_inside(self, "[0, inf)", "workers")
         require_inside(self, "[8, inf)", "image_size")
         require_inside(self, "(0, 1]", "crop")
-        require_choice(self, "normalization", "cache")
         require_seed("split_seed", self.split_seed)
-        require(
-            self.augment in (True, False, "none", "light", "mirrors", "turns", "imagenet"),
-            f"augment is {self.augment!r}; use none, light, mirrors, turns or imagenet",
-        )
         require(
             self.augment not in ("mirrors", "turns", "imagenet") or self.dataset == "imagefolder",
             f"augment is {self.augment!r}, which is for an imagefolder; use light or none",

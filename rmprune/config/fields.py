@@ -1,9 +1,14 @@
 """What the classes of settings share: tuples on the command line, and checks that refuse a value."""
 
+import contextlib
+import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Mapping
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -43,37 +48,78 @@ def require_inside(config: Any, interval: str, *names: str) -> None:
         require(value is None or low < value < high or value in end, f"{name} is {value}; it must be {said}")
 
 
-def require_choice(config: Any, *names: str) -> None:
-    """Raise `ConfigError` for the first of these settings that is none of the values that its type lists."""
-    for name in names:
-        value, known = getattr(config, name), get_args(get_type_hints(type(config))[name])
-        require(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
+class Settings:
+    """Base of the classes of settings: from Python anything may come, and what a field cannot be is refused when one is made.
+
+    Lists become tuples, strings paths, numbers of numpy and torch those of Python.
+    """
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        for name, value in require_types(type(self), {name: getattr(self, name) for name in names}).items():
+            require(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}; give a finite number")
+            object.__setattr__(self, name, value)
 
 
-def require_numbers(kind: Any, values: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for the first of these settings of a class or function that holds no number, or no tuple, where its type
-    has one: from Python anything may come."""
-    for name, hint in get_type_hints(kind).items():
-        if name in values and not _holds(hint, values[name]):
-            raise ConfigError(f"{name} is {values[name]!r}; give {str(getattr(hint, '__name__', hint)).lower()}")
+def require_types(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of these fields of a class, or arguments of a function, as `Settings` holds them.
+
+    Raises ConfigError for the first that is of another type than it should be.
+    """
+    found = {}
+    for name, value in values.items():
+        hint = _hints(kind).get(name)
+        try:
+            found[name] = _fitting(hint, value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # of which each library raises its own
+            listed = choices(hint)
+            way = f"use one of {', '.join(map(str, listed))}" if listed else f"give {_in_words(hint)}"
+            shown = " ".join(repr(value).split())[:100]
+            raise ConfigError(f"{name} is {shown}; {way}") from None
+    return found
 
 
-def _holds(hint: Any, value: Any) -> bool:
-    """Whether a value is of a type as far as numbers go, those of numpy and torch among them; of other types all are."""
-    of, parts, able = get_origin(hint), get_args(hint), {int: "__index__", float: "__float__"}
+_hints = functools.cache(get_type_hints)
+
+
+def choices(hint: Any) -> list[Any]:
+    """The values that a type lists, by itself, among others or in a tuple; none of any other type."""
+    parts = get_args(hint)
+    return list(parts) if get_origin(hint) is Literal else [choice for part in parts for choice in choices(part)]
+
+
+def _fitting(hint: Any, value: Any) -> Any:
+    """The value as this type has it; as it is for types that no setting has. Raises TypeError or ValueError where it is of another."""
+    of, parts = get_origin(hint), get_args(hint)
     if of in (Union, UnionType):
-        return any(_holds(part, value) for part in parts)
-    if of is tuple and parts[0] in able:
-        sized = isinstance(value, tuple | list) and parts[1:] in ((...,), (parts[0],) * (len(value) - 1))
-        return sized and all(_holds(parts[0], each) for each in value)
-    return value is None if hint is NoneType else hint not in able or hasattr(value, able[hint])
+        for part in parts:
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, OverflowError):
+                return _fitting(part, value)
+        raise TypeError
+    if of is tuple:
+        _must(isinstance(value, tuple | list) and parts[1:] in ((...,), (parts[0],) * (len(value) - 1)))
+        return tuple(_fitting(parts[0], each) for each in value)
+    if of is Literal:
+        _must(isinstance(value, str) and value in parts)
+        return value
+    if hint in (int, float):
+        _must(hasattr(value, "__index__" if hint is int else "__float__"))
+        return value if type(value) in (int, float, bool) else operator.index(value) if hint is int else float(value)
+    if hint is Path:
+        _must(isinstance(value, str | Path))
+        return Path(value)
+    plain = hint in (bool, str, NoneType) or dataclasses.is_dataclass(hint)
+    _must(not plain or isinstance(value, hint))
+    return value
 
 
-def require_finite(config: Any) -> None:
-    """Raise `ConfigError` for the first setting that is infinite or not a number: no record could hold it."""
-    require_numbers(type(config), vars(config))
-    for name, value in vars(config).items():
-        require(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}; give a finite number")
+def _must(holds: bool) -> None:
+    if not holds:
+        raise TypeError
+
+
+def _in_words(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else str(hint).replace("pathlib.", "")
 
 
 def require_seed(name: str, value: int) -> None:

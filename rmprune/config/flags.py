@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from rmprune.config.meant import meant, settings
 from rmprune.config.toml import from_toml
 from rmprune.config.transfer import transfer_flags
 from rmprune.errors import ConfigError
@@ -51,7 +52,22 @@ def parse(kind: type[Config], arguments: list[str], prog: str, description: str)
     except SystemExit as stopped:
         if not stopped.code:  # --help
             raise
-        raise ConfigError(f"{one_line(said.getvalue())} ({prog} --help lists the flags)") from None
+        message = one_line(said.getvalue())
+        raise ConfigError(f"{message}{_hint(kind, arguments, message)} ({prog} --help lists the flags)") from None
+
+
+def _hint(kind: Any, arguments: list[str], message: str) -> str:
+    """What was meant instead of a flag that is none, or of a word that belongs to none; nothing where that is not known."""
+    unknown = message.partition("Unrecognized options: ")[2].split(", ")[0]
+    if unknown and not unknown.startswith("-"):
+        return "; a value follows its flag, and several of one flag are separated by commas"
+    known = {each.flag for each in settings(kind)}
+    for flag in (word.partition("=")[0] for word in arguments if re.match(r"-+[a-zA-Z]", word)):
+        found = meant(flag, kind)
+        if found is None or flag.replace("_", "-").replace("no-", "") in known:
+            continue
+        return f"; did you mean {found.flag}?" if found.flag else f"; give it as a word of its own, without {flag}"
+    return ""
 
 
 def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
@@ -66,12 +82,11 @@ def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
 
 
 def one_line(box: str) -> str:
-    """What tyro says in a box about a flag, without the help of that flag: the message, and the flag that may have been meant."""
+    """What tyro says in a box about a flag, without the help of that flag and of others."""
     box = re.sub(r"\x1b\[[\d;]*m", "", box).replace("─", "-")  # colours, on a terminal
     boxed = [line.strip("│")[1:] for line in box.splitlines() if line.startswith("│")]
     parts = re.split("-{10,}", "\n".join(boxed) if boxed else box)
     # Without UTF-8 it draws no box, and the title is a part of its own.
     words = parts[0] if boxed else "".join(parts[1:2])
     message = " ".join(row.strip() for row in words.splitlines() if not row.startswith(" " * 8)).strip().rstrip(".")
-    meant = re.search(r"Perhaps you meant:[\s│]+(--\S+)", box)
-    return (message or " ".join(box.split())) + (f"; did you mean {meant.group(1)}?" if meant else "")
+    return message or " ".join(box.split())

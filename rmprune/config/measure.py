@@ -5,14 +5,14 @@ from typing import Annotated
 
 import tyro
 
-from rmprune.config.fields import Names, Numbers, require, require_finite, require_inside
+from rmprune.config.fields import Names, Numbers, Settings, require, require_inside
 
 MOST_THREADS = 1024
 """More than cores there are: thousands are started one by one and take turns for minutes."""
 
 
 @dataclass(frozen=True)
-class MeasureConfig:
+class MeasureConfig(Settings):
     """How the time of networks is measured: every combination of backend, threads and batch size."""
 
     backends: Annotated[Names, tyro.conf.arg(name="backend")] = ("onnxruntime", "eager")
@@ -30,7 +30,7 @@ class MeasureConfig:
     """Rounds at least, whatever the time budget."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        super().__post_init__()
         for name in ("backends", "threads", "batch_sizes"):
             require(len(getattr(self, name)) > 0, f"{name} is empty; give at least one")
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))  # each is measured once
@@ -52,7 +52,7 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
-class DoctorConfig:
+class DoctorConfig(Settings):
     """What to look at; nothing is written."""
 
     backends: Annotated[Names, tyro.conf.arg(name="backend")] = ()
@@ -61,4 +61,5 @@ class DoctorConfig:
     """Time spent on finding out whether the machine is quiet."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_inside(self, "[0, inf)", "seconds")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rmprune.config.fields import Fractions, require, require_finite, require_inside
+from rmprune.config.fields import Fractions, Settings, require, require_inside
 
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
 
@@ -11,7 +11,7 @@ _BUDGETS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(Settings):
     """Which channels go, by what budgets (one of ratio, macs_ratio, latency_ratio; memory_ratio alone or beside), at once or slowly."""
 
     ratio: Fractions = ()
@@ -49,7 +49,7 @@ class PruneConfig:
     """Share of the old scores that survives a cut; 0 ranks by the steps since the last cut alone."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        super().__post_init__()
         kinds = dict.fromkeys(name for name, _ in self.budgets)
         require(
             len(kinds) <= 1,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
 from rmprune.config.data import DataConfig
-from rmprune.config.fields import Names, changeable, require, require_choice, require_inside, require_seed, transient
+from rmprune.config.fields import Names, Settings, changeable, require, require_inside, require_seed, transient
 from rmprune.config.measure import MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.training import SparsityConfig, TrainConfig
@@ -24,7 +24,7 @@ def architecture(config: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(Settings):
     """What networks can be asked for besides their width, and the weights that they start from."""
 
     depth: int | None = None
@@ -41,6 +41,7 @@ class Architecture:
     """What every batch norm adds to the variance (default: the network's own, mostly 1e-5); TensorFlow's weights are made for 1e-3."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             not self.weights_by_order or self.weights not in (None, "imagenet"),
             "weights_by_order says how a file is read; give --weights FILE, or leave it out",
@@ -84,7 +85,7 @@ class RunConfig(Architecture):
 
 
 @dataclass(frozen=True)
-class RemovalConfig:
+class RemovalConfig(Settings):
     """How residuals are removed."""
 
     keep: Names = ()
@@ -181,7 +182,6 @@ class GridConfig(SlimConfig):
         require_inside(self, "[1, inf)", "jobs")
         require_inside(self, "[0, inf)", "gpus")
         require_inside(self, "(0, 100000)", "hours")
-        require_choice(self, "cluster")
         require(all("=" in pair for pair in self.slurm), f"slurm is {', '.join(self.slurm)}; use NAME=VALUE,NAME=VALUE")
 
 
@@ -205,7 +205,7 @@ class TrainRunConfig(RunConfig):
 class NetworkConfig(Architecture):
     """A network to look at: a name or an artifact, and the images it takes."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A network's name (resnet50, timm/resnet26, ...), an artifact directory, or FILE.onnx."""
     image_size: int | None = None
     """Height and width of the images (default: what artifact or file say, 32 for CIFAR networks, else 224)."""
@@ -220,7 +220,7 @@ class NetworkConfig(Architecture):
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """Each residual of a network: removable or why not, in which form, and what it costs. Nothing is written."""
 
     network: Unprefixed[NetworkConfig]
@@ -228,7 +228,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(Settings):
     """Remove residuals and write the plain network; nothing is trained or pruned."""
 
     network: Unprefixed[NetworkConfig]
@@ -246,7 +246,7 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
-class RemeasureConfig:
+class RemeasureConfig(Settings):
     """Measure the networks of finished runs again, all in turns in one process, and update their records; or ONNX files."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -259,12 +259,13 @@ class RemeasureConfig:
     numbers and batch sizes: printed, and kept in the record."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.runs) > 0, "there is nothing to measure; give run directories or ONNX files")
         require_inside(self, "[1, inf)", "image_size")
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Settings):
     """Tables and figures from records."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -273,14 +274,15 @@ class ReportConfig:
     """Where CSV, figures and the page go."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.runs) > 0, "there is nothing to report; give run directories or records")
 
 
 @dataclass(frozen=True)
-class DeployConfig:
+class DeployConfig(Settings):
     """A network of a finished run, ready to be used: ONNX, int8, predict.py, a model card, a ranking of all its networks."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory."""
     network: str | None = None
     """Another network than the run's best on validation images, as ranking.json calls it (pruned, seed0/macs_ratio-0.5/uniform, ...)."""
@@ -290,4 +292,5 @@ class DeployConfig:
     """Where it goes (default: deploy/ in the run); one that is there is replaced."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_inside(self, "[0, 1)", "int8_loss")

@@ -1,15 +1,16 @@
 """Configs as TOML, there and back: what a run writes beside its results and what `--config` reads. Nothing read is executed."""
 
 import dataclasses
-import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import dacite
 import tomli_w
 import tyro
 
+from rmprune.config.fields import choices
+from rmprune.config.meant import meant
 from rmprune.config.transfer import TRANSFER
 from rmprune.errors import ConfigError
 
@@ -77,19 +78,11 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     try:
         return dacite.from_dict(kind, _as_python(kind, values), types)
     except dacite.WrongTypeError as error:
-        choices = _choices(error.field_type)
-        said = (
-            f"{error.field_path} is {error.value!r}; use {' or '.join(map(repr, choices))}" if choices else str(error)
-        )
+        listed = choices(error.field_type)
+        said = f"{error.field_path} is {error.value!r}; use {' or '.join(map(repr, listed))}" if listed else str(error)
         raise ConfigError(said[:500]) from None
     except (dacite.DaciteError, ConfigError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ConfigError(str(error)[:500]) from None
-
-
-def _choices(hint: Any) -> list[Any]:
-    """The values that a type lists, by itself, among others or in a tuple; none of any other type."""
-    parts = get_args(hint)
-    return list(parts) if get_origin(hint) is Literal else [choice for part in parts for choice in _choices(part)]
 
 
 def _unlooked(kind: Any) -> Any:
@@ -157,15 +150,16 @@ def _as_path(value: Any) -> Path:
     return Path(value)
 
 
-def _refuse_unknown(kind: Any, values: dict[str, Any], path: Path, table: str = "") -> None:
-    fields = get_type_hints(kind)
+def _refuse_unknown(whole: Any, values: dict[str, Any], path: Path, kind: Any = None, table: str = "") -> None:
+    """`kind`: the class of this table of `whole`."""
+    fields = {field.name: get_type_hints(kind or whole)[field.name] for field in dataclasses.fields(kind or whole)}
     for key, value in values.items():
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
+            close = meant(table + key, whole)
+            hint = f"; did you mean {close.path!r}?" if close else f"; known here: {', '.join(fields)}"
             raise ConfigError(f"{path}: unknown setting {table + key!r}{hint}")
         if isinstance(value, dict) and dataclasses.is_dataclass(fields[key]):
-            _refuse_unknown(fields[key], value, path, f"{table}{key}.")
+            _refuse_unknown(whole, value, path, fields[key], f"{table}{key}.")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

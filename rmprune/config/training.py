@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rmprune.config.fields import changeable, require_choice, require_finite, require_inside
+from rmprune.config.fields import Settings, changeable, require_inside
 
 RateSchedule = Literal["cosine", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """One training or fine-tuning: SGD with Nesterov momentum."""
 
     epochs: int = 10
@@ -51,8 +51,7 @@ class TrainConfig:
     """Temperature of the soft targets."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
-        require_choice(self, "schedule", "precision")
+        super().__post_init__()
         require_inside(self, "[0, inf)", "epochs", "warmup_epochs", "weight_decay")
         require_inside(self, "(0, inf)", "learning_rate", "head_rate", "clip_norm", "checkpoint_seconds", "temperature")
         require_inside(self, "[0, 1)", "momentum", "label_smoothing")
@@ -63,7 +62,7 @@ Scales = Literal["all", "inner"]
 
 
 @dataclass(frozen=True)
-class SparsityConfig:
+class SparsityConfig(Settings):
     """Network slimming (Liu et al. 2017): the L1 penalty on batch-norm scales during training."""
 
     strength: float = 0.0
@@ -74,6 +73,5 @@ class SparsityConfig:
     """Train one penalised scale per channel of every identity shortcut; ranks what RM reserves."""
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        super().__post_init__()
         require_inside(self, "[0, inf)", "strength")
-        require_choice(self, "scales")

@@ -89,19 +89,23 @@ def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
         yield from (x for x, _ in labelled(data, model))
         return
 
-    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        raise _Reached(inputs)
+    def stop(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        raise _Reached(inputs, named)
 
     for run in each_pass(data, model):
         try:
-            with model.register_forward_pre_hook(stop):
+            with model.register_forward_pre_hook(stop, with_kwargs=True):
                 run()
         except _Reached as reached:
-            (inputs,) = reached.args
+            inputs, named = reached.args
         else:
             raise DataError(NOT_RUN)
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise DataError("loss: layers are fitted on networks that the loss calls with one tensor, model(images)")
+        if len(inputs) != 1 or named or not isinstance(inputs[0], Tensor):
+            called = ", ".join([*map(_said, inputs), *(f"{name}=" for name in named)])
+            raise DataError(
+                f"loss: it calls the network with ({called}); call it with one tensor, model(images): of several inputs make one "
+                "(torch.cat), and take it apart in forward"
+            )
         yield inputs[0].detach()
 
 
@@ -150,7 +154,10 @@ def own_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"loss: failed ({type(error).__name__}: {first_line(error)})") from error
+        raise DataError(
+            f"loss: failed ({type(error).__name__}: {first_line(error)}); it is called as loss(model, batch), where a batch is "
+            f"{_described(batch)}, and returns a scalar tensor"
+        ) from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         what = f"a {value.dtype} tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"loss: it returns {what}; return one number as a tensor, for example the mean over the images")
@@ -176,12 +183,9 @@ def labelled(data: Batches, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     parts = list(batch) if isinstance(batch, tuple | list) else []
     if len(parts) < 2 or not all(isinstance(part, Tensor) and part.dim() for part in parts[:2]):
-        kind = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, dict) else _said(batch)
-        if parts:
-            kind = f"({', '.join(map(_said, parts[:4]))})"
         raise DataError(
-            f"data: a batch is {kind}; give (images, labels), for example ((b['image'], b['label']) for b in loader) as a list, "
-            f"or {OWN_LOSS}"
+            f"data: a batch is {_described(batch)}; give (images, labels), for example ((b['image'], b['label']) for b in loader) as a "
+            f"list, or {OWN_LOSS}"
         )
     x, y = parts[:2]
     if not x.is_floating_point():
@@ -193,6 +197,12 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if len(x) != len(y):
         raise DataError(f"data: a batch has {len(x)} images and {len(y)} labels; {OWN_LOSS}, where these are no labels")
     return x, y
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, dict):
+        return f"a dict of {', '.join(map(str, batch))}"
+    return f"({', '.join(map(_said, batch[:4]))})" if isinstance(batch, tuple | list) and batch else _said(batch)
 
 
 def _said(value: Any) -> str:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import MeasureConfig
-from rmprune.config.fields import require_numbers
+from rmprune.config.fields import require_types
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.graph.foreign import plain_module
@@ -164,7 +164,7 @@ def measure_candidates(
     """`measure_latencies` of what is a candidate already, such as a file: times under every configuration, and ratios to `reference`."""
     check_available(backends, device)
     lists = {"threads": tuple(threads), "batch_sizes": tuple(batch_sizes)}
-    require_numbers(MeasureConfig, {**lists, "seconds": seconds, "min_rounds": min_rounds})
+    require_types(MeasureConfig, {**lists, "seconds": seconds, "min_rounds": min_rounds})
     if min([*threads, *batch_sizes, min_rounds], default=0) < 1 or seconds < 0:
         raise ConfigError("threads, batch sizes and rounds must be at least 1, and seconds not negative")
     if reference is not None and reference not in candidates:

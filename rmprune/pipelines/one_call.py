@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import logging
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.config.fields import require_types
 from rmprune.data.batches import Loss
 from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
@@ -156,8 +158,8 @@ def slim(
     ['config.toml', 'dense', 'deploy', 'log.jsonl', 'plain', 'pruned', 'record.json']
     """
     for name, value, kind in (("finetune", finetune, TrainConfig), ("prune", prune, PruneConfig), ("measure", measure, MeasureConfig),
-                              ("method", method, str), ("out", out, str | Path)):  # fmt: skip
-        if not isinstance(value, kind | None):
+                              ("method", method, str), ("out", out, str | Path), ("device", device, str | torch.device)):  # fmt: skip
+        if not isinstance(value, kind | None) or (name == "device" and value is None):
             raise ConfigError(f"{name} is of type {type(value).__name__}; give a {getattr(kind, '__name__', kind)}")
     budgets = {
         "ratio": ratio,
@@ -165,12 +167,13 @@ def slim(
         "latency_ratio": latency_ratio,
         "memory_ratio": memory_ratio,
     }
-    given = {name: value for name, value in budgets.items() if value is not None}
+    given = require_types(slim, {name: value for name, value in budgets.items() if value is not None})
     if not given or len(given.keys() - {"memory_ratio"}) > 1:
         raise ConfigError(
             f"give exactly one of {', '.join(f'{name}=' for name in budgets)}; got {', '.join(given) or 'none'} (memory_ratio= may stand "
             "beside another)"
         )
+    asked_for: dict[str, Any] = {name: (given[name],) if name in given else () for name in budgets}
     tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
     if loss is not None and method == "auto":
         raise ConfigError(
@@ -194,15 +197,12 @@ def slim(
         config = SlimConfig(
             model=type(network).__name__,
             seed=seed,
-            device=device,
+            device=str(device),
             method=("rm",) if method is None and loss is not None else () if method is None else (method,),
             data=DataConfig(dataset=dataset, augment="none"),
             prune=dataclasses.replace(
                 prune or PruneConfig(),
-                ratio=() if ratio is None else (ratio,),
-                macs_ratio=() if macs_ratio is None else (macs_ratio,),
-                latency_ratio=() if latency_ratio is None else (latency_ratio,),
-                memory_ratio=() if memory_ratio is None else (memory_ratio,),
+                **asked_for,
             ),
             finetune=dataclasses.replace(
                 tuning,
@@ -219,7 +219,7 @@ def slim(
         asked = ", ".join(f"{name}={value:g}" for name, value in given.items())
         command = f"rmprune.slim({type(network).__name__}, ..., {asked}, method={config.method[0]!r}, seed={seed})"
         with contextlib.suppress(Finished):  # out= holds this very run
-            run_job(Job(config, data, pick_device(device), seed, given=network), command=command)
+            run_job(Job(config, data, pick_device(str(device)), seed, given=network), command=command)
         return Slimmed(folder, at, data, temporary=out is None)
     except BaseException:
         if out is None:
@@ -233,6 +233,16 @@ def _trained(model: nn.Module) -> nn.Module:
         raise ConfigError(f"model is of type {type(model).__name__}; give the trained nn.Module")
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"{type(model).__name__} has no weights; there is nothing to prune")
+    takes = [
+        name
+        for name, each in inspect.signature(model.forward).parameters.items()
+        if each.default is each.empty and each.kind.name[:3] != "VAR"
+    ]
+    if len(takes) > 1:
+        raise ConfigError(
+            f"forward of {type(model).__name__} takes {', '.join(takes)}; slim takes networks of one input, model(images): make one tensor "
+            "of them (torch.cat), and take it apart in forward"
+        )
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode; give a trained network, after model.eval()")
     check_precision(model.parameters())

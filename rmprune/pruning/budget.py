@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rmprune.config import PruneConfig
-from rmprune.config.fields import require_numbers
+from rmprune.config.fields import Settings
 from rmprune.errors import ConfigError
 from rmprune.pruning.groups import Group, Structure, total_cost
 from rmprune.pruning.layers import Cost, channels, macs
@@ -14,7 +14,7 @@ KINDS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Settings):
     """What must be met, and the limits of each layer. Exactly one of the ratios is set, or `memory_ratio` beside one: then both hold.
 
     `ratio`: at least this fraction of the prunable channels is removed. `macs_ratio`: at most this fraction of
@@ -45,7 +45,7 @@ others; got ratio, macs_ratio
     round_to: int = 1
 
     def __post_init__(self) -> None:
-        require_numbers(type(self), vars(self))
+        super().__post_init__()
         given = [name for name in KINDS if getattr(self, name) is not None]
         if not given or given[1:] not in ([], ["memory_ratio"]):
             raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rmprune.config.fields import require_numbers
+from rmprune.config.fields import require_types
 from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with_loss
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
@@ -97,7 +97,7 @@ def prune(
     (8, {'3': "its channels are the network's output"})
     """
     refuse_no_budget(budget)
-    require_numbers(prune, {"lookahead": lookahead})
+    require_types(prune, {"lookahead": lookahead})
     if reconstruct and data is None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")
     if which not in ("free", "inner", "uniform"):

@@ -47,7 +47,7 @@ def test_where_to_run_is_no_setting() -> None:
     ("text", "message"),
     [
         ("widht = 32\n[prune]\nratio = [0.5]", "unknown setting 'widht'; did you mean 'width'"),
-        ("[data]\ndatset = 'digits'", "unknown setting 'data.datset'; did you mean 'dataset'"),
+        ("[data]\ndatset = 'digits'", "unknown setting 'data.datset'; did you mean 'data.dataset'"),
         ("width = 'wide'\n[prune]\nratio = [0.5]", "width"),
         ("width = ", "cannot be read as TOML"),
         ("[prune]\nratio = [1.5]", "ratio is 1.5; it must lie between 0 and 1"),

@@ -180,7 +180,7 @@ def test_layers_are_fitted_on_what_the_network_reads_in_the_loss() -> None:
         ),
         (
             lambda model, batch: torch._check(False, lambda: "one\ntwo"),
-            r"^loss: failed \(RuntimeError: one\) \(batch 0\)$",
+            r"^loss: failed \(RuntimeError: one\); it is called as loss\(model, batch\), where a batch is a tensor of .*batch 0\)$",
         ),
         (lambda model, batch: 0 * model(batch).mean(), "every score is 0"),
     ],

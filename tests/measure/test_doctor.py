@@ -106,7 +106,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (("slim", "--ratio", "abc"), "--ratio: could not convert string to float: 'abc' (python"),
         (("convert", "resnet20"), "Missing from python -m rmprune convert: --out PATH (python"),
         (("slim", "--measure.seconds"), "Missing value for argument '--measure.seconds'"),
-        (("slim", "extra"), "Unrecognized options: extra"),
+        (
+            ("slim", "extra"),
+            "Unrecognized options: extra; a value follows its flag, and several of one flag are separated by commas",
+        ),
+        (
+            ("convert", "resnet20", "--output", "x"),
+            "Missing from python -m rmprune convert: --out PATH; did you mean --out? (python",
+        ),
+        (("inspect",), "Missing from python -m rmprune inspect: MODEL (python"),
+        (("inspect", "--model", "resnet20"), "; give it as a word of its own, without --model (python"),
+        (("measure", "--runs", "x"), "; give it as a word of its own, without --runs (python"),
         (("slim", "--nothing", "x" * 60), "x" * 60),
     ],
 )
@@ -125,7 +135,7 @@ def test_boxes_and_colours_of_a_terminal_are_taken_off() -> None:
         "│ ──────────────────────────────── │\n│ Perhaps you meant:               │\n│     --ratio FLOAT                │\n"
         "╰──────────────────────────────────╯\n"
     )
-    assert one_line(box) == "Unrecognized options: --ratoi, 0.5; did you mean --ratio?"
+    assert one_line(box) == "Unrecognized options: --ratoi, 0.5"
     plain = "Parsing error\n------------\nno such flag.\n------------\nFor full helptext, run x --help"
     assert one_line(plain) == "no such flag"
     assert one_line("said\n otherwise") == "said otherwise"

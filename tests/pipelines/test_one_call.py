@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,8 @@ def test_a_torchvision_network_with_a_loader_of_its_own(tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {
         "ratio": 0.7,
         "method": "uniform",
-        "epochs": 1,
+        "epochs": np.int64(1),  # as numpy and torch give them
+        "device": torch.device("cpu"),
         "learning_rate": 1e-3,
         "out": tmp_path / "run",
         **QUICK,
@@ -135,6 +137,11 @@ class Asking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x if x.sum() > 0 else -x).mean((2, 3))
+
+
+class Both(Asking):
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return self.layer(one + other).mean((2, 3))
 
 
 def once() -> Iterator[Any]:
@@ -173,6 +180,30 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[RmpruneError], str]] = {
     "auto by a loss": ({"method": "auto", "loss": to_angles}, ConfigError, "take 'rm' or 'residual'"),
     "no network": ({"model": 3}, ConfigError, "model is of type int"),
     "settings of another kind": ({"prune": {"round_to": 8}}, ConfigError, "prune is of type dict; give a PruneConfig"),
+    "two inputs": (
+        {"model": Both().eval()},
+        ConfigError,
+        r"forward of Both takes one, other; slim takes networks of one input.*torch\.cat",
+    ),
+    "a loss that calls it with two": (
+        {"loss": lambda model, batch: model(batch[0], None).mean()},
+        DataError,
+        r"loss: failed .*called as loss\(model, batch\), where a batch is \(a tensor of sizes",
+    ),
+    "a loss that calls it by name": (
+        {"loss": lambda model, batch: model(x=batch[0]).mean()},
+        DataError,
+        r"loss: it calls the network with \(x=\); call it with one tensor, model\(images\)",
+    ),
+    "a loss of another arity": ({"loss": lambda batch: 0}, DataError, r"it is called as loss\(model, batch\)"),
+    "a loss of outputs and targets": (
+        {"loss": nn.CrossEntropyLoss()},
+        DataError,
+        r"it is called as loss\(model, batch\)",
+    ),
+    "a budget that is a string": ({"macs_ratio": "0.5"}, ConfigError, r"^macs_ratio is '0.5'; give float"),
+    "budgets in a tuple": ({"macs_ratio": (0.5, 0.3)}, ConfigError, r"^macs_ratio is \(0.5, 0.3\); give float"),
+    "no device": ({"device": None}, ConfigError, "device is of type NoneType"),
     "no such method": ({"method": "magic"}, ConfigError, "unknown method 'magic'"),
 }
 
