@@ -79,7 +79,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = kwargs or {}, func._overloadpacket
-        out = map_of(*args[:6], groups=args[8]) if packet is _ATEN.convolution and not args[6] and not kwargs else None
+        plain = packet is _ATEN.convolution and not args[6] and not kwargs  # nothing transposed
+        out = map_of(*(*args[:6], args[8])) if plain else None
         out = func(*args, **kwargs) if out is None else out
         if (lacking := _LACKING.get(packet)) is not None:
             self.macs += lacking(*args, **kwargs)
