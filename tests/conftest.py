@@ -72,12 +72,12 @@ def nothing_waits_for_the_disk(request: pytest.FixtureRequest) -> Iterator[None]
 
 @pytest.fixture(scope="module", autouse=True)
 def no_warm_up(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Networks are measured without a warm-up, except where measuring itself is looked at."""
+    """Networks are measured without a warm-up and in turns of a run or two, except where measuring itself is looked at."""
     if "measure" in request.path.parts:
         yield
         return
     from rmprune.measure import latency
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "timed_rounds", partial(latency.timed_rounds, warmup=0.0))
+        patch.setattr(latency, "timed_rounds", partial(latency.timed_rounds, warmup=0.0, turn=0.0))
         yield

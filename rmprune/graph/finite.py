@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.double import InDouble
+from rmprune.graph.double import InDouble, in_double
 from rmprune.graph.foreign import reference_copy
 
 
@@ -22,6 +22,10 @@ def broken_tensor(model: nn.Module, *, buffers: bool = True) -> str | None:
 
     An infinite buffer may be meant: a mask of attention is.
     """
+    held = [*model.parameters(), *(model.buffers() if buffers else ())]
+    sums = [t.sum().abs() for t in held if t.is_floating_point() or t.is_complex()]
+    if not sums or bool(torch.stack([x.to(sums[0].device, torch.float32) for x in sums]).isfinite().all()):
+        return None  # what is broken breaks its sum, too; a sum may be infinite without it
     whole = {f"{name} is not finite": tensor.isfinite().all() for name, tensor in model.named_parameters()}
     if buffers:
         whole |= {f"{name} is NaN": ~tensor.isnan().any() for name, tensor in model.named_buffers()}
@@ -56,6 +60,7 @@ def where_broken(twin: nn.Module, inputs: tuple[Tensor, ...], *, infinite: bool 
     return f"the output of {found[0]} is not finite" if broken else None
 
 
+@torch.no_grad()
 def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Raises UnsupportedModel that says where, if NaN begins in the inputs, the network, or what it makes of the first of them."""
     for value in inputs:
@@ -63,7 +68,11 @@ def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")
     one = tuple(x[:1].detach().cpu().double() if x.is_floating_point() else x[:1].cpu() for x in inputs)
     twin = reference_copy(model)
+    if broken_tensor(twin) is None:
+        outputs = [x for x in tree_leaves(in_double(twin, one)) if isinstance(x, Tensor)]
+        if not any(bool(x.isnan().any()) for x in outputs):
+            return
     with InDouble():
-        where = where_broken(twin, one, infinite=False)
+        where = where_broken(reference_copy(model), one, infinite=False)
     if where is not None:
         raise UnsupportedModel(f"{where}: nothing can be proved, scored or fitted with it; load other weights")

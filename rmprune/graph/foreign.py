@@ -4,7 +4,6 @@ import copy
 import importlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +84,7 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
 
     Stock ways to be copied are gone without, at a third of deepcopy's time; copies of a torch.fx graph share its compiled code.
     """
-    memo, modules = {} if memo is None else memo, list(model.modules())
+    memo, modules = _clones(model) if memo is None else memo, list(model.modules())
     twins = [(module, twin) for module in modules if (twin := _twin(module)) is not None]
     memo |= {id(module): twin for module, twin in twins}
     for module in modules:
@@ -108,6 +107,19 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModel(f"the network cannot be copied: {error}") from error
+
+
+def _clones(model: nn.Module) -> dict[int, Tensor]:
+    """{id: copy} of parameters and stock layers' buffers that are plain tensors, at a third of deepcopy's time."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        buffers = module._buffers.values() if type(module).__module__.startswith("torch.nn.") else ()
+        for tensor in (*module._parameters.values(), *buffers):
+            if type(tensor) is nn.Parameter:
+                found[id(tensor)] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+            elif type(tensor) is Tensor and not tensor.requires_grad and tensor.is_contiguous() and not vars(tensor):
+                found[id(tensor)] = tensor.clone()
+    return found
 
 
 def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
@@ -178,12 +190,25 @@ def _plain_convolution(module: Any) -> Tensor:
 
 def reference_copy(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode on the CPU, without the user's hooks. The argument is left alone."""
-    return eval_copy(model, lambda twin: twin.cpu().double())
+    twin = copied(model, {id(tensor): _in_double(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    if any(type(module)._apply is not nn.Module._apply for module in model.modules()):  # who may hold more
+        twin = twin.cpu().double()
+    return _evaluated(twin)
 
 
-def eval_copy(model: nn.Module, cast: Callable[[nn.Module], nn.Module] = lambda twin: twin) -> nn.Module:
-    """A copy in eval mode, cast, without the user's hooks. The argument is left alone."""
-    return freeze(cast(unbound(copied(model))).eval()).requires_grad_(False)
+def _in_double(tensor: Tensor) -> Tensor:
+    dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    twin = tensor.detach().to("cpu", dtype, copy=True)
+    return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+
+
+def eval_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without the user's hooks. The argument is left alone."""
+    return _evaluated(copied(model))
+
+
+def _evaluated(twin: nn.Module) -> nn.Module:
+    return freeze(unbound(twin).eval()).requires_grad_(False)
 
 
 def unbound(model: M) -> M:

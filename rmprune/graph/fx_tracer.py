@@ -47,7 +47,7 @@ class Tracer(fx.Tracer):
         self.sized: set[fx.Node] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _near_lookup({type(module) for module in root.modules()}):
+        with _near_patches(list(root.modules())):
             return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -154,30 +154,35 @@ NO_LENGTH = "the length of this value is not known while the network is traced"
 
 
 @contextlib.contextmanager
-def _near_lookup(kinds: set[type[nn.Module]]) -> Iterator[None]:
-    """fx puts its lookup of parameters on the classes of the network's modules, not on nn.Module.
+def _near_patches(modules: list[nn.Module]) -> Iterator[None]:
+    """fx puts its lookup of parameters on the classes of the network's modules, and its call on what nn.Module's own calls.
 
-    There, Python would go through all its subclasses, more than a thousand, which takes longer than a small network's whole trace.
+    On nn.Module's `__getattr__` and `__call__`, Python would go through all its subclasses, more than a thousand, which takes longer
+    than a small network's whole trace.
     """
-    own, stock = _symbolic_trace._Patcher, nn.Module.__getattr__
+    own, call = _symbolic_trace._Patcher, nn.Module._call_impl
+    kinds = {type(module) for module in modules}
+    stock = nn.Module.__getattr__
+    near = not any("__getattr__" in vars(kind) or kind.__getattr__ is not stock for kind in kinds)
+    below = all(kind._call_impl is call for kind in kinds) and not any(m._compiled_call_impl for m in modules)
 
     class Near(own):  # type: ignore[misc, valid-type]
         def patch_method(self, cls: type, name: str, new_fn: Any, deduplicate: bool = True) -> None:
-            if cls is not nn.Module or name != "__getattr__":
+            if cls is nn.Module and name == "__getattr__" and near:
+                for kind in kinds:
+                    self.patches_made.append(_OwnLookup(kind, name, None, new_fn))
+                    self.patches_made[-1].patch()
+            else:
+                name = "_call_impl" if cls is nn.Module and name == "__call__" and below else name
                 super().patch_method(cls, name, new_fn, deduplicate)
-                return
-            for kind in kinds:
-                self.patches_made.append(_OwnLookup(kind, name, None, new_fn))
-                self.patches_made[-1].patch()
 
-    if any("__getattr__" in vars(kind) or kind.__getattr__ is not stock for kind in kinds):
-        yield
-        return
+    orig = _symbolic_trace._orig_module_call
     _symbolic_trace._Patcher = Near  # type: ignore[misc]
+    _symbolic_trace._orig_module_call = call if below else orig
     try:
         yield
     finally:
-        _symbolic_trace._Patcher = own  # type: ignore[misc]
+        _symbolic_trace._Patcher, _symbolic_trace._orig_module_call = own, orig  # type: ignore[misc]
 
 
 class _OwnLookup(_symbolic_trace._PatchedFnSetAttr):

@@ -17,6 +17,7 @@ from rmprune.graph.foreign import copied, plain_module, refuse_weights
 from rmprune.graph.shapes import Plainly, blank, on_meta
 
 _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
+_READERS = (_ConvNd, nn.Linear)
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 
 
@@ -172,11 +173,12 @@ def trial(
 
     Raises UnsupportedModel where it does not run, with the layer at which it stops and what that takes and got.
     """
-    one, watch = tuple(x[:count] for x in inputs), watch or nullcontext()
+    one, plainly, watch = tuple(x[:count] for x in inputs), Plainly(convolutions=watch is None), watch or nullcontext()
     mixed = len({t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}) > 1
     try:
-        with watch, Plainly(), _watched(on_meta(model).eval(), says=False) as twin:
-            twin(*(blank(x) for x in one))
+        blanks = [blank(x) for x in one]
+        with _watched(on_meta(model).eval(), says=False) as twin, watch, plainly:
+            twin(*blanks)
             if not mixed:  # which it does not mind
                 return
     except UnsupportedModel:
@@ -186,7 +188,7 @@ def trial(
             raise UnsupportedModel(
                 "example_inputs on the meta device have no values, and the network does not run without"
             ) from None
-    with watch, _watched(copied(model).eval()) as twin:
+    with _watched(copied(model).eval()) as twin, watch:
         twin(*(x.clone() for x in one))
 
 
@@ -203,8 +205,10 @@ def _watched(twin: nn.Module, says: bool = True) -> Iterator[nn.Module]:
         running.pop()
 
     for name, module in twin.named_modules():
-        module.register_forward_pre_hook(partial(enter, name))
-        module.register_forward_hook(lambda *_: leave())
+        if says or isinstance(module, _READERS):
+            module.register_forward_pre_hook(partial(enter, name))
+        if says:
+            module.register_forward_hook(lambda *_: leave())
     try:
         yield twin
     except UnsupportedModel:
@@ -225,7 +229,7 @@ def _watched(twin: nn.Module, says: bool = True) -> Iterator[nn.Module]:
 def _refuse_read(name: str, module: nn.Module, args: Any) -> None:
     """Convolutions take maps without a batch, too, and would read the images of a batch as channels."""
     x = args[0] if args else None
-    if not isinstance(x, Tensor) or x.is_nested or not isinstance(module, _ConvNd | nn.Linear):
+    if not isinstance(module, _READERS) or not isinstance(x, Tensor) or x.is_nested:
         return
     where = f"layer {name} ({type(module).__name__})"
     if module.weight.numel() == 0:

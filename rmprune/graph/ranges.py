@@ -3,6 +3,7 @@
 `node.meta["range"]` is (low, high), two float64 tensors with one entry a channel, for every node whose shape is known.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -151,8 +152,8 @@ def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
     low, high: (in channels,); the result (out channels,) each.
     """
     conv = conv.folded()
-    weight, groups = conv.weight(), conv.groups
-    padded = _reads_padding(conv.geometry)
+    weight, padded = conv.weight(), _reads_padding(conv.geometry)
+    rows = conv.groups, -1, weight.shape[1]
     total_low, total_high = conv.bias.clone(), conv.bias.clone()
     for mask, bottom, top in ((~padded, low, high), (padded, low.clamp(max=0), high.clamp(min=0))):
         if not mask.any():
@@ -160,23 +161,29 @@ def conv_range(conv: Conv, low: Tensor, high: Tensor) -> Range:
         taps = weight[:, :, mask]
         positive = taps.clamp(min=0).sum(-1)
         negative = taps.sum(-1) - positive  # exactly 0 where no weight is negative: the same terms in the same order
-        total_low += _grouped(positive, bottom, groups) + _grouped(negative, top, groups)
-        total_high += _grouped(positive, top, groups) + _grouped(negative, bottom, groups)
+        positive, negative = positive.reshape(rows), negative.reshape(rows)
+        ends = [_split(end.reshape(conv.groups, -1, 1)) for end in (bottom, top)]
+        total_low += _times(positive, *ends[0]) + _times(negative, *ends[1])
+        total_high += _times(positive, *ends[1]) + _times(negative, *ends[0])
     return total_low, total_high
 
 
-def _grouped(weight: Tensor, end: Tensor, groups: int) -> Tensor:
-    """weight (out, in / groups) times end (in,), (out,), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
-    rows = weight.reshape(groups, -1, weight.shape[1])
-    ends = end.reshape(groups, weight.shape[1], 1)
-    finite = (rows @ torch.nan_to_num(ends, posinf=0.0, neginf=0.0)).reshape(-1)
+def _split(ends: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Ends (groups, in / groups, 1) with 0 in the place of infinities, and these with 0 elsewhere, where there are any."""
     infinite = torch.isinf(ends)
-    if not infinite.any():
-        return finite
-    products = rows * torch.where(infinite, ends, 0.0).mT
-    return finite + torch.nan_to_num(products, nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1).reshape(-1)
+    return (ends.masked_fill(infinite, 0), ends.masked_fill(~infinite, 0)) if infinite.any() else (ends, None)
 
 
+def _times(rows: Tensor, finite: Tensor, infinite: Tensor | None) -> Tensor:
+    """Weights (groups, out / groups, in / groups) times ends, (out,), where 0 * inf = 0 and a non-zero weight makes an infinity of one."""
+    total = (rows @ finite).reshape(-1)
+    if infinite is None:
+        return total
+    products = torch.nan_to_num(rows * infinite.mT, nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return total + products.sum(-1).reshape(-1)
+
+
+@functools.cache
 def _reads_padding(geometry: Geometry) -> Tensor:
     """(kh, kw) bool: which taps read zero padding for some output pixel, on maps of some size: d t < p, or d t > d (k - 1) - p."""
     axes = []

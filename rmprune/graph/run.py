@@ -71,14 +71,17 @@ def _bind(graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode for the while; each module's own mode is put back."""
-    modes = [(m, m.training) for m in model.modules()]
+    """The model in eval mode for the while, as it is written where it was compiled in place (which takes a minute for one run); each
+    module's own mode is put back."""
+    modes = [(m, m.training, vars(m).pop("_compiled_call_impl", None)) for m in model.modules()]
     model.eval()
     try:
         yield model
     finally:
-        for module, mode in modes:
+        for module, mode, compiled in modes:
             module.training = mode
+            if compiled is not None:
+                module._compiled_call_impl = compiled
 
 
 @contextmanager

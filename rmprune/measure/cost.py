@@ -11,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_tuple, trial
+from rmprune.graph.shapes import map_of
 
 
 def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
@@ -77,9 +78,10 @@ class _Counter(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        packet = func._overloadpacket
+        kwargs, packet = kwargs or {}, func._overloadpacket
+        plain = packet is _ATEN.convolution and not args[6] and not kwargs  # nothing transposed
+        out = map_of(*(*args[:6], args[8])) if plain else None
+        out = func(*args, **kwargs) if out is None else out
         if (lacking := _LACKING.get(packet)) is not None:
             self.macs += lacking(*args, **kwargs)
         elif (cost := flop_registry.get(packet)) is not None:

@@ -38,7 +38,7 @@ def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Fil
         return {name: own["drop"] for name, own in found.items()}
 
     note = files.note("losses")
-    losses: dict[str, float] = remembered(note, "blocks", measure)
+    losses: dict[str, float] = remembered(files.shared_note("blocks"), "blocks", measure)
     order = sorted(losses, key=lambda name: losses[name])
     timed, allowed = budget.latency_ratio is not None, getattr(budget, budget.name)
     left, make = [float(1 + n) for n in range(len(order))], _without(network, order, job)

@@ -174,7 +174,7 @@ def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
         scores = score_groups("taylor", job.here(own), sight.structure, batches)
         return width_losses(job.here(own), sight.structure, scores, sight.widths, ends)
 
-    blocks = remembered(note, "blocks", of_blocks)
+    blocks = remembered(files.shared_note("blocks"), "blocks", of_blocks)
     sights = dict(outlook.sights)
     for choice in _SAID:
         found = remembered(note, choice, functools.partial(of_widths, choice))

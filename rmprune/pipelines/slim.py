@@ -185,7 +185,7 @@ def _slim(
     name: str, method: Method, budget: Budget, job: Job[SlimConfig], cell: Cell, starts: Starts
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A method's network, trained to its end, and the facts for its artifact and record."""
-    files = Files.of(cell.directory, name)
+    files = Files.of(cell.directory, name, cell.shared)
     if method.scratch:
         return _from_nothing(budget, job, files)
     if method.depth:

@@ -167,8 +167,7 @@ class Proposals:
         found = [members.ports(name) for members in self._members.values()]
         if any(len(before) > 1 or len(after) > 1 for before, after in found) or name not in self.losses:
             return None
-        wide: set[Choice] = {"keep", *({"merge"} & self.losses[name].keys())}
-        if not all(self._as_wide(choice, name) for choice in wide):
+        if not self._as_wide("keep", name) or ("merge" in self.losses[name] and not self._as_wide("merge", name)):
             return None
         before, after = self._members["remove"].ports(name)
         return next(iter(before), None), next(iter(after), None)

@@ -1,6 +1,6 @@
 """What every training of one cell shares, said once: the job, and the files of each training. It decides nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -80,24 +80,33 @@ class Job(Generic[Config]):
 
 @dataclass(frozen=True)
 class Files:
-    """What one training keeps: the file from which it goes on, the log that it adds to, and its name in both."""
+    """What one training keeps: the file from which it goes on, the log that it adds to, and its name in both.
+
+    shared: the directory of what is the same for every budget of its seed; None: beside the checkpoint.
+    """
 
     checkpoint: Path
     log: Path
     label: str
+    shared: Path | None = None
 
     @classmethod
-    def of(cls, directory: Path, label: str) -> "Files":
-        """Those of the training `label` in a run directory."""
-        return cls(directory / "checkpoint" / f"{label}.pt", directory / "log.jsonl", label)
+    def of(cls, directory: Path, label: str, shared: Path | None = None) -> "Files":
+        """Those of the training `label` in a run directory; `shared`: that of its seed."""
+        common = None if shared is None else shared / "checkpoint"
+        return cls(directory / "checkpoint" / f"{label}.pt", directory / "log.jsonl", label, common)
 
     def named(self, label: str) -> "Files":
         """Those of another training in the same place."""
-        return Files(self.checkpoint.with_name(f"{label}.pt"), self.log, label)
+        return replace(self, checkpoint=self.checkpoint.with_name(f"{label}.pt"), label=label)
 
     def note(self, name: str) -> Path:
         """A JSON file that belongs to this training, beside its checkpoint."""
         return self.checkpoint.with_name(f"{self.label}-{name}.json")
+
+    def shared_note(self, name: str) -> Path:
+        """The same for what does not go by the budget."""
+        return (self.shared or self.checkpoint.parent) / f"{self.label}-{name}.json"
 
 
 def tune(network: nn.Module, train: TrainConfig, job: Job[object], files: Files, hook: Hook | None = None) -> nn.Module:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.graph.foreign import copied
+from rmprune.graph.foreign import copied, reference_copy
 
 
 class Own(nn.Module):
@@ -82,3 +82,26 @@ def test_the_graph_of_a_copy_is_its_own() -> None:
     twin = copied(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())))
     assert twin.graph.owning_module is twin
     twin.graph.eliminate_dead_code()
+
+
+class Moving(nn.Module):
+    """It takes a tensor along that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.held = nn.BatchNorm1d(2), torch.ones(2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.held = fn(self.held)
+        return super()._apply(fn, recurse)
+
+
+def test_a_reference_is_in_double_and_shares_nothing() -> None:
+    net = Moving()
+    twin = reference_copy(net)
+    assert {t.dtype for t in (twin.held, *twin.parameters(), *twin.buffers())} == {torch.float64, torch.int64}
+    assert not twin.training and not any(p.requires_grad for p in twin.parameters()) and net.held.dtype == torch.float32
+    for other in (twin, copied(net), copied(net.double())):
+        assert not {t.data_ptr() for t in net.state_dict().values()} & {
+            t.data_ptr() for t in other.state_dict().values()
+        }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import rmprune
 from rmprune.errors import RmpruneError, UnsupportedModel
+from rmprune.graph.finite import broken_tensor
 from rmprune.pruning import Budget
 
 NAN, INF = float("nan"), float("inf")
@@ -171,3 +172,11 @@ def test_layers_without_channels_are_refused() -> None:
             call(model, images(1, 1, 4, 4))
     with pytest.raises(RmpruneError, match="backend 'eager' cannot run 'model'"):
         measure(model, images(1, 1, 4, 4))
+
+
+def test_infinities_of_both_signs_in_a_mask_are_meant() -> None:
+    net = network()
+    net.register_buffer("mask", torch.tensor([INF, -INF]))
+    assert broken_tensor(net) is None
+    net.register_buffer("mask", torch.tensor([INF, NAN]))
+    assert broken_tensor(net) == "mask is NaN" and broken_tensor(net, buffers=False) is None

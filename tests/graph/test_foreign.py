@@ -83,10 +83,11 @@ def test_distributed_data_parallel_is_taken_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_network_compiled_in_place_is_taken(call: str, tmp_path: Path) -> None:
+def test_a_network_compiled_in_place_is_taken_and_not_compiled(call: str, tmp_path: Path) -> None:
     net = Res().eval()
     net.compile()
-    assert CALLS[call](net, X, tmp_path)
+    compiled = net._compiled_call_impl = lambda *_: pytest.fail("it was compiled, which takes a minute")
+    assert CALLS[call](net, X, tmp_path) and net._compiled_call_impl is compiled
 
 
 class Shared(nn.Module):

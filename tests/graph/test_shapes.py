@@ -1,11 +1,13 @@
 """Shapes by formula and on the meta device are those that a run gives, for layers of every rank."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from rmprune.graph.normalise import normalise
-from rmprune.graph.shapes import to_run
+from rmprune.graph.shapes import Plainly, to_run
 
 
 class Twice(nn.Linear):
@@ -53,3 +55,25 @@ def test_a_layer_runs_without_values_and_is_left_alone(layer: nn.Module) -> None
     y = to_run(layer.eval(), torch.float64)(*[x] * (3 if isinstance(layer, nn.MultiheadAttention) else 1))[0]
     assert y.is_meta and y.dtype == torch.float64
     assert not any(p.is_meta or p.dtype != torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("channels", "settings"),
+    [
+        (4, {"kernel_size": 3, "stride": 2, "padding": 1}),
+        (4, {"kernel_size": (1, 3), "dilation": (1, 2), "groups": 2, "bias": False}),
+        (4, {"kernel_size": 9}),  # larger than the map
+        (3, {"kernel_size": 3}),  # of other channels
+        (4, {"kernel_size": 3, "padding": "same"}),
+    ],
+)
+def test_a_convolution_by_formula_is_that_of_torch(channels: int, settings: dict[str, Any]) -> None:
+    def outcome(device: str) -> Any:
+        layer = nn.Conv2d(4, 6, **settings, device=device)
+        try:
+            return layer(torch.empty(2, channels, 7, 5, device=device)).shape
+        except RuntimeError:
+            return None
+
+    with Plainly():
+        assert outcome("meta") == outcome("cpu")

@@ -12,7 +12,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import rmprune
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.listed import trace
+from rmprune.graph.tracing import follow
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -326,3 +328,22 @@ def test_classes_are_left_as_they_were(make: Callable[..., nn.Module], read: lis
     with pytest.raises(UnsupportedModel):
         trace(Res(lambda a, b: a if a.sum() > 0 else b))
     assert [dict(vars(kind)) for kind in kinds] == before
+
+
+class OwnCall(nn.Conv2d):
+    __module__ = nn.__name__
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_layers_that_are_called_in_ways_of_their_own_are_layers_of_the_graph(own: bool) -> None:
+    net = Res(torch.add).eval()
+    if own:
+        net.conv = OwnCall(8, 8, 3, padding=1)
+    else:
+        net.conv.compile()
+    assert {"stem", "conv", "head"} <= {
+        str(node.target) for node in follow(Tracer, net)[0].nodes if node.op == "call_module"
+    }
