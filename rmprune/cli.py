@@ -28,7 +28,7 @@ LEFT = dict.fromkeys(("slim", "grid", "amc", "train"), "what was done is saved")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand. Exit status: 0 done, 2 for anything the user can mend (one line says what), 130 after Ctrl-C and 143 after
-    SIGTERM (of `kill`, `docker stop`, Slurm), which is handled alike."""
+    SIGTERM (of `kill`, `docker stop`, Slurm), which is handled alike, 141 where nobody reads on (`| head`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("torch", "onnxscript", "onnx_ir", "httpx", "matplotlib", "huggingface_hub"):
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _end_as_interrupt() as told, _alone_or_together() as first:
             if first:
                 _do(arguments)
+                print(end="", flush=True)  # now, while a reader who has gone is no error yet
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except RmpruneError as error:
         _fail(str(error))
     except OSError as error:  # a file or folder that no stage expected to be out of reach

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -172,6 +173,15 @@ def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str
 def test_the_module_runs() -> None:
     done = subprocess.run([sys.executable, "-m", "rmprune", "nothing"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "unknown command" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("slim", "--help")])
+def test_a_reader_who_has_gone_is_no_error(words: tuple[str, ...]) -> None:
+    gone, out = os.pipe()
+    os.close(gone)
+    done = subprocess.run([sys.executable, "-m", "rmprune", *words], stdout=out, stderr=subprocess.PIPE, timeout=120)
+    os.close(out)
+    assert done.returncode == 141 and not done.stderr
 
 
 @pytest.mark.parametrize(
