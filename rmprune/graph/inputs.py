@@ -55,7 +55,9 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
         refuse_broken(model, inputs)
     except UnsupportedModel:
         raise
-    except Exception as error:  # of one example something else is wrong than of two, or of float64 than of its own dtype
+    except (
+        Exception
+    ) as error:  # of one example something else is wrong than of two, or of float64 than of its own dtype
         trial(model, one)
         if out_of_memory(error):
             raise

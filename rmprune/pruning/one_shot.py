@@ -283,7 +283,7 @@ def _same(first: Keep, second: Keep) -> bool:
 
 
 def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -> None:
-    """The pruned network runs, and its outputs have the shapes they had. Raises UnsupportedModel else, or where the whole one does not run."""
+    """The pruned network runs, and its outputs have the shapes they had; the whole one ran. Raises UnsupportedModel else."""
     try:
         whole = outputs(before, example_inputs)
     except RuntimeError as error:
