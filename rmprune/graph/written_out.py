@@ -97,8 +97,13 @@ def _drop_idle(network: Network) -> None:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or shape_of(node) is None or shape_of(source) != shape_of(node):
             continue
-        if node.target in _CASTS:  # what reads memory as it lies, such as view, may need it
-            idle = node.meta["floating"] and all(each.op == "call_module" or is_sum(each) for each in node.users)
+        if (
+            node.target in _CASTS
+        ):  # layers may be of the format cast to, and what reads memory as it lies, such as view, of that order
+            layers = node.target == "contiguous"
+            idle = node.meta["floating"] and all(
+                is_sum(each) or (layers and each.op == "call_module") for each in node.users
+            )
         elif node.target in _RESHAPES:
             idle = _own_sizes(node, source)
         elif node.target in _LIKE:

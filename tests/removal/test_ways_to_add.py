@@ -99,7 +99,7 @@ def test_a_stride_as_pooling_of_one_pixel() -> None:
         (lambda x: x.view(x.size(0), 2, 4, 4), "x.view"),  # of these sizes alone
         (lambda x: x.view(x.size(0), 2, x.size(3), x.size(2)), "x.view"),
         (lambda x: x.transpose(2, 3), "x.transpose"),
-        (lambda x: x.to(torch.int64), "x.to"),
+        (lambda x: x.to(torch.int64).float(), "x.to"),
         (lambda x: x.contiguous().view(x.size(0), -1).view(x.size(0), 2, 4, 4), "x.view"),
     ],
 )
