@@ -221,7 +221,10 @@ def test_inspect_says_what_stays_and_why_and_convert_what_was_kept(
     main(("convert", "resnet8", "--width", "4", "--keep", "layer1.0", "--out", str(tmp_path / "plain")))
     printed = capsys.readouterr().out
     assert "2 residuals removed, 1 kept" in printed and "kept layer1.0: " in printed
-    assert status("inspect", str(tmp_path)) == 2 and "not an artifact of rmprune" in capsys.readouterr().err
+    assert (
+        status("inspect", str(tmp_path)) == 2
+        and "no artifact itself; give one of those in it" in capsys.readouterr().err
+    )
     assert status("inspect", "resnet8", "--image-size", "0") == 2 and "at least 1" in capsys.readouterr().err
 
 

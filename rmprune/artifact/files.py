@@ -228,6 +228,10 @@ def _read_architecture(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path}: there is no such directory; an artifact is a directory with {ARCHITECTURE} and {WEIGHTS}"
         )
+    if not file.is_file() and (inside := sorted(path.glob(f"*/{ARCHITECTURE}"))):
+        raise ArtifactError(
+            f"{path}: no artifact itself; give one of those in it: {', '.join(str(one.parent) for one in inside)}"
+        )
     content = read_json(
         file,
         missing="missing; this is not an rmprune artifact, or its copy is incomplete",

@@ -179,6 +179,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         if what := not_data(path):
             raise ArtifactError(f"{path}: holds no weights: {what}") from None
+        if path.suffix.lower() == ".onnx":
+            raise ArtifactError(
+                f"{path}: an ONNX file, which is not trained again; give the artifact or the state dict that it was made from (inspect, "
+                "convert and measure take ONNX files)"
+            ) from None
         if isinstance(error, pickle.UnpicklingError):
             raise ArtifactError(
                 f"{path}: not a plain state dict ({first_line(error)}), and nothing in it is run; load it where it was made, and save "

@@ -205,7 +205,15 @@ def some_of(kept: Tensor, config: DataConfig) -> Tensor:
         generator = torch.Generator().manual_seed(config.split_seed)
         kept = kept[torch.randperm(len(kept), generator=generator)[: config.train_images]].sort().values
     if not len(kept):
-        raise DataError(f"{config.dataset}: the validation split of {config.validation} leaves no image to train on")
+        column = config.group_column
+        groups = (
+            f"; column {column!r} makes too few groups: name another by --group-column, or leave it out"
+            if column
+            else ""
+        )
+        raise DataError(
+            f"{config.dataset}: the validation split of {config.validation} leaves no image to train on{groups}"
+        )
     return kept
 
 

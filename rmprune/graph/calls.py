@@ -8,6 +8,9 @@ import torch
 from torch import fx
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+SUBTRACTIONS = (
+    operator.sub, operator.isub, torch.sub, torch.subtract, torch.rsub, "sub", "sub_", "subtract", "subtract_",
+)  # fmt: skip
 MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 DIVISIONS = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
 _IN_PLACE = (
@@ -36,6 +39,11 @@ def argument(node: fx.Node, place: int, *names: str, default: Any = None) -> Any
 def is_addition(node: fx.Node) -> bool:
     """Whether a call adds."""
     return node.op in ("call_function", "call_method") and node.target in ADDITIONS
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether a call adds or subtracts."""
+    return node.op in ("call_function", "call_method") and node.target in (*ADDITIONS, *SUBTRACTIONS)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

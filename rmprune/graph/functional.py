@@ -45,6 +45,12 @@ def _contiguous(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
     return [] if all(user.op == "call_module" for user in node.users) else None
 
 
+def linear_pool(module: nn.MaxPool2d) -> nn.Module:
+    """The largest of one pixel each is their average: a stride alone, as some shortcuts have it. Other pools as they are."""
+    alone = (module.kernel_size, module.padding) in ((1, 0), ((1, 1), 0), ((1, 1), (0, 0)), (1, (0, 0)))
+    return nn.AvgPool2d(1, module.stride) if alone and not module.ceil_mode and not module.return_indices else module
+
+
 def _clamp(given: dict[str, Any]) -> list[nn.Module] | None:
     low, high = given.get("min"), given.get("max")
     if isinstance(low, int | float) and isinstance(high, int | float) and low < high:
@@ -147,7 +153,9 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
     F.prelu: (("weight",), _prelu),
     **dict.fromkeys((torch.clamp, "clamp", "clamp_"), (("min", "max"), _clamp)),
     F.avg_pool2d: (_POOL, _simple(nn.AvgPool2d)),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), (_MAX_POOL, _simple(nn.MaxPool2d))),
+    **dict.fromkeys(
+        (F.max_pool2d, torch.max_pool2d), (_MAX_POOL, _simple(lambda **given: linear_pool(nn.MaxPool2d(**given))))
+    ),
     F.adaptive_avg_pool2d: (("output_size",), _simple(nn.AdaptiveAvgPool2d)),
     **dict.fromkeys((torch.mean, "mean"), (("dim", "keepdim"), _mean)),
     **dict.fromkeys(
@@ -155,14 +163,20 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
     ),
     **dict.fromkeys(("view", "reshape"), ((), _view)),
     **dict.fromkeys(
-        (F.dropout, F.dropout2d), (("p", "training", "inplace"), lambda given: None if given.get("training") else [])
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        (("p", "training", "inplace"), lambda given: None if given.get("training") else []),
     ),
+    torch.dropout: (("p", "train"), lambda given: None if given.get("train", True) else []),
     F.conv2d: (("weight", "bias", "stride", "padding", "dilation", "groups"), _conv2d),
     F.linear: (("weight", "bias"), _linear),
     F.batch_norm: (("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul"), (("other",), _scale)),
     "detach": ((), lambda _: []),
-    "clone": (("memory_format",), lambda _: []),
+    **dict.fromkeys(("clone", torch.clone), (("memory_format",), lambda _: [])),
+    **dict.fromkeys((operator.pos, torch.positive, "positive", torch.detach), ((), lambda _: [])),
+    **dict.fromkeys(
+        (operator.neg, torch.neg, torch.negative, "neg", "negative"), ((), lambda _: _scale({"other": -1}))
+    ),
     "contiguous": (("memory_format",), _contiguous),
 }
 _WITH_NODE = (_view, _contiguous)

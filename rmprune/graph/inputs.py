@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError, UnsupportedModel, first_line, out_of_memory
 from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import copied, plain_module, refuse_weights
@@ -56,9 +56,16 @@ def as_given(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Given]:
         refuse_broken(model, inputs)
     except UnsupportedModel:
         raise
-    except Exception:  # of one example something else is wrong than of two
+    except (
+        Exception
+    ) as error:  # of one example something else is wrong than of two, or of float64 than of its own dtype
         trial(model, one)
-        raise
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModel(
+            f"the network does not run in float64 ({type(error).__name__}: {first_line(error)}), in which all that is done to it is "
+            "checked: let its code name no dtype, or take it from what is at hand (x.dtype, zeros_like)"
+        ) from error
     refuse_changing_hooks(model, inputs)
     given = Given(inputs)
     given.network, given.kept = model, {}

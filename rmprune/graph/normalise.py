@@ -12,7 +12,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import is_size, module_around
 from rmprune.graph.convolution import plain
 from rmprune.graph.double import InDouble
-from rmprune.graph.functional import COMMUTATIVE, modules_for
+from rmprune.graph.functional import COMMUTATIVE, linear_pool, modules_for
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, free_name, named
@@ -180,6 +180,8 @@ def _stock(module: nn.Module) -> list[nn.Module]:
         return [plain_norm(module), *(layer for part in module.children() for layer in _stock(part))]  # drop and act
     if named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")):
         return [plain_norm(module)]
+    if type(module) is nn.MaxPool2d:
+        return [linear_pool(module)]
     if getattr(module, "inplace", False):
         module = copy.copy(module)
         module.inplace = False  # type: ignore[assignment]

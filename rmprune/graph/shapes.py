@@ -28,7 +28,7 @@ def propagate_shapes(network: Network, example_inputs: tuple[Tensor, ...]) -> No
     """Runs the graph on the meta device and notes the shape of every tensor."""
     for node, value in run(network.graph, blank_inputs(example_inputs, torch.float64), partial(_value, network)):
         if isinstance(value, Tensor):
-            node.meta["shape"] = tuple(value.shape)
+            node.meta["shape"], node.meta["floating"] = tuple(value.shape), value.is_floating_point()
         else:
             node.meta.pop("shape", None)
 

@@ -1,4 +1,5 @@
-"""What code writes out, as layers: pieces as slices, differences as sums, zeros as padding, relu6(x + 3) / 6 as Hardsigmoid."""
+"""What code writes out, as layers: pieces as slices, differences and stacks as sums, zeros as padding, relu6(x + 3) / 6 as Hardsigmoid;
+and calls that change no value, taken out."""
 
 import operator
 from typing import Any
@@ -6,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.graph.calls import ADDITIONS, CHUNKS, DIVISIONS, MULTIPLICATIONS, argument, is_addition, piece_sizes
+from rmprune.graph.calls import (
+    ADDITIONS,
+    CHUNKS,
+    DIVISIONS,
+    MULTIPLICATIONS,
+    argument,
+    is_addition,
+    is_sum,
+    piece_sizes,
+)
 from rmprune.graph.convolution import Scale, Shift
 from rmprune.graph.network import Network, joined_maps, shape_of
 
@@ -15,6 +25,7 @@ _TIMES_X: dict[object, type[nn.Module]] = {nn.Hardsigmoid: nn.Hardswish, nn.Sigm
 
 def as_layers(network: Network) -> None:
     """Rewrites all of these, in place; `propagate_shapes` has run."""
+    _drop_idle(network)
     _slice_pieces(network)
     _as_sums(network)
     _pad_zeros(network)
@@ -75,24 +86,130 @@ def _replace(network: Network, node: fx.Node, source: fx.Node, module: nn.Module
     network.bypass(node, new)
 
 
+_CASTS = ("contiguous", "to", "float", "double", "type", "type_as", "cpu", "cuda")
+_RESHAPES = ("view", "reshape", "expand")
+_LIKE = ("view_as", "reshape_as", "expand_as")
+
+
+def _drop_idle(network: Network) -> None:
+    """Takes out what gives its input back as it is: casts (all is float64 here), views of the same sizes, x[:], padding by nothing."""
+    for node in reversed(list(network.graph.nodes)):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or shape_of(node) is None or shape_of(source) != shape_of(node):
+            continue
+        if (
+            node.target in _CASTS
+        ):  # layers may be of the format cast to, and what reads memory as it lies, such as view, of that order
+            layers = node.target == "contiguous"
+            idle = node.meta["floating"] and all(
+                is_sum(each) or (layers and each.op == "call_module") for each in node.users
+            )
+        elif node.target in _RESHAPES:
+            idle = _own_sizes(node, source)
+        elif node.target in _LIKE:
+            idle = True
+        elif node.target is operator.getitem:
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            idle = all(part is Ellipsis or part == slice(None) for part in index)
+        else:
+            idle = node.target is nn.functional.pad and not any(argument(node, 1, "pad", default=(1,)))
+        if idle:
+            network.bypass(node, source)
+    network.drop_unread()
+
+
+def _own_sizes(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a view has the sizes of what it views, whatever they are: x.view(x.shape), x.view(x.size(0), 8, x.size(2), -1)."""
+    sizes = node.args[1:] if node.args[1:] else tuple(node.kwargs.values())
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = tuple(sizes[0])
+    if len(sizes) == 1:
+        return _size_of(sizes[0]) == (source, None)
+    return list(sizes).count(-1) < 2 and all(
+        size == -1 or _size_of(size) == (source, place) or (place == 1 and isinstance(size, int))
+        for place, size in enumerate(sizes)
+    )
+
+
+def _size_of(value: Any) -> tuple[Any, Any]:
+    """The node whose sizes this is, and which of them; None for all."""
+    if not isinstance(value, fx.Node):
+        return None, None
+    if value.target == "size" or (value.target is getattr and value.args[1] == "shape"):
+        return value.args[0], value.args[1] if value.target == "size" and len(value.args) > 1 else None
+    if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
+        source, which = _size_of(value.args[0])
+        return (source, value.args[1]) if which is None else (None, None)
+    return None, None
+
+
 def _as_sums(network: Network) -> None:
-    """x - y as x + (-1) * y, operands by place, a number a channel that is added as a layer; `propagate_shapes` has run."""
+    """x - a * y as x + (-a) * y, the sum of a stack as a sum, operands by place, a number a channel that is added as a layer;
+    `propagate_shapes` has run."""
     for node in list(network.graph.nodes):
-        if (is_addition(node) or node.target is torch.sub) and node.kwargs.keys() & {"input", "other"}:
+        _unstack(network, node)
+        if is_sum(node) and node.kwargs.keys() & {"input", "other"}:
             node.args = (argument(node, 0, "input"), argument(node, 1, "other"))
             node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "other")}
+        _scale_second(network, node)
         if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
             continue
         first, second = node.args
         if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or shape_of(first) != shape_of(node):
             continue
         constant = network.constants.get(str(second.target)) if second.op == "get_attr" else None
-        if node.target in (operator.sub, torch.sub) and constant is None and shape_of(second) == shape_of(node):
-            negative = network.insert(node, f"{node.name}_minus", Scale(torch.tensor([-1.0]).double()), second)
-            negative.meta["shape"] = shape_of(second)
-            node.target, node.args = operator.add, (first, negative)
-        elif node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
+        if node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
             node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
+
+
+def _scale_second(network: Network, node: fx.Node) -> None:
+    """Rewrites x - y, add(x, y, alpha=a) and rsub(x, y) of two maps as an addition whose second operand is scaled, in place."""
+    if not is_sum(node) or len(node.args) != 2 or node.kwargs.keys() - {"alpha"}:
+        return
+    first, second = node.args[::-1] if node.target is torch.rsub else node.args
+    factor = node.kwargs.get("alpha", 1)
+    maps = [part for part in (first, second) if isinstance(part, fx.Node) and shape_of(part) == shape_of(node)]
+    of_weights = any(part.op == "get_attr" for part in maps)
+    if len(maps) < 2 or of_weights or len(shape_of(node) or ()) != 4 or not isinstance(factor, int | float):
+        return
+    factor = float(factor) if is_addition(node) else -float(factor)
+    if factor != 1:
+        scaled = network.insert(
+            node, f"{node.name}_scaled", Scale(torch.tensor([factor], dtype=torch.float64)), maps[1]
+        )
+        scaled.meta["shape"] = shape_of(node)
+        maps[1] = scaled
+    node.op, node.target, node.args, node.kwargs = "call_function", operator.add, tuple(maps), {}
+
+
+def _unstack(network: Network, node: fx.Node) -> None:
+    """Rewrites the sum or mean of a stack over what was stacked, torch.stack([x, y]).sum(0), as sums of two, in place."""
+    stack = argument(node, 0, "input")
+    if node.target not in _SUMS_OVER or not isinstance(stack, fx.Node) or stack.target is not torch.stack:
+        return
+    parts, at = argument(stack, 0, "tensors"), argument(stack, 1, "dim", default=0)
+    over, rank = argument(node, 1, "dim", "axis"), len(shape_of(stack) or ())
+    over = over[0] if isinstance(over, list | tuple) and len(over) == 1 else over
+    if not isinstance(parts, list | tuple) or not isinstance(over, int) or over % rank != at % rank:
+        return
+    kept, named = argument(node, 2, "keepdim", default=False), {"dim", "axis", "input", "keepdim"}
+    if kept or len(node.args) > 3 or node.kwargs.keys() - named or len(parts) < 2:
+        return
+    total = parts[0]
+    for part in parts[1:]:
+        with network.graph.inserting_before(node):
+            total = network.graph.call_function(operator.add, (total, part))
+        total.meta = dict(node.meta)
+    if node.target in ("mean", torch.mean):
+        shape = total.meta["shape"]
+        total = network.insert(
+            node, f"{node.name}_mean", Scale(torch.tensor([1 / len(parts)], dtype=torch.float64)), total
+        )
+        total.meta["shape"] = shape
+    network.bypass(node, total)
+
+
+_SUMS_OVER = ("sum", torch.sum, "mean", torch.mean)
 
 
 def _one_a_channel(constant: Tensor, node: fx.Node) -> bool:

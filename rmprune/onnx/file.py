@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -129,6 +130,9 @@ def open_onnx(path: str | Path) -> OnnxFile:
         check_names(proto.graph)
         inputs = tuple(_described(value, "input") for value in proto.graph.input if value.name not in weights)
         outputs = tuple(_described(value, "output") for value in proto.graph.output)
+        for value, count in Counter(value.name for value in proto.graph.output).items():
+            if count > 1:  # taken by ONNX Runtime, but not by onnx's checker
+                raise ArtifactError(f"its output {printable(value)} stands {count} times among the outputs; leave one")
         if not inputs or not outputs:
             raise ArtifactError(f"the graph has no {'inputs' if not inputs else 'outputs'}; export the network again")
         dtype = format_of(proto.graph)

@@ -12,10 +12,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from rmprune import artifact
-from rmprune.artifact.files import ARCHITECTURE
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, architecture
-from rmprune.errors import ArtifactError, ConfigError, NotEquivalent
+from rmprune.errors import ConfigError, NotEquivalent
 from rmprune.graph.build import target_of
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
@@ -39,7 +38,7 @@ _IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_sma
 def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
     """The network of a name or artifact in eval mode, and one example image batch [2, C, H, W] with a fixed seed."""
     path = Path(config.model)
-    if (path / ARCHITECTURE).is_file():  # whole or not, which reading it says
+    if path.is_dir():  # whole or not, which reading it says
         model = artifact.load(path).eval()
         told = artifact.read_extra(path).get("input_shape")
         known = None if told is None else image_shape(told, path)
@@ -48,8 +47,6 @@ def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
         shape = known or _shape_from(config)
         if known is not None and config.image_size is not None:
             shape = (known[0], *_shape_from(config)[1:])
-    elif path.exists() and path.is_dir():
-        raise ArtifactError(f"{path}: not an artifact of rmprune; give one, or a network's name")
     else:
         shape = _shape_from(config)
         torch.manual_seed(0)

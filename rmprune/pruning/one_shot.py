@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from rmprune.config.fields import require_types
 from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with_loss
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError, UnsupportedModel, first_line, out_of_memory
 from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import Inputs, as_given, as_names, only_input
+from rmprune.graph.shapes import floating_dtype
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
 from rmprune.pruning.allocate import allocate, allocate_uniform
@@ -282,8 +283,17 @@ def _same(first: Keep, second: Keep) -> bool:
 
 
 def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -> None:
-    """The pruned network runs, and its outputs have the shapes they had."""
-    for expected, got in zip(outputs(before, example_inputs), outputs(after, example_inputs), strict=True):
+    """The pruned network runs, and its outputs have the shapes they had; the whole one ran. Raises UnsupportedModel else."""
+    try:
+        whole = outputs(before, example_inputs)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModel(
+            f"the network itself does not run in {floating_dtype(before)} ({first_line(error)}): give it in one dtype, without casts to "
+            "another in forward"
+        ) from error
+    for expected, got in zip(whole, outputs(after, example_inputs), strict=True):
         if expected.shape != got.shape:
             raise UnsupportedModel(
                 f"pruning changed an output's shape from {tuple(expected.shape)} to {tuple(got.shape)}"

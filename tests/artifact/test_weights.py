@@ -113,6 +113,19 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "executed").exists()
 
 
+def test_what_training_cannot_start_from_says_what_can(tmp_path: Path) -> None:
+    artifact.save(net(), tmp_path / "run" / "dense")
+    (tmp_path / "run" / "dense" / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(
+        ArtifactError, match=r"an ONNX file, which is not trained again; give the artifact or the state dict"
+    ):
+        read_state_dict(tmp_path / "run" / "dense" / "model.onnx")
+    with pytest.raises(
+        ArtifactError, match=rf"{tmp_path / 'run'}: no artifact itself; give one of those in it: .*dense$"
+    ):
+        artifact.load(tmp_path / "run")
+
+
 def test_small_images_get_a_small_stem() -> None:
     small = create_network("resnet18", num_classes=10, input_shape=(1, 28, 28))
     large = create_network("resnet18", num_classes=10, input_shape=(3, 224, 224))

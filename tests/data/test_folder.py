@@ -455,9 +455,16 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
             lambda f: csv_of("image,split,cell\n" + SPLIT_CELL)(f) | {"group_column": "cell"},
             "group '7' is in train and in test",
         ),
+        (
+            lambda f: (
+                csv_of("image,cell\n" + "".join(f"train/{c}/{i}.png,7\n" for c in ("cat", "dog") for i in range(3)))(f)
+                | {"group_column": "cell"}
+            ),
+            "leaves no image to train on; column 'cell' makes too few groups",
+        ),
         (lambda f: {"group_column": "cell"}, "give it with --labels"),
         (lambda f: {"transforms": "mine.py:augment"}, "mine.py:augment would be executed"),
-        (lambda f: {"augment": "heavy"}, "use none, light"),
+        (lambda f: {"augment": "heavy"}, "augment is 'heavy'; use one of none, light"),
     ],
 )  # fmt: skip
 def test_what_is_refused_before_training(folder: Path, spoil, told: str) -> None:

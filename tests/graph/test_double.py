@@ -86,3 +86,24 @@ def test_half_precision_inside_is_refused(call: str) -> None:
     net = _Net(lambda y: y.half().to(y.dtype)).eval()
     with pytest.raises(UnsupportedModel, match=r"computes in float16 inside \(half\)"):
         getattr(rmprune, call)(net, torch.randn(2, 1, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_cut_network_that_never_ran_in_its_own_dtype_is_one_error(dtype: torch.dtype) -> None:
+    net = _Net(lambda y: y).eval().to(dtype)  # its head reads float32
+    with pytest.raises(UnsupportedModel, match=f"the network itself does not run in {dtype}"):
+        rmprune.prune(net, torch.randn(3, 1, 4, 4), importance="random", budget=rmprune.Budget(ratio=0.5))
+
+
+def test_code_that_insists_on_a_dtype_is_one_error() -> None:
+    class Insists(_Net):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.float32
+            return super().forward(x)
+
+    for call in (
+        rmprune.remove_residuals,
+        lambda net, x: rmprune.prune(net, x, importance="random", budget=rmprune.Budget(ratio=0.5)),
+    ):
+        with pytest.raises(UnsupportedModel, match=r"does not run in float64 \(AssertionError.*name no dtype"):
+            call(Insists(lambda y: y).eval(), torch.randn(3, 1, 4, 4))

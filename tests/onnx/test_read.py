@@ -269,6 +269,10 @@ REFUSED = {
         "not on the list of those that are read: LSTM",
     ),
     "an unknown attribute": (one("Relu", alpha=1.0), "Relu n: its attribute alpha is not known"),
+    "one output twice": (
+        edited(lambda m: m.graph.output.append(m.graph.output[0])),
+        "its output scores/out:0 stands 2 times among the outputs; leave one",
+    ),
     "an old opset": (edited(lambda m: setattr(m.opset_import[0], "version", 6)), "its opset is 6, read are 7 to"),
     "layers in two formats": (
         edited(lambda m: typed(m, 10)),
