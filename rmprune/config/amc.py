@@ -82,8 +82,11 @@ class AmcConfig(RunConfig):
     """Width multiplier of a MobileNet (base width of a ResNet)."""
     free: int = 1
     """Factor of the linear bottlenecks' width while training; fusing takes it out again. Budgets count against the wide network."""
-    method: Names = ("rm-amc",)
-    """Ways to choose the widths, comma-separated; each is fine-tuned and measured from the same checkpoint (see README)."""
+    method: Names = ()
+    """Ways to choose the widths, comma-separated; each is fine-tuned and measured from the same checkpoint (default: rm-amc, or
+    plan-amc with --plan; see docs/methods.md)."""
+    plan: Path | None = None
+    """What plan-amc, plan-random and plan-uniform make of the residual blocks (a JSON file, as slim --plan takes it)."""
     apply: Literal["once", "gradual"] = "once"
     """Reach the best policy in one cut before fine-tuning, or in small cuts while fine-tuning."""
     seeds: int = 1
@@ -106,5 +109,13 @@ class AmcConfig(RunConfig):
         require_inside(self, "(0, inf)", "width", "prune_epochs")
         require_finite(self)
         require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
-        require(len(self.method) > 0, "method is empty; give at least one, for example rm-amc")
+        if not self.method:
+            object.__setattr__(self, "method", ("rm-amc" if self.plan is None else "plan-amc",))
+        planned = [name for name in self.method if name.startswith("plan-")]
+        require(
+            self.plan is not None or not planned, f"method {', '.join(planned)} is about a plan's blocks; give --plan"
+        )
+        require(
+            self.plan is None or bool(planned), "no method looks at the plan; use plan-amc, plan-random or plan-uniform"
+        )
         require_choice(self, "apply")

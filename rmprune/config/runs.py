@@ -118,6 +118,9 @@ class SlimConfig(RunConfig):
     search_minutes: float | None = field(default=None, metadata=changeable())
     """How long method auto looks for better plans, once it has judged the presets and the first that its surrogate proposes (default: until
     four in a row are no better, at most a minute)."""
+    choices: Names = ()
+    """What method auto may make of each residual block, comma-separated: keep, remove, fuse, merge, drop (default: any). Without keep no
+    residual addition is left: for devices that cannot add."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
     """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
     seeds: int = 1
@@ -149,6 +152,12 @@ class SlimConfig(RunConfig):
             object.__setattr__(self, "method", ("plan" if self.plan is not None else self.prune.usual_method,))
         require_inside(self, "[0, 10000]", "search_minutes")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
+        unknown = [choice for choice in self.choices if choice not in ("keep", "remove", "fuse", "merge", "drop")]
+        require(not unknown, f"choices is {', '.join(self.choices)}; use some of keep, remove, fuse, merge, drop")
+        require(
+            not self.choices or "auto" in self.method,
+            f"choices is for method auto, but the method is {', '.join(self.method)}; leave one of the two out",
+        )
 
 
 @dataclass(frozen=True)

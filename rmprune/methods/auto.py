@@ -129,7 +129,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         return surrogate.believing(belief)
 
     def first() -> Iterator[tuple[Proposal, str]]:
-        for name, preset in PRESETS.items():
+        for name, preset in allowed.items():
             near = _blocks(preset, outlook.options)
             if (found := surrogate.best(outlook.limit, near=near, changes=0, other_than=tried())) is not None:
                 yield found, f"the blocks of {name}"
@@ -137,7 +137,12 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
             while (found := taught().best(outlook.limit, other_than=tried(), apart=apart)) is not None:
                 yield found, f"number {len(plans) + 1} by the surrogate"
 
-    presets = {name: functools.partial(_cutter, PRESETS[name], starts, job, budget) for name in PRESETS}
+    allowed = {
+        name: preset
+        for name, preset in PRESETS.items()
+        if not any(outlook.allowed[block][choice] for block, choice in _blocks(preset, outlook.options).items())
+    }
+    presets = {name: functools.partial(_cutter, preset, starts, job, budget) for name, preset in allowed.items()}
     refusals: dict[str, Refusal] = {}
     verdicts = judge(presets, budget, job, files, refusals=refusals)
     for name in [name for name in plans if name not in verdicts]:  # an interrupted search left it

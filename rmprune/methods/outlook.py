@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from rmprune.config import SlimConfig
 from rmprune.data.batches import affordable
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.graph.foreign import copied
 from rmprune.methods.cutter import LEAST_FRACTION, layer_times, place_of
 from rmprune.pruning import Budget, find_structure
@@ -23,7 +23,7 @@ from rmprune.pruning.groups import Cost, Structure, macs, total_cost
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.options import BlockLayers, block_layers, block_options
-from rmprune.pruning.plan import Choice, Options
+from rmprune.pruning.plan import CHOICES, Choice, Options
 from rmprune.pruning.program import read_program
 from rmprune.pruning.proposals import Proposals, Sight, thinned
 from rmprune.pruning.surrogate import Ends, block_losses, width_losses
@@ -39,11 +39,15 @@ SHAPE_IMAGES = 8  # for networks of which only the shapes are wanted
 
 @dataclass(frozen=True)
 class Outlook:
-    """The networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost."""
+    """The networks that plans are put together from (see `rmprune.pruning.proposals`), and what their layers may cost.
+
+    options: what each block can become; allowed: of that, what the settings let plans make of it.
+    """
 
     networks: Mapping[Choice, nn.Module]
     sights: Mapping[Choice, Sight]
     options: Options
+    allowed: Options
     layers: Mapping[str, BlockLayers]
     limit: float
 
@@ -52,7 +56,7 @@ class Outlook:
         """The choices of every block, as if none lost anything."""
         return {
             name: {choice: 0.0 for choice in ("keep", "remove", "fuse", "merge", "drop") if not own[choice]}
-            for name, own in self.options.items()
+            for name, own in self.allowed.items()
         }
 
 
@@ -61,7 +65,20 @@ def refuse(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> None:
     if budget.latency_ratio is None:
         look(network, budget, job)
     else:
-        _networks(network, job)
+        _allowed(_networks(network, job)[2], job.config.choices)
+
+
+def _allowed(options: Options, choices: Sequence[str]) -> Options:
+    """The options of blocks, those that are not among `choices` (none: any) refused. Raises ConfigError for a block without any."""
+    if not choices:
+        return options
+    found: dict[str, dict[Choice, str]] = {}
+    for name, own in options.items():
+        found[name] = {c: why if c in choices else "not among the choices allowed" for c, why in own.items()}
+        if all(found[name].values()):
+            reasons = "; ".join(f"{choice}: {own[choice]}" for choice in CHOICES if choice in choices)
+            raise ConfigError(f"block {name} can be none of the choices {', '.join(choices)} ({reasons}); allow keep")
+    return found
 
 
 def _networks(
@@ -102,6 +119,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     if budget.name != "memory_ratio":
         budget = dataclasses.replace(budget, memory_ratio=None)  # the cut of each plan holds it
     networks, structures, options = _networks(network, job)
+    allowed = _allowed(options, job.config.choices)
     images = job.data.train.example(2, job.device)
     costs: dict[Choice, Cost] = dict.fromkeys(networks, macs)
     if budget.latency_ratio is not None:
@@ -118,7 +136,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             widths = {group.name: thinned(allowed_units(group, least)) for group in structure.groups}
             none = {name: [0.0] * len(own) for name, own in widths.items()}
             sights[choice] = Sight(structure, costs[choice], widths, none)
-        found = Outlook(networks, sights, options, block_layers(network, images), limit)
+        found = Outlook(networks, sights, options, allowed, block_layers(network, images), limit)
         cost = Proposals(sights, found.layers, found.nothing).least_cost()
         if cost <= limit:
             return found
@@ -145,7 +163,7 @@ def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
 
     def of_blocks() -> Any:
         logger.info("%s: what each block loses where it is merged or dropped (KL at the network's end)", files.label)
-        return block_losses(network, outlook.options, job.examples, ends, logger.info)
+        return block_losses(network, outlook.allowed, job.examples, ends, logger.info)
 
     def of_widths(choice: Choice) -> Any:
         own, sight = outlook.networks[choice], outlook.sights[choice]

@@ -34,12 +34,16 @@ from rmprune.pipelines.stages import (
     narrower,
     open_data,
     pick_device,
+    say,
     stage,
     starting_network,
+    with_names,
 )
+from rmprune.pruning.carry_out import carry_out_plan_blocks
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.pruning.one_shot import fitting
+from rmprune.pruning.plan import SlimPlan, flat_name, layers_digest
 from rmprune.pruning.program import read_program
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished
@@ -63,18 +67,19 @@ def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> li
             )
     budgets = [(f"{config.search.constraint}_ratio", value) for value in config.search.budget]
     cells = plan_cells(config.directory, config.seed, config.seeds, budgets)
-    found, networks = [cell.record for cell in cells], {"dense", "plain", *AMC_METHODS}
+    found, networks = [cell.record for cell in cells], {"dense", "plain", "planned", *AMC_METHODS}
+    plan = None if config.plan is None else SlimPlan.read(config.plan)
     refuse_used(config.directory, config, found, overwrite=config.overwrite)
     device = pick_device(config.device)
     data = open_data(config, load)
-    _refuse_early(Job(config, data, device, config.seed), cells)
+    _refuse_early(Job(config, data, device, config.seed), plan, cells)
     with at_work(config, device, found, networks):
         for cell in unfinished(cells):
-            _run_cell(cell, Job(config, data, device, cell.seed), command)
+            _run_cell(cell, plan, Job(config, data, device, cell.seed), command)
     return found
 
 
-def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
+def _refuse_early(job: Job[AmcConfig], plan: SlimPlan | None, cells: list[Cell]) -> None:
     """Infeasible budgets are refused before a file is written or an epoch trained (measured time: once it is measured)."""
     config, example = job.config, job.data.train.example(2)
     check_available(config.measure.backends, config.measure.device)
@@ -88,11 +93,13 @@ def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
             )
     if (cells[0].shared / "plain").exists() and not config.overwrite:
         return
-    networks = {
-        plain: remove_residuals(dense, example, **vars(config.removal)).model if plain else dense
-        for plain in {AMC_METHODS[name].plain for name in config.method if AMC_METHODS[name].search is not None}
-    }
-    for network in networks.values():
+    starts = {AMC_METHODS[name].start for name in config.method if AMC_METHODS[name].search is not None}
+    networks = [dense] if "dense" in starts else []
+    if "plain" in starts:
+        networks.append(remove_residuals(dense, example, **vars(config.removal)).model)
+    if plan is not None:
+        networks.append(carry_out_plan_blocks(dense, plan, lambda count: example[:count], config.removal)[0])
+    for network in networks:
         with fitting("amc scores widths by fits: slim --method residual --no-reconstruct prunes without"):
             read_program(network, find_structure(network, example), example)
     if config.search.constraint == "latency":
@@ -101,30 +108,44 @@ def _refuse_early(job: Job[AmcConfig], cells: list[Cell]) -> None:
         if any(AMC_METHODS[name].search is None for name in config.method):
             make = functools.partial(make_dense, config, job.data, job.seed)
             width_multiplier(make, dense, example, config, Goal(ratio))
-        for network in networks.values():
+        for network in networks:
             make_space(network, dense, example, config.search, ratio)
 
 
-def _run_cell(cell: Cell, job: Job[AmcConfig], command: str) -> None:
+def _run_cell(cell: Cell, plan: SlimPlan | None, job: Job[AmcConfig], command: str) -> None:
     """Every stage that is not done yet, then the record."""
     config, example = job.config, job.data.train.example(2)
     dense = dense_network(job, cell)
     job = replace(job, teacher=dense, memory=cell.shared / "checkpoint" / "teacher")
     networks: dict[str, nn.Module] = {"original": dense}
     removal: dict[str, Any] | None = None
-    if any(AMC_METHODS[name].plain for name in config.method):
-        networks["plain"] = starting_network(job, cell, "plain")
+    bases = {"dense": dense}
+    if any(AMC_METHODS[name].start == "plain" for name in config.method):
+        networks["plain"] = bases["plain"] = starting_network(job, cell, "plain")
         removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
+    if plan is not None:
+        bases["planned"] = _planned(plan, job, cell)
     timing = None
     if config.search.constraint == "latency":
         timing = Timing(dense, example, config.measure, cache=cell.shared / "latency.json")
     for name in config.method:
         goal = Goal(cell.value, timing, cell.directory / "search" / name)
-        base = networks["plain"] if AMC_METHODS[name].plain else dense
+        base = bases[AMC_METHODS[name].start]
         work: Callable[..., Any] = _narrow if AMC_METHODS[name].search is None else functools.partial(_slim, base)
         made = functools.partial(work, name, goal, job, cell)
         networks[name] = stage(cell.directory / name, made, onnx=example[:1])
     finish(job, cell, command, networks, methods=list(config.method), removal=removal)
+
+
+def _planned(plan: SlimPlan, job: Job[AmcConfig], cell: Cell) -> nn.Module:
+    """The trained network with its blocks as planned and its widths whole, which a seed's cells share."""
+
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        found, facts = carry_out_plan_blocks(with_names(job.original, job), plan, job.examples, job.config.removal)
+        say(facts)
+        return found, facts
+
+    return stage(cell.shared / "planned", make, onnx=job.data.train.example(1))
 
 
 def _slim(base: nn.Module, name: str, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
@@ -158,6 +179,11 @@ def _slim(base: nn.Module, name: str, goal: Goal, job: Job[AmcConfig], cell: Cel
     network = tune(network, config.finetune, job, Files.of(cell.directory, name), hook)
     if hook is not None:
         chosen.facts["cut_error"] = max(chosen.facts["cut_error"], hook.proved(network))
+    if AMC_METHODS[name].start == "planned":
+        begun = artifact.read_extra(cell.shared / "planned")
+        widths = {flat_name(group): width for group, width in chosen.widths.items()}
+        plan = SlimPlan(begun["blocks"], widths, begun["fuse"], layers_digest(job.original))
+        return network, {"search": chosen.facts, "plan": plan.to_dict()}
     if not AMC_METHODS[name].mixed:
         return network, {"search": chosen.facts}
     removal = _remove_faster(network, goal, job)

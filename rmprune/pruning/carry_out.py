@@ -81,6 +81,15 @@ def carry_out_blocks(
     return network, facts
 
 
+def carry_out_plan_blocks(
+    model: nn.Module, plan: SlimPlan, examples: Examples, removal: RemovalConfig = REMOVAL
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`carry_out_blocks` of what a plan says of every block, whatever it says of widths; raises ConfigError for another network's plan."""
+    removal = replace(removal, fuse=plan.fuse)
+    options = block_options(model, examples(2), alone=False, removal=removal)
+    return carry_out_blocks(model, plan.check(model, options), examples, removal, options)
+
+
 def collapse_images(examples: Examples) -> Tensor:
     """The training images that convolutions are fitted on: fewer where they are large."""
     return examples(affordable(COLLAPSE_IMAGES, examples(1).shape[2:]))
@@ -106,15 +115,12 @@ def carry_out(
     3
     """
     images = torch.cat(list(network_inputs(data, model)))
-    removal = replace(removal, fuse=plan.fuse)
-    options = block_options(model, images[:2], alone=False, removal=removal)
-    choices = plan.check(model, options)
-    network, facts = carry_out_blocks(model, choices, lambda count: images[:count], removal, options)
+    network, facts = carry_out_plan_blocks(model, plan, lambda count: images[:count], removal)
     network, _, structure = followed(network, as_tuple(network, images[:2]))
     units = plan.units(structure)
     result, error = cut_to(network, structure, units, data, importance, reconstruct)
     widths = {flat_name(name): count for name, count in units.items()}
-    whole = SlimPlan(choices, widths, plan.fuse, layers_digest(model))
+    whole = SlimPlan(facts["blocks"], widths, plan.fuse, layers_digest(model))
     return result, facts | {"plan": whole.to_dict(), "cut_error": error}
 
 

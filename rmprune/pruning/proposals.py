@@ -100,7 +100,9 @@ class Proposals:
         }
         self._ports = {name: ports for name in layers if (ports := self._find_ports(name)) is not None}
         self._others: dict[str, Choice] = {
-            name: "remove" if "remove" in own else "keep" for name, own in losses.items() if name not in self._ports
+            name: next(choice for choice in ("remove", "keep", *own) if choice in own)
+            for name, own in losses.items()
+            if name not in self._ports
         }
         self._constant = 0.0
         for name in self._ports:

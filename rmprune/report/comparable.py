@@ -83,7 +83,7 @@ def _original(record: dict[str, Any]) -> tuple[Any, ...]:
 def _unread(method: str) -> frozenset[str]:
     """Settings that a method does not read: they may differ."""
     found = {f"prune.{name}" for name in _FIXED.get(method, ())} | (_UNREAD if method in _TORCH_PRUNING else set())
-    found |= {"search_minutes"} if method != "auto" else set()
+    found |= {"search_minutes", "choices"} if method != "auto" else set()
     found |= _NOT_PRUNED.get(method, set())
     return frozenset(found | (_REMOVAL.keys() if method in _RESIDUALS_STAY else set()))
 

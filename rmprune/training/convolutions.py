@@ -1,4 +1,4 @@
-"""Convolutions with a stride whose gradients oneDNN computes wrongly or slowly on CPUs, computed another way while training."""
+"""Convolutions whose gradients oneDNN computes wrongly or slowly on CPUs, computed another way while training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +17,8 @@ class TrainableConvolutions(TorchFunctionMode):
     channels-last float32 without AVX-512 (https://github.com/uxlfoundation/oneDNN/issues/6035: wrong gradients, crashes, hangs).
     They see the pixels that they read, and have no stride.
 
-    Depthwise ones with a stride under autocast: there is no fast bfloat16 gradient for them, it takes several times what float32's
-    takes, and much of a MobileNetV2's step. They are computed in float32.
+    Depthwise ones under autocast, but those that look at 3x3 pixels or fewer, without a stride: there is no fast bfloat16 gradient for
+    them, it takes 2 to 12 times what float32's takes, and most of an EfficientNet's step. They are computed in float32.
     """
 
     def __torch_function__(
@@ -33,12 +33,14 @@ def _conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | tuple[int, ...] = 1, padding: Any = 0,
     dilation: int | tuple[int, ...] = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
-    if max(strides) == 1 or input.device.type != "cpu" or input.dtype == torch.float64:
+    if input.device.type != "cpu" or input.dtype == torch.float64:
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if weight.shape[2:] == (1, 1) and weight.shape[1] < NARROW and padding in (0, (0, 0), [0, 0], "valid"):
+    strides, dilations = ((size, size) if isinstance(size, int) else tuple(size) for size in (stride, dilation))
+    strided = max(strides) > 1
+    if strided and weight.shape[2:] == (1, 1) and weight.shape[1] < NARROW and padding in (0, (0, 0), [0, 0], "valid"):
         return torch.conv2d(input[..., :: strides[0], :: strides[-1]], weight, bias, 1, 0, 1, groups)
-    if groups > 1 and weight.shape[1] == 1 and torch.is_autocast_enabled("cpu"):
+    slow = strided or max(dilations) > 1 or max(weight.shape[2:]) > 3
+    if slow and groups > 1 and weight.shape[1] == 1 and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return torch.conv2d(input.float(), weight, bias, stride, padding, dilation, groups).to(
                 torch.get_autocast_dtype("cpu")

@@ -15,7 +15,7 @@ from torch import nn
 import rmprune
 from rmprune.config import PruneConfig, RemovalConfig, SlimConfig, TrainConfig
 from rmprune.data.load import load_dataset
-from rmprune.errors import InfeasibleBudget, UnsupportedModel
+from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import auto
@@ -112,6 +112,39 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     again = records.read_record(path)["pruned"]
     assert again["candidates"] == found["candidates"] and again["accuracy"] == found["accuracy"]
     assert again["search"] == found["search"] and found["search"]["seconds"] > 0  # nothing was looked for again
+
+
+def test_plans_keep_to_the_choices_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "PROPOSED", 1)
+    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm-collapse")})
+    prune, none = PruneConfig(macs_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
+    config = replace(QUICK, method=("auto",), prune=prune, train=none, finetune=none, search_minutes=0.0)
+    config = replace(config, data=replace(config.data, train_images=256), out=tmp_path, choices=("remove", "merge"))
+    (path,) = run_slim(config, command="x")
+    found = records.read_record(path)["pruned"]
+    tried = {name for name, verdict in found["candidates"].items() if "loss" in verdict}
+    assert tried == {"rm-collapse", "plan-1"} == found["candidates"].keys()
+    blocks = [verdict["blocks"] for name, verdict in found["candidates"].items() if name.startswith("plan-")]
+    assert {choice for own in blocks for choice in own.values()} <= {"remove", "merge"}
+    pruned = rmprune.load(path.parent / "pruned")
+    assert not list(rmprune.plan_removal(pruned, torch.randn(2, 1, 8, 8)))
+
+
+def test_a_block_that_no_choice_is_left_to_is_refused_with_its_reason_before_training(tmp_path: Path) -> None:
+    prune = PruneConfig(macs_ratio=(0.5,))
+    config = replace(QUICK, method=("auto",), prune=prune, choices=("fuse", "merge"), out=tmp_path / "no")
+    config = replace(config, removal=RemovalConfig(keep=("layer2.0",)))
+    with pytest.raises(
+        ConfigError, match=r"^block layer2.0 can be none of the choices fuse, merge \(merge: .*; allow keep$"
+    ):
+        run_slim(config, command="x")
+    assert not (tmp_path / "no").exists()
+    for wrong, said in (
+        ({"choices": ("collapse",)}, "use some of keep"),
+        ({"choices": ("keep",), "method": ("rm",)}, "is for method auto"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            replace(config, **wrong)
 
 
 def test_a_search_counts_how_many_changes_in_a_row_were_no_better() -> None:

@@ -15,8 +15,11 @@ from rmprune.config import AmcConfig, DataConfig, MeasureConfig, RemovalConfig, 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.measure.place import Place
+from rmprune.models import create
 from rmprune.pipelines import amc as pipeline
 from rmprune.pipelines.amc import run_amc
+from rmprune.pruning.carry_out import carry_out
+from rmprune.pruning.plan import Choice, SlimPlan
 from rmprune.report.build import build_report
 from rmprune.runs import records
 
@@ -170,6 +173,38 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
             run_amc(dataclasses.replace(QUICK, out=tmp_path / "run", **change), command="x")
         assert not (tmp_path / "run").exists()
     assert all(method.about for method in AMC_METHODS.values())
+
+
+def test_the_agent_searches_the_widths_of_a_plan(run: Path, tmp_path: Path) -> None:
+    """Its blocks are the plan's, whatever that says of widths, and what comes is a plan that `slim` carries out."""
+    blocks: dict[str, Choice] = {"features.3": "merge", "features.5": "drop"}
+    (tmp_path / "plan.json").write_text(json.dumps(SlimPlan(blocks, {"features_0_0": 4}).to_dict()))
+    config = dataclasses.replace(
+        QUICK, method=(), plan=tmp_path / "plan.json", checkpoint=run / "dense", out=tmp_path / "run"
+    )
+    assert config.method == ("plan-amc",)
+    (path,) = run_amc(config, command="x")
+    found = records.read_record(path)
+    entry = found["plan-amc"]
+    assert entry["macs"] <= 0.5 * found["original"]["macs"] and len(entry["search"]["episodes"]) == 5
+    plan = SlimPlan.from_dict(entry["plan"])
+    assert {block: choice for block, choice in plan.blocks.items() if choice != "keep"} == blocks
+    dense = create("mobilenet_v2_digits", num_classes=10, in_channels=1, width=0.5).eval()
+    images = torch.randn(32, 1, 8, 8)
+    again, _ = carry_out(dense, plan, [(images, torch.arange(32) % 10)], importance="magnitude")
+    assert count_macs(again, images[:1]) == entry["macs"]
+
+
+def test_a_plan_that_no_method_reads_and_a_wrong_one_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"schema": 1, "blocks": {"nowhere": "drop"}}')
+    for change, said in (
+        ({"plan": tmp_path / "plan.json"}, "no method looks at the plan"),
+        ({"method": ("plan-amc", "rm-amc")}, "method plan-amc is about a plan's blocks; give --plan"),
+        ({"method": (), "plan": tmp_path / "plan.json"}, "there is no block nowhere"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            run_amc(dataclasses.replace(QUICK, out=tmp_path / "no", **change), command="x")
+    assert not (tmp_path / "no").exists()
 
 
 def test_attention_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
