@@ -173,7 +173,7 @@ def exactness(part: Part, settings: Settings) -> None:
 @torch.no_grad()
 def computed(net: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype, device: str) -> Tensor:
     """What a copy in this number format gives, image by image."""
-    twin = rmprune.graph.equivalence.eval_copy(net, lambda copied: copied.to(device, dtype))
+    twin = rmprune.graph.equivalence.eval_copy(net).to(device, dtype)
     return torch.cat([twin(x.to(device, dtype)).cpu() for x in inputs[0].split(1)])
 
 

@@ -157,11 +157,7 @@ def openvino_form(candidate: Candidate) -> Any:
 
 
 def openvino(
-    candidate: Candidate,
-    setting: Setting,
-    *,
-    form: Callable[[Candidate], Any] = openvino_form,
-    precision: str = "f32",
+    candidate: Candidate, setting: Setting, *, form: Callable[[Candidate], Any] = openvino_form, precision: str = "f32"
 ) -> Prepared:
     """OpenVINO on the CPU, latency hint, one stream, static batch size, the number format that is asked for (it would take
     bfloat16 by itself).
@@ -231,10 +227,7 @@ def ncnn(candidate: Candidate, setting: Setting) -> Prepared:
         for image in own:
             one(image)  # its memory is the network's: nothing to hand out
 
-    return Prepared(
-        run,
-        lambda images: torch.stack([torch.from_numpy(np.array(one(image))) for image in mats(images)]),
-    )
+    return Prepared(run, lambda images: torch.stack([torch.from_numpy(np.array(one(image))) for image in mats(images)]))
 
 
 @contextlib.contextmanager

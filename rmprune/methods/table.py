@@ -89,8 +89,7 @@ METHODS: dict[str, Method] = {
         settings={"gradual": False, "reconstruct": False, "importance": "batch_norm", "rank": "importance"},
     ),
     "mixed": Method(
-        "as residual, then RM, exactly, for those residuals whose removal makes the pruned network faster",
-        faster=True,
+        "as residual, then RM, exactly, for those residuals whose removal makes the pruned network faster", faster=True
     ),
     "coupled": Method(
         "residuals kept, one cut by Torch-Pruning's group-aware batch-norm scale",

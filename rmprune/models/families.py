@@ -22,12 +22,7 @@ SMALL_IMAGE = 64  # up to this size networks that know a small-image stem get it
 
 
 def create_network(
-    name: str,
-    *,
-    num_classes: int,
-    input_shape: tuple[int, int, int],
-    batch_norm_eps: float | None = None,
-    **given: Any,
+    name: str, *, num_classes: int, input_shape: tuple[int, int, int], batch_norm_eps: float | None = None, **given: Any
 ) -> nn.Module:
     """A new network with random weights for images of `input_shape` (C, H, W). `given`: its own settings; None leaves one out.
     `batch_norm_eps`: in the place of what its batch norms add to variances.

@@ -100,13 +100,7 @@ class SizedResNet(ResNet):
 
 
 def torchvision_resnet(
-    name: str,
-    *,
-    num_classes: int,
-    in_channels: int,
-    width: int = 64,
-    small_images: bool = False,
-    stem_stride: int = 1,
+    name: str, *, num_classes: int, in_channels: int, width: int = 64, small_images: bool = False, stem_stride: int = 1
 ) -> nn.Module:
     """torchvision's `resnet18` ... `resnet152`, with `width` channels in the first stage.
 

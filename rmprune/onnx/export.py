@@ -141,10 +141,7 @@ def input_names(model: nn.Module, count: int) -> list[str]:
 def _batches(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     """What files are compared on: the given inputs, and normal ones."""
     given, generator = as_tensors(inputs), torch.Generator().manual_seed(0)
-    return [
-        given,
-        tuple(torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for x in given),
-    ]
+    return [given, tuple(torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for x in given)]
 
 
 def _checked(folded: nn.Module, session: Any, inputs: tuple[Tensor, ...], path: Path, tolerance: float) -> float:

@@ -8,7 +8,7 @@ A run is a directory, laid out as `slim`'s: with one seed and one budget it is t
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.amc.choose import Goal, Timing, choose, make_space, network_cost
-from rmprune.amc.multiplier import Multiplier, require_multiplier, width_multiplier
+from rmprune.amc.multiplier import require_multiplier, width_multiplier
 from rmprune.amc.search import SEARCHES, SearchResult
 from rmprune.amc.space import COSTS
 from rmprune.amc.table import AMC_METHODS
@@ -27,9 +27,11 @@ from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
 from rmprune.pipelines.stages import (
+    at_work,
     dense_network,
     finish,
     make_dense,
+    narrower,
     open_data,
     pick_device,
     say,
@@ -45,11 +47,9 @@ from rmprune.pruning.plan import SlimPlan, flat_name, layers_digest
 from rmprune.pruning.program import read_program
 from rmprune.removal import Removal, remove_residuals, remove_where_faster
 from rmprune.runs.cells import Cell, plan_cells, unfinished
-from rmprune.runs.directory import claim, refuse_used
-from rmprune.runs.notes import remembered
+from rmprune.runs.directory import refuse_used
 from rmprune.runs.progress import progress
 from rmprune.training.job import Files, Job, tune
-from rmprune.training.precision import repeatable
 
 logger = logging.getLogger("rmprune")
 GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
@@ -73,10 +73,7 @@ def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> li
     device = pick_device(config.device)
     data = open_data(config, load)
     _refuse_early(Job(config, data, device, config.seed), plan, cells)
-    with (
-        repeatable(config.deterministic, device),
-        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
-    ):
+    with at_work(config, device, found, networks):
         for cell in unfinished(cells):
             _run_cell(cell, plan, Job(config, data, device, cell.seed), command)
     return found
@@ -210,12 +207,11 @@ def _remove_faster(network: nn.Module, goal: Goal, job: Job[AmcConfig]) -> Remov
 
 
 def _narrow(name: str, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:
-    """The original network at the largest width multiplier within the budget, trained as long as all others in total."""
-    config, example = job.config, job.data.train.example(2)
+    """`narrower`, by the network's own multiplier."""
     assert goal.directory is not None
-    make = functools.partial(make_dense, config, job.data, job.seed)
-    find = lambda: asdict(width_multiplier(make, job.original, example, config, goal))  # noqa: E731
-    found = Multiplier(**remembered(goal.directory / "multiplier.json", "multiplier", find))
-    train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
-    network = tune(make(found.width), train, job, Files.of(cell.directory, name))
-    return network, {"search": {"method": "width multiplier", "width": found.width, "verified_ratio": found.ratio}}
+    find = functools.partial(
+        width_multiplier, original=job.original, example=job.data.train.example(2), config=job.config, goal=goal
+    )
+    files, note = Files.of(cell.directory, name), goal.directory / "multiplier.json"
+    network, facts = narrower(job, files, note, "multiplier", find)
+    return network, {"search": {"method": "width multiplier"} | facts}

@@ -23,14 +23,13 @@ from rmprune.errors import ConfigError, RmpruneError
 from rmprune.methods.table import find_methods
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
-from rmprune.pipelines.stages import dense_network, open_data, pick_device
+from rmprune.pipelines.stages import at_work, dense_network, open_data, pick_device
 from rmprune.pipelines.workers import Submit, Task, work_off, workers_of
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import LOCK_FILE, Finished, alone, claim
+from rmprune.runs.directory import LOCK_FILE, Finished, alone
 from rmprune.runs.notes import read_notes, write_text
 from rmprune.training.distributed import processes
 from rmprune.training.job import Job
-from rmprune.training.precision import repeatable
 
 logger = logging.getLogger("rmprune")
 MEASURED = "measured.json"
@@ -116,10 +115,7 @@ def share(config: SlimConfig) -> None:
     cell = Cell(config.seed, "", 0.0, config.directory, config.directory)
     names = {method.start for method in find_methods(config.method).values()}
     files = [config.directory / name / ARCHITECTURE for name in {"dense", *names}]
-    with (
-        repeatable(config.deterministic, job.device),
-        claim(config.directory, config, records=files, networks={"dense", *names}, overwrite=False, wait=True),
-    ):
+    with at_work(config, job.device, files, {"dense", *names}, wait=True):
         starts = starts_of(replace(job, teacher=dense_network(job, cell)), cell)
         for name in sorted(names):
             starts(name)
@@ -128,10 +124,7 @@ def share(config: SlimConfig) -> None:
 def do_cell(config: SlimConfig, cell: Cell, command: str) -> None:
     """One seed, budget and method, to its record."""
     job = Job(config, open_data(config), pick_device(config.device), config.seed)
-    with (
-        repeatable(config.deterministic, job.device),
-        claim(config.directory, config, records=[cell.record], networks=set(), overwrite=False, wait=True),
-    ):
+    with at_work(config, job.device, [cell.record], (), wait=True):
         measure = replace(config.measure, **NO_TIME)
         run_cell(cell, find_methods(config.method), None, job, command, measure)
 

@@ -52,12 +52,7 @@ def run_measure_files(config: RemeasureConfig) -> dict[str, list[Latency]]:
         for name, file in files.items()
     }
     profiles = profile(candidates, measure) if config.profile else {}
-    found = measure_candidates(
-        candidates,
-        **vars(measure),
-        reference=names[0],
-        progress=measuring(len(files), measure),
-    )
+    found = measure_candidates(candidates, **vars(measure), reference=names[0], progress=measuring(len(files), measure))
     console = Console()
     for table in (*times_tables(found), *itertools.starmap(profile_table, profiles.items())):
         console.print(table)

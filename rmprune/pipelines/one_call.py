@@ -161,12 +161,7 @@ def slim(
                               ("method", method, str), ("out", out, str | Path), ("device", device, str | torch.device)):  # fmt: skip
         if not isinstance(value, kind | None) or (name == "device" and value is None):
             raise ConfigError(f"{name} is of type {type(value).__name__}; give a {getattr(kind, '__name__', kind)}")
-    budgets = {
-        "ratio": ratio,
-        "macs_ratio": macs_ratio,
-        "latency_ratio": latency_ratio,
-        "memory_ratio": memory_ratio,
-    }
+    budgets = {"ratio": ratio, "macs_ratio": macs_ratio, "latency_ratio": latency_ratio, "memory_ratio": memory_ratio}
     given = require_types(slim, {name: value for name, value in budgets.items() if value is not None})
     if not given or len(given.keys() - {"memory_ratio"}) > 1:
         raise ConfigError(
@@ -185,10 +180,7 @@ def slim(
         )
     network = _trained(model)
     at = next(parameter.device for parameter in model.parameters())
-    splits = [
-        GivenSplit(train, network, loss, "train"),
-        GivenSplit(validation, network, loss, "validation"),
-    ]
+    splits = [GivenSplit(train, network, loss, "train"), GivenSplit(validation, network, loss, "validation")]
     as_given(network, splits[0].example(2))
     splits.append(splits[1] if test is None else GivenSplit(test, network, loss, "test"))
     dataset = "-".join([GIVEN, *(split.digest() for split in dict.fromkeys(splits[1:]))])

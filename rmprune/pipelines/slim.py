@@ -6,7 +6,7 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from rmprune import artifact
-from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.describe import describe
 from rmprune.config import MeasureConfig, SlimConfig
 from rmprune.data.load import Load, load_dataset
@@ -28,9 +27,11 @@ from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, Method, find_methods, network_name
 from rmprune.pipelines.stages import (
+    at_work,
     dense_network,
     finish,
     make_dense,
+    narrower,
     open_data,
     pick_device,
     say,
@@ -44,11 +45,9 @@ from rmprune.pruning.peak_memory import with_reference
 from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.removal import plan_removal
 from rmprune.runs.cells import Cell, plan_cells, unfinished
-from rmprune.runs.directory import claim, refuse_used
-from rmprune.runs.notes import remembered
+from rmprune.runs.directory import refuse_used
 from rmprune.runs.records import RENAMED
 from rmprune.training.job import Files, Job, tune
-from rmprune.training.precision import repeatable
 
 
 def run_slim(config: SlimConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
@@ -60,7 +59,7 @@ def run_slim(config: SlimConfig, *, command: str, load: Load = load_dataset) -> 
 
 def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     """The same for data that are open already, and perhaps a network that was trained elsewhere."""
-    config, device = job.config, job.device
+    config = job.config
     methods = find_methods(config.method)
     plan = None if config.plan is None else SlimPlan.read(config.plan)
     budgets, memory = config.prune.budgets or [("", 0.0)], config.prune.memory_beside
@@ -69,10 +68,7 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     found = [cell.record for cell in cells]
     refuse_used(config.directory, config, found, overwrite=config.overwrite)
     refuse_early(methods, plan, job)
-    with (
-        repeatable(config.deterministic, device),
-        claim(config.directory, config, records=found, networks=networks, overwrite=config.overwrite),
-    ):
+    with at_work(config, job.device, found, networks):
         for cell in unfinished(cells):
             run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
     return found
@@ -217,14 +213,9 @@ def _slim(
 
 
 def _from_nothing(budget: Budget, job: Job[SlimConfig], files: Files) -> tuple[nn.Module, dict[str, Any]]:
-    """The network at the largest width within the budget, trained as long as all others in total."""
-    config = job.config
-    make = functools.partial(make_dense, config, job.data, job.seed)
-    find = lambda: asdict(scratch.narrowed(make, budget, job))  # noqa: E731
-    found = Multiplier(**remembered(files.note("width"), "width", find))
-    train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
-    facts = {"method": "width", "width": found.width, "verified_ratio": found.ratio}
-    return tune(make(found.width), train, job, files), {"method": files.label, "search": facts}
+    find = functools.partial(scratch.narrowed, budget=budget, job=job)
+    network, facts = narrower(job, files, files.note("width"), "width", find)
+    return network, {"method": files.label, "search": {"method": "width"} | facts}
 
 
 def _cutter(method: Method, budget: Budget, job: Job[SlimConfig], starts: Starts) -> Cutter:

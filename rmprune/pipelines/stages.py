@@ -1,12 +1,13 @@
 """What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from filelock import FileLock
 from torch import nn
 
 from rmprune import artifact
+from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import REMOVAL, MeasureConfig, RunConfig, SlimConfig, architecture
 from rmprune.config.toml import to_dict
@@ -39,10 +41,13 @@ from rmprune.models.families import create_network
 from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
+from rmprune.runs.directory import claim
+from rmprune.runs.notes import remembered
 from rmprune.runs.writing import LOCK_FILE
 from rmprune.training.distributed import check_batch, check_device
 from rmprune.training.evaluation import evaluate, logits_of, scores
 from rmprune.training.job import Files, Job, tune
+from rmprune.training.precision import repeatable
 from rmprune.training.sparsity import ProximalL1, add_shortcut_scales
 
 logger = logging.getLogger("rmprune")
@@ -60,6 +65,16 @@ def open_data(config: RunConfig, load: Load = load_dataset) -> Dataset:
     data = load(config.data, expected_statistics(config.model, config.weights))
     check_batch(min(config.data.batch_size, len(data.train), len(data.validation)))
     return data
+
+
+@contextlib.contextmanager
+def at_work(
+    config: RunConfig, device: torch.device, records: list[Path], networks: Collection[str], *, wait: bool = False
+) -> Iterator[None]:
+    """The run's directory is this process's (`claim`); what is computed there repeats itself, where that is asked for."""
+    claimed = claim(config.directory, config, records=records, networks=networks, overwrite=config.overwrite, wait=wait)
+    with repeatable(config.deterministic, device), claimed:
+        yield
 
 
 def stage(
@@ -113,6 +128,20 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
         return model, {"input_shape": list(job.data.input_shape)}
 
     return stage(cell.shared / "dense", make)
+
+
+def narrower(
+    job: Job[Any], files: Files, note: Path, key: str, find: Callable[[Callable[[float], nn.Module]], Multiplier]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The original network at the largest width within the budget, trained as long as all others in total.
+
+    `find`: looks for that width, once for the file `note`, where it then stands under `key`.
+    """
+    config = job.config
+    make = functools.partial(make_dense, config, job.data, job.seed)
+    found = Multiplier(**remembered(note, key, lambda: asdict(find(make))))
+    train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
+    return tune(make(found.width), train, job, files), {"width": found.width, "verified_ratio": found.ratio}
 
 
 def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:

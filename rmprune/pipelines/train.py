@@ -10,6 +10,7 @@ from rmprune.data.load import Load, load_dataset
 from rmprune.errors import UnsupportedModel
 from rmprune.measure import check_available
 from rmprune.pipelines.stages import (
+    at_work,
     dense_network,
     finish,
     make_dense,
@@ -20,9 +21,8 @@ from rmprune.pipelines.stages import (
 from rmprune.removal import plan_removal
 from rmprune.removal.remove import nothing_to_remove
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import claim, refuse_used
+from rmprune.runs.directory import refuse_used
 from rmprune.training.job import Job
-from rmprune.training.precision import repeatable
 
 
 def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
@@ -37,10 +37,7 @@ def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset
     plan = plan_removal(model, job.data.train.example(2))
     if not any(block.removable for block in plan):  # known before training
         raise UnsupportedModel(nothing_to_remove({block.name: block.reason for block in plan}))
-    with (
-        repeatable(config.deterministic, job.device),
-        claim(root, config, records=[cell.record], networks={"dense", "plain"}, overwrite=config.overwrite),
-    ):
+    with at_work(config, job.device, [cell.record], {"dense", "plain"}):
         dense = dense_network(job, cell)
         plain = starting_network(replace(job, teacher=dense), cell, "plain")
         removal = artifact.read_extra(root / "plain", "removal")["removal"]

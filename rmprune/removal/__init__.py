@@ -4,11 +4,4 @@ from rmprune.removal.remove import Removal, plan_removal, remove_residuals
 from rmprune.removal.rewrite import BlockReport, Plan
 from rmprune.removal.where_faster import remove_where_faster
 
-__all__ = [
-    "BlockReport",
-    "Plan",
-    "Removal",
-    "plan_removal",
-    "remove_residuals",
-    "remove_where_faster",
-]
+__all__ = ["BlockReport", "Plan", "Removal", "plan_removal", "remove_residuals", "remove_where_faster"]

@@ -96,8 +96,7 @@ def wrap(model: nn.Module, world: int, device: torch.device) -> nn.Module:
         return model
     share_state(model, world)
     return nn.parallel.DistributedDataParallel(
-        _ByName(model),
-        device_ids=[device.index] if device.type == "cuda" else None,
+        _ByName(model), device_ids=[device.index] if device.type == "cuda" else None
     )
 
 

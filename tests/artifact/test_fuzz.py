@@ -48,6 +48,7 @@ def test_the_harness_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(path: Path) -> None:
         pickle.loads(path.read_bytes())
 
+    monkeypatch.setattr(fuzz, "MIB", 256)
     monkeypatch.setitem(
         fuzz.KINDS, "evil", (lambda path, *_: path.write_bytes(pickle.dumps(fuzz.Evil(os.mkdir, "CANARY"))), run)
     )

@@ -144,7 +144,7 @@ def test_torch_pruning_goes_through_the_same_gate(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2"])
 def test_what_torch_pruning_left_is_told_from_its_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = create(name, num_classes=5, **({} if name == "resnet8" else {"small_images": True})).eval()
+    model = create(name, num_classes=5, **({} if name == "resnet8" else {"small_images": True, "width": 0.25})).eval()
     seen = []
     real = coupled.prove_slices
     monkeypatch.setattr(coupled, "prove_slices", lambda *args: seen.append((args[1], args[2], real(*args))))
