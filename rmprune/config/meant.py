@@ -15,7 +15,7 @@ _ELSEWHERE = {  # in torchvision's reference scripts, timm's, and between our ow
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class NamedSetting:
     """One setting: its path in TOML and its flag, which a positional one has not."""
 
     path: str
@@ -36,7 +36,7 @@ class Setting:
         return self.path, (self.flag or self.path).strip("-").replace("-", "_")
 
 
-def settings(kind: Any, table: str = "", prefix: str = "") -> Iterator[Setting]:
+def settings(kind: Any, table: str = "", prefix: str = "") -> Iterator[NamedSetting]:
     """All settings of a class of settings, in order.
 
     >>> from rmprune.config.meant import settings
@@ -52,10 +52,10 @@ def settings(kind: Any, table: str = "", prefix: str = "") -> Iterator[Setting]:
             inner = prefix if tyro.conf.OmitArgPrefixes in notes else f"{prefix}{name}."
             yield from settings(bare, f"{table}{field.name}.", inner)
         else:
-            yield Setting(table + field.name, None if tyro.conf.Positional in notes else f"--{prefix}{name}")
+            yield NamedSetting(table + field.name, None if tyro.conf.Positional in notes else f"--{prefix}{name}")
 
 
-def meant(wanted: str, kind: Any) -> Setting | None:
+def meant(wanted: str, kind: Any) -> NamedSetting | None:
     """The setting of this class that a flag (`--lr`) or a key (`prune.lr`) may have meant.
 
     >>> from rmprune.config.meant import meant
