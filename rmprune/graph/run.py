@@ -71,7 +71,7 @@ def _bind(graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode for the while, as it is written where it was compiled in place (which takes a minute for one run); each
+    """The model in eval mode for the while, as it is written where it was compiled in place (which takes many seconds for one run); each
     module's own mode is put back."""
     modes = [(m, m.training, vars(m).pop("_compiled_call_impl", None)) for m in model.modules()]
     model.eval()

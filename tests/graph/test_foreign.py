@@ -86,7 +86,7 @@ def test_distributed_data_parallel_is_taken_off(tmp_path: Path) -> None:
 def test_a_network_compiled_in_place_is_taken_and_not_compiled(call: str, tmp_path: Path) -> None:
     net = Res().eval()
     net.compile()
-    compiled = net._compiled_call_impl = lambda *_: pytest.fail("it was compiled, which takes a minute")
+    compiled = net._compiled_call_impl = lambda *_: pytest.fail("it was compiled, which takes many seconds")
     assert CALLS[call](net, X, tmp_path) and net._compiled_call_impl is compiled
 
 
