@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
 from rmprune.data.listing import list_photos
-from rmprune.data.photos import Photos, bit_depth, one_line_errors
+from rmprune.data.photos import Photos, bit_depth, one_line_errors, to_its_end
 from rmprune.data.splits import (
     Batch,
     IndexedSplit,
@@ -110,7 +110,7 @@ class FolderSplit(IndexedSplit):
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         with one_line_errors():
-            for images, labels in loader:
+            for images, labels in to_its_end(loader):
                 yield (images.to(device, non_blocking=True).float() - mean) / std, labels.to(device, non_blocking=True)
 
     def _held(self, squares: Tensor, plan: list[Share], kind: Augmentation) -> Iterator[Batch]:

@@ -170,7 +170,7 @@ class Photos(TorchDataset[Tensor]):
         )
         done = 0
         with one_line_errors(), progress("decoding", len(self)) as advance:
-            for squares in loader:
+            for squares in to_its_end(loader):
                 yield done, squares
                 done += len(squares)
                 advance(len(squares))
@@ -186,6 +186,15 @@ class Photos(TorchDataset[Tensor]):
             files.append((str(path.absolute()), about.st_size, about.st_mtime_ns))
         told = json.dumps([_VERSION, self.side, self.depth, files], ensure_ascii=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def to_its_end(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader gives. Its processes end with this, also where one fails: the error's traceback would hold them for seconds."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 @contextlib.contextmanager

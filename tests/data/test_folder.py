@@ -1,6 +1,7 @@
 """Folders of photographs: layouts, parts, kinds of files, the cache, augmentation, and what is refused."""
 
 import csv
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -401,6 +402,7 @@ def test_a_damaged_image_is_named(folder: Path, workers: int, cache: str, monkey
     with pytest.raises(DataError, match=r"1\.png is missing or damaged .*kinds that are read: .*JPEG, ") as caught:
         list(opened(folder, workers=workers, cache=cache).test.batches(2))
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()  # left alive, they took ten seconds to be told at some later time
 
 
 def csv_of(text: str):
