@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -38,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if first:
                 _do(arguments)
                 print(end="", flush=True)  # now, while a reader who has gone is no error yet
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:
+        if _is_read():
+            _fail(str(error))  # another pipe than that
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
         sys.exit(141)
     except RmpruneError as error:
         _fail(str(error))
@@ -53,6 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("out of memory; take a smaller width, batch size or image size")
     except KeyboardInterrupt as interrupt:
         _interrupted(str(interrupt), arguments, told)
+
+
+def _is_read() -> bool:
+    """Whether what this process prints still has a reader."""
+    with contextlib.suppress(OSError, ValueError):  # printed to no file
+        printed = select.poll()
+        printed.register(sys.stdout.fileno(), 0)
+        return not any(event & select.POLLERR for _, event in printed.poll(0))
+    return True
 
 
 def _interrupted(said: str, arguments: list[str], told: list[int]) -> NoReturn:

@@ -188,6 +188,7 @@ def test_a_reader_who_has_gone_is_no_error(words: tuple[str, ...]) -> None:
     ("error", "words"),
     [
         (PermissionError(13, "Permission denied", "/data"), "Permission denied: '/data'"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "take a smaller width, batch size"),
         (MemoryError(), "take a smaller width, batch size"),
     ],

@@ -120,7 +120,7 @@ def _clear(directory: Path, config: Config, networks: Collection[str]) -> None:
         from_toml(type(config), known)
     except ConfigError as error:
         raise ConfigError(f"not overwritten, not a run of this command: {error}; choose another --out") from None
-    for given in (getattr(config, "checkpoint", None), getattr(config, "weights", None)):
+    for given in (getattr(config, name, None) for name in ("checkpoint", "weights", "plan")):
         if given is not None and Path(given).resolve().is_relative_to(directory.resolve()):
             raise ConfigError(f"{given}: lies in the run that --overwrite would replace; choose another --out")
     ours = [entry for entry in directory.iterdir() if WRITTEN.fullmatch(entry.name) or entry.name in networks]

@@ -56,9 +56,10 @@ def test_overwriting_spares_a_config_of_something_else_and_the_weights_it_starts
         begin(tmp_path, CONFIG, records=[], overwrite=True)
     begin(tmp_path / "run", CONFIG, records=[], overwrite=False)
     (tmp_path / "run" / "checkpoint").mkdir()
-    again = replace(CONFIG, checkpoint=tmp_path / "run" / "checkpoint" / "dense.pt")
-    with pytest.raises(ConfigError, match="lies in the run"):
-        begin(tmp_path / "run", again, records=[], overwrite=True)
+    plan = SlimConfig(plan=tmp_path / "run" / "record.json")
+    for again in (replace(CONFIG, checkpoint=tmp_path / "run" / "checkpoint" / "dense.pt"), plan):
+        with pytest.raises(ConfigError, match="lies in the run"):
+            begin(tmp_path / "run", again, records=[], overwrite=True)
     assert (tmp_path / "run" / "checkpoint").is_dir() and "dark" in (tmp_path / "config.toml").read_text()
 
 
