@@ -19,6 +19,9 @@ Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
 # Of all images together, where their maps are held or a network sees them many times: 8192 images of 32 x 32, 512 of 128 x 128.
 PIXELS = 2**23
+PART = (
+    2**19
+)  # pixels that a network takes at a time where gradients are held: 32 images of 128 x 128; memory is slow to be had
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): runs the model on (part of) the batch and returns a scalar, lower for better."""
 
@@ -81,6 +84,22 @@ def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Te
         yield functools.partial(_finite_loss, data.loss, model, here, number), 0
     if not found:
         raise DataError(_EMPTY)
+
+
+def loss_parts(data: Batches, model: nn.Module) -> Iterator[list[tuple[Callable[[], Tensor], int]]]:
+    """`each_loss`, each batch in parts whose losses add up to its own, with the number of images of each: of PART pixels, or one image. A
+    loss that came with the data is one part."""
+    if isinstance(data, WithLoss):
+        yield from ([whole] for whole in each_loss(data, model))
+        return
+
+    def loss_of(x: Tensor, y: Tensor, count: int) -> Tensor:
+        return class_loss(_scores(model, x), y) * (len(x) / count)
+
+    for x, y in labelled(data, model):
+        at_once = max(1, PART // math.prod(x.shape[2:]))
+        parts = zip(x.split(at_once), y.split(at_once), strict=True)
+        yield [(functools.partial(loss_of, *part, len(x)), len(part[0])) for part in parts]
 
 
 def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:

@@ -103,6 +103,7 @@ def largest_within(
     high: float,
     *,
     first: Sequence[C] = (),
+    near: float = NEAR,
     refuse: Callable[[float], InfeasibleBudget],
 ) -> Found[C]:
     """The largest candidate whose network was measured, twice, within `allowed` of the original's time.
@@ -112,9 +113,9 @@ def largest_within(
     original's, in turns. `first`: what to begin with, in the place of sizes spread over the whole range.
 
     Several sizes are measured at a time, around where a power law through the nearest ones meets the budget with something in hand
-    (MARGIN), until one comes near it (NEAR) or no other is left. It is measured once more: one that was lucky counts as too slow from
-    then on. The smallest needs nothing in hand, and is judged by the best of several measurements. Raises `refuse(its time)` where that
-    is over the budget.
+    (MARGIN), until one comes near it (takes `near` of the budget) or no other is left. It is measured once more: one that was lucky
+    counts as too slow from then on. The smallest needs nothing in hand, and is judged by the best of several measurements. Raises
+    `refuse(its time)` where that is over the budget.
     """
     tried: dict[C, float] = {}
 
@@ -133,7 +134,7 @@ def largest_within(
 
     def around() -> list[float]:
         """Where the time should be as wanted, and half way from there to what is known; the smallest, until something fits."""
-        aim = _where(sorted((size(c), ratio) for c, ratio in tried.items()), math.sqrt(NEAR * MARGIN) * allowed)
+        aim = _where(sorted((size(c), ratio) for c, ratio in tried.items()), math.sqrt(near * MARGIN) * allowed)
         if aim is None:
             return []
         aim = min(max(aim, low), high)
@@ -161,7 +162,7 @@ def largest_within(
         if not new:
             break
         tried.update(zip(new, measure(new), strict=True))
-        if (found := confirmed(NEAR * allowed)) is not None:
+        if (found := confirmed(near * allowed)) is not None:
             return found
         if (best := fitting()) is not None:
             low = size(best)
@@ -198,11 +199,13 @@ def find_ratio(
     allowed: float,
     place: Place,
     first: Iterable[float] = (),
+    near: float = NEAR,
 ) -> float:
     """The largest ratio between `low` and `high` whose network, `cut(ratio)`, was measured within `allowed` of the original's time.
 
-    `first`: the ratios to begin with, where something is known (else powers of `allowed`). A cut may raise InfeasibleBudget: a pruner
-    that cannot go as far as the limits would let it. Raises it where even the smallest network that can be had is too slow.
+    `first`: the ratios to begin with, where something is known (else powers of `allowed`); `near`: see `largest_within`. A cut may
+    raise InfeasibleBudget: a pruner that cannot go as far as the limits would let it. Raises it where even the smallest network that
+    can be had is too slow.
     """
     networks: dict[float, nn.Module] = {}
     firsts: dict[tuple[torch.Size, ...], float] = {}
@@ -222,8 +225,9 @@ def find_ratio(
     first = list(first) or [allowed**power for power in POWERS]
     begin = [ratio for ratio in map(at, (ratio for ratio in first if low <= ratio <= high)) if ratio is not None]
     found = largest_within(
-        allowed, at, float, measure, low, high, first=begin, refuse=lambda least: infeasible(allowed, least, place)
-    )
+        allowed, at, float, measure, low, high,
+        first=begin, near=near, refuse=lambda least: infeasible(allowed, least, place),
+    )  # fmt: skip
     logger.info("latency_ratio %g on %s: a cut to %.3f of the network's own cost", allowed, place, found.candidate)
     return found.candidate
 

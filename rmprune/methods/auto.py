@@ -11,7 +11,8 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -37,6 +38,10 @@ PROPOSED = 8  # plans that the surrogate proposes at first,
 APART = 4  # each, but for the presets' blocks, unlike all others in one of so many blocks
 MINUTES = 1.0  # for plans that differ in one block from the best, where no time is given for them, and
 WORSE = 4  # no longer than until so many of them in a row are no better
+ROUGH = (
+    0.92  # of a budget in time: what takes as much as this is near enough for being judged; what goes on is cut anew
+)
+AROUND = (1.0, 0.93)  # of what plans before were cut to, of what their widths cost: where that of a plan is looked for
 _FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
     "uniform": Method(
@@ -90,7 +95,10 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         return carry_out_blocks(network, plans[name]["blocks"], job.examples, job.config.removal)
 
     def cutter(name: str) -> Cutter:
-        return make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"])
+        """Plans of one network miss the time that its table of layers promises by much the same."""
+        found = _rough(make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"]))
+        before = [verdict["of_widths"] for verdict in verdicts.values() if "of_widths" in verdict]
+        return replace(found, below=[median(before) * share for share in AROUND]) if before else found
 
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
@@ -182,7 +190,11 @@ def _no_better(verdicts: Verdicts, changes: list[str]) -> int:
 
 
 def _cutter(method: Method, starts: Starts, job: Job[SlimConfig], budget: Budget) -> Cutter:
-    return make_cutter(starts(method.start), method, job, budget)
+    return _rough(make_cutter(starts(method.start), method, job, budget))
+
+
+def _rough(cutter: Cutter) -> Cutter:
+    return replace(cutter, near=ROUGH)
 
 
 def _blocks(preset: Method, options: Options) -> dict[str, Choice]:

@@ -18,7 +18,8 @@ from rmprune.training.job import Files, Job
 
 logger = logging.getLogger("rmprune")
 Verdicts = Mapping[str, Mapping[str, Any]]
-"""{method: {"loss": cross-entropy on the validation images} or {"refused": why it cannot be had}}."""
+"""{method: {"loss": cross-entropy on the validation images} or {"refused": why it cannot be had}}; of a plan whose
+time was measured also "of_widths": what its cut costs by the table of layers, of what its widths do."""
 
 
 def judge(
@@ -39,11 +40,14 @@ def judge(
         logger.info("candidate %s%s", name, f", {number} of {len(candidates)}" if len(candidates) > 1 else "")
         try:
             cutter = make()
-            network = cutter.once(cutter.network, met(budget, cutter, files.named(f"{files.label}-{name}")))
+            cut_to = met(budget, cutter, files.named(f"{files.label}-{name}"))
+            network = cutter.once(cutter.network, cut_to)
             loss = evaluate(network.to(job.device), job.data.validation, device=job.device).loss
             if not math.isfinite(loss):
                 raise UnsupportedModel(f"after the cut its loss is {loss}")
             verdicts[name] = {"loss": loss}
+            if cutter.begin is not None and cutter.place is not None:
+                verdicts[name]["of_widths"] = getattr(cut_to, cut_to.name) / cutter.begun
         except (InfeasibleBudget, UnsupportedModel) as error:
             refused[name], verdicts[name] = error, {"refused": str(error)}
         if losses(verdicts):  # where none can, the same command tries all again

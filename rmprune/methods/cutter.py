@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from rmprune.errors import InfeasibleBudget
 from rmprune.graph.inputs import Given, as_given, as_tuple
 from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.measure.place import Place, find_ratio
+from rmprune.measure.place import NEAR, Place, find_ratio
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, prune, prune_coupled, shrink
 from rmprune.pruning.allocate import Meter, even_fraction, least_cost
@@ -41,7 +41,8 @@ class Cutter:
     """How one method cuts one network, which is on the job's device; networks that are cut from it are on the CPU.
 
     `place`: where time counts, for budgets in measured time; `cost`: what such a budget is divided up by (milliseconds, or MACs);
-    `begin`: {group: units} of a plan, from which a cut goes down to the budget.
+    `begin`: {group: units} of a plan, from which a cut goes down to the budget; one in time is looked for at `below`, parts of what
+    that costs, first, until so much of it is used (`near`).
     """
 
     network: nn.Module
@@ -53,6 +54,8 @@ class Cutter:
     place: Place | None = None
     cost: Cost | None = None
     begin: Mapping[str, int] | None = None
+    below: Sequence[float] = BELOW
+    near: float = NEAR
 
     @property
     def gradual(self) -> bool:
@@ -164,11 +167,11 @@ class Cutter:
             )
             return shrink(self.network, keep, self.structure)[0].cpu()
 
-        first = [share * self._begun for share in BELOW] if self.begin is not None else []
-        return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, self.place, first)
+        first = [share * self.begun for share in self.below] if self.begin is not None else []
+        return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, self.place, first, self.near)
 
     @property
-    def _begun(self) -> float:
+    def begun(self) -> float:
         """What the widths that a cut descends from cost, of the network's own cost."""
         meter = Meter(self.structure, self.cost or macs)
         return sum(meter.at(self.structure.units | dict(self.begin or {}))) / meter.total

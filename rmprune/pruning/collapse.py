@@ -7,8 +7,9 @@ like it: the time of a small network goes with its number of layers more than wi
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, fx, nn
 
@@ -23,7 +24,9 @@ from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.graph.shapes import to_double
 from rmprune.pruning.one_convolution import (
+    Change,
     Ending,
+    Fits,
     Part,
     collapsible,
     ending_of,
@@ -81,7 +84,7 @@ def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] | N
         return "asked to stay" if name in left else Part(collapsible(network, name, add))
 
     left = set(as_names(keep, "keep"))
-    found = _reshaped(model, images, left, pick)
+    ((_, found),) = _reshaped(model, images, left, [pick])
     if not found.collapsed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.kept.items())
         raise UnsupportedModel(f"no block to collapse: {reasons or 'the network has no residual'}")
@@ -98,20 +101,29 @@ def shorten_blocks(
     the last convolution is fitted to the original's sum as well, where it is a plain one with at most a batch norm behind it.
     Raises UnsupportedModel where a block cannot be had so, with the reason, ConfigError for an unknown block.
     """
-    chosen = dict.fromkeys(collapse, False) | dict.fromkeys(drop, True)
+    ((_, found),) = shorten_each(model, images, [dict.fromkeys(collapse, False) | dict.fromkeys(drop, True)])
+    return found
 
-    def pick(network: Network, name: str, add: fx.Node) -> Part | str:
-        if name not in chosen:
+
+def shorten_each(
+    model: nn.Module, images: Inputs, ways: Sequence[Mapping[str, bool]]
+) -> Iterator[tuple[int, Collapse]]:
+    """`shorten_blocks` in several ways {block: whether it is dropped, or collapsed}, each with its number as soon as it is fitted: what
+    they share is run once."""
+
+    def pick(way: Mapping[str, bool], network: Network, name: str, add: fx.Node) -> Part | str:
+        if name not in way:
             return "asked to stay"
         try:
             block = find_block(network, name, add)
-            if chosen[name]:
+            if way[name]:
                 return Part(block, True)
             return Part(collapsible(network, name, add, True)) if len(block.layers) > 1 else "one layer already"
         except Obstacle as obstacle:
             raise UnsupportedModel(f"{name}: {obstacle}") from None
 
-    return _reshaped(model, images, set(chosen), pick, behind=MENDED)
+    named = {name for way in ways for name in way}
+    return _reshaped(model, images, named, [partial(pick, way) for way in ways], behind=MENDED)
 
 
 def read_additions(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Network, list[tuple[str, fx.Node]]]:
@@ -121,21 +133,43 @@ def read_additions(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Networ
     return network, additions(network)
 
 
+Pick = Callable[[Network, str, fx.Node], Part | str]
+"""(network, block, its addition) -> the part that it becomes, or (also by an Obstacle) why it stays."""
+
+
 def _reshaped(
-    model: nn.Module,
-    images: Inputs,
-    named: set[str],
-    pick: Callable[[Network, str, fx.Node], Part | str],
-    behind: int = 0,
-) -> Collapse:
-    """What `pick` says of each addition: the part that it becomes, or (also by an Obstacle) why it stays. `behind`: of so many blocks
-    that stay behind a part the end is fitted anew."""
+    model: nn.Module, images: Inputs, named: set[str], picks: Sequence[Pick], behind: int = 0
+) -> Iterator[tuple[int, Collapse]]:
+    """What each pick makes of the network, with its number. `behind`: of so many blocks that stay behind a part the end is fitted anew."""
     model, given = as_given(model, images)
     inputs = tuple(x.cpu() for x in given)
     network, found = read_additions(model, inputs)
     names = [name for name, _ in found]
     if named - set(names):
         raise ConfigError(f"keep: no block {', '.join(sorted(named - set(names)))}; there are: {', '.join(names)}")
+    changes = {number: _change(network, found, pick, behind) for number, pick in enumerate(picks)}
+    for number, (change, kept) in list(changes.items()):
+        if not change.parts:
+            del changes[number]
+            yield number, Collapse(model, {}, kept)
+    if not changes:
+        return
+    refuse_unseen(model, inputs, _SEEN)
+    numbers = list(changes)
+    for at, fits in fit_in_order(network, [change for change, _ in changes.values()], inputs):
+        number = numbers[at]
+        own, (change, kept) = network, changes[number]
+        if len(changes) > 1:  # others are fitted to it yet
+            own, found = read_additions(model, inputs)
+            change, _ = _change(own, found, picks[number], behind)
+        result, explained = _changed(own, change, fits, model, inputs)
+        yield number, Collapse(result, explained, kept, network.sizes_note)
+
+
+def _change(
+    network: Network, found: list[tuple[str, fx.Node]], pick: Pick, behind: int
+) -> tuple[Change, dict[str, str]]:
+    """What a pick makes of the network's additions, and {block: reason} of those that stay."""
     kept: dict[str, str] = {}
     parts: dict[fx.Node, Part] = {}
     for name, add in found:
@@ -147,28 +181,30 @@ def _reshaped(
             kept[name] = picked
         else:
             parts[add] = picked
-    if not parts:
-        return Collapse(model, {}, kept)
-    refuse_unseen(model, inputs, _SEEN)
-    endings = _behind(network, found, parts, behind)
-    fitted, mended = fit_in_order(network, parts, inputs, endings)
-    explained = {part.block.name: fitted[add].explained for add, part in parts.items()}
-    for add, layers in mended.items():
-        put_ending(network, endings[add], layers)
+    return Change(parts, _behind(network, found, parts, behind)), kept
+
+
+def _changed(
+    network: Network, change: Change, fits: Fits, model: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[nn.Module, dict[str, float]]:
+    """`network`, which is changed, as a module like `model`; and R2 of its parts."""
+    for add, ending in change.endings.items():
+        if add.name in fits.mended:
+            put_ending(network, ending, fits.mended[add.name])
     joined: dict[fx.Node, fx.Node] = {}  # what stands in the place of a dropped block's sum
-    for add, part in reversed(parts.items()):  # a fork is what an earlier block gives
-        if part.dropped and not fitted[add].layers:
+    for add, part in reversed(list(change.parts.items())):  # a fork is what an earlier block gives
+        if part.dropped and not fits.fitted[add.name].layers:
             joined[add] = operands(part.block)[1]
-        replace_branch(network, part.block, fitted[add], part.dropped)
+        replace_branch(network, part.block, fits.fitted[add.name], part.dropped)
     annotate_ranges(network)
-    for fork in {part.block.fork: None for add, part in parts.items() if joined.get(add) is part.block.fork}:
+    for fork in {part.block.fork: None for add, part in change.parts.items() if joined.get(add) is part.block.fork}:
         while fork in joined:
             fork = joined[fork]
         without_idle_activations(network, fork)
     target = target_of(model)
     result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target, batch_norm=True)
-    refuse_stuck(eval_copy(model), result, (x[:1].to(target.device) for x in given))
-    return Collapse(result, explained, kept, network.sizes_note)
+    refuse_stuck(eval_copy(model), result, (x[:1].to(target.device) for x in inputs))
+    return result, {part.block.name: fits.fitted[add.name].explained for add, part in change.parts.items()}
 
 
 def _behind(

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_loss, each_pass
+from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_pass, loss_parts
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating, hooked
@@ -214,7 +214,8 @@ def _effects(model: nn.Module, structure: Structure, batches: Batches | None, na
     at = {g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups}
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     with evaluating(model), _captured_inputs(modules) as seen:
-        for run, count in each_loss(data, model):
+
+        def of_part(run: Callable[[], Tensor], count: int) -> dict[str, Tensor]:
             seen.clear()
             with torch.enable_grad():
                 loss = run()
@@ -226,16 +227,19 @@ def _effects(model: nn.Module, structure: Structure, batches: Batches | None, na
                 layer: _by_image(torch.zeros_like(x) if g is None else x.detach() * g, modules[layer], images)
                 for (layer, x), g in zip(seen.items(), gradients, strict=True)
             }
-            yield {
+            return {
                 g: torch.stack([effects[layer][:, i].sum(2) for layer, i in at[g] if layer in effects]).sum(0)
                 if any(layer in effects for layer, _ in at[g])
                 else torch.zeros(images, len(at[g][0][1]), dtype=torch.float64, device=device_of(model))
                 for g in at
             }
 
+        for parts in loss_parts(data, model):
+            found = [of_part(run, count) for run, count in parts]
+            yield {g: torch.cat([own[g] for own in found]) for g in at}
+
 
 def _by_image(product: Tensor, layer: nn.Module, images: int) -> Tensor:
     """[images, channels]: the sum over positions, which lie before the channels in what a linear layer reads, else behind them."""
-    product = product.double()
-    rows = product if isinstance(layer, nn.Linear) else product.flatten(2).sum(2)
-    return rows.reshape(images, -1, rows.shape[-1]).sum(1)
+    rows = product if isinstance(layer, nn.Linear) else product.flatten(2).sum(2, dtype=torch.float64)
+    return rows.reshape(images, -1, rows.shape[-1]).sum(1, dtype=torch.float64)

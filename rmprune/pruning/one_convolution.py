@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,18 +134,37 @@ class Fit:
     explained: float
 
 
-@torch.no_grad()
-def fit_in_order(
-    network: Network, parts: Mapping[fx.Node, Part], inputs: tuple[Tensor, ...], endings: Mapping[fx.Node, Ending]
-) -> tuple[dict[fx.Node, Fit], dict[fx.Node, Layers]]:
-    """The convolutions of parts, and of those endings that read what parts give, by the additions of their blocks.
+@dataclass(frozen=True)
+class Fits:
+    """The convolutions of parts, and of those endings that read what parts give, by the names of their blocks' additions."""
 
-    Runs both networks through one graph: a value is a pair, the original's and that of the network collapsed so far; up to the first
-    part they are one, and behind the last nothing is asked for.
+    fitted: dict[str, Fit]
+    mended: dict[str, Layers]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a network: parts, and endings behind them that are fitted anew, by the additions of their blocks."""
+
+    parts: Mapping[fx.Node, Part]
+    endings: Mapping[fx.Node, Ending]
+
+    @property
+    def again(self) -> dict[fx.Node, fx.Node]:
+        """{addition: what is read once more when the sum is there}."""
+        parts = {add: part.block.fork for add, part in self.parts.items()}
+        return parts | {add: ending.source for add, ending in self.endings.items()}
+
+
+def fit_in_order(network: Network, changes: Sequence[Change], inputs: tuple[Tensor, ...]) -> Iterator[tuple[int, Fits]]:
+    """What each change fits, with its number, as soon as it is known.
+
+    Runs all networks through one graph: a value is a tuple, the original's and that of each network changed so far. Up to a change's
+    first part they are one, and so they are behind its last: nothing more is asked for.
     """
-    fitted: dict[fx.Node, Fit] = {}
-    mended: dict[fx.Node, Layers] = {}
-    generator = torch.Generator().manual_seed(0)
+    found = [Fits({}, {}) for _ in changes]
+    generators = [torch.Generator().manual_seed(0) for _ in changes]
+    last = [max(change.again) for change in changes]
 
     @functools.lru_cache(maxsize=1)
     def own(node: fx.Node) -> Any:
@@ -155,28 +174,40 @@ def fit_in_order(
     def side(node: fx.Node, values: Values, number: int) -> Any:
         return value_apart(node, lambda n: values[n][number], own, network.layers)
 
-    def pair(node: fx.Node, values: Values) -> tuple[Any, Any]:
-        original = side(node, values, 0)
-        if node in parts:
-            read, shortcut = values[parts[node].block.fork][1], values[operands(parts[node].block)[1]][1]
-            fitted[node], value = _fit(parts[node], read, original, shortcut, generator)
-            return original, value
-        if all(values[source][0] is values[source][1] for source in node.all_input_nodes):
-            return original, original
-        if node in endings:
-            ending = endings[node]
-            shortcut = values[operands(ending.block)[1]][1]
-            mended[node], value = _fit_ending(network, ending, values[ending.source][1], original, shortcut, generator)
-            return original, value
-        return original, side(node, values, 1)
+    def changed(node: fx.Node, values: Values, original: Any, number: int) -> Any:
+        """The value in the network of a change; sides are counted with the original before them."""
+        change, fits, side_of = changes[number], found[number], number + 1
+        if node in change.parts:
+            part = change.parts[node]
+            read, shortcut = values[part.block.fork][side_of], values[operands(part.block)[1]][side_of]
+            fits.fitted[node.name], value = _fit(part, read, original, shortcut, generators[number])
+        elif all(values[source][0] is values[source][side_of] for source in node.all_input_nodes):
+            value = original
+        elif node in change.endings:
+            ending = change.endings[node]
+            read, shortcut = values[ending.source][side_of], values[operands(ending.block)[1]][side_of]
+            fits.mended[node.name], value = _fit_ending(network, ending, read, original, shortcut, generators[number])
+        else:
+            value = side(node, values, side_of)
+        return value
 
-    again = {add: (part.block.fork,) for add, part in parts.items()}  # read once more, when the sum is there
-    again |= {add: (ending.source,) for add, ending in endings.items()}
-    last = max(again)
-    for node, _ in run(network.graph, tuple((x, x) for x in map(_to_float, inputs)), pair, again):
-        if node is last:
+    @torch.no_grad()
+    def sides(node: fx.Node, values: Values) -> tuple[Any, ...]:
+        original = side(node, values, 0)
+        return (
+            original,
+            *(original if last[i] < node else changed(node, values, original, i) for i in range(len(changes))),
+        )
+
+    again: dict[fx.Node, list[fx.Node]] = {}
+    for change in changes:
+        for add, source in change.again.items():
+            again.setdefault(add, []).append(source)
+    alike = tuple((x,) * (1 + len(changes)) for x in map(_to_float, inputs))
+    for node, _ in run(network.graph, alike, sides, again):
+        yield from ((number, fits) for number, fits in enumerate(found) if last[number] is node)
+        if all(end <= node for end in last):
             break
-    return fitted, mended
 
 
 def _to_float(x: Tensor) -> Tensor:

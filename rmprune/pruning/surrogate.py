@@ -2,7 +2,7 @@
 
 What is assumed: that the changes of several parts add up. They do not, quite (a later layer makes up for an earlier one, or two losses
 meet in one map), so a sum of them only ranks plans; the best are carried out and judged as whole networks.
-`experiments/plan_surrogate.py` compares the two. A block is judged with the ends of the next blocks fitted (`shorten_blocks`), as in
+`experiments/plan_surrogate.py` compares the two. A block is judged with the ends of the next blocks fitted (`shorten_each`), as in
 whole plans.
 """
 
@@ -20,7 +20,7 @@ from rmprune.graph.run import evaluating
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.calibration import Calibrator, Cut, Fitting
 from rmprune.pruning.carry_out import Examples, collapse_images
-from rmprune.pruning.collapse import shorten_blocks
+from rmprune.pruning.collapse import shorten_each
 from rmprune.pruning.groups import Scores, Structure, device_of
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.program import read_program
@@ -67,17 +67,16 @@ def block_losses(
     model: nn.Module, options: Options, examples: Examples, ends: Ends, tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[Choice, float]]:
     """{block: {choice: KL}} of every block that is merged or dropped, alone and fitted; what is kept, removed or fused changes nothing."""
-    found: dict[str, dict[Choice, float]] = {}
-    images = collapse_images(examples)
-    with progress("blocks merged or dropped", len(options)) as advance:
-        for name, own in options.items():
-            exact: tuple[Choice, ...] = ("keep", "remove", "fuse")
-            found[name] = {choice: 0.0 for choice in exact if not own[choice]}
-            if not own["merge"]:
-                found[name]["merge"] = ends.change(shorten_blocks(model, images, collapse=[name]).model)[0]
-            if not own["drop"]:
-                found[name]["drop"] = ends.change(shorten_blocks(model, images, drop=[name]).model)[0]
-            tell(f"{name}: " + ", ".join(f"{choice} {kl:.3g}" for choice, kl in found[name].items()))
+    exact: tuple[Choice, ...] = ("keep", "remove", "fuse")
+    shorter: tuple[Choice, ...] = ("merge", "drop")
+    found = {name: {choice: 0.0 for choice in (*exact, *shorter) if not own[choice]} for name, own in options.items()}
+    ways = [(name, choice) for name, own in found.items() for choice in shorter if choice in own]
+    with progress("blocks merged or dropped", len(ways)) as advance:
+        each = [{name: choice == "drop"} for name, choice in ways]
+        for number, shortened in shorten_each(model, collapse_images(examples), each):
+            name, choice = ways[number]
+            found[name][choice] = ends.change(shortened.model)[0]
+            tell(f"{name}: {choice} {found[name][choice]:.3g}")
             advance(1)
     return found
 
