@@ -13,7 +13,7 @@ from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, MissedBudget
 from rmprune.graph.facts import facts_of
 from rmprune.measure import activation_memory, count_macs
-from rmprune.measure.place import MARGIN, infeasible
+from rmprune.measure.place import MARGIN, NEAR, infeasible
 from rmprune.methods.cutter import Cutter, make_cutter, place_of
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget
@@ -74,11 +74,13 @@ def slim_network(
 
 
 def met(budget: Budget, cutter: Cutter, files: Files) -> Budget:
-    """What the cutter must be told so that the budget is met. One in measured time is looked for by measuring, once for these files."""
+    """What the cutter must be told so that the budget is met. One in measured time is looked for by measuring, once for these files (and
+    once more for what goes on, where it was looked for roughly)."""
     if budget.latency_ratio is None:
         return cutter.floored(budget)
+    key = "before" if cutter.near == NEAR else "roughly"
     find = functools.partial(cutter.meeting, budget)
-    return cutter.budget_at(budget, remembered(files.note("measured"), "before", find))
+    return cutter.budget_at(budget, remembered(files.note("measured"), key, find))
 
 
 def _excess(cutter: Cutter, budget: Budget, network: nn.Module) -> float:

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from rmprune.config import PruneConfig, RemovalConfig, SlimConfig, TrainConfig
 from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
-from rmprune.measure.place import Place
-from rmprune.methods import auto
+from rmprune.measure.place import NEAR, Place, find_ratio
+from rmprune.methods import auto, cutter
 from rmprune.methods.outlook import look
 from rmprune.methods.table import METHODS
 from rmprune.pipelines import stages
@@ -244,7 +245,14 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(LatencyModel, "_measure", lambda _, layers: [1e-3 * layer.cin * layer.cout for layer in layers])
     monkeypatch.setattr(Place, "ratios", by_parameters)
     monkeypatch.setattr(stages, "create_network", lambda *_, **__: inverted())
-    monkeypatch.setattr(auto, "PROPOSED", 1)
+    monkeypatch.setattr(auto, "PROPOSED", 2)
+    searches: list[tuple[list[float], float]] = []
+
+    def noted(*given: Any) -> float:
+        searches.append((list(given[5]), given[6]))
+        return find_ratio(*given)
+
+    monkeypatch.setattr(cutter, "find_ratio", noted)
     monkeypatch.setattr(auto, "PRESETS", {"rm-v1": auto.PRESETS["rm-v1"]})
     monkeypatch.setitem(METHODS, "auto", METHODS["auto"]._replace(candidates=("rm-v1",)))
     prune, none = PruneConfig(latency_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
@@ -257,3 +265,8 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "4",
     }
     assert found["pruned"]["plan"]["fuse"] == ("always" if found["pruned"]["chosen"] == "rm-v1" else "cheaper")
+    preset, first, second, winner = searches  # the first plan is looked for below its widths, the second by the first
+    assert preset[0] == [] and [near for _, near in searches] == [auto.ROUGH] * 3 + [NEAR]
+    assert [share / first[0][0] for share in first[0]] == pytest.approx(cutter.BELOW)
+    assert 0 < tried["plan-1"]["of_widths"] <= 1 + 1e-6
+    assert [share / second[0][0] for share in second[0]] == pytest.approx(auto.AROUND)

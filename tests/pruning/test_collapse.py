@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rmprune
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.pruning.collapse import collapse_blocks, shorten_blocks
+from rmprune.pruning.collapse import collapse_blocks, shorten_blocks, shorten_each
 from rmprune.pruning.reconstruct import least_squares
 from rmprune.removal import plan_removal, remove_residuals
 
@@ -256,3 +256,22 @@ def test_additions_that_end_no_block_do_not_count() -> None:
     before, found = model.state_dict(), shorten_blocks(model, many(), drop=[first]).model
     now = {name.replace("_", "."): value for name, value in found.named_parameters()}
     assert not torch.equal(now["5.branch.3.weight"], before["5.branch.3.weight"])
+
+
+def test_several_ways_at_once_are_what_each_is_alone() -> None:
+    """To the last bit: what a network shares with the original is run once, and with another changed one nothing."""
+    model = network(basic(), bottleneck(stride=2), InPlace(basic().branch, None, nn.ReLU()), Sums(), basic(), basic())
+    names = [block.name for block in plan_removal(model, images())]
+    single = next(name for name in names if name.startswith("6"))  # an addition that ends no block
+    ends = [name for name in names if name != single and not name.startswith("6")]
+    ways = [{name: dropped} for name in ends for dropped in (False, True)]
+    ways += [{ends[0]: True, ends[3]: False}, {}]
+    found = dict(shorten_each(model, many(), ways))
+    assert sorted(found) == list(range(len(ways)))
+    for number, way in enumerate(ways):
+        collapse, drop = ([name for name, dropped in way.items() if dropped == gone] for gone in (False, True))
+        alone = shorten_blocks(model, many(), collapse=collapse, drop=drop)
+        assert (alone.collapsed, alone.kept) == (found[number].collapsed, found[number].kept)
+        states = alone.model.state_dict(), found[number].model.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items()), way

@@ -48,6 +48,23 @@ def test_taylor_squared_takes_image_by_image() -> None:
     torch.testing.assert_close(scores["3"], torch.stack(squares).mean(0).sqrt())
 
 
+@pytest.mark.parametrize("name", ["taylor", "taylor_squared"])
+def test_a_batch_that_is_taken_in_parts_says_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images' effects still meet before the modulus: of parts by themselves, Taylor's would not."""
+    model, data = chain(), [(torch.cat([x, -x[:1]]), torch.cat([y, y[:1]])) for x, y in batches(2)]
+    structure, found = find_structure(model, images()), []
+    for part in (2**19, 3 * data[0][0][0, 0].numel(), 1):  # all images, three at a time, one
+        monkeypatch.setattr("rmprune.data.batches.PART", part)
+        seen: list[int] = []
+        with model[0].register_forward_hook(lambda _, given, __, seen=seen: seen.append(len(given[0]))):
+            found.append(score_groups(name, model, structure, data))
+        assert max(seen) == min(len(data[0][0]), max(1, part // data[0][0][0, 0].numel()))
+    assert len(data[0][0]) > 3
+    for scores in found[1:]:
+        for group, own in scores.items():
+            torch.testing.assert_close(own, found[0][group])
+
+
 def test_taylor_of_a_stream_is_its_effect_on_all_readers() -> None:
     """Removing stream channel c of stage 1 silences it for every reader at once: signed effects add before the modulus."""
     model, data = residual(), batches(1)
