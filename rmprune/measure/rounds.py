@@ -43,7 +43,7 @@ def quiet_process(threads: int) -> Iterator[None]:
     """torch's threads as asked, no garbage collection; both put back."""
     before, collecting = torch.get_num_threads(), gc.isenabled()
     torch.set_num_threads(threads)
-    gc.collect()
+    gc.collect(1)  # all of it takes most of a second
     gc.disable()
     try:
         yield

@@ -31,6 +31,7 @@ from rmprune.pruning.plan import SlimPlan
 from rmprune.pruning.program import read_program
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
+from rmprune.training.teacher import digest
 
 BELOW = (1.0, 0.86, 0.74)  # of what the widths of a plan cost: where a budget in time is looked for first
 LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut would leave it
@@ -125,6 +126,7 @@ class Cutter:
                 data=self.job.batches if scores is None else None, cost=self.cost, rank=settings.rank,
                 which=self.method.widths, reconstruct=settings.reconstruct and scores is None,
                 lookahead=self.lookahead, origin=origin, prove=scores is None, begin=self.begin,
+                nearest=self.place is None,
             )  # fmt: skip
         return smaller.cpu() if scores is not None else self.job.recentred(smaller)
 
@@ -191,7 +193,7 @@ class Cutter:
         """The importance of this network's channels, measured once for all cuts that are tried; none where Torch-Pruning scores."""
         if self.coupled:
             return {}
-        return score_groups(self.settings.importance, self.network, self.structure, self.job.batches)
+        return job_scores(self.job, self.network, self.structure, self.settings.importance)
 
     @cached_property
     def gradients(self) -> Mapping[str, Tensor] | None:
@@ -229,6 +231,15 @@ class Cutter:
     def lookahead(self) -> int:
         """Time is a staircase in the widths: a step may only pay together with the next ones."""
         return 1 if self.cost is None else 4
+
+
+def job_scores(job: Job[SlimConfig], network: nn.Module, structure: Structure, importance: str) -> Scores:
+    """The importance of a network's groups on the job's images, measured once for all networks of the same weights and groups."""
+    members = {g.name: [(m.layer, m.side, m.size) for m in g.members] for g in structure.groups}
+    asked = digest(network, {"importance": importance, "groups": members})
+    if asked not in job.scored:
+        job.scored[asked] = score_groups(importance, network, structure, job.batches)
+    return job.scored[asked]
 
 
 def make_cutter(

@@ -14,13 +14,12 @@ from rmprune.config import SlimConfig
 from rmprune.data.batches import affordable
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.graph.foreign import copied
-from rmprune.methods.cutter import LEAST_FRACTION, layer_times, place_of
+from rmprune.methods.cutter import LEAST_FRACTION, job_scores, layer_times, place_of
 from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import even_fraction
 from rmprune.pruning.budget import allowed_units, resolve
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.groups import Cost, Structure, macs, total_cost
-from rmprune.pruning.importance import score_groups
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.options import BlockLayers, block_layers, block_options
 from rmprune.pruning.plan import CHOICES, Choice, Options
@@ -157,7 +156,7 @@ def ends_of(network: nn.Module, job: Job[SlimConfig]) -> Ends:
 
 def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
     """The surrogate of these networks: what their blocks and widths lose, measured once for these files."""
-    network, batches = outlook.networks["keep"], job.batches
+    network = outlook.networks["keep"]
     ends = ends_of(network, job)
     note = files.note("losses")
 
@@ -171,7 +170,7 @@ def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
         logger.info(
             "%s: what each of %d groups loses where it is narrow, residuals %s", files.label, count, _SAID[choice]
         )
-        scores = score_groups("taylor", job.here(own), sight.structure, batches)
+        scores = job_scores(job, job.here(own), sight.structure, "taylor")
         return width_losses(job.here(own), sight.structure, scores, sight.widths, ends)
 
     blocks = remembered(files.shared_note("blocks"), "blocks", of_blocks)

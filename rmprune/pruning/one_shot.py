@@ -62,6 +62,7 @@ def prune(
     begin: Mapping[str, int] | None = None,
     ignore: Iterable[str] | None = (),
     dead: bool = True,
+    nearest: bool = True,
 ) -> M:
     """A new, physically smaller network that meets the budget; the argument is left alone and the mode (train or
     eval) kept. Where the budget cannot be met else because code writes sizes down (attention), the result is a torch.fx graph of the
@@ -80,7 +81,8 @@ def prune(
     `begin`: widths to descend from (see `rmprune.pruning.allocate.allocate`).
     `ignore`: names of modules all of whose output channels stay, and those tied to them (of a block: of each layer in it).
     `dead`: channels that compute nothing go first, all of them, which is exact and may save more than was asked for (the log
-    says so); False leaves them to importance and budget.
+    says so); False leaves them to importance and budget. `nearest`: where a cut leaves channels that nothing reads, which go as well and
+    may save more than was asked for, less is cut; False for a search that measures what it gets.
 
     What the cut did is plain data on the result, `pruned.rmprune_facts`, which `rmprune.save` keeps: `kept` {layer: the numbers
     that its output channels have in `plain`, or in what that was cut from}, `whole` {layer or group: why it could not be pruned},
@@ -158,10 +160,18 @@ def prune(
         return spent, (done.model, _both(keep, done.keep))
 
     whole = total_cost(structure, target.cost)
-    pruned, keep = cut(held)[1] if alone else _nearest(choose, cut, target.limit, whole)
+    if alone or not nearest:
+        pruned, keep = cut(held if alone else choose(target.limit))[1]
+    else:
+        pruned, keep = _nearest(choose, cut, target.limit, whole)
     left = total_cost(structure.shrunk(keep), target.cost)
     spent = whole if memory else left  # what memory took beside it, no dead channel did
-    if not alone and spent < BEYOND * target.limit and not all(bool(mask.all()) for mask in folded.keep.values()):
+    if (
+        nearest
+        and not alone
+        and spent < BEYOND * target.limit
+        and not all(bool(mask.all()) for mask in folded.keep.values())
+    ):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
             budget.name, target.as_ratio(budget, spent), getattr(budget, budget.name),

@@ -48,6 +48,11 @@ class Job(Generic[Config]):
         """The same as what channels are ranked by: with the loss, where the data have one of their own."""
         return self.with_loss(self.pairs)
 
+    @cached_property
+    def scored(self) -> dict[str, dict[str, Tensor]]:
+        """Importances of networks on these images, by a digest of network and groups: what is cut in several ways is ranked once."""
+        return {}
+
     def with_loss(self, pairs: list[Batch]) -> Batches:
         """Batches of the training images, with the loss where they have one of their own."""
         loss = self.data.train.loss

@@ -40,7 +40,7 @@ class Teacher:
         answer = functools.partial(ask, network)
         self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer
         self.batches = data.train.num_batches(data.config.batch_size, shuffled=True)
-        self.name = "" if memory is None else _digest(network, asked_about(data) | {"seed": seed, "dtype": str(dtype)})
+        self.name = "" if memory is None else digest(network, asked_about(data) | {"seed": seed, "dtype": str(dtype)})
         self.epoch = -1
         self.known: Tensor | None = None  # outputs [batches, B, classes] of this epoch, where the images are
         self.heard: list[Tensor] = []  # those of its first batches, there too
@@ -86,7 +86,7 @@ def asked_about(data: Dataset) -> dict[str, Any]:
     }
 
 
-def _digest(network: nn.Module, asked: dict[str, Any]) -> str:
+def digest(network: nn.Module, asked: dict[str, Any]) -> str:
     """16 hex digits for the weights of a network and what it is asked."""
     found = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
     for name, tensor in sorted(network.state_dict().items()):
