@@ -62,6 +62,8 @@ def test_what_a_cut_leaves_unread_goes_too_and_the_budget_is_still_used() -> Non
     pruned = prune(model, x, importance=table, budget=Budget(macs_ratio=0.7), rank="importance")
     assert 0.66 * measured_macs(model, x) <= measured_macs(pruned, x) <= 0.7 * measured_macs(model, x)
     assert find_structure(pruned, x).units["0"] < 24 > find_structure(pruned, x).units["3"]
+    once = prune(model, x, importance=table, budget=Budget(macs_ratio=0.7), rank="importance", nearest=False)
+    assert measured_macs(once, x) < 0.66 * measured_macs(model, x)  # for a search, which measures what it gets
 
 
 def test_table_of_scores_follows_the_dead() -> None:
