@@ -112,7 +112,8 @@ def _networks(
 def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
     """The networks that plans of `network` (with modules that name its blocks) are put together from, whatever its weights.
 
-    Widths keep the default floor, or less where the budget needs it. Raises InfeasibleBudget where no plan meets the budget, with the
+    Widths keep the default floor, or less where the budget needs it for a plan, and for one in which all blocks are kept, removed or
+    fused. Raises InfeasibleBudget where no plan meets the budget, with the
     least that can be had, UnsupportedModel where layers cannot be fitted.
     """
     if budget.name != "memory_ratio":
@@ -128,6 +129,8 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
         budget = dataclasses.replace(budget, reference_ms=total_cost(structures["keep"], costs["keep"]))
     limit = resolve(structures["keep"], budget, costs["keep"]).limit
     floor = min(LEAST_FRACTION * even_fraction(structures["keep"], budget, costs["keep"]), budget.max_fraction)
+    found: Outlook | None = None
+    most = 0
     while True:
         least = budget if job.config.prune.min_fraction is not None else dataclasses.replace(budget, min_fraction=floor)
         sights = {}
@@ -135,17 +138,28 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             widths = {group.name: thinned(allowed_units(group, least)) for group in structure.groups}
             none = {name: [0.0] * len(own) for name, own in widths.items()}
             sights[choice] = Sight(structure, costs[choice], widths, none)
-        found = Outlook(networks, sights, options, allowed, block_layers(network, images), limit)
-        cost = Proposals(sights, found.layers, found.nothing).least_cost()
-        if cost <= limit:
-            return found
+        now = Outlook(networks, sights, options, allowed, block_layers(network, images), limit)
+        plans = Proposals(sights, now.layers, now.nothing)
+        cost = plans.least_cost()
+        forms = [_form(now, prefer) for prefer in (("keep",), ("remove",), ("fuse", "remove"))]
+        can = (cost <= limit) + sum(plans.best(limit, near=form, changes=0) is not None for form in forms)
+        if can > most:
+            found, most = now, can
         floor /= 2
-        if least is budget or floor < 0.01:
-            nearest = getattr(budget, budget.name) * cost / limit
-            raise InfeasibleBudget(
-                f"{budget.name} {getattr(budget, budget.name):g} cannot be met by any plan of blocks and widths under these limits; the "
-                f"least that can be had is about {nearest:.3g}: ask for more, or lower min_channels, min_fraction or round_to"
-            )
+        if most > len(forms) or least is budget or floor < 0.01:
+            break
+    if found is not None:
+        return found
+    nearest = getattr(budget, budget.name) * cost / limit
+    raise InfeasibleBudget(
+        f"{budget.name} {getattr(budget, budget.name):g} cannot be met by any plan of blocks and widths under these limits; the "
+        f"least that can be had is about {nearest:.3g}: ask for more, or lower min_channels, min_fraction or round_to"
+    )
+
+
+def _form(outlook: Outlook, prefer: Sequence[Choice]) -> dict[str, Choice]:
+    """All blocks alike, where they can be."""
+    return {name: next((c for c in prefer if c in own), next(iter(own))) for name, own in outlook.nothing.items()}
 
 
 def ends_of(network: nn.Module, job: Job[SlimConfig]) -> Ends:

@@ -71,10 +71,11 @@ def learned(parts: Sequence[Mapping[str, float]], realised: Sequence[float]) -> 
 
 
 def thinned(widths: Sequence[int]) -> list[int]:
-    """At most LEVELS of these widths, evenly spread, the ends among them."""
+    """At most LEVELS of these widths, the ends among them, each about the same part of the next: small budgets leave narrow groups."""
     if len(widths) <= LEVELS:
         return list(widths)
-    return sorted({widths[round(i * (len(widths) - 1) / (LEVELS - 1))] for i in range(LEVELS)})
+    step = (widths[-1] / widths[0]) ** (1 / (LEVELS - 1))
+    return sorted({min(widths, key=lambda width: abs(width - widths[0] * step**i)) for i in range(LEVELS)})
 
 
 class Proposals:

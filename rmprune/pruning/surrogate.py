@@ -114,7 +114,8 @@ def width_losses(
 
 
 def _measured(widths: Sequence[int], whole: int) -> list[int]:
-    return sorted({widths[i * (len(widths) - 1) // 3] for i in (0, 1)} - {whole}, reverse=True)
+    third = widths[0] + (widths[-1] - widths[0]) / 3
+    return sorted({widths[0], min(widths, key=lambda width: abs(width - third))} - {whole}, reverse=True)
 
 
 def _curve(found: Mapping[int, float], whole: int, widths: Sequence[int]) -> list[float]:
