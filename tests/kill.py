@@ -38,9 +38,9 @@ DATA = "--dataset digits --train-images 48 --batch-size 16 --device cpu --checkp
 MEASURE = (
     " --measure.backend eager --measure.threads 1 --measure.batch-size 1 --measure.seconds 0 --measure.min-rounds 1"
 )
-SLIM = f"slim --model resnet8 --width 2 --epochs 2 --finetune.epochs 2 --round-to 1 {DATA}{MEASURE} --out run"
+SLIM = f"slim --model short_resnet --width 2 --epochs 2 --finetune.epochs 2 --round-to 1 {DATA}{MEASURE} --out run"
 COMMANDS = {
-    "train": f"train --model resnet8 --width 2 --epochs 2 {DATA.partition(' --finetune')[0]}{MEASURE} --out run",
+    "train": f"train --model short_resnet --width 2 --epochs 2 {DATA.partition(' --finetune')[0]}{MEASURE} --out run",
     "slim": f"{SLIM} --macs-ratio 0.7 --method rm",
     "auto": f"{SLIM} --macs-ratio 0.7 --method auto --search-minutes 0.01",
     "comparison": f"{SLIM} --macs-ratio 0.8,0.6 --method rm,inner",
@@ -51,7 +51,7 @@ COMMANDS = {
     "grid": f"grid{SLIM.removeprefix('slim')} --macs-ratio 0.7 --method residual,inner --jobs 1",
     "report": "report run --out run/page",
     "deploy": "deploy run --out run/deployed",
-    "convert": "convert resnet8 --width 2 --image-size 8 --in-channels 1 --out run/plain",
+    "convert": "convert short_resnet --width 2 --image-size 8 --in-channels 1 --out run/plain",
 }
 FINISHED = ("measure", "report", "deploy")
 """Commands that take a finished run."""
@@ -69,6 +69,8 @@ def child(command: str, before: int, fault: str = "kill", amid: str = "") -> Non
 
     amid: only changes of paths with this in them count.
     """
+    import slim_runs  # noqa: F401  # it knows short_resnet
+
     from rmprune.cli import main
     from rmprune.pipelines import grid
 

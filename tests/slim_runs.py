@@ -1,4 +1,4 @@
-"""Runs of `slim` in miniature, with times made up where they are the budget."""
+"""Runs in miniature, of networks of few layers that go by names of their own, with times made up where they are the budget."""
 
 from dataclasses import replace
 
@@ -10,9 +10,29 @@ from rmprune.data.load import Dataset
 from rmprune.data.sources import Images
 from rmprune.data.splits import TensorSplit
 from rmprune.measure.place import Place
+from rmprune.models.families import FAMILIES, Family
+from rmprune.models.mobilenet import mobilenet_v2
+from rmprune.models.resnet import CifarResNet
 
+
+def short_resnet(_: str, *, num_classes: int, in_channels: int, width: int) -> torch.nn.Module:
+    """ResNet-8 without its last stage: a block whose shortcut is the identity, and one whose shortcut is a convolution."""
+    model = CifarResNet(1, in_channels=in_channels, width=width)
+    model.layer3, model.fc = torch.nn.Sequential(), torch.nn.Linear(2 * width, num_classes)
+    return model
+
+
+def short_mobilenet(
+    _: str, *, num_classes: int, in_channels: int, width: float = 1.0, free: int = 1
+) -> torch.nn.Module:
+    """Four inverted blocks, two of them residual."""
+    settings = {"stages": ((1, 16, 1), (4, 24, 3)), "strides": (1, 1, 2), "last_channels": 32}
+    return mobilenet_v2(num_classes=num_classes, in_channels=in_channels, width=width, free=free, **settings)  # type: ignore[arg-type]
+
+
+FAMILIES |= {"short_resnet": Family(short_resnet, ()), "short_mobilenet": Family(short_mobilenet, ())}
 QUICK = SlimConfig(
-    model="resnet8",
+    model="short_resnet",
     width=4,
     method=("rm", "coupled"),
     data=DataConfig(train_images=256),

@@ -64,7 +64,7 @@ def prune_coupled(
     magnitude).
 
     `isomorphic`: channels are ranked among those of groups of the same form alone (Isomorphic Pruning, Fang et al. 2024).
-    The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`
+    The pruning ratio is searched by bisection until the cost is within the budget and as near to it as `attempts`, or channels,
     tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed, or those that `loss` takes, as in `prune`; or
     these `gradients` themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
     where the network was cut before. `prove`: the cut is compared with the whole network in float64
@@ -95,7 +95,10 @@ def prune_coupled(
     most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
     best: tuple[float, nn.Module, dict[str, Slices]] | None = None
     low, high = 0.0, 1.0
+    ranked = sum(getattr(m, "out_channels", getattr(m, "out_features", 0)) for m in model.modules())  # or fewer
     for _ in range(attempts):
+        if low > 0 and high < 1 and (high - low) * ranked < 1 and not isomorphic:
+            break  # every ratio between takes as many channels as one of the two
         ratio = (low + high) / 2
         candidate, slices = _attempt(
             model, example_inputs, structure, importance, isomorphic, gradients, least, budget.round_to, ratio

@@ -1,5 +1,6 @@
 """The script that measures on a GPU, in miniature on the CPU: parts, rows at once, what is left out, figures and page."""
 
+import functools
 import importlib
 import json
 import re
@@ -160,7 +161,8 @@ def test_additions_go_and_layers_stay(gpu: Any) -> None:
     assert weights[0] == weights[1]
 
 
-def test_networks_travel_without_weights(gpu: Any, tmp_path: Path) -> None:
+def test_networks_travel_without_weights(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.networks, "forms", functools.cache(gpu.networks.forms))
     gpu.networks.write(tmp_path, ("resnet18",), quick=True)
     made, read = (gpu.networks.forms_in(folder, "resnet18", quick=True) for folder in (None, tmp_path))
     x = torch.randn(1, 3, 32, 32)

@@ -63,7 +63,7 @@ def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: py
     run_slim(replace(config, out=tmp_path / "run"), command="x")
     found = records.read_record(tmp_path / "run")["mixed-auto"]
     assert found["chosen"] == "rm-collapse" and found["removal"]["max_error"] < 1e-10
-    assert convolutions(rmprune.load(tmp_path / "run" / "mixed-auto")) == 4  # rm has 7
+    assert convolutions(rmprune.load(tmp_path / "run" / "mixed-auto")) == 3  # rm has 5
 
 
 def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Path) -> None:

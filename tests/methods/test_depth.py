@@ -15,7 +15,7 @@ from rmprune.methods import depth
 from rmprune.pipelines.slim import run_slim
 from rmprune.runs import records
 
-ONE = replace(QUICK, method=("depth",), train=TrainConfig(epochs=1), finetune=TrainConfig(epochs=1))
+ONE = replace(QUICK, model="resnet8", method=("depth",), train=TrainConfig(epochs=1), finetune=TrainConfig(epochs=1))
 ONE = replace(ONE, data=DataConfig(train_images=128))
 
 

@@ -1,13 +1,16 @@
 """What cannot be had is refused before anything is trained, and a comparison goes on without it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from slim_runs import QUICK, Small, by_parameters, noise
+from torch import nn
+from torchvision.models import shufflenet_v2_x0_5, squeezenet1_1
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
-import rmprune
 from rmprune.config import PruneConfig, TrainConfig
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.place import Place
@@ -63,26 +66,31 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     assert "inner is left out: macs_ratio 0.15" in caplog.text
     build_report(tmp_path / "run", tmp_path / "report", "x")
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "resnet8 (width 4)" in page and "macs 0.15: without inner, as macs_ratio 0.15" in page
+    assert "short_resnet (width 4)" in page and "macs 0.15: without inner, as macs_ratio 0.15" in page
     with pytest.raises(InfeasibleBudget, match=r"no method can be had: inner: macs_ratio 0\.15"):
         run_slim(replace(config, method=("inner",), skip_infeasible=True, out=tmp_path / "no"), command="x")
     assert not (tmp_path / "no").exists()
 
 
+def convnext() -> nn.Module:
+    return ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=10).eval()
+
+
 @pytest.mark.parametrize(
-    ("model", "method", "reason"),
+    ("create", "method", "reason"),
     [
-        ("squeezenet1_1", "coupled", "no batch norm"),
-        ("shufflenet_v2_x0_5", "coupled", "Torch-Pruning cannot follow this network"),
-        ("convnext_tiny", "residual", "--no-reconstruct"),
+        (squeezenet1_1, "coupled", "no batch norm"),
+        (shufflenet_v2_x0_5, "coupled", "Torch-Pruning cannot follow this network"),
+        (convnext, "residual", "--no-reconstruct"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_training(
-    model: str, method: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    create: Callable[[], nn.Module], method: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = noise()
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: create())
     monkeypatch.setattr(stages, "tune", lambda *_, **__: pytest.fail("trained for nothing"))
-    config = replace(QUICK, model=model, width=None, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
+    config = replace(QUICK, method=(method,), prune=PruneConfig(macs_ratio=(0.5,)))
     with pytest.raises(UnsupportedModel, match=reason):
         run_slim(replace(config, out=tmp_path / "run"), command="x", load=lambda *_: data)
     assert not (tmp_path / "run").exists()
@@ -99,8 +107,7 @@ def test_a_network_that_no_file_can_hold_is_refused_before_training(
 
 
 def test_cut_while_training_layers_must_be_fittable_only_where_a_cut_at_once_may_follow() -> None:
-    network = rmprune.models.create("convnext_tiny", num_classes=10).eval()
-    data = noise()
+    network, data = convnext(), noise()
     config = replace(QUICK, prune=replace(QUICK.prune, gradual=True))
     cutter = make_cutter(network, METHODS["residual"], Job(config, data, torch.device("cpu"), 0))
     cutter.check(once=False)

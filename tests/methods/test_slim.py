@@ -53,7 +53,8 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         LatencyModel, "_measure", lambda self, layers: [layer.cin * layer.cout * 1e-3 for layer in layers]
     )
     prune = PruneConfig(latency_ratio=(0.6,), cost="time", cuts=4, round_to=1)
-    run_slim(replace(ON_BOTH_BACKENDS, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
+    config = replace(ON_BOTH_BACKENDS, model="resnet8", method=("residual",), prune=prune, out=tmp_path / "run")
+    run_slim(config, command="x")
     table = json.loads((tmp_path / "run" / "layer-times-onnxruntime-1-1.json").read_text())
     assert table["threads"] == 1 and len(table["layers"]) > 10
 
@@ -74,7 +75,7 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     monkeypatch.setattr(Place, "ratios", once_wrong)
     prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
     config = replace(
-        QUICK, width=16, method=("residual",), skip_infeasible=True, prune=prune, out=tmp_path / "run"
+        QUICK, model="resnet8", width=16, method=("residual",), skip_infeasible=True, prune=prune, out=tmp_path / "run"
     )  # what is trained is not skipped for one measurement either
     with pytest.raises(InfeasibleBudget, match=r"^latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
         run_slim(config, command="x")

@@ -60,10 +60,10 @@ def error(plain: nn.Module, model: nn.Module, x: Tensor) -> float:
         return float((plain(x) - expected).abs().max() / expected.abs().max())
 
 
-RATIOS: list[float | tuple[float, ...]] = [0, 0.25, 0.5, 0.75, (0, 0.25, 0.5, 0.75), (0.75, 0.5, 0.5, 0)]
+RATIOS: list[float | tuple[float, ...]] = [0, 0.25, (0, 0.25, 0.5, 0.75), (0.75, 0.5, 0.5, 0)]
 
 
-@pytest.mark.parametrize(("ratio", "depth"), [*((ratio, 13) for ratio in RATIOS), (0.25, 21), (RATIOS[-1], 21)])
+@pytest.mark.parametrize(("ratio", "depth"), [*((ratio, 13) for ratio in RATIOS), (RATIOS[-1], 21)])
 def test_removal_deploys_repvgg_as_deploy_does(depth: int, ratio: float | tuple[float, ...]) -> None:
     torch.manual_seed(0)
     model = random_statistics(
@@ -96,7 +96,7 @@ def test_blocks_that_reserve_everything_leave_no_layer_behind(ratio: float | tup
         assert error(removal.model, model, each) <= 1e-10 and error(deploy(model), model, each) <= 1e-10
 
 
-@pytest.mark.parametrize("ratio", [0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("ratio", [0, 0.5])
 def test_deployed_repvgg_has_the_shapes_of_plain_repvgg(ratio: float) -> None:
     """Written out layer by layer, so that `deploy` is not its own witness."""
     model = random_statistics(create("repvgg13", num_classes=5, width=8, small_images=True, reserve_ratio=ratio))
@@ -114,7 +114,7 @@ def test_deployed_repvgg_has_the_shapes_of_plain_repvgg(ratio: float) -> None:
 
 def test_very_deep_repvgg_deploys_exactly() -> None:
     torch.manual_seed(0)
-    model = random_statistics(create("repvgg", depth=69, num_classes=5, width=4, small_images=True, reserve_ratio=0.75))
+    model = random_statistics(create("repvgg", depth=37, num_classes=5, width=4, small_images=True, reserve_ratio=0.75))
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     removal = remove_residuals(model, x, batch_norm=False)
     assert not removal.kept
@@ -125,12 +125,11 @@ def test_very_deep_repvgg_deploys_exactly() -> None:
     assert error(removal.model, model, 3 * x) <= 1e-10
 
 
-@pytest.mark.parametrize("ratio", [0, 0.5])
-def test_of_gated_repvgg_only_the_gates_stay(ratio: float) -> None:
-    """A gate multiplies the map by a function of the map, which is not linear: it cannot go into a kernel."""
+def test_of_gated_repvgg_only_the_gates_stay() -> None:
+    """A gate multiplies the map by a function of the map, which is not linear: it cannot go into a kernel. Every second block reserves."""
     torch.manual_seed(0)
     model = random_statistics(
-        create("repvgg13", num_classes=5, width=16, small_images=True, reserve_ratio=ratio, squeeze_excitation=True)
+        create("repvgg13", num_classes=5, width=16, small_images=True, reserve_ratio=0.5, squeeze_excitation=True)
     )
     x = torch.randn(2, 3, 10, 10, dtype=torch.float64)
     removal = remove_residuals(model, x, batch_norm=False)
@@ -144,7 +143,7 @@ def test_of_gated_repvgg_only_the_gates_stay(ratio: float) -> None:
         assert error(removal.model, model, each) <= 1e-10
 
 
-@pytest.mark.parametrize(("depth", "size"), [(18, 32), (34, 32), (20, 8)])
+@pytest.mark.parametrize(("depth", "size"), [(18, 32), (20, 8)])
 @pytest.mark.parametrize("ranges", ["provable", "calibrated"])
 def test_preact_resnets_become_plain_in_stock_activations(depth: int, size: int, ranges: str) -> None:
     """Nothing bounds a pre-activation from below, so copies pass as sign pairs; bounds that were seen allow one copy."""

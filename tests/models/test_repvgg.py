@@ -174,7 +174,7 @@ def test_training_cost_falls_with_the_ratio() -> None:
 
 @pytest.mark.parametrize(
     ("depth", "ratio", "trained", "deployed"),
-    [(21, 0, 2.4, 2.1), (21, 0.25, 2.1, 2.1), (37, 0.25, 3.9, 4.0), (69, 0.5, 6.5, 7.7)],
+    [(21, 0, 2.4, 2.1), (21, 0.25, 2.1, 2.1), (37, 0.25, 3.9, 4.0)],
 )
 def test_costs_are_the_papers(depth: int, ratio: float, trained: float, deployed: float) -> None:
     with torch.device("meta"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slim_runs  # noqa: F401  # it knows short_resnet
 from forked_workers import Forked, import_before_forks
 
 from rmprune.cli import main
@@ -25,7 +26,7 @@ from rmprune.runs.directory import LOCK_FILE, alone, claim
 from rmprune.training.loop import _Training
 
 GRID = (
-    "grid --dataset digits --train-images 48 --batch-size 16 --device cpu --model resnet8 --width 2 --epochs 1 --finetune.epochs 2 "
+    "grid --dataset digits --train-images 48 --batch-size 16 --device cpu --model short_resnet --width 2 --epochs 1 --finetune.epochs 2 "
     "--round-to 1 --macs-ratio 0.7 --method residual,inner --finetune.checkpoint-seconds 1e-9 --measure.backend eager "
     "--measure.threads 1 --measure.batch-size 1 --measure.seconds 0.01 --measure.min-rounds 2 --jobs 1 --out"
 )

@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_record_says_what_was_promised(finished: Path) -> None:
     record = records.read_record(finished)
-    assert record["removal"]["removed"] == ["layer1.0", "layer2.0", "layer3.0"] and record["removal"]["kept"] == {}
+    assert record["removal"]["removed"] == ["layer1.0", "layer2.0"] and record["removal"]["kept"] == {}
     assert record["removal"]["max_error"] < 1e-10
     assert set(records.networks(record)) == {"original", "plain", "pruned", "coupled"}
     for name in ("pruned", "coupled"):
@@ -137,7 +137,7 @@ def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(
 ) -> None:
     none, one = TrainConfig(epochs=0), MeasureConfig(("eager",), (1,), (1,), seconds=0.0, min_rounds=3)
     budget = PruneConfig(memory_ratio=(0.7,), round_to=1, importance="magnitude", reconstruct=False)
-    config = replace(QUICK, out=tmp_path / "run", model="resnet8", width=8, train=none, finetune=none, measure=one)
+    config = replace(QUICK, out=tmp_path / "run", width=8, train=none, finetune=none, measure=one)
     both = replace(budget, macs_ratio=(0.5,))
     with pytest.raises(ConfigError, match=r"memory_ratio has 2 values; beside macs_ratio give one"):
         replace(both, memory_ratio=(0.5, 0.6))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slim_runs  # noqa: F401  # it knows short_resnet
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
@@ -28,10 +29,10 @@ MEASURE = MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(1,), sec
 DATA = DataConfig(train_images=64, batch_size=32)
 NONE = TrainConfig(epochs=0)
 SLIM = SlimConfig(
-    model="resnet8", width=2, data=DATA, train=NONE, finetune=NONE, measure=MEASURE,
+    model="short_resnet", width=2, data=DATA, train=NONE, finetune=NONE, measure=MEASURE,
     prune=PruneConfig(macs_ratio=(0.6,), round_to=1, reconstruct=False, importance="magnitude"),
 )  # fmt: skip
-RUNS = (SLIM, AmcConfig(model="resnet8", width=2.0, data=DATA, train=NONE, measure=MEASURE))
+RUNS = (SLIM, AmcConfig(model="short_resnet", width=2.0, data=DATA, train=NONE, measure=MEASURE))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def data() -> Dataset:
 
 
 def test_the_same_settings_are_the_same_network_in_every_pipeline(data: Dataset) -> None:
-    networks = [make_dense(config, data, 3) for config in (*RUNS, TrainRunConfig(model="resnet8", width=2))]
+    networks = [make_dense(config, data, 3) for config in (*RUNS, TrainRunConfig(model="short_resnet", width=2))]
     first = networks[0].state_dict()
     for network in networks:
         assert not network.training and network.state_dict().keys() == first.keys()
@@ -79,13 +80,13 @@ def test_what_a_network_does_not_take_is_refused(settings: dict[str, Any], messa
 
 
 def test_a_network_starts_from_weights_of_other_classes(data: Dataset, tmp_path: Path) -> None:
-    torch.save(create("resnet8", num_classes=7, in_channels=1, width=2).state_dict(), tmp_path / "a.pt")
+    torch.save(create("short_resnet", num_classes=7, in_channels=1, width=2).state_dict(), tmp_path / "a.pt")
     said: list[str] = []
     config = replace(SLIM, weights=str(tmp_path / "a.pt"))
     network = make_dense(config, data, 3, tell=said.append)
     assert torch.equal(network.conv1.weight, torch.load(tmp_path / "a.pt")["conv1.weight"])
     assert torch.equal(network.fc.weight, make_dense(config, data, 3).fc.weight)  # by the seed
-    assert said == [f"starts from {tmp_path}/a.pt: the head is new: fc.weight is 7x8 there, 10x8 here"]
+    assert said == [f"starts from {tmp_path}/a.pt: the head is new: fc.weight is 7x4 there, 10x4 here"]
     with pytest.raises(ConfigError, match="both set"):
         replace(config, checkpoint=tmp_path / "a.pt")
 

@@ -126,7 +126,9 @@ def test_amc_takes_them_by_name_and_says_what_to_do_next(
     opened: list[str] = []
     read = READERS["digits"]
     monkeypatch.setitem(READERS, "digits", lambda folder: opened.append("digits") or read(folder))
-    flags = "--model repvgg13 --width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --budget 0.6 --multiple 1"
+    flags = (
+        "--model preact_resnet8 --width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --budget 0.6 --multiple 1"
+    )
     search = "--episodes 2 --warm-up 1 --images 64 --calibration 16"
     main(("amc", *flags.split(), *search.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
     record = records.read_record(tmp_path / "run")
@@ -147,7 +149,7 @@ def test_amc_takes_them_by_name_and_says_what_to_do_next(
     [
         (("repvgg", "--depth", "13", "--reserve-ratio", "0.5", "--width", "4", "--image-size", "16"), 22),
         (("rmnext41x5_16", "--width", "16", "--image-size", "16"), 14),
-        (("preact_resnet20", "--width", "4"), 9),
+        (("preact_resnet8", "--width", "4"), 3),
     ],
 )
 def test_inspect_and_convert_take_them_by_name(

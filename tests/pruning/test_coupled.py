@@ -1,16 +1,17 @@
 """The coupled baseline by Torch-Pruning: our budgets and limits held, streams pruned together, outputs untouched."""
 
+from typing import Any
+
 import pytest
 import torch
-from pruning_nets import batches, images, measured_macs, residual
+from pruning_nets import batches, chain, images, measured_macs, residual
 from torch import nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
-from rmprune.pruning import Budget, find_structure, prune_coupled
+from rmprune.pruning import Budget, coupled, find_structure, prune_coupled
 
 
-@pytest.mark.parametrize("importance", ["batch_norm", "taylor", "magnitude"])
-@pytest.mark.parametrize("ratio", [0.6, 0.3])
+@pytest.mark.parametrize(("importance", "ratio"), [("batch_norm", 0.6), ("taylor", 0.3), ("magnitude", 0.6)])
 def test_macs_budget_is_hard_and_nearly_used(importance: str, ratio: float) -> None:
     model, x = residual(), images()
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -97,7 +98,7 @@ def test_no_budget_that_the_limits_allow_is_refused(round_to: int) -> None:
     """Once Torch-Pruning is told to remove more than may go it removes nothing; the search must not take that for too little."""
     model, x = residual(32), images()
     whole = measured_macs(model, x)
-    for ratio in (0.9, 0.5, 0.3):
+    for ratio in (0.9, 0.3):
         budget = Budget(macs_ratio=ratio, min_fraction=0.5, round_to=round_to)
         assert 0.65 * ratio * whole < measured_macs(prune_coupled(model, x, budget=budget), x) <= ratio * whole
 
@@ -107,6 +108,29 @@ def test_the_largest_part_that_may_stay_is_held() -> None:
     pruned = prune_coupled(model, x, budget=Budget(macs_ratio=0.9, max_fraction=0.75))
     units = find_structure(pruned, x).units
     assert all(units[name] <= 0.75 * whole for name, whole in find_structure(model, x).units.items())
+
+
+def test_the_search_ends_where_no_ratio_takes_another_number_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And finds what looking at every number of them finds."""
+    model, x, asked = chain((4, 6)), images(), []
+    attempt = coupled._attempt
+
+    def noted(*args: Any) -> Any:
+        asked.append(args[-1])
+        return attempt(*args)
+
+    monkeypatch.setattr(coupled, "_attempt", noted)
+    cuts = [attempt(*_arguments(model, x, ratio))[0] for ratio in (number / 15 + 1e-6 for number in range(15))]
+    costs, whole = [measured_macs(cut, x) for cut in cuts], measured_macs(model, x)
+    for ratio in (0.3, 0.45, 0.6, 0.75):
+        asked.clear()
+        found = measured_macs(prune_coupled(model, x, budget=Budget(macs_ratio=ratio)), x)
+        assert found == max(cost for cost in costs if cost <= ratio * whole) and len(asked) <= 6
+
+
+def _arguments(model: nn.Module, x: torch.Tensor, ratio: float) -> tuple[Any, ...]:
+    structure = find_structure(model, x)
+    return model, x, structure, "batch_norm", False, {}, dict.fromkeys(structure.units, 1), 1, ratio
 
 
 def test_limits_refer_to_the_first_network() -> None:

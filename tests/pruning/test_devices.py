@@ -44,15 +44,21 @@ def scored(model: nn.Module, x: Tensor, data: Batches) -> nn.Module:
     return built
 
 
+def short() -> nn.Module:
+    """A block whose shortcut is the identity, and one whose shortcut is a convolution."""
+    whole = residual()
+    return nn.Sequential(*whole[:3], *whole[4:])
+
+
 def pruned(**settings: Any) -> Callable[[nn.Module, Tensor, Batches], nn.Module]:
     return lambda model, x, data: rmprune.prune(model, x, budget=HALF, data=data, **settings)
 
 
 CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor, Batches], nn.Module]]] = {
-    "removal": (residual, lambda model, x, data: rmprune.remove_residuals(model, x).model),
-    "collapse": (residual, lambda model, x, data: rmprune.collapse_blocks(model, x).model),
+    "removal": (short, lambda model, x, data: rmprune.remove_residuals(model, x).model),
+    "collapse": (short, lambda model, x, data: rmprune.collapse_blocks(model, x).model),
     "fitted": (chain, pruned(reconstruct=True)),
-    "coupled": (residual, lambda model, x, data: prune_coupled(model, x, importance="taylor", budget=HALF, data=data)),
+    "coupled": (short, lambda model, x, data: prune_coupled(model, x, importance="taylor", budget=HALF, data=data)),
     "amc": (lambda: torch.manual_seed(0) and randomise(v1()).double().eval(), scored),
     "batch_norm": (chain, pruned(importance="batch_norm")),
 }

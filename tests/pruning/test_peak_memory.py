@@ -1,6 +1,7 @@
 """Budgets in peak activation memory are met as the planner counts it, by what lives at the peak alone, or the least is named."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rmprune.pruning.surgery import shrink
 X = torch.randn(2, 3, 16, 16)
 
 
+@functools.cache
 def network(plain: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
     net = rmprune.models.create("resnet8", num_classes=10, width=8).eval()
