@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.calls import concatenated
-from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size, pointwise
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, Shift, from_module, output_size, pointwise
 from rmprune.graph.double import InDouble
 from rmprune.graph.run import Values, node_value
 
@@ -138,6 +138,8 @@ def linear_layer(network: Network, node: fx.Node) -> Conv:
         found = from_module(layer, before[1], str(node.target))
     elif node.target is operator.getitem:
         found = _crop(node, before[1])
+    elif node.target is operator.add and isinstance(node.args[1], int | float):
+        found = from_module(Shift(torch.tensor(node.args[1], dtype=torch.float64)), before[1], node.name)
     else:
         found = _pad_channels(network, node, before[1])
     if output_size(found.geometry, spatial(source)) != spatial(node):

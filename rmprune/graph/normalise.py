@@ -9,16 +9,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import is_size, module_around
+from rmprune.graph.calls import MULTIPLICATIONS, is_size, module_around
 from rmprune.graph.convolution import plain
 from rmprune.graph.double import InDouble
-from rmprune.graph.functional import COMMUTATIVE, linear_pool, modules_for
+from rmprune.graph.functional import linear_pool, modules_for
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, free_name, named
 from rmprune.graph.randomness import draws, is_pure, refuse_drawn, refuse_random
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
+from rmprune.graph.sums import spell_out
 from rmprune.graph.tracing import follow
 from rmprune.graph.written_out import as_layers
 
@@ -54,6 +55,8 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
         refuse_drawn(model, example_inputs)
     written = _as_written(model, traced) if decided else []
     undo_in_place(traced, dict(model.named_modules()))
+    if pieces:
+        spell_out(traced)
     network = _Normaliser(model, traced).run(unread=not pieces)
     refuse_random(network)
     propagate_shapes(network, example_inputs)
@@ -99,7 +102,7 @@ class _Normaliser:
             return
         first = node.args[0] if node.args else None
         if (
-            node.target in COMMUTATIVE
+            node.target in MULTIPLICATIONS
             and len(node.args) == 2
             and (not isinstance(first, fx.Node) or first in self.known)
         ):

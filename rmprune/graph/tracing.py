@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import re
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,7 +127,10 @@ def _fixed(model: nn.Module, count: int | None) -> dict[str, Any] | tuple[Any, .
 
 
 def _cleaned(graph: fx.Graph, fixed: Any) -> fx.Graph:
-    """Without assertions and what only they read, and without inputs that are fixed."""
+    """Without assertions and what only they read, without inputs that are fixed, and torch.ops.aten.add as the torch.add it is."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            _as_function(node)
     asserted = [node for node in graph.nodes if node.target in (torch._assert, _symbolic_trace._assert_is_none)]
     for node in asserted:
         _erase(node)
@@ -135,6 +139,18 @@ def _cleaned(graph: fx.Graph, fixed: Any) -> fx.Graph:
         if not node.users and (node.target in names or str(node.target).startswith("*")):
             graph.erase_node(node)
     return graph
+
+
+def _as_function(node: fx.Node) -> None:
+    namespace, _, name = str(node.target).partition(".")
+    name = name.partition(".")[0]
+    function = getattr(torch, name, None)
+    if namespace != "aten" or "self" in node.kwargs:
+        return
+    if isinstance(function, types.BuiltinFunctionType):
+        node.target = function
+    elif isinstance(getattr(Tensor, name, None), types.MethodDescriptorType):
+        node.op, node.target = "call_method", name
 
 
 def _erase(node: fx.Node) -> None:
