@@ -33,12 +33,14 @@ class Network:
     """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"].
 
     decided: where the sizes of the example inputs decided what is computed; it holds for these sizes only then.
+    autocast: where the code enters it, which the graph does not.
     """
 
     graph: fx.Graph
     layers: dict[str, NodeLayer] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     decided: list[str] = field(default_factory=list)
+    autocast: list[str] = field(default_factory=list)
 
     @property
     def sizes_note(self) -> str:
@@ -48,6 +50,12 @@ class Network:
             places
             and f"the sizes of the inputs decide what is computed ({places}): this holds for inputs of these sizes only"
         )
+
+    @property
+    def note(self) -> str:
+        """What to say of a result: of its sizes, and of autocast that is left out."""
+        left = [f"autocast in forward is left out ({'; '.join(self.autocast)})"] if self.autocast else []
+        return "; ".join(filter(None, (self.sizes_note, *left)))
 
     def layer(self, node: fx.Node) -> NodeLayer | None:
         """The layer that a node calls; None where it calls none."""

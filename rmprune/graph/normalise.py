@@ -50,7 +50,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
     drawn = draws()
-    traced, decided = follow(PlainTracer, model, example_inputs)
+    traced, decided, autocast = follow(PlainTracer, model, example_inputs)
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
     written = _as_written(model, traced) if decided else []
@@ -64,7 +64,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
         as_layers(network)
         network.drop_unread()
         _refuse_fixed_batch(model, written, decided, example_inputs)
-    network.decided = decided
+    network.decided, network.autocast = decided, autocast
     return network
 
 
@@ -209,7 +209,7 @@ def plain_norm(module: Any) -> nn.BatchNorm2d | nn.GroupNorm:
 def _refuse_fixed_batch(model: nn.Module, written: list[Any], decided: list[str], inputs: tuple[Tensor, ...]) -> None:
     """Sizes that decide may be those of the batch; then it runs for batches of this size only, and nothing can be checked."""
     if decided and written != _as_written(
-        model, follow(PlainTracer, model, tuple(torch.cat([x, x[:1]]) for x in inputs))[0]
+        model, follow(PlainTracer, model, tuple(torch.cat([x, x[:1]]) for x in inputs)).graph
     ):
         raise UnsupportedModel(
             f"the code asks for sizes ({'; '.join(decided)}), and so the size of the batch is written into the network: one image more "
