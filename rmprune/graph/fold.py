@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rmprune.graph.foreign import copied, plain_module, unbound
+from rmprune.graph.copied import copied
+from rmprune.graph.foreign import plain_module, unbound
 from rmprune.graph.inputs import as_tuple, trial
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, traced
 from rmprune.graph.run import hooked
