@@ -18,7 +18,7 @@ from rmprune.artifact.arguments import encode
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import module_around
 from rmprune.graph.foreign import HOOKS
-from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace_sized
+from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, traced
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FUNCTION_NAMES,
@@ -49,7 +49,11 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict
             raise UnsupportedModel(
                 f"{path or type(module).__name__}: its forward was replaced; make that a module of its own"
             )
-    graph, decided = (None, []) if flat else trace_sized(model, inputs)
+    graph, decided, autocast = (None, [], []) if flat else traced(model, inputs)
+    if autocast:
+        raise UnsupportedModel(
+            f"{autocast[0]}: forward enters autocast, which a file cannot hold: save it without, and call it under torch.autocast"
+        )
     if decided and inputs is not None:
         logger.warning(
             "save: sizes of the inputs decide what is computed (%s): the artifact holds for these", "; ".join(decided)

@@ -15,7 +15,7 @@ import tyro
 from rmprune.errors import ConfigError
 
 
-def _comma_separated(kind: type[Any]) -> Any:
+def comma_separated(kind: type[Any]) -> Any:
     """How the command line reads and shows a tuple: one word, values between commas."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -26,9 +26,9 @@ def _comma_separated(kind: type[Any]) -> Any:
     )
 
 
-Names = Annotated[tuple[str, ...], _comma_separated(str)]
-Numbers = Annotated[tuple[int, ...], _comma_separated(int)]
-Fractions = Annotated[tuple[float, ...], _comma_separated(float)]
+Names = Annotated[tuple[str, ...], comma_separated(str)]
+Numbers = Annotated[tuple[int, ...], comma_separated(int)]
+Fractions = Annotated[tuple[float, ...], comma_separated(float)]
 
 
 def require(condition: bool, message: str) -> None:

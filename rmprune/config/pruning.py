@@ -6,7 +6,8 @@ from typing import Literal
 from rmprune.config.fields import Fractions, Settings, require, require_inside
 
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
-
+PlannedChoice = Literal["keep", "remove", "merge", "drop", "fuse"]
+"""What method auto may make of a residual block (see `rmprune.pruning.plan`)."""
 _BUDGETS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
 
 

@@ -10,9 +10,18 @@ import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
 from rmprune.config.data import DataConfig
-from rmprune.config.fields import Names, Settings, changeable, require, require_inside, require_seed, transient
+from rmprune.config.fields import (
+    Names,
+    Settings,
+    changeable,
+    comma_separated,
+    require,
+    require_inside,
+    require_seed,
+    transient,
+)
 from rmprune.config.measure import MeasureConfig
-from rmprune.config.pruning import PruneConfig
+from rmprune.config.pruning import PlannedChoice, PruneConfig
 from rmprune.config.training import SparsityConfig, TrainConfig
 
 
@@ -119,7 +128,7 @@ class SlimConfig(RunConfig):
     search_minutes: float | None = field(default=None, metadata=changeable())
     """How long method auto looks for better plans, once it has judged the presets and the first that its surrogate proposes (default: until
     four in a row are no better, at most a minute)."""
-    choices: Names = ()
+    choices: Annotated[tuple[PlannedChoice, ...], comma_separated(str)] = ()
     """What method auto may make of each residual block, comma-separated: keep, remove, fuse, merge, drop (default: any). Without keep no
     residual addition is left: for devices that cannot add."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
@@ -153,8 +162,6 @@ class SlimConfig(RunConfig):
             object.__setattr__(self, "method", ("plan" if self.plan is not None else self.prune.usual_method,))
         require_inside(self, "[0, 10000]", "search_minutes")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
-        unknown = [choice for choice in self.choices if choice not in ("keep", "remove", "fuse", "merge", "drop")]
-        require(not unknown, f"choices is {', '.join(self.choices)}; use some of keep, remove, fuse, merge, drop")
         require(
             not self.choices or "auto" in self.method,
             f"choices is for method auto, but the method is {', '.join(self.method)}; leave one of the two out",

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
+from rmprune.data.duplicates import warn_of_duplicates
 from rmprune.data.listing import list_photos
 from rmprune.data.photos import Photos, bit_depth, one_line_errors, to_its_end
 from rmprune.data.splits import (
@@ -69,6 +70,7 @@ def load_image_folder(
             )
     parts = [_mixed(some_of(kept, config)), _mixed(held_back), test]
     paths = [photo.path for photo in listed]
+    warn_of_duplicates(paths, dict(zip(("train", "val", "test"), (part.tolist() for part in parts), strict=True)))
     photos = Photos(paths, config.photo_side, bit_depth(paths))
     photos.decode_all(config.cache, config.workers)
     splits = tuple(FolderSplit(photos, part, labels[part], config, statistics) for part in parts)

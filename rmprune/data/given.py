@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, check_labels, each_loss, labelled, network_inputs, to_device
 from rmprune.data.splits import Batch, Split
 from rmprune.errors import ConfigError, DataError
+from rmprune.graph.copied import copied
 from rmprune.graph.finite import where_broken
-from rmprune.graph.foreign import copied
 
 GIVEN = "given"  # how the name of such data begins in config and record; what they hold is the rest
 

@@ -11,8 +11,13 @@ ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 SUBTRACTIONS = (
     operator.sub, operator.isub, torch.sub, torch.subtract, torch.rsub, "sub", "sub_", "subtract", "subtract_",
 )  # fmt: skip
-MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-DIVISIONS = (operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_")
+MULTIPLICATIONS = (
+    operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_",
+)  # fmt: skip
+DIVISIONS = (
+    operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide,
+    "div", "div_", "divide", "divide_", "true_divide", "true_divide_",
+)  # fmt: skip
 _IN_PLACE = (
     "iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "ilshift", "irshift",
 )  # fmt: skip

@@ -199,11 +199,11 @@ def from_module(module: nn.Module, channels: int, name: str = "") -> Conv:
         conv = depthwise(one, torch.zeros(channels, dtype=torch.float64), Geometry(), name)
         return replace(conv, norm=norm_of(module), norm_name=name)
     if isinstance(module, Scale):
-        factor = module.factor.detach().double().cpu().expand(channels)
+        factor = module.factor.detach().double().cpu().flatten().expand(channels)
         return depthwise(factor[:, None, None], torch.zeros(channels, dtype=torch.float64), Geometry(), name)
     if isinstance(module, Shift):
         one = torch.ones(channels, 1, 1, dtype=torch.float64)
-        return depthwise(one, module.shift.detach().double().cpu(), Geometry(), name)
+        return depthwise(one, module.shift.detach().double().cpu().flatten().expand(channels), Geometry(), name)
     if isinstance(module, nn.AvgPool2d) and plain(module, nn.AvgPool2d):
         return _from_average_pool(module, channels, name)
     raise Obstacle(f"{type(module).__name__} is no convolution, batch norm, average pool or scaling")
@@ -220,23 +220,28 @@ class Scale(nn.Module):
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
-        self.register_buffer("factor", factor.detach().clone().flatten())
+        self.register_buffer("factor", _along_channels(factor))
         self.factor: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.factor if len(self.factor) == 1 else self.factor[:, None, None])
+        return x * self.factor
 
 
 class Shift(nn.Module):
-    """Adds one number a channel; stands for `x + shift` in a traced graph."""
+    """Adds one number, or one number a channel; stands for `x + shift` in a traced graph."""
 
     def __init__(self, shift: Tensor) -> None:
         super().__init__()
-        self.register_buffer("shift", shift.detach().clone().flatten())
+        self.register_buffer("shift", _along_channels(shift))
         self.shift: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.shift[:, None, None]
+        return x + self.shift
+
+
+def _along_channels(numbers: Tensor) -> Tensor:
+    """One number as (1,), one a channel as (C, 1, 1), which artifacts read as they are."""
+    return numbers.detach().clone().reshape((-1, 1, 1) if numbers.numel() > 1 else (1,))
 
 
 def _from_conv(module: nn.Conv2d, name: str) -> Conv:

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel
 from rmprune.graph.build import target_of
+from rmprune.graph.copied import copied
 from rmprune.graph.double import in_double
-from rmprune.graph.foreign import copied, eval_copy, has_hooks, reference_copy
+from rmprune.graph.foreign import eval_copy, has_hooks, reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM

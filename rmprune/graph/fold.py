@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rmprune.graph.foreign import copied, plain_module, unbound
+from rmprune.graph.copied import copied
+from rmprune.graph.foreign import plain_module, unbound
 from rmprune.graph.inputs import as_tuple, trial
-from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, trace
+from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, traced
 from rmprune.graph.run import hooked
+from rmprune.graph.tracing import warn_of_autocast
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -27,7 +29,8 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     Dropout and Identity go as well.
     """
     model = unbound(copied(plain_module(model))).eval()
-    flat, graph = is_flat_sequential(model), trace(model, inputs)
+    flat, (graph, _, autocast) = is_flat_sequential(model), traced(model, inputs)
+    warn_of_autocast(*autocast)
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):
             model.set_submodule(name, stock_norm(module))

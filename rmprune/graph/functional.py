@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmprune.graph.calls import is_size
+from rmprune.graph.calls import DIVISIONS, MULTIPLICATIONS, is_size
 from rmprune.graph.convolution import Scale
 
-COMMUTATIVE = (operator.mul, torch.mul)
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
 
 
@@ -107,6 +106,13 @@ def _scale(given: dict[str, Any]) -> list[nn.Module] | None:
     return [Scale(factor)] if one or channels else None
 
 
+def _divide(given: dict[str, Any]) -> list[nn.Module] | None:
+    divisor = given["other"]
+    if given.get("rounding_mode") is not None or not isinstance(divisor, int | float | Tensor):
+        return None
+    return _scale({"other": torch.as_tensor(divisor, dtype=torch.float64).reciprocal()})
+
+
 def _conv2d(given: dict[str, Any]) -> list[nn.Module]:
     weight, bias = given["weight"], given.get("bias")
     groups = given.get("groups", 1)
@@ -170,7 +176,8 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
     F.conv2d: (("weight", "bias", "stride", "padding", "dilation", "groups"), _conv2d),
     F.linear: (("weight", "bias"), _linear),
     F.batch_norm: (("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul"), (("other",), _scale)),
+    **dict.fromkeys(MULTIPLICATIONS, (("other",), _scale)),
+    **dict.fromkeys(DIVISIONS, (("other",), _divide)),
     "detach": ((), lambda _: []),
     **dict.fromkeys(("clone", torch.clone), (("memory_format",), lambda _: [])),
     **dict.fromkeys((operator.pos, torch.positive, "positive", torch.detach), ((), lambda _: [])),

@@ -32,7 +32,7 @@ def _is_network(file: str) -> bool:
 class Tracer(fx.Tracer):
     """fx's tracer. With `inputs` it runs the network without values on the way, so that sizes and numbers made of them decide.
 
-    decided: the places where sizes did; what is traced then holds for these sizes only.
+    decided: the places where sizes did; what is traced then holds for these sizes only. autocast: where the code enters it.
     """
 
     inputs: tuple[Tensor, ...] | None = None
@@ -43,6 +43,7 @@ class Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.decided: dict[str, None] = {}
+        self.autocast: dict[str, None] = {}
         self.values: dict[fx.Node, Any] = {}
         self.sized: set[fx.Node] = set()
 
@@ -138,7 +139,9 @@ class Tracer(fx.Tracer):
 
     def place(self, error: BaseException | None = None) -> str:
         """The module being traced and the line of its code: "layer1.0 (Block), net.py line 12, `if x.mean() > 0:`"."""
-        frames = traceback.extract_tb(error.__traceback__) if error is not None else traceback.extract_stack()
+        stack = traceback.extract_tb(error.__traceback__) if error is not None else traceback.extract_stack()
+        begun = [place for place, frame in enumerate(stack) if frame.filename == __file__ and frame.name == "trace"]
+        frames = stack[begun[-1] if begun else 0 :]
         module = list(self.module_stack.values())[-1:] or [("", type(self.root))]
         path, kind = module[0]
         name = getattr(kind, "__name__", str(kind).rsplit(".", 1)[-1])

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import ConfigError, UnsupportedModel, first_line, out_of_memory
+from rmprune.graph.copied import copied
 from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
-from rmprune.graph.foreign import copied, plain_module, refuse_weights
+from rmprune.graph.foreign import plain_module, refuse_weights
 from rmprune.graph.shapes import Plainly, blank, on_meta
 
 _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it

@@ -10,7 +10,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import writes
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
-from rmprune.graph.tracing import follow
+from rmprune.graph.tracing import Traced, follow
 from rmprune.graph.vocabulary import LAYERS
 
 
@@ -68,15 +68,15 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> fx.Grap
     inputs: examples, whose sizes decide where the code asks for sizes. Raises UnsupportedModel when torch.fx cannot follow the
     forward pass. The model is left as it was.
     """
-    return trace_sized(model, inputs)[0]
+    return traced(model, inputs).graph
 
 
-def trace_sized(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> tuple[fx.Graph, list[str]]:
-    """`trace`, and the places where sizes of the inputs decided what is in the graph."""
+def traced(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> Traced:
+    """`trace`, with where sizes of the inputs decided what is in the graph, and what is not in it."""
     for kind in (_Tracer, _BufferTracer):
         before = set(model.__dict__)
         try:
-            graph, decided = follow(kind, model, inputs)
+            found = follow(kind, model, inputs)
         finally:
             constants = {name: model.__dict__.pop(name) for name in set(model.__dict__) - before}
         if not constants:
@@ -87,8 +87,8 @@ def trace_sized(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> tuple[fx
             "buffers of the module"
         )
     stay = ("placeholder", "output", "call_module")  # layers keep statistics
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in stay or writes(node))
-    return graph, decided
+    found.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in stay or writes(node))
+    return found
 
 
 def shaped(model: nn.Module, x: Tensor) -> fx.GraphModule:

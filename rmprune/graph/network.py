@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.calls import concatenated
-from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, from_module, output_size, pointwise
+from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, Shift, from_module, output_size, pointwise
 from rmprune.graph.double import InDouble
 from rmprune.graph.run import Values, node_value
 
@@ -33,12 +33,14 @@ class Network:
     """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"].
 
     decided: where the sizes of the example inputs decided what is computed; it holds for these sizes only then.
+    autocast: where the code enters it, which the graph does not.
     """
 
     graph: fx.Graph
     layers: dict[str, NodeLayer] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     decided: list[str] = field(default_factory=list)
+    autocast: list[str] = field(default_factory=list)
 
     @property
     def sizes_note(self) -> str:
@@ -48,6 +50,12 @@ class Network:
             places
             and f"the sizes of the inputs decide what is computed ({places}): this holds for inputs of these sizes only"
         )
+
+    @property
+    def note(self) -> str:
+        """What to say of a result: of its sizes, and of autocast that is left out."""
+        left = [f"autocast in forward is left out ({'; '.join(self.autocast)})"] if self.autocast else []
+        return "; ".join(filter(None, (self.sizes_note, *left)))
 
     def layer(self, node: fx.Node) -> NodeLayer | None:
         """The layer that a node calls; None where it calls none."""
@@ -138,6 +146,8 @@ def linear_layer(network: Network, node: fx.Node) -> Conv:
         found = from_module(layer, before[1], str(node.target))
     elif node.target is operator.getitem:
         found = _crop(node, before[1])
+    elif node.target is operator.add and isinstance(node.args[1], int | float):
+        found = from_module(Shift(torch.tensor(node.args[1], dtype=torch.float64)), before[1], node.name)
     else:
         found = _pad_channels(network, node, before[1])
     if output_size(found.geometry, spatial(source)) != spatial(node):

@@ -9,16 +9,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import is_size, module_around
+from rmprune.graph.calls import MULTIPLICATIONS, is_size, module_around
 from rmprune.graph.convolution import plain
 from rmprune.graph.double import InDouble
-from rmprune.graph.functional import COMMUTATIVE, linear_pool, modules_for
+from rmprune.graph.functional import linear_pool, modules_for
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.in_place import undo_in_place
 from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, free_name, named
 from rmprune.graph.randomness import draws, is_pure, refuse_drawn, refuse_random
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
+from rmprune.graph.sums import spell_out
 from rmprune.graph.tracing import follow
 from rmprune.graph.written_out import as_layers
 
@@ -49,11 +50,13 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
     drawn = draws()
-    traced, decided = follow(PlainTracer, model, example_inputs)
+    traced, decided, autocast = follow(PlainTracer, model, example_inputs)
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
     written = _as_written(model, traced) if decided else []
     undo_in_place(traced, dict(model.named_modules()))
+    if pieces:
+        spell_out(traced)
     network = _Normaliser(model, traced).run(unread=not pieces)
     refuse_random(network)
     propagate_shapes(network, example_inputs)
@@ -61,7 +64,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
         as_layers(network)
         network.drop_unread()
         _refuse_fixed_batch(model, written, decided, example_inputs)
-    network.decided = decided
+    network.decided, network.autocast = decided, autocast
     return network
 
 
@@ -99,7 +102,7 @@ class _Normaliser:
             return
         first = node.args[0] if node.args else None
         if (
-            node.target in COMMUTATIVE
+            node.target in MULTIPLICATIONS
             and len(node.args) == 2
             and (not isinstance(first, fx.Node) or first in self.known)
         ):
@@ -206,7 +209,7 @@ def plain_norm(module: Any) -> nn.BatchNorm2d | nn.GroupNorm:
 def _refuse_fixed_batch(model: nn.Module, written: list[Any], decided: list[str], inputs: tuple[Tensor, ...]) -> None:
     """Sizes that decide may be those of the batch; then it runs for batches of this size only, and nothing can be checked."""
     if decided and written != _as_written(
-        model, follow(PlainTracer, model, tuple(torch.cat([x, x[:1]]) for x in inputs))[0]
+        model, follow(PlainTracer, model, tuple(torch.cat([x, x[:1]]) for x in inputs)).graph
     ):
         raise UnsupportedModel(
             f"the code asks for sizes ({'; '.join(decided)}), and so the size of the batch is written into the network: one image more "

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.activations import image
-from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, DIVISIONS, MULTIPLICATIONS, concatenated
+from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, concatenated
 from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, or_none, pointwise
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.run import run
@@ -217,13 +217,6 @@ def _cat(node: fx.Node) -> Range | None:
     return torch.cat([low for low, _ in ranges]), torch.cat([high for _, high in ranges])
 
 
-def _divide(node: fx.Node) -> Range | None:
-    if len(node.args) != 2 or not isinstance(node.args[1], int | float) or node.args[1] == 0 or node.kwargs:
-        return None
-    low, high = (end / node.args[1] for end in range_of(node.all_input_nodes[0]))
-    return torch.minimum(low, high), torch.maximum(low, high)
-
-
 def _multiply(node: fx.Node) -> Range | None:
     tensors = [a for a in node.args[:2] if isinstance(a, fx.Node)]
     if len(tensors) != 2 or tensors[0] is tensors[1] or len({len(shape_of(t) or ()) for t in tensors}) != 1:
@@ -251,7 +244,6 @@ _FUNCTIONS: dict[object, Callable[[fx.Node], Range | None]] = {
     **dict.fromkeys(ADDITIONS, _add),
     **dict.fromkeys(CONCATENATIONS, _cat),
     **dict.fromkeys(MULTIPLICATIONS, _multiply),
-    **dict.fromkeys(DIVISIONS, _divide),
     operator.getitem: _crop,
 }
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.activations import rule_of
 from rmprune.graph.convolution import plain, positions
+from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, each_argument
-from rmprune.graph.foreign import copied
 from rmprune.graph.network import Network, in_words
 from rmprune.graph.run import Values, node_value, run
 

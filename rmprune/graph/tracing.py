@@ -1,10 +1,13 @@
 """A network traced by torch.fx, with what `fx_tracer` knows where it cannot go on; or why it cannot be, in words. It reads no graph."""
 
 import contextlib
+import functools
 import inspect
+import logging
 import re
+import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,13 +18,20 @@ from torch.utils._pytree import tree_leaves
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.fx_tracer import NO_LENGTH, Tracer
 
+logger = logging.getLogger("rmprune")
 _PROXIES = r"<class '[\w.]*_Known\w*'>|'?_Known\w*'?( object)?"  # what Python calls our stand-ins
 
 
-def follow(
-    kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | None = None
-) -> tuple[fx.Graph, list[str]]:
-    """The torch.fx graph of `model` as a tracer of this kind sees it, and where sizes decided what is in it.
+class Traced(NamedTuple):
+    """decided: the places where sizes decided what is in the graph; autocast: those where the code enters it, which the graph does not."""
+
+    graph: fx.Graph
+    decided: list[str]
+    autocast: list[str]
+
+
+def follow(kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> Traced:
+    """The torch.fx graph of `model` as a tracer of this kind sees it.
 
     Arguments of forward that `inputs` do not reach and that are None or flags are taken as they are. First without sizes; where that
     fails, with those of `inputs`, and at last with transformers of torch left whole. Raises UnsupportedModel that names module, line,
@@ -38,9 +48,9 @@ def follow(
             with _recorded_factories(tracer), _own_caches(model):
                 graph = tracer.trace(model, fixed)  # a tuple is taken, too
             _note_origin(graph, model)
-            decided = list(tracer.decided)
+            decided, entered = list(tracer.decided), list(tracer.autocast)
             vars(tracer).clear()  # it stands in a circle, and would hold the network until that is collected
-            return _cleaned(graph, fixed), decided
+            return Traced(_cleaned(graph, fixed), decided, entered)
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
@@ -49,12 +59,23 @@ def follow(
     raise _refusal(model, *failed) from failed[1]
 
 
+@functools.cache
+def warn_of_autocast(*places: str) -> None:
+    """Says in the log, once, that what is made of a network leaves out the autocast of its code."""
+    if places:
+        logger.warning(
+            "autocast in forward is left out (%s): what is made of the network computes there in the type of its weights; call it "
+            "under torch.autocast to have that back",
+            "; ".join(places),
+        )
+
+
 _FACTORIES = ("zeros", "ones", "full", "empty", "arange")
 
 
 @contextlib.contextmanager
 def _recorded_factories(tracer: Tracer) -> Iterator[None]:
-    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph; autocast that is off is left out."""
+    """torch.zeros(x.size(0), ...) and its kin, which torch.fx does not see, are calls in the graph; autocast that is entered is noted."""
 
     def recorded(make: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -64,16 +85,26 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
 
         return call
 
-    def autocast(device_type: Any, *args: Any, **kwargs: Any) -> Any:
-        off = isinstance(device_type, fx.Proxy) and kwargs.get("enabled") is False
-        return contextlib.nullcontext() if off else own["autocast"](device_type, *args, **kwargs)
+    kind: Any = torch.autocast
+    begin, enter = kind.__init__, kind.__enter__
 
-    own = {name: getattr(torch, name) for name in (*_FACTORIES, "autocast")}
+    def begun(self: Any, device_type: Any, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        known = not isinstance(device_type, fx.Proxy)  # autocast(x.device.type)
+        begin(self, device_type if known else "cpu", dtype if known else None, enabled, cache_enabled)
+
+    def entered(self: Any) -> Any:
+        if self._enabled:
+            tracer.autocast[tracer.place()] = None
+        return enter(self)
+
+    own = {name: getattr(torch, name) for name in _FACTORIES}
     try:
         for name, make in own.items():
-            setattr(torch, name, autocast if name == "autocast" else recorded(make))
+            setattr(torch, name, recorded(make))
+        kind.__init__, kind.__enter__ = begun, entered
         yield
     finally:
+        kind.__init__, kind.__enter__ = begin, enter
         for name, make in own.items():
             setattr(torch, name, make)
 
@@ -126,7 +157,10 @@ def _fixed(model: nn.Module, count: int | None) -> dict[str, Any] | tuple[Any, .
 
 
 def _cleaned(graph: fx.Graph, fixed: Any) -> fx.Graph:
-    """Without assertions and what only they read, and without inputs that are fixed."""
+    """Without assertions and what only they read, without inputs that are fixed, and torch.ops.aten.add as the torch.add it is."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            _as_function(node)
     asserted = [node for node in graph.nodes if node.target in (torch._assert, _symbolic_trace._assert_is_none)]
     for node in asserted:
         _erase(node)
@@ -135,6 +169,18 @@ def _cleaned(graph: fx.Graph, fixed: Any) -> fx.Graph:
         if not node.users and (node.target in names or str(node.target).startswith("*")):
             graph.erase_node(node)
     return graph
+
+
+def _as_function(node: fx.Node) -> None:
+    namespace, _, name = str(node.target).partition(".")
+    name = name.partition(".")[0]
+    function = getattr(torch, name, None)
+    if namespace != "aten" or "self" in node.kwargs:
+        return
+    if isinstance(function, types.BuiltinFunctionType):
+        node.target = function
+    elif isinstance(getattr(Tensor, name, None), types.MethodDescriptorType):
+        node.op, node.target = "call_method", name
 
 
 def _erase(node: fx.Node) -> None:

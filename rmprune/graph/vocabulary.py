@@ -226,8 +226,8 @@ _OPERATOR_NAMES = _words("""
 _TORCH_NAMES = _words("""
     add sub mul div true_divide neg pow exp erf log sqrt rsqrt abs maximum minimum clamp clip where matmul bmm einsum cat concat
     stack chunk split flatten reshape permute transpose squeeze unsqueeze mean sum amax amin max min relu relu_ sigmoid
-    tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul sin cos
-    zeros ones full eye arange linspace
+    tanh softmax log_softmax square var flip roll movedim index_select unflatten swapaxes repeat_interleave addcmul addcdiv lerp
+    multiply divide subtract rsub sin cos zeros ones full eye arange linspace
 """)
 _FUNCTIONAL_NAMES = _words("""
     relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu mish gelu elu selu celu leaky_relu prelu sigmoid tanh
@@ -256,6 +256,7 @@ TENSOR_METHODS = frozenset(
     add add_ sub sub_ mul mul_ div div_ neg pow sqrt rsqrt abs exp log clamp clamp_ clip permute transpose contiguous
     squeeze unsqueeze chunk split expand expand_as view_as repeat matmul bmm flip roll square t narrow select unflatten
     unbind movedim index_select unfold repeat_interleave swapaxes to type float double type_as new_zeros new_ones sin cos reshape_as
+    addcmul addcmul_ addcdiv addcdiv_ lerp lerp_ multiply multiply_ divide divide_ subtract subtract_
     """)
 )
 TENSOR_DTYPES = (

@@ -1,24 +1,23 @@
-"""What code writes out, as layers: pieces as slices, differences and stacks as sums, zeros as padding, relu6(x + 3) / 6 as Hardsigmoid;
+"""What code writes out, as layers: pieces as slices, zeros as padding, relu6(x + 3) / 6 as Hardsigmoid;
 and calls that change no value, taken out."""
 
 import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rmprune.graph.calls import (
     ADDITIONS,
     CHUNKS,
-    DIVISIONS,
     MULTIPLICATIONS,
     argument,
-    is_addition,
     is_sum,
     piece_sizes,
 )
-from rmprune.graph.convolution import Scale, Shift
+from rmprune.graph.convolution import Scale
 from rmprune.graph.network import Network, joined_maps, shape_of
+from rmprune.graph.sums import as_sums
 
 _TIMES_X: dict[object, type[nn.Module]] = {nn.Hardsigmoid: nn.Hardswish, nn.Sigmoid: nn.SiLU}
 
@@ -27,7 +26,7 @@ def as_layers(network: Network) -> None:
     """Rewrites all of these, in place; `propagate_shapes` has run."""
     _drop_idle(network)
     _slice_pieces(network)
-    _as_sums(network)
+    as_sums(network)
     _pad_zeros(network)
     _name_activations(network)
 
@@ -62,8 +61,7 @@ def _factors(node: fx.Node | None) -> list[tuple[fx.Node, fx.Node]]:
 def _sixth_of(network: Network, node: fx.Node) -> fx.Node | None:
     """x, where the node is x / 6."""
     layer = network.layer(node)
-    sixth = node.target in DIVISIONS and node.args[1:] == (6,) and not node.kwargs
-    sixth |= isinstance(layer, Scale) and layer.factor.numel() == 1 and float(layer.factor) == 1 / 6
+    sixth = isinstance(layer, Scale) and layer.factor.numel() == 1 and float(layer.factor) == 1 / 6
     source = node.args[0] if sixth else None
     return source if isinstance(source, fx.Node) else None
 
@@ -141,80 +139,6 @@ def _size_of(value: Any) -> tuple[Any, Any]:
         source, which = _size_of(value.args[0])
         return (source, value.args[1]) if which is None else (None, None)
     return None, None
-
-
-def _as_sums(network: Network) -> None:
-    """x - a * y as x + (-a) * y, the sum of a stack as a sum, operands by place, a number a channel that is added as a layer;
-    `propagate_shapes` has run."""
-    for node in list(network.graph.nodes):
-        _unstack(network, node)
-        if is_sum(node) and node.kwargs.keys() & {"input", "other"}:
-            node.args = (argument(node, 0, "input"), argument(node, 1, "other"))
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("input", "other")}
-        _scale_second(network, node)
-        if node.op != "call_function" or len(node.args) != 2 or node.kwargs or len(shape_of(node) or ()) != 4:
-            continue
-        first, second = node.args
-        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or shape_of(first) != shape_of(node):
-            continue
-        constant = network.constants.get(str(second.target)) if second.op == "get_attr" else None
-        if node.target in (operator.add, torch.add) and constant is not None and _one_a_channel(constant, node):
-            node.op, node.target, node.args = "call_module", network.add(node.name, Shift(constant)), (first,)
-
-
-def _scale_second(network: Network, node: fx.Node) -> None:
-    """Rewrites x - y, add(x, y, alpha=a) and rsub(x, y) of two maps as an addition whose second operand is scaled, in place."""
-    if not is_sum(node) or len(node.args) != 2 or node.kwargs.keys() - {"alpha"}:
-        return
-    first, second = node.args[::-1] if node.target is torch.rsub else node.args
-    factor = node.kwargs.get("alpha", 1)
-    maps = [part for part in (first, second) if isinstance(part, fx.Node) and shape_of(part) == shape_of(node)]
-    of_weights = any(part.op == "get_attr" for part in maps)
-    if len(maps) < 2 or of_weights or len(shape_of(node) or ()) != 4 or not isinstance(factor, int | float):
-        return
-    factor = float(factor) if is_addition(node) else -float(factor)
-    if factor != 1:
-        scaled = network.insert(
-            node, f"{node.name}_scaled", Scale(torch.tensor([factor], dtype=torch.float64)), maps[1]
-        )
-        scaled.meta["shape"] = shape_of(node)
-        maps[1] = scaled
-    node.op, node.target, node.args, node.kwargs = "call_function", operator.add, tuple(maps), {}
-
-
-def _unstack(network: Network, node: fx.Node) -> None:
-    """Rewrites the sum or mean of a stack over what was stacked, torch.stack([x, y]).sum(0), as sums of two, in place."""
-    stack = argument(node, 0, "input")
-    if node.target not in _SUMS_OVER or not isinstance(stack, fx.Node) or stack.target is not torch.stack:
-        return
-    parts, at = argument(stack, 0, "tensors"), argument(stack, 1, "dim", default=0)
-    over, rank = argument(node, 1, "dim", "axis"), len(shape_of(stack) or ())
-    over = over[0] if isinstance(over, list | tuple) and len(over) == 1 else over
-    if not isinstance(parts, list | tuple) or not isinstance(over, int) or over % rank != at % rank:
-        return
-    kept, named = argument(node, 2, "keepdim", default=False), {"dim", "axis", "input", "keepdim"}
-    if kept or len(node.args) > 3 or node.kwargs.keys() - named or len(parts) < 2:
-        return
-    total = parts[0]
-    for part in parts[1:]:
-        with network.graph.inserting_before(node):
-            total = network.graph.call_function(operator.add, (total, part))
-        total.meta = dict(node.meta)
-    if node.target in ("mean", torch.mean):
-        shape = total.meta["shape"]
-        total = network.insert(
-            node, f"{node.name}_mean", Scale(torch.tensor([1 / len(parts)], dtype=torch.float64)), total
-        )
-        total.meta["shape"] = shape
-    network.bypass(node, total)
-
-
-_SUMS_OVER = ("sum", torch.sum, "mean", torch.mean)
-
-
-def _one_a_channel(constant: Tensor, node: fx.Node) -> bool:
-    shape = shape_of(node) or ()
-    return constant.dim() in (3, 4) and constant.shape[-3:] == (shape[1], 1, 1) and constant.numel() == shape[1]
 
 
 def _pad_zeros(network: Network) -> None:

@@ -46,13 +46,23 @@ _PULL = 0.3
 _PASSES = 2
 _TURN_SECONDS = 0.002
 _AT_ONCE = 24  # layers measured in turns with each other
+_QUARTILE = 0.25
+TIMED: dict[str, Any] = {
+    "way": 2,  # another number where `timed_rounds` comes to count other runs; 2: as many go uncounted in a turn as count
+    "passes": _PASSES,
+    "turn_seconds": _TURN_SECONDS,
+    "at_once": _AT_ONCE,
+    "quantile": _QUARTILE,
+}
+"""How layers are timed: times that were taken in another way are not mixed with these."""
 
 
 class LatencyModel:
     """Times of layers under one configuration; grows as it is asked. Times are milliseconds for a whole batch.
 
     `cache`: a JSON file that is read now and written after every measurement; None keeps the table in memory. A file
-    measured on another processor, or with other versions or settings, is an error (ArtifactError), not mixed in.
+    measured on another processor, or with other versions or settings, is an error (ArtifactError), not mixed in; one whose layers were
+    timed in another way (TIMED) is set aside as NAME.before.json, which the log says, and measured anew.
     """
 
     def __init__(
@@ -178,7 +188,7 @@ class LatencyModel:
             rounds = timed_rounds(
                 runs, self.device, self.seconds, self.min_rounds, random.Random(0), warmup=0.01, turn=_TURN_SECONDS
             )  # fmt: skip
-        return [float(np.quantile(rounds.turns[str(layer)], 0.25)) for layer in layers]
+        return [float(np.quantile(rounds.turns[str(layer)], _QUARTILE)) for layer in layers]
 
     def _settings(self) -> dict[str, Any]:
         here = environment()
@@ -196,6 +206,7 @@ class LatencyModel:
 
     def _write(self, path: Path) -> None:
         content = self._settings() | {
+            "timed": TIMED,
             "overhead_ms": self.overhead,
             "fit": self.fit,
             "layers": [[*layer, ms] for layer, ms in self.table.items()],
@@ -216,6 +227,14 @@ class LatencyModel:
                     f"{path}: measured with {name} {content.get(name)!r}, here it is {value!r}; delete it, or name "
                     "another file"
                 )
+        if content.get("timed") != TIMED:
+            aside = path.with_suffix(".before.json")
+            try:
+                path.replace(aside)
+            except OSError as error:
+                raise ArtifactError(f"{path}: timed in another way, and cannot be moved ({error.strerror})") from error
+            logger.warning("%s: its layers were timed in another way; set aside as %s, measured anew", path, aside.name)
+            return
         self.table, self.fit, self.overhead = table, (a, b), overhead
 
 

@@ -1,6 +1,7 @@
 """Rounds of turns in one process: warm-up, timers, and which rounds count. It knows runs and clocks, no networks.
 
-The first half of a turn is not counted: it brings back the caches that others have taken (`experiments/company.py`).
+The first half of a turn is not counted: it brings back the caches that others have taken (`experiments/company.py`). Where other runs
+come to count, tables of times on disk must know: `latency_model.TIMED`.
 A round in which another process took a core from ours is left out and made up for: the kernel says how long our threads waited.
 """
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
 from rmprune.measure.torch_backends import graphed
 from rmprune.onnx.export import onnx_bytes

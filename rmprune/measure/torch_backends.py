@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.listed import trace
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form
 from rmprune.measure.cuda_graphs import aside, recorded

@@ -5,12 +5,13 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from rmprune.config import SlimConfig
+from rmprune.config.pruning import PlannedChoice
 from rmprune.data.batches import affordable
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.graph.foreign import copied
@@ -54,7 +55,7 @@ class Outlook:
     def nothing(self) -> dict[str, dict[Choice, float]]:
         """The choices of every block, as if none lost anything."""
         return {
-            name: {choice: 0.0 for choice in ("keep", "remove", "fuse", "merge", "drop") if not own[choice]}
+            name: {choice: 0.0 for choice in get_args(PlannedChoice) if not own[choice]}
             for name, own in self.allowed.items()
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from rmprune.graph.build import target_of
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.shapes import to_double
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2.0**-10}  # of the largest output

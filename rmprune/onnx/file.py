@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +12,17 @@ import numpy as np
 import onnx
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import helper
 
 from rmprune.errors import ArtifactError, UnsupportedModel, first_line
 from rmprune.graph.vocabulary import MAX_ENTRIES
 from rmprune.onnx.compare import open_session
 from rmprune.onnx.formats import NUMBER_FORMATS, all_float32, format_of
 from rmprune.onnx.order import check_names, drop_unread, printable, said_of, sort_nodes
+from rmprune.onnx.tensors import ASKED, MOST_AXES, check_tensor, every_tensor, type_name, values_of
 from rmprune.runs.reading import not_data
 
 OPSETS = range(7, onnx.defs.onnx_opset_version() + 1)
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
-_TYPES = ("float32", "float64", "float16", "int64", "int32", "bool", "int8", "uint8")
-_DTYPES = {int(helper.np_dtype_to_tensor_dtype(np.dtype(name))): np.dtype(name) for name in _TYPES}
-_MOST_AXES = 8
-_ASKED = "export it in float32 or float16"
 
 
 @dataclass(frozen=True)
@@ -61,14 +55,14 @@ class OnnxFile:
         if {self.dtype, *(entry.dtype for entry in (*self.inputs, *self.outputs))} == {torch.float32}:
             return self
         proto = onnx.ModelProto.FromString(self.proto.SerializeToString())
-        for _, tensor in _tensors(proto.graph):
+        for _, tensor in every_tensor(proto.graph):
             if tensor.data_type in NUMBER_FORMATS or tensor.data_location == tensor.EXTERNAL:
                 value = self.array(tensor).astype(np.float32 if tensor.data_type in NUMBER_FORMATS else None)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
         all_float32(proto.graph)
         if proto.ByteSize() >= 2**31:
             raise UnsupportedModel(
-                f"{self.path}: in float32, in which it is compared, its weights take over 2 GiB; {_ASKED.replace(' or float16', '')}"
+                f"{self.path}: in float32, in which it is compared, its weights take over 2 GiB; {ASKED.replace(' or float16', '')}"
             )
         sides = ([replace(entry, dtype=torch.float32) for entry in side] for side in (self.inputs, self.outputs))
         inputs, outputs = map(tuple, sides)
@@ -97,7 +91,7 @@ class OnnxFile:
     def array(self, tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
         """The values of a tensor; external ones are mapped from their file, and not read before they are used."""
         try:
-            return _array(tensor, self.path)
+            return values_of(tensor, self.path)
         except (ValueError, OverflowError, OSError) as error:
             raise ArtifactError(
                 f"{self.path}: tensor {printable(tensor.name)}: {first_line(error)}; export the file again"
@@ -125,8 +119,8 @@ def open_onnx(path: str | Path) -> OnnxFile:
         sort_nodes(proto.graph)
         drop_unread(proto.graph, weights)
         _refuse_foreign_nodes(proto)
-        for where, tensor in _tensors(proto.graph):
-            _check_tensor(where, tensor, path)
+        for where, tensor in every_tensor(proto.graph):
+            check_tensor(where, tensor, path)
         check_names(proto.graph)
         inputs = tuple(_described(value, "input") for value in proto.graph.input if value.name not in weights)
         outputs = tuple(_described(value, "output") for value in proto.graph.output)
@@ -204,100 +198,17 @@ def _refuse_foreign_nodes(proto: onnx.ModelProto) -> None:
             )
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """Every tensor of a graph without control flow, with where it stands."""
-    if graph.sparse_initializer:
-        raise UnsupportedModel("it holds sparse tensors; export it with dense ones")
-    for tensor in graph.initializer:
-        yield f"tensor {printable(tensor.name)}", tensor
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.ref_attr_name or attribute.graphs or attribute.tensors or attribute.HasField("g"):
-                raise UnsupportedModel(
-                    f"{said_of(node)}: its {printable(attribute.name)} is no plain value; export it again"
-                )
-            if attribute.HasField("t"):
-                yield f"{said_of(node)}, {printable(attribute.name)}", attribute.t
-
-
-def _check_tensor(where: str, tensor: onnx.TensorProto, path: Path) -> None:
-    """Raise where type, sizes and bytes of a tensor do not belong together, or where its bytes lie somewhere else than they may."""
-    if tensor.data_type not in _DTYPES:
-        raise UnsupportedModel(f"{where} is {_said(tensor.data_type)}; read are {', '.join(_TYPES)}: {_ASKED}")
-    if len(tensor.dims) > _MOST_AXES or any(not 0 <= size < 2**40 for size in tensor.dims):
-        raise ArtifactError(f"{where} has sizes {list(tensor.dims)[:_MOST_AXES]}; export the network again")
-    count = math.prod(tensor.dims)
-    wanted = count * _DTYPES[tensor.data_type].itemsize
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        _external(where, tensor, path, wanted)
-        return
-    found = len(tensor.raw_data) if tensor.HasField("raw_data") else len(_listed(tensor))
-    if found != (wanted if tensor.HasField("raw_data") else count):
-        raise ArtifactError(
-            f"{where} of sizes {list(tensor.dims)} holds another number of values; copy or export the file again"
-        )
-
-
-def _said(kind: int) -> str:
-    """A type of tensors by name, or by number where onnx knows none."""
-    known = onnx.TensorProto.DataType
-    return known.Name(kind).lower() if kind in known.values() else str(kind)
-
-
-def _listed(tensor: onnx.TensorProto) -> Any:
-    return getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type))
-
-
-def _external(where: str, tensor: onnx.TensorProto, path: Path, wanted: int) -> tuple[Path, int]:
-    """The file and offset of external data, which lie in the ONNX file's folder and hold what they should."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    folder = path.resolve().parent
-    try:
-        outside = Path(location).is_absolute() or ".." in Path(location.replace("\\", "/")).parts or not location
-        file = (folder / location).resolve()
-        if outside or not file.is_relative_to(folder):
-            raise ArtifactError(
-                f"{where}: its data would lie in {printable(location)}, outside of the file's own folder; put it there and name it plainly"
-            )
-        offset, length = int(entries.get("offset") or 0), int(entries.get("length") or wanted)
-        size = file.stat().st_size if file.is_file() else -1
-    except (ValueError, OSError, RuntimeError) as error:  # of a circle of links
-        raise ArtifactError(
-            f"{where}: its external data {printable(location)}: {first_line(error)}; copy it again"
-        ) from None
-    if size < 0:
-        raise ArtifactError(f"{where}: its data {printable(location)} is missing; copy it beside the ONNX file")
-    if offset < 0 or length != wanted or offset + length > size:
-        raise ArtifactError(
-            f"{where}: {printable(location)} is shorter than the tensor, or was cut short; copy it again"
-        )
-    return file, offset
-
-
-def _array(tensor: onnx.TensorProto, path: Path) -> np.ndarray[Any, Any]:
-    dtype, shape = _DTYPES[tensor.data_type], tuple(tensor.dims)
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        file, offset = _external(printable(tensor.name), tensor, path, math.prod(shape) * dtype.itemsize)
-        return np.memmap(file, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
-    if tensor.HasField("raw_data"):
-        return np.frombuffer(tensor.raw_data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
-    if dtype == np.float16:  # listed as the bits of each
-        return np.array(_listed(tensor), np.uint16).view(dtype).reshape(shape)
-    return np.array(_listed(tensor), dtype).reshape(shape)
-
-
 def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
     kind = value.type.WhichOneof("value") or "no type"
     tensor = value.type.tensor_type
     if kind != "tensor_type" or tensor.elem_type not in NUMBER_FORMATS:
-        said = _said(tensor.elem_type) if kind == "tensor_type" else kind.removesuffix("_type")
-        todo = _ASKED if said == "bfloat16" else "cut the file where it is (onnx.utils.extract_model)"
+        said = type_name(tensor.elem_type) if kind == "tensor_type" else kind.removesuffix("_type")
+        todo = ASKED if said == "bfloat16" else "cut the file where it is (onnx.utils.extract_model)"
         raise UnsupportedModel(
             f"its {what} {printable(value.name)} is {said}; taken are tensors of float32, float16 and double: {todo}"
         )
     sizes = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
-    if what == "input" and (not sizes or len(sizes) > _MOST_AXES):
+    if what == "input" and (not sizes or len(sizes) > MOST_AXES):
         raise UnsupportedModel(
             f"its {what} {printable(value.name)} has {len(sizes)} axes; taken are batches, (N, ...): export it with its sizes"
         )

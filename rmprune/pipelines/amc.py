@@ -26,12 +26,12 @@ from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
+from rmprune.pipelines.narrower import narrower
 from rmprune.pipelines.stages import (
     at_work,
     dense_network,
     finish,
     make_dense,
-    narrower,
     open_data,
     pick_device,
     say,

@@ -24,7 +24,8 @@ from rmprune.data.batches import Loss
 from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
-from rmprune.graph.foreign import copied, plain_module
+from rmprune.graph.copied import copied
+from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import as_given
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job

@@ -26,12 +26,12 @@ from rmprune.methods.refuse import Refusal, Starts, check_budgets, refusal, skip
 from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, Method, find_methods, network_name
+from rmprune.pipelines.narrower import narrower
 from rmprune.pipelines.stages import (
     at_work,
     dense_network,
     finish,
     make_dense,
-    narrower,
     open_data,
     pick_device,
     say,

@@ -1,7 +1,6 @@
 """What the pipelines share: one stage and its artifact, the dense network, the record. No order of stages."""
 
 import contextlib
-import functools
 import itertools
 import json
 import logging
@@ -17,14 +16,13 @@ from filelock import FileLock
 from torch import nn
 
 from rmprune import artifact
-from rmprune.amc.multiplier import Multiplier
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import REMOVAL, MeasureConfig, RunConfig, SlimConfig, architecture
 from rmprune.config.toml import to_dict
 from rmprune.data.load import Dataset, Load, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.outline import outline
 from rmprune.measure import (
     activation_memory,
@@ -42,7 +40,6 @@ from rmprune.models.pretrained import IMAGENET, image_statistics
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.directory import claim
-from rmprune.runs.notes import remembered
 from rmprune.runs.writing import LOCK_FILE
 from rmprune.training.distributed import check_batch, check_device
 from rmprune.training.evaluation import evaluate, logits_of, scores
@@ -128,20 +125,6 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
         return model, {"input_shape": list(job.data.input_shape)}
 
     return stage(cell.shared / "dense", make)
-
-
-def narrower(
-    job: Job[Any], files: Files, note: Path, key: str, find: Callable[[Callable[[float], nn.Module]], Multiplier]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The original network at the largest width within the budget, trained as long as all others in total.
-
-    `find`: looks for that width, once for the file `note`, where it then stands under `key`.
-    """
-    config = job.config
-    make = functools.partial(make_dense, config, job.data, job.seed)
-    found = Multiplier(**remembered(note, key, lambda: asdict(find(make))))
-    train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
-    return tune(make(found.width), train, job, files), {"width": found.width, "verified_ratio": found.ratio}
 
 
 def with_names(dense: nn.Module, job: Job[RunConfig]) -> nn.Module:

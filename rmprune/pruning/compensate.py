@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rmprune.data.batches import NOT_RUN, Batches, each_pass
 from rmprune.errors import DataError
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.run import evaluating, hooked
 from rmprune.pruning.constants import add_to_bias, response
 from rmprune.pruning.dead import Folded

@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.constants import Constants, add_to_bias, find_constants, is_padded, response, to_be_trained

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, ConfigError, DataError
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs
 from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve

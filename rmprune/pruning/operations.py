@@ -22,6 +22,7 @@ def _ranks(text: str) -> frozenset[str]:
 
 ELEMENTWISE = _ranks("dropout") | _names("""
     add sub rsub mul div truediv truedivide floordiv iadd isub imul itruediv ifloordiv ipow mod imod multiply subtract divide
+    lerp addcmul addcdiv
     maximum minimum pow neg abs exp expm1 log log1p sqrt rsqrt square sign erf sin cos reciprocal clamp clip clampmin clampmax
     eq ne lt le gt ge relu relu6 hardtanh hardswish hardsigmoid leakyrelu prelu silu gelu elu selu celu mish sigmoid
     tanh softplus softsign logsigmoid threshold hardshrink

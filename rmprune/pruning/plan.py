@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from rmprune.config.pruning import PlannedChoice
 from rmprune.errors import ConfigError
 from rmprune.graph.network import flat_name as flat_name
 from rmprune.pruning.groups import Structure
 from rmprune.runs.reading import read_json
 
-Choice = Literal["keep", "remove", "merge", "drop", "collapse", "fuse"]
+Choice = Literal[PlannedChoice, "collapse"]
 """keep: the residual stays and its channels stay tied. remove: RM, exactly, with reserved copies. fuse: as remove, and the linear
 layers beside it are multiplied, as `remove_residuals` does for blocks in `fused`: an inverted residual in MobileNetV1's form. merge: the
 branch is fitted by one convolution, which RM merges with the shortcut, nothing reserved. drop: the branch goes, the shortcut stays.

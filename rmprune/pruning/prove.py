@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
+from rmprune.graph.copied import copied
 from rmprune.graph.double import in_double
-from rmprune.graph.foreign import copied, reference_copy
+from rmprune.graph.foreign import reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.run import hooked

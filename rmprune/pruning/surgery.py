@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.graph.copied import copied
 from rmprune.graph.facts import facts_of, note
-from rmprune.graph.foreign import copied
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, in_and_out, set_width, slices_of
 from rmprune.pruning.written import write

@@ -28,7 +28,7 @@ def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | N
         try:
             for _ in range(RETRACINGS):
                 before = [node.name for node in flat.graph.nodes] if isinstance(flat, fx.GraphModule) else None
-                graph, _ = follow(PlainTracer, flat, inputs)
+                graph = follow(PlainTracer, flat, inputs).graph
                 flat = fx.GraphModule(flat, graph, type(model).__name__)
                 if before == [node.name for node in graph.nodes]:
                     break

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 from torch import fx, nn
 
-from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, is_addition, module_around
+from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, is_addition, is_sum, module_around
 from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
 from rmprune.graph.network import Network, in_words, is_batch_norm, linear_layer, shape_of, spatial
 from rmprune.graph.ranges import Range, range_of, size_seen
@@ -194,6 +194,10 @@ def why_no_fork(network: Network, end: fx.Node) -> str:
             "its branch is multiplied by a value that is computed on the way and is no gate that can be followed: one number a "
             "channel, of a pool of the very map that it multiplies (AdaptiveAvgPool2d(1), mean((2, 3))), by convolutions, linear "
             "layers and activations"
+        )
+    if is_sum(end) and any(_is_weight(source) for source in end.all_input_nodes):
+        return (
+            "its branch or shortcut adds weights of other sizes than one number a channel, which no kernel stands for"
         )
     if end.target in ADDITIONS:
         return "its branch holds another residual that stays"

@@ -124,9 +124,7 @@ def remove_residuals(
     if not error <= tolerance:
         raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside, base, where)
     own, unseen = own_dtype_error(model, result, checked, groups, expected, base, tolerance)
-    return Removal(
-        result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen, network.sizes_note)))
-    )
+    return Removal(result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen, network.note))))
 
 
 def plan_removal(

@@ -12,13 +12,14 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
+from rmprune.runs.reading import parse_json, read_text
 from rmprune.runs.writing import LEFT, LOCK_FILE, sweep, write_text
 
 logger = logging.getLogger("rmprune")
 Config = TypeVar("Config")
-CONFIG_FILE = "config.toml"
+CONFIG_FILE, PLAN_FILE = "config.toml", "plan.json"
 WRITTEN = re.compile(
-    r"config\.toml|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
+    r"config\.toml|plan\.json|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
 
 
@@ -31,8 +32,8 @@ def claim(
     directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool,
     wait: bool = False,
 ) -> Iterator[None]:  # fmt: skip
-    """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, and while in
-    use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
+    """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, a copy of the
+    plan, where there is one, and while in use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
 
     With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
     names of the artifacts that it may have written.
@@ -86,6 +87,9 @@ def _prepare(
             _refuse_other(directory, config, records)
         else:
             _clear(directory, config, overwritten)
+    plan = getattr(config, "plan", None)
+    if plan is not None and not (directory / PLAN_FILE).exists():
+        write_text(directory / PLAN_FILE, read_text(plan))
     write_text(directory / CONFIG_FILE, to_toml(config))
 
 
@@ -137,6 +141,12 @@ def _refuse_other(directory: Path, config: Config, records: list[Path]) -> None:
         raise ConfigError(
             f"{directory}: holds a run with other settings ({'; '.join(changed)}); give its own to go on, choose another --out, or "
             "--overwrite"
+        )
+    plan, begun = getattr(config, "plan", None), directory / PLAN_FILE
+    if plan is not None and begun.is_file() and parse_json(read_text(plan)) != parse_json(read_text(begun)):
+        raise ConfigError(
+            f"{directory}: holds a run with another plan ({plan} has changed since it began); to go on copy {begun} over it, or choose "
+            "another --out, or --overwrite"
         )
     if all(record.is_file() for record in records):
         raise Finished(

@@ -12,8 +12,8 @@ from rmprune.config import Precision
 from rmprune.data.batches import check_labels
 from rmprune.data.splits import Split
 from rmprune.errors import DataError, RmpruneError
+from rmprune.graph.copied import copied
 from rmprune.graph.finite import where_broken
-from rmprune.graph.foreign import copied
 from rmprune.graph.run import evaluating
 from rmprune.training.distributed import add_up
 from rmprune.training.precision import ask, autocast, weights_dtype

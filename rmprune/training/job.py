@@ -12,7 +12,7 @@ from rmprune.config import TrainConfig
 from rmprune.data.batches import Batches, WithLoss, affordable
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Batch
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.training.recentre import recentre
 from rmprune.training.state import Hook
 from rmprune.training.together import fit_together

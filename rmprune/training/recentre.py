@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.graph.run import evaluating, hooked
 
 

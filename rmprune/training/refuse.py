@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from rmprune.config import require
 from rmprune.errors import RmpruneError
+from rmprune.graph.copied import copied
 from rmprune.graph.finite import broken_tensor, where_broken
-from rmprune.graph.foreign import copied
 from rmprune.training.precision import weights_dtype
 from rmprune.training.state import TrainState
 

@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from rmprune.config import Scales, SparsityConfig
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.calls import is_addition, module_around
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.training.optimizer import SHORTCUT_SCALE
 from rmprune.training.state import TrainState
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rmprune.config import TrainConfig
 from rmprune.data.load import Dataset
 from rmprune.errors import RmpruneError
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.measure.cuda_graphs import Replayed
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed

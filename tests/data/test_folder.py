@@ -251,6 +251,25 @@ def test_paths_in_a_csv_are_taken_as_they_stand_and_through_links(
     assert "column 'target' is taken for 'label'" in caplog.text
 
 
+def test_paths_in_a_csv_may_lead_out_of_the_folder(folder: Path) -> None:
+    root = folder / "train"
+    (root / "a.csv").write_text(f"image,label\n../val/cat/0.png,m\n{folder / 'val' / 'dog' / '1.png'},n\n")
+    listed = list_photos(config(root, labels=Path("a.csv")))
+    assert [Path(photo.path).resolve().relative_to(folder.resolve()).as_posix() for photo in listed.photos] == [
+        "val/cat/0.png",
+        "val/dog/1.png",
+    ]
+
+
+def test_a_photo_in_two_parts_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make(tmp_path, {"train/a": 4, "train/zebra": 4, "val/a": 2, "val/zebra": 2})
+    opened(folder)
+    assert "in two parts" not in caplog.text
+    shutil.copy(folder / "train" / "a" / "0.png", folder / "val" / "a" / "again.png")
+    opened(folder)
+    assert "1 photo is in two parts" in caplog.text and "again.png" in caplog.text
+
+
 def square(path: Path) -> torch.Tensor:
     one = photos.Photos([str(path)], 4, photos.bit_depth([str(path)]))
     return one[0]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.graph.foreign import copied, reference_copy
+from rmprune.graph.copied import copied
+from rmprune.graph.foreign import reference_copy
 
 
 class Own(nn.Module):

@@ -1,5 +1,6 @@
 """What the sizes of the inputs decide is traced; what values decide is refused with module and line (cases 26, 31, README's list)."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import rmprune
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.listed import trace
-from rmprune.graph.tracing import follow
+from rmprune.graph.tracing import follow, warn_of_autocast
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -347,3 +348,49 @@ def test_layers_that_are_called_in_ways_of_their_own_are_layers_of_the_graph(own
     assert {"stem", "conv", "head"} <= {
         str(node.target) for node in follow(Tracer, net)[0].nodes if node.op == "call_module"
     }
+
+
+AUTOCASTS: list[Callable[[Tensor], Any]] = [
+    lambda x: torch.autocast("cpu", dtype=torch.bfloat16),
+    lambda x: torch.autocast(x.device.type),
+    lambda x: torch.amp.autocast(device_type=x.device.type, enabled=True),
+    lambda x: torch.autocast("cpu", enabled=False),
+    lambda x: torch.autocast(x.device.type, enabled=False),
+]
+
+
+class Cast(nn.Module):
+    def __init__(self, begin: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.begin, self.res = begin, Res(torch.add)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.begin(x):
+            return self.res(x)
+
+
+class Decorated(Cast):
+    @torch.autocast("cpu")
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "on"),
+    [*((Cast(begin), place < 3) for place, begin in enumerate(AUTOCASTS)), (Decorated(AUTOCASTS[0]), True)],
+)
+def test_an_autocast_that_is_left_out_is_said(
+    net: nn.Module, on: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    warn_of_autocast.cache_clear()
+    before = dict(vars(torch.autocast))
+    removal = rmprune.remove_residuals(net.eval(), X)
+    said = [entry.getMessage() for entry in caplog.records if "autocast in forward is left out" in entry.getMessage()]
+    assert len(said) == on == ("autocast" in removal.note) and dict(vars(torch.autocast)) == before
+    caplog.clear()
+    budget = rmprune.Budget(ratio=0.5)
+    pruned = rmprune.prune(net, X, importance="magnitude", budget=budget)  # of the same class, which enters it
+    assert type(pruned) is type(net) and not caplog.records
+    with pytest.raises(UnsupportedModel, match="enters autocast, which a file") if on else contextlib.nullcontext():
+        rmprune.save(net, tmp_path / "net", example_inputs=X)
+    assert (tmp_path / "net").exists() != on

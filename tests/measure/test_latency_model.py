@@ -177,6 +177,22 @@ def test_the_cache_is_read_back_and_knows_its_place(tmp_path: Path) -> None:
         Fake(cache=path)
 
 
+def test_times_taken_in_another_way_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "table.json"
+    Fake(cache=path).predict(chain(8, 16), X)
+    content = json.loads(path.read_text())
+    for timed in ({}, {"timed": content["timed"] | {"way": 1}}):  # as before there was a word of it, and with another
+        path.write_text(old := json.dumps({k: v for k, v in content.items() if k != "timed"} | timed))
+        caplog.clear()
+        again = Fake(cache=path)
+        assert not again.table and "set aside as table.before.json, measured anew" in caplog.text
+        assert (tmp_path / "table.before.json").read_text() == old and not path.exists()
+        again.predict(chain(8, 16), X)
+        assert json.loads(path.read_text()) == content
+    caplog.clear()
+    assert Fake(cache=path).table and not caplog.records
+
+
 def test_real_layers_are_measured() -> None:
     model = LatencyModel(threads=1, seconds=0.0, min_rounds=5)
     small, large = model.predict(chain(8, 8), X), model.predict(chain(64, 64), X)

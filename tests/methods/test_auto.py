@@ -172,7 +172,7 @@ def test_a_block_that_no_choice_is_left_to_is_refused_with_its_reason_before_tra
         run_slim(config, command="x")
     assert not (tmp_path / "no").exists()
     for wrong, said in (
-        ({"choices": ("collapse",)}, "use some of keep"),
+        ({"choices": ("collapse",)}, "use one of keep, remove, merge, drop, fuse"),
         ({"choices": ("keep",), "method": ("rm",)}, "is for method auto"),
     ):
         with pytest.raises(ConfigError, match=said):

@@ -49,6 +49,21 @@ def test_residual_streams_are_single_groups() -> None:
     assert model.training is False and all(p.grad is None for p in model.parameters())
 
 
+def test_sums_written_as_one_call_tie_what_they_add() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(conv(3, 4) for _ in range(4))
+            self.last = conv(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b, c, d = (layer(x) for layer in self.layers)
+            return self.last(torch.lerp(torch.addcmul(a, b, torch.sigmoid(c)), d, 0.3).addcdiv(a, b.square() + 1))
+
+    structure = find_structure(Mixed().eval(), images())
+    assert [len(group.producers) for group in structure.groups] == [4] and [*structure.frozen] == ["last"]
+
+
 @pytest.mark.parametrize("build", [chain, mobile_chain, residual])
 def test_description_follows_the_cut(build: object) -> None:
     """shrunk(keep) describes what shrink(keep) returns."""

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import rmprune
 from rmprune.errors import UnsupportedModel
 
+_EACH = torch.tensor([0.5, 2.0])[:, None, None]  # of the two channels
 Adds = Callable[[Tensor, Tensor], Tensor]
 ADDITIONS: list[Adds] = [
     lambda x, y: torch.sub(x, y),
@@ -31,7 +33,22 @@ ADDITIONS: list[Adds] = [
     lambda x, y: torch.stack([x, y]).sum(0),
     lambda x, y: torch.stack((x, y), 1).sum(dim=1, keepdim=False),
     lambda x, y: torch.sum(torch.stack([x, y], dim=-1), -1),
-    lambda x, y: torch.stack([x, y, x]).mean([0]),
+    _THRICE := lambda x, y: torch.stack([x, y, x]).mean([0]),
+    lambda x, y: x / 2 + torch.div(y, 3),
+    lambda x, y: x + y.div_(_EACH),
+    lambda x, y: torch.divide(x, torch.tensor(2.0)) + y.multiply(0.5),
+    lambda x, y: x + 1 - y,
+    lambda x, y: (2 - y).sub(x, alpha=2) - _EACH,
+    lambda x, y: torch.ops.aten.add(x, y),
+    lambda x, y: torch.ops.aten.sub.Tensor(x, y, alpha=0.5),
+    lambda x, y: x + (torch.ops.aten.mul_(y, 2), y)[1],
+    lambda x, y: torch.lerp(x, y, 0.3),
+    lambda x, y: y.lerp_(end=x, weight=_EACH),
+    lambda x, y: torch.lerp(x, y, torch.tensor(0.3)),
+    lambda x, y: torch.addcmul(x, y, _EACH),
+    lambda x, y: torch.addcmul(x, torch.sigmoid(F.adaptive_avg_pool2d(y, 1)), y),
+    lambda x, y: y.addcmul_(_EACH, x, value=0.5),
+    lambda x, y: torch.addcdiv(x, y, _EACH, value=2),
 ]
 IDLE: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.contiguous(),
@@ -73,10 +90,13 @@ class _Net(nn.Module):
         return x
 
 
-def test_every_way_to_add_is_one() -> None:
+@pytest.mark.parametrize("first", range(0, len(ADDITIONS), 7))
+def test_every_way_to_add_is_one(first: int) -> None:
     torch.manual_seed(0)
-    removal = rmprune.remove_residuals(_Net([*ADDITIONS]).eval(), torch.randn(2, 2, 4, 4))
-    assert len(removal.removed) == len(ADDITIONS) + 1 and not removal.kept and removal.max_error < 1e-10
+    ways = ADDITIONS[first : first + 7]
+    removal = rmprune.remove_residuals(_Net(ways).eval(), torch.randn(2, 2, 4, 4))
+    thrice = ways.count(_THRICE)
+    assert len(removal.removed) == len(ways) + thrice and not removal.kept and removal.max_error < 1e-10
 
 
 def test_what_changes_no_value_is_no_obstacle() -> None:
@@ -106,3 +126,26 @@ def test_a_stride_as_pooling_of_one_pixel() -> None:
 def test_what_may_change_one_stays(way: Callable[[Tensor], Tensor], said: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"a call of {said}"):
         rmprune.remove_residuals(_Net([lambda x, y: x + y], way).eval(), torch.randn(2, 2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("add", "said"),
+    [
+        (lambda x, y: torch.lerp(x, y, torch.sigmoid(y)), "multiplied by a value that is computed on the way"),
+        (lambda x, y: torch.addcmul(x, y, y), "multiplied by a value that is computed on the way"),
+        (lambda x, y: torch.addcdiv(x, _EACH, y), r"a call of truediv\(...\)"),
+        (lambda x, y: x + torch.div(y, 2, rounding_mode="floor"), r"a call of div\(...\)"),
+        (lambda x, y: x + (y + torch.ones(4, 4)), "adds weights of other sizes than one number a channel"),
+    ],
+)
+def test_what_is_no_scaled_sum_is_named(add: Adds, said: str) -> None:
+    with pytest.raises(UnsupportedModel, match=said):
+        rmprune.remove_residuals(_Net([add]).eval(), torch.randn(2, 2, 4, 4))
+
+
+def test_what_is_left_of_sums_can_be_saved(tmp_path: Path) -> None:
+    net = nn.Sequential(_Net([lambda x, y: x]), _Net([lambda x, y: x * 2 + _EACH]), _Net([torch.add])).eval()
+    x = torch.randn(2, 2, 4, 4)
+    plain = rmprune.remove_residuals(net, x).model
+    rmprune.save(plain, tmp_path / "plain")
+    assert torch.equal(rmprune.load(tmp_path / "plain")(x), plain(x))

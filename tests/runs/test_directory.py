@@ -7,7 +7,7 @@ import pytest
 
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.directory import claim, runs_of
+from rmprune.runs.directory import claim, refuse_used, runs_of
 
 CONFIG = SlimConfig(prune=PruneConfig(ratio=(0.5,)))
 
@@ -26,6 +26,23 @@ def test_a_new_run_and_the_same_run_again(tmp_path: Path) -> None:
     (run / "checkpoint").mkdir()
     begin(run, CONFIG, records=[run / "record.json"], overwrite=False)  # interrupted: goes on
     assert (run / "checkpoint").is_dir()
+
+
+def test_a_plan_whose_text_has_changed_is_another_run(tmp_path: Path) -> None:
+    plan, run = tmp_path / "own.json", tmp_path / "run"
+    config = SlimConfig(plan=plan)
+    plan.write_text('{"schema": 1, "blocks": {"layer1.0": "drop"}}')
+    begin(run, config, records=[run / "record.json"], overwrite=False)
+    plan.write_text('{"blocks": {"layer1.0": "drop"},\n"schema": 1}')
+    begin(run, config, records=[run / "record.json"], overwrite=False)  # in other words the same
+    plan.write_text('{"schema": 1, "blocks": {"layer1.0": "merge"}}')
+    for check in (begin, refuse_used):
+        with pytest.raises(
+            ConfigError, match=r"own.json has changed since it began\); to go on copy .*run/plan.json over it"
+        ):
+            check(run, config, records=[run / "record.json"], overwrite=False)
+    begin(run, config, records=[run / "record.json"], overwrite=True)
+    begin(run, config, records=[run / "record.json"], overwrite=False)
 
 
 def test_a_finished_run_is_kept_unless_told(tmp_path: Path) -> None:

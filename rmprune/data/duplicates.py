@@ -1,0 +1,68 @@
+"""Photos that stand, byte for byte, in two parts of a data set: said in the log, since test accuracy is too good by them. It moves none."""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+logger = logging.getLogger("rmprune")
+MOST_PHOTOS = 100_000
+"""Of more no size is asked for, which takes seconds, and minutes over a network."""
+HEAD = 2**12
+"""Bytes that are read of each photo of a size that occurs in two parts."""
+MOST_BYTES = 2**30
+"""That are read at most of photos whose sizes and first bytes are equal."""
+
+
+def warn_of_duplicates(paths: list[str], parts: Mapping[str, Iterable[int]]) -> None:
+    """parts: {name: the numbers of its photos among `paths`}."""
+    part_of = {number: name for name, own in parts.items() for number in own}
+    if len(part_of) > MOST_PHOTOS:
+        logger.info("more than %d photos: whether one is in two parts is not looked at", MOST_PHOTOS)
+        return
+    found = _equal(paths, part_of)
+    if found:
+        shown = ("; ".join(" = ".join(paths[number] for number in group[:2]) for group in found[:2]))[:500]
+        logger.warning(
+            "%d %s in two parts (training, validation, test) under two names, byte for byte: results are too good by them; take one of "
+            "each out (%s)",
+            len(found),
+            "photo is" if len(found) == 1 else "photos are",
+            shown,
+        )
+
+
+def _equal(paths: list[str], part_of: Mapping[int, str]) -> list[list[int]]:
+    """The numbers of equal files that are in several parts, one of each part."""
+
+    def split(groups: Iterable[list[int]], key: Callable[[str], object]) -> list[list[int]]:
+        found: list[list[int]] = []
+        for group in groups:
+            alike: dict[object, list[int]] = {}
+            for number in group:
+                with contextlib.suppress(OSError):  # named where it is decoded
+                    alike.setdefault(key(paths[number]), []).append(number)
+            found += [own for own in alike.values() if len({part_of[number] for number in own}) > 1]
+        return found
+
+    near = split(split([list(part_of)], _size), _head)
+    sizes = [_size(paths[group[0]]) for group in near]
+    totals = itertools.accumulate(size * len(group) for size, group in zip(sizes, near, strict=True))
+    read = [group for group, total in zip(near, totals, strict=True) if total <= MOST_BYTES]
+    return [list({part_of[number]: number for number in group}.values()) for group in split(read, _digest)]
+
+
+def _size(path: str) -> int:
+    return Path(path).stat().st_size
+
+
+def _head(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(HEAD)
+
+
+def _digest(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
