@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rmprune.data.batches import OWN_LOSS, Batches, Loss, each_loss, with_loss
+from rmprune.data.batches import OWN_LOSS, Batches, Loss, loss_parts, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs, as_given, only_input
@@ -296,6 +296,7 @@ def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:
     twin = copied(model).requires_grad_(True).eval()
     twin.zero_grad()
     with torch.enable_grad(), TrainableConvolutions():
-        for run, _ in each_loss(data, twin):
-            run().backward()
+        for parts in loss_parts(data, twin):
+            for run, _ in parts:
+                run().backward()
     return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}

@@ -7,6 +7,7 @@ from pruning_nets import batches, chain, conv, images, mobile_chain, residual
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.pruning.coupled import loss_gradients
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.importance import IMPORTANCES, score_groups
 from rmprune.pruning.taylor_sum import TaylorSum
@@ -63,6 +64,10 @@ def test_a_batch_that_is_taken_in_parts_says_the_same(name: str, monkeypatch: py
     for scores in found[1:]:
         for group, own in scores.items():
             torch.testing.assert_close(own, found[0][group])
+    gradients = [loss_gradients(model, data)]  # Torch-Pruning's
+    monkeypatch.setattr("rmprune.data.batches.PART", 2**19)
+    for parameter, own in loss_gradients(model, data).items():
+        torch.testing.assert_close(own, gradients[0][parameter])
 
 
 def test_taylor_of_a_stream_is_its_effect_on_all_readers() -> None:
