@@ -14,7 +14,7 @@ from rmprune.config import SlimConfig
 from rmprune.config.pruning import PlannedChoice
 from rmprune.data.batches import affordable
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.methods.cutter import LEAST_FRACTION, job_scores, layer_times, place_of
 from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import even_fraction

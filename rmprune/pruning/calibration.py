@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.graph.foreign import copied
+from rmprune.graph.copied import copied
 from rmprune.pruning.groups import Keep, Structure, device_of, layer_masks
 from rmprune.pruning.layers import SizedLayer, Slices
 from rmprune.pruning.positions import Positions, outputs_at, patches_at, sample_positions

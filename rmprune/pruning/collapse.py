@@ -49,7 +49,7 @@ class Collapse:
     model: eval mode, dtype, device and memory format of the original, residuals still in it.
     collapsed: {block: R2}, the part of its sum's variance on the images that one convolution and the shortcut still give.
     kept: {block: reason} of the others.
-    note: what to know of it: where sizes decided what was read; empty as a rule.
+    note: what to know of it: where sizes decided what was read, autocast that is left out; empty as a rule.
 
     >>> model, images = rmprune.models.create("resnet8", num_classes=10, width=4).eval(), torch.randn(16, 3, 8, 8)
     >>> found = rmprune.collapse_blocks(model, images, keep=["layer3.0"])
@@ -163,7 +163,7 @@ def _reshaped(
             own, found = read_additions(model, inputs)
             change, _ = _change(own, found, picks[number], behind)
         result, explained = _changed(own, change, fits, model, inputs)
-        yield number, Collapse(result, explained, kept, network.sizes_note)
+        yield number, Collapse(result, explained, kept, network.note)
 
 
 def _change(

@@ -275,3 +275,15 @@ def test_several_ways_at_once_are_what_each_is_alone() -> None:
         states = alone.model.state_dict(), found[number].model.state_dict()
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items()), way
+
+
+class Mixed(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_autocast_that_is_left_out_is_noted() -> None:
+    block = basic()
+    model = network(Mixed(block.branch, None, block.after), basic()).float()
+    assert "autocast in forward is left out (3 (Mixed)" in collapse_blocks(model, many().float()).note
