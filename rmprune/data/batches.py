@@ -97,7 +97,7 @@ def loss_parts(data: Batches, model: nn.Module) -> Iterator[list[tuple[Callable[
         return class_loss(_scores(model, x), y) * (len(x) / count)
 
     for x, y in labelled(data, model):
-        at_once = max(1, PART // math.prod(x.shape[2:]))
+        at_once = max(1, PART // max(1, math.prod(x.shape[2:])))  # of no pixels: `_scores` refuses
         parts = zip(x.split(at_once), y.split(at_once), strict=True)
         yield [(functools.partial(loss_of, *part, len(x)), len(part[0])) for part in parts]
 

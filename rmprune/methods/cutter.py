@@ -234,9 +234,9 @@ class Cutter:
 
 
 def job_scores(job: Job[SlimConfig], network: nn.Module, structure: Structure, importance: str) -> Scores:
-    """The importance of a network's groups on the job's images, measured once for all networks of the same weights and groups."""
+    """The importance of a network's groups on the job's images, measured once for all networks of the same code, weights and groups."""
     members = {g.name: [(m.layer, m.side, m.size) for m in g.members] for g in structure.groups}
-    asked = digest(network, {"importance": importance, "groups": members})
+    asked = digest(network, {"importance": importance, "groups": members, "network": str(network)})
     if asked not in job.scored:
         job.scored[asked] = score_groups(importance, network, structure, job.batches)
     return job.scored[asked]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -191,7 +193,8 @@ def propose(outlook: Outlook, job: Job[SlimConfig], files: Files) -> Proposals:
     blocks = remembered(files.shared_note("blocks"), "blocks", of_blocks)
     sights = dict(outlook.sights)
     for choice in _SAID:
-        found = remembered(note, choice, functools.partial(of_widths, choice))
+        asked = hashlib.sha256(json.dumps(sights[choice].widths, sort_keys=True).encode()).hexdigest()[:16]
+        found = remembered(note, f"{choice} {asked}", functools.partial(of_widths, choice))  # losses go by place
         sights[choice] = dataclasses.replace(sights[choice], losses=found)
     return Proposals(sights, outlook.layers, blocks)
 

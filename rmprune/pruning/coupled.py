@@ -95,7 +95,8 @@ def prune_coupled(
     most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
     best: tuple[float, nn.Module, dict[str, Slices]] | None = None
     low, high = 0.0, 1.0
-    ranked = sum(getattr(m, "out_channels", getattr(m, "out_features", 0)) for m in model.modules())  # or fewer
+    outputs = (getattr(m, "out_channels", getattr(m, "out_features", 0)) for m in model.modules())
+    ranked = sum(count for count in outputs if isinstance(count, int))  # or fewer; others' may be lists, None
     for _ in range(attempts):
         if low > 0 and high < 1 and (high - low) * ranked < 1 and not isomorphic:
             break  # every ratio between takes as many channels as one of the two

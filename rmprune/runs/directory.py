@@ -88,9 +88,10 @@ def _prepare(
         else:
             _clear(directory, config, overwritten)
     plan = getattr(config, "plan", None)
-    if plan is not None and not (directory / PLAN_FILE).exists():
-        write_text(directory / PLAN_FILE, read_text(plan))
-    write_text(directory / CONFIG_FILE, to_toml(config))
+    said = None if plan is None or (directory / PLAN_FILE).exists() else read_text(plan)
+    write_text(directory / CONFIG_FILE, to_toml(config))  # first: it says that this is a run
+    if said is not None:
+        write_text(directory / PLAN_FILE, said)
 
 
 def _holds_run(directory: Path) -> bool:

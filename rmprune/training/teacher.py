@@ -90,6 +90,9 @@ def digest(network: nn.Module, asked: dict[str, Any]) -> str:
     """16 hex digits for the weights of a network and what it is asked."""
     found = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode())
     for name, tensor in sorted(network.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # of get_extra_state
+            found.update(f"{name} {tensor!r}".encode())
+            continue
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

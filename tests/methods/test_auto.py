@@ -19,8 +19,8 @@ from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import NEAR, Place, find_ratio
-from rmprune.methods import auto, cutter
-from rmprune.methods.outlook import look
+from rmprune.methods import auto, cutter, outlook
+from rmprune.methods.outlook import look, propose
 from rmprune.methods.table import METHODS
 from rmprune.pipelines import stages
 from rmprune.pipelines.slim import run_slim
@@ -31,7 +31,7 @@ from rmprune.pruning.groups import macs
 from rmprune.pruning.plan import SlimPlan
 from rmprune.pruning.proposals import Proposals
 from rmprune.runs import records
-from rmprune.training.job import Job
+from rmprune.training.job import Files, Job
 
 
 class Grouped(nn.Module):
@@ -91,6 +91,34 @@ def test_the_surrogate_knows_what_a_plan_costs(name: str) -> None:
                 assert found.cost == pytest.approx(rmprune.count_macs(network, images[:1])), found.blocks
             assert found.cost == pytest.approx(sum(Meter(structure, macs).at(units))), found.blocks
             assert found.cost <= limit * (1 + 1e-6)
+
+
+def test_what_widths_lose_is_not_taken_from_notes_on_other_widths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SlimConfig(prune=PruneConfig(macs_ratio=(0.6,), round_to=1))
+    job = Job(config, load_dataset(config.data), torch.device("cpu"), 0)
+    model = create("resnet8")
+    budget = Budget(macs_ratio=0.6, reference_macs=rmprune.count_macs(model, job.data.train.example(1)))
+    shapes, files, measured = look(model, budget, job), Files.of(tmp_path, "auto"), []
+    files.note("losses").parent.mkdir()
+    files.note("losses").write_text(json.dumps({"keep": {}, "remove": {}}))  # of before, which does not say for what
+
+    def losses(*given: Any) -> dict[str, list[float]]:
+        measured.append(given)
+        return {group: [0.0] * len(own) for group, own in given[3].items()}
+
+    monkeypatch.setattr(outlook, "ends_of", lambda *_: None)
+    monkeypatch.setattr(outlook, "job_scores", lambda *_: {})
+    monkeypatch.setattr(outlook, "block_losses", lambda *_: shapes.nothing)
+    monkeypatch.setattr(outlook, "width_losses", losses)
+    for _ in range(2):
+        propose(shapes, job, files)
+    assert len(measured) == 2  # kept and removed, once
+    sight = shapes.sights["keep"]
+    fewer = replace(sight, widths={group: own[1:] for group, own in sight.widths.items()})
+    propose(replace(shapes, sights={**shapes.sights, "keep": fewer}), job, files)
+    assert len(measured) == 3
 
 
 def test_blocks_that_read_in_groups_are_not_merged_and_cost_what_is_said() -> None:

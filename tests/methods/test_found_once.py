@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from slim_runs import QUICK, by_parameters
+from torch import nn
 
 import rmprune
 import rmprune.pruning.followed as followed
@@ -18,6 +19,8 @@ from rmprune.measure.place import Place
 from rmprune.methods import cutter
 from rmprune.methods.table import METHODS
 from rmprune.pipelines.slim import run_slim
+from rmprune.pruning import find_structure
+from rmprune.pruning.collapse import shorten_blocks
 from rmprune.training.job import Job
 
 
@@ -69,3 +72,30 @@ def test_networks_of_the_same_weights_and_groups_are_ranked_once(monkeypatch: py
     job.scored.clear()
     again = cutter.make_cutter(other, METHODS["residual"], job).scores
     assert all(torch.equal(own, ranked[3][name]) for name, own in again.items())
+
+
+class Pooled(nn.Module):
+    """A residual block without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.pool(x)
+
+
+def test_networks_of_the_same_weights_and_other_code_are_ranked_apart() -> None:
+    """What is left of two blocks without weights, the one dropped or the other; state that is no tensor is no obstacle."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)]
+    convs[0].get_extra_state = lambda: {"calls": 3}  # type: ignore[method-assign]
+    end = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    model = nn.Sequential(
+        convs[0], nn.ReLU(), Pooled(), convs[1], nn.ReLU(), Pooled(), convs[2], nn.ReLU(), *end
+    ).eval()
+    job, found = Job(QUICK, load_dataset(QUICK.data), torch.device("cpu"), 0), []
+    images = job.data.train.example(2)
+    for network in (model, *(shorten_blocks(model, images, drop=[block]).model for block in ("2", "5"))):
+        found.append(cutter.job_scores(job, network, find_structure(network, images), "taylor"))
+    assert len(job.scored) == 3 and not torch.equal(found[1]["3"], found[2]["3"])

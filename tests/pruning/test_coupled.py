@@ -39,6 +39,12 @@ def test_limits_and_multiples() -> None:
     assert measured_macs(pruned, x) <= 0.5 * measured_macs(model, x)
 
 
+def test_modules_may_call_anything_their_out_channels() -> None:
+    model, x = residual(), images()
+    model[1].out_channels, model[2].out_channels, model.out_features = [8, 16], None, (1,)
+    assert measured_macs(prune_coupled(model, x, budget=Budget(macs_ratio=0.6)), x) <= 0.6 * measured_macs(model, x)
+
+
 def test_isomorphic_ranking_takes_the_same_part_of_every_form() -> None:
     """Two streams of a form of their own, and the three layers inside blocks, of which one has the least channels of all."""
     model, x = residual(16), images()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from pruning_nets import batches, chain, conv, images, mobile_chain, residual
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.pruning.coupled import loss_gradients
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.importance import IMPORTANCES, score_groups
@@ -68,6 +68,14 @@ def test_a_batch_that_is_taken_in_parts_says_the_same(name: str, monkeypatch: py
     monkeypatch.setattr("rmprune.data.batches.PART", 2**19)
     for parameter, own in loss_gradients(model, data).items():
         torch.testing.assert_close(own, gradients[0][parameter])
+
+
+def test_images_without_pixels_are_refused() -> None:
+    model = chain()
+    with pytest.raises(DataError, match="the network fails on images"):
+        score_groups(
+            "taylor", model, find_structure(model, images()), [(torch.zeros(2, 3, 0, 0), torch.zeros(2).long())]
+        )
 
 
 def test_taylor_of_a_stream_is_its_effect_on_all_readers() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
 from rmprune.errors import ArtifactError, ConfigError
+from rmprune.runs import directory
 from rmprune.runs.directory import claim, refuse_used, runs_of
 
 CONFIG = SlimConfig(prune=PruneConfig(ratio=(0.5,)))
@@ -43,6 +44,25 @@ def test_a_plan_whose_text_has_changed_is_another_run(tmp_path: Path) -> None:
             check(run, config, records=[run / "record.json"], overwrite=False)
     begin(run, config, records=[run / "record.json"], overwrite=True)
     begin(run, config, records=[run / "record.json"], overwrite=False)
+
+
+def test_a_run_that_ended_while_its_plan_was_kept_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run, write = tmp_path / "own.json", tmp_path / "run", directory.write_text
+    plan.write_text('{"schema": 1, "blocks": {"layer1.0": "drop"}}')
+    for killed in ("plan.json", "config.toml"):
+
+        def ends(path: Path, text: str, killed: str = killed) -> None:
+            if path.name == killed:
+                raise KeyboardInterrupt
+            write(path, text)
+
+        monkeypatch.setattr(directory, "write_text", ends)
+        with pytest.raises(KeyboardInterrupt):
+            begin(run, SlimConfig(plan=plan), records=[], overwrite=False)
+        monkeypatch.setattr(directory, "write_text", write)
+        begin(run, SlimConfig(plan=plan), records=[run / "record.json"], overwrite=False)
+        assert (run / "plan.json").read_text() == plan.read_text()
+        run = tmp_path / "other"
 
 
 def test_a_finished_run_is_kept_unless_told(tmp_path: Path) -> None:
