@@ -91,10 +91,9 @@ def _recorded_factories(tracer: Tracer) -> Iterator[None]:
     def begun(self: Any, device_type: Any, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
         known = not isinstance(device_type, fx.Proxy)  # autocast(x.device.type)
         begin(self, device_type if known else "cpu", dtype if known else None, enabled, cache_enabled)
-        self.asked = enabled  # torch turns off "cuda" where there is none
 
     def entered(self: Any) -> Any:
-        if vars(self).get("asked", self._enabled):
+        if self._enabled:
             tracer.autocast[tracer.place()] = None
         return enter(self)
 
