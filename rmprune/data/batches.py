@@ -19,9 +19,8 @@ Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
 # Of all images together, where their maps are held or a network sees them many times: 8192 images of 32 x 32, 512 of 128 x 128.
 PIXELS = 2**23
-PART = (
-    2**19
-)  # pixels that a network takes at a time where gradients are held: 32 images of 128 x 128; memory is slow to be had
+# Of those that a network takes at a time where gradients are held: 32 images of 128 x 128; new memory is slow.
+PART = 2**19
 Loss = Callable[[nn.Module, Any], Tensor]
 """loss(model, batch): runs the model on (part of) the batch and returns a scalar, lower for better."""
 

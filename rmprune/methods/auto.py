@@ -38,9 +38,7 @@ PROPOSED = 8  # plans that the surrogate proposes at first,
 APART = 4  # each, but for the presets' blocks, unlike all others in one of so many blocks
 MINUTES = 1.0  # for plans that differ in one block from the best, where no time is given for them, and
 WORSE = 4  # no longer than until so many of them in a row are no better
-ROUGH = (
-    0.92  # of a budget in time: what takes as much as this is near enough for being judged; what goes on is cut anew
-)
+ROUGH = 0.92  # of a budget in time: what takes so much is near enough to be judged by; what goes on is cut anew
 AROUND = (1.0, 0.93)  # of what plans before were cut to, of what their widths cost: where that of a plan is looked for
 _FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {

@@ -121,6 +121,23 @@ def test_what_widths_lose_is_not_taken_from_notes_on_other_widths(
     assert len(measured) == 3
 
 
+def test_widths_may_go_as_low_as_it_takes_to_keep_or_remove_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only to have some plan: at the floor that is enough for that, here, blocks must be dropped."""
+    monkeypatch.setattr(outlook, "LEAST_FRACTION", 1.2)
+    config = SlimConfig(prune=PruneConfig(macs_ratio=(0.5,), round_to=1))
+    job, model = Job(config, load_dataset(config.data), torch.device("cpu"), 0), create("resnet8")
+    whole = rmprune.count_macs(model, job.data.train.example(1))
+    found = look(model, Budget(macs_ratio=0.5, reference_macs=whole), job)
+    plans = Proposals(found.sights, found.layers, found.nothing)
+    for choice in ("keep", "remove"):
+        assert plans.best(found.limit, near=dict.fromkeys(found.options, choice), changes=0) is not None
+    kept, floor = found.sights["keep"], 1.2 * 0.5**0.5
+    assert all(kept.widths[g.name][0] < floor * g.units for g in kept.structure.groups)
+    at_first = {g.name: [u for u in kept.widths[g.name] if u >= floor * g.units] for g in kept.structure.groups}
+    cost = Meter(kept.structure, macs).at({name: widths[0] for name, widths in at_first.items()})
+    assert sum(cost) > found.limit  # so it is the floor that had to go
+
+
 def test_blocks_that_read_in_groups_are_not_merged_and_cost_what_is_said() -> None:
     stem, end = (nn.Conv2d(1, 12, 3, padding=1), nn.ReLU()), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
     model = nn.Sequential(*stem, Grouped(), Grouped(), *end).eval()

@@ -1,16 +1,27 @@
 """What the surrogate takes widths to lose, and what it learns from plans that were carried out."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from rmprune.pruning.proposals import WEIGHED, learned
-from rmprune.pruning.surrogate import _curve
+from rmprune.pruning.proposals import LEVELS, WEIGHED, learned, thinned
+from rmprune.pruning.surrogate import _curve, _measured
 
 
 def test_losses_between_the_widths_measured_go_with_the_square() -> None:
     """Nothing at the whole width, 4 at 8 of 16, and 9 at 4; where fewer units were measured to lose less, as much as with more."""
     assert _curve({8: 4.0, 4: 9.0}, 16, [4, 6, 8, 12, 16]) == pytest.approx([9.0, 6.25, 4.0, 1.0, 0.0])
     assert _curve({8: 4.0, 4: 1.0}, 16, [4, 8, 16]) == pytest.approx([4.0, 4.0, 0.0])
+
+
+def test_widths_to_choose_among_are_close_where_groups_are_narrow() -> None:
+    assert thinned([8, 16, 24]) == [8, 16, 24]
+    widths = thinned(range(8, 513, 8))
+    assert widths[0] == 8 and widths[-1] == 512 and len(widths) == LEVELS
+    assert all(1.4 < wide / narrow < 2.3 for narrow, wide in itertools.pairwise(widths))
+    assert thinned([3, 400, 401, 402, 403, 404, 405, 406, 407]) == [3, 400, 407]  # where there are no others
+    assert _measured(widths, 512) == [160, 8]  # the narrowest, and a third of the way up from there
 
 
 def test_losses_of_a_kind_count_for_what_they_turned_out_to_be() -> None:
