@@ -83,13 +83,15 @@ def test_an_epoch_ends_with_the_statistics_of_its_weights(make: Callable[[], nn.
 
 
 def test_an_epoch_of_fine_tuning_never_jumps(digits: Dataset) -> None:
-    """A trained network, cut and fitted, is no worse after an epoch at the default rate than noise makes it."""
+    """A trained network, cut and fitted, is no worse after an epoch at the default rate than noise makes it.
+
+    With a floor as `slim` has one: layers of one channel train as badly as the machine's rounding makes them."""
     torch.manual_seed(0)
     model = fit(resnet(), digits, TRAIN, seed=0, progress=False)
     x = digits.train.example(128)
     plain = remove_residuals(model, x).model
-    data = list(digits.train.batches(128))
-    fitted = recentre(prune(plain, x[:2], budget=Budget(ratio=0.4), data=data, reconstruct=True), [x])
+    data, budget = list(digits.train.batches(128)), Budget(ratio=0.6, min_fraction=0.3)
+    fitted = recentre(prune(plain, x[:2], budget=budget, data=data, reconstruct=True), [x])
     tuned = fit(fitted, digits, ONE_EPOCH, seed=0, progress=False)
     before, after = (evaluate(network, digits.test).accuracy for network in (fitted, tuned))
     assert after > before - 0.06  # four deviations of a difference in 359 images where the two agree on most
