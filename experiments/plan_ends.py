@@ -8,8 +8,10 @@ say which of the losses on validation images is worth choosing by; the noise of 
 """
 
 import dataclasses
+import functools
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,24 +65,27 @@ class Arguments:
     """Orders of the images at the end."""
     minutes: float = 3.0
     """For plans that differ in one block from the best."""
+    backwards: bool = False
+    """The last candidate first: for a second process beside the first."""
     out: Path = Path("reports/plan-ends")
     """Where the table goes."""
     work: Path = Path("runs/plan-ends")
     """Where the search and checkpoints are; goes on from what is there."""
 
 
-def networks(arguments: Arguments, job: Job[SlimConfig]) -> dict[str, tuple[nn.Module, float, str]]:
-    """{candidate: (its network as cut and fitted, its loss on validation images, its blocks)}."""
+Cut = tuple[str, Callable[[], nn.Module], float, str]
+
+
+def candidates(arguments: Arguments, job: Job[SlimConfig]) -> list[Cut]:
+    """(candidate, what makes its network as cut and fitted, its loss on validation images, its blocks) of all that the search tried."""
     cell = Cell(0, "macs_ratio", arguments.macs_ratio, arguments.work, arguments.work)
     starts = starts_of(job, cell)
     dense, files = with_names(job.original, job), Files.of(arguments.work, "auto")
     reference = count_macs(dense, job.data.train.example(1))
     budget = Budget.from_config(job.config.prune, "macs_ratio", arguments.macs_ratio, reference_macs=reference)
     found = auto.choose_plan(dense, starts, budget, job, files)
-    networks = {}
-    for name, verdict in found.verdicts.items():
-        if "loss" not in verdict:
-            continue
+
+    def cut(name: str) -> nn.Module:
         if name in found.plans:
             plan = found.plans[name]
             plain, _ = carry_out_blocks(dense, plan["blocks"], job.examples)
@@ -88,10 +93,14 @@ def networks(arguments: Arguments, job: Job[SlimConfig]) -> dict[str, tuple[nn.M
         else:
             preset = auto._preset(name)
             cutter = make_cutter(starts(preset.start), preset, job, budget)
-        cut = cutter.once(cutter.network, met(budget, cutter, files.named(name)))
-        blocks = " ".join(found.plans[name]["blocks"].values()) if name in found.plans else ""
-        networks[name] = cut, verdict["loss"], blocks
-    return networks
+        return cutter.once(cutter.network, met(budget, cutter, files.named(name)))
+
+    blocks = {name: " ".join(plan["blocks"].values()) for name, plan in found.plans.items()}
+    return [
+        (name, functools.partial(cut, name), verdict["loss"], blocks.get(name, ""))
+        for name, verdict in found.verdicts.items()
+        if "loss" in verdict
+    ]
 
 
 def main(arguments: Arguments) -> None:
@@ -108,10 +117,15 @@ def main(arguments: Arguments) -> None:
     job = Job(config, data, cpu, 0, teacher=dense, memory=arguments.work / "teacher")
     rows: list[dict[str, Any]] = []
     short = dataclasses.replace(tuning, epochs=1, warmup_epochs=0.1)
-    for name, (network, before, blocks) in networks(arguments, job).items():
-        row: dict[str, Any] = {"candidate": name, "blocks": blocks, "before": before}
+    tried = candidates(arguments, job)
+    for name, cut, before, blocks in reversed(tried) if arguments.backwards else tried:
         note = arguments.work / f"{name}.json"
-        row |= read_notes(note)
+        row: dict[str, Any] = {"candidate": name, "blocks": blocks, "before": before} | read_notes(note)
+        wanted = [
+            *(f"after {images}" for images in arguments.images),
+            *(f"test {seed}" for seed in range(arguments.seeds)),
+        ]
+        network = nn.Identity() if set(wanted) <= set(row) else cut()
         for images in arguments.images:
             key = f"after {images}"
             if key not in row:
@@ -122,7 +136,10 @@ def main(arguments: Arguments) -> None:
             if f"loss {seed}" not in row:
                 files = Files.of(arguments.work / f"end-{seed}", name)
                 end = tune(network, tuning, dataclasses.replace(job, seed=seed), files)
-                test, row[f"loss {seed}"] = evaluate(end, data.test, device=cpu), evaluate(end, data.validation, device=cpu).loss
+                test, row[f"loss {seed}"] = (
+                    evaluate(end, data.test, device=cpu),
+                    evaluate(end, data.validation, device=cpu).loss,
+                )
                 row |= {f"test loss {seed}": test.loss, f"test {seed}": test.accuracy}
         write_text(note, pd.Series(row).to_json())
         rows.append(row)
@@ -132,18 +149,32 @@ def main(arguments: Arguments) -> None:
     table["test"] = table[[f"test {seed}" for seed in ends]].mean(axis=1)
     table["test loss"] = table[[f"test loss {seed}" for seed in ends]].mean(axis=1)
     said = ["before", *(f"after {images}" for images in arguments.images)]
-    lines = ["| loss on validation images | with test loss | with test accuracy | best half, with test loss | test accuracy of the least |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| loss on validation images | with test loss | with test accuracy | best half, with test loss | test accuracy of the least |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     half = table[table["test loss"] <= table["test loss"].median()]
     for column in said:
-        ranks, inner = table.corr("spearman", numeric_only=True)[column], half.corr("spearman", numeric_only=True)[column]
+        ranks, inner = (
+            table.corr("spearman", numeric_only=True)[column],
+            half.corr("spearman", numeric_only=True)[column],
+        )
         least = table.loc[table[column].idxmin(), "test"]
-        lines.append(f"| {column} | {ranks['test loss']:.2f} | {-ranks['test']:.2f} | {inner['test loss']:.2f} | {least:.2%} |")
+        lines.append(
+            f"| {column} | {ranks['test loss']:.2f} | {-ranks['test']:.2f} | {inner['test loss']:.2f} | {least:.2%} |"
+        )
     both = table.corr("spearman", numeric_only=True)
     if arguments.seeds > 1:
-        lines.append(f"| two ends with each other | {both.loc['test loss 0', 'test loss 1']:.2f} | {both.loc['test 0', 'test 1']:.2f} | {half.corr('spearman', numeric_only=True).loc['test loss 0', 'test loss 1']:.2f} | {table.test.max():.2%} |")
+        lines.append(
+            f"| two ends with each other | {both.loc['test loss 0', 'test loss 1']:.2f} | {both.loc['test 0', 'test 1']:.2f} | {half.corr('spearman', numeric_only=True).loc['test loss 0', 'test loss 1']:.2f} | {table.test.max():.2%} |"
+        )
     write_text(arguments.out / "plans.csv", table.round(5).to_csv(index=False))
     command = shlex.join(["python", "experiments/plan_ends.py", *sys.argv[1:]])
-    page = f"# What the end of a plan can be told from\n\n`{command}`: {len(table)} candidates.\n\n" + "\n".join(lines) + "\n"
+    page = (
+        f"# What the end of a plan can be told from\n\n`{command}`: {len(table)} candidates.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
     write_text(arguments.out / "README.md", page)
     console.print("\n".join(lines))
 

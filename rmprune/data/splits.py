@@ -113,26 +113,6 @@ class IndexedSplit(Split):
                 yield Share(batch_seed(shuffle_seed or 0, number), len(indices), mine, indices[mine])
 
 
-class Part(Split):
-    """So many images of another split, at most: of each shuffled pass the first, which are others every time."""
-
-    def __init__(self, whole: Split, images: int) -> None:
-        self.whole, self.images, self.loss = whole, min(images, len(whole)), whole.loss
-
-    def __len__(self) -> int:
-        return self.images
-
-    def batches(
-        self, batch_size: int, *, device: torch.device | str = "cpu", shuffle_seed: int | None = None,
-        augment: bool = False, memory_format: torch.memory_format = torch.contiguous_format, start: int = 0,
-        shard: tuple[int, int] = (0, 1), limit: int | None = None,
-    ) -> Iterator[Batch]:  # fmt: skip
-        return self.whole.batches(
-            batch_size, device=device, shuffle_seed=shuffle_seed, augment=augment, memory_format=memory_format,
-            start=start, shard=shard, limit=self.images if limit is None else min(limit, self.images),
-        )  # fmt: skip
-
-
 class TensorSplit(IndexedSplit):
     """A split held in memory as uint8 [N, C, H, W]. `mean` and `std`: [C], in units of 0..255."""
 

@@ -53,7 +53,7 @@ def pack(model: nn.Module) -> Packed:
 @dataclass(frozen=True)
 class Order:
     """What another process needs to take part in a training: all that `fit` is given but files. `images`: in the training split;
-    `led`: the first process has a hook that puts smaller networks in place, and sends them."""
+    `until`: after which epoch to stop; `led`: the first process has a hook that puts smaller networks in place, and sends them."""
 
     network: Packed
     teacher: Packed | None
@@ -66,6 +66,7 @@ class Order:
     label: str
     sparsity: SparsityConfig | None
     led: bool
+    until: int | None = None
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
 
 
@@ -256,7 +257,7 @@ def fit_together(model: nn.Module, data: Dataset, config: TrainConfig, **setting
     teacher = settings["teacher"] if config.distillation else None
     order = Order(
         pack(model), None if teacher is None else pack(teacher), config, data.config, data.statistics, len(data.train),
-        settings["seed"], str(settings["device"]), settings["label"], sparse, led,
+        settings["seed"], str(settings["device"]), settings["label"], sparse, led, settings["until"],
     )  # fmt: skip
     hook = _Leading(hook) if led else hook
     with team.training(order, hook):
@@ -274,7 +275,7 @@ def take_part(order: Order) -> None:
             files.rebuild(*order.network), data, order.train, seed=order.seed, device=device,
             hook=ProximalL1(order.sparsity) if order.sparsity else _Following() if order.led else None,
             teacher=None if order.teacher is None else files.rebuild(*order.teacher), progress=False,
-            label=order.label,
+            label=order.label, until=order.until,
         )  # fmt: skip
 
 
