@@ -165,8 +165,8 @@ def _counted(kinds: Counter[str]) -> str:
 
 def _from_csv(root: Path, config: DataConfig) -> Listing:
     """One row for an image: its path below the folder, and what the settings' columns say of it."""
-    assert config.labels is not None
-    file = root / config.labels if (root / config.labels).is_file() else Path(config.labels)
+    file = config.labels_file
+    assert file is not None
     rows = read_rows(file, config.image_column)
     columns = list(rows[0])
     images = column_of(file, columns, "image", config.image_column)

@@ -12,7 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.named import named_files, plan_text
+from rmprune.runs.named import digests, keep_digests, named_files, plan_text, refuse_changed
 from rmprune.runs.reading import parse_json, read_json
 from rmprune.runs.writing import LEFT, LOCK_FILE, sweep, write_text
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("rmprune")
 Config = TypeVar("Config")
 CONFIG_FILE, PLAN_FILE = "config.toml", "plan.json"
 WRITTEN = re.compile(
-    r"config\.toml|plan\.json|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
+    r"config\.toml|plan\.json|files\.json|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
 
 
@@ -34,7 +34,7 @@ def claim(
     wait: bool = False,
 ) -> Iterator[None]:  # fmt: skip
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, a copy of the
-    plan, where there is one, and while in use .lock, which keeps other processes out; `wait`: until
+    plan, where there is one, digests of what else settings name, and while in use .lock, which keeps other processes out; `wait`: until
     one that is at it has ended.
 
     With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
@@ -87,12 +87,13 @@ def _prepare(
     begun = _holds_run(directory)  # perhaps while this one waited
     if begun:
         _refuse_overwriting(directory, config) if overwritten is not None else _refuse_other(directory, config, records)
-    plan = plan_text(config)
+    plan, files = plan_text(config), digests(config)
     if begun and overwritten is not None:
         _clear(directory, overwritten)
     write_text(directory / CONFIG_FILE, to_toml(config))  # first: it says that this is a run
     if plan is not None and not (directory / PLAN_FILE).exists():
         write_text(directory / PLAN_FILE, plan)
+    keep_digests(directory, files)
 
 
 def _holds_run(directory: Path) -> bool:
@@ -155,6 +156,7 @@ def _refuse_other(directory: Path, config: Config, records: list[Path]) -> None:
             f"{directory}: holds a run with another plan ({named_files(config)['plan']} has changed since it began); to go on copy {begun} "
             "over it, or choose another --out, or --overwrite"
         )
+    refuse_changed(directory, config)
     if all(record.is_file() for record in records):
         raise Finished(
             f"{directory}: this run is finished; see it with `python -m rmprune report {directory}`, or --overwrite"
