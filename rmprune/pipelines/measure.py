@@ -46,12 +46,12 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         tidy(run)
     found: dict[str, nn.Module] = {}
     labels: dict[Path, str] = {}
-    firsts: dict[str, str] = {}
+    firsts: dict[bytes, str] = {}
     for path in paths:
         for name in records.networks(records.read_record(path)):
             directory = network_directory(path.parent, name)
             # Equal for copies of an artifact: it holds the digest of the weights.
-            labels[directory] = label = firsts.setdefault((directory / ARCHITECTURE).read_text(), str(directory))
+            labels[directory] = label = firsts.setdefault((directory / ARCHITECTURE).read_bytes(), str(directory))
             if label not in found:
                 found[label] = artifact.load(directory)
     shapes = {path: example_shape(path) for path in paths}

@@ -1,6 +1,7 @@
 """`measure` writes accuracy in each number format into the records, and nothing else of them changes."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,13 @@ def test_a_record_that_cannot_be_written_is_said_before_anything_is_measured(
     monkeypatch.setattr("rmprune.pipelines.measure.measure_latencies", None)
     with pytest.raises(ArtifactError, match=r"record\.json: cannot be written, so nothing is measured"):
         run_measure(RemeasureConfig((run,)))
+
+
+def test_a_network_that_is_no_text_any_more_is_named(run: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(run, tmp_path / "run"))
+    (damaged / "dense" / "architecture.json").write_bytes(b"\xff{}")
+    with pytest.raises(ArtifactError, match=r"dense/architecture\.json: damaged"):
+        run_measure(RemeasureConfig((damaged,), measure=QUICK))
 
 
 def test_a_backend_that_cannot_be_had_leaves_the_record_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
