@@ -60,7 +60,7 @@ def keep_digests(directory: Path, now: dict[str, str]) -> None:
         write_text(directory / FILES, json.dumps(now, indent=1))
 
 
-def refuse_changed(directory: Path, config: Any) -> None:
+def refuse_changed(directory: Path, config: Any, way: str = "choose another --out, or --overwrite") -> None:
     """Raise ConfigError where a file that the settings name is another one than when this run began; one that is gone is not asked for."""
     if not (directory / FILES).is_file():
         return
@@ -68,8 +68,8 @@ def refuse_changed(directory: Path, config: Any) -> None:
     for name, digest in digests(config).items():
         if isinstance(begun, dict) and begun.get(name, digest) != digest:
             raise ConfigError(
-                f"{directory}: holds a run with another --{name} ({named_files(config)[name]} has changed since it began); to go on bring "
-                "it back as it was, or choose another --out, or --overwrite"
+                f"{directory}: holds a run with another --{name} ({named_files(config)[name]} has changed since it began); bring it back "
+                f"as it was, or {way}"
             )
 
 
