@@ -19,6 +19,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import module_around
 from rmprune.graph.foreign import HOOKS
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, traced
+from rmprune.graph.tracing import warn_of_left_out
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FUNCTION_NAMES,
@@ -49,7 +50,7 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict
             raise UnsupportedModel(
                 f"{path or type(module).__name__}: its forward was replaced; make that a module of its own"
             )
-    graph, decided, autocast = (None, [], []) if flat else traced(model, inputs)
+    graph, decided, autocast, frozen = (None, [], [], []) if flat else traced(model, inputs)
     if autocast:
         raise UnsupportedModel(
             f"{autocast[0]}: forward enters autocast, which a file cannot hold: save it without, and call it under torch.autocast"
@@ -58,6 +59,7 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> dict
         logger.warning(
             "save: sizes of the inputs decide what is computed (%s): the artifact holds for these", "; ".join(decided)
         )
+    warn_of_left_out(frozen=tuple(frozen))
     names = list(model._modules) if flat else _called_layers(model, graph)
     layers = _describe_layers(model, names)
     nodes = [] if graph is None else [_describe_node(node) for node in graph.nodes]

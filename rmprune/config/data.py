@@ -67,6 +67,13 @@ class DataConfig(Settings):
         """Pixels to which the shorter side of a photo is scaled; of that square `image_size` is seen (imagefolder only)."""
         return round(self.image_size / self.crop)
 
+    @property
+    def labels_file(self) -> Path | None:
+        """The CSV of `labels`, below data_dir where there is one of this name."""
+        if self.labels is None or self.data_dir is None or not (self.data_dir / self.labels).is_file():
+            return self.labels
+        return self.data_dir / self.labels
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_inside(self, "[1, inf)", "batch_size", "train_images")

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -47,15 +48,19 @@ def _equal(paths: list[str], part_of: Mapping[int, str]) -> list[list[int]]:
             found += [own for own in alike.values() if len({part_of[number] for number in own}) > 1]
         return found
 
-    near = split(split([list(part_of)], _size), _head)
-    sizes = [_size(paths[group[0]]) for group in near]
-    totals = itertools.accumulate(size * len(group) for size, group in zip(sizes, near, strict=True))
+    sizes: dict[str, int] = {}
+
+    def size(path: str) -> int:
+        about = Path(path).stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError("a pipe would never end")
+        sizes[path] = about.st_size
+        return about.st_size
+
+    near = split(split([list(part_of)], size), _head)
+    totals = itertools.accumulate(sizes[paths[group[0]]] * len(group) for group in near)
     read = [group for group, total in zip(near, totals, strict=True) if total <= MOST_BYTES]
     return [list({part_of[number]: number for number in group}.values()) for group in split(read, _digest)]
-
-
-def _size(path: str) -> int:
-    return Path(path).stat().st_size
 
 
 def _head(path: str) -> bytes:

@@ -137,19 +137,16 @@ def _images(root: Path) -> dict[str, dict[str, int]]:
     """
     images: dict[str, dict[str, int]] = {}
     other: Counter[str] = Counter()
-    try:
-        for folder, device, files in sorted(walked(root), key=operator.itemgetter(0)):
-            if folder == str(root):
-                continue
-            own = images.setdefault(Path(folder).relative_to(root).parts[0], {})
-            for entry in files:
-                _, dot, kind = entry.name.rpartition(".")
-                if (ending := dot + kind.lower() if dot else "") in ENDINGS:
-                    own[entry.path] = number_of(entry, device)
-                else:
-                    other[ending] += 1
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {LAYOUT}") from None
+    for folder, device, files in sorted(walked(root), key=operator.itemgetter(0)):
+        if folder == str(root):
+            continue
+        own = images.setdefault(Path(folder).relative_to(root).parts[0], {})
+        for entry in files:
+            _, dot, kind = entry.name.rpartition(".")
+            if (ending := dot + kind.lower() if dot else "") in ENDINGS:
+                own[entry.path] = number_of(entry, device)
+            else:
+                other[ending] += 1
     if other:
         logger.info("%s: left out, no images that are read: %s", root, _counted(other))
     if empty := [name for name, paths in images.items() if not paths]:
@@ -165,8 +162,8 @@ def _counted(kinds: Counter[str]) -> str:
 
 def _from_csv(root: Path, config: DataConfig) -> Listing:
     """One row for an image: its path below the folder, and what the settings' columns say of it."""
-    assert config.labels is not None
-    file = root / config.labels if (root / config.labels).is_file() else Path(config.labels)
+    file = config.labels_file
+    assert file is not None
     rows = read_rows(file, config.image_column)
     columns = list(rows[0])
     images = column_of(file, columns, "image", config.image_column)

@@ -12,19 +12,22 @@ from rmprune.errors import DataError
 def walked(root: Path) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
     """(folder, the device it is on, its files), sorted, links followed, without what is hidden; no file is asked for more than its name.
 
-    Raises DataError for a folder that is there twice: a link may lead to one that is read already, or round in a circle.
+    Raises DataError for a folder that cannot be read, or is there twice: a link may lead to one that is read already, or in a circle.
     """
     seen: dict[int, str] = {}
     waiting = [str(root)]
     while waiting:
         folder = waiting.pop()
-        about = Path(folder).stat()
+        try:
+            about = Path(folder).stat()
+            with os.scandir(folder) as entries:
+                visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=_name)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be read ({error.strerror}); give a folder of photos that can") from None
         if (first := seen.setdefault(_number(about.st_dev, about.st_ino), folder)) != folder:
             raise DataError(
                 f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
             )
-        with os.scandir(folder) as entries:
-            visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=_name)
         inner = [entry.path for entry in visible if _is_folder(entry)]
         waiting += reversed(inner)
         yield folder, about.st_dev, [entry for entry in visible if not _is_folder(entry)] if inner else visible

@@ -16,7 +16,7 @@ from rmprune.graph.convolution import Conv, Pattern
 from rmprune.graph.network import Network, flat_name, free_name
 from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
-from rmprune.graph.tracing import warn_of_autocast
+from rmprune.graph.tracing import warn_of_left_out
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def materialise(
     its convolution instead. The result is a flat nn.Sequential where the graph is a chain, else a GraphModule.
     Raises NotEquivalent where it does not give the shapes of these outputs.
     """
-    warn_of_autocast(*network.autocast)
+    warn_of_left_out(tuple(network.autocast), tuple(network.frozen))
     module, outputs = _Builder(network, measured, target, batch_norm).run(inputs)
     found, expected = _shapes(_run_on_meta(module, inputs, target.dtype)), _shapes(outputs)
     if found != expected:

@@ -12,7 +12,7 @@ from rmprune.graph.foreign import plain_module, unbound
 from rmprune.graph.inputs import as_tuple, trial
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, traced
 from rmprune.graph.run import hooked
-from rmprune.graph.tracing import warn_of_autocast
+from rmprune.graph.tracing import warn_of_left_out
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -29,8 +29,8 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
     Dropout and Identity go as well.
     """
     model = unbound(copied(plain_module(model))).eval()
-    flat, (graph, _, autocast) = is_flat_sequential(model), traced(model, inputs)
-    warn_of_autocast(*autocast)
+    flat, (graph, _, autocast, _) = is_flat_sequential(model), traced(model, inputs)
+    warn_of_left_out(tuple(autocast))  # nothing folded is trained
     for name, module in list(model.named_modules()):
         if is_norm_with_activation(module):
             model.set_submodule(name, stock_norm(module))

@@ -19,6 +19,7 @@ from rmprune.graph.run import node_value
 from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, to_run
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
+_DETACHES = ("detach", "detach_", torch.detach)
 _PLACES = ("device", "is_cuda", "is_cpu", "is_meta")
 _OURS, _TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 
@@ -32,7 +33,8 @@ def _is_network(file: str) -> bool:
 class Tracer(fx.Tracer):
     """fx's tracer. With `inputs` it runs the network without values on the way, so that sizes and numbers made of them decide.
 
-    decided: the places where sizes did; what is traced then holds for these sizes only. autocast: where the code enters it.
+    decided: the places where sizes did; what is traced then holds for these sizes only. autocast: where the code enters it. frozen: where
+    it stops gradients (no_grad and its kin, detach).
     """
 
     inputs: tuple[Tensor, ...] | None = None
@@ -44,11 +46,13 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.decided: dict[str, None] = {}
         self.autocast: dict[str, None] = {}
+        self.frozen: dict[str, None] = {}
+        self.without = False  # whether the last node was made where gradients are off
         self.values: dict[fx.Node, Any] = {}
         self.sized: set[fx.Node] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _near_patches(list(root.modules())):
+        with _near_patches(list(root.modules())), torch.enable_grad():  # so that only the code itself switches them off
             return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -79,6 +83,9 @@ class Tracer(fx.Tracer):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
+        before, self.without = self.without, not torch.is_grad_enabled()
+        if (self.without and not before) or node.target in _DETACHES:
+            self.frozen[self.place() or node.name] = None
         if self.inputs is not None and kind != "output":
             self._know(node)
         return node

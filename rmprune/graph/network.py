@@ -33,7 +33,7 @@ class Network:
     """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"].
 
     decided: where the sizes of the example inputs decided what is computed; it holds for these sizes only then.
-    autocast: where the code enters it, which the graph does not.
+    autocast: where the code enters it, frozen: where it stops gradients, which the graph does not.
     """
 
     graph: fx.Graph
@@ -41,6 +41,7 @@ class Network:
     constants: dict[str, Tensor] = field(default_factory=dict)
     decided: list[str] = field(default_factory=list)
     autocast: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
 
     @property
     def sizes_note(self) -> str:
@@ -53,8 +54,10 @@ class Network:
 
     @property
     def note(self) -> str:
-        """What to say of a result: of its sizes, and of autocast that is left out."""
+        """What to say of a result: of its sizes, and of what it leaves out of the code."""
         left = [f"autocast in forward is left out ({'; '.join(self.autocast)})"] if self.autocast else []
+        if self.frozen:
+            left.append(f"gradients that forward stops are not stopped ({'; '.join(self.frozen)})")
         return "; ".join(filter(None, (self.sizes_note, *left)))
 
     def layer(self, node: fx.Node) -> NodeLayer | None:

@@ -50,7 +50,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
     drawn = draws()
-    traced, decided, autocast = follow(PlainTracer, model, example_inputs)
+    traced, decided, autocast, frozen = follow(PlainTracer, model, example_inputs)
     if draws() != drawn:
         refuse_drawn(model, example_inputs)
     written = _as_written(model, traced) if decided else []
@@ -64,7 +64,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
         as_layers(network)
         network.drop_unread()
         _refuse_fixed_batch(model, written, decided, example_inputs)
-    network.decided, network.autocast = decided, autocast
+    network.decided, network.autocast, network.frozen = decided, autocast, frozen
     return network
 
 

@@ -23,11 +23,13 @@ _PROXIES = r"<class '[\w.]*_Known\w*'>|'?_Known\w*'?( object)?"  # what Python c
 
 
 class Traced(NamedTuple):
-    """decided: the places where sizes decided what is in the graph; autocast: those where the code enters it, which the graph does not."""
+    """decided: the places where sizes decided what is in the graph. Those of what is in the code and not in the graph: autocast (where it
+    is entered), frozen (where gradients are stopped)."""
 
     graph: fx.Graph
     decided: list[str]
     autocast: list[str]
+    frozen: list[str]
 
 
 def follow(kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> Traced:
@@ -48,9 +50,9 @@ def follow(kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | No
             with _recorded_factories(tracer), _own_caches(model):
                 graph = tracer.trace(model, fixed)  # a tuple is taken, too
             _note_origin(graph, model)
-            decided, entered = list(tracer.decided), list(tracer.autocast)
+            noted = list(tracer.decided), list(tracer.autocast), list(tracer.frozen)
             vars(tracer).clear()  # it stands in a circle, and would hold the network until that is collected
-            return Traced(_cleaned(graph, fixed), decided, entered)
+            return Traced(_cleaned(graph, fixed), *noted)
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
@@ -60,13 +62,19 @@ def follow(kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | No
 
 
 @functools.cache
-def warn_of_autocast(*places: str) -> None:
-    """Says in the log, once, that what is made of a network leaves out the autocast of its code."""
-    if places:
+def warn_of_left_out(autocast: tuple[str, ...] = (), frozen: tuple[str, ...] = ()) -> None:
+    """Says in the log, once, what of its code is left out in what is made of a network."""
+    if autocast:
         logger.warning(
             "autocast in forward is left out (%s): what is made of the network computes there in the type of its weights; call it "
             "under torch.autocast to have that back",
-            "; ".join(places),
+            "; ".join(autocast),
+        )
+    if frozen:
+        logger.warning(
+            "forward stops gradients (%s), what is made of the network does not: what was frozen so is trained with it, unless you freeze "
+            "its parameters (requires_grad_(False))",
+            "; ".join(frozen),
         )
 
 

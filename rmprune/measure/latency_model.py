@@ -62,7 +62,7 @@ class LatencyModel:
 
     `cache`: a JSON file that is read now and written after every measurement; None keeps the table in memory. A file
     measured on another processor, or with other versions or settings, is an error (ArtifactError), not mixed in; one whose layers were
-    timed in another way (TIMED) is set aside as NAME.before.json, which the log says, and measured anew.
+    timed in another way (TIMED) is kept as NAME.before.json, which the log says, and measured anew.
     """
 
     def __init__(
@@ -229,11 +229,9 @@ class LatencyModel:
                 )
         if content.get("timed") != TIMED:
             aside = path.with_suffix(".before.json")
-            try:
-                path.replace(aside)
-            except OSError as error:
-                raise ArtifactError(f"{path}: timed in another way, and cannot be moved ({error.strerror})") from error
-            logger.warning("%s: its layers were timed in another way; set aside as %s, measured anew", path, aside.name)
+            # Not moved: another process may have put its new table there. The first times of this one replace it.
+            write_text(aside, json.dumps(content, indent=0))
+            logger.warning("%s: its layers were timed in another way; kept as %s, measured anew", path, aside.name)
             return
         self.table, self.fit, self.overhead = table, (a, b), overhead
 

@@ -27,6 +27,7 @@ from rmprune.pipelines.stages import at_work, dense_network, open_data, pick_dev
 from rmprune.pipelines.workers import Submit, Task, work_off, workers_of
 from rmprune.runs.cells import Cell
 from rmprune.runs.directory import LOCK_FILE, Finished, alone
+from rmprune.runs.named import refuse_changed
 from rmprune.runs.notes import read_notes, write_text
 from rmprune.training.distributed import processes
 from rmprune.training.job import Job
@@ -124,6 +125,7 @@ def share(config: SlimConfig) -> None:
 def do_cell(config: SlimConfig, cell: Cell, command: str) -> None:
     """One seed, budget and method, to its record."""
     job = Job(config, open_data(config), pick_device(config.device), config.seed)
+    refuse_changed(cell.shared, config)
     with at_work(config, job.device, [cell.record], (), wait=True):
         measure = replace(config.measure, **NO_TIME)
         run_cell(cell, find_methods(config.method), None, job, command, measure)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from rmprune.measure.profile import profile_candidates
 from rmprune.pipelines.stages import expected_statistics, image_shape, measuring
 from rmprune.runs import records
 from rmprune.runs.directory import runs_of, tidy
+from rmprune.runs.named import refuse_changed
 
 logger = logging.getLogger("rmprune")
 
@@ -46,12 +48,12 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
         tidy(run)
     found: dict[str, nn.Module] = {}
     labels: dict[Path, str] = {}
-    firsts: dict[str, str] = {}
+    firsts: dict[bytes, str] = {}
     for path in paths:
         for name in records.networks(records.read_record(path)):
             directory = network_directory(path.parent, name)
             # Equal for copies of an artifact: it holds the digest of the weights.
-            labels[directory] = label = firsts.setdefault((directory / ARCHITECTURE).read_text(), str(directory))
+            labels[directory] = label = firsts.setdefault((directory / ARCHITECTURE).read_bytes(), str(directory))
             if label not in found:
                 found[label] = artifact.load(directory)
     shapes = {path: example_shape(path) for path in paths}
@@ -136,7 +138,7 @@ def network_directory(run: Path, name: str) -> Path:
 
 def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
     """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
-    are several, or a record does not say which.
+    are several, or a record does not say which, ConfigError where its labels have changed.
     """
     settings = {field.name for field in fields(DataConfig)}
     found: list[tuple[DataConfig, Statistics]] = []
@@ -153,6 +155,8 @@ def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
             )
         data = from_dict(DataConfig, {name: value for name, value in config["data"].items() if name in settings})
         statistics = expected_statistics(str(config.get("model")), config.get("weights"))
+        for run in runs_of([path]):  # other labels may call its classes otherwise
+            refuse_changed(run, SimpleNamespace(data=data), "train on it as it is now")
         found.append((data, statistics))
     same = attrgetter("dataset", "data_dir", "image_size", "crop", "labels", "normalization")
     if len({(same(data), statistics) for data, statistics in found}) > 1:

@@ -265,12 +265,12 @@ def _how_good(model: nn.Module, data: Dataset, device: torch.device) -> dict[str
 def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
     """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record.
 
-    Of an epoch that was trained twice, after an interruption, the last stays; a line that was cut short is left out.
+    Of an epoch that was trained twice, after an interruption, the last stays; a line that is damaged is left out.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for log in dict.fromkeys(directory / "log.jsonl" for directory in directories):
-        for line in log.read_text().splitlines() if log.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError):
+        for line in log.read_bytes().splitlines() if log.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 epoch = json.loads(line)
                 found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
     return {label: list(epochs.values()) for label, epochs in found.items()}

@@ -73,6 +73,7 @@ def remove_residuals(
     """Removes residual connections exactly (RMNet, arXiv 2111.00687): the same function without additions. `model` is left alone.
 
     model: wrappers (DataParallel, torch.compile) are taken off, weights that are computed (weight norm, masks) made permanent.
+    All parameters of the result are trainable, also those that were not, or that forward gives no gradients (`note` says where).
     example_inputs: one batch, (N, C, H, W), a tuple of inputs or a dict of them by the names in forward; sets the sizes and the
     statistics of new batch norms (from its first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes,
     unless `note`, the result's or a block's, says otherwise (a pool with ceil_mode). keep: names of blocks to leave in. ranges:

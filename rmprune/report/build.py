@@ -72,7 +72,7 @@ def renew_reports(runs: Iterable[Path], command: str) -> list[Path]:
     for run in runs:
         made = run / "report" / COMMAND
         if made.is_file():
-            first = made.read_text().partition("\n")[0]
+            first = made.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
             written += build_report(run, made.parent, f"{first}\n{command}")
     return [file for file in written if file.suffix == ".png"]
 

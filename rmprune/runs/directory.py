@@ -12,14 +12,15 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.reading import parse_json, read_text
+from rmprune.runs.named import digests, keep_digests, named_files, plan_text, refuse_changed
+from rmprune.runs.reading import parse_json, read_json
 from rmprune.runs.writing import LEFT, LOCK_FILE, sweep, write_text
 
 logger = logging.getLogger("rmprune")
 Config = TypeVar("Config")
 CONFIG_FILE, PLAN_FILE = "config.toml", "plan.json"
 WRITTEN = re.compile(
-    r"config\.toml|plan\.json|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
+    r"config\.toml|plan\.json|files\.json|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )
 
 
@@ -33,7 +34,8 @@ def claim(
     wait: bool = False,
 ) -> Iterator[None]:  # fmt: skip
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, a copy of the
-    plan, where there is one, and while in use .lock, which keeps other processes out; `wait`: until one that is at it has ended.
+    plan, where there is one, digests of what else settings name, and while in use .lock, which keeps other processes out; `wait`: until
+    one that is at it has ended.
 
     With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
     names of the artifacts that it may have written.
@@ -52,8 +54,8 @@ def claim(
 def refuse_used(directory: Path, config: Config, records: list[Path], *, overwrite: bool) -> None:
     """Raise what `claim` would, but for other processes: asked before anything that takes long, and nothing is written."""
     with _said(directory):
-        if _holds_run(directory) and not overwrite:
-            _refuse_other(directory, config, records)
+        if _holds_run(directory):
+            _refuse_overwriting(directory, config) if overwrite else _refuse_other(directory, config, records)
 
 
 @contextlib.contextmanager
@@ -82,16 +84,16 @@ def _prepare(
         logger.info("%s: waiting for the process that is at it", directory)
         lock.acquire()
     sweep(directory)
-    if _holds_run(directory):  # which may have begun while this one waited
-        if overwritten is None:
-            _refuse_other(directory, config, records)
-        else:
-            _clear(directory, config, overwritten)
-    plan = getattr(config, "plan", None)
-    said = None if plan is None or (directory / PLAN_FILE).exists() else read_text(plan)
+    begun = _holds_run(directory)  # perhaps while this one waited
+    if begun:
+        _refuse_overwriting(directory, config) if overwritten is not None else _refuse_other(directory, config, records)
+    plan, files = plan_text(config), digests(config)
+    if begun and overwritten is not None:
+        _clear(directory, overwritten)
     write_text(directory / CONFIG_FILE, to_toml(config))  # first: it says that this is a run
-    if said is not None:
-        write_text(directory / PLAN_FILE, said)
+    if plan is not None and not (directory / PLAN_FILE).exists():
+        write_text(directory / PLAN_FILE, plan)
+    keep_digests(directory, files)
 
 
 def _holds_run(directory: Path) -> bool:
@@ -118,16 +120,20 @@ def _said(directory: Path) -> Iterator[None]:
         raise ArtifactError(f"{directory}: cannot be written ({reason}); choose another --out") from None
 
 
-def _clear(directory: Path, config: Config, networks: Collection[str]) -> None:
-    """Take away what a run wrote, config.toml last; anything else in the directory stays."""
-    known = directory / CONFIG_FILE
+def _refuse_overwriting(directory: Path, config: Config) -> None:
+    """Raise ConfigError where a run is another command's, or holds what the new one starts from."""
     try:
-        from_toml(type(config), known)
+        from_toml(type(config), directory / CONFIG_FILE)
     except ConfigError as error:
         raise ConfigError(f"not overwritten, not a run of this command: {error}; choose another --out") from None
-    for given in (getattr(config, name, None) for name in ("checkpoint", "weights", "plan")):
-        if given is not None and Path(given).resolve().is_relative_to(directory.resolve()):
+    for given in named_files(config).values():
+        if given.resolve().is_relative_to(directory.resolve()):
             raise ConfigError(f"{given}: lies in the run that --overwrite would replace; choose another --out")
+
+
+def _clear(directory: Path, networks: Collection[str]) -> None:
+    """Take away what a run wrote, config.toml last; anything else in the directory stays."""
+    known = directory / CONFIG_FILE
     ours = [entry for entry in directory.iterdir() if WRITTEN.fullmatch(entry.name) or entry.name in networks]
     for entry in sorted(ours, key=lambda entry: entry == known):
         if entry.is_dir() and not entry.is_symlink():
@@ -143,12 +149,14 @@ def _refuse_other(directory: Path, config: Config, records: list[Path]) -> None:
             f"{directory}: holds a run with other settings ({'; '.join(changed)}); give its own to go on, choose another --out, or "
             "--overwrite"
         )
-    plan, begun = getattr(config, "plan", None), directory / PLAN_FILE
-    if plan is not None and begun.is_file() and parse_json(read_text(plan)) != parse_json(read_text(begun)):
+    plan, begun = plan_text(config), directory / PLAN_FILE
+    kept = read_json(begun, missing="gone", damaged="take it away to go on") if plan and begun.is_file() else None
+    if plan and kept and parse_json(plan) != kept:
         raise ConfigError(
-            f"{directory}: holds a run with another plan ({plan} has changed since it began); to go on copy {begun} over it, or choose "
-            "another --out, or --overwrite"
+            f"{directory}: holds a run with another plan ({named_files(config)['plan']} has changed since it began); to go on copy {begun} "
+            "over it, or choose another --out, or --overwrite"
         )
+    refuse_changed(directory, config)
     if all(record.is_file() for record in records):
         raise Finished(
             f"{directory}: this run is finished; see it with `python -m rmprune report {directory}`, or --overwrite"

@@ -1,5 +1,6 @@
 """Photos in two parts are counted and named; no more of them is read than it takes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,25 @@ def test_photos_in_two_parts_are_counted(
     monkeypatch.setattr(duplicates, "MOST_PHOTOS", 8)
     duplicates.warn_of_duplicates(paths, numbers)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("look", ["_head", "_digest"])
+@pytest.mark.parametrize("become", [Path.unlink, lambda path: path.unlink() or path.mkdir()])
+def test_a_photo_that_goes_between_two_looks_is_left_to_decoding(
+    look: str, become: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, real = [tmp_path / "a.png", tmp_path / "b.png"], getattr(duplicates, look)
+    for path in paths:
+        path.write_text("x")
+
+    def gone(path: str) -> object:
+        found = real(path)
+        if Path(path) == paths[0]:
+            become(paths[0])
+        return found
+
+    monkeypatch.setattr(duplicates, look, gone)
+    duplicates.warn_of_duplicates(list(map(str, paths)), {"train": [0], "test": [1]})
 
 
 def test_parts_that_share_none_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -462,6 +462,7 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (lambda f: save(f / "train" / "cat" / "0.jpg", 1) or csv_of("image,label\ntrain/CAT/0,cat\n" + DOG)(f), "several files"),
         (lambda f: (f / "train" / "cat" / "9.jpg").write_text("<html>404"), "it is a text that begins with '<html>404'"),
         (lambda f: os.mkfifo(f / "train" / "cat" / "9.jpg"), "not a regular file"),
+        (lambda f: [os.mkfifo(f / part / "cat" / "9.jpg") for part in ("train", "val")], "not a regular file"),
         (lambda f: (f / "train" / "cat" / "9.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF"), "%!PS"),
         (lambda f: [(f / part / "cat").rename(f / part / "c\udcff") for part in ("train", "val")], "a name that is no Unicode"),
         (lambda f: shutil.copytree((f / "val").rename(f / "Valid"), f / "validation"), "Valid/ and validation/ are one part"),
@@ -514,6 +515,23 @@ def test_a_circle_of_links_counts_no_photo_twice(folder: Path, to: str) -> None:
     (kind / "round").symlink_to(to)
     with pytest.raises(DataError, match="are one folder by a link"):
         load_dataset(DataConfig("imagefolder", data_dir=folder))
+
+
+@pytest.mark.parametrize("labels", [None, Path("a.csv")])
+def test_a_folder_that_cannot_be_read_is_named(
+    folder: Path, labels: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def scandir(at: str | Path) -> object:
+        if Path(at) == folder / "val" / "cat":
+            raise PermissionError(13, "Permission denied", str(at))
+        return real(at)
+
+    (folder / "a.csv").write_text("image,label\n" + CAT.replace("cat", "CAT", 1) + DOG)  # so that all is looked through
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"val/cat: cannot be read \(Permission denied\)"):
+        list_photos(config(folder, labels=labels))
 
 
 def test_one_photo_has_one_class(folder: Path) -> None:

@@ -15,7 +15,7 @@ import rmprune
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.listed import trace
-from rmprune.graph.tracing import follow, warn_of_autocast
+from rmprune.graph.tracing import follow, warn_of_left_out
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 Join = Callable[[Tensor, Tensor], Tensor]
@@ -382,7 +382,7 @@ class Decorated(Cast):
 def test_an_autocast_that_is_left_out_is_said(
     net: nn.Module, on: bool, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    warn_of_autocast.cache_clear()
+    warn_of_left_out.cache_clear()
     before = dict(vars(torch.autocast))
     removal = rmprune.remove_residuals(net.eval(), X)
     said = [entry.getMessage() for entry in caplog.records if "autocast in forward is left out" in entry.getMessage()]
@@ -394,3 +394,68 @@ def test_an_autocast_that_is_left_out_is_said(
     with pytest.raises(UnsupportedModel, match="enters autocast, which a file") if on else contextlib.nullcontext():
         rmprune.save(net, tmp_path / "net", example_inputs=X)
     assert (tmp_path / "net").exists() != on
+
+
+FROZEN: list[Callable[[], Any]] = [
+    torch.no_grad,
+    torch.inference_mode,
+    lambda: torch.set_grad_enabled(False),
+    torch.enable_grad,
+    lambda: torch.set_grad_enabled(True),
+]
+
+
+class Frozen(Res):
+    """Its stem is trained only where `begin` leaves gradients on."""
+
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        super().__init__(torch.add)
+        self.begin = begin
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        with self.begin():
+            x = torch.relu(self.stem(x))
+        return self.head(self.conv(x) + x)
+
+
+class DecoratedStem(Frozen):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.begun(x)
+        return self.head(self.conv(x) + x)
+
+    @torch.no_grad()
+    def begun(self, x: Tensor) -> Tensor:
+        return torch.relu(self.stem(x))
+
+
+class Detached(Frozen):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = torch.relu(self.stem(x)).detach()
+        return self.head(self.conv(x) + x)
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("net", "off"),
+    [
+        *((Frozen(begin), place < 3) for place, begin in enumerate(FROZEN)),
+        (DecoratedStem(torch.no_grad), True),
+        (Detached(torch.no_grad), True),
+    ],
+)
+def test_gradients_that_the_result_does_not_stop_are_said(
+    net: Frozen, off: bool, around: Callable[[], Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    warn_of_left_out.cache_clear()
+    with around():
+        removal = rmprune.remove_residuals(net.eval(), X)
+        said = [entry.getMessage() for entry in caplog.records if "forward stops gradients (" in entry.getMessage()]
+        assert len(said) == off == ("gradients that forward stops are not stopped (" in removal.note)
+        assert not off or "test_tracing.py line" in said[0]
+        caplog.clear()
+        pruned = rmprune.prune(net, X, importance="magnitude", budget=rmprune.Budget(ratio=0.5))
+        assert type(pruned) is type(net) and not caplog.records
+    if not isinstance(net, Detached):  # which a file cannot hold
+        warn_of_left_out.cache_clear()
+        rmprune.save(net, tmp_path / "net", example_inputs=X)
+        assert len(caplog.records) == off

@@ -4,6 +4,7 @@ it was measured.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,20 +178,43 @@ def test_the_cache_is_read_back_and_knows_its_place(tmp_path: Path) -> None:
         Fake(cache=path)
 
 
-def test_times_taken_in_another_way_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_times_taken_in_another_way_are_kept_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "table.json"
     Fake(cache=path).predict(chain(8, 16), X)
     content = json.loads(path.read_text())
     for timed in ({}, {"timed": content["timed"] | {"way": 1}}):  # as before there was a word of it, and with another
-        path.write_text(old := json.dumps({k: v for k, v in content.items() if k != "timed"} | timed))
+        path.write_text(json.dumps(old := {k: v for k, v in content.items() if k != "timed"} | timed))
         caplog.clear()
         again = Fake(cache=path)
-        assert not again.table and "set aside as table.before.json, measured anew" in caplog.text
-        assert (tmp_path / "table.before.json").read_text() == old and not path.exists()
+        assert not again.table and "kept as table.before.json, measured anew" in caplog.text
+        assert json.loads((tmp_path / "table.before.json").read_text()) == old
         again.predict(chain(8, 16), X)
         assert json.loads(path.read_text()) == content
     caplog.clear()
     assert Fake(cache=path).table and not caplog.records
+
+
+@pytest.mark.parametrize("other", ["set aside", "measured"])
+def test_two_processes_may_meet_times_taken_in_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    path, read = tmp_path / "table.json", latency_model.read_json
+    Fake(cache=path).predict(chain(8, 16), X)
+    new = json.loads(path.read_text())
+    path.write_text(json.dumps(old := {k: v for k, v in new.items() if k != "timed"}))
+
+    def while_other(*arguments: Any, **more: Any) -> Any:
+        found = read(*arguments, **more)
+        monkeypatch.setattr(latency_model, "read_json", read)
+        model = Fake(cache=path)
+        if other == "measured":
+            model.predict(chain(8, 16), X)
+        return found
+
+    monkeypatch.setattr(latency_model, "read_json", while_other)
+    assert not Fake(cache=path).table
+    assert json.loads((tmp_path / "table.before.json").read_text()) == old
+    assert json.loads(path.read_text()) == (new if other == "measured" else old)
 
 
 def test_real_layers_are_measured() -> None:

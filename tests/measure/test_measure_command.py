@@ -1,6 +1,8 @@
 """`measure` writes accuracy in each number format into the records, and nothing else of them changes."""
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from rmprune.config import (
     TrainConfig,
     TrainRunConfig,
 )
+from rmprune.data.load import load_dataset
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import backend_accuracy, calibration_images
 from rmprune.measure.backends import says_what_fails
 from rmprune.pipelines.measure import dataset_of, run_measure
 from rmprune.pipelines.train import run_train
+from rmprune.runs.named import keep_digests
 from rmprune.runs.records import read_record, write_record
 
 QUICK = MeasureConfig(("eager",), (1,), (1,), seconds=0.0, min_rounds=3)
@@ -95,6 +99,28 @@ def test_a_record_that_cannot_be_written_is_said_before_anything_is_measured(
     monkeypatch.setattr("rmprune.pipelines.measure.measure_latencies", None)
     with pytest.raises(ArtifactError, match=r"record\.json: cannot be written, so nothing is measured"):
         run_measure(RemeasureConfig((run,)))
+
+
+def test_a_run_is_not_judged_by_other_labels_than_it_learned(run: Path, tmp_path: Path) -> None:
+    labels, other = tmp_path / "a.csv", Path(shutil.copytree(run, tmp_path / "run"))
+    labels.write_text("image,label\n")
+    record = read_record(other)
+    data = {"dataset": "imagefolder", "data_dir": str(tmp_path), "labels": "a.csv"}
+    record["config"]["data"] |= data
+    write_record(other / "record.json", record)
+    keep_digests(other, {"labels": hashlib.sha256(labels.read_bytes()).hexdigest()})
+    opened = load_dataset(DataConfig())
+    assert dataset_of([other / "record.json"], lambda *_: opened) is opened
+    labels.write_text("image,label,more\n")
+    with pytest.raises(ConfigError, match=r"another --labels \(.*a.csv has changed .* or train on it as it is now"):
+        dataset_of([other / "record.json"], lambda *_: opened)
+
+
+def test_a_network_that_is_no_text_any_more_is_named(run: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(run, tmp_path / "run"))
+    (damaged / "dense" / "architecture.json").write_bytes(b"\xff{}")
+    with pytest.raises(ArtifactError, match=r"dense/architecture\.json: damaged"):
+        run_measure(RemeasureConfig((damaged,), measure=QUICK))
 
 
 def test_a_backend_that_cannot_be_had_leaves_the_record_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,17 @@ def test_cells_are_runs_of_slim(tmp_path: Path) -> None:
     assert type(own).__name__ == "SlimConfig" and own.directory == cell.directory and cell.shared == tmp_path / "seed1"
 
 
+def test_a_cell_starts_from_no_other_weights_than_what_it_shares(tmp_path: Path) -> None:
+    weights = tmp_path / "own.pt"
+    weights.write_text("of before")
+    (own, *_), arguments = (task.arguments for task in plan_tasks(config(tmp_path, weights=str(weights)), "")[:2])
+    with claim(own.directory, own, records=[], networks=(), overwrite=False):
+        pass
+    weights.write_text("of now")
+    with pytest.raises(ConfigError, match=r"another --weights \(.*own.pt has changed"):
+        grid.do_cell(*arguments)
+
+
 def test_a_cell_keeps_the_budget_of_memory_beside_its_own_and_the_time_for_measuring(tmp_path: Path) -> None:
     settings = config(tmp_path, method=("rm",), prune=PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,)))
     own, cell = plan_tasks(settings, "")[1].arguments[:2]

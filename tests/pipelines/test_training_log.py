@@ -21,4 +21,6 @@ def test_the_logs_of_a_cell_and_of_what_it_shares_are_one(tmp_path: Path) -> Non
 def test_an_interrupted_log_is_read(tmp_path: Path) -> None:
     epochs = [{"label": "dense", "epoch": 1, "train_loss": 2.0}, {"label": "dense", "epoch": 1, "train_loss": 1.5}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in epochs) + '{"label": "de')
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(b'\n\xff\xfe\n[]\n5\n{"label": "dense"}\n')
     assert training_log(tmp_path) == {"dense": [{"epoch": 1, "train_loss": 1.5}]}

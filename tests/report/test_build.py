@@ -14,6 +14,7 @@ from rmprune.runs.records import read_record, write_record
 
 def test_measuring_again_renews_the_report_of_the_run(small: Path) -> None:
     build_report(small, small / "report", "python -m rmprune slim")
+    (small / "report" / "command.txt").write_bytes(b"python -m rmprune slim \xff\n")  # no UTF-8 any more
     path = small / "s0-0.5" / "record.json"
     for ms in (3.0, 7.0):
         record = read_record(path)
@@ -23,7 +24,7 @@ def test_measuring_again_renews_the_report_of_the_run(small: Path) -> None:
         assert figures == [small / "report" / "accuracy-time.png"]
         assert ms in set(pd.read_csv(small / "report" / "results.csv").median_ms)
         made_by = (small / "report" / "command.txt").read_text().splitlines()
-        assert made_by == ["python -m rmprune slim", f"python -m rmprune measure {ms}"]
+        assert made_by == ["python -m rmprune slim \ufffd", f"python -m rmprune measure {ms}"]
     assert not (path.parent / "report").exists()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rmprune.config import DataConfig, PruneConfig, SlimConfig
-from rmprune.errors import ArtifactError, ConfigError
+from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.runs import directory
 from rmprune.runs.directory import claim, refuse_used, runs_of
 
@@ -104,6 +104,29 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     begin(tmp_path, CONFIG, records=[tmp_path / "record.json"], overwrite=False)
     with pytest.raises(ConfigError, match=r"data\.batch_size: 64 -> 32"):
         begin(tmp_path, OTHER, records=[tmp_path / "record.json"], overwrite=False)
+
+
+@pytest.mark.parametrize("bad", ["gone", "a folder", "no JSON", "within"])
+def test_overwriting_takes_nothing_away_where_the_plan_cannot_be_had(tmp_path: Path, bad: str) -> None:
+    plan, run = tmp_path / "own.json", tmp_path / "run"
+    plan.write_text('{"schema": 1}')
+    begin(run, SlimConfig(plan=plan), records=[], overwrite=False)
+    (run / "dense").mkdir()
+    before = sorted(path.name for path in run.iterdir())
+    plan.unlink()
+    if bad == "a folder":
+        plan.mkdir()
+    elif bad == "no JSON":
+        plan.write_text("{")
+    elif bad == "within":
+        plan = run / "plan.json"
+    with pytest.raises(RmpruneError) as said:
+        begin(run, SlimConfig(plan=plan), records=[], overwrite=True)
+    assert str(plan) in str(said.value) and "written" not in str(said.value) and "\n" not in str(said.value)
+    assert sorted(path.name for path in run.iterdir()) == before
+    if bad == "within":  # before anything that takes long
+        with pytest.raises(ConfigError, match="lies in the run"):
+            refuse_used(run, SlimConfig(plan=plan), records=[], overwrite=True)
 
 
 def test_settings_that_change_no_network_may_change(tmp_path: Path) -> None:

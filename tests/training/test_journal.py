@@ -88,12 +88,12 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path):
         fit(tiny_net(), blobs(), CONFIG, seed=0, log=tmp_path)
 
 
-def test_a_line_that_was_cut_short_goes_when_training_goes_on(tmp_path: Path):
+def test_a_damaged_line_goes_when_training_goes_on(tmp_path: Path):
     log, checkpoint = tmp_path / "log.jsonl", tmp_path / "c.pt"
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_net(), blobs(), CONFIG, seed=0, hook=Stop(12), checkpoint=checkpoint, log=log)
-    with log.open("a") as file:
-        file.write('{"label": "other", "epoch": 9}\n{"epoch": 3, "lo')
+    with log.open("ab") as file:
+        file.write(b'\xff\n{"label": "other", "epoch": 9}\n{"epoch": 3, "lo')
     fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=checkpoint, log=log)
     assert [record["epoch"] for record in records(log)] == [1, 2, 9, 3]
 
