@@ -42,7 +42,7 @@ MINUTES = 1.0  # for plans that differ in one block from the best, where no time
 WORSE = 4  # no longer than until so many of them in a row are no better
 ROUGH = 0.92  # of a budget in time: what takes so much is near enough to be judged by; what goes on is cut anew
 AROUND = (1.0, 0.93)  # of what plans before were cut to, of what their widths cost: where that of a plan is looked for
-_FREE = Method("a plan's blocks, the widths by importance")
+FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
     "uniform": Method(
         "as uniform, its layers fitted anew as all plans' are", widths="uniform", settings={"gradual": False}
@@ -96,17 +96,17 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
 
     def cutter(name: str) -> Cutter:
         """Plans of one network miss the time that its table of layers promises by much the same."""
-        found = _rough(make_cutter(carried_out(name)[0], _FREE, job, budget, plans[name]["widths"]))
+        found = _rough(make_cutter(carried_out(name)[0], FREE, job, budget, plans[name]["widths"]))
         before = [verdict["of_widths"] for verdict in verdicts.values() if "of_widths" in verdict]
         return replace(found, below=[median(before) * share for share in AROUND]) if before else found
 
     def blocks(name: str) -> dict[str, Choice]:
-        return dict(plans[name]["blocks"]) if name in plans else _blocks(_preset(name), outlook.options)
+        return dict(plans[name]["blocks"]) if name in plans else _blocks(preset_of(name), outlook.options)
 
     def entrant(name: str) -> Entrant:
         if name in plans:
-            return _FREE, carried_out(name)[0], plans[name]["widths"]
-        return _preset(name), starts(_preset(name).start), None
+            return FREE, carried_out(name)[0], plans[name]["widths"]
+        return preset_of(name), starts(preset_of(name).start), None
 
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
@@ -184,7 +184,7 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     return Winner(name, *entrant(name), facts, verdicts, plans, took)
 
 
-def _preset(name: str) -> Method:
+def preset_of(name: str) -> Method:
     """Also one that only a search of before has tried."""
     return PRESETS.get(name) or METHODS[name]
 

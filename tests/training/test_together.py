@@ -11,6 +11,7 @@ from together_processes import on_processes
 
 from rmprune.cli import main
 from rmprune.errors import DataError, InfeasibleBudget
+from rmprune.methods import auto
 from rmprune.training import TrainState, together
 
 pytestmark = pytest.mark.forks
@@ -49,6 +50,16 @@ def test_slim_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         and record["inner"]["macs"] <= 0.7 * record["original"]["macs"]
     )
     assert {label: len(log) for label, log in record["training"].items()} == {"dense": 1, "inner": 2}
+
+
+def test_finalists_begin_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "PROPOSED", 0)
+    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm-collapse")})
+    monkeypatch.setattr("rmprune.report.build.build_report", lambda *_: [])
+    command = f"slim --method auto --search-minutes 0 --round-to 1 --macs-ratio 0.7 --finetune.epochs 2 {COMMON}"
+    assert run(command, tmp_path) == [0, 0], (tmp_path / "0.txt").read_text()
+    training = json.loads((tmp_path / "run" / "record.json").read_text())["training"]
+    assert sorted(len(log) for label, log in training.items() if label != "dense") == [1, 2]
 
 
 def fails(state: TrainState) -> None:
