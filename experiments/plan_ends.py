@@ -88,7 +88,8 @@ def candidates(arguments: Arguments, job: Job[SlimConfig]) -> list[Candidate]:
     starts, dense, files = starts_of(job, cell), with_names(job.original, job), Files.of(arguments.work, "auto")
     reference = count_macs(dense, job.data.train.example(1))
     budget = Budget.from_config(job.config.prune, "macs_ratio", arguments.macs_ratio, reference_macs=reference)
-    found = auto.choose_plan(dense, starts, budget, job, files)
+    alone = dataclasses.replace(job.config, finetune=TrainConfig(epochs=0))  # it begins no fine-tuning
+    found = auto.choose_plan(dense, starts, budget, dataclasses.replace(job, config=alone), files)
 
     def cutter(name: str) -> Cutter:
         if name in found.plans:
