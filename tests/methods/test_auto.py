@@ -310,8 +310,11 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "4",
     }
     assert found["pruned"]["plan"]["fuse"] == ("always" if found["pruned"]["chosen"] == "rm-v1" else "cheaper")
-    preset, first, second, _ = searches  # the first plan is looked for below its widths, the second by the first
+    preset, first, second, anew = searches  # the first plan is looked for below its widths, the second by the first
     assert preset[0] == [] and [near for _, near in searches] == [auto.ROUGH] * 3 + [NEAR]
     assert [share / first[0][0] for share in first[0]] == pytest.approx(cutter.BELOW)
     assert 0 < tried["plan-1"]["of_widths"] <= 1 + 1e-6
     assert [share / second[0][0] for share in second[0]] == pytest.approx(auto.AROUND)
+    assert [share / anew[0][0] for share in anew[0]] == pytest.approx(
+        [1.0, NEAR / auto.ROUGH]
+    )  # and what goes on, by itself
