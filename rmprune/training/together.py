@@ -27,7 +27,7 @@ from rmprune.config import DataConfig, SparsityConfig, TrainConfig
 from rmprune.data.batches import to_device
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
-from rmprune.errors import ConfigError, DataError, RmpruneError
+from rmprune.errors import ConfigError, DataError, Diverged, RmpruneError
 from rmprune.training import checkpoint as files
 from rmprune.training.distributed import any_says, backends, disband, first_says, processes, this_process
 from rmprune.training.loop import fit
@@ -148,6 +148,9 @@ class Team:
         try:
             yield
             self.stuck = False
+        except Diverged:  # in all processes at once
+            self.stuck = False
+            raise
         finally:
             self.stuck = self.stuck and not getattr(hook, "gave_up", False)
 
@@ -156,7 +159,7 @@ class Team:
         while self._wait():
             self.orders += 1
             self._join()
-            with contextlib.suppress(_Left):
+            with contextlib.suppress(_Left, Diverged):
                 take_part(first_says(None, self.world))  # type: ignore[arg-type]
 
     def end(self) -> None:
