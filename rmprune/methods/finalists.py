@@ -43,11 +43,11 @@ def finalists(verdicts: Verdicts, blocks: Mapping[str, Mapping[str, Choice]]) ->
 
 def begin_best(
     verdicts: Verdicts, blocks: Mapping[str, Mapping[str, Choice]], entrant: Callable[[str], Entrant], budget: Budget,
-    job: Job[SlimConfig], files: Files,
+    job: Job[SlimConfig], files: Files, keep: Callable[[], object],
 ) -> Verdicts:  # fmt: skip
     """The verdicts, with what the `finalists` lose after the first epochs of their fine-tuning.
 
-    It is kept with the verdicts of `judge`, and not done again; the training of the best can go on from its checkpoint, that of
+    It is kept with the verdicts of `judge`, `keep` is called, and it is not done again; the training of the best can go on from its checkpoint, that of
     `files` named after the candidate, the others' are gone. Nothing is begun where there is one finalist, nothing is fine-tuned, or
     channels go while that is done.
     """
@@ -66,6 +66,7 @@ def begin_best(
             logger.info("candidate %s: %s", name, error)
             now[name]["begun"] = None
         write_text(files.note("candidates"), json.dumps(now))
+        keep()
     logger.info("the best unlike each other: %s", ", ".join(f"{name} {shown(now[name])}" for name in few))
     for name in few:
         if name != best(now):
