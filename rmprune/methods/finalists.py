@@ -47,9 +47,9 @@ def begin_best(
 ) -> Verdicts:  # fmt: skip
     """The verdicts, with what the `finalists` lose after the first epochs of their fine-tuning.
 
-    It is kept with the verdicts of `judge`, `keep` is called, and it is not done again; the training of the best can go on from its checkpoint, that of
-    `files` named after the candidate, the others' are gone. Nothing is begun where there is one finalist, nothing is fine-tuned, or
-    channels go while that is done.
+    It is kept with the verdicts of `judge`, and not done again, and `keep` called each time; the training of the best can go on from its
+    checkpoint, that of `files` named after the candidate, the others' are gone. Nothing is begun where there is one finalist, nothing is
+    fine-tuned, or channels go while that is done.
     """
     now: dict[str, dict[str, Any]] = {name: dict(verdict) for name, verdict in verdicts.items()}
     few, config = finalists(verdicts, blocks), job.config

@@ -148,11 +148,9 @@ class Team:
         try:
             yield
             self.stuck = False
-        except Diverged:  # in all processes at once
-            self.stuck = False
+        except BaseException as error:
+            self.stuck = not (isinstance(error, Diverged) or getattr(hook, "gave_up", False))  # as all processes know
             raise
-        finally:
-            self.stuck = self.stuck and not getattr(hook, "gave_up", False)
 
     def serve(self) -> None:
         """In the others: take part until the first process ends."""
