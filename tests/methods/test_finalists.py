@@ -57,7 +57,8 @@ def test_the_best_after_the_first_epochs_goes_on_from_there(
     config: SlimConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An order of losses that is not that before fine-tuning; an interruption between two of them; the network as if none had been."""
-    begin, begun, took = finalists.begin, [], []
+    begin, begun = finalists.begin, []
+    took: list[float] = []
 
     def worse_for_the_first(*given: Any) -> float:
         took.append(json.loads((tmp_path / "run" / "checkpoint" / "auto-plans.json").read_text())["took"])
