@@ -1,8 +1,8 @@
 """The last round of a search: the fine-tuning of its best few candidates is begun, and what they lose then decides.
 
 What a cut and fitted network loses says little of how it ends: networks that lost blocks lose little at first and are made up for least.
-After the first epochs it can be told (`experiments/plan_ends.py`), and the winner goes on from there, so that all this takes no longer
-than the fine-tuning itself.
+After the first epochs it can be told (`experiments/plan_ends.py`), and the winner goes on from there, so that all this takes about as
+long as the fine-tuning itself (of few epochs longer: each is trained for one at least).
 """
 
 import json
