@@ -4,7 +4,9 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -80,4 +82,26 @@ def no_warm_up(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "timed_rounds", partial(latency.timed_rounds, warmup=0.0, turn=0.0))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rough_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs draw their figures coarsely and once, except where reports themselves are looked at."""
+    if "report" in request.path.parts:
+        yield
+        return
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    @wraps(savefig)
+    def rough(figure: Figure, file: Path, **settings: Any) -> None:
+        if settings.get("format") == "svg":
+            file.write_text("<svg/>")
+        else:
+            savefig(figure, file, **settings | {"dpi": 20})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", rough)
         yield

@@ -1,5 +1,6 @@
 """Workers as submitit has them, but forked, which saves each the start of an interpreter."""
 
+import importlib
 import json
 import os
 import signal
@@ -9,14 +10,18 @@ from typing import Any
 
 
 def import_before_forks() -> None:
-    """What commands import once they run, and each forked one would anew."""
-    import onnxruntime  # noqa: F401
-    import sklearn.datasets
-    import sklearn.metrics  # noqa: F401
-
-    import rmprune.pipelines.slim
-    import rmprune.pipelines.train
-    import rmprune.report.build  # noqa: F401
+    """What commands import once they run, and each forked one would anew; the digits, which it would read."""
+    for name in (
+        "onnxruntime.quantization",
+        "sklearn.metrics",
+        "tyro._backends",
+        "rmprune.cli",
+        "rmprune.report.build",
+    ):
+        importlib.import_module(name)
+    for name in ("grid", "slim", "train"):
+        importlib.import_module(f"rmprune.pipelines.{name}")
+    importlib.import_module("rmprune.data.sources").read_digits(None)
 
 
 class Forked:

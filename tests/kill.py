@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ TIMES = {"latency", "seconds", "images_per_second", "episodes_per_minute", "envi
 
 
 def child(command: str, before: int, fault: str = "kill", amid: str = "") -> None:
-    """Run the command, with the fault's signal before its change number `before` to the files of the run; or write how many there were.
+    """Run the command, with the fault's signal before its change number `before` to the files of the run; or write what it changed.
 
     amid: only changes of paths with this in them count.
     """
@@ -76,27 +76,24 @@ def child(command: str, before: int, fault: str = "kill", amid: str = "") -> Non
 
     tasks = itertools.count()
     grid._workers = lambda config: lambda *work: Forked(Path(f"worker-{os.getpid()}-{next(tasks)}"), *work)
-    changes = 0
+    changes: list[str] = []
 
     first = os.getpid()
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal changes
         if os.getpid() != first or event not in CHANGES or not str(arguments[CHANGES[event]]).startswith("run"):
             return
-        if amid not in str(arguments[CHANGES[event]]) or (
-            event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        ):
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
-        changes += 1
-        if changes == before:
+        changes.append(str(arguments[CHANGES[event]]))
+        if amid in changes[-1] and sum(amid in path for path in changes) == before:
             os.kill(os.getpid(), FAULTS[fault] or 0)
 
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell in the background may have had it ignored
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.addaudithook(count)
     main(command.split())
-    Path("changes").write_text(str(changes))
+    Path("changes").write_text("\n".join(changes))
 
 
 def start(
@@ -161,12 +158,12 @@ def ended(status: int | None, place: Path, fault: str = "kill") -> bool:
     return True
 
 
-def finish(command: str, place: Path, fork: bool, amid: str = "") -> tuple[int, float]:
-    """Run the command to its end: the changes it made to files, and its CPU seconds. Raises AssertionError where it fails."""
+def finish(command: str, place: Path, fork: bool) -> tuple[list[str], float]:
+    """Run the command to its end: the paths that it changed in turn, and its CPU seconds. Raises AssertionError where it fails."""
     before = sum(os.times()[2:4])
-    assert ended(wait(start(command, place, amid=amid, fork=fork)), place), "killed by somebody else"
+    assert ended(wait(start(command, place, fork=fork)), place), "killed by somebody else"
     count = place / "changes"
-    return int(count.read_text()) if count.exists() else 0, sum(os.times()[2:4]) - before
+    return count.read_text().splitlines() if count.exists() else [], sum(os.times()[2:4]) - before
 
 
 def without_times(value: Any) -> Any:
@@ -224,14 +221,16 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def rounds(kills: int, seed: int, names: list[str], forks: str, fault: str = "kill", amid: str = "") -> int:
+def rounds(
+    kills: int, seed: int, names: list[str], forks: str, fault: str = "kill", amids: Sequence[str] = ("",)
+) -> int:
     """Kill so many times, the commands in turn; prints each round, returns how many of them went wrong.
 
-    amid: each time before a change of a path with this in it ("checkpoint": while a network is trained).
+    amids: in turn, what the path must have in it before whose change a run is killed ("checkpoint": while a network is trained).
     """
     draw, done, wrong, fork = random.Random(seed), 0, 0, forks != "none"
     with tempfile.TemporaryDirectory() as folder:
-        references: dict[str, tuple[Path, int, float]] = {}
+        references: dict[str, tuple[Path, list[str], float]] = {}
         number = 0
         while done < kills:
             name = names[number % len(names)]
@@ -241,13 +240,15 @@ def rounds(kills: int, seed: int, names: list[str], forks: str, fault: str = "ki
                 for forked in {"none": [False], "tries": [False, True], "all": [True]}[forks]:
                     whole = Path(folder) / f"{name}-{forked}"
                     prepare(name, whole, fork)
-                    references[name] = (references.get(name, (whole,))[0], *finish(command, whole, forked, amid))
+                    references[name] = (references.get(name, (whole,))[0], *finish(command, whole, forked))
                 compare(left(whole / "run"), left(references[name][0] / "run"))
-            whole, changes, seconds = references[name]
+            whole, changed, seconds = references[name]
             prepare(name, place, fork, fault)
             moments: list[str] = []
             try:
                 for _ in range(min(draw.randint(1, 3), kills - done)):
+                    amid = amids[done % len(amids)]
+                    changes = sum(amid in path for path in changed)
                     aimed, at = fault != "full" and (draw.random() < 0.5 or amid != ""), draw.random()
                     before, after = 1 + int(at * changes) if aimed else 0, 1e9 if aimed else at * seconds
                     moment = f"change {before} of {changes}" if aimed else f"{after:.1f} of {seconds:.1f} s"
@@ -310,7 +311,7 @@ def main() -> None:
     if options.fork != "none":
         import_before_forks()
     commands = options.commands.split(",")
-    sys.exit(rounds(options.kills, options.seed, commands, options.fork, options.fault, options.amid) > 0)
+    sys.exit(rounds(options.kills, options.seed, commands, options.fork, options.fault, (options.amid,)) > 0)
 
 
 if __name__ == "__main__":

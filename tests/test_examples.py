@@ -62,6 +62,9 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(auto, "PROPOSED", 1)  # its search is looked at in methods/
     monkeypatch.setattr(auto, "MINUTES", 0.0)
     monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm")})
+    create = rmprune.models.create
+    narrow = lambda name, **own: create(name, **({"width": 8} if name == "resnet8" else {}) | own)  # noqa: E731
+    monkeypatch.setattr(rmprune.models, "create", narrow)
     text = page.read_text()
     namespace: dict[str, Any] = {"__name__": page.stem}
     torch.manual_seed(0)

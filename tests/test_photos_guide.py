@@ -14,6 +14,7 @@ from PIL import Image
 from rmprune import cli
 from rmprune.artifact import weights
 from rmprune.config.transfer import TRANSFER
+from rmprune.methods import auto
 from rmprune.models.families import create
 from rmprune.runs.records import read_record
 
@@ -51,9 +52,16 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(shlex.split(command)[-2:]))
 def test_a_command_runs(
-    command: str, photos: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    command: str,
+    photos: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level("INFO", "rmprune")
+    monkeypatch.setattr(auto, "PROPOSED", 1)  # its search is looked at in methods/
+    monkeypatch.setattr(auto, "MINUTES", 0.0)
+    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm")})
     words = shlex.split(f"{command} {SMALL[command.split()[0]]}".replace("--latency-ratio", "--macs-ratio"))
     cli.main(words)
     out = capsys.readouterr().out

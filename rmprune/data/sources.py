@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import struct
@@ -57,13 +58,19 @@ def stratified_part(labels: Tensor, fraction: float, seed: int) -> Tensor:
 
 def read_digits(data_dir: Path | None) -> Source:
     """scikit-learn's 1,797 digits of 8x8; a fifth of every class, always the same, is the test set."""
+    images, labels = _digits()
+    test = stratified_part(labels, _DIGITS_TEST_FRACTION, _DIGITS_TEST_SEED)
+    return Source(Images(images[~test], labels[~test]), Images(images[test], labels[test]), 10, may_flip=False)
+
+
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """uint8 [1797, 1, 8, 8] and int64 [1797], read once in a process: they come as text."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     images = torch.from_numpy(raw.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(raw.target).to(torch.int64)
-    test = stratified_part(labels, _DIGITS_TEST_FRACTION, _DIGITS_TEST_SEED)
-    return Source(Images(images[~test], labels[~test]), Images(images[test], labels[test]), 10, may_flip=False)
+    return images, torch.from_numpy(raw.target).to(torch.int64)
 
 
 def read_fashion_mnist(data_dir: Path | None) -> Source:

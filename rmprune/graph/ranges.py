@@ -101,7 +101,7 @@ def _through_layer(layer: NodeLayer | None, source: fx.Node, node: fx.Node) -> R
         return _shuffled(low, layer.groups), _shuffled(high, layer.groups)
     if type(layer) is nn.AvgPool2d:
         return _averaged(layer, low, high)
-    if is_batch_norm(layer) and type(layer) is not nn.BatchNorm2d:
+    if is_batch_norm(layer) and (type(layer) is not nn.BatchNorm2d or layer.running_mean is not None):
         return _normalised(layer, low, high)  # type: ignore[arg-type]
     if isinstance(layer, nn.Flatten):
         before, after = shape_of(source), shape_of(node)

@@ -20,7 +20,7 @@ from torch import nn
 
 from rmprune.config import SlimConfig
 from rmprune.methods.choose import Verdicts, best, judge, least, losses, shown
-from rmprune.methods.cutter import Cutter, make_cutter
+from rmprune.methods.cutter import ROUGH, Cutter, make_cutter
 from rmprune.methods.finalists import FEW, Entrant, begin_best
 from rmprune.methods.outlook import look, propose
 from rmprune.methods.refuse import Refusal, Starts, refusal
@@ -40,7 +40,6 @@ PROPOSED = 8  # plans that the surrogate proposes at first,
 APART = 4  # each, but for the presets' blocks, unlike all others in one of so many blocks
 MINUTES = 1.0  # for plans that differ in one block from the best, where no time is given for them, and
 WORSE = 4  # no longer than until so many of them in a row are no better
-ROUGH = 0.92  # of a budget in time: what takes so much is near enough to be judged by; what goes on is cut anew
 AROUND = (1.0, 0.93)  # of what plans before were cut to, of what their widths cost: where that of a plan is looked for
 FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {

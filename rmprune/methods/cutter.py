@@ -34,6 +34,7 @@ from rmprune.training.job import Job
 from rmprune.training.teacher import digest
 
 BELOW = (1.0, 0.86, 0.74)  # of what the widths of a plan cost: where a budget in time is looked for first
+ROUGH = 0.92  # of a budget in time: what takes so much is near enough to be judged by; what goes on is cut anew
 LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut would leave it
 
 
@@ -156,8 +157,9 @@ class Cutter:
             rank=settings.rank, lookahead=self.lookahead, structure=self.structure, meets=meets,
         )  # fmt: skip
 
-    def meeting(self, budget: Budget) -> float:
-        """The ratio for `budget_at` whose widths, as this network's importance chooses them now, were measured within the budget."""
+    def meeting(self, budget: Budget, first: Sequence[float] = ()) -> float:
+        """The ratio for `budget_at` whose widths, as this network's importance chooses them now, were measured within the budget; `first`:
+        where it is looked for, where something is known."""
         assert self.place is not None and budget.latency_ratio is not None
 
         def cut(ratio: float) -> nn.Module:
@@ -169,7 +171,8 @@ class Cutter:
             )
             return shrink(self.network, keep, self.structure)[0].cpu()
 
-        first = [share * self.begun for share in self.below] if self.begin is not None else []
+        if not first and self.begin is not None:
+            first = [share * self.begun for share in self.below]
         return find_ratio(cut, self.least_ratio(budget), 0.999, budget.latency_ratio, self.place, first, self.near)
 
     @property

@@ -14,14 +14,14 @@ from rmprune.errors import InfeasibleBudget, MissedBudget
 from rmprune.graph.facts import facts_of
 from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.place import MARGIN, NEAR, infeasible
-from rmprune.methods.cutter import Cutter, make_cutter, place_of
+from rmprune.methods.cutter import ROUGH, Cutter, make_cutter, place_of
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import widths_of
 from rmprune.pruning.peak_memory import byte_limit
 from rmprune.pruning.prove import prove_groups
 from rmprune.removal import remove_where_faster
-from rmprune.runs.notes import remembered
+from rmprune.runs.notes import read_notes, remembered
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job, tune
 
@@ -92,12 +92,13 @@ def begin(
 
 def met(budget: Budget, cutter: Cutter, files: Files) -> Budget:
     """What the cutter must be told so that the budget is met. One in measured time is looked for by measuring, once for these files (and
-    once more for what goes on, where it was looked for roughly)."""
+    once more for what goes on, where it was looked for roughly, from there on)."""
     if budget.latency_ratio is None:
         return cutter.floored(budget)
-    key = "before" if cutter.near == NEAR else "roughly"
-    find = functools.partial(cutter.meeting, budget)
-    return cutter.budget_at(budget, remembered(files.note("measured"), key, find))
+    note, key = files.note("measured"), "before" if cutter.near == NEAR else "roughly"
+    rough = read_notes(note).get("roughly")
+    find = functools.partial(cutter.meeting, budget, [] if rough is None else [rough, rough * NEAR / ROUGH])
+    return cutter.budget_at(budget, remembered(note, key, find))
 
 
 def _excess(cutter: Cutter, budget: Budget, network: nn.Module) -> float:

@@ -4,8 +4,9 @@ import contextlib
 import gc
 import importlib
 import json
-import subprocess
 import sys
+import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,12 @@ import fake_tensorrt
 import pytest
 import torch
 from fake_device import pretended_gpu
+from forked_workers import Forked
 from torch import Tensor, nn
 
 from rmprune.config import AmcConfig, MeasureConfig, PruneConfig, SearchConfig, SlimConfig
 from rmprune.errors import ArtifactError, ConfigError
+from rmprune.graph.tf32 import tf32
 from rmprune.measure import BACKENDS, LatencyModel, check_available, measure_latencies, torch_backends
 from rmprune.measure.backends import GPU_ONLY, Backend, Candidate, prepare, surroundings
 from rmprune.measure.candidate import Prepared, Setting
@@ -51,20 +54,29 @@ def test_tf32_is_as_the_name_says_and_put_back(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch before 2.9")
-def test_tf32_of_programs_that_set_it_the_newer_way() -> None:
+def test_tf32_of_programs_that_set_it_the_newer_way(tmp_path: Path) -> None:
     """torch then refuses to let the older flags be read; in a process of its own, since that lasts."""
-    code = """
-import torch
-from rmprune.graph.tf32 import tf32
-torch.backends.cuda.matmul.fp32_precision = "tf32"
-def flags(): return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-before = flags()
-for allowed, word in ((False, "ieee"), (True, "tf32")):
-    with tf32(allowed, "cuda:0"): assert flags() == (word, word), flags()
-    assert flags() == before, (flags(), before)
-with tf32(False, "cpu"): assert flags() == before
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+    def flags() -> list[str]:
+        return [torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision]
+
+    def found() -> list[list[str]]:
+        """Before, and within and after each."""
+        warnings.simplefilter("ignore")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        said = [flags()]
+        for allowed, device in ((False, "cuda:0"), (True, "cuda:0"), (False, "cpu")):
+            with tf32(allowed, device):
+                said.append(flags())
+            said.append(flags())
+        return said
+
+    forked = Forked(tmp_path / "said.json", found)
+    while not forked.done():
+        time.sleep(0.01)
+    before, without, after, within, *others = forked.result()
+    assert before[1] == "tf32" and without == ["ieee"] * 2 and within == ["tf32"] * 2
+    assert all(now == before for now in (after, *others))
 
 
 def test_a_cuda_graph_is_recorded_after_a_warm_up_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

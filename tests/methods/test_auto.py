@@ -22,7 +22,7 @@ from rmprune.measure.place import NEAR, Place, find_ratio
 from rmprune.methods import auto, cutter, outlook
 from rmprune.methods.outlook import look, propose
 from rmprune.methods.table import METHODS
-from rmprune.pipelines import stages
+from rmprune.pipelines import slim, stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import Meter
@@ -185,6 +185,7 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     (path.parent / "record.json").unlink()
     shutil.rmtree(tmp_path / "run" / "pruned")
     monkeypatch.setattr(auto, "make_cutter", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)  # as the first time
     run_slim(replace(config, out=tmp_path / "run"), command="x")
     again = records.read_record(path)["pruned"]
     assert again["candidates"] == found["candidates"] and again["accuracy"] == found["accuracy"]
@@ -194,6 +195,7 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
 def test_plans_keep_to_the_choices_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 1)
     monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm-collapse")})
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)
     prune, none = PruneConfig(macs_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
     config = replace(QUICK, method=("auto",), prune=prune, train=none, finetune=none, search_minutes=0.0)
     config = replace(config, data=replace(config.data, train_images=256), out=tmp_path, choices=("remove", "merge"))
@@ -238,6 +240,7 @@ def test_a_plan_goes_on_where_no_preset_meets_the_budget(tmp_path: Path, monkeyp
     prune = PruneConfig(macs_ratio=(0.12,), round_to=1, min_fraction=0.5)  # half of every width is 0.27 of the MACs
     config = replace(QUICK, method=("auto",), prune=prune, train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     monkeypatch.setattr(auto, "WORSE", 1)
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)
     config = replace(config, model="resnet8", data=replace(config.data, train_images=256))
     (path,) = run_slim(replace(config, out=tmp_path / "run"), command="x")
     found = records.read_record(path)["pruned"]
@@ -276,10 +279,12 @@ def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, m
     monkeypatch.setattr(LatencyModel, "_measure", made_up)
     config = SlimConfig(prune=PruneConfig(latency_ratio=(0.5,), round_to=1), out=tmp_path)
     job = Job(config, load_dataset(config.data), torch.device("cpu"), 0, teacher=create("resnet8"))
-    outlook = look(job.original, Budget(latency_ratio=0.5), job)
-    losses = {block: {choice: float(choice != "keep") for choice in own} for block, own in outlook.nothing.items()}
-    found = Proposals(outlook.sights, outlook.layers, losses).best(outlook.limit)
-    assert found is not None and found.cost <= outlook.limit * (1 + 1e-6)
+    networks = outlook._networks(job.original, job)
+    monkeypatch.setattr(outlook, "_networks", lambda *_: networks)  # made once
+    sights = look(job.original, Budget(latency_ratio=0.5), job)
+    losses = {block: {choice: float(choice != "keep") for choice in own} for block, own in sights.nothing.items()}
+    found = Proposals(sights.sights, sights.layers, losses).best(sights.limit)
+    assert found is not None and found.cost <= sights.limit * (1 + 1e-6)
     assert 0 < found.loss <= 3 and "keep" in found.blocks.values()  # each layer has a time that no width saves
     with pytest.raises(InfeasibleBudget, match=r"latency_ratio 0.01 cannot be met by any plan.*least .* about 0\.\d"):
         look(job.original, Budget(latency_ratio=0.01), job)
@@ -298,6 +303,7 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return find_ratio(*given)
 
     monkeypatch.setattr(cutter, "find_ratio", noted)
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)
     monkeypatch.setattr(auto, "PRESETS", {"rm-v1": auto.PRESETS["rm-v1"]})
     monkeypatch.setitem(METHODS, "auto", METHODS["auto"]._replace(candidates=("rm-v1",)))
     prune, none = PruneConfig(latency_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
@@ -310,8 +316,11 @@ def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "4",
     }
     assert found["pruned"]["plan"]["fuse"] == ("always" if found["pruned"]["chosen"] == "rm-v1" else "cheaper")
-    preset, first, second, _ = searches  # the first plan is looked for below its widths, the second by the first
+    preset, first, second, anew = searches  # the first plan is looked for below its widths, the second by the first
     assert preset[0] == [] and [near for _, near in searches] == [auto.ROUGH] * 3 + [NEAR]
     assert [share / first[0][0] for share in first[0]] == pytest.approx(cutter.BELOW)
     assert 0 < tried["plan-1"]["of_widths"] <= 1 + 1e-6
     assert [share / second[0][0] for share in second[0]] == pytest.approx(auto.AROUND)
+    assert [share / anew[0][0] for share in anew[0]] == pytest.approx(
+        [1.0, NEAR / auto.ROUGH]
+    )  # and what goes on, by itself

@@ -45,12 +45,15 @@ class Counting:
         return len(self.split)
 
 
-def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(tmp_path: Path) -> None:
+def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (path,) = run_slim(replace(QUICK, method=("mixed-auto",), out=tmp_path / "run"), command="x")
     record = records.read_record(path)
     assert set(records.networks(record)) == {"original", "mixed-auto"} and record["removal"] is None
     found = record["mixed-auto"]
     assert set(found["candidates"]) == {"residual", "mixed-collapse", "rm-collapse", "rm"}
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)
     (path,) = run_slim(replace(QUICK, method=(found["chosen"],), out=tmp_path / "alone"), command="x")
     alone = records.read_record(path)["pruned" if found["chosen"] == "rm" else found["chosen"]]
     assert (found["accuracy"], found["macs"]) == (alone["accuracy"], alone["macs"])  # the same cut, the same epochs
@@ -59,6 +62,7 @@ def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(tmp_path: Pa
 def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.1, "rm": 0.2}
     monkeypatch.setattr(slim, "judge", lambda *_, **__: {name: {"loss": loss} for name, loss in losses.items()})
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)
     config = replace(QUICK, method=("mixed-auto",), train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     run_slim(replace(config, out=tmp_path / "run"), command="x")
     found = records.read_record(tmp_path / "run")["mixed-auto"]

@@ -14,7 +14,7 @@ from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import slim as methods
 from rmprune.methods.slim import scaled
-from rmprune.pipelines import stages
+from rmprune.pipelines import slim, stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.runs import records
@@ -28,6 +28,7 @@ def in_time(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Place, "ratios", by_parameters)
+        patch.setattr(slim, "check_budgets", lambda *_: None)
         prune = PruneConfig(latency_ratio=(0.6,), cuts=4, round_to=1)
         run_slim(replace(QUICK, method=IN_TIME, prune=prune, out=out), command="x")
     return out

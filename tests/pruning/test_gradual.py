@@ -1,6 +1,7 @@
 """Cuts while training: the target is reached on schedule, limits and multiples hold, and a run goes on where it was."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -103,19 +104,22 @@ def test_reference_below_the_present_cost() -> None:
     assert measured_macs(state.model, images()) <= 0.4 * whole
 
 
+@functools.cache
+def straight() -> nn.Module:
+    state = new_state(residual())
+    train(state, GradualPruner(state.model, images(), BUDGET, prune_epochs=2, every=10), 60)
+    return state.model
+
+
 @pytest.mark.parametrize("stop", [12, 45])
 def test_goes_on_after_an_interruption_exactly(stop: int) -> None:
-    straight = new_state(residual())
-    hook = GradualPruner(straight.model, images(), BUDGET, prune_epochs=2, every=5)
-    train(straight, hook, 60)
-
     broken = new_state(residual())
-    first = GradualPruner(broken.model, images(), BUDGET, prune_epochs=2, every=5)
+    first = GradualPruner(broken.model, images(), BUDGET, prune_epochs=2, every=10)
     train(broken, first, stop)
     saved = first.state_dict()
     assert all(isinstance(v, int | float | dict) for v in saved.values())
 
-    second = GradualPruner(residual(), images(), BUDGET, prune_epochs=2, every=5)
+    second = GradualPruner(residual(), images(), BUDGET, prune_epochs=2, every=10)
     second.load_state_dict(saved)
     fresh = copy.deepcopy(broken.model)
     state = new_state(fresh)
@@ -123,7 +127,7 @@ def test_goes_on_after_an_interruption_exactly(stop: int) -> None:
     for old, new in zip(broken.model.parameters(), fresh.parameters(), strict=True):
         state.optimizer.state[new] = dict(broken.optimizer.state[old])
     train(state, second, 60 - stop)
-    for a, b in zip(straight.model.state_dict().values(), state.model.state_dict().values(), strict=True):
+    for a, b in zip(straight().state_dict().values(), state.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 

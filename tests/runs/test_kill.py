@@ -6,11 +6,9 @@ from forked_workers import import_before_forks
 
 
 @pytest.mark.forks
-@pytest.mark.parametrize(("kills", "amid"), [(2, ""), (1, "checkpoint")])
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(
-    kills: int, amid: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(capsys: pytest.CaptureFixture[str]) -> None:
+    """Once while it is trained, and twice at other moments."""
     import_before_forks()
-    wrong = kill.rounds(kills, 10, ["train"], "all", amid=amid)
+    wrong = kill.rounds(3, 10, ["train"], "all", amids=("checkpoint", "", ""))
     said = capsys.readouterr().out
-    assert not wrong and f"{kills} kills in 1 runs, 0 of them wrong" in said, said
+    assert not wrong and "3 kills in 1 runs, 0 of them wrong" in said, said
