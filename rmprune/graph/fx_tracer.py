@@ -19,7 +19,7 @@ from rmprune.graph.run import node_value
 from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, to_run
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
-_DETACHES = ("detach", "detach_", torch.detach)
+_DETACHES = ("detach", torch.detach)  # detach_ stays in the graph
 _PLACES = ("device", "is_cuda", "is_cpu", "is_meta")
 _OURS, _TORCH = Path(__file__).parents[1], Path(torch.__file__).parent
 

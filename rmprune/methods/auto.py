@@ -177,7 +177,9 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
             verdicts = add(proposed, f"{leader} with {', '.join(changed) or 'other widths'}")
             seconds += time.monotonic() - begun
         keep()
-    verdicts = begin_best(verdicts, {name: blocks(name) for name in losses(verdicts)}, entrant, budget, job, files)
+    verdicts = begin_best(
+        verdicts, {name: blocks(name) for name in losses(verdicts)}, entrant, budget, job, files, keep
+    )
     name, took = best(verdicts), keep() if _work(verdicts) > worked_before else took
     facts = carried_out(name)[1] if name in plans else None
     return Winner(name, *entrant(name), facts, verdicts, plans, took)

@@ -1,8 +1,8 @@
 """The last round of a search: the fine-tuning of its best few candidates is begun, and what they lose then decides.
 
 What a cut and fitted network loses says little of how it ends: networks that lost blocks lose little at first and are made up for least.
-After the first epochs it can be told (`experiments/plan_ends.py`), and the winner goes on from there, so that all this takes no longer
-than the fine-tuning itself.
+After the first epochs it can be told (`experiments/plan_ends.py`), and the winner goes on from there, so that all this takes about as
+long as the fine-tuning itself (of few epochs longer: each is trained for one at least).
 """
 
 import json
@@ -43,13 +43,13 @@ def finalists(verdicts: Verdicts, blocks: Mapping[str, Mapping[str, Choice]]) ->
 
 def begin_best(
     verdicts: Verdicts, blocks: Mapping[str, Mapping[str, Choice]], entrant: Callable[[str], Entrant], budget: Budget,
-    job: Job[SlimConfig], files: Files,
+    job: Job[SlimConfig], files: Files, keep: Callable[[], object],
 ) -> Verdicts:  # fmt: skip
     """The verdicts, with what the `finalists` lose after the first epochs of their fine-tuning.
 
-    It is kept with the verdicts of `judge`, and not done again; the training of the best can go on from its checkpoint, that of
-    `files` named after the candidate, the others' are gone. Nothing is begun where there is one finalist, nothing is fine-tuned, or
-    channels go while that is done.
+    It is kept with the verdicts of `judge`, and not done again, and `keep` called each time; the training of the best can go on from its
+    checkpoint, that of `files` named after the candidate, the others' are gone. Nothing is begun where there is one finalist, nothing is
+    fine-tuned, or channels go while that is done.
     """
     now: dict[str, dict[str, Any]] = {name: dict(verdict) for name, verdict in verdicts.items()}
     few, config = finalists(verdicts, blocks), job.config
@@ -66,6 +66,7 @@ def begin_best(
             logger.info("candidate %s: %s", name, error)
             now[name]["begun"] = None
         write_text(files.note("candidates"), json.dumps(now))
+        keep()
     logger.info("the best unlike each other: %s", ", ".join(f"{name} {shown(now[name])}" for name in few))
     for name in few:
         if name != best(now):

@@ -27,7 +27,7 @@ from rmprune.config import DataConfig, SparsityConfig, TrainConfig
 from rmprune.data.batches import to_device
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
-from rmprune.errors import ConfigError, DataError, RmpruneError
+from rmprune.errors import ConfigError, DataError, Diverged, RmpruneError
 from rmprune.training import checkpoint as files
 from rmprune.training.distributed import any_says, backends, disband, first_says, processes, this_process
 from rmprune.training.loop import fit
@@ -148,15 +148,16 @@ class Team:
         try:
             yield
             self.stuck = False
-        finally:
-            self.stuck = self.stuck and not getattr(hook, "gave_up", False)
+        except BaseException as error:
+            self.stuck = not (isinstance(error, Diverged) or getattr(hook, "gave_up", False))  # as all processes know
+            raise
 
     def serve(self) -> None:
         """In the others: take part until the first process ends."""
         while self._wait():
             self.orders += 1
             self._join()
-            with contextlib.suppress(_Left):
+            with contextlib.suppress(_Left, Diverged):
                 take_part(first_says(None, self.world))  # type: ignore[arg-type]
 
     def end(self) -> None:

@@ -434,6 +434,20 @@ class Detached(Frozen):
         return self.head(self.conv(x) + x)
 
 
+class DetachedInPlace(Detached):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = torch.relu(self.stem(x))
+        x.detach_()
+        return self.head(self.conv(x) + x)
+
+
+def test_detaching_in_place_is_kept() -> None:
+    removal = rmprune.remove_residuals(DetachedInPlace(torch.no_grad).eval(), X)
+    removal.model(X).sum().backward()
+    trained = {name.split(".")[0] for name, value in removal.model.named_parameters() if value.grad is not None}
+    assert "head" in trained and "stem" not in trained and "stopped" not in removal.note
+
+
 @pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     ("net", "off"),

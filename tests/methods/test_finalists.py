@@ -58,8 +58,10 @@ def test_the_best_after_the_first_epochs_goes_on_from_there(
 ) -> None:
     """An order of losses that is not that before fine-tuning; an interruption between two of them; the network as if none had been."""
     begin, begun = finalists.begin, []
+    took: list[float] = []
 
     def worse_for_the_first(*given: Any) -> float:
+        took.append(json.loads((tmp_path / "run" / "checkpoint" / "auto-plans.json").read_text())["took"])
         if len(begun) == 1 and not (tmp_path / "stopped").exists():
             (tmp_path / "stopped").touch()
             raise KeyboardInterrupt
@@ -73,6 +75,7 @@ def test_the_best_after_the_first_epochs_goes_on_from_there(
     found = records.read_record(path)["pruned"]
     tried = {name: verdict for name, verdict in found["candidates"].items() if "begun" in verdict}
     first, *others = sorted(tried, key=lambda name: tried[name]["loss"])
+    assert took[0] < took[1] <= took[-1] < found["search"]["seconds"]  # what an interrupted command took counts, too
     assert others and begun == [f"auto-{name}" for name in (first, *others)]
     assert found["chosen"] == min(others, key=lambda name: tried[name]["begun"]) != first
     every = epochs(tmp_path / "run")
