@@ -31,7 +31,7 @@ from rmprune.methods import auto
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.slim import met
 from rmprune.pipelines.slim import starts_of
-from rmprune.pipelines.stages import with_names
+from rmprune.pipelines.stages import training_log, with_names
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.runs.cells import Cell
@@ -88,8 +88,7 @@ def candidates(arguments: Arguments, job: Job[SlimConfig]) -> list[Candidate]:
     starts, dense, files = starts_of(job, cell), with_names(job.original, job), Files.of(arguments.work, "auto")
     reference = count_macs(dense, job.data.train.example(1))
     budget = Budget.from_config(job.config.prune, "macs_ratio", arguments.macs_ratio, reference_macs=reference)
-    alone = dataclasses.replace(job.config, finetune=TrainConfig(epochs=0))  # it begins no fine-tuning
-    found = auto.choose_plan(dense, starts, budget, dataclasses.replace(job, config=alone), files)
+    found = auto.choose_plan(dense, starts, budget, job, files)
 
     def cutter(name: str) -> Cutter:
         if name in found.plans:
@@ -118,10 +117,9 @@ def measured(one: Candidate, arguments: Arguments, job: Job[SlimConfig]) -> dict
         tried = tune(network, short, part, Files.of(arguments.work / f"part-{images}", one.name))
         row[f"after {images} images"] = evaluate(tried, data.validation, device=job.device).loss
     files = Files.of(arguments.work / "end", one.name)
-    for epoch in range(1, tuning.epochs + 1):
-        tried = tune(network, tuning, job, files, until=epoch)
-        row[f"after epoch {epoch}"] = evaluate(tried, data.validation, device=job.device).loss
-    end = evaluate(tried, data.test, device=job.device)
+    end = evaluate(tune(network, tuning, job, files), data.test, device=job.device)
+    for epoch in training_log(files.log.parent)[one.name]:
+        row[f"after epoch {epoch['epoch']}"] = epoch["validation_loss"]
     return row | {"test loss": end.loss, "test accuracy": end.accuracy}
 
 

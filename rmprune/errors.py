@@ -36,10 +36,6 @@ class ArtifactError(RmpruneError):
     """A file on disk (artifact, checkpoint, record, config) is missing, damaged, or belongs to something else."""
 
 
-class Diverged(RmpruneError):
-    """A training whose loss or weights are no longer finite."""
-
-
 class ConfigError(RmpruneError):
     """A setting is outside its range or contradicts another."""
 

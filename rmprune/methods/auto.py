@@ -1,9 +1,8 @@
-"""`auto`: a choice for every block and a width for every group, looked for under the budget.
+"""`auto`: a choice for every block and a width for every group, looked for under the budget. Trains nothing.
 
 The presets' own networks and the plans that a surrogate proposes (`rmprune.pruning.proposals`) are cut to the budget, fitted and judged as
 whole networks on validation images: first the presets' blocks with widths of the surrogate's, then what it holds best, having learned from
-all before it what its losses are worth; then plans that differ in one block from the best, while they help and the time lasts. The
-fine-tuning of the best few that are unlike each other is begun, and decides (`finalists`).
+all before it what its losses are worth; then plans that differ in one block from the best, while they help and the time lasts.
 """
 
 import functools
@@ -19,9 +18,8 @@ from typing import Any
 from torch import nn
 
 from rmprune.config import SlimConfig
-from rmprune.methods.choose import Verdicts, best, judge, least, losses, shown
+from rmprune.methods.choose import Verdicts, best, judge, losses, shown
 from rmprune.methods.cutter import ROUGH, Cutter, make_cutter
-from rmprune.methods.finalists import FEW, Entrant, begin_best
 from rmprune.methods.outlook import look, propose
 from rmprune.methods.refuse import Refusal, Starts, refusal
 from rmprune.methods.table import METHODS, STARTS, Method
@@ -68,11 +66,11 @@ class Winner:
 
 
 def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[SlimConfig], files: Files) -> Winner:
-    """The plan whose network loses least on validation images, of the presets' and those looked for.
+    """The plan of the least loss on validation images, cut to the budget and not fine-tuned, of the presets' and those looked for.
 
     `network`: the trained original with modules that name its blocks. What was tried stands beside the checkpoint of `files` and is not
-    tried again, and the winner's fine-tuning is begun there: an interrupted search goes on, a finished one is not repeated, whatever the
-    clock says. Raises InfeasibleBudget where no plan meets the budget.
+    tried again: an interrupted search goes on, a finished one is not repeated, whatever the clock says. Raises InfeasibleBudget where
+    no plan meets the budget.
     """
     started = time.monotonic()
     network = job.here(network)
@@ -84,12 +82,12 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     note = files.note("plans")
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
-    took, worked_before = float(known.get("took", 0.0)), _work(read_notes(files.note("candidates")))
+    took, judged_before = float(known.get("took", 0.0)), len(read_notes(files.note("candidates")))
     seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
     whole = 60 * (MINUTES if minutes is None else minutes)
     lasted: list[float] = []  # seconds that each plan took
 
-    @functools.lru_cache(maxsize=FEW)
+    @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return carry_out_blocks(network, plans[name]["blocks"], job.examples, job.config.removal)
 
@@ -98,14 +96,6 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         found = _rough(make_cutter(carried_out(name)[0], FREE, job, budget, plans[name]["widths"]))
         before = [verdict["of_widths"] for verdict in verdicts.values() if "of_widths" in verdict]
         return replace(found, below=[median(before) * share for share in AROUND]) if before else found
-
-    def blocks(name: str) -> dict[str, Choice]:
-        return dict(plans[name]["blocks"]) if name in plans else _blocks(preset_of(name), outlook.options)
-
-    def entrant(name: str) -> Entrant:
-        if name in plans:
-            return FREE, carried_out(name)[0], plans[name]["widths"]
-        return preset_of(name), starts(preset_of(name).start), None
 
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
@@ -167,8 +157,8 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     if not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)
     while seconds < whole and (minutes is not None or _no_better(verdicts, list(plans)[PROPOSED:]) < WORSE):
-        begun, leader = time.monotonic(), least(verdicts)
-        centre = blocks(leader)
+        begun, leader = time.monotonic(), best(verdicts)
+        centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(preset_of(leader), outlook.options)
         proposed = taught().best(outlook.limit, near=centre, other_than=tried())
         if proposed is None:  # all its neighbours were tried
             seconds = whole
@@ -177,12 +167,12 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
             verdicts = add(proposed, f"{leader} with {', '.join(changed) or 'other widths'}")
             seconds += time.monotonic() - begun
         keep()
-    verdicts = begin_best(
-        verdicts, {name: blocks(name) for name in losses(verdicts)}, entrant, budget, job, files, keep
-    )
-    name, took = best(verdicts), keep() if _work(verdicts) > worked_before else took
-    facts = carried_out(name)[1] if name in plans else None
-    return Winner(name, *entrant(name), facts, verdicts, plans, took)
+    name, took = best(verdicts), keep() if len(verdicts) > judged_before else took
+    if name in plans:
+        plain, facts = carried_out(name)
+        return Winner(name, FREE, plain, plans[name]["widths"], facts, verdicts, plans, took)
+    preset = preset_of(name)
+    return Winner(name, preset, starts(preset.start), None, None, verdicts, plans, took)
 
 
 def preset_of(name: str) -> Method:
@@ -190,14 +180,9 @@ def preset_of(name: str) -> Method:
     return PRESETS.get(name) or METHODS[name]
 
 
-def _work(verdicts: Verdicts) -> int:
-    """How much was done for them."""
-    return len(verdicts) + sum("begun" in verdict for verdict in verdicts.values())
-
-
 def _no_better(verdicts: Verdicts, changes: list[str]) -> int:
     """How many plans, the last of these changes, are no better than the best before them."""
-    leader = least(verdicts)
+    leader = best(verdicts)
     return len(changes) - (changes.index(leader) + 1 if leader in changes else 0)
 
 

@@ -19,8 +19,7 @@ from rmprune.training.job import Files, Job
 logger = logging.getLogger("rmprune")
 Verdicts = Mapping[str, Mapping[str, Any]]
 """{method: {"loss": cross-entropy on the validation images} or {"refused": why it cannot be had}}; of a plan whose
-time was measured also "of_widths": what its cut costs by the table of layers, of what its widths do; where its fine-tuning
-was begun also "begun": that loss after its first epochs, None where it went to no numbers."""
+time was measured also "of_widths": what its cut costs by the table of layers, of what its widths do."""
 
 
 def judge(
@@ -67,21 +66,12 @@ def losses(verdicts: Verdicts) -> dict[str, float]:
     return {name: verdict["loss"] for name, verdict in verdicts.items() if "loss" in verdict}
 
 
-def least(verdicts: Verdicts) -> str:
-    """The method of the least loss before fine-tuning; of equal ones the first."""
+def best(verdicts: Verdicts) -> str:
+    """The method of the least loss; of equal ones the first."""
     found = losses(verdicts)
     return min(found, key=lambda name: found[name])
 
 
-def best(verdicts: Verdicts) -> str:
-    """The method of the least loss after the first epochs, of those whose fine-tuning was begun; where none was, before."""
-    found = {name: verdict["begun"] for name, verdict in verdicts.items() if verdict.get("begun") is not None}
-    return min(found, key=lambda name: found[name]) if found else least(verdicts)
-
-
 def shown(verdict: Mapping[str, Any]) -> str:
     """A verdict in words."""
-    if "loss" not in verdict:
-        return f"refused ({verdict['refused']})"
-    begun = verdict.get("begun")
-    return f"loss {verdict['loss']:.3f}" + ("" if begun is None else f", {begun:.3f} after the first epochs")
+    return f"loss {verdict['loss']:.3f}" if "loss" in verdict else f"refused ({verdict['refused']})"

@@ -22,11 +22,9 @@ from rmprune.pruning.peak_memory import byte_limit
 from rmprune.pruning.prove import prove_groups
 from rmprune.removal import remove_where_faster
 from rmprune.runs.notes import read_notes, remembered
-from rmprune.training import evaluate
 from rmprune.training.job import Files, Job, tune
 
 logger = logging.getLogger("rmprune")
-FIRST = 1 / 3  # of the epochs of fine-tuning, after which it can be told how they end (experiments/plan_ends.py)
 TIME_ATTEMPTS = 5  # further cuts, at most, where the trained network misses its budget in measured time
 
 
@@ -73,21 +71,6 @@ def slim_network(
     removal = remove_where_faster(network, example, place_of(job).ratios, fits, **vars(config.removal))
     logger.info("%s: removed %s", files.label, ", ".join(removal.removed) or "no residual, none made it faster")
     return removal.model, facts | {"removal": removal.facts}
-
-
-def begin(
-    network: nn.Module, method: Method, budget: Budget, job: Job[SlimConfig], files: Files,
-    widths: Mapping[str, int] | None = None,
-) -> float:  # fmt: skip
-    """The first FIRST of what `slim_network` does with the same arguments, which goes on from there: the loss on validation images then.
-
-    Of a method that cuts at once. Raises as it does, and Diverged.
-    """
-    cutter = make_cutter(network, method, job, budget, widths)
-    cut = cutter.once(cutter.network, met(budget, cutter, files))
-    train = job.config.finetune
-    begun = tune(cut, train, job, files, until=math.ceil(FIRST * train.epochs))
-    return evaluate(begun.to(job.device), job.data.validation, device=job.device).loss
 
 
 def met(budget: Budget, cutter: Cutter, files: Files) -> Budget:

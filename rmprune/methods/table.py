@@ -129,7 +129,7 @@ METHODS: dict[str, Method] = {
     ),
     "auto": Method(
         "a choice for every block and a width for every group, looked for under the budget: a surrogate proposes plans, validation images "
-        "choose among them and the presets before fine-tuning, and among the best few after its first epochs",
+        "choose among them and the presets before fine-tuning",
         candidates=("residual", "rm", "rm-v1", "rm-collapse", "uniform"),
     ),
     "plan": Method("the plan in a file (--plan): its choice for each block, its width for each channel group"),

@@ -334,8 +334,7 @@ function drawDetails() {
   for (const [reason, kept] of d3.group(Object.entries(first.removal?.kept ?? {}), ([, reason]) => reason))
     extra.push([plural(kept.length, "residual"), `stayed (${kept.map(([name]) => name).join(", ")}): ${reason}`]);
   for (const [name, verdict] of Object.entries(first.candidates ?? {}))
-    extra.push([`candidate ${name}`, verdict.loss == null ? String(verdict.refused ?? "")
-      : `loss ${three(verdict.loss)}` + (verdict.begun != null ? `, ${three(verdict.begun)} after the first epochs` : "")]);
+    extra.push([`candidate ${name}`, verdict.loss != null ? `loss ${three(verdict.loss)}` : String(verdict.refused ?? "")]);
   const runs = [...new Set(chosen.networks.map((number) => data.networks[number].run))];
   const go = (section, id, value) => () => {
     byId(id).value = value;

@@ -124,16 +124,9 @@ def _search(search: dict[str, Any]) -> dict[str, Any]:
 def _run(name: str, record: dict[str, Any], groups: list[str]) -> dict[str, Any]:
     found = {key: record[key] for key in ("command", "seed", "removal")} | {"name": name, "budget": budget_of(record)}
     found |= {"group": groups.index(_group(record)), "machine": machine(record["environment"])}
-    others = {  # begun, and of no network of the record
-        f"{network.get('method')}-{candidate}"
-        for network in networks(record).values()
-        for candidate in network.get("candidates") or {}
-        if candidate != network.get("chosen")
-    }
     found["training"] = {
         label: [_rounded(epoch.get("validation_accuracy")) for epoch in epochs]
         for label, epochs in (record.get("training") or {}).items()
-        if label not in others
     }
     return found
 

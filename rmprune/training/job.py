@@ -114,11 +114,9 @@ class Files:
         return (self.shared or self.checkpoint.parent) / f"{self.label}-{name}.json"
 
 
-def tune(
-    network: nn.Module, train: TrainConfig, job: Job[object], files: Files, hook: Hook | None = None, until: int | None = None
-) -> nn.Module:  # fmt: skip
+def tune(network: nn.Module, train: TrainConfig, job: Job[object], files: Files, hook: Hook | None = None) -> nn.Module:
     """`fit` by a job, on all processes of the command: a trained copy in eval mode, on the CPU."""
     return fit_together(
         network, job.data, train, seed=job.seed, device=job.device, hook=hook, teacher=job.teacher,
-        teacher_memory=job.memory, until=until, checkpoint=files.checkpoint, log=files.log, label=files.label,
+        teacher_memory=job.memory, checkpoint=files.checkpoint, log=files.log, label=files.label,
     ).cpu()  # fmt: skip

@@ -37,7 +37,6 @@ def fit(
     hook: Hook | None = None,
     teacher: nn.Module | None = None,
     teacher_memory: Path | None = None,
-    until: int | None = None,
     checkpoint: Path | None = None,
     log: Path | None = None,
     progress: bool = True,
@@ -49,9 +48,8 @@ def fit(
     every `config.checkpoint_seconds` and on Ctrl-C; where it exists, training goes on from there, on the same machine
     exactly as if it had never stopped. A hook with state offers `state_dict()` and `load_state_dict()`, which go into
     the checkpoint. `teacher` is followed with weight `config.distillation`; `teacher_memory` names a folder that keeps its
-    outputs for other trainings with the same seed (`rmprune.training.teacher`). `until`: stop after so many epochs, as if interrupted
-    there. Under torchrun every process calls `fit`: the batch is divided among them, the first one reads and writes files, and a
-    checkpoint goes on with any number of processes.
+    outputs for other trainings with the same seed (`rmprune.training.teacher`). Under torchrun every process calls `fit`: the batch
+    is divided among them, the first one reads and writes files, and a checkpoint goes on with any number of processes.
 
     Raises `ArtifactError` for a checkpoint of another run, `RmpruneError` when loss or weights are no longer finite (with the first
     layer where that is so, the step, and the last good checkpoint), `ConfigError` for a network that cannot be trained.
@@ -63,7 +61,6 @@ def fit(
         with current(str(device)), torch.random.fork_rng(devices=cuda):  # streams and graphs are the current GPU's
             torch.manual_seed(seed)
             run = _Training(model, data, config, seed, device, hook, checkpoint, label, rank, world)
-            run.stop_after(config.epochs if until is None else until)
             if teacher is not None and config.distillation:
                 run.follow(teacher, teacher_memory)
             run.resume()
@@ -71,7 +68,7 @@ def fit(
             run.journal = (
                 Journal(
                     label,
-                    run.last_step,
+                    run.state.total_steps,
                     done_steps=run.state.step,
                     done_epochs=None if checkpoint is None else run.finished_epochs,
                     log=None if log is None else Path(log),
@@ -99,10 +96,6 @@ class _Training(Stepping):
         self.agreed = self.world == 1  # that all processes stop here: with one there is nobody to ask
         self.started = self.saved_at = time.monotonic()
 
-    def stop_after(self, epochs: int) -> None:
-        """Where this call ends."""
-        self.last_step = min(self.state.total_steps, epochs * self.state.steps_per_epoch)
-
     @property
     def at_epoch_end(self) -> bool:
         return self.state.step % self.state.steps_per_epoch == 0
@@ -114,14 +107,14 @@ class _Training(Stepping):
         return self.state.step // self.state.steps_per_epoch - waiting
 
     def train(self) -> None:
-        """Run all steps that are left of this call. On Ctrl-C save the checkpoint and re-raise."""
+        """Run all steps that are left. On Ctrl-C save the checkpoint and re-raise."""
         with DeferredInterrupt() as interrupt:
             try:
                 while True:
                     if self.at_epoch_end and self.totals[2] > 0:
                         self.finish_epoch()
                     self.look_up(interrupt)
-                    if self.state.step >= self.last_step:
+                    if self.state.step >= self.state.total_steps:
                         return
                     self.train_epoch(interrupt)
             except (KeyboardInterrupt, RuntimeError) as error:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import require
-from rmprune.errors import Diverged, RmpruneError
+from rmprune.errors import RmpruneError
 from rmprune.graph.copied import copied
 from rmprune.graph.finite import broken_tensor, where_broken
 from rmprune.training.precision import weights_dtype
@@ -44,14 +44,14 @@ def begins(model: nn.Module, teacher: nn.Module | None, x: Tensor | None) -> str
 
 def not_finite(
     what: str, where: str, state: TrainState, step: int, checkpoint: Path | None, saved: int | None
-) -> Diverged:
+) -> RmpruneError:
     """The error for values that are not finite at a step: where that begins, what is left, what to do. saved: step of the checkpoint."""
     good = (
         "no good checkpoint was written"
         if saved is None
         else f"the last good checkpoint is {checkpoint}, of step {saved}"
     )
-    return Diverged(
+    return RmpruneError(
         f"{what} no longer finite at step {step} of {state.total_steps} ({state.steps_per_epoch} an epoch){where}; {good}; lower "
         f"learning_rate (now {state.config.learning_rate:g}), lengthen warmup_epochs, or lower clip_norm"
     )

@@ -142,16 +142,15 @@ class Stepping:
         self.connect()
 
     def check_finite(self, x: Tensor | None = None) -> None:
-        """Refuse to go on from a loss that is no number, in all processes at once. x: the images it comes from, where they are at hand."""
-        totals = distributed.add_up(self.totals, self.world)
+        """Refuse to go on from a loss that is no number. x: the images it comes from, where they are at hand; else all processes ask."""
+        totals = self.totals if x is not None else distributed.add_up(self.totals, self.world)
         if not math.isfinite(float(totals[0])):
             where = begins(self.state.model, None if self.teacher is None else self.teacher.frozen, x)
             raise self.broken("the loss is", where, self.state.step + (x is not None))
 
     def check_weights(self) -> None:
-        """Refuse to go on from weights that are no numbers, in all processes at once."""
-        where = begins(self.state.model, None, None)
-        if any(distributed.any_says(self.world, bool(where))):
+        """Refuse to go on from weights that are no numbers."""
+        if where := begins(self.state.model, None, None):
             raise self.broken("weights are", where, self.state.step)
 
     def broken(self, what: str, where: str, step: int) -> RmpruneError:

@@ -27,7 +27,7 @@ from rmprune.config import DataConfig, SparsityConfig, TrainConfig
 from rmprune.data.batches import to_device
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
-from rmprune.errors import ConfigError, DataError, Diverged, RmpruneError
+from rmprune.errors import ConfigError, DataError, RmpruneError
 from rmprune.training import checkpoint as files
 from rmprune.training.distributed import any_says, backends, disband, first_says, processes, this_process
 from rmprune.training.loop import fit
@@ -53,7 +53,7 @@ def pack(model: nn.Module) -> Packed:
 @dataclass(frozen=True)
 class Order:
     """What another process needs to take part in a training: all that `fit` is given but files. `images`: in the training split;
-    `until`: after which epoch to stop; `led`: the first process has a hook that puts smaller networks in place, and sends them."""
+    `led`: the first process has a hook that puts smaller networks in place, and sends them."""
 
     network: Packed
     teacher: Packed | None
@@ -66,7 +66,6 @@ class Order:
     label: str
     sparsity: SparsityConfig | None
     led: bool
-    until: int | None = None
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
 
 
@@ -148,16 +147,15 @@ class Team:
         try:
             yield
             self.stuck = False
-        except BaseException as error:
-            self.stuck = not (isinstance(error, Diverged) or getattr(hook, "gave_up", False))  # as all processes know
-            raise
+        finally:
+            self.stuck = self.stuck and not getattr(hook, "gave_up", False)
 
     def serve(self) -> None:
         """In the others: take part until the first process ends."""
         while self._wait():
             self.orders += 1
             self._join()
-            with contextlib.suppress(_Left, Diverged):
+            with contextlib.suppress(_Left):
                 take_part(first_says(None, self.world))  # type: ignore[arg-type]
 
     def end(self) -> None:
@@ -258,7 +256,7 @@ def fit_together(model: nn.Module, data: Dataset, config: TrainConfig, **setting
     teacher = settings["teacher"] if config.distillation else None
     order = Order(
         pack(model), None if teacher is None else pack(teacher), config, data.config, data.statistics, len(data.train),
-        settings["seed"], str(settings["device"]), settings["label"], sparse, led, settings["until"],
+        settings["seed"], str(settings["device"]), settings["label"], sparse, led,
     )  # fmt: skip
     hook = _Leading(hook) if led else hook
     with team.training(order, hook):
@@ -276,7 +274,7 @@ def take_part(order: Order) -> None:
             files.rebuild(*order.network), data, order.train, seed=order.seed, device=device,
             hook=ProximalL1(order.sparsity) if order.sparsity else _Following() if order.led else None,
             teacher=None if order.teacher is None else files.rebuild(*order.teacher), progress=False,
-            label=order.label, until=order.until,
+            label=order.label,
         )  # fmt: skip
 
 

@@ -72,17 +72,6 @@ def test_points_are_means_over_seeds_and_name_their_networks(tmp_path: Path) -> 
     assert len({(method["colour"], method["marker"]) for method in data["methods"]}) == len(data["methods"])
 
 
-def test_curves_are_of_networks_and_not_of_candidates_that_did_not_go_on(tmp_path: Path) -> None:
-    record = page_records.record(0, 0.5, ("auto", "uniform"))
-    begun = {"rm": {"loss": 0.5, "begun": 0.4}, "uniform": {"loss": 0.6, "begun": 0.3}, "plan-1": {"loss": 0.7}}
-    record["auto"] |= {"candidates": begun, "chosen": "uniform"}
-    log = record["training"].pop("auto")
-    record["training"] |= {"auto-rm": log[:1], "auto-uniform": log}
-    write_record(tmp_path / "run" / "record.json", record)
-    data = json.loads(DATA.findall(page_of(tmp_path / "run"))[0])
-    assert {*data["runs"][0]["training"]} == {"dense", "uniform", "auto-uniform"}
-
-
 def test_a_number_format_is_a_switch_of_its_own_with_its_own_accuracy(tmp_path: Path) -> None:
     record = page_records.record(0, 0.5, ["rm"])
     page_records.add_int8(record["original"], record["pruned"])

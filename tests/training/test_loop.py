@@ -61,16 +61,6 @@ def test_no_epochs_is_no_training():
     assert same(fit(model, blobs(), dataclasses.replace(CONFIG, epochs=0), seed=0), model)
 
 
-def test_it_stops_where_it_is_told_and_goes_on_as_if_it_had_not(tmp_path: Path):
-    config, path = dataclasses.replace(CONFIG, epochs=3), tmp_path / "c.pt"
-    begun = fit(tiny_net(), blobs(), config, seed=0, until=1, checkpoint=path, log=tmp_path / "log.jsonl")
-    assert not same(begun, tiny_net()) and not begun.training
-    whole = fit(tiny_net(), blobs(), config, seed=0, checkpoint=path, log=tmp_path / "log.jsonl")
-    assert same(whole, fit(tiny_net(), blobs(), config, seed=0)) and not same(whole, begun)
-    assert [line["epoch"] for line in records(tmp_path / "log.jsonl")] == [1, 2, 3]
-    assert same(fit(tiny_net(), blobs(), config, seed=0, until=1, checkpoint=path), whole)  # it was further already
-
-
 def test_a_replaced_model_gets_an_optimizer(tmp_path: Path):
     def hook(state: TrainState) -> None:
         if state.step == 2:

@@ -11,9 +11,7 @@ from together_processes import on_processes
 
 from rmprune.cli import main
 from rmprune.errors import DataError, InfeasibleBudget
-from rmprune.methods import auto
 from rmprune.training import TrainState, together
-from rmprune.training.loop import _Training
 
 pytestmark = pytest.mark.forks
 COMMON = (
@@ -53,27 +51,6 @@ def test_slim_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {label: len(log) for label, log in record["training"].items()} == {"dense": 1, "inner": 2}
 
 
-@pytest.mark.parametrize("diverges", [False, True])
-def test_finalists_begin_on_two_processes(diverges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One whose loss is no number in the second process does not end the run, and the other goes on."""
-    step = _Training.train_step
-
-    def diverging(self: _Training, x: torch.Tensor, y: torch.Tensor) -> None:
-        if diverges and self.label == "auto-rm-collapse" and os.environ["RANK"] == "1":
-            self.totals += float("nan")
-        step(self, x, y)
-
-    monkeypatch.setattr(_Training, "train_step", diverging)
-    monkeypatch.setattr(auto, "PROPOSED", 0)
-    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm-collapse")})
-    monkeypatch.setattr("rmprune.report.build.build_report", lambda *_: [])
-    command = f"slim --method auto --search-minutes 0 --round-to 1 --macs-ratio 0.7 --finetune.epochs 2 {COMMON}"
-    assert run(command, tmp_path) == [0, 0], (tmp_path / "0.txt").read_text()
-    training = json.loads((tmp_path / "run" / "record.json").read_text())["training"]
-    assert sorted(len(log) for label, log in training.items() if label != "dense") == ([2] if diverges else [1, 2])
-    assert "auto-residual" in training
-
-
 def fails(state: TrainState) -> None:
     raise InfeasibleBudget("as it turns out")
 
@@ -108,6 +85,8 @@ def ends(how: str) -> None:
 def test_an_end_of_one_is_the_end_of_all(
     how: str, statuses: list[int], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from rmprune.training.loop import _Training
+
     step = _Training.train_step
 
     def broken(self: _Training, x: torch.Tensor, y: torch.Tensor) -> None:
