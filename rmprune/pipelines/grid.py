@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import GridConfig, RemeasureConfig, SlimConfig
+from rmprune.config.toml import differences, from_toml
 from rmprune.errors import ConfigError, RmpruneError
 from rmprune.methods.table import find_methods
 from rmprune.pipelines.measure import run_measure
@@ -26,7 +27,7 @@ from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
 from rmprune.pipelines.stages import at_work, dense_network, open_data, pick_device
 from rmprune.pipelines.workers import Submit, Task, work_off, workers_of
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import LOCK_FILE, Finished, alone
+from rmprune.runs.directory import CONFIG_FILE, LOCK_FILE, Finished, alone
 from rmprune.runs.named import refuse_changed
 from rmprune.runs.notes import read_notes, write_text
 from rmprune.training.distributed import processes
@@ -34,6 +35,8 @@ from rmprune.training.job import Job
 
 logger = logging.getLogger("rmprune")
 MEASURED = "measured.json"
+# Settings that a later call may have others of: each makes cells of its own.
+OF_CELLS = ("method:", "prune.ratio:", "prune.macs_ratio:", "prune.latency_ratio:", "prune.memory_ratio:")
 # What cells measure for their records until all are measured.
 NO_TIME: dict[str, Any] = {"seconds": 0.0, "min_rounds": 1}
 
@@ -53,6 +56,7 @@ def run_grid(config: GridConfig, *, command: str, submit: Submit | None = None) 
 
 def _work_off_all(config: GridConfig, command: str, submit: Submit) -> list[Path]:
     tasks = plan_tasks(config, command)
+    _refuse_mixed(tasks)
     refused = work_off(tasks, submit, config.jobs)
     cells = [task for task in tasks if task.after is not None]
     found = [task.files[0] for task in cells if task.done]
@@ -101,6 +105,18 @@ def plan_tasks(config: GridConfig, command: str) -> list[Task]:
                     )
                 )
     return tasks
+
+
+def _refuse_mixed(tasks: list[Task]) -> None:
+    """Raise ConfigError where what cells share was made with other settings than they have now: nothing could be compared."""
+    for (now,) in (task.arguments for task in tasks if task.after is None):
+        if (begun := now.directory / CONFIG_FILE).is_file():
+            changed = [said for said in differences(from_toml(SlimConfig, begun), now) if not said.startswith(OF_CELLS)]
+            if changed:
+                raise ConfigError(
+                    f"{now.directory}: what its cells share was made with other settings ({'; '.join(changed)}); give these to go on, or "
+                    "choose another --out"
+                )
 
 
 def _open(config: SlimConfig) -> Job[SlimConfig]:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,30 @@ def test_a_cell_starts_from_no_other_weights_than_what_it_shares(tmp_path: Path)
     weights.write_text("of now")
     with pytest.raises(ConfigError, match=r"another --weights \(.*own.pt has changed"):
         grid.do_cell(*arguments)
+
+
+def test_cells_of_other_settings_than_what_they_share_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = config(tmp_path / "run", method=("rm",), prune=PruneConfig(macs_ratio=(0.5,)))
+    own, *_ = plan_tasks(begun, "")[0].arguments
+    with claim(own.directory, own, records=[], networks=(), overwrite=False):
+        pass
+    asked: list[Task] = []
+    monkeypatch.setattr(grid, "work_off", lambda tasks, *_: asked.extend(tasks) or {})
+    monkeypatch.setattr(grid, "_open", lambda _: None)
+    data = replace(begun.data, batch_size=7)
+    for settings, says in (
+        ({"data": data}, "data.batch_size: 64 -> 7"),
+        ({"prune": replace(begun.prune, round_to=3)}, "prune.round_to: . -> 3"),
+    ):
+        with pytest.raises(ConfigError, match=f"run/seed0: what its cells share .*{says}.*; give these to go on"):
+            run_grid(replace(begun, **settings), command="")
+    assert not asked
+    more = replace(begun, method=("rm", "inner"), prune=replace(begun.prune, macs_ratio=(0.5, 0.25)))
+    with pytest.raises(RmpruneError, match="no cell can be had"):  # which were asked for
+        run_grid(more, command="")
+    assert len(asked) == 5
 
 
 def test_a_cell_keeps_the_budget_of_memory_beside_its_own_and_the_time_for_measuring(tmp_path: Path) -> None:
