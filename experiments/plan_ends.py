@@ -1,6 +1,7 @@
-"""Does what `slim --method auto` chooses by say what fine-tuning makes of a network? Losses before, on the way, and at the end.
+r"""Does what `slim --method auto` chooses by say what fine-tuning makes of a network? Losses before, on the way, and at the end.
 
-    python -m rmprune train --model resnet20 --width 16 --dataset fashion-mnist --train-images 20000 --epochs 6 --out runs/w16
+    python -m rmprune slim --model resnet20 --width 16 --dataset fashion-mnist --train-images 20000 --batch-size 128 --epochs 6 \
+        --method residual --macs-ratio 0.2 --out runs/w16
     python experiments/plan_ends.py runs/w16/dense      # writes reports/plan-ends; an hour on one slow core
 
 All that one search tries (the presets' networks, the plans of its surrogate) is cut to one budget in MACs, fitted and fine-tuned to its end

@@ -12,7 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.named import digests, keep_digests, named_files, plan_text, refuse_changed
+from rmprune.runs.named import keep_digests, named_files, plan_text, refuse_changed
 from rmprune.runs.reading import parse_json, read_json
 from rmprune.runs.writing import LEFT, LOCK_FILE, sweep, write_text
 
@@ -87,13 +87,13 @@ def _prepare(
     begun = _holds_run(directory)  # perhaps while this one waited
     if begun:
         _refuse_overwriting(directory, config) if overwritten is not None else _refuse_other(directory, config, records)
-    plan, files = plan_text(config), digests(config)
+    plan = plan_text(config)
     if begun and overwritten is not None:
         _clear(directory, overwritten)
     write_text(directory / CONFIG_FILE, to_toml(config))  # first: it says that this is a run
     if plan is not None and not (directory / PLAN_FILE).exists():
         write_text(directory / PLAN_FILE, plan)
-    keep_digests(directory, files)
+    keep_digests(directory, config)
 
 
 def _holds_run(directory: Path) -> bool:

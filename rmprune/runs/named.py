@@ -54,9 +54,9 @@ def digests(config: Any) -> dict[str, str]:
     return found
 
 
-def keep_digests(directory: Path, now: dict[str, str]) -> None:
+def keep_digests(directory: Path, config: Any) -> None:
     """Write down in the run what its files are, unless that was done when it began."""
-    if now and not (directory / FILES).exists():
+    if not (directory / FILES).exists() and (now := digests(config)):
         write_text(directory / FILES, json.dumps(now, indent=1))
 
 
