@@ -25,7 +25,9 @@ from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import note_cut, shrink
 from rmprune.removal import remove_residuals
 
-CALIBRATION_IMAGES = 256  # batch-norm statistics of what RM rewrites are measured on these
+CALIBRATION_IMAGES = (
+    64  # batch-norm statistics of what RM rewrites are measured on these, until training measures them anew
+)
 COLLAPSE_IMAGES = 1024  # training images that the convolutions of collapsed blocks are fitted on, at most
 Examples = Callable[[int], Tensor]
 """So many training images [n, C, H, W]."""

@@ -39,9 +39,9 @@ class Job(Generic[Config]):
 
     @cached_property
     def pairs(self) -> list[Batch]:
-        """(images [B, C, H, W], labels [B]) of the first training images, IMAGES at most, on the device; loaded once and held."""
-        limit = affordable(IMAGES, self.data.input_shape[1:])
-        return list(self.data.train.batches(IMPORTANCE_BATCH, device=self.device, limit=limit))
+        """(images [B, C, H, W], channels last, labels [B]) of the first training images, IMAGES at most, on the device; held."""
+        limit, order = affordable(IMAGES, self.data.input_shape[1:]), torch.channels_last
+        return list(self.data.train.batches(IMPORTANCE_BATCH, device=self.device, memory_format=order, limit=limit))
 
     @cached_property
     def batches(self) -> Batches:
