@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
 from rmprune.data.duplicates import warn_of_duplicates
-from rmprune.data.listing import list_photos
+from rmprune.data.listing import digest_of, list_photos
 from rmprune.data.photos import Photos, bit_depth, one_line_errors, to_its_end
 from rmprune.data.splits import (
     Batch,
@@ -36,14 +37,15 @@ TEST_SEED = 20211  # where no test images are named: the same ones for every spl
 
 def load_image_folder(
     config: DataConfig, statistics: Statistics
-) -> tuple[tuple[Split, Split, Split], list[Tensor], tuple[str, ...], int]:
-    """(train, validation, test), their labels, the classes' names, and the bits that 16-bit images use. Parts that
-    the folder or CSV names are taken as they are; others are drawn, stratified by class, whole groups together; val/ without test/ is
-    the test set, as ImageNet's is.
+) -> tuple[tuple[Split, Split, Split], list[Tensor], tuple[str, ...], int, str]:
+    """(train, validation, test), their labels, the classes' names, the bits that 16-bit images use, and a digest of all photos
+    (`digest_of`). Parts that the folder or CSV names are taken as they are; others are drawn, stratified by class, whole groups together;
+    val/ without test/ is the test set, as ImageNet's is.
 
     Raises DataError for another layout, a damaged image (where a cache is made), and parts without an image of some class.
     """
-    listed, classes = list_photos(config)
+    listing = list_photos(config)
+    listed, classes = listing
     labels = torch.tensor([photo.label for photo in listed])
     groups = [photo.group for photo in listed] if config.group_column else None
     named = {
@@ -74,7 +76,8 @@ def load_image_folder(
     photos = Photos(paths, config.photo_side, bit_depth(paths))
     photos.decode_all(config.cache, config.workers)
     splits = tuple(FolderSplit(photos, part, labels[part], config, statistics) for part in parts)
-    return (splits[0], splits[1], splits[2]), [labels[part] for part in parts], classes, photos.depth
+    digest = digest_of(listing, Path(str(config.data_dir)))
+    return (splits[0], splits[1], splits[2]), [labels[part] for part in parts], classes, photos.depth, digest
 
 
 class FolderSplit(IndexedSplit):

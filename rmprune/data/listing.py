@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import operator
 import os
@@ -13,8 +14,9 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from rmprune.config import DataConfig
+from rmprune.data.duplicates import MOST_PHOTOS
 from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
-from rmprune.data.walk import is_hidden, number_of, same_file, walked
+from rmprune.data.walk import is_hidden, number_of, same_file, size_of, walked
 from rmprune.errors import DataError
 
 logger = logging.getLogger("rmprune")
@@ -67,6 +69,16 @@ def list_photos(config: DataConfig) -> Listing:
             )
     _refuse_shared_groups(root, found.photos)
     return found
+
+
+def digest_of(listing: Listing, root: Path) -> str:
+    """A SHA-256 of what parts are drawn from: of each photo its place in `root`, class, part and group, and its bytes' number, unless
+    there are more than MOST_PHOTOS."""
+    said = hashlib.sha256(repr(listing.classes).encode())
+    sized = len(listing.photos) <= MOST_PHOTOS
+    for photo in listing.photos:
+        said.update(repr((photo.path.removeprefix(str(root)), *photo[1:], sized and size_of(photo.path))).encode())
+    return said.hexdigest()
 
 
 def _from_folders(root: Path) -> Listing:

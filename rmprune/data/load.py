@@ -42,6 +42,8 @@ class Dataset:
     """[C], of the loss, with which all classes count alike; None counts images."""
     depth: int = 16
     """Bits that 16-bit images use (`rmprune.data.photos.bit_depth`)."""
+    photos: str = ""
+    """A digest of which photos there are (`rmprune.data.listing.digest_of`); empty for data sets that never change."""
 
 
 Load = Callable[[DataConfig, Statistics], "Dataset"]
@@ -60,11 +62,22 @@ def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS)
         from rmprune.data.folder import load_image_folder  # PIL and loader processes, for this set only
 
         statistics = {"auto": expected, "imagenet": IMAGENET_STATISTICS, "half": HALF}[config.normalization]
-        (train, validation, test), labels, classes, depth = load_image_folder(config, statistics)
+        (train, validation, test), labels, classes, depth, photos = load_image_folder(config, statistics)
         shape = (3, config.image_size, config.image_size)
         weights = _weights(labels[0], len(classes)) if config.balance else None
         return Dataset(
-            config.dataset, len(classes), shape, train, validation, test, config, classes, statistics, weights, depth
+            config.dataset,
+            len(classes),
+            shape,
+            train,
+            validation,
+            test,
+            config,
+            classes,
+            statistics,
+            weights,
+            depth,
+            photos,
         )
     source = READERS[config.dataset](config.data_dir)
     held_back, kept = split_train(source.train.labels, config)

@@ -57,6 +57,14 @@ def number_of(entry: os.DirEntry[str], device: int) -> int:
     return _number(device, entry.inode())
 
 
+def size_of(path: str) -> int:
+    """Bytes of a file; -1 where that cannot be had, which is said where it is opened."""
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return -1
+
+
 def is_hidden(name: str) -> bool:
     """Whether an operating system or an editor made this: .DS_Store, ._a.jpg, .ipynb_checkpoints, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"

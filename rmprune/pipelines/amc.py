@@ -72,10 +72,11 @@ def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> li
     refuse_used(config.directory, config, found, overwrite=config.overwrite)
     device = pick_device(config.device)
     data = open_data(config, load)
-    _refuse_early(Job(config, data, device, config.seed), plan, cells)
-    with at_work(config, device, found, networks):
+    job = Job(config, data, device, config.seed)
+    _refuse_early(job, plan, cells)
+    with at_work(job, found, networks):
         for cell in unfinished(cells):
-            _run_cell(cell, plan, Job(config, data, device, cell.seed), command)
+            _run_cell(cell, plan, replace(job, seed=cell.seed), command)
     return found
 
 

@@ -132,7 +132,7 @@ def share(config: SlimConfig) -> None:
     cell = Cell(config.seed, "", 0.0, config.directory, config.directory)
     names = {method.start for method in find_methods(config.method).values()}
     files = [config.directory / name / ARCHITECTURE for name in {"dense", *names}]
-    with at_work(config, job.device, files, {"dense", *names}, wait=True):
+    with at_work(job, files, {"dense", *names}, wait=True):
         starts = starts_of(replace(job, teacher=dense_network(job, cell)), cell)
         for name in sorted(names):
             starts(name)
@@ -141,8 +141,8 @@ def share(config: SlimConfig) -> None:
 def do_cell(config: SlimConfig, cell: Cell, command: str) -> None:
     """One seed, budget and method, to its record."""
     job = Job(config, open_data(config), pick_device(config.device), config.seed)
-    refuse_changed(cell.shared, config)
-    with at_work(config, job.device, [cell.record], (), wait=True):
+    refuse_changed(cell.shared, config, photos=job.data.photos)
+    with at_work(job, [cell.record], (), wait=True):
         measure = replace(config.measure, **NO_TIME)
         run_cell(cell, find_methods(config.method), None, job, command, measure)
 

@@ -155,15 +155,19 @@ def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
             )
         data = from_dict(DataConfig, {name: value for name, value in config["data"].items() if name in settings})
         statistics = expected_statistics(str(config.get("model")), config.get("weights"))
-        for run in runs_of([path]):  # other labels may call its classes otherwise
-            refuse_changed(run, SimpleNamespace(data=data), "train on it as it is now")
         found.append((data, statistics))
     same = attrgetter("dataset", "data_dir", "image_size", "crop", "labels", "normalization")
     if len({(same(data), statistics) for data, statistics in found}) > 1:
         raise ArtifactError(
             "these runs are of different data sets; in int8, bfloat16 or float16 measure one data set at a time"
         )
-    return load(*found[0])
+    opened = load(*found[0])
+    for path, (data, _) in zip(paths, found, strict=True):
+        for run in runs_of(
+            [path]
+        ):  # other labels may call its classes otherwise; of other photos some may be what it learned from
+            refuse_changed(run, SimpleNamespace(data=data), "train on it as it is now", opened.photos)
+    return opened
 
 
 def example_shape(path: Path) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     found = [cell.record for cell in cells]
     refuse_used(config.directory, config, found, overwrite=config.overwrite)
     refuse_early(methods, plan, job)
-    with at_work(config, job.device, found, networks):
+    with at_work(job, found, networks):
         for cell in unfinished(cells):
             run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
     return found

@@ -66,11 +66,15 @@ def open_data(config: RunConfig, load: Load = load_dataset) -> Dataset:
 
 @contextlib.contextmanager
 def at_work(
-    config: RunConfig, device: torch.device, records: list[Path], networks: Collection[str], *, wait: bool = False
+    job: Job[RunConfig], records: list[Path], networks: Collection[str], *, wait: bool = False
 ) -> Iterator[None]:
     """The run's directory is this process's (`claim`); what is computed there repeats itself, where that is asked for."""
-    claimed = claim(config.directory, config, records=records, networks=networks, overwrite=config.overwrite, wait=wait)
-    with repeatable(config.deterministic, device), claimed:
+    config = job.config
+    claimed = claim(
+        config.directory, config, records=records, networks=networks, overwrite=config.overwrite, wait=wait,
+        photos=job.data.photos,
+    )  # fmt: skip
+    with repeatable(config.deterministic, job.device), claimed:
         yield
 
 

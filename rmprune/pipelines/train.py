@@ -37,7 +37,7 @@ def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset
     plan = plan_removal(model, job.data.train.example(2))
     if not any(block.removable for block in plan):  # known before training
         raise UnsupportedModel(nothing_to_remove({block.name: block.reason for block in plan}))
-    with at_work(config, job.device, [cell.record], {"dense", "plain"}):
+    with at_work(job, [cell.record], {"dense", "plain"}):
         dense = dense_network(job, cell)
         plain = starting_network(replace(job, teacher=dense), cell, "plain")
         removal = artifact.read_extra(root / "plain", "removal")["removal"]

@@ -31,11 +31,11 @@ class Finished(ConfigError):
 @contextlib.contextmanager
 def claim(
     directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool,
-    wait: bool = False,
+    wait: bool = False, photos: str = "",
 ) -> Iterator[None]:  # fmt: skip
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, a copy of the
-    plan, where there is one, digests of what else settings name, and while in use .lock, which keeps other processes out; `wait`: until
-    one that is at it has ended.
+    plan, where there is one, digests of what else settings name and of the photos (`photos`), and while in use .lock, which keeps other
+    processes out; `wait`: until one that is at it has ended.
 
     With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
     names of the artifacts that it may have written.
@@ -45,7 +45,7 @@ def claim(
     lock = FileLock(directory / LOCK_FILE, timeout=-1 if wait else 0)
     try:
         with _said(directory):
-            _prepare(directory, config, records, networks if overwrite else None, lock)
+            _prepare(directory, config, records, networks if overwrite else None, lock, photos)
         yield
     finally:
         lock.release()
@@ -72,8 +72,9 @@ def alone(directory: Path) -> Iterator[None]:
 
 
 def _prepare(
-    directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock
-) -> None:
+    directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock,
+    photos: str,
+) -> None:  # fmt: skip
     _holds_run(directory)  # or nothing is made there
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -86,14 +87,17 @@ def _prepare(
     sweep(directory)
     begun = _holds_run(directory)  # perhaps while this one waited
     if begun:
-        _refuse_overwriting(directory, config) if overwritten is not None else _refuse_other(directory, config, records)
+        if overwritten is not None:
+            _refuse_overwriting(directory, config)
+        else:
+            _refuse_other(directory, config, records, photos)
     plan = plan_text(config)
     if begun and overwritten is not None:
         _clear(directory, overwritten)
     write_text(directory / CONFIG_FILE, to_toml(config))  # first: it says that this is a run
     if plan is not None and not (directory / PLAN_FILE).exists():
         write_text(directory / PLAN_FILE, plan)
-    keep_digests(directory, config)
+    keep_digests(directory, config, photos)
 
 
 def _holds_run(directory: Path) -> bool:
@@ -142,7 +146,7 @@ def _clear(directory: Path, networks: Collection[str]) -> None:
             entry.unlink()
 
 
-def _refuse_other(directory: Path, config: Config, records: list[Path]) -> None:
+def _refuse_other(directory: Path, config: Config, records: list[Path], photos: str = "") -> None:
     changed = differences(from_toml(type(config), directory / CONFIG_FILE), config)
     if changed:
         raise ConfigError(
@@ -156,7 +160,7 @@ def _refuse_other(directory: Path, config: Config, records: list[Path]) -> None:
             f"{directory}: holds a run with another plan ({named_files(config)['plan']} has changed since it began); to go on copy {begun} "
             "over it, or choose another --out, or --overwrite"
         )
-    refuse_changed(directory, config)
+    refuse_changed(directory, config, photos=photos)
     if all(record.is_file() for record in records):
         raise Finished(
             f"{directory}: this run is finished; see it with `python -m rmprune report {directory}`, or --overwrite"

@@ -1,4 +1,4 @@
-"""The files that a run's settings name, beside its images: which they are, and whether they are as they were when it began."""
+"""The files that a run's settings name, its photos among them: which they are, and whether they are as they were when it began."""
 
 import contextlib
 import hashlib
@@ -11,6 +11,7 @@ from rmprune.runs.reading import parse_json, read_json, read_text
 from rmprune.runs.writing import write_text
 
 FILES = "files.json"
+PHOTOS = "photos"
 _OF_ARTIFACTS = (".json", ".safetensors")
 
 
@@ -54,19 +55,29 @@ def digests(config: Any) -> dict[str, str]:
     return found
 
 
-def keep_digests(directory: Path, config: Any) -> None:
-    """Write down in the run what its files are, unless that was done when it began."""
-    if not (directory / FILES).exists() and (now := digests(config)):
+def keep_digests(directory: Path, config: Any, photos: str = "") -> None:
+    """Write down in the run what its files are, and the digest of its photos, unless that was done when it began."""
+    now = digests(config) | ({PHOTOS: photos} if photos else {})
+    if now and not (directory / FILES).exists():
         write_text(directory / FILES, json.dumps(now, indent=1))
 
 
-def refuse_changed(directory: Path, config: Any, way: str = "choose another --out, or --overwrite") -> None:
-    """Raise ConfigError where a file that the settings name is another one than when this run began; one that is gone is not asked for."""
+def refuse_changed(
+    directory: Path, config: Any, way: str = "choose another --out, or --overwrite", photos: str = ""
+) -> None:
+    """Raise ConfigError where a file that the settings name is another one than when this run began (one that is gone is not asked for),
+    or `photos`, where they are known, are others."""
     if not (directory / FILES).is_file():
         return
     begun = read_json(directory / FILES, missing="gone", damaged="delete it to go on")
+    begun = begun if isinstance(begun, dict) else {}
+    if photos and begun.get(PHOTOS, photos) != photos:
+        raise ConfigError(
+            f"{directory}: holds a run on other photos (in {config.data.data_dir} some have come, gone, or changed class, part or size "
+            f"since it began, so that others would be drawn for its test); bring them back as they were, or {way}"
+        )
     for name, digest in digests(config).items():
-        if isinstance(begun, dict) and begun.get(name, digest) != digest:
+        if begun.get(name, digest) != digest:
             raise ConfigError(
                 f"{directory}: holds a run with another --{name} ({named_files(config)[name]} has changed since it began); bring it back "
                 f"as it was, or {way}"

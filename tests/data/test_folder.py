@@ -178,6 +178,21 @@ def test_a_csv_of_any_program(folder: Path, written: bytes) -> None:
     assert [photo.part for photo in listed] == ["train", "train", "test", "test"]
 
 
+@pytest.mark.parametrize("change", ["come", "gone", "class", "part", "size", "name"])
+def test_other_photos_are_known_by_their_digest(folder: Path, change: str) -> None:
+    before, photo = opened(folder).photos, folder / "train" / "cat" / "3.png"
+    moved = shutil.copytree(folder, folder.with_name(f"{folder.name}-moved"))
+    assert before == opened(folder).photos == opened(moved).photos
+    if change == "come":
+        save(folder / "train" / "cat" / "8.png", seed=1)
+    elif change == "size":
+        Image.new("RGB", (20, 24)).save(photo)
+    else:
+        places = {"gone": ".3.png", "class": "../dog/x.png", "part": "../../val/cat/x.png", "name": "x.png"}
+        photo.rename(photo.parent / places[change])
+    assert opened(folder).photos != before
+
+
 def test_what_systems_leave_in_folders_is_no_photo(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = list_photos(config(folder))
     for name in (

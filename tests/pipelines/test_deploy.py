@@ -89,6 +89,29 @@ def test_predict_gives_what_the_run_s_own_network_gives_for_an_image_file(kind: 
     assert "<b>" not in card and "validation images" in card and "AUC" in card
 
 
+def test_a_run_on_photos_goes_on_and_is_judged_on_the_same_ones_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run = photos(tmp_path / "photos", 8), tmp_path / "run"
+    config = TrainRunConfig("resnet8", width=4, data=data, train=UNTRAINED, measure=MEASURE, out=run)
+    photo = tmp_path / "photos" / "good|one" / "1.png"
+    other = photo.with_name("25.png")
+    with monkeypatch.context() as patched:
+        patched.setattr("rmprune.pipelines.train.finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_train(config, command="x")
+    shutil.copy(photo, other)  # the parts would be drawn anew: what was trained on might be tested on
+    with pytest.raises(
+        ConfigError, match=r"run on other photos \(in .*photos some have come.* or choose another --out"
+    ):
+        run_train(config, command="x")
+    other.unlink()
+    run_train(config, command="x")
+    photo.unlink()
+    with pytest.raises(ConfigError, match=r"run on other photos .* or train on it as it is now"):
+        deploy.run_deploy(DeployConfig(run))
+
+
 def one_test_file(data: Dataset, folder: Path) -> tuple[Path, list[Path]]:
     """The first test image as a file, and as arrays."""
     if isinstance(data.test, FolderSplit):
