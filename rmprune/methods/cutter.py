@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from rmprune.pruning.budget import resolve
 from rmprune.pruning.coupled import check_coupled, loss_gradients
 from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
-from rmprune.pruning.importance import IMPORTANCES, score_groups
+from rmprune.pruning.importance import IMPORTANCES, NothingMatters, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit
@@ -33,6 +34,7 @@ from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
 from rmprune.training.teacher import digest
 
+logger = logging.getLogger("rmprune")
 BELOW = (1.0, 0.86, 0.74)  # of what the widths of a plan cost: where a budget in time is looked for first
 ROUGH = 0.92  # of a budget in time: what takes so much is near enough to be judged by; what goes on is cut anew
 LEAST_FRACTION = 0.5  # every layer keeps at least this part of what an even cut would leave it
@@ -122,13 +124,19 @@ class Cutter:
                 prove=scores is None,
             )  # fmt: skip
         else:
-            smaller = prune(
-                here, example, importance=settings.importance if ranked is None else ranked, budget=budget,
-                data=self.job.batches if scores is None else None, cost=self.cost, rank=settings.rank,
-                which=self.method.widths, reconstruct=settings.reconstruct and scores is None,
+            cut = functools.partial(
+                prune, here, example, budget=budget, data=self.job.batches if scores is None else None, cost=self.cost,
+                rank=settings.rank, which=self.method.widths, reconstruct=settings.reconstruct and scores is None,
                 lookahead=self.lookahead, origin=origin, prove=scores is None, begin=self.begin,
                 nearest=self.place is None,
             )  # fmt: skip
+            try:
+                smaller = cut(importance=settings.importance if ranked is None else ranked)
+            except NothingMatters:
+                if network is self.network:
+                    raise
+                logger.warning("training left a network that says the same of every image; it is cut by magnitude")
+                smaller = cut(importance="magnitude")
         return smaller.cpu() if scores is not None else self.job.recentred(smaller)
 
     def check(self, *, once: bool = True) -> None:

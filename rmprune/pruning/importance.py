@@ -24,6 +24,10 @@ from rmprune.training.recentre import Moments
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
 
 
+class NothingMatters(DataError):
+    """No channel changes anything on these images."""
+
+
 def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
     """|scale| (network slimming, Liu et al. 2017), the mean over a group's batch norms times the number of its
     producers: like the cost, it adds up over the layers that lose a channel. A reserved copy's batch norm carries
@@ -160,7 +164,7 @@ def score_groups(
             raise ConfigError(f"importance of {group.name}: expected {group.units} finite numbers, got {seen}")
         checked[group.name] = score.detach().double().cpu()
     if importance in MEASURED and checked and not any(bool(score.any()) for score in checked.values()):
-        raise DataError(
+        raise NothingMatters(
             f"importance {importance!r}: every score is 0 on these images; they, or their labels, tell nothing apart"
         )
     return checked

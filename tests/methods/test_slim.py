@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters
+from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_resnet
 
 from rmprune.config import PruneConfig, TrainConfig
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import DataError, InfeasibleBudget
+from rmprune.measure import count_macs
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import slim as methods
+from rmprune.methods.cutter import make_cutter
 from rmprune.methods.slim import scaled
+from rmprune.methods.table import METHODS
 from rmprune.pipelines import slim, stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.runs import records
+from rmprune.training.job import Job
 
 IN_TIME = ("rm", "mixed", "coupled", "uniform", "inner")
 
@@ -127,3 +131,24 @@ def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
     (path,) = run_slim(replace(config, train=TrainConfig(epochs=1), out=tmp_path / "run"), command="x")
     record = records.read_record(path)
     assert record["coupled"]["params"] <= 0.7 * record["original"]["params"]
+
+
+def test_a_network_that_training_left_without_a_say_is_cut_further_all_the_same() -> None:
+    """As by a rate that is too high: it misses its budget in time, and no channel matters any more."""
+    torch.manual_seed(0)
+    network = short_resnet("", num_classes=10, in_channels=3, width=8).eval()
+    job = Job(replace(QUICK, prune=PruneConfig(latency_ratio=(0.5,), round_to=1)), noise(), torch.device("cpu"), 0)
+    cutter, budget = make_cutter(network, METHODS["residual"], job), Budget(macs_ratio=0.6)
+    half = cutter.once(network, budget)
+    with torch.no_grad():
+        half.get_parameter([name for name, _ in half.named_parameters()][-2]).zero_()
+    less = cutter.once(half, scaled(budget, 0.8))
+    assert count_macs(less, job.data.train.example(1)) < count_macs(half, job.data.train.example(1))
+
+
+def test_images_on_which_nothing_matters_at_first_are_refused() -> None:
+    network = torch.nn.Sequential(short_resnet("", num_classes=10, in_channels=3, width=8)).eval()
+    torch.nn.init.zeros_(network[0].fc.weight)
+    with pytest.raises(DataError, match="every score is 0 on these images"):
+        cutter = make_cutter(network, METHODS["residual"], Job(QUICK, noise(), torch.device("cpu"), 0))
+        cutter.once(network, Budget(macs_ratio=0.6))
