@@ -126,8 +126,8 @@ class SlimConfig(RunConfig):
     plan: Path | None = None
     """Carry out this plan (a JSON file: a choice for each block, a width for each channel group) instead of meeting a budget."""
     search_minutes: float | None = field(default=None, metadata=changeable())
-    """How long method auto looks for better plans, once it has judged the presets and the first that its surrogate proposes (default: until
-    four in a row are no better, at most a minute)."""
+    """How long method auto looks for better plans, once it has judged the presets and the first eight that its surrogate proposes (default:
+    one for every 100 validation images, up to eight, then until four in a row, or as many, are no better, at most a minute)."""
     choices: Annotated[tuple[PlannedChoice, ...], comma_separated(str)] = ()
     """What method auto may make of each residual block, comma-separated: keep, remove, fuse, merge, drop (default: any). Without keep no
     residual addition is left: for devices that cannot add."""

@@ -2,13 +2,15 @@
 
 The presets' own networks and the plans that a surrogate proposes (`rmprune.pruning.proposals`) are cut to the budget, fitted and judged as
 whole networks on validation images: first the presets' blocks with widths of the surrogate's, then what it holds best, having learned from
-all before it what its losses are worth; then plans that differ in one block from the best, while they help and the time lasts.
+all before it what its losses are worth; then plans that differ in one block from the best, while they help and the time lasts. How many
+goes by the number of validation images.
 """
 
 import functools
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -34,10 +36,13 @@ from rmprune.training import evaluate
 from rmprune.training.job import Files, Job
 
 logger = logging.getLogger("rmprune")
-PROPOSED = 8  # plans that the surrogate proposes at first,
+PROPOSED = 8  # plans that the surrogate proposes at first, at most
+TOLD_APART = 100  # and one for so many validation images: fewer do not tell more plans apart;
 APART = 4  # each, but for the presets' blocks, unlike all others in one of so many blocks
 MINUTES = 1.0  # for plans that differ in one block from the best, where no time is given for them, and
-WORSE = 4  # no longer than until so many of them in a row are no better
+WORSE = (
+    4  # no longer than until so many of them in a row are no better (or as many as were proposed, if those are fewer)
+)
 AROUND = (1.0, 0.93)  # of what plans before were cut to, of what their widths cost: where that of a plan is looked for
 FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
@@ -75,17 +80,23 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     started = time.monotonic()
     network = job.here(network)
     outlook = look(network, budget, job)
-    surrogate = propose(outlook, job, files)
-    unpruned = remembered(
-        files.note("losses"), "unpruned", lambda: evaluate(network, job.data.validation, device=job.device).loss
-    )
     note = files.note("plans")
     known = read_notes(note)
     plans: dict[str, dict[str, Any]] = known.get("plans", {})
     took, judged_before = float(known.get("took", 0.0)), len(read_notes(files.note("candidates")))
     seconds, minutes = float(known.get("seconds", 0.0)), job.config.search_minutes
     whole = 60 * (MINUTES if minutes is None else minutes)
+    wanted = PROPOSED if minutes is not None else min(PROPOSED, len(job.data.validation) // TOLD_APART)
     lasted: list[float] = []  # seconds that each plan took
+
+    @functools.cache
+    def surrogate() -> Proposals:
+        return propose(outlook, job, files)
+
+    @functools.cache
+    def unpruned() -> float:
+        found = functools.partial(evaluate, network, job.data.validation, device=job.device)
+        return remembered(files.note("losses"), "unpruned", lambda: found().loss)
 
     @functools.lru_cache(maxsize=1)
     def carried_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -112,8 +123,8 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         one = {name: functools.partial(cutter, name)}
         now = dict(verdicts) | dict(judge(one, budget, job, files, refusals=refusals))
         lasted.append(time.monotonic() - begun)
-        to_come = max(0, PROPOSED - len(plans)) * sum(lasted) / len(lasted)
-        for_changes = whole - seconds - (lasted[-1] if len(plans) > PROPOSED else 0.0)
+        to_come = max(0, wanted - len(plans)) * sum(lasted) / len(lasted)
+        for_changes = whole - seconds - (lasted[-1] if len(plans) > wanted else 0.0)
         _tell(files, name, plans[name], now[name], to_come + max(0.0, for_changes))
         return now
 
@@ -128,15 +139,15 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     def taught() -> Proposals:
         """The surrogate, having learned from what plans turned out to lose."""
         found = losses(verdicts)
-        pairs = [(plan["parts"], found[n] - unpruned) for n, plan in plans.items() if n in found and "parts" in plan]
+        pairs = [(plan["parts"], found[n] - unpruned()) for n, plan in plans.items() if n in found and "parts" in plan]
         belief = learned([parts for parts, _ in pairs], [loss for _, loss in pairs])
         logger.info("%s: its losses count %s", files.label, ", ".join(f"{k} x {v:.2f}" for k, v in belief.items()))
-        return surrogate.believing(belief)
+        return surrogate().believing(belief)
 
     def first() -> Iterator[tuple[Proposal, str]]:
         for name, preset in allowed.items():
             near = _blocks(preset, outlook.options)
-            if (found := surrogate.best(outlook.limit, near=near, changes=0, other_than=tried())) is not None:
+            if (found := surrogate().best(outlook.limit, near=near, changes=0, other_than=tried())) is not None:
                 yield found, f"the blocks of {name}"
         for apart in (max(1, len(outlook.options) // APART), 1):
             while (found := taught().best(outlook.limit, other_than=tried(), apart=apart)) is not None:
@@ -150,13 +161,16 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     presets = {name: functools.partial(_cutter, preset, starts, job, budget) for name, preset in allowed.items()}
     refusals: dict[str, Refusal] = {}
     verdicts = judge(presets, budget, job, files, refusals=refusals)
+    if not losses(verdicts):
+        wanted = PROPOSED  # no preset meets the budget
     for name in [name for name in plans if name not in verdicts]:  # an interrupted search left it
         verdicts = judged(name)
-    for found, why in itertools.islice(first(), max(0, PROPOSED - len(plans))):
+    for found, why in itertools.islice(first(), max(0, wanted - len(plans))):
         verdicts = add(found, why)
     if not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)
-    while seconds < whole and (minutes is not None or _no_better(verdicts, list(plans)[PROPOSED:]) < WORSE):
+    worse = math.inf if minutes is not None else min(WORSE, wanted)
+    while seconds < whole and _no_better(verdicts, list(plans)[wanted:]) < worse:
         begun, leader = time.monotonic(), best(verdicts)
         centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(preset_of(leader), outlook.options)
         proposed = taught().best(outlook.limit, near=centre, other_than=tried())

@@ -192,6 +192,23 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     assert again["search"] == found["search"] and found["search"]["seconds"] > 0  # nothing was looked for again
 
 
+@pytest.mark.parametrize("images", [144, 100])
+def test_so_many_plans_as_validation_images_tell_apart(
+    images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "TOLD_APART", images)
+    monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "uniform")})
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)
+    if images == 144:
+        monkeypatch.setattr(auto, "propose", lambda *_: pytest.fail("what blocks and widths lose is not asked for"))
+    prune, none = PruneConfig(macs_ratio=(0.5,), round_to=1), TrainConfig(epochs=0)
+    config = replace(QUICK, method=("auto",), prune=prune, train=none, finetune=none, out=tmp_path)
+    (path,) = run_slim(config, command="x")
+    validation = len(load_dataset(config.data).validation)
+    plans = [name for name in records.read_record(path)["pruned"]["candidates"] if name.startswith("plan-")]
+    assert validation == 143 and bool(plans) == (images == 100)
+
+
 def test_plans_keep_to_the_choices_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 1)
     monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm-collapse")})
