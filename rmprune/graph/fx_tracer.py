@@ -1,6 +1,7 @@
 """torch.fx's tracer, helped by the sizes of the example inputs where it cannot go on, and the refusal where that is no help either."""
 
 import contextlib
+import itertools
 import linecache
 import operator
 import traceback
@@ -34,7 +35,7 @@ class Tracer(fx.Tracer):
     """fx's tracer. With `inputs` it runs the network without values on the way, so that sizes and numbers made of them decide.
 
     decided: the places where sizes did; what is traced then holds for these sizes only. autocast: where the code enters it. frozen: where
-    it stops gradients (no_grad and its kin, detach).
+    it stops gradients (no_grad and its kin, detach) of what is trained.
     """
 
     inputs: tuple[Tensor, ...] | None = None
@@ -47,11 +48,15 @@ class Tracer(fx.Tracer):
         self.decided: dict[str, None] = {}
         self.autocast: dict[str, None] = {}
         self.frozen: dict[str, None] = {}
-        self.without = False  # whether the last node was made where gradients are off
+        self.without: str | None = None  # where gradients were switched off, if the last node was made without them
+        self.parameters: set[str] = set()  # their names, and those of all modules around them
+        self.learned: set[fx.Node] = set()  # tensors that depend on them
         self.values: dict[fx.Node, Any] = {}
         self.sized: set[fx.Node] = set()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        for name, _ in root.named_parameters(remove_duplicate=False):
+            self.parameters.update(itertools.accumulate(name.split("."), "{}.{}".format))
         with _near_patches(list(root.modules())), torch.enable_grad():  # so that only the code itself switches them off
             return super().trace(root, concrete_args)
 
@@ -83,12 +88,23 @@ class Tracer(fx.Tracer):
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
-        before, self.without = self.without, not torch.is_grad_enabled()
-        if (self.without and not before) or node.target in _DETACHES:
-            self.frozen[self.place() or node.name] = None
+        if torch.is_grad_enabled():
+            self.without = None
+        elif self.without is None:
+            self.without = self.place() or node.name
+        if self._learns(node):
+            self.learned.add(node)
+            if self.without or node.target in _DETACHES:
+                self.frozen[self.without or self.place() or node.name] = None
         if self.inputs is not None and kind != "output":
             self._know(node)
         return node
+
+    def _learns(self, node: fx.Node) -> bool:
+        """Whether a node gives a tensor that depends on a parameter, frozen or not."""
+        own = node.op in ("call_module", "get_attr") and str(node.target) in self.parameters
+        of_sizes = node.target in _SIZES or (node.target is getattr and node.args[1] != "T")
+        return own or (not of_sizes and any(source in self.learned for source in node.all_input_nodes))
 
     @torch.no_grad()
     def _know(self, node: fx.Node) -> None:

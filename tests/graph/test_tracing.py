@@ -434,6 +434,22 @@ class Detached(Frozen):
         return self.head(self.conv(x) + x)
 
 
+class DetachedInput(Frozen):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = torch.relu(self.stem(x.detach() - 0.5))
+        return self.head(self.conv(x) + x)
+
+
+class SizesApart(Frozen):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        with self.begin():
+            x = 2 * x
+        x = torch.relu(self.stem(x))
+        with self.begin():
+            size = (x.shape[0], x.size(1) * 1, *x.shape[2:])
+        return self.head((self.conv(x) + x).reshape(size))
+
+
 class DetachedInPlace(Detached):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         x = torch.relu(self.stem(x))
@@ -455,6 +471,8 @@ def test_detaching_in_place_is_kept() -> None:
         *((Frozen(begin), place < 3) for place, begin in enumerate(FROZEN)),
         (DecoratedStem(torch.no_grad), True),
         (Detached(torch.no_grad), True),
+        (DetachedInput(torch.no_grad), False),
+        (SizesApart(torch.no_grad), False),
     ],
 )
 def test_gradients_that_the_result_does_not_stop_are_said(
@@ -469,7 +487,7 @@ def test_gradients_that_the_result_does_not_stop_are_said(
         caplog.clear()
         pruned = rmprune.prune(net, X, importance="magnitude", budget=rmprune.Budget(ratio=0.5))
         assert type(pruned) is type(net) and not caplog.records
-    if not isinstance(net, Detached):  # which a file cannot hold
+    if not isinstance(net, Detached | DetachedInput):  # which a file cannot hold
         warn_of_left_out.cache_clear()
         rmprune.save(net, tmp_path / "net", example_inputs=X)
         assert len(caplog.records) == off
