@@ -45,11 +45,7 @@ WORSE = (
 )
 AROUND = (1.0, 0.93)  # of what plans before were cut to, of what their widths cost: where that of a plan is looked for
 FREE = Method("a plan's blocks, the widths by importance")
-PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates} | {
-    "uniform": Method(
-        "as uniform, its layers fitted anew as all plans' are", widths="uniform", settings={"gradual": False}
-    )
-}
+PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates}
 
 
 @dataclass(frozen=True)

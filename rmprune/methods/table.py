@@ -115,9 +115,9 @@ METHODS: dict[str, Method] = {
     "residual": Method("residuals kept, otherwise exactly as rm: the share of the result that RM is responsible for"),
     "inner": Method("residuals kept and streams untouched (as in ThiNet), otherwise as rm", widths="inner"),
     "uniform": Method(
-        "residuals kept, the same fraction of every layer, its best channels by the importance given, one cut",
+        "residuals kept, the same fraction of every layer, its best channels by the importance given, one cut, its layers fitted anew",
         widths="uniform",
-        settings={"gradual": False, "reconstruct": False},
+        settings={"gradual": False},
     ),
     "scratch": Method(
         "the network at a smaller width, the largest within the budget, trained from nothing for all epochs of training and fine-tuning",

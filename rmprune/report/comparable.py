@@ -36,7 +36,7 @@ _NOT_PRUNED = {
 """Settings that are not read where no channel is cut; what is trained from nothing reads of fine-tuning how long it takes."""
 _FIXED = {
     "rm-slimming": ("gradual", "reconstruct", "importance", "rank"),
-    "uniform": ("gradual", "reconstruct"),
+    "uniform": ("gradual",),
     **dict.fromkeys(_TORCH_PRUNING, ("gradual", "importance")),
 }
 """Settings of `prune` that methods set themselves."""
