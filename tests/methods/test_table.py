@@ -37,7 +37,7 @@ BEFORE: dict[str, dict[str, Any]] = {  # name: directory of the network that it 
     "coupled-norm": {"start": "dense", "pruner": "torch-pruning", "settings": ONE_CUT | {"importance": "magnitude"}},
     "residual": {"start": "dense"},
     "inner": {"start": "dense", "widths": "inner"},
-    "uniform": {"start": "dense", "widths": "uniform", "settings": ONE_CUT},
+    "uniform": {"start": "dense", "widths": "uniform", "settings": ONE_CUT},  # not fitted until 4963b67
 }
 SINCE = {"auto", "plan", "rm-v1", "scratch", "depth", "coupled-isomorphic"}
 BLOCKS = ["layer1.0", "layer2.0", "layer3.0"]
