@@ -66,19 +66,9 @@ def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS)
         shape = (3, config.image_size, config.image_size)
         weights = _weights(labels[0], len(classes)) if config.balance else None
         return Dataset(
-            config.dataset,
-            len(classes),
-            shape,
-            train,
-            validation,
-            test,
-            config,
-            classes,
-            statistics,
-            weights,
-            depth,
+            config.dataset, len(classes), shape, train, validation, test, config, classes, statistics, weights, depth,
             photos,
-        )
+        )  # fmt: skip
     source = READERS[config.dataset](config.data_dir)
     held_back, kept = split_train(source.train.labels, config)
     trained = Images(*(tensor[kept] for tensor in source.train))

@@ -40,9 +40,7 @@ PROPOSED = 8  # plans that the surrogate proposes at first, at most
 TOLD_APART = 100  # and one for so many validation images: fewer do not tell more plans apart;
 APART = 4  # each, but for the presets' blocks, unlike all others in one of so many blocks
 MINUTES = 1.0  # for plans that differ in one block from the best, where no time is given for them, and
-WORSE = (
-    4  # no longer than until so many of them in a row are no better (or as many as were proposed, if those are fewer)
-)
+WORSE = 4  # no longer than until so many in a row are no better, or as many as were proposed, if those are fewer
 AROUND = (1.0, 0.93)  # of what plans before were cut to, of what their widths cost: where that of a plan is looked for
 FREE = Method("a plan's blocks, the widths by importance")
 PRESETS: dict[str, Method] = {name: METHODS[name] for name in METHODS["auto"].candidates}

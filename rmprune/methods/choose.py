@@ -12,6 +12,7 @@ from rmprune.methods.cutter import Cutter
 from rmprune.methods.refuse import Refusal, refusal
 from rmprune.methods.slim import met
 from rmprune.pruning import Budget
+from rmprune.pruning.importance import NothingMatters
 from rmprune.runs.notes import read_notes, write_text
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job
@@ -48,8 +49,9 @@ def judge(
             verdicts[name] = {"loss": loss}
             if cutter.begin is not None and cutter.place is not None:
                 verdicts[name]["of_widths"] = getattr(cut_to, cut_to.name) / cutter.begun
-        except (InfeasibleBudget, UnsupportedModel) as error:
-            refused[name], verdicts[name] = error, {"refused": str(error)}
+        except (InfeasibleBudget, UnsupportedModel, NothingMatters) as error:
+            reason = UnsupportedModel(str(error)) if isinstance(error, NothingMatters) else error
+            refused[name], verdicts[name] = reason, {"refused": str(error)}
         if losses(verdicts):  # where none can, the same command tries all again
             write_text(file, json.dumps(verdicts))
     if refusals is None and not losses(verdicts):

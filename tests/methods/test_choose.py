@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from slim_runs import QUICK, by_parameters, convolutions
+from slim_runs import QUICK, by_parameters, convolutions, noise, short_resnet
 
 import rmprune
 from rmprune.config import PruneConfig, TrainConfig
@@ -132,3 +132,13 @@ def test_one_candidate_that_meets_the_budget_is_enough(tmp_path: Path, monkeypat
     with pytest.raises(InfeasibleBudget, match=r"no candidate of mixed-auto can be had: residual: .*; rm: "):
         run_slim(replace(config, prune=prune, out=tmp_path / "no"), command="x")
     assert not (tmp_path / "no").exists()
+
+
+def test_a_candidate_that_says_the_same_of_every_image_is_refused_and_others_go_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    lively, dead = (short_resnet("", num_classes=10, in_channels=3, width=8).eval() for _ in range(2))
+    torch.nn.init.zeros_(dead.fc.weight)
+    job, budget = Job(QUICK, noise(), torch.device("cpu"), 0), Budget(macs_ratio=0.6)
+    makes = {name: partial(make_cutter, own, METHODS["residual"], job) for name, own in (("a", dead), ("b", lively))}
+    found = judge(makes, budget, job, Files.of(tmp_path, "auto"))
+    assert "every score is 0" in found["a"]["refused"] and found["b"]["loss"] > 0
