@@ -1,5 +1,5 @@
 """What the paper claims of GPUs, measured in one go on one, without a network: every part is stopped when its time is up, all
-parts of a kit before nine minutes. It has not run on a GPU yet.
+parts of a kit before nine minutes.
 
     python experiments/gpu.py                                  # the parts of the kit "fashion", into reports/gpu
     python experiments/gpu.py --parts solar --solar-dir DIR    # that of the kit "solar" (experiments/gpu.sh)

@@ -15,8 +15,7 @@ PAPER = 1.36  # times MobileNetV2's images per second, the least of the paper's 
 LOOP = 5.0  # times a plain loop's images per second
 OURS = ("auto", "rm-amc", "rm")
 RIVALS = ("residual-amc", "coupled", "coupled-taylor")
-
-
+NO_TIME = ("no time was left", "time was up")
 PARTS = ("exactness", "speed", "additions", "training", "accuracy", "solar")
 
 
@@ -58,11 +57,13 @@ def complete(rows: pd.DataFrame) -> pd.DataFrame:
 
 def speed_figure(rows: pd.DataFrame) -> "plt.Figure":
     """Speed over the original by form, a bar for each backend, a panel for each network and batch size."""
-    panels = list(rows.groupby(["network", "batch_size"], sort=False))
+    panels, backends = list(rows.groupby(["network", "batch_size"], sort=False)), list(rows.backend.unique())
     figure, axes = plt.subplots(len(panels), 1, figsize=(10, 2.6 * len(panels)), squeeze=False)
     for axis, ((network, batch), part) in zip(axes[:, 0], panels, strict=True):
         table = part.pivot_table(index="form", columns="backend", values="speed_up", sort=False)
-        table.plot.bar(ax=axis, rot=0, width=0.8, legend=axis is axes[0, 0])
+        colours = [f"C{backends.index(backend)}" for backend in table.columns]
+        table.plot.bar(ax=axis, rot=0, width=0.8, color=colours, legend=False)
+        axis.legend(ncols=len(colours), loc="lower left", fontsize="small")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=f"{network}, batch {batch}", ylabel="times as fast", xlabel="")
     figure.tight_layout()
@@ -181,8 +182,10 @@ def heading(folder: Path) -> list[str]:
         lines += [
             f"- `{run['command']}` on {place}; torch {versions['torch']}, Python {versions['python']}; seconds: "
             + ", ".join(f"{name} {took:g}" for name, took in run["seconds"].items()),
-            *(f"  - left out: {what}" for what in run["left_out"]),
+            *(f"  - left out: {what}" for what in run["left_out"] if not what.endswith(NO_TIME)),
         ]
+        if short := sum(what.endswith(NO_TIME) for what in run["left_out"]):
+            lines.append(f"  - left out because the time was up: {short} measurements")
     return lines
 
 

@@ -4,6 +4,8 @@ Values are computed on the CPU, so results can be compared with the CPU's; what 
 `pretended_gpu` an operation of tensors from different places fails as it would on a GPU, and what would make the processor wait for the
 GPU, or copy between them, is noted with the line of ours that did it. Graphs are recorded and replayed operation by operation.
 
+What multiplies float32 while TF32 is allowed, as convolutions are unless a program says otherwise, is noted too.
+
 Stock torch code that asks where a tensor is, from within an operation, is told `cpu`: only ours is looked at.
 """
 
@@ -30,15 +32,24 @@ WAITS = {  # their results' sizes or values are needed by the processor
     *("equal", "is_nonzero", "_linalg_check_errors", "repeat_interleave"),
 }
 
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
+ROUNDED: dict[str, Callable[[], bool]] = {
+    "convolution": lambda: torch.backends.cudnn.allow_tf32,
+    **dict.fromkeys(PRODUCTS, lambda: torch.backends.cuda.matmul.allow_tf32),
+}
+"""Whether a GPU may round the factors now, by the name of the operation."""
+
 STOCK = ("torch/nn/utils/clip_grad.py", "torch/utils/_foreach_utils.py")
 
 
 class Places:
-    """Which storages lie on the GPU; and `noted`: (what, line of the package) of every wait and every copy between places."""
+    """Which storages lie on the GPU; and `noted`: (what, line of the package) of every wait and every copy between places; `rounded`: the
+    lines that had float32 factors rounded to TF32's."""
 
     def __init__(self) -> None:
         self.on_gpu: dict[int, StorageWeakRef] = {}  # a weak reference keeps the address from being used again
         self.noted: list[tuple[str, str]] = []
+        self.rounded: list[str] = []
 
     def of(self, tensor: Tensor) -> torch.device:
         """Where a tensor is."""
@@ -54,11 +65,16 @@ class Places:
                     self.on_gpu[storage._cdata] = StorageWeakRef(storage)
 
     def note(self, what: str) -> None:
-        """Add a wait or a copy, with the innermost line of the package that asked for it."""
-        frame = sys._getframe(1)
-        while frame.f_back is not None and not frame.f_code.co_filename.startswith(PACKAGE):
-            frame = frame.f_back
-        self.noted.append((what, f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"))
+        """Add a wait or a copy, with the line that asked for it."""
+        self.noted.append((what, innermost()))
+
+
+def innermost() -> str:
+    """The line of the package that is at work."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -84,6 +100,9 @@ class Operations(TorchDispatchMode):
             device = self.mixed(name, args, here)
         if there and (name in WAITS or (name.startswith("index") and any(t.dtype == torch.bool for t in there))):
             self.places.note(f"wait: {name}")
+        allowed = ROUNDED.get(name.removesuffix("_backward"))
+        if there and allowed is not None and allowed() and all(t.dtype == torch.float32 for t in there):
+            self.places.rounded.append(innermost())
         result = func(*args, **kwargs)
         own = {t.untyped_storage()._cdata for t in given}
         self.places.put([t for t in tensors(result) if t.untyped_storage()._cdata not in own], device)

@@ -26,6 +26,7 @@ from rmprune.graph.foreign import plain_module, refuse_weights
 from rmprune.graph.inputs import Inputs, as_tuple, trial
 from rmprune.graph.relative_error import relative_error
 from rmprune.graph.run import evaluating
+from rmprune.graph.tf32 import tf32
 from rmprune.onnx.export import export_onnx
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import whole
@@ -36,6 +37,7 @@ _FORMAT = "rmprune-artifact"
 _ALIKE = 1e-3  # relative, in the network's own dtype: far above what a kernel rounds otherwise
 
 
+@tf32(False, "cuda")
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -19,7 +19,8 @@ _PLACES: tuple[tuple[Any, str, Any, Any], ...] = (
 def tf32(allowed: bool, device: torch.device | str) -> Iterator[None]:
     """Whether float32 convolutions and matrix products on a GPU may round their factors to TF32's 10 bits; put back after.
 
-    Nothing on another device.
+    Nothing on another device. Convolutions are rounded unless a program says otherwise, so whatever compares, fits or scores networks
+    stands under `@tf32(False, "cuda")` where it is called from outside.
     """
     if torch.device(device).type != "cuda":
         yield

@@ -23,6 +23,7 @@ from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.graph.shapes import to_double
+from rmprune.graph.tf32 import tf32
 from rmprune.pruning.one_convolution import (
     Change,
     Ending,
@@ -63,6 +64,7 @@ class Collapse:
     note: str = ""
 
 
+@tf32(False, "cuda")
 def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] | None = ()) -> Collapse:
     """Each residual block's branch of several layers as one convolution, with a batch norm after it. `model` is left alone.
 

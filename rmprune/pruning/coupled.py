@@ -22,6 +22,7 @@ from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
+from rmprune.graph.tf32 import tf32
 from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.budget import Budget, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
@@ -45,6 +46,7 @@ COUPLED_IMPORTANCES = {
 """{name: class of Torch-Pruning's}. The package is imported where it is needed: it takes half a second."""
 
 
+@tf32(False, "cuda")
 def prune_coupled(
     model: M,
     example_inputs: Inputs,

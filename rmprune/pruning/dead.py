@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rmprune.errors import NotEquivalent
 from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs
+from rmprune.graph.tf32 import tf32
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.constants import Constants, add_to_bias, find_constants, is_padded, response, to_be_trained
 from rmprune.pruning.find_groups import find_structure
@@ -34,6 +35,7 @@ class Folded:
     constants: Constants
 
 
+@tf32(False, "cuda")
 def fold_dead_channels(
     model: M, example_inputs: Inputs, *, limits: Budget | None = None, structure: Structure | None = None
 ) -> M:

@@ -19,6 +19,7 @@ from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with
 from rmprune.errors import ConfigError, UnsupportedModel, first_line, out_of_memory
 from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.graph.shapes import floating_dtype
+from rmprune.graph.tf32 import tf32
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
 from rmprune.pruning.allocate import allocate, allocate_uniform
@@ -42,6 +43,7 @@ BEYOND = 0.9  # of the budget: whoever gets less, because channels were dead, is
 logger = logging.getLogger("rmprune")
 
 
+@tf32(False, "cuda")
 def prune(
     plain: M,
     example_inputs: Inputs,

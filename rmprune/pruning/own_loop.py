@@ -9,6 +9,7 @@ from rmprune.config import TrainConfig
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import Inputs, as_given
+from rmprune.graph.tf32 import tf32
 from rmprune.pruning.budget import Budget, refuse_no_budget
 from rmprune.pruning.followed import followed
 from rmprune.pruning.gradual import GradualPruner
@@ -51,6 +52,7 @@ class Pruner:
     True
     """
 
+    @tf32(False, "cuda")
     def __init__(
         self,
         model: nn.Module,
@@ -103,6 +105,7 @@ class Pruner:
         """Whether the budget is met and no further cut comes."""
         return self._hook.done
 
+    @tf32(False, "cuda")
     def step(self) -> bool:
         """Take up the gradients of the step just made, and cut where it is time; True where `model` is another module now.
 

@@ -20,6 +20,7 @@ from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.shapes import to_double
+from rmprune.graph.tf32 import tf32
 from rmprune.removal.forms import FORMS
 from rmprune.removal.rewrite import Plan, remove_all
 
@@ -64,6 +65,7 @@ class Removal:
         return f"<p>{said}</p>{self.blocks._repr_html_()}"
 
 
+@tf32(False, "cuda")
 def remove_residuals(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
@@ -128,6 +130,7 @@ def remove_residuals(
     return Removal(result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen, network.note))))
 
 
+@tf32(False, "cuda")
 def plan_removal(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     margin: float = 0.5, input_range: tuple[float, float] = (-math.inf, math.inf),

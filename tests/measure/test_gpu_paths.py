@@ -272,6 +272,7 @@ def test_graphs_are_timed_and_layers_tabled_where_the_network_goes(tmp_path: Pat
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # what torch.compile itself calls
 @pytest.mark.parametrize("backend", [name for name, entry in BACKENDS.items() if "cuda" in entry.devices])
 def test_on_a_gpu_every_backend_computes_the_network(backend: str) -> None:
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rmprune
 from rmprune.amc.scoring import Scorer, ScoringSettings, importance_order
 from rmprune.amc.space import Limits, Space
+from rmprune.graph.tf32 import tf32
 from rmprune.measure.candidate import Candidate, Setting
 from rmprune.measure.torch_backends import eager
 from rmprune.pruning import Budget, find_structure, prune_coupled
@@ -84,6 +85,22 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 def test_results_are_the_cpu_s(name: str) -> None:
     build, call = CALLS[name]
     assert same(call(build(), images(8), batches(1)), on_gpu(call, build()))
+
+
+PUBLIC = {name: CALLS[name] for name in ("removal", "collapse", "fitted", "coupled", "batch_norm")}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_nothing_is_rounded_whatever_the_program_allows(name: str) -> None:
+    build, call = PUBLIC[name]
+    with tf32(True, "cuda"), pretended_gpu() as places:
+        model, x = build().float().to("cuda"), images(8).float().to("cuda")
+        model(x)
+        assert places.rounded
+        places.rounded.clear()
+        call(model, x, [(x, batches(1)[0][1].to("cuda"))])
+        assert not places.rounded
+        assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("name", MEASURED)

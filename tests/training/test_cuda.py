@@ -1,6 +1,7 @@
 """On a GPU, where there is one: what `fake_device` stands in for elsewhere."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,17 +17,23 @@ from rmprune.training import loop as training_loop
 pytestmark = pytest.mark.cuda
 
 
+def say_what_waits(mode: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Within a training step whatever waits for the GPU is an error."""
     whole = training_loop._Training.train_step
 
     def watched(self: Any, *batch: Any) -> None:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            say_what_waits("error")
             whole(self, *batch)
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            say_what_waits("default")
 
     monkeypatch.setattr(training_loop._Training, "train_step", watched)
     yield
