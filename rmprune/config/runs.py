@@ -132,7 +132,8 @@ class SlimConfig(RunConfig):
     """What method auto may make of each residual block, comma-separated: keep, remove, fuse, merge, drop (default: any). Without keep no
     residual addition is left: for devices that cannot add."""
     skip_infeasible: bool = field(default=False, metadata=changeable())
-    """At budgets that a method cannot meet, as measured, compare without it and say so in the record (default: refuse the run)."""
+    """At budgets that a method cannot meet, as measured, compare without it and say so in the record; a budget that none can meet is left
+    out (default: refuse the run)."""
     seeds: int = 1
     """How many seeds, each with a training of its own."""
     checkpoint: Path | None = None

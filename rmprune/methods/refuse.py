@@ -32,9 +32,11 @@ def check_budgets(
     """Raise before any training: InfeasibleBudget where limits forbid a budget, UnsupportedModel where a method has nothing to work on.
 
     Networks may have any weights. Of a method's candidates one that can do it is enough; with `skip_infeasible` one method is enough
-    for a budget. `searches`: {method: what raises where it finds nothing}; candidates of one are looked at for budgets in time alone.
+    for a budget, and one budget for the run. `searches`: {method: what raises where it finds nothing}; candidates of one are looked at
+    for budgets in time alone.
     """
     least: dict[str, float] = {}
+    none: list[Refusal] = []
     for budget in budgets:
         refusals: dict[str, Refusal] = {}
         for name, method in methods.items():
@@ -48,7 +50,9 @@ def check_budgets(
                 skip(name, error, job.config)
                 refusals[name] = error
         if len(refusals) == len(methods):
-            raise refusal("no method can be had", refusals)
+            none.append(refusal("no method can be had", refusals))
+            if len(none) == len(budgets):
+                raise none[0]
 
 
 def _check_any(

@@ -5,6 +5,7 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import MeasureConfig, SlimConfig
 from rmprune.data.load import Load, load_dataset
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget, MissedBudget
 from rmprune.graph.tf32 import tf32
 from rmprune.measure import check_available, count_macs
 from rmprune.methods import auto, depth, outlook, scratch
@@ -50,6 +51,8 @@ from rmprune.runs.directory import refuse_used
 from rmprune.runs.records import RENAMED
 from rmprune.training.job import Files, Job, tune
 
+logger = logging.getLogger("rmprune")
+
 
 def run_slim(config: SlimConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the main job and return the records. Goes on where an interrupted run of the same settings was."""
@@ -70,10 +73,19 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     found = [cell.record for cell in cells]
     refuse_used(config.directory, config, found, overwrite=config.overwrite)
     refuse_early(methods, plan, job)
+    refused: list[InfeasibleBudget] = []
     with at_work(job, found, networks):
         for cell in unfinished(cells):
-            run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
-    return found
+            try:
+                run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
+            except InfeasibleBudget as error:
+                if isinstance(error, MissedBudget) or not config.skip_infeasible:
+                    raise
+                logger.warning("%s %g, seed %d, is left out: %s", cell.kind, cell.value, cell.seed, error)
+                refused.append(error)
+    if len(refused) == len(cells):
+        raise refused[0]
+    return [record for record in found if record.exists()]
 
 
 def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[SlimConfig]) -> None:

@@ -67,8 +67,18 @@ def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     build_report(tmp_path / "run", tmp_path / "report", "x")
     page = (tmp_path / "report" / "index.html").read_text()
     assert "short_resnet (width 4)" in page and "macs 0.15: without inner, as macs_ratio 0.15" in page
+    alone = replace(config, method=("inner",), skip_infeasible=True)
+    (wide,) = run_slim(replace(alone, out=tmp_path / "inner"), command="x")
+    assert (
+        "macs_ratio-0.35" in str(wide)
+        and "macs_ratio 0.15, seed 0, is left out: no method can be had: inner" in caplog.text
+    )
+    assert not any((tmp_path / "inner").rglob("*0.15*/inner"))
+    (again,) = run_slim(replace(alone, out=tmp_path / "inner"), command="x")
+    assert again == wide
+    narrow_alone = replace(alone, prune=replace(prune, macs_ratio=(0.15, 0.14)), out=tmp_path / "no")
     with pytest.raises(InfeasibleBudget, match=r"no method can be had: inner: macs_ratio 0\.15"):
-        run_slim(replace(config, method=("inner",), skip_infeasible=True, out=tmp_path / "no"), command="x")
+        run_slim(narrow_alone, command="x")
     assert not (tmp_path / "no").exists()
 
 
