@@ -121,7 +121,7 @@ class Cutter:
             smaller = prune_coupled(
                 here, example, importance=settings.importance, isomorphic=self.method.isomorphic, budget=budget,
                 data=self.job.batches, gradients=self.gradients if network is self.network else None, origin=origin,
-                prove=scores is None,
+                prove=scores is None, reconstruct=settings.reconstruct and scores is None,
             )  # fmt: skip
         else:
             cut = functools.partial(
@@ -147,9 +147,9 @@ class Cutter:
         settings = self.settings
         if self.coupled:
             check_coupled(self.network, self.structure, settings.importance, self.example)
-            return
-        two = self.job.with_loss(list(self.job.data.train.batches(2, device=self.job.device, limit=2)))
-        IMPORTANCES[settings.importance](self.network, self.structure, two)
+        else:
+            two = self.job.with_loss(list(self.job.data.train.batches(2, device=self.job.device, limit=2)))
+            IMPORTANCES[settings.importance](self.network, self.structure, two)
         if settings.reconstruct and (once or not settings.gradual):
             with fitting():
                 read_program(self.network, self.structure, self.example)

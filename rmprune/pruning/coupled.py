@@ -26,10 +26,11 @@ from rmprune.graph.tf32 import tf32
 from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.budget import Budget, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Structure, device_of
+from rmprune.pruning.groups import Group, Structure, device_of
 from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, own_tensors, price
-from rmprune.pruning.one_shot import check_outputs
+from rmprune.pruning.one_shot import check_outputs, fitting, fitting_images
 from rmprune.pruning.prove import prove_slices
+from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import note_cut, note_kept
 from rmprune.training.convolutions import TrainableConvolutions
 
@@ -61,6 +62,7 @@ def prune_coupled(
     origin: Mapping[str, int] | None = None,
     attempts: int = 14,
     prove: bool = True,
+    reconstruct: bool = False,
 ) -> M:
     """A new network pruned globally by Torch-Pruning with its group-aware `importance` (batch_norm, taylor,
     magnitude).
@@ -70,7 +72,8 @@ def prune_coupled(
     tell. `taylor` needs `data`: (images, labels) batches whose gradients are summed, or those that `loss` takes, as in `prune`; or
     these `gradients` themselves (`loss_gradients`), where one network is cut several times. `origin`: units that limits refer to,
     where the network was cut before. `prove`: the cut is compared with the whole network in float64
-    (`rmprune.pruning.prove`; NotEquivalent where it is wrong). The result has `rmprune_facts`, as that of `prune`.
+    (`rmprune.pruning.prove`; NotEquivalent where it is wrong). `reconstruct`: then every layer is fitted to the uncut network's on `data`,
+    as in `prune`. The result has `rmprune_facts`, as that of `prune`.
 
     Raises InfeasibleBudget if limits forbid the budget, UnsupportedModel where the
     importance has nothing to go by, or where Torch-Pruning cannot follow the network.
@@ -81,6 +84,8 @@ def prune_coupled(
         raise ConfigError(
             f"importance 'taylor' is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
         )
+    if reconstruct and data is None:
+        raise ConfigError("reconstruct fits layers on training images; give some as data")
     data = with_loss(data, loss)
     model, given = as_given(model, example_inputs)  # type: ignore[assignment]
     example_inputs = only_input(given, "coupled pruning")
@@ -126,8 +131,18 @@ def prune_coupled(
         )
     _, pruned, slices = best
     error = prove_slices(model, pruned, slices, example_inputs, "Torch-Pruning's cut") if prove else None
+    kept = _kept(model, structure, slices)
+    if reconstruct:
+        keep = {group.name: _units(group, kept) for group in structure.groups}
+        with fitting():
+            fitted = refit(model, structure, keep, fitting_images(data or (), model)).train(model.training)
+            if {name: t.shape for name, t in fitted.state_dict().items()} != {
+                name: t.shape for name, t in pruned.state_dict().items()
+            }:
+                raise UnsupportedModel("Torch-Pruning cut what is no group of channels here")
+        pruned = fitted
     check_outputs(model, pruned, example_inputs)
-    note_kept(pruned, model, _kept(model, structure, slices))
+    note_kept(pruned, model, kept)
     note_cut(pruned, model, structure, error)
     return pruned  # type: ignore[return-value]
 
@@ -143,6 +158,12 @@ def _kept(model: nn.Module, structure: Structure, slices: Mapping[str, Slices]) 
                 if dim == output_dim(module, name):
                     masks[member.layer] = torch.zeros(member.size, dtype=torch.bool).index_fill(0, index.cpu(), True)
     return masks
+
+
+def _units(group: Group, kept: Mapping[str, Tensor]) -> Tensor:
+    """Which units of a group stay, by the output channels that its producers keep: those of which nothing went."""
+    sides = [kept[member.layer][member.index].flatten(1).all(1) for member in group.members if member.side == "out"]
+    return torch.stack(sides).all(0)
 
 
 def _followed(model: nn.Module, structure: Structure) -> Structure:

@@ -1,5 +1,6 @@
 """The coupled baseline by Torch-Pruning: our budgets and limits held, streams pruned together, outputs untouched."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.pruning import Budget, coupled, find_structure, prune_coupled
+from rmprune.pruning.coupled import COUPLED_IMPORTANCES
 
 
 @pytest.mark.parametrize(("importance", "ratio"), [("batch_norm", 0.6), ("taylor", 0.3), ("magnitude", 0.6)])
@@ -26,6 +28,54 @@ def test_macs_budget_is_hard_and_nearly_used(importance: str, ratio: float) -> N
     assert torch.equal(pruned[1].conv1.weight, model[1].conv1.weight[rows][:, columns])
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     assert all(p.grad is None for p in (*model.parameters(), *pruned.parameters()))
+
+
+def inverted() -> nn.Module:
+    """A residual around a depthwise layer."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d
+    inner = [
+        nn.Conv2d(8, 24, 1, bias=False),
+        norm(24),
+        nn.ReLU6(),
+        nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False),
+        norm(24),
+    ]
+    block = Shortcut(nn.Sequential(*inner, nn.ReLU6(), nn.Conv2d(24, 8, 1, bias=False), norm(8)))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU6(), block, *head).double().eval()
+
+
+class Shortcut(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = x + self.branch(x)
+        return found
+
+
+@pytest.mark.parametrize("importance", COUPLED_IMPORTANCES)
+@pytest.mark.parametrize("build", [residual, inverted])
+def test_layers_may_be_fitted_to_the_whole_network_s(build: Callable[[], nn.Module], importance: str) -> None:
+    """The same channels as without, whose outputs come nearer; nothing changes where nothing goes."""
+    model, data = build(), [(images(64), torch.arange(64) % 5)]
+    x = data[0][0]
+    with torch.no_grad():
+        model.train()(x)  # statistics of what comes in
+        expected = model.eval()(x)
+        cut, fitted = (
+            prune_coupled(
+                model, x[:2], importance=importance, budget=Budget(macs_ratio=0.6), data=data, reconstruct=reconstruct
+            )
+            for reconstruct in (False, True)
+        )
+        errors = [float((net(x) - expected).square().mean()) for net in (cut, fitted)]
+    assert errors[1] < 0.7 * errors[0]
+    assert {n: t.shape for n, t in fitted.state_dict().items()} == {n: t.shape for n, t in cut.state_dict().items()}
+    kept = [net.rmprune_facts["kept"] for net in (cut, fitted)]
+    assert kept[0] == kept[1] and fitted.rmprune_facts["cut_error"] < 1e-9
 
 
 def test_limits_and_multiples() -> None:
