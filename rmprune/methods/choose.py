@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rmprune.config import SlimConfig
-from rmprune.errors import InfeasibleBudget, UnsupportedModel
+from rmprune.errors import InfeasibleBudget, NotEquivalent, UnsupportedModel
 from rmprune.methods.cutter import Cutter
 from rmprune.methods.refuse import Refusal, refusal
 from rmprune.methods.slim import met
@@ -49,9 +49,12 @@ def judge(
             verdicts[name] = {"loss": loss}
             if cutter.begin is not None and cutter.place is not None:
                 verdicts[name]["of_widths"] = getattr(cut_to, cut_to.name) / cutter.begun
-        except (InfeasibleBudget, UnsupportedModel, NothingMatters) as error:
-            reason = UnsupportedModel(str(error)) if isinstance(error, NothingMatters) else error
-            refused[name], verdicts[name] = reason, {"refused": str(error)}
+        except (InfeasibleBudget, UnsupportedModel) as error:
+            refused[name], verdicts[name] = error, {"refused": str(error)}
+        except (NothingMatters, NotEquivalent) as error:  # others may be sound
+            if isinstance(error, NotEquivalent):
+                logger.warning("%s is left out, its proof failed: %s", name, error)
+            refused[name], verdicts[name] = UnsupportedModel(str(error)), {"refused": str(error)}
         if losses(verdicts):  # where none can, the same command tries all again
             write_text(file, json.dumps(verdicts))
     if refusals is None and not losses(verdicts):

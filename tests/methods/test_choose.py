@@ -13,7 +13,7 @@ from slim_runs import QUICK, by_parameters, convolutions, noise, short_resnet
 import rmprune
 from rmprune.config import PruneConfig, TrainConfig
 from rmprune.data.load import load_dataset
-from rmprune.errors import ArtifactError, InfeasibleBudget, UnsupportedModel
+from rmprune.errors import ArtifactError, InfeasibleBudget, NotEquivalent, UnsupportedModel
 from rmprune.measure.place import Place
 from rmprune.methods.choose import Verdicts, best, judge
 from rmprune.methods.cutter import Cutter, make_cutter
@@ -70,7 +70,9 @@ def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: py
     assert convolutions(rmprune.load(tmp_path / "run" / "mixed-auto")) == 3  # rm has 5
 
 
-def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Path) -> None:
+def test_candidates_are_judged_once_and_on_validation_images_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = replace(QUICK, method=("mixed-auto",), out=tmp_path)
     data = load_dataset(config.data)
     dense = slim.make_dense(config, data, 0)
@@ -83,6 +85,8 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
     def start(name: str) -> Cutter:
         if name == "rm":
             raise UnsupportedModel("not this one")
+        if name == "rm-collapse":
+            raise NotEquivalent("outputs differ")
         method = METHODS[name]
         return make_cutter(starting(dense, method.start, job.examples)[0], method, job)
 
@@ -92,6 +96,7 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(tmp_path: Pat
 
     found = verdicts(start)
     assert found["rm"] == {"refused": "not this one"} and best(found) != "rm"
+    assert found["rm-collapse"] == {"refused": "outputs differ"} and "its proof failed: outputs differ" in caplog.text
     assert split.loaded <= len(data.train) + 2 * len(found)  # besides once an example or two for each network
     cutter = make_cutter(dense, METHODS["residual"], job)
     residual = cutter.once(dense, cutter.floored(budget))
