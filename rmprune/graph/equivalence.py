@@ -18,7 +18,6 @@ from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
 from rmprune.graph.relative_error import check_inputs, depends, double_tensors, relative_error
 from rmprune.graph.run import run
-from rmprune.graph.tf32 import tf32
 
 
 def maps_error(
@@ -88,10 +87,9 @@ def own_dtype_error(
             for t, one in zip(double_tensors(expected), double_tensors(base), strict=False)
         ]
         try:
-            with tf32(False, target.device):
-                own, found = (
-                    relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
-                )
+            own, found = (
+                relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
+            )
         except RuntimeError as error:
             refuse_stuck(twin, result, image)
             return None, f"not compared in {target.dtype} on {target.device}, where it does not run: {error}"

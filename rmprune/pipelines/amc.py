@@ -24,7 +24,6 @@ from rmprune.artifact.describe import describe
 from rmprune.config import AmcConfig
 from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError
-from rmprune.graph.tf32 import tf32
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
 from rmprune.pipelines.narrower import narrower
@@ -56,7 +55,6 @@ logger = logging.getLogger("rmprune")
 GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
 
 
-@tf32(False, "cuda")
 def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the whole job and return the records. Goes on where an interrupted run of the same settings was."""
     for name in config.method:

@@ -27,7 +27,6 @@ from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.graph.copied import copied
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import as_given
-from rmprune.graph.tf32 import tf32
 from rmprune.measure.backends import reduced
 from rmprune.pipelines.slim import run_job
 from rmprune.pipelines.stages import pick_device
@@ -110,7 +109,6 @@ class Slimmed:
         return self.table.to_html(float_format=lambda value: f"{value:.3f}", border=0)
 
 
-@tf32(False, "cuda")
 def slim(
     model: nn.Module,
     train: Iterable[Any],

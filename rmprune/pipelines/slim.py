@@ -19,7 +19,6 @@ from rmprune.artifact.describe import describe
 from rmprune.config import MeasureConfig, SlimConfig
 from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget, MissedBudget
-from rmprune.graph.tf32 import tf32
 from rmprune.measure import check_available, count_macs
 from rmprune.methods import auto, depth, outlook, scratch
 from rmprune.methods.choose import best, judge
@@ -61,7 +60,6 @@ def run_slim(config: SlimConfig, *, command: str, load: Load = load_dataset) -> 
     return run_job(Job(config, open_data(config, load), device, config.seed), command=command)
 
 
-@tf32(False, "cuda")
 def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     """The same for data that are open already, and perhaps a network that was trained elsewhere."""
     config = job.config

@@ -24,6 +24,7 @@ from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError
 from rmprune.graph.copied import copied
 from rmprune.graph.outline import outline
+from rmprune.graph.tf32 import tf32
 from rmprune.measure import (
     activation_memory,
     calibration_images,
@@ -68,13 +69,14 @@ def open_data(config: RunConfig, load: Load = load_dataset) -> Dataset:
 def at_work(
     job: Job[RunConfig], records: list[Path], networks: Collection[str], *, wait: bool = False
 ) -> Iterator[None]:
-    """The run's directory is this process's (`claim`); what is computed there repeats itself, where that is asked for."""
+    """The run's directory is this process's (`claim`); what is computed there is in full float32, and repeats itself
+    where that is asked for."""
     config = job.config
     claimed = claim(
         config.directory, config, records=records, networks=networks, overwrite=config.overwrite, wait=wait,
         photos=job.data.photos,
     )  # fmt: skip
-    with repeatable(config.deterministic, job.device), claimed:
+    with repeatable(config.deterministic, job.device), tf32(False, job.device), claimed:
         yield
 
 

@@ -8,7 +8,6 @@ from rmprune.artifact.describe import describe
 from rmprune.config import TrainRunConfig
 from rmprune.data.load import Load, load_dataset
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.tf32 import tf32
 from rmprune.measure import check_available
 from rmprune.pipelines.stages import (
     at_work,
@@ -26,7 +25,6 @@ from rmprune.runs.directory import refuse_used
 from rmprune.training.job import Job
 
 
-@tf32(False, "cuda")
 def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
     """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
     root = config.directory

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rmprune.graph.tf32 import tf32
 from rmprune.pruning.calibration import Calibrator, Cut, Fitted, Fitting
 from rmprune.pruning.groups import Keep, Structure, device_of
 from rmprune.pruning.program import Op, Program, read_program
@@ -21,7 +20,7 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     dtype = images.dtype if images.is_floating_point() else torch.float32
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
     program = read_program(model, structure, images).unshared()
-    with torch.inference_mode(), tf32(False, device_of(model)):
+    with torch.inference_mode():
         order = torch.channels_last if images.dim() == 4 else None
         x = images.to(device_of(model), memory_format=order)
         calibrator.measure_reference(program, x)

@@ -22,9 +22,7 @@ _OWN = {
 """Settings that rows are told apart by, or that do not change a network."""
 _BY_SEED = frozenset({"checkpoint", "data.labels", "data.split_seed"})
 """Settings that may differ where seeds do: each seed starts from a training of its own, on a split of its own."""
-_UNREAD = frozenset(
-    f"prune.{name}" for name in ("gradual", "reconstruct", "cuts", "cut_fraction", "score_decay", "cost", "rank")
-)
+_UNREAD = frozenset(f"prune.{name}" for name in ("gradual", "cuts", "cut_fraction", "score_decay", "cost", "rank"))
 _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-isomorphic", "coupled-norm")
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _RESIDUALS_STAY = (*_TORCH_PRUNING, "residual", "inner", "uniform", "scratch")

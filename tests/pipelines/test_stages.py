@@ -16,10 +16,11 @@ from rmprune.cli import main
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
+from rmprune.graph.tf32 import tf32
 from rmprune.models import create
 from rmprune.pipelines import measure
 from rmprune.pipelines.slim import run_slim
-from rmprune.pipelines.stages import dense_network, finish, make_dense, starting_network
+from rmprune.pipelines.stages import at_work, dense_network, finish, make_dense, starting_network
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.writing import LOCK_FILE
@@ -139,6 +140,15 @@ def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tm
     assert "input_shape" not in mine and "method" not in record["plain"]
     alone = finish(job, Cell(0, "", 0.0, tmp_path, tmp_path), "python", networks, methods=["mine"])
     assert not {"budget", "refused"} & set(records.read_record(alone)) and records.read_record(alone)["removal"] is None
+
+
+def test_no_product_is_rounded_in_a_run_whatever_the_program_allows(data: Dataset, tmp_path: Path) -> None:
+    """All pipelines, and the cells of a grid, work within `at_work`."""
+    job = Job(SlimConfig(prune=PruneConfig(macs_ratio=(0.5,)), out=tmp_path / "run"), data, torch.device("cuda"), 0)
+    with tf32(True, "cuda"):
+        with at_work(job, [], ()):
+            assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def test_a_run_of_before_a_renaming_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

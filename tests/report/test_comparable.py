@@ -95,7 +95,7 @@ def test_settings_that_a_method_does_not_read_may_differ_and_methods_say_which()
     for name, method in METHODS.items():
         plain = method.start == "dense" and not (method.candidates or method.faster) and name not in ("plan", "depth")
         assert differ(name, read, "removal") != plain, name
-        for setting in ("importance", "gradual"):
+        for setting in ("importance", "gradual", "reconstruct"):
             fixed = setting in method.settings or method.scratch or method.depth
             assert differ(name, ({setting: "a"}, {setting: "b"}), "prune") != fixed, (name, setting)
     assert differ("auto", ({"search": "a"}, {"search": "b"}), "finetune")
