@@ -55,6 +55,7 @@ class Arguments:
     dataset: str = "fashion-mnist"
     train_images: int = 20_000
     """A fixed part of the training images."""
+    batch_size: int = DataConfig().batch_size
     macs_ratio: float = 0.08
     """The budget of every plan."""
     round_to: int = 4
@@ -81,6 +82,20 @@ class Candidate:
     cut: Callable[[], nn.Module]
     before: float
     blocks: str
+
+
+def job_of(arguments: Arguments) -> Job[SlimConfig]:
+    """What all cuts and trainings take: settings, images, the trained network as teacher."""
+    prune = PruneConfig(macs_ratio=(arguments.macs_ratio,), round_to=arguments.round_to)
+    tuning = TrainConfig(epochs=arguments.epochs, learning_rate=0.06, warmup_epochs=1.0, distillation=0.5)
+    images = DataConfig(dataset=arguments.dataset, train_images=arguments.train_images, batch_size=arguments.batch_size)
+    config = SlimConfig(
+        model=arguments.model, width=arguments.width, prune=prune, finetune=tuning, data=images, out=arguments.work,
+        search_minutes=arguments.minutes,
+    )  # fmt: skip
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    dense, memory = artifact.load(arguments.dense).eval(), arguments.work / "teacher"
+    return Job(config, load_dataset(images), torch.device("cpu"), arguments.seed, teacher=dense, memory=memory)
 
 
 def candidates(arguments: Arguments, job: Job[SlimConfig]) -> list[Candidate]:
@@ -126,16 +141,7 @@ def measured(one: Candidate, arguments: Arguments, job: Job[SlimConfig]) -> dict
 
 def main(arguments: Arguments) -> None:
     """Search, train, compare."""
-    prune = PruneConfig(macs_ratio=(arguments.macs_ratio,), round_to=arguments.round_to)
-    tuning = TrainConfig(epochs=arguments.epochs, learning_rate=0.06, warmup_epochs=1.0, distillation=0.5)
-    images = DataConfig(dataset=arguments.dataset, train_images=arguments.train_images)
-    config = SlimConfig(
-        model=arguments.model, width=arguments.width, prune=prune, finetune=tuning, data=images, out=arguments.work,
-        search_minutes=arguments.minutes,
-    )  # fmt: skip
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    dense, memory = artifact.load(arguments.dense).eval(), arguments.work / "teacher"
-    job = Job(config, load_dataset(images), torch.device("cpu"), arguments.seed, teacher=dense, memory=memory)
+    job = job_of(arguments)
     rows, every = [], candidates(arguments, job)
     for one in reversed(every) if arguments.backwards else every:
         note = arguments.work / f"{one.name}.json"

@@ -21,7 +21,7 @@ from rmprune.training.loggers import SINKS
 from rmprune.training.precision import autocast
 from rmprune.training.refuse import check_trainable, one_value
 from rmprune.training.state import Hook
-from rmprune.training.statistics import measure_statistics
+from rmprune.training.statistics import images_for_statistics, measure_statistics
 from rmprune.training.step import Stepping
 
 _FINITE_CHECK_STEPS = 50  # on a GPU, between steps: every look at the loss waits for it
@@ -210,6 +210,7 @@ class _Training(Stepping):
 
     def measure_statistics(self) -> None:
         """Batch norms forget the weights of earlier steps; every process does the same with the same images."""
+        images = images_for_statistics(len(self.data.train), last=self.state.step >= self.state.total_steps)
         batches = self.data.train.batches(
             self.data.config.batch_size,
             device=self.device,
@@ -218,7 +219,7 @@ class _Training(Stepping):
         )
         with autocast(self.config.precision, self.device):
             try:
-                measure_statistics(self.state.model, batches, self.loss)
+                measure_statistics(self.state.model, batches, self.loss, images)
             except ValueError as error:
                 raise one_value(error, self.label) from error
 

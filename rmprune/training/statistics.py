@@ -14,12 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rmprune.data.batches import Loss
 from rmprune.training.precision import ask
 
-MOST_IMAGES = 1024  # that they are measured on, in whole batches
+MOST_IMAGES, LEAST_IMAGES = 1024, 256  # that they are measured on, in whole batches
+
+
+def images_for_statistics(images: int, *, last: bool) -> int:
+    """How many of this many training images are enough: after the last epoch MOST_IMAGES; before, a quarter, so that it costs little."""
+    return MOST_IMAGES if last else min(MOST_IMAGES, max(LEAST_IMAGES, images // 4))
 
 
 @torch.no_grad()
-def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Loss | None = None) -> None:
-    """Give the batch norms of `model`, in place, the mean and variance that the first MOST_IMAGES of these have on average by batch (Wu
+def measure_statistics(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Loss | None = None, images: int = MOST_IMAGES
+) -> None:
+    """Give the batch norms of `model`, in place, the mean and variance that the first `images` of these have on average by batch (Wu
     and Johnson 2021).
 
     `batches`: (x [B, C, ...], y) as a split yields them, on the model's device; with a `loss` of one's own, that runs the model on y.
@@ -38,7 +45,7 @@ def measure_statistics(model: nn.Module, batches: Iterable[tuple[Tensor, Any]], 
         for x, y in batches if momenta else ():
             ask(model, x) if loss is None else loss(model, y)
             seen += len(x)
-            if seen >= MOST_IMAGES:
+            if seen >= images:
                 break
     finally:
         for norm, momentum in momenta:

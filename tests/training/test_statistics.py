@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from rmprune import Budget, prune, remove_residuals
 from rmprune.config import DataConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.models import create
-from rmprune.training import evaluate, fit
+from rmprune.training import evaluate, fit, loop
 from rmprune.training.recentre import recentre
-from rmprune.training.statistics import measure_statistics
+from rmprune.training.statistics import images_for_statistics, measure_statistics
 
 
 def test_statistics_are_the_mean_of_those_of_the_batches() -> None:
@@ -80,6 +81,19 @@ def test_an_epoch_ends_with_the_statistics_of_its_weights(make: Callable[[], nn.
         assert expected.running_mean is not None and expected.running_var is not None
         assert ((found.running_mean - expected.running_mean).abs() < 0.1 * expected.running_var.sqrt()).all()
         assert ((found.running_var / expected.running_var).log().abs() < 0.2).all()
+
+
+def test_they_cost_a_quarter_of_a_pass_before_the_last_epoch(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def note(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+        measure_statistics(*arguments)
+
+    monkeypatch.setattr(loop, "measure_statistics", note)
+    fit(resnet(), digits, dataclasses.replace(ONE_EPOCH, epochs=2), seed=0, progress=False)
+    assert asked == [len(digits.train) // 4, 1024]
+    assert [images_for_statistics(n, last=False) for n in (60, 1_025, 1_200, 60_000)] == [256, 256, 300, 1024]
 
 
 def test_an_epoch_of_fine_tuning_never_jumps(digits: Dataset) -> None:
