@@ -17,6 +17,7 @@ from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, each_argument
 from rmprune.graph.network import Network, in_words
 from rmprune.graph.run import Values, node_value, run
+from rmprune.graph.tensors import all_tensors
 
 M = TypeVar("M", bound=nn.Module)
 _NORMS = {2: (nn.BatchNorm1d,), 3: (nn.BatchNorm1d,), 4: (nn.BatchNorm2d,), 5: (nn.BatchNorm3d,)}
@@ -42,15 +43,9 @@ def _empty(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
-def floating_dtype(module: nn.Module) -> torch.dtype:
-    """That of its first tensor of floating point; float32 where there is none."""
-    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
-    return next((t.dtype for t in tensors), torch.float32)
-
-
 def on_meta(module: M) -> M:
     """A copy whose parameters and buffers have no values."""
-    return copied(module, {id(tensor): blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
+    return copied(module, {id(tensor): blank(tensor) for tensor in all_tensors(module)})
 
 
 def to_run(module: M, dtype: torch.dtype | None = None) -> M:
@@ -76,11 +71,6 @@ def blank(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     else:
         empty = torch.empty_like(tensor, device="meta", dtype=dtype)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def to_double(x: Tensor) -> Tensor:
-    """In float64 where it is of floating point, on the CPU."""
-    return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
 
 
 def _value(network: Network, node: fx.Node, values: Values) -> Any:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rmprune.graph.copied import copied
-from rmprune.pruning.groups import Keep, Structure, device_of, layer_masks
+from rmprune.graph.tensors import device_of
+from rmprune.pruning.groups import Keep, Structure, layer_masks
 from rmprune.pruning.layers import SizedLayer, Slices
 from rmprune.pruning.positions import Positions, outputs_at, patches_at, sample_positions
 from rmprune.pruning.program import Op, Program

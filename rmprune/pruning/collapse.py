@@ -22,7 +22,7 @@ from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
-from rmprune.graph.shapes import to_double
+from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.one_convolution import (
     Change,

@@ -19,12 +19,13 @@ from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import device_of, own_tensors
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.budget import Budget, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Group, Structure, device_of
-from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, own_tensors, price
+from rmprune.pruning.groups import Group, Structure
+from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, price
 from rmprune.pruning.one_shot import check_outputs, fitting, fitting_images
 from rmprune.pruning.prove import prove_slices
 from rmprune.pruning.refit import refit
@@ -114,7 +115,7 @@ def prune_coupled(
         if least_cost(structure, budget, target.cost, origin) > target.limit:
             raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
         raise InfeasibleBudget(
-            f"coupled pruning: {budget.name} {getattr(budget, budget.name):g} was met by no cut of Torch-Pruning, which leaves or ties "
+            f"coupled pruning: {budget.name} {budget.value:g} was met by no cut of Torch-Pruning, which leaves or ties "
             "more channels than these limits ask for; use another method"
         )
     _, pruned, slices = best

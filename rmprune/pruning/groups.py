@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.run import evaluating, hooked
+from rmprune.graph.tensors import device_of, tensors_in
 from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs, price
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
@@ -82,15 +82,10 @@ class Group:
         return tuple(m for m in self.members if m.side == "in")
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a network computes: the device of its first parameter or buffer."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
-        return [x for x in tree_leaves(model(*as_tuple(model, example_inputs))) if isinstance(x, Tensor)]
+        return tensors_in(model(*as_tuple(model, example_inputs)))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_pass, loss_par
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating, hooked
-from rmprune.pruning.groups import Group, Scores, Structure, device_of, member_values, zero_scores
+from rmprune.graph.tensors import device_of
+from rmprune.pruning.groups import Group, Scores, Structure, member_values, zero_scores
 from rmprune.pruning.layers import by_input, by_output, channel_rows, weight_of
 from rmprune.training.recentre import Moments
 

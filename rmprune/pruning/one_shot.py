@@ -18,7 +18,7 @@ from rmprune.config.fields import require_types
 from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with_loss
 from rmprune.errors import ConfigError, UnsupportedModel, first_line, out_of_memory
 from rmprune.graph.inputs import Inputs, as_given, only_input
-from rmprune.graph.shapes import floating_dtype
+from rmprune.graph.tensors import floating_dtype
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
@@ -175,7 +175,7 @@ def prune(
     ):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name, target.as_ratio(budget, spent), getattr(budget, budget.name),
+            budget.name, target.as_ratio(budget, spent), budget.value,
         )  # fmt: skip
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:

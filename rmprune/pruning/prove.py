@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.copied import copied
@@ -27,6 +26,7 @@ from rmprune.graph.foreign import reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.run import hooked
+from rmprune.graph.tensors import named_tensors, tensors_in
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
@@ -158,8 +158,8 @@ def _take_over(whole: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices
         else:
             tensor.copy_(part)
 
-    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-    for name, part in (*smaller.named_parameters(), *smaller.named_buffers()):
+    tensors = named_tensors(whole)
+    for name, part in named_tensors(smaller).items():
         try:
             put(tensors[name], slices.get(name, ()), part)
         except (KeyError, RuntimeError) as error:
@@ -188,7 +188,7 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str
     found: dict[str, Tensor] = {}
 
     def keep(name: str, value: Any) -> None:
-        for place, tensor in enumerate(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+        for place, tensor in enumerate(tensors_in(value)):
             found[f"{name} {place}"] = tensor.clone()
 
     counts: Counter[str] = Counter()
@@ -217,7 +217,7 @@ def _silenced(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
 
 def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tensor], Tensor], *, columns: bool) -> None:
     """Puts `value(what goes)` in the place of what goes of each tensor, in place: its columns, or its rows."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     for name, own in slices.items():
         layer, _, tensor = name.rpartition(".")
         rows = output_dim(model.get_submodule(layer), tensor)

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rmprune.graph.tensors import device_of
 from rmprune.pruning.calibration import Calibrator, Cut, Fitted, Fitting
-from rmprune.pruning.groups import Keep, Structure, device_of
+from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.surgery import shrink
 

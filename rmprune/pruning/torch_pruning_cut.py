@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import named_tensors
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.layers import Slices
 
@@ -79,8 +80,9 @@ def cut_at(
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    both = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor for name, tensor in both if tensor.dim() and tensor.is_floating_point()}
+    return {
+        name: tensor for name, tensor in named_tensors(model).items() if tensor.dim() and tensor.is_floating_point()
+    }
 
 
 def _renumbered(twin: nn.Module, model: nn.Module) -> dict[str, Slices]:
