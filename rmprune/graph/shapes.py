@@ -16,8 +16,8 @@ from rmprune.graph.convolution import plain, positions
 from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, each_argument
 from rmprune.graph.network import Network, in_words
-from rmprune.graph.run import Values, node_value, run
-from rmprune.graph.tensors import all_tensors
+from rmprune.graph.run import Values, evaluating, hooked, node_value, run
+from rmprune.graph.tensors import all_tensors, device_of
 
 M = TypeVar("M", bound=nn.Module)
 _NORMS = {2: (nn.BatchNorm1d,), 3: (nn.BatchNorm1d,), 4: (nn.BatchNorm2d,), 5: (nn.BatchNorm3d,)}
@@ -32,6 +32,20 @@ def propagate_shapes(network: Network, example_inputs: tuple[Tensor, ...]) -> No
             node.meta["shape"], node.meta["floating"] = tuple(value.shape), value.is_floating_point()
         else:
             node.meta.pop("shape", None)
+
+
+def record_shapes(model: nn.Module, example_inputs: Tensor, kinds: Any) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """{layer: (input shape, output shape)} of the layers of these kinds that run, for one example; its first use where there are two."""
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes.setdefault(name, (inputs[0].shape, output.shape))
+
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+    hooks = (module.register_forward_hook(partial(record, name)) for name, module in found)
+    with hooked(hooks), evaluating(model), torch.no_grad():
+        model(example_inputs[:1].to(device_of(model)))
+    return shapes
 
 
 def blank_inputs(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -119,11 +119,9 @@ def _run_cell(cell: Cell, plan: SlimPlan | None, job: Job[AmcConfig], command: s
     dense = dense_network(job, cell)
     job = replace(job, teacher=dense, memory=cell.shared / "checkpoint" / "teacher")
     networks: dict[str, nn.Module] = {"original": dense}
-    removal: dict[str, Any] | None = None
     bases = {"dense": dense}
     if any(AMC_METHODS[name].start == "plain" for name in config.method):
         networks["plain"] = bases["plain"] = starting_network(job, cell, "plain")
-        removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
     if plan is not None:
         bases["planned"] = _planned(plan, job, cell)
     timing = None
@@ -135,7 +133,7 @@ def _run_cell(cell: Cell, plan: SlimPlan | None, job: Job[AmcConfig], command: s
         work: Callable[..., Any] = _narrow if AMC_METHODS[name].search is None else functools.partial(_slim, base)
         made = functools.partial(work, name, goal, job, cell)
         networks[name] = stage(cell.directory / name, made, onnx=example[:1])
-    finish(job, cell, command, networks, methods=list(config.method), removal=removal)
+    finish(job, cell, command, networks, methods=list(config.method))
 
 
 def _planned(plan: SlimPlan, job: Job[AmcConfig], cell: Cell) -> nn.Module:

@@ -8,7 +8,6 @@ group), so that free and coupled pruning are compared with the same importance, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.graph.run import evaluating, hooked
-from rmprune.graph.tensors import device_of, tensors_in
-from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs, price
+from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import tensors_in
+from rmprune.pruning.layers import Cost, SizedLayer, macs, price
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
 MemberSide = Literal["out", "in", "tied", "size", "zero"]
@@ -185,20 +184,6 @@ def with_ports(structure: Structure) -> Structure:
         for x in structure.layers
     )
     return Structure(structure.groups, tuple(layers), structure.frozen)
-
-
-def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example; its first use where there are two."""
-    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
-
-    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        shapes.setdefault(name, (inputs[0].shape, output.shape))
-
-    weighted = ((name, module) for name, module in model.named_modules() if isinstance(module, Weighted))
-    hooks = (module.register_forward_hook(partial(record, name)) for name, module in weighted)
-    with hooked(hooks), evaluating(model), torch.no_grad():
-        model(example_inputs[:1].to(device_of(model)))
-    return shapes
 
 
 def inner_only(structure: Structure) -> Structure:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_pass, loss_parts
+from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, loss_parts, watch_passes
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating, hooked
@@ -115,9 +115,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
             own.add(channel_rows(x, layer).T)
 
     hooks = (layer.register_forward_hook(partial(record, name)) for name, layer in consumers.items())
-    with hooked(hooks), evaluating(model), torch.no_grad():
-        for run in each_pass(data, model):
-            run()
+    watch_passes(data, model, hooks)
     scores = zero_scores(structure)
     for group in structure.groups:
         for member in group.consumers:

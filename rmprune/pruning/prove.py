@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import NotEquivalent
+from rmprune.errors import NotEquivalent, first_line
 from rmprune.graph.copied import copied
 from rmprune.graph.double import in_double
 from rmprune.graph.foreign import reference_copy
@@ -122,7 +122,7 @@ def _error(
     try:
         found = _run(smaller, images, maps)
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
-        return float("inf"), f"the smaller network does not run: {str(error).splitlines()[0][:200]}", True
+        return float("inf"), f"the smaller network does not run: {first_line(error)}", True
     expected, base = _run(silent, images, maps), _run(silent, base_inputs(given), maps)
     alike = [key for key, value in expected.items() if key in found and found[key].shape == value.shape and key in base]
     if len(alike) < len(found) and not maps:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import Precision
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, first_line
 from rmprune.graph.tensors import floating_dtype
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.machine import BFLOAT16, has_instruction
@@ -51,6 +51,6 @@ def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        raise ConfigError(f"{str(error).splitlines()[0]}; leave --deterministic out") from error
+        raise ConfigError(f"{first_line(error)}; leave --deterministic out") from error
     finally:
         torch.use_deterministic_algorithms(before)
