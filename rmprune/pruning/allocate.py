@@ -10,15 +10,13 @@ from torch import Tensor
 
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.budget import Budget, Target, allowed_widths, even_widths, resolve
-from rmprune.pruning.groups import Keep, Structure, total_cost
+from rmprune.pruning.groups import Keep, Structure, mask_of, total_cost
 from rmprune.pruning.layers import Cost, channels, macs, price
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` largest scores; of equal ones, the first stay."""
-    mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[torch.argsort(scores.cpu(), descending=True, stable=True)[:count]] = True
-    return mask
+    return mask_of(len(scores), torch.argsort(scores.cpu(), descending=True, stable=True)[:count])
 
 
 class Meter:

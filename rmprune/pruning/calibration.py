@@ -102,6 +102,10 @@ class Calibrator:
         self._wanted: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
 
+    def ready(self, images: Tensor) -> Tensor:
+        """The images where the network is, in the order of memory that its convolutions are fastest in."""
+        return images.to(device_of(self.model), memory_format=torch.channels_last if images.dim() == 4 else None)
+
     def measure_reference(self, program: Program, x: Tensor) -> None:
         """Run the unpruned network on the calibration images and note what the policies are compared with; say what cannot be fitted."""
         if shared := list(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rmprune.data.batches import OWN_LOSS, Batches, Loss, loss_parts, with_loss
+from rmprune.data.batches import Batches, Loss, loss_parts, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs, as_given, only_input
@@ -24,11 +24,12 @@ from rmprune.graph.tf32 import tf32
 from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.budget import Budget, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Group, Structure
+from rmprune.pruning.groups import Group, Structure, mask_of
+from rmprune.pruning.importance import need_data
 from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, price
 from rmprune.pruning.one_shot import check_outputs, fitting, fitting_images
 from rmprune.pruning.prove import prove_slices
-from rmprune.pruning.refit import refit
+from rmprune.pruning.refit import refit, refuse_no_images
 from rmprune.pruning.surgery import note_cut, note_kept
 from rmprune.pruning.torch_pruning_cut import COUPLED_IMPORTANCES, cut_at, following
 from rmprune.training.convolutions import TrainableConvolutions
@@ -69,12 +70,9 @@ def prune_coupled(
     """
     if importance not in COUPLED_IMPORTANCES:
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
-    if importance == "taylor" and data is None and gradients is None:
-        raise ConfigError(
-            f"importance 'taylor' is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
-        )
-    if reconstruct and data is None:
-        raise ConfigError("reconstruct fits layers on training images; give some as data")
+    if importance == "taylor" and gradients is None:
+        need_data(data, importance)
+    refuse_no_images(reconstruct, data)
     data = with_loss(data, loss)
     model, given = as_given(model, example_inputs)  # type: ignore[assignment]
     example_inputs = only_input(given, "coupled pruning")
@@ -145,7 +143,7 @@ def _kept(model: nn.Module, structure: Structure, slices: Mapping[str, Slices]) 
         for name, _ in own_tensors(module):
             for dim, index in slices.get(f"{member.layer}.{name}", ()):
                 if dim == output_dim(module, name):
-                    masks[member.layer] = torch.zeros(member.size, dtype=torch.bool).index_fill(0, index.cpu(), True)
+                    masks[member.layer] = mask_of(member.size, index)
     return masks
 
 

@@ -128,6 +128,11 @@ def total_cost(structure: Structure, cost: Cost = macs) -> float:
     return sum(price(cost, layer, layer.cin, layer.cout) for layer in structure.layers)
 
 
+def mask_of(size: int, index: Tensor) -> Tensor:
+    """Bool mask [size] on the CPU, True at these indices."""
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, index.cpu(), True)
+
+
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     """{(layer or place, "out", "in", "size" or "zero"): bool mask over its channels}, for everything that loses something or could.
     Checks `keep`.

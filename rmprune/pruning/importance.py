@@ -106,7 +106,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     that read it, over the standard deviation of what the layer puts out (the mean is no loss: it can be folded
     into the bias). Summed in squares over consumers.
     """
-    data = _need(batches, "activation")
+    data = need_data(batches, "activation")
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     moments = {name: (Moments(), Moments()) for name in consumers}
 
@@ -132,6 +132,15 @@ IMPORTANCES: Mapping[str, Importance] = {
 }
 MEASURED = ("taylor", "taylor_squared", "activation")
 """Those that need images."""
+
+
+def need_data(batches: Batches | None, importance: str) -> Batches:
+    """The batches that an importance is measured on. Raises ConfigError where there are none."""
+    if batches is None:
+        raise ConfigError(
+            f"importance {importance!r} is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
+        )
+    return batches
 
 
 def score_groups(
@@ -188,14 +197,6 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def _need(batches: Batches | None, name: str) -> Batches:
-    if batches is None:
-        raise ConfigError(
-            f"importance {name!r} is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
-        )
-    return batches
-
-
 @contextmanager
 def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """The inputs of these modules, each as a view of its own, so that a gradient belongs to one consumer."""
@@ -212,7 +213,7 @@ def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
 
 def _effects(model: nn.Module, structure: Structure, batches: Batches | None, name: str) -> Iterator[dict[str, Tensor]]:
     """For each batch: {group: [images, units], sum over positions of activation * gradient of the loss}; 0 where the loss does not go."""
-    data = _need(batches, name)
+    data = need_data(batches, name)
     # Where a group's channels lie in what its readers read.
     at = {g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups}
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}

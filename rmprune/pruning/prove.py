@@ -27,7 +27,7 @@ from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.run import hooked
 from rmprune.graph.tensors import named_tensors, tensors_in
-from rmprune.pruning.groups import Structure, layer_masks
+from rmprune.pruning.groups import Structure, layer_masks, mask_of
 from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
 
@@ -223,6 +223,6 @@ def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tenso
         rows = output_dim(model.get_submodule(layer), tensor)
         for dim, kept in own:
             if (dim != rows) == columns and tensors[name].is_floating_point():
-                goes = torch.ones(tensors[name].shape[dim], dtype=torch.bool).index_fill(0, kept.cpu(), False)
+                goes = ~mask_of(tensors[name].shape[dim], kept)
                 at = (slice(None),) * dim + (goes,)
                 tensors[name][at] = value(tensors[name][at])

@@ -99,8 +99,7 @@ def width_losses(
     }
     calibrator = Calibrator(model, structure, Fitting(samples=_SAMPLES))
     program = read_program(model, structure, ends.images[:2]).unshared()
-    order = torch.channels_last if ends.images.dim() == 4 else None
-    x = ends.images.to(device_of(model), memory_format=order)
+    x = calibrator.ready(ends.images)
     calibrator.measure_reference(program, x)
     cuts = {(name, units): Cut.of(calibrator.model, structure, {name: keep}) for (name, units), keep in points.items()}
     found = {}
