@@ -44,7 +44,8 @@ def affordable(most: int, size: Sequence[int], pixels: int = PIXELS) -> int:
 
 
 def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:
-    """The data held, to be read more than once, with the loss where one is given, or comes with them."""
+    """The data held, to be read more than once, with the loss where one is given, or comes with them. Raises DataError for what holds no
+    batches, ConfigError for a loss without data."""
     if data is None:
         if loss is not None:
             raise ConfigError("a loss is measured on batches: pass data as well")
@@ -111,7 +112,8 @@ def loss_parts(data: Batches, model: nn.Module) -> Iterator[list[tuple[Callable[
 
 
 def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
-    """The images that the network itself reads from each batch; no layer of it runs."""
+    """The images that the network itself reads from each batch; no layer of it runs. Raises DataError where a loss calls the network with
+    anything but one tensor, or not at all."""
     if not isinstance(data, WithLoss):
         yield from (x for x, _ in labelled(data, model))
         return

@@ -59,7 +59,7 @@ def candidate_logits(
     batch_size: int = BATCH,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the backend puts out for these images, [N, C], and their labels [N]."""
+    """What the backend puts out for these images, [N, C], and their labels [N]. Raises ConfigError for a limit of no images."""
     seen = min(len(split), len(split) if limit is None else limit)
     if not seen:
         raise ConfigError("there is no image to measure accuracy on; give a limit of at least 1")

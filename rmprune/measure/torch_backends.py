@@ -62,7 +62,7 @@ def torchscript(candidate: Candidate, setting: Setting) -> Prepared:
 
 
 def compiled(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32) -> Prepared:
-    """torch.compile with its defaults, channels-last; on a CPU it needs a C++ compiler."""
+    """torch.compile with its defaults, channels-last; on a CPU it needs a C++ compiler. Raises ConfigError where it fails."""
     model, x = _on_device(candidate, setting, dtype, True)
     # A forward function of its own: candidates that share one would pay for each other's guards and recompilations.
     function = torch.compile(fx.GraphModule(model, trace(model)))

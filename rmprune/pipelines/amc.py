@@ -56,7 +56,8 @@ GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
 
 
 def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
-    """Do the whole job and return the records. Goes on where an interrupted run of the same settings was."""
+    """Do the whole job and return the records. Goes on where an interrupted run of the same settings was. Raises ConfigError for an unknown
+    method, or a search without a decision of its own."""
     for name in config.method:
         if name not in AMC_METHODS:
             raise ConfigError(f"unknown method {name!r}; there are: {', '.join(AMC_METHODS)}")

@@ -25,7 +25,8 @@ from rmprune.training.job import Job
 
 
 def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
-    """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
+    """Do the job and return the record. Goes on where an interrupted run of the same settings was. Raises UnsupportedModel before training
+    where no residual can be removed."""
     root = config.directory
     cell = Cell(config.seed, "", 0.0, root, root)
     refuse_used(root, config, [cell.record], overwrite=config.overwrite)

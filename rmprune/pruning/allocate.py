@@ -186,7 +186,8 @@ def allocate_uniform(
     origin: Mapping[str, int] | None = None,
 ) -> Keep:  # fmt: skip
     """The same fraction of every group, its most important units: the largest fraction within the budget and the
-    limits, each group at the allowed width nearest to it (with `round_to` some may stay whole).
+    limits, each group at the allowed width nearest to it (with `round_to` some may stay whole). Raises InfeasibleBudget where the limits
+    forbid the budget.
     """
     allowed = allowed_widths(structure, budget, origin)
     meter, whole = Meter(structure, target.cost), origin or structure.units

@@ -43,7 +43,8 @@ def compensated(
 
 
 def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[str, Tensor]:
-    """{layer: [c_in] float64, the mean of each input channel over images and positions}, in eval mode."""
+    """{layer: [c_in] float64, the mean of each input channel over images and positions}, in eval mode. Raises DataError where a loss runs
+    no network."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 

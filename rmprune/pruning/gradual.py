@@ -176,7 +176,8 @@ class GradualPruner:
         return state | {"kept": dict(self.kept), "scores": scores}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the hook must have been made from the same network and budget as the saved one."""
+        """Go on from a checkpoint; the hook must have been made from the same network and budget as the saved one. Raises ArtifactError for
+        another network's."""
         kept, scores = saved["kept"], saved["scores"]
         units = self.first.units
         if set(kept) != set(units) or any(len(i) == 0 or int(i.max()) >= units[n] for n, i in kept.items()):

@@ -135,7 +135,7 @@ def mask_of(size: int, index: Tensor) -> Tensor:
 
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     """{(layer or place, "out", "in", "size" or "zero"): bool mask over its channels}, for everything that loses something or could.
-    Checks `keep`.
+    Checks `keep`. Raises UnsupportedModel for unknown groups, other shapes, and groups that lose everything.
     """
     units = structure.units
     for name, mask in keep.items():

@@ -32,7 +32,8 @@ class NothingMatters(DataError):
 def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
     """|scale| (network slimming, Liu et al. 2017), the mean over a group's batch norms times the number of its
     producers: like the cost, it adds up over the layers that lose a channel. A reserved copy's batch norm carries
-    sqrt(var), the unit of a trained scale: the channel's standard deviation before the activation. Needs no data.
+    sqrt(var), the unit of a trained scale: the channel's standard deviation before the activation. Needs no data. Raises UnsupportedModel
+    for a group without one.
     """
 
     def score(group: Group) -> Tensor:
@@ -149,7 +150,8 @@ def score_groups(
     structure: Structure,
     batches: Batches | None = None,
 ) -> Scores:
-    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit."""
+    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit. Raises
+    ConfigError otherwise, and `NothingMatters` where all measured scores are 0."""
     if isinstance(importance, str):
         if importance not in IMPORTANCES:
             raise ConfigError(f"importance {importance!r} is unknown; there are: {', '.join(IMPORTANCES)}")

@@ -95,7 +95,8 @@ def prove_groups(model: nn.Module, structure: Structure, example_inputs: Inputs)
 def prove_slices(
     model: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs, by: str
 ) -> float:
-    """`prove_cut` for a cut that somebody else made (`by`): `slices` say what is left of each parameter and buffer."""
+    """`prove_cut` for a cut that somebody else made (`by`): `slices` say what is left of each parameter and buffer. Raises NotEquivalent
+    where it is wrong."""
     worst, why, told = _error(reference_copy(model), reference_copy(smaller), slices, example_inputs)
     if worst <= TOLERANCE and not told:
         logger.warning("%s: the outputs hardly depend on the inputs, so that its proof says little", by)

@@ -175,7 +175,8 @@ def _check_more(where: str, found: dict[str, Any], forms: dict[str, Any]) -> Non
 
 
 def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
-    """Checks `record` (see `check_record`) and writes it as JSON, whole or not at all; returns the path."""
+    """Checks `record` (see `check_record`) and writes it as JSON, whole or not at all; returns the path. Raises ArtifactError for a record
+    that is none."""
     path = Path(path)
     try:
         record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
