@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmprune.graph.calls import DIVISIONS, MULTIPLICATIONS, is_size, size_of
+from rmprune.graph.calls import DIVISIONS, MULTIPLICATIONS, is_size, own_size
 from rmprune.graph.convolution import Scale
 
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
@@ -79,7 +79,7 @@ def _mean(given: dict[str, Any]) -> list[nn.Module] | None:
 def _view(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
     """x.view(x.size(0), -1) and its kin."""
     shape = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-    own = len(shape) == 2 and shape[1] == -1 and size_of(shape[0]) == (node.args[0], 0)
+    own = len(shape) == 2 and shape[1] == -1 and own_size(shape[0]) == (node.args[0], 0)
     return [nn.Flatten(1)] if own else None
 
 

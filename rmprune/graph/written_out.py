@@ -13,8 +13,8 @@ from rmprune.graph.calls import (
     MULTIPLICATIONS,
     argument,
     is_sum,
+    own_size,
     piece_sizes,
-    size_of,
 )
 from rmprune.graph.convolution import Scale
 from rmprune.graph.network import Network, joined_maps, shape_of
@@ -123,9 +123,9 @@ def _own_sizes(node: fx.Node, source: fx.Node) -> bool:
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         sizes = tuple(sizes[0])
     if len(sizes) == 1:
-        return size_of(sizes[0]) == (source, None)
+        return own_size(sizes[0]) == (source, None)
     return list(sizes).count(-1) < 2 and all(
-        size == -1 or size_of(size) == (source, place) or (place == 1 and isinstance(size, int))
+        size == -1 or own_size(size) == (source, place) or (place == 1 and isinstance(size, int))
         for place, size in enumerate(sizes)
     )
 
