@@ -32,11 +32,12 @@ from rmprune.methods import auto
 from rmprune.methods.cutter import Cutter, make_cutter
 from rmprune.methods.slim import met
 from rmprune.pipelines.slim import starts_of
-from rmprune.pipelines.stages import training_log, with_names
+from rmprune.pipelines.stages import with_names
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.runs.cells import Cell
 from rmprune.runs.notes import read_notes
+from rmprune.runs.records import training_log
 from rmprune.runs.writing import write_text
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job, tune

@@ -48,4 +48,4 @@ def out_of_memory(error: BaseException) -> bool:
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line of bounded length."""
-    return str(getattr(error, "strerror", None) or error).split("\n", 1)[0][:200] or type(error).__name__
+    return str(getattr(error, "strerror", None) or error).strip().split("\n", 1)[0][:200] or type(error).__name__

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.shapes import record_shapes
 from rmprune.pruning.groups import (
     Group,
     Member,
     Structure,
-    record_shapes,
     with_ports,
 )
-from rmprune.pruning.layers import is_depthwise, sized_layers
+from rmprune.pruning.layers import Weighted, is_depthwise, sized_layers
 
 if TYPE_CHECKING:
     import torch_pruning as tp
@@ -29,7 +29,7 @@ def dependency_structure(model: nn.Module, example_inputs: Tensor) -> Structure:
     """The groups of any network Torch-Pruning can follow. What cannot be sliced exactly is frozen, with the reason."""
     import torch_pruning as tp  # and timm with it, for those tests alone: more kinds of modules make each tracing slower
 
-    shapes = record_shapes(model, example_inputs)
+    shapes = record_shapes(model, example_inputs, Weighted)
     twin = copy.deepcopy(model).requires_grad_(True).eval()
     try:
         with torch.enable_grad():

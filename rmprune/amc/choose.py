@@ -18,15 +18,15 @@ from rmprune.config import AmcConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Split
 from rmprune.errors import InfeasibleBudget
-from rmprune.measure.latency_model import LatencyModel
+from rmprune.graph.shapes import record_shapes
 from rmprune.measure.place import Place, largest_within
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Structure, record_shapes
+from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
-from rmprune.pruning.layers import Cost, sized_layers
+from rmprune.pruning.layers import Cost, Weighted, sized_layers
 from rmprune.pruning.prove import prove_cut, prove_groups
 from rmprune.pruning.surgery import note_cut, shrink
-from rmprune.pruning.time_cost import TimeCost, calibrate
+from rmprune.pruning.time_cost import TimeCost
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Job
 from rmprune.training.precision import compute_dtype
@@ -48,7 +48,7 @@ def limits_of(config: SearchConfig) -> Limits:
 
 def network_cost(model: nn.Module, example: Tensor, cost: Cost) -> float:
     """The cost of a whole network as it is, by a cost of layers (macs, params)."""
-    layers = sized_layers(model, example, record_shapes(model, example))
+    layers = sized_layers(model, example, record_shapes(model, example, Weighted))
     return sum(cost(layer, layer.cin, layer.cout) for layer in layers)
 
 
@@ -69,10 +69,7 @@ class Timing:
     def __init__(self, original: nn.Module, example: Tensor, config: MeasureConfig, cache: Path | None) -> None:
         self.original, self.example = original, example
         self.place = Place.first(config, original, example[:1])
-        place = self.place
-        self.table = LatencyModel(
-            place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
-        )
+        self.table = self.place.layer_times(cache)
 
     def measure(self, network: nn.Module, space: Space) -> Measure:
         """Measures policies of `network` as whole networks, in turns with the original."""
@@ -93,9 +90,8 @@ class Timing:
         """
         structure = find_structure(network, self.example[:2])
         if self.table.fit == (1.0, 0.0):
-            calibrate(
-                self.table, {"original": self.original, **_examples(network, structure, config)}, self.example[:1]
-            )
+            networks = {"original": self.original, **_examples(network, structure, config)}
+            self.table.calibrate(networks, self.example[:1])
         cost = TimeCost(self.table, network, structure, self.example[:1])
         free = Space(structure, cost, float("inf"), limits_of(config))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.allocate import Meter
 from rmprune.pruning.budget import Budget, allowed_units
-from rmprune.pruning.groups import Group, Keep, Structure
+from rmprune.pruning.groups import Group, Keep, Structure, mask_of
 from rmprune.pruning.layers import Cost, SizedLayer, macs
 
 Widths = tuple[int, ...]
@@ -174,9 +174,7 @@ class Space:
 
     def keep(self, widths: Sequence[int], order: dict[str, Tensor]) -> Keep:
         """Keep masks of a policy; `order`: group name -> its units, the most important first."""
-        masks: Keep = {}
-        for group, width in zip(self.groups, widths, strict=True):
-            mask = torch.zeros(group.units, dtype=torch.bool)
-            mask[order[group.name][:width]] = True
-            masks[group.name] = mask
-        return masks
+        return {
+            group.name: mask_of(group.units, order[group.name][:width])
+            for group, width in zip(self.groups, widths, strict=True)
+        }

@@ -4,7 +4,6 @@ trains nothing.
 A directory is written beside its place and renamed, so what stands under the name is always whole.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from rmprune.graph.relative_error import relative_error
 from rmprune.graph.run import evaluating
 from rmprune.graph.tf32 import tf32
 from rmprune.onnx.export import export_onnx
-from rmprune.runs.reading import read_json
+from rmprune.runs.reading import check_regular, read_json, sha256_of
 from rmprune.runs.writing import whole
 
 SCHEMA = 1
@@ -168,7 +167,7 @@ def _write(model: nn.Module, description: dict[str, Any], work: Path, extra: dic
     content = {
         "format": _FORMAT,
         "schema": SCHEMA,
-        "sha256": _sha256(work / WEIGHTS),
+        "sha256": sha256_of(work / WEIGHTS),
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}),
         "channels_last": [name for name, t in tensors.items() if _is_channels_last(t)],
         "extra": extra,
@@ -219,11 +218,6 @@ def _check_target(path: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{path}: exists already; pass overwrite=True (--overwrite) to replace it")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_architecture(path: Path) -> dict[str, Any]:
     file = path / ARCHITECTURE
     if not path.is_dir():
@@ -252,9 +246,8 @@ def _read_weights(path: Path, sha256: str, most: int) -> dict[str, Tensor]:
     """The tensors of an artifact; a file of more than `most` bytes is not even looked through."""
     file = path / WEIGHTS
     try:
-        if file.exists() and (not file.is_file() or file.stat().st_size > most):
-            raise ValueError(f"not a regular file of at most {most} bytes")
-        if _sha256(file) != sha256:
+        check_regular(file, most)
+        if sha256_of(file) != sha256:
             raise ValueError(f"its SHA-256 is not the one in {ARCHITECTURE}")
         return read_safetensors(file)
     except FileNotFoundError as error:

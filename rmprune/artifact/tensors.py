@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rmprune.errors import first_line
+from rmprune.runs.reading import check_regular
 
 LARGEST_HEADER = 2**24  # bytes that name the tensors of a .safetensors file, 100 or so for each
 LARGEST_PICKLE = 2**23  # bytes of a pickle without its tensors, 200 or so for each
@@ -38,7 +39,7 @@ _ITEM_BYTES = {
 
 def read_tensors(path: Path) -> Any:
     """What a file of weights holds, of whichever kind it is: its first bytes say so, not its name. Raises as the two below."""
-    _check_regular(path)
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(9)
     named = path.suffix.lower() == ".safetensors" and start[:1] not in (b"P", b"\x80")
@@ -47,7 +48,7 @@ def read_tensors(path: Path) -> Any:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file. Raises OSError where it cannot be read, ValueError where it is damaged."""
-    _check_regular(path)
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(8)
     if len(start) == 8 and struct.unpack("<Q", start)[0] > LARGEST_HEADER:
@@ -64,7 +65,7 @@ def read_pickled(path: Path) -> Any:
     Raises OSError where it cannot be read, pickle.UnpicklingError where it needs code, ValueError where it is damaged or promises
     more than it holds.
     """
-    _check_regular(path)
+    check_regular(path)
     try:
         with path.open("rb") as file:
             is_archive = file.read(4) == b"PK\3\4"  # as torch tells them apart
@@ -93,11 +94,6 @@ def is_plain(value: Any) -> bool:
         and not value.is_quantized
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
-
-
-def _check_regular(path: Path) -> None:
-    if path.exists() and not path.is_file():  # a pipe or a device would never end
-        raise ValueError("not a regular file")
 
 
 def _check_archive(path: Path) -> None:

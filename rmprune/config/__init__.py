@@ -4,20 +4,22 @@ The command line generates its flags from these classes: a field's docstring is 
 """
 
 from rmprune.config.amc import AmcConfig, SearchConfig
+from rmprune.config.commands import (
+    ConvertConfig,
+    DeployConfig,
+    InspectConfig,
+    NetworkConfig,
+    RemeasureConfig,
+    ReportConfig,
+)
 from rmprune.config.data import DataConfig
 from rmprune.config.fields import require
 from rmprune.config.measure import DoctorConfig, MeasureConfig
 from rmprune.config.pruning import PruneConfig
 from rmprune.config.runs import (
     REMOVAL,
-    ConvertConfig,
-    DeployConfig,
     GridConfig,
-    InspectConfig,
-    NetworkConfig,
-    RemeasureConfig,
     RemovalConfig,
-    ReportConfig,
     RunConfig,
     SlimConfig,
     TrainRunConfig,

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from rmprune.errors import ConfigError, DataError, first_line
 from rmprune.graph.finite import broken_tensor
+from rmprune.graph.run import evaluating, hooked
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
@@ -42,7 +44,8 @@ def affordable(most: int, size: Sequence[int], pixels: int = PIXELS) -> int:
 
 
 def with_loss(data: Batches | None, loss: Loss | None) -> Batches | None:
-    """The data held, to be read more than once, with the loss where one is given, or comes with them."""
+    """The data held, to be read more than once, with the loss where one is given, or comes with them. Raises DataError for what holds no
+    batches, ConfigError for a loss without data."""
     if data is None:
         if loss is not None:
             raise ConfigError("a loss is measured on batches: pass data as well")
@@ -62,6 +65,13 @@ def each_pass(data: Batches, model: nn.Module) -> Iterator[Callable[[], object]]
         return
     for x, _ in labelled(data, model):
         yield functools.partial(_scores, model, x)
+
+
+def watch_passes(data: Batches, model: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
+    """Runs the network on every batch, in eval mode and without gradients, while these hooks look. Raises DataError as `each_pass`."""
+    with hooked(hooks), evaluating(model), torch.no_grad():
+        for run in each_pass(data, model):
+            run()
 
 
 def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Tensor], int]]:
@@ -102,7 +112,8 @@ def loss_parts(data: Batches, model: nn.Module) -> Iterator[list[tuple[Callable[
 
 
 def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
-    """The images that the network itself reads from each batch; no layer of it runs."""
+    """The images that the network itself reads from each batch; no layer of it runs. Raises DataError where a loss calls the network with
+    anything but one tensor, or not at all."""
     if not isinstance(data, WithLoss):
         yield from (x for x, _ in labelled(data, model))
         return
@@ -134,9 +145,8 @@ def _scores(model: nn.Module, x: Tensor) -> Any:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        said = str(error).splitlines()[0][:200]
         raise DataError(
-            f"data: the network fails on images of shape {tuple(x.shape)} ({said}); give them as it was trained on them"
+            f"data: the network fails on images of shape {tuple(x.shape)} ({first_line(error)}); give them as it was trained on them"
         ) from error
 
 

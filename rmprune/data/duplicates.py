@@ -1,12 +1,13 @@
 """Photos that stand, byte for byte, in two parts of a data set: said in the log, since test accuracy is too good by them. It moves none."""
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+
+from rmprune.runs.reading import sha256_of
 
 logger = logging.getLogger("rmprune")
 MOST_PHOTOS = 100_000
@@ -60,14 +61,12 @@ def _equal(paths: list[str], part_of: Mapping[int, str]) -> list[list[int]]:
     near = split(split([list(part_of)], size), _head)
     totals = itertools.accumulate(sizes[paths[group[0]]] * len(group) for group in near)
     read = [group for group, total in zip(near, totals, strict=True) if total <= MOST_BYTES]
-    return [list({part_of[number]: number for number in group}.values()) for group in split(read, _digest)]
+    return [
+        list({part_of[number]: number for number in group}.values())
+        for group in split(read, lambda path: sha256_of(Path(path)))
+    ]
 
 
 def _head(path: str) -> bytes:
     with Path(path).open("rb") as file:
         return file.read(HEAD)
-
-
-def _digest(path: str) -> bytes:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

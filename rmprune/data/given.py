@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, check_labels, each_loss, labelled, network_inputs, to_device
 from rmprune.data.splits import Batch, Split
-from rmprune.errors import ConfigError, DataError
-from rmprune.graph.copied import copied
-from rmprune.graph.finite import where_broken
+from rmprune.errors import ConfigError, DataError, first_line
+from rmprune.graph.finite import broken_on
 
 GIVEN = "given"  # how the name of such data begins in config and record; what they hold is the rest
 
@@ -46,10 +45,9 @@ class GivenSplit(Split):
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{name}: the network cannot be run on the first batch ({reason})") from error
+            raise DataError(f"{name}: the network cannot be run on the first batch ({first_line(error)})") from error
         if not bool(value.isfinite()):  # a loss that came with the data says so itself
-            where = where_broken(copied(model), (next(network_inputs([first], model)),))
+            where = broken_on(model, next(network_inputs([first], model)))
             said = f" ({where})" if where else ""
             raise DataError(f"{name}: the loss of the model is {float(value.detach())} on the first batch{said}")
         try:

@@ -24,7 +24,7 @@ from rmprune.config.data import CacheKind
 from rmprune.data.sources import cache_folder
 from rmprune.errors import ArtifactError, DataError
 from rmprune.runs.progress import progress
-from rmprune.runs.reading import not_data
+from rmprune.runs.reading import check_regular, not_data
 from rmprune.runs.writing import whole
 
 logger = logging.getLogger("rmprune")
@@ -70,8 +70,7 @@ def _brightest(path: str) -> int:
 def _opened(path: str) -> Iterator[Image.Image]:
     """The image file. Raises DataError that names it where it, or what is done with it, fails."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a pipe would never end
-            raise ValueError("not a regular file")
+        check_regular(Path(path))
         with Image.open(path, formats=_FORMATS) as file:
             yield file
     except Exception as error:  # Pillow's readers stumble in many ways over damaged files

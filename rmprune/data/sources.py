@@ -74,7 +74,8 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def read_fashion_mnist(data_dir: Path | None) -> Source:
-    """The idx .gz files under `data_dir`; without one, those of Debian's package; else torchvision's download."""
+    """The idx .gz files under `data_dir`; without one, those of Debian's package; else torchvision's download. Raises DataError for damaged
+    files."""
     folder = _find_idx_folder(data_dir) or _download_fashion_mnist(cache_folder(data_dir))
     train, test = (Images(*_read_idx_pair(folder, part)) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
@@ -108,7 +109,8 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 
 def read_cifar(name: str) -> Callable[[Path | None], Source]:
-    """A reader of cifar10 or cifar100 through torchvision, which checks every file's MD5 sum before it reads it."""
+    """A reader of cifar10 or cifar100 through torchvision, which checks every file's MD5 sum before it reads it. Raises DataError where
+    they cannot be had."""
 
     def read(data_dir: Path | None) -> Source:
         from torchvision import datasets

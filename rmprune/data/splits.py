@@ -74,7 +74,8 @@ class Split(ABC):
         """
 
     def example(self, n: int, device: torch.device | str = "cpu") -> Tensor:
-        """The first n images, float32 [n, C, H, W], normalised and without augmentation; all, if there are fewer."""
+        """The first n images, float32 [n, C, H, W], normalised and without augmentation; all, if there are fewer. Raises DataError where
+        there is none."""
         if (n := min(n, len(self))) == 0:
             raise DataError("the data hold no images")
         return next(self.batches(n, limit=n))[0].to(device)  # the split itself stays where it is

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from rmprune.errors import DataError
-from rmprune.runs.reading import not_data
+from rmprune.runs.reading import check_regular, not_data
 
 USUAL_NAMES = {
     "image": "image file filename path filepath imagepath imagefile img imageid photo",
@@ -26,8 +26,7 @@ def read_rows(file: Path, image_column: str = "image") -> list[dict[str, str]]:
     stand. Raises DataError for what is no such file.
     """
     try:
-        if file.exists() and (not file.is_file() or file.stat().st_size > _LARGEST_CSV):
-            raise ValueError("not a regular file of at most 1 GiB")
+        check_regular(file, _LARGEST_CSV)
         try:
             rows = _parsed(file, _encoding(file), image_column)
         except UnicodeDecodeError:

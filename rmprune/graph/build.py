@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.convolution import Conv, Pattern
 from rmprune.graph.network import Network, flat_name, free_name
 from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
+from rmprune.graph.tensors import floating_tensors, tensors_in
 from rmprune.graph.tracing import warn_of_left_out
 
 
@@ -30,7 +30,7 @@ class Destination:
 
 def target_of(model: nn.Module) -> Destination:
     """dtype, device and memory format of a model, by its floating-point parameters."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    tensors = list(floating_tensors(model))
     if not tensors:
         return Destination(torch.float32, torch.device("cpu"), False)
     maps = [t for t in tensors if t.dim() == 4 and min(t.shape[1:]) > 1]
@@ -68,7 +68,7 @@ def _run_on_meta(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dty
 
 
 def _shapes(outputs: Any) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in tree_leaves(outputs) if isinstance(t, Tensor))
+    return ", ".join(str(tuple(t.shape)) for t in tensors_in(outputs))
 
 
 class _Builder:

@@ -104,3 +104,15 @@ def module_around(node: fx.Node) -> tuple[str, Any]:
     """Path and class of the module in whose code a call stands; ("", None) where that is the network's own, or not known."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return stack[-1] if stack else ("", None)
+
+
+def own_size(value: Any) -> tuple[Any, Any]:
+    """The node whose sizes this is, and which of them; None for all."""
+    if not isinstance(value, fx.Node):
+        return None, None
+    if value.target == "size" or (value.target is getattr and value.args[1] == "shape"):
+        return value.args[0], value.args[1] if value.target == "size" and len(value.args) > 1 else None
+    if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
+        source, which = own_size(value.args[0])
+        return (source, value.args[1]) if which is None else (None, None)
+    return None, None

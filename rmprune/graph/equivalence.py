@@ -18,6 +18,7 @@ from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
 from rmprune.graph.relative_error import check_inputs, depends, double_tensors, relative_error
 from rmprune.graph.run import run
+from rmprune.graph.tensors import floating_tensors
 
 
 def maps_error(
@@ -195,7 +196,7 @@ def own_rounding(
 ) -> float:
     """The largest relative change of the outputs, of a few draws, when every weight and statistic moves to a neighbouring float64."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    moving = [t for t in (*reference.parameters(), *reference.buffers()) if t.is_floating_point()]
+    moving = list(floating_tensors(reference))
     for tensor in moving:
         if 0 in tensor.stride():  # expanded: one number in memory for many, which must move one by one
             tensor.data = tensor.contiguous()

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, in_double
 from rmprune.graph.foreign import reference_copy
+from rmprune.graph.tensors import floating_dtype, tensors_in, to_double
 
 
 def is_finite(value: Tensor) -> bool:
@@ -50,14 +51,20 @@ def where_broken(twin: nn.Module, inputs: tuple[Tensor, ...], *, infinite: bool 
     found: list[str] = []
 
     def look(name: str, module: nn.Module, _: Any, output: Any) -> None:
-        if any(not is_finite(x) for x in tree_leaves(output) if isinstance(x, Tensor)):
+        if not all(map(is_finite, tensors_in(output))):
             found.append(f"layer {name} ({type(module).__name__})" if name else type(module).__name__)
 
     for name, module in twin.named_modules():
         module.register_forward_hook(partial(look, name))
-    outputs = [x for x in tree_leaves(twin(*(x.clone() for x in inputs))) if isinstance(x, Tensor)]
+    outputs = tensors_in(twin(*(x.clone() for x in inputs)))
     broken = any(not is_finite(x) if infinite else bool(x.isnan().any()) for x in outputs)
     return f"the output of {found[0]} is not finite" if broken else None
+
+
+def broken_on(model: nn.Module, x: Tensor, *, evaluated: bool = False) -> str | None:
+    """`where_broken` of a copy, in its own mode or `evaluated`, that is given images in the dtype of its weights."""
+    twin = copied(model)
+    return where_broken(twin.eval() if evaluated else twin, (x.to(floating_dtype(model, x.dtype)),))
 
 
 @torch.no_grad()
@@ -66,12 +73,10 @@ def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     for value in inputs:
         if not is_finite(value):
             raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")
-    one = tuple(x[:1].detach().cpu().double() if x.is_floating_point() else x[:1].cpu() for x in inputs)
+    one = tuple(to_double(x[:1]) for x in inputs)
     twin = reference_copy(model)
-    if broken_tensor(twin) is None:
-        outputs = [x for x in tree_leaves(in_double(twin, one)) if isinstance(x, Tensor)]
-        if not any(bool(x.isnan().any()) for x in outputs):
-            return
+    if broken_tensor(twin) is None and not any(bool(x.isnan().any()) for x in tensors_in(in_double(twin, one))):
+        return
     with InDouble():
         where = where_broken(reference_copy(model), one, infinite=False)
     if where is not None:

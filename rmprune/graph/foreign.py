@@ -14,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.network import named
+from rmprune.graph.tensors import all_tensors, named_tensors, own_tensors
 
 M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger("rmprune")
@@ -117,7 +118,7 @@ def _plain_convolution(module: Any) -> Tensor:
 
 def reference_copy(model: nn.Module) -> nn.Module:
     """A float64 copy in eval mode on the CPU, without the user's hooks. The argument is left alone."""
-    twin = copied(model, {id(tensor): _in_double(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    twin = copied(model, {id(tensor): _in_double(tensor) for tensor in all_tensors(model)})
     if any(type(module)._apply is not nn.Module._apply for module in model.modules()):  # who may hold more
         twin = twin.cpu().double()
     return _evaluated(twin)
@@ -197,7 +198,7 @@ def _refuse_foreign(model: Any) -> None:
         own = vars(module).get("forward")
         if own is not None and _inside(module) is None and (stock or getattr(own, "__self__", None) is not module):
             raise UnsupportedModel(f"{where}: its forward was replaced; make that a module of its own")
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for name, tensor in own_tensors(module):
             _refuse_tensor(f"{path}.{name}" if path else name, tensor)
 
 
@@ -217,7 +218,7 @@ def _refuse_tensor(where: str, tensor: Tensor) -> None:
 
 def refuse_weights(model: nn.Module) -> None:
     """Raises UnsupportedModel for a network whose weights have no values (the meta device), or complex ones."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in named_tensors(model).items():
         if tensor.is_meta:
             raise UnsupportedModel(
                 f"{name}: on the meta device it has no values: load the network's weights first (to_empty, load_state_dict)"

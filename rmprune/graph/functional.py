@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmprune.graph.calls import DIVISIONS, MULTIPLICATIONS, is_size
+from rmprune.graph.calls import DIVISIONS, MULTIPLICATIONS, is_size, own_size
 from rmprune.graph.convolution import Scale
 
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
@@ -79,20 +79,8 @@ def _mean(given: dict[str, Any]) -> list[nn.Module] | None:
 def _view(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
     """x.view(x.size(0), -1) and its kin."""
     shape = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
-    if len(shape) == 2 and shape[1] == -1 and isinstance(shape[0], fx.Node) and _batch_of(shape[0]) is node.args[0]:
-        return [nn.Flatten(1)]
-    return None
-
-
-def _batch_of(node: fx.Node) -> object:
-    """The tensor whose first size this node is."""
-    if node.target == "size" and len(node.args) > 1 and node.args[1] == 0:
-        return node.args[0]
-    if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], fx.Node):
-        inner = node.args[0]
-        if inner.target == "size" or (inner.target is getattr and inner.args[1] == "shape"):
-            return inner.args[0]
-    return None
+    own = len(shape) == 2 and shape[1] == -1 and own_size(shape[0]) == (node.args[0], 0)
+    return [nn.Flatten(1)] if own else None
 
 
 def _scale(given: dict[str, Any]) -> list[nn.Module] | None:

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from rmprune.graph.calls import CHUNKS, IN_PLACE_OPERATORS, piece_sizes, set_item
 from rmprune.graph.run import node_value
-from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, floating_dtype, to_run
+from rmprune.graph.shapes import WithoutValues, blank, blank_inputs, to_run
+from rmprune.graph.tensors import floating_dtype
 
 _SIZES = ("shape", "size", "numel", "nelement", "stride")
 _DETACHES = ("detach", torch.detach)  # detach_ stays in the graph

@@ -16,6 +16,7 @@ from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import plain_module, refuse_weights
 from rmprune.graph.shapes import Plainly, blank, on_meta
+from rmprune.graph.tensors import floating_tensors
 
 _TOO_SMALL = ("too small", "Kernel size can't be greater")  # as torch says it
 _READERS = (_ConvNd, nn.Linear)
@@ -117,9 +118,7 @@ def as_tuple(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
         values = (example_inputs,)
     if not values:
         raise UnsupportedModel("example_inputs is empty: give one batch, or a tuple with a batch for each input")
-    tensors = next(
-        ((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None
-    )
+    like = next(floating_tensors(model), None)
     found = []
     for place, value in enumerate(values):
         said = f"input {place + 1} of {len(values)}" if len(values) > 1 else "example_inputs"
@@ -136,8 +135,8 @@ def as_tuple(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
             raise UnsupportedModel(f"{said} has shape {tuple(value.shape)}: give at least one example, (N, ...)")
         value = value.detach().as_subclass(Tensor)
         value = value.clone() if value.is_inference() else value
-        if tensors is not None and not value.is_meta and tensors[1].type != "meta":
-            value = value.to(tensors[1], tensors[0] if value.is_floating_point() else None)
+        if like is not None and not value.is_meta and not like.is_meta:
+            value = value.to(like.device, like.dtype if value.is_floating_point() else None)
         found.append(value)
     return tuple(found)
 
@@ -182,7 +181,7 @@ def trial(
     Raises UnsupportedModel where it does not run, with the layer at which it stops and what that takes and got.
     """
     one, plainly, watch = tuple(x[:count] for x in inputs), Plainly(convolutions=watch is None), watch or nullcontext()
-    mixed = len({t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}) > 1
+    mixed = len({t.dtype for t in floating_tensors(model)}) > 1
     try:
         blanks = [blank(x) for x in one]
         with _watched(on_meta(model).eval(), says=False) as twin, watch, plainly:

@@ -72,7 +72,8 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> fx.Grap
 
 
 def traced(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> Traced:
-    """`trace`, with where sizes of the inputs decided what is in the graph, and what is not in it."""
+    """`trace`, with where sizes of the inputs decided what is in the graph, and what is not in it. Raises UnsupportedModel where it makes
+    tensors of its own."""
     for kind in (_Tracer, _BufferTracer):
         before = set(model.__dict__)
         try:

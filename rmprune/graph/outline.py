@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from rmprune.graph.calls import is_addition
 from rmprune.graph.listed import trace
-from rmprune.graph.run import hooked
+from rmprune.graph.shapes import record_shapes
 
 
 def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
     graph, modules = trace(model), dict(model.named_modules())
     called = {n: modules[str(n.target)] for n in graph.nodes if n.op == "call_module"}
     weighted = {n: own for n, own in called.items() if isinstance(own, nn.Conv2d | nn.Linear)}
-    sizes = _output_sizes(model, example_inputs, list(weighted.values()))
+    shapes = record_shapes(model, example_inputs, nn.Conv2d | nn.Linear)
     places = {node: place for place, node in enumerate(weighted)}
     before: dict[fx.Node, int] = {}  # the layers that a node depends on, itself included, as bits
     residuals = []
@@ -36,20 +35,8 @@ def outline(model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
             short, long = sorted(sources, key=lambda bits: (bits & ~(sources[0] & sources[1])).bit_count())
             shared = short & long
             residuals.append({"from": _last(shared), "to": _last(short | long), "shortcut": _ones(short & ~shared)})
-    layers = [_layer(str(n.target), own, sizes[own]) for n, own in weighted.items()]
+    layers = [_layer(str(n.target), own, list(shapes[str(n.target)][1][2:])) for n, own in weighted.items()]
     return {"layers": layers, "residuals": residuals}
-
-
-def _output_sizes(model: nn.Module, x: Tensor, layers: list[nn.Module]) -> dict[nn.Module, list[int]]:
-    """[H, W] of what each layer puts out, empty for a linear layer, from one pass of one image."""
-    sizes: dict[nn.Module, list[int]] = {}
-
-    def note(layer: nn.Module, _: Any, out: Tensor) -> None:
-        sizes[layer] = list(out.shape[2:])
-
-    with hooked(layer.register_forward_hook(note) for layer in dict.fromkeys(layers)), torch.no_grad():
-        model(x[:1])
-    return sizes
 
 
 def _layer(name: str, own: Any, size: list[int]) -> dict[str, Any]:

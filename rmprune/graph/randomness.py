@@ -11,7 +11,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import argument, arguments, module_around, writes
 from rmprune.graph.double import in_double
 from rmprune.graph.network import Network, named
-from rmprune.graph.shapes import to_double
+from rmprune.graph.tensors import to_double
 
 RANDOM = (
     "the network draws random numbers in eval mode: the same inputs give other outputs each time. Draw them only if self.training "

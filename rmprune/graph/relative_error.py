@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from rmprune.graph.tensors import tensors_in
 
 SCALES = (1.0, 10.0, 100.0)
 
@@ -83,7 +84,7 @@ def depends(part: Tensor, other: Tensor | None) -> bool:
 
 def double_tensors(value: Any) -> list[Tensor]:
     """The tensors in what a network returns, in float64 on the CPU."""
-    return [t.detach().cpu().double() for t in tree_leaves(value) if isinstance(t, Tensor)]
+    return [t.detach().cpu().double() for t in tensors_in(value)]
 
 
 def _others(tensors: list[Tensor], base: Any) -> list[Tensor] | list[None]:

@@ -16,7 +16,8 @@ from rmprune.graph.convolution import plain, positions
 from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, each_argument
 from rmprune.graph.network import Network, in_words
-from rmprune.graph.run import Values, node_value, run
+from rmprune.graph.run import Values, evaluating, hooked, node_value, run
+from rmprune.graph.tensors import all_tensors, device_of
 
 M = TypeVar("M", bound=nn.Module)
 _NORMS = {2: (nn.BatchNorm1d,), 3: (nn.BatchNorm1d,), 4: (nn.BatchNorm2d,), 5: (nn.BatchNorm3d,)}
@@ -33,6 +34,20 @@ def propagate_shapes(network: Network, example_inputs: tuple[Tensor, ...]) -> No
             node.meta.pop("shape", None)
 
 
+def record_shapes(model: nn.Module, example_inputs: Tensor, kinds: Any) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """{layer: (input shape, output shape)} of the layers of these kinds that run, for one example; its first use where there are two."""
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes.setdefault(name, (inputs[0].shape, output.shape))
+
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+    hooks = (module.register_forward_hook(partial(record, name)) for name, module in found)
+    with hooked(hooks), evaluating(model), torch.no_grad():
+        model(example_inputs[:1].to(device_of(model)))
+    return shapes
+
+
 def blank_inputs(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Inputs of the same shapes without values, those of floating point in `dtype`."""
     return tuple(_empty(x.shape, dtype if x.is_floating_point() else x.dtype) for x in inputs)
@@ -42,15 +57,9 @@ def _empty(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
-def floating_dtype(module: nn.Module) -> torch.dtype:
-    """That of its first tensor of floating point; float32 where there is none."""
-    tensors = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
-    return next((t.dtype for t in tensors), torch.float32)
-
-
 def on_meta(module: M) -> M:
     """A copy whose parameters and buffers have no values."""
-    return copied(module, {id(tensor): blank(tensor) for tensor in (*module.parameters(), *module.buffers())})
+    return copied(module, {id(tensor): blank(tensor) for tensor in all_tensors(module)})
 
 
 def to_run(module: M, dtype: torch.dtype | None = None) -> M:
@@ -76,11 +85,6 @@ def blank(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     else:
         empty = torch.empty_like(tensor, device="meta", dtype=dtype)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def to_double(x: Tensor) -> Tensor:
-    """In float64 where it is of floating point, on the CPU."""
-    return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
 
 
 def _value(network: Network, node: fx.Node, values: Values) -> Any:

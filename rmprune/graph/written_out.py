@@ -13,6 +13,7 @@ from rmprune.graph.calls import (
     MULTIPLICATIONS,
     argument,
     is_sum,
+    own_size,
     piece_sizes,
 )
 from rmprune.graph.convolution import Scale
@@ -122,23 +123,11 @@ def _own_sizes(node: fx.Node, source: fx.Node) -> bool:
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         sizes = tuple(sizes[0])
     if len(sizes) == 1:
-        return _size_of(sizes[0]) == (source, None)
+        return own_size(sizes[0]) == (source, None)
     return list(sizes).count(-1) < 2 and all(
-        size == -1 or _size_of(size) == (source, place) or (place == 1 and isinstance(size, int))
+        size == -1 or own_size(size) == (source, place) or (place == 1 and isinstance(size, int))
         for place, size in enumerate(sizes)
     )
-
-
-def _size_of(value: Any) -> tuple[Any, Any]:
-    """The node whose sizes this is, and which of them; None for all."""
-    if not isinstance(value, fx.Node):
-        return None, None
-    if value.target == "size" or (value.target is getattr and value.args[1] == "shape"):
-        return value.args[0], value.args[1] if value.target == "size" and len(value.args) > 1 else None
-    if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
-        source, which = _size_of(value.args[0])
-        return (source, value.args[1]) if which is None else (None, None)
-    return None, None
 
 
 def _pad_zeros(network: Network) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
 from rmprune.measure.backends import Candidate, prepare, surroundings
+from rmprune.measure.rounds import torch_threads
 
 BATCH = 64
 CALIBRATION = 256  # images; more move the least and greatest values hardly
@@ -59,23 +60,18 @@ def candidate_logits(
     batch_size: int = BATCH,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the backend puts out for these images, [N, C], and their labels [N]."""
+    """What the backend puts out for these images, [N, C], and their labels [N]. Raises ConfigError for a limit of no images."""
     seen = min(len(split), len(split) if limit is None else limit)
     if not seen:
         raise ConfigError("there is no image to measure accuracy on; give a limit of at least 1")
     batch_size = min(batch_size, seen)
     found: list[tuple[Tensor, Tensor]] = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with surroundings(backend, device), torch.inference_mode():
-            prepared = prepare(candidate, backend, device, threads, batch_size)
-            for whole, labels in split.batches(batch_size, limit=seen):
-                for x, y in zip(whole.split(batch_size), labels.split(batch_size), strict=True):
-                    full = torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])])  # the batch size is fixed
-                    found.append((prepared.outputs(full)[: len(x)].clone(), y))
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), surroundings(backend, device), torch.inference_mode():
+        prepared = prepare(candidate, backend, device, threads, batch_size)
+        for whole, labels in split.batches(batch_size, limit=seen):
+            for x, y in zip(whole.split(batch_size), labels.split(batch_size), strict=True):
+                full = torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])])  # the batch size is fixed
+                found.append((prepared.outputs(full)[: len(x)].clone(), y))
     return torch.cat([logits for logits, _ in found]), torch.cat([y for _, y in found])
 
 

@@ -108,11 +108,16 @@ it was run on one.
 """
 
 
-def check_backend(backend: str, device: str) -> None:
-    """ConfigError where a backend is unknown, not installed, or cannot run on this device; it says what to do."""
+def backend_named(backend: str) -> Backend:
+    """The entry of BACKENDS; ConfigError where there is none, with the names of all."""
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
-    entry = BACKENDS[backend]
+    return BACKENDS[backend]
+
+
+def check_backend(backend: str, device: str) -> None:
+    """ConfigError where a backend is unknown, not installed, or cannot run on this device; it says what to do."""
+    entry = backend_named(backend)
     if device.partition(":")[0] not in entry.devices:
         only = "CPU" if entry.devices == ("cpu",) else "GPU (device cuda)"
         raise ConfigError(f"backend {backend!r} measures on the {only} only, not on {device}; leave it out")

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from rmprune.errors import first_line
+
 logger = logging.getLogger("rmprune")
 Result = TypeVar("Result")
 WARM_UP = 10  # calls before the recording: three are needed, and a network that is cut every few steps is not worth it
@@ -66,4 +68,4 @@ class Replayed(Generic[Result]):
         try:
             self.graph, self.result = recorded(lambda: self.function(*self.inputs), self.stream)
         except RuntimeError as error:
-            logger.warning("not recorded as a CUDA graph: %s", str(error).splitlines()[0])
+            logger.warning("not recorded as a CUDA graph: %s", first_line(error))

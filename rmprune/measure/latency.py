@@ -161,7 +161,8 @@ def measure_candidates(
     seconds: float, min_rounds: int, reference: str | None, sittings: int = SITTINGS, seed: int = 0,
     progress: Callable[[str], None] | None = None, warn: bool = True,
 ) -> dict[str, list[Latency]]:  # fmt: skip
-    """`measure_latencies` of what is a candidate already, such as a file: times under every configuration, and ratios to `reference`."""
+    """`measure_latencies` of what is a candidate already, such as a file: times under every configuration, and ratios to `reference`.
+    Raises ConfigError for settings that measure nothing."""
     check_available(backends, device)
     lists = {"threads": tuple(threads), "batch_sizes": tuple(batch_sizes)}
     require_types(MeasureConfig, {**lists, "seconds": seconds, "min_rounds": min_rounds})

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from rmprune.errors import ArtifactError, ConfigError
-from rmprune.measure.backends import BACKENDS, Candidate, prepare, surroundings
+from rmprune.errors import ArtifactError
+from rmprune.measure.backends import BACKENDS, Candidate, backend_named, prepare, surroundings
 from rmprune.measure.latency import Configuration, measure_at
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.measure.machine import environment
@@ -76,8 +76,7 @@ class LatencyModel:
         seconds: float = 0.02,
         min_rounds: int = 7,
     ) -> None:
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend {backend!r} is unknown; there are {', '.join(BACKENDS)}")
+        backend_named(backend)
         self.backend, self.threads, self.batch_size, self.device = backend, threads, batch_size, device
         self.seconds, self.min_rounds = seconds, min_rounds
         self.cache = None if cache is None else Path(cache)

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from rmprune.config import MeasureConfig
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure.latency import Configuration, measure_at
+from rmprune.measure.latency_model import LatencyModel
 
 logger = logging.getLogger("rmprune")
 CANDIDATES = 3  # networks measured in a round
@@ -39,27 +41,28 @@ class Place:
 
     original: nn.Module
     example: Tensor
-    backend: str
-    threads: int
-    batch_size: int
-    device: str
+    configuration: Configuration
     seconds: float
     min_rounds: int
 
     @classmethod
     def first(cls, config: MeasureConfig, original: nn.Module, example: Tensor) -> "Place":
         """The first configuration of the settings; `example` is [1, C, H, W]."""
-        settings = (config.backends[0], config.threads[0], config.batch_sizes[0], config.device)
-        return cls(original, example, *settings, min(config.seconds, SECONDS), config.min_rounds)
+        where = Configuration(config.backends[0], config.device, config.threads[0], config.batch_sizes[0])
+        return cls(original, example, where, min(config.seconds, SECONDS), config.min_rounds)
 
     def __str__(self) -> str:
-        return f"{self.backend}, {self.threads} threads, batch {self.batch_size}"
+        return str(self.configuration)
+
+    def layer_times(self, cache: Path | None) -> LatencyModel:
+        """The table of times of layers there, kept in this file."""
+        backend, device, threads, batch_size = self.configuration
+        return LatencyModel(backend, threads=threads, batch_size=batch_size, device=device, cache=cache)
 
     def ratios(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
         """Time of each network relative to the original's: the median of paired ratios, all measured in turns."""
-        place = Configuration(self.backend, self.device, self.threads, self.batch_size)
         times = measure_at(
-            place, {"original": self.original, **networks}, self.example, seconds=self.seconds, min_rounds=self.min_rounds,
+            self.configuration, {"original": self.original, **networks}, self.example, seconds=self.seconds, min_rounds=self.min_rounds,
             reference="original", sittings=1, warn=False,  # a step of a search, which nobody can repeat
         )  # fmt: skip
         return {name: float(times[name].ratio or 1.0) for name in networks}

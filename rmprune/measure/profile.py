@@ -40,7 +40,7 @@ def profile_layers(
     `models`: for example {"before": net, "after": plain}; they run in turns, in one process. `example_inputs`: (N, C, H, W), or several
     inputs; `batch_size` defaults to N. `cin`, `cout` and `macs` (of one image) are those of the layer, where a kernel computes one. `ms` is
     the median over `runs` for a whole batch, of a kernel with what was fused into it; `share` is of the network's sum. A profiler slows
-    what it watches: compare shares, and measure whole networks by `measure_latencies`.
+    what it watches: compare shares, and measure whole networks by `measure_latencies`. Raises ConfigError for no runs or no threads.
 
     >>> table = profile_layers({"net": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())}, torch.randn(1, 3, 8, 8), runs=3)
     >>> bool("Conv" in set(table.operator)), round(float(table.share.sum()), 6), int(table.macs.sum())  # 3 * 8 * 3 * 3 * 6 * 6

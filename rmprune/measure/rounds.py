@@ -40,18 +40,28 @@ class Rounds(NamedTuple):
 
 
 @contextlib.contextmanager
-def quiet_process(threads: int) -> Iterator[None]:
-    """torch's threads as asked, no garbage collection; both put back."""
-    before, collecting = torch.get_num_threads(), gc.isenabled()
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch's threads as asked; put back."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    gc.collect(1)  # all of it takes most of a second
-    gc.disable()
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        if collecting:
-            gc.enable()
+
+
+@contextlib.contextmanager
+def quiet_process(threads: int) -> Iterator[None]:
+    """torch's threads as asked, no garbage collection; both put back."""
+    collecting = gc.isenabled()
+    with torch_threads(threads):
+        gc.collect(1)  # all of it takes most of a second
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
 
 
 def timed_rounds(

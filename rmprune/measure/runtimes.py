@@ -180,7 +180,8 @@ def openvino(
 
 
 def ncnn_form(candidate: Candidate) -> tuple[str, bytes]:
-    """ncnn's two files, text and weights, as pnnx converts them from a torch.jit trace; float32."""
+    """ncnn's two files, text and weights, as pnnx converts them from a torch.jit trace; float32. Raises UnsupportedModel
+    where it cannot."""
     program = Path(str(importlib.util.find_spec("pnnx").origin)).with_name("pnnx")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript announces its own end
@@ -198,7 +199,8 @@ def ncnn_form(candidate: Candidate) -> tuple[str, bytes]:
 
 
 def ncnn(candidate: Candidate, setting: Setting) -> Prepared:
-    """ncnn on the CPU, float32. It takes one image at a time, so a batch is so many runs."""
+    """ncnn on the CPU, float32. It takes one image at a time, so a batch is so many runs. Raises UnsupportedModel for a layer that it
+    lacks."""
     ncnn = importlib.import_module("ncnn")
     net = ncnn.Net()
     net.opt.num_threads = setting.threads

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, first_line
 from rmprune.graph.copied import copied
 from rmprune.graph.listed import trace
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form
@@ -62,7 +62,7 @@ def torchscript(candidate: Candidate, setting: Setting) -> Prepared:
 
 
 def compiled(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = torch.float32) -> Prepared:
-    """torch.compile with its defaults, channels-last; on a CPU it needs a C++ compiler."""
+    """torch.compile with its defaults, channels-last; on a CPU it needs a C++ compiler. Raises ConfigError where it fails."""
     model, x = _on_device(candidate, setting, dtype, True)
     # A forward function of its own: candidates that share one would pay for each other's guards and recompilations.
     function = torch.compile(fx.GraphModule(model, trace(model)))
@@ -72,7 +72,7 @@ def compiled(candidate: Candidate, setting: Setting, *, dtype: torch.dtype = tor
             function(x)
     except Exception as error:  # whatever the compiler chain raises
         raise ConfigError(
-            f"backend 'compile': torch.compile fails here ({str(error).strip().splitlines()[0][:150]}); install a C++ "
+            f"backend 'compile': torch.compile fails here ({first_line(error)}); install a C++ "
             "compiler (apt install g++), or measure with another backend"
         ) from error
     return _prepared(function, x)

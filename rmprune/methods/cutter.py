@@ -277,10 +277,8 @@ def make_cutter(
 
 def layer_times(job: Job[SlimConfig], place: Place) -> LatencyModel:
     """The table of layer times of a run, which is kept in its directory."""
-    cache = job.config.directory / f"layer-times-{place.backend}-{place.threads}-{place.batch_size}.json"
-    return LatencyModel(
-        place.backend, threads=place.threads, batch_size=place.batch_size, device=place.device, cache=cache
-    )
+    backend, _, threads, batch_size = place.configuration
+    return place.layer_times(job.config.directory / f"layer-times-{backend}-{threads}-{batch_size}.json")
 
 
 def place_of(job: Job[SlimConfig]) -> Place:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from rmprune.amc.multiplier import Multiplier, too_dear, widest
+from rmprune.amc.multiplier import Multiplier, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import UnsupportedModel
 from rmprune.methods.cutter import cost_ratios
 from rmprune.methods.outlook import SHAPE_IMAGES, ends_of
-from rmprune.methods.refuse import NOISE
+from rmprune.methods.refuse import refuse_too_dear
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.options import block_options
@@ -40,12 +40,11 @@ def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Fil
     note = files.note("losses")
     losses: dict[str, float] = remembered(files.shared_note("blocks"), "blocks", measure)
     order = sorted(losses, key=lambda name: losses[name])
-    timed, allowed = budget.latency_ratio is not None, getattr(budget, budget.name)
     left, make = [float(1 + n) for n in range(len(order))], _without(network, order, job)
     ratios = functools.partial(cost_ratios, budget, job)
 
     def find() -> dict[str, float]:
-        return asdict(widest(SHORTEST, make, left, ratios, allowed, timed=timed))
+        return asdict(widest(SHORTEST, make, left, ratios, budget.value, timed=budget.latency_ratio is not None))
 
     found = Multiplier(**remembered(note, "left", find))
     count = len(order) + 1 - round(found.width)
@@ -65,10 +64,7 @@ def check_depth(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Non
     """Raise UnsupportedModel where no block can be dropped, InfeasibleBudget where dropping them all does not meet the budget."""
     network = job.here(network)
     order = list(_droppable(network, job))
-    least = cost_ratios(budget, job, {"shortest": _without(network, order, job)(1.0)})["shortest"]
-    allowed = getattr(budget, budget.name)
-    if least > allowed * (1.0 if budget.latency_ratio is None else NOISE):
-        raise too_dear(SHORTEST, least, allowed)
+    refuse_too_dear(SHORTEST, _without(network, order, job)(1.0), budget, job)
 
 
 def _droppable(network: nn.Module, job: Job[SlimConfig]) -> Options:

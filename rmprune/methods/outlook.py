@@ -153,9 +153,9 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             break
     if found is not None:
         return found
-    nearest = getattr(budget, budget.name) * cost / limit
+    nearest = budget.value * cost / limit
     raise InfeasibleBudget(
-        f"{budget.name} {getattr(budget, budget.name):g} cannot be met by any plan of blocks and widths under these limits; the "
+        f"{budget.name} {budget.value:g} cannot be met by any plan of blocks and widths under these limits; the "
         f"least that can be had is about {nearest:.3g}: ask for more, or lower min_channels, min_fraction or round_to"
     )
 

@@ -8,11 +8,12 @@ from types import MappingProxyType
 
 from torch import nn
 
+from rmprune.amc.multiplier import too_dear
 from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
-from rmprune.methods.cutter import make_cutter, place_of
+from rmprune.methods.cutter import cost_ratios, make_cutter, place_of
 from rmprune.methods.table import METHODS, Method
 from rmprune.pruning import Budget
 from rmprune.pruning.time_cost import timed_layers
@@ -40,7 +41,7 @@ def check_budgets(
     for budget in budgets:
         refusals: dict[str, Refusal] = {}
         for name, method in methods.items():
-            logger.info("before training: can %s meet %s %g?", name, budget.name, getattr(budget, budget.name))
+            logger.info("before training: can %s meet %s %g?", name, budget.name, budget.value)
             try:
                 if name in searches:
                     searches[name](budget)
@@ -116,3 +117,10 @@ def _check(
         least[name] = place.least_ratio(cutter.narrowest(budget), limit)
     if least[name] > limit:
         raise infeasible(budget.latency_ratio, least[name], place)
+
+
+def refuse_too_dear(what: str, network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> None:
+    """Raise InfeasibleBudget where even this network, `what`, costs more than the budget."""
+    cost = cost_ratios(budget, job, {what: network})[what]
+    if cost > budget.value * (1.0 if budget.latency_ratio is None else NOISE):
+        raise too_dear(what, cost, budget.value)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, too_dear, widest
+from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError
 from rmprune.methods.cutter import cost_ratios
-from rmprune.methods.refuse import NOISE
+from rmprune.methods.refuse import refuse_too_dear
 from rmprune.models.families import default_width, has_multiplier
 from rmprune.pruning import Budget
 from rmprune.training.job import Job
@@ -36,14 +36,11 @@ def own_width(job: Job[SlimConfig]) -> float:
 def narrowed(make: Make, budget: Budget, job: Job[SlimConfig]) -> Multiplier:
     """The largest width within the budget. Raises InfeasibleBudget where even the narrowest network is too dear."""
     widths = smaller_widths(make, own_width(job), whole=not has_multiplier(job.config.model))
-    timed, allowed = budget.latency_ratio is not None, getattr(budget, budget.name)
-    return widest(NARROWEST, make, widths, functools.partial(cost_ratios, budget, job), allowed, timed=timed)
+    ratios, timed = functools.partial(cost_ratios, budget, job), budget.latency_ratio is not None
+    return widest(NARROWEST, make, widths, ratios, budget.value, timed=timed)
 
 
 def check_narrowest(make: Make, budget: Budget, job: Job[SlimConfig]) -> None:
     """Raise InfeasibleBudget where the network of the least width is too dear."""
-    own, allowed = own_width(job), getattr(budget, budget.name)
-    least = own / STEPS if has_multiplier(job.config.model) else 1.0
-    ratio = cost_ratios(budget, job, {"narrowest": make(least)})["narrowest"]
-    if ratio > allowed * (1.0 if budget.latency_ratio is None else NOISE):
-        raise too_dear(NARROWEST, ratio, allowed)
+    least = own_width(job) / STEPS if has_multiplier(job.config.model) else 1.0
+    refuse_too_dear(NARROWEST, make(least), budget, job)

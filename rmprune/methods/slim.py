@@ -121,4 +121,5 @@ def _within_time(network: nn.Module, cutter: Cutter, budget: Budget, cut_to: Bud
 
 def scaled(budget: Budget, factor: float) -> Budget:
     """The budget times a factor, for a network that meets it: `max_fraction` must not cut what is left a second time."""
-    return dataclasses.replace(budget, max_fraction=1.0, **{budget.name: getattr(budget, budget.name) * factor})
+    changed: dict[str, Any] = {"max_fraction": 1.0, budget.name: budget.value * factor}
+    return dataclasses.replace(budget, **changed)

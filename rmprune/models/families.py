@@ -25,7 +25,8 @@ def create_network(
     name: str, *, num_classes: int, input_shape: tuple[int, int, int], batch_norm_eps: float | None = None, **given: Any
 ) -> nn.Module:
     """A new network with random weights for images of `input_shape` (C, H, W). `given`: its own settings; None leaves one out.
-    `batch_norm_eps`: in the place of what its batch norms add to variances.
+    `batch_norm_eps`: in the place of what its batch norms add to variances. Raises ConfigError for an unknown network, or a setting that it
+    does not have.
 
     >>> network = rmprune.models.create_network("resnet18", num_classes=10, input_shape=(1, 28, 28), width=8)
     >>> network.conv1  # the stem for small images

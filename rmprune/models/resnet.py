@@ -73,7 +73,7 @@ def is_cifar_depth(name: str) -> bool:
 
 
 def cifar_resnet(name: str, *, num_classes: int, in_channels: int, width: int = 16) -> nn.Module:
-    """`resnet20`, `resnet32`, ... `resnet{6n+2}` with `width` channels in the first stage."""
+    """`resnet20`, `resnet32`, ... `resnet{6n+2}` with `width` channels in the first stage. Raises ConfigError for other depths."""
     require(width >= 1, f"{name}: width is {width}; it must be at least 1")
     if not is_cifar_depth(name):
         raise ConfigError(f"{name}: CIFAR ResNets have depth 6n+2, such as {', '.join(CIFAR_NAMES)}")

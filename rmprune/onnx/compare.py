@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from rmprune.graph.build import target_of
 from rmprune.graph.copied import copied
-from rmprune.graph.shapes import to_double
+from rmprune.graph.tensors import to_double
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2.0**-10}  # of the largest output
 ROUNDINGS = 4.0  # two runs of one network in one format differ by this many times its `rounding` at most

@@ -51,7 +51,8 @@ class OnnxFile:
 
     @cached_property
     def in_float32(self) -> OnnxFile:
-        """The same graph with all weights and results in float32: itself where it computes so already."""
+        """The same graph with all weights and results in float32: itself where it computes so already. Raises UnsupportedModel for weights
+        of over 2 GiB."""
         if {self.dtype, *(entry.dtype for entry in (*self.inputs, *self.outputs))} == {torch.float32}:
             return self
         proto = onnx.ModelProto.FromString(self.proto.SerializeToString())
@@ -89,7 +90,8 @@ class OnnxFile:
         return list(self.proto.graph.node)
 
     def array(self, tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
-        """The values of a tensor; external ones are mapped from their file, and not read before they are used."""
+        """The values of a tensor; external ones are mapped from their file, and not read before they are used. Raises ArtifactError where
+        they cannot be read."""
         try:
             return values_of(tensor, self.path)
         except (ValueError, OverflowError, OSError) as error:

@@ -21,7 +21,8 @@ ASKED = "export it in float32 or float16"
 
 
 def every_tensor(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """Every tensor of a graph without control flow, with where it stands."""
+    """Every tensor of a graph without control flow, with where it stands. Raises UnsupportedModel for sparse ones and attributes of no
+    plain value."""
     if graph.sparse_initializer:
         raise UnsupportedModel("it holds sparse tensors; export it with dense ones")
     for tensor in graph.initializer:

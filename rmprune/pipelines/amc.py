@@ -56,7 +56,8 @@ GRADUAL_CUTS = 20  # small cuts in which a policy is reached while training
 
 
 def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
-    """Do the whole job and return the records. Goes on where an interrupted run of the same settings was."""
+    """Do the whole job and return the records. Goes on where an interrupted run of the same settings was. Raises ConfigError for an unknown
+    method, or a search without a decision of its own."""
     for name in config.method:
         if name not in AMC_METHODS:
             raise ConfigError(f"unknown method {name!r}; there are: {', '.join(AMC_METHODS)}")
@@ -119,11 +120,9 @@ def _run_cell(cell: Cell, plan: SlimPlan | None, job: Job[AmcConfig], command: s
     dense = dense_network(job, cell)
     job = replace(job, teacher=dense, memory=cell.shared / "checkpoint" / "teacher")
     networks: dict[str, nn.Module] = {"original": dense}
-    removal: dict[str, Any] | None = None
     bases = {"dense": dense}
     if any(AMC_METHODS[name].start == "plain" for name in config.method):
         networks["plain"] = bases["plain"] = starting_network(job, cell, "plain")
-        removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
     if plan is not None:
         bases["planned"] = _planned(plan, job, cell)
     timing = None
@@ -135,7 +134,7 @@ def _run_cell(cell: Cell, plan: SlimPlan | None, job: Job[AmcConfig], command: s
         work: Callable[..., Any] = _narrow if AMC_METHODS[name].search is None else functools.partial(_slim, base)
         made = functools.partial(work, name, goal, job, cell)
         networks[name] = stage(cell.directory / name, made, onnx=example[:1])
-    finish(job, cell, command, networks, methods=list(config.method), removal=removal)
+    finish(job, cell, command, networks, methods=list(config.method))
 
 
 def _planned(plan: SlimPlan, job: Job[AmcConfig], cell: Cell) -> nn.Module:

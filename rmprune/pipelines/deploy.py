@@ -97,7 +97,7 @@ def deploy(
 def renew_deployed(run: Path) -> None:
     """Write the model card and the ranking of a run's deploy/ again, where there is one: its networks were measured again.
 
-    The network stays the one that it is.
+    The network stays the one that it is. Raises ArtifactError for a damaged deploy/.
     """
     folder = run / FOLDER
     if (folder / RANKING).is_file():
@@ -136,7 +136,8 @@ def _records(run: Path) -> list[Path]:
 
 def ranked(run: Path, data: Dataset | None, known: Mapping[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Every network of a finished run, the one to deploy first, as plain JSON (see `RULE`); those that were not pruned come last, where
-    others were. For runs whose records do not yet say how networks do on validation images: `data`, or what was `known` by path.
+    others were. For runs whose records do not yet say how networks do on validation images: `data`, or what was `known` by path. Raises
+    ArtifactError for a part of a run.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in _records(run):

@@ -8,7 +8,7 @@ from torch import nn
 from rmprune.config import DoctorConfig
 from rmprune.errors import ConfigError
 from rmprune.measure import BACKENDS
-from rmprune.measure.backends import Candidate, prepare, surroundings
+from rmprune.measure.backends import Candidate, backend_named, prepare, surroundings
 from rmprune.measure.machine import BFLOAT16, PACKAGES, environment, has_instruction
 from rmprune.measure.quiet import quietness
 
@@ -25,9 +25,8 @@ ERRORS = {"float32": 1e-4, "tf32": 0.02, "bfloat16": 0.05, "float16": 0.02, "int
 
 def run_doctor(config: DoctorConfig) -> None:
     """Print one line for each thing that was looked at, as it is found. Raises ConfigError for an unknown backend."""
-    unknown = [name for name in config.backends if name not in BACKENDS]
-    if unknown:
-        raise ConfigError(f"backend {unknown[0]!r} is unknown; there are {', '.join(BACKENDS)}")
+    for name in config.backends:
+        backend_named(name)
     here = environment()
     print(f"python {here['versions']['python']} on {here['platform']}")
     for package in PACKAGES:

@@ -37,7 +37,8 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     """Measure again and replace the `latency` of every network in the records; returns the records' paths.
 
     A network that several runs share, or hold a copy of (the original of a sweep), is measured once. Ratios are taken to each
-    run's own original. Nothing is written before all is measured; a KeyboardInterrupt after that says how many records are.
+    run's own original. Nothing is written before all is measured; a KeyboardInterrupt after that says how many records are. Raises
+    ArtifactError for records that cannot be written or whose images differ in size, before anything is measured.
     """
     if config.image_size is not None:
         raise ConfigError("image_size is for ONNX files, of which there is none; networks of runs know theirs")
@@ -126,7 +127,8 @@ def _renew(
 
 
 def network_directory(run: Path, name: str) -> Path:
-    """Where a run keeps a network: `original` is called dense/ on disk; dense/ and plain/ may lie one level up, shared by cells."""
+    """Where a run keeps a network: `original` is called dense/ on disk; dense/ and plain/ may lie one level up, shared by cells. Raises
+    ArtifactError where it is not there."""
     folder = "dense" if name == "original" else name
     if not name.isprintable() or Path(folder).name != folder or folder in ("", ".."):
         raise ArtifactError(f"{run}: its record has a network {name[:80]!r}, which names no folder of it; run it again")

@@ -148,10 +148,8 @@ def run_cell(
     for name in sorted({method.start for method in methods.values()}):
         starts(name)
     networks: dict[str, nn.Module] = {"original": dense}
-    removal: dict[str, Any] | None = None
     if any(method.start == "plain" for method in methods.values()):
         networks["plain"] = starts("plain")
-        removal = artifact.read_extra(cell.shared / "plain", "removal")["removal"]
     if plan is not None:
         networks["plan"] = stage(cell.directory / "plan", functools.partial(_planned, plan, job, cell), onnx=example)
         finish(job, cell, command, networks, methods=["plan"])
@@ -171,7 +169,7 @@ def run_cell(
         raise refusal("no method can be had", refused)
     done = [name for name in methods if name not in refused]
     reasons = {name: str(error) for name, error in refused.items()}
-    finish(job, cell, command, networks, methods=done, removal=removal, refused=reasons, measure=measure)
+    finish(job, cell, command, networks, methods=done, refused=reasons, measure=measure)
 
 
 def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:

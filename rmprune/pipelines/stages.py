@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import logging
 import math
 import time
@@ -172,12 +171,11 @@ def say(facts: Mapping[str, Any]) -> None:
 
 def finish(
     job: Job[RunConfig], cell: Cell, command: str, networks: dict[str, nn.Module], *, methods: list[str],
-    removal: Mapping[str, Any] | None = None, refused: Mapping[str, str] | None = None, measure: MeasureConfig | None = None,
+    refused: Mapping[str, str] | None = None, measure: MeasureConfig | None = None,
 ) -> Path:  # fmt: skip
-    """Measure the networks of a cell, the trained one as "original", and write its record; returns its path.
+    """Measure the networks of a cell, the trained one as "original" and its plain form as "plain", and write its record; returns its path.
 
-    `methods`: that made them; `removal`: the facts of RM on the trained network, where it was done; `refused`: {method: why not};
-    `measure`: in the place of what the settings say.
+    `methods`: that made them; `refused`: {method: why not}; `measure`: in the place of what the settings say.
     """
     record: dict[str, Any] = {
         "schema": records.SCHEMA,
@@ -191,8 +189,8 @@ def finish(
         "method": ",".join(methods),
         **({"budget": cell.budget} if cell.budget else {}),
         "environment": environment(),
-        "removal": removal,
-        "training": training_log(cell.shared, cell.directory),
+        "removal": artifact.read_extra(cell.shared / "plain", "removal")["removal"] if "plain" in networks else None,
+        "training": records.training_log(cell.shared, cell.directory),
         **measure_networks(networks, job.data, measure or job.config.measure, job.device),
         **({"refused": refused} if refused else {}),
     }
@@ -266,20 +264,6 @@ def _how_good(model: nn.Module, data: Dataset, device: torch.device) -> dict[str
     if data.test.loss is not None:
         return {"accuracy": None, "loss": evaluate(model, data.test, device=device).loss}
     return scores(*logits_of(model, data.test, device=device), data.classes)
-
-
-def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
-    """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record.
-
-    Of an epoch that was trained twice, after an interruption, the last stays; a line that is damaged is left out.
-    """
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    for log in dict.fromkeys(directory / "log.jsonl" for directory in directories):
-        for line in log.read_bytes().splitlines() if log.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-                epoch = json.loads(line)
-                found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
-    return {label: list(epochs.values()) for label, epochs in found.items()}
 
 
 def image_shape(known: Any, where: Path) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import TrainRunConfig
 from rmprune.data.load import Load, load_dataset
@@ -26,7 +25,8 @@ from rmprune.training.job import Job
 
 
 def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset) -> list[Path]:
-    """Do the job and return the record. Goes on where an interrupted run of the same settings was."""
+    """Do the job and return the record. Goes on where an interrupted run of the same settings was. Raises UnsupportedModel before training
+    where no residual can be removed."""
     root = config.directory
     cell = Cell(config.seed, "", 0.0, root, root)
     refuse_used(root, config, [cell.record], overwrite=config.overwrite)
@@ -40,6 +40,5 @@ def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset
     with at_work(job, [cell.record], {"dense", "plain"}):
         dense = dense_network(job, cell)
         plain = starting_network(replace(job, teacher=dense), cell, "plain")
-        removal = artifact.read_extra(root / "plain", "removal")["removal"]
         networks = {"original": dense, "plain": plain}
-        return [finish(job, cell, command, networks, methods=["train"], removal=removal)]
+        return [finish(job, cell, command, networks, methods=["train"])]

@@ -110,7 +110,7 @@ def _said(worker: Worker) -> tuple[str, bool]:
     try:
         return str(worker.result()), False
     except Exception as error:  # submitit's, for whatever ended it
-        return str(error).strip().splitlines()[0], True
+        return first_line(error), True
 
 
 def workers_of(config: GridConfig) -> Submit:

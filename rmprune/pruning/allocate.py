@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from rmprune.errors import ConfigError, InfeasibleBudget
-from rmprune.pruning.budget import Budget, Target, allowed_widths, resolve
-from rmprune.pruning.groups import Keep, Structure, total_cost
+from rmprune.pruning.budget import Budget, Target, allowed_widths, even_widths, resolve
+from rmprune.pruning.groups import Keep, Structure, mask_of, total_cost
 from rmprune.pruning.layers import Cost, channels, macs, price
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` largest scores; of equal ones, the first stay."""
-    mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[torch.argsort(scores.cpu(), descending=True, stable=True)[:count]] = True
-    return mask
+    return mask_of(len(scores), torch.argsort(scores.cpu(), descending=True, stable=True)[:count])
 
 
 class Meter:
@@ -188,18 +186,14 @@ def allocate_uniform(
     origin: Mapping[str, int] | None = None,
 ) -> Keep:  # fmt: skip
     """The same fraction of every group, its most important units: the largest fraction within the budget and the
-    limits, each group at the allowed width nearest to it (with `round_to` some may stay whole).
+    limits, each group at the allowed width nearest to it (with `round_to` some may stay whole). Raises InfeasibleBudget where the limits
+    forbid the budget.
     """
     allowed = allowed_widths(structure, budget, origin)
-    whole = {g.name: (origin or structure.units)[g.name] for g in structure.groups}
-
-    def widths(fraction: float) -> dict[str, int]:
-        return {n: min(us, key=lambda units: abs(units - fraction * whole[n])) for n, us in allowed.items()}
-
-    meter = Meter(structure, target.cost)
+    meter, whole = Meter(structure, target.cost), origin or structure.units
 
     def cost(fraction: float) -> float:
-        return math.fsum(meter.at(widths(fraction)))
+        return math.fsum(meter.at(even_widths(allowed, whole, fraction)))
 
     low, high = 0.0, 1.0
     if cost(low) > target.limit:
@@ -209,7 +203,7 @@ def allocate_uniform(
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= target.limit else (low, middle)
-    return {name: keep_best(importance[name].double().cpu(), units) for name, units in widths(low).items()}
+    return {name: keep_best(importance[name], units) for name, units in even_widths(allowed, whole, low).items()}
 
 
 def allocate(
@@ -259,7 +253,7 @@ def least_cost(structure: Structure, budget: Budget, cost: Cost, origin: Mapping
 def explain(structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None = None) -> str:
     """Which limit forbids the budget, and what can be had under the limits as they are."""
     least = least_cost(structure, budget, target.cost, origin)
-    asked, nearest = getattr(budget, budget.name), target.as_ratio(budget, least)
+    nearest = target.as_ratio(budget, least)
     free = {
         "min_channels": replace(budget, min_channels=1),
         "min_fraction": replace(budget, min_fraction=0.0),
@@ -270,16 +264,13 @@ def explain(structure: Structure, budget: Budget, target: Target, origin: Mappin
         for limit, relaxed in free.items()
         if relaxed != budget and least_cost(structure, relaxed, target.cost, origin) <= target.limit
     ]
-    bare = replace(budget, min_channels=1, min_fraction=0.0, round_to=1)
     if guilty:
         why = f"{' or '.join(guilty)} forbids it"
-    elif least_cost(structure, bare, target.cost, origin) <= target.limit:
+    elif least_cost(structure, budget.without_limits, target.cost, origin) <= target.limit:
         why = "min_channels, min_fraction and round_to together forbid it"
     else:
         whole = ", ".join(name for name, reason in structure.frozen.items() if "output" not in reason)
         why = "even one channel a layer costs more" + (f" (left whole: {whole})" if whole else "")
         rest = sum(layer.maps for layer in structure.layers if layer.kind == "rest" and budget.macs_ratio is not None)
         why += f"; {rest / target.whole:.1%} of the MACs are in operations without channels to cut" if rest else ""
-    return (
-        f"{budget.name} {asked:g} cannot be met: {why}. The nearest that can be met under these limits is {nearest:.4g}"
-    )
+    return f"{budget.name} {budget.value:g} cannot be met: {why}. The nearest that can be met under these limits is {nearest:.4g}"

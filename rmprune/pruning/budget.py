@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rmprune.config import PruneConfig
 from rmprune.config.fields import Settings
@@ -85,6 +85,16 @@ others; got ratio, macs_ratio
         """Which of the ratios is set; of two, the one that memory_ratio holds beside."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
+    @property
+    def value(self) -> float:
+        """That ratio."""
+        return float(getattr(self, self.name))
+
+    @property
+    def without_limits(self) -> "Budget":
+        """The same with no least width of a layer: one channel is enough."""
+        return replace(self, min_channels=1, min_fraction=0.0, round_to=1)
+
 
 def refuse_no_budget(budget: object) -> None:
     """Raises ConfigError for what is none."""
@@ -132,6 +142,11 @@ def allowed_widths(
 ) -> dict[str, list[int]]:
     """{group: `allowed_units`}; `origin`: original sizes, of groups that had others."""
     return {g.name: allowed_units(g, budget, (origin or {}).get(g.name)) for g in structure.groups}
+
+
+def even_widths(allowed: Mapping[str, list[int]], whole: Mapping[str, int], fraction: float) -> dict[str, int]:
+    """{group: of the units that are `allowed`, those nearest to this fraction of the `whole`}."""
+    return {name: min(us, key=lambda units: abs(units - fraction * whole[name])) for name, us in allowed.items()}
 
 
 def allowed_units(group: Group, budget: Budget, origin: int | None = None) -> list[int]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rmprune.graph.copied import copied
-from rmprune.pruning.groups import Keep, Structure, device_of, layer_masks
+from rmprune.graph.tensors import device_of
+from rmprune.pruning.groups import Keep, Structure, layer_masks
 from rmprune.pruning.layers import SizedLayer, Slices
 from rmprune.pruning.positions import Positions, outputs_at, patches_at, sample_positions
 from rmprune.pruning.program import Op, Program
@@ -100,6 +101,10 @@ class Calibrator:
         self._positions: dict[str, Positions] = {}
         self._wanted: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
+
+    def ready(self, images: Tensor) -> Tensor:
+        """The images where the network is, in the order of memory that its convolutions are fastest in."""
+        return images.to(device_of(self.model), memory_format=torch.channels_last if images.dim() == 4 else None)
 
     def measure_reference(self, program: Program, x: Tensor) -> None:
         """Run the unpruned network on the calibration images and note what the policies are compared with; say what cannot be fitted."""

@@ -133,7 +133,7 @@ def cut_to(
     """The network with so many units of each group, its most important ones, and its layers fitted to what they put out before; the
     error of its cut (`prove_cut`)."""
     scores = score_groups(importance, network, structure, data)
-    keep = {name: keep_best(score.double().cpu(), units[name]) for name, score in scores.items()}
+    keep = {name: keep_best(score, units[name]) for name, score in scores.items()}
     if all(bool(mask.all()) for mask in keep.values()):
         return network, 0.0
     images = fitting_images(data, network)

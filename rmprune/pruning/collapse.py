@@ -22,7 +22,7 @@ from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges
-from rmprune.graph.shapes import to_double
+from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.one_convolution import (
     Change,
@@ -111,7 +111,7 @@ def shorten_each(
     model: nn.Module, images: Inputs, ways: Sequence[Mapping[str, bool]]
 ) -> Iterator[tuple[int, Collapse]]:
     """`shorten_blocks` in several ways {block: whether it is dropped, or collapsed}, each with its number as soon as it is fitted: what
-    they share is run once."""
+    they share is run once. Raises UnsupportedModel for a block that cannot be shortened so."""
 
     def pick(way: Mapping[str, bool], network: Network, name: str, add: fx.Node) -> Part | str:
         if name not in way:

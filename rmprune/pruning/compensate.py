@@ -6,10 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rmprune.data.batches import NOT_RUN, Batches, each_pass
+from rmprune.data.batches import NOT_RUN, Batches, watch_passes
 from rmprune.errors import DataError
 from rmprune.graph.copied import copied
-from rmprune.graph.run import evaluating, hooked
 from rmprune.pruning.constants import add_to_bias, response
 from rmprune.pruning.dead import Folded
 from rmprune.pruning.groups import Keep, Structure
@@ -44,7 +43,8 @@ def compensated(
 
 
 def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[str, Tensor]:
-    """{layer: [c_in] float64, the mean of each input channel over images and positions}, in eval mode."""
+    """{layer: [c_in] float64, the mean of each input channel over images and positions}, in eval mode. Raises DataError where a loss runs
+    no network."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -55,9 +55,7 @@ def mean_inputs(model: nn.Module, layers: Iterable[str], data: Batches) -> dict[
         counts[name] = counts.get(name, 0) + x.shape[1]
 
     hooks = (model.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in layers)
-    with hooked(hooks), evaluating(model), torch.no_grad():
-        for run in each_pass(data, model):
-            run()
+    watch_passes(data, model, hooks)
     if not sums:
         raise DataError(NOT_RUN)
     return {name: total.cpu() / counts[name] for name, total in sums.items()}

@@ -2,49 +2,39 @@
 
 Torch-Pruning 1.6.1 prunes a fraction of all groups' channels below one global threshold. It counts channels, not
 MACs; it removes all channels that tie with the threshold; it rounds widths down after ranking; and in one shot
-`max_pruning_ratio` is only looked at before the cut, so a layer may lose more. Hence the search for the ratio here,
-and the wrapper that puts protected channels out of reach.
+`max_pruning_ratio` is only looked at before the cut, so a layer may lose more. Hence the search for the ratio here;
+one cut at a ratio is made by `torch_pruning_cut`.
 """
 
-import contextlib
-import itertools
-import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rmprune.data.batches import OWN_LOSS, Batches, Loss, loss_parts, with_loss
+from rmprune.data.batches import Batches, Loss, loss_parts, with_loss
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.inputs import Inputs, as_given, only_input
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import device_of, own_tensors
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.allocate import explain, least_cost
 from rmprune.pruning.budget import Budget, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Group, Structure, device_of
-from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, own_tensors, price
+from rmprune.pruning.groups import Group, Structure, mask_of
+from rmprune.pruning.importance import need_data
+from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, price
 from rmprune.pruning.one_shot import check_outputs, fitting, fitting_images
 from rmprune.pruning.prove import prove_slices
-from rmprune.pruning.refit import refit
+from rmprune.pruning.refit import refit, refuse_no_images
 from rmprune.pruning.surgery import note_cut, note_kept
+from rmprune.pruning.torch_pruning_cut import COUPLED_IMPORTANCES, cut_at, following
 from rmprune.training.convolutions import TrainableConvolutions
 
-if TYPE_CHECKING:
-    import torch_pruning as tp
-
 M = TypeVar("M", bound=nn.Module)
-OUT_OF_REACH = 1e12  # above any score of a channel that may go
-COUPLED_IMPORTANCES = {
-    "batch_norm": "BNScaleImportance",
-    "taylor": "GroupTaylorImportance",
-    "magnitude": "GroupMagnitudeImportance",
-}
-"""{name: class of Torch-Pruning's}. The package is imported where it is needed: it takes half a second."""
 
 
 @tf32(False, "cuda")
@@ -80,12 +70,9 @@ def prune_coupled(
     """
     if importance not in COUPLED_IMPORTANCES:
         raise ConfigError(f"importance {importance!r} is unknown here; there are: {', '.join(COUPLED_IMPORTANCES)}")
-    if importance == "taylor" and data is None and gradients is None:
-        raise ConfigError(
-            f"importance 'taylor' is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
-        )
-    if reconstruct and data is None:
-        raise ConfigError("reconstruct fits layers on training images; give some as data")
+    if importance == "taylor" and gradients is None:
+        need_data(data, importance)
+    refuse_no_images(reconstruct, data)
     data = with_loss(data, loss)
     model, given = as_given(model, example_inputs)  # type: ignore[assignment]
     example_inputs = only_input(given, "coupled pruning")
@@ -108,7 +95,7 @@ def prune_coupled(
         if low > 0 and high < 1 and (high - low) * ranked < 1 and not isomorphic:
             break  # every ratio between takes as many channels as one of the two
         ratio = (low + high) / 2
-        candidate, slices = _attempt(
+        candidate, slices = cut_at(
             model, example_inputs, structure, importance, isomorphic, gradients, least, budget.round_to, ratio
         )
         value = measured_cost(candidate, structure, target.cost)
@@ -126,7 +113,7 @@ def prune_coupled(
         if least_cost(structure, budget, target.cost, origin) > target.limit:
             raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
         raise InfeasibleBudget(
-            f"coupled pruning: {budget.name} {getattr(budget, budget.name):g} was met by no cut of Torch-Pruning, which leaves or ties "
+            f"coupled pruning: {budget.name} {budget.value:g} was met by no cut of Torch-Pruning, which leaves or ties "
             "more channels than these limits ask for; use another method"
         )
     _, pruned, slices = best
@@ -156,7 +143,7 @@ def _kept(model: nn.Module, structure: Structure, slices: Mapping[str, Slices]) 
         for name, _ in own_tensors(module):
             for dim, index in slices.get(f"{member.layer}.{name}", ()):
                 if dim == output_dim(module, name):
-                    masks[member.layer] = torch.zeros(member.size, dtype=torch.bool).index_fill(0, index.cpu(), True)
+                    masks[member.layer] = mask_of(member.size, index)
     return masks
 
 
@@ -205,111 +192,12 @@ def check_coupled(model: nn.Module, structure: Structure, importance: str, examp
     import torch_pruning as tp
 
     twin = copied(model).requires_grad_(True)
-    with _following(model), evaluating(twin), torch.enable_grad():
+    with following(model), evaluating(twin), torch.enable_grad():
         list(
             tp.DependencyGraph()
             .build_dependency(twin, example_inputs.to(device_of(model)), verbose=False)
             .get_all_groups()
         )
-
-
-@contextlib.contextmanager
-def _following(model: nn.Module) -> Iterator[None]:
-    """Whatever Torch-Pruning raises on a network that it does not know becomes an UnsupportedModel."""
-    try:
-        yield
-    except Exception as error:
-        raise UnsupportedModel(
-            f"{type(model).__name__}: Torch-Pruning cannot follow this network ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _attempt(
-    model: nn.Module, example_inputs: Tensor, structure: Structure, importance: str, isomorphic: bool,
-    gradients: Mapping[str, Tensor], least: Mapping[str, int], round_to: int, ratio: float,
-) -> tuple[nn.Module, dict[str, Slices]]:  # fmt: skip
-    """Torch-Pruning's cut at this ratio, and what it left of each tensor."""
-    import torch_pruning as tp
-
-    twin = copied(model)
-    parameters = dict(twin.named_parameters())
-    twin.requires_grad_(True)  # Torch-Pruning traces by autograd
-    for name, gradient in gradients.items():
-        parameters[name].grad = gradient.clone()
-    floors: dict[str, tuple[int, int]] = {}
-    for group in structure.groups:
-        floors |= dict.fromkeys(group.producers, (least[group.name], group.multiple))
-    names = {module: name for name, module in twin.named_modules()}
-    going = {name for group in structure.groups for name in group.producers}
-    staying = [x.name for x in structure.layers if x.kind not in ("depthwise", "rest") and x.name not in going]
-    with _following(model), evaluating(twin), torch.enable_grad():
-        pruner = tp.pruner.BasePruner(
-            twin, example_inputs,
-            importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names),
-            global_pruning=True, isomorphic=isomorphic, pruning_ratio=ratio,
-            ignored_layers=[twin.get_submodule(name) for name in staying], round_to=round_to if round_to > 1 else None,
-        )  # fmt: skip
-        groups = pruner.step(interactive=True)
-        first = next(groups, None)  # all is ranked by now
-        for tensor in _tensors(twin).values():  # every entry becomes its own position: what is cut now says what it was
-            tensor.grad = None
-            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-        for group in itertools.chain([] if first is None else [first], groups):
-            group.prune()
-    for name, parameter in model.named_parameters():
-        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return twin, _renumbered(twin, model)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    both = (*model.named_parameters(), *model.named_buffers())
-    return {name: tensor for name, tensor in both if tensor.dim() and tensor.is_floating_point()}
-
-
-def _renumbered(twin: nn.Module, model: nn.Module) -> dict[str, Slices]:
-    """Puts the entries of `model` back where their positions are, and says which indices of each tensor are left."""
-    slices: dict[str, Slices] = {}
-    whole = _tensors(model)
-    for name, tensor in _tensors(twin).items():
-        at, shape = tensor.data.long(), whole[name].shape
-        left = []
-        for dim in range(min(2, at.dim())):
-            if at.shape[dim] < shape[dim]:
-                along = at.movedim(dim, 0).flatten(1)[:, 0] if at.dim() > 1 else at
-                left.append((dim, along // math.prod(shape[dim + 1 :]) % shape[dim]))
-        if left:
-            slices[name] = tuple(left)
-        tensor.data = whole[name].detach().flatten()[at]
-    return slices
-
-
-class _Protecting:
-    """A Torch-Pruning importance that ranks as many channels of each group as must stay above everything else.
-
-    Ties are broken, evenly over the groups: Torch-Pruning would remove all channels that tie with its threshold.
-    """
-
-    def __init__(
-        self, inner: "tp.importance.Importance", floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
-    ) -> None:
-        self.inner, self.floors, self.names = inner, floors, names
-        self.calls = 0
-
-    def __call__(self, group: "tp.Group") -> Tensor | None:
-        scores = self.inner(group)
-        layers = [self.names.get(item.dep.target.module, "") for item in group.items]
-        found = [self.floors[name] for name in layers if name in self.floors]
-        if scores is None or not found:
-            return scores
-        units, parts = found[0]
-        self.calls += 1
-        folded = scores.double().view(parts, -1)  # Torch-Pruning averages the parts of a grouped convolution
-        place = torch.arange(folded.shape[1], 0, -1).to(folded) / folded.shape[1]
-        folded = folded + 1e-9 * place + 1e-12 * self.calls
-        best = folded.mean(0).argsort(descending=True)[:units]
-        # No ties: those would all be removed or none.
-        folded[:, best] = OUT_OF_REACH * torch.arange(units, 0, -1).to(folded)
-        return folded.flatten()
 
 
 def loss_gradients(model: nn.Module, data: Batches) -> dict[str, Tensor]:

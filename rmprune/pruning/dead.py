@@ -15,7 +15,7 @@ from rmprune.graph.tf32 import tf32
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.constants import Constants, add_to_bias, find_constants, is_padded, response, to_be_trained
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Group, Keep, Structure, outputs
+from rmprune.pruning.groups import Group, Keep, Structure, mask_of, outputs
 from rmprune.pruning.layers import by_input, by_output, output_dim, weight_of
 from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.surgery import shrink
@@ -77,7 +77,7 @@ def fold_dead(
         result = model if own else copied(model)
     else:
         _check(model, result, example_inputs)
-    masks = {n: torch.zeros(sizes[n], dtype=torch.bool).index_fill(0, index, True) for n, index in kept.items()}
+    masks = {n: mask_of(sizes[n], index) for n, index in kept.items()}
     return Folded(result, masks, structure, constants)
 
 

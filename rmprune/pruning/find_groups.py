@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_map_only
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import in_words
+from rmprune.graph.tensors import own_tensors, tensors_in
 from rmprune.pruning.follow import Walk
 from rmprune.pruning.groups import Group, Member, Structure, with_ports
 from rmprune.pruning.labelled import along
-from rmprune.pruning.labels import compact, select, tensors_in, thin, varying
-from rmprune.pruning.layers import Weighted, own_tensors, sized_layers
+from rmprune.pruning.labels import compact, select, thin, varying
+from rmprune.pruning.layers import Weighted, sized_layers
 from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.written import put
 

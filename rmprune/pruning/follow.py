@@ -11,8 +11,9 @@ from torch import Size, Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from rmprune.graph.network import in_words, shape_of
+from rmprune.graph.tensors import all_tensors, tensors_in
 from rmprune.pruning.labelled import Labelled, along
-from rmprune.pruning.labels import Channels, compact, nobody, tensors_in, thin, varying
+from rmprune.pruning.labels import Channels, compact, nobody, thin, varying
 from rmprune.pruning.layers import Weighted, channels_read, in_and_out, is_depthwise, rank_read
 from rmprune.pruning.operations import (
     ALONG,
@@ -83,7 +84,7 @@ class Walk(Labelled):
     def _layer(self, node: fx.Node, layer: nn.Module, labels: list[Tensor]) -> Any:
         """What a layer with tensors of its own makes of its input; None for one that has none but a number."""
         name, size = self.reading.owner(layer) or self.reading.owners.get(id(layer)), channels_read(layer)
-        if size is None and not any(t.numel() > 1 for t in (*layer.parameters(), *layer.buffers())):
+        if size is None and not any(t.numel() > 1 for t in all_tensors(layer)):
             return None
         if name is None:
             return self.unknown(node, labels, "a free-standing parameter has these channels")

@@ -21,7 +21,7 @@ from rmprune.graph.inputs import Inputs
 from rmprune.pruning.allocate import allocate, keep_best, least_cost
 from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.groups import Keep, Structure, layer_masks, total_cost
+from rmprune.pruning.groups import Keep, Structure, layer_masks, mask_of, total_cost
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import Cost
 from rmprune.pruning.prove import prove_cut
@@ -126,8 +126,7 @@ class GradualPruner:
         return error
 
     def _masks(self, kept: Mapping[str, Tensor]) -> Keep:
-        units = self.first.units
-        return {n: torch.zeros(units[n], dtype=torch.bool).index_fill(0, i.cpu(), True) for n, i in kept.items()}
+        return {name: mask_of(self.first.units[name], index) for name, index in kept.items()}
 
     def planned_cuts(self, state: TrainState) -> int:
         """How many cuts there will be; the last one lies at `prune_epochs`, or at the last step if training is shorter."""
@@ -177,7 +176,8 @@ class GradualPruner:
         return state | {"kept": dict(self.kept), "scores": scores}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the hook must have been made from the same network and budget as the saved one."""
+        """Go on from a checkpoint; the hook must have been made from the same network and budget as the saved one. Raises ArtifactError for
+        another network's."""
         kept, scores = saved["kept"], saved["scores"]
         units = self.first.units
         if set(kept) != set(units) or any(len(i) == 0 or int(i.max()) >= units[n] for n, i in kept.items()):

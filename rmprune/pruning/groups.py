@@ -8,17 +8,16 @@ group), so that free and coupled pruning are compared with the same importance, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.graph.run import evaluating, hooked
-from rmprune.pruning.layers import Cost, SizedLayer, Weighted, macs, price
+from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import tensors_in
+from rmprune.pruning.layers import Cost, SizedLayer, macs, price
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
 
 MemberSide = Literal["out", "in", "tied", "size", "zero"]
@@ -82,15 +81,10 @@ class Group:
         return tuple(m for m in self.members if m.side == "in")
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a network computes: the device of its first parameter or buffer."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
-        return [x for x in tree_leaves(model(*as_tuple(model, example_inputs))) if isinstance(x, Tensor)]
+        return tensors_in(model(*as_tuple(model, example_inputs)))
 
 
 @dataclass(frozen=True)
@@ -134,9 +128,14 @@ def total_cost(structure: Structure, cost: Cost = macs) -> float:
     return sum(price(cost, layer, layer.cin, layer.cout) for layer in structure.layers)
 
 
+def mask_of(size: int, index: Tensor) -> Tensor:
+    """Bool mask [size] on the CPU, True at these indices."""
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, index.cpu(), True)
+
+
 def layer_masks(structure: Structure, keep: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     """{(layer or place, "out", "in", "size" or "zero"): bool mask over its channels}, for everything that loses something or could.
-    Checks `keep`.
+    Checks `keep`. Raises UnsupportedModel for unknown groups, other shapes, and groups that lose everything.
     """
     units = structure.units
     for name, mask in keep.items():
@@ -190,20 +189,6 @@ def with_ports(structure: Structure) -> Structure:
         for x in structure.layers
     )
     return Structure(structure.groups, tuple(layers), structure.frozen)
-
-
-def record_shapes(model: nn.Module, example_inputs: Tensor) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """{layer: (input shape, output shape)} of every convolution and linear layer, for one example; its first use where there are two."""
-    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
-
-    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        shapes.setdefault(name, (inputs[0].shape, output.shape))
-
-    weighted = ((name, module) for name, module in model.named_modules() if isinstance(module, Weighted))
-    hooks = (module.register_forward_hook(partial(record, name)) for name, module in weighted)
-    with hooked(hooks), evaluating(model), torch.no_grad():
-        model(example_inputs[:1].to(device_of(model)))
-    return shapes
 
 
 def inner_only(structure: Structure) -> Structure:

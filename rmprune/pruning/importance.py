@@ -13,11 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, each_pass, loss_parts
+from rmprune.data.batches import NOT_RUN, OWN_LOSS, Batches, loss_parts, watch_passes
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating, hooked
-from rmprune.pruning.groups import Group, Scores, Structure, device_of, member_values, zero_scores
+from rmprune.graph.tensors import device_of
+from rmprune.pruning.groups import Group, Scores, Structure, member_values, zero_scores
 from rmprune.pruning.layers import by_input, by_output, channel_rows, weight_of
 from rmprune.training.recentre import Moments
 
@@ -31,7 +32,8 @@ class NothingMatters(DataError):
 def batch_norm(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
     """|scale| (network slimming, Liu et al. 2017), the mean over a group's batch norms times the number of its
     producers: like the cost, it adds up over the layers that lose a channel. A reserved copy's batch norm carries
-    sqrt(var), the unit of a trained scale: the channel's standard deviation before the activation. Needs no data.
+    sqrt(var), the unit of a trained scale: the channel's standard deviation before the activation. Needs no data. Raises UnsupportedModel
+    for a group without one.
     """
 
     def score(group: Group) -> Tensor:
@@ -105,7 +107,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
     that read it, over the standard deviation of what the layer puts out (the mean is no loss: it can be folded
     into the bias). Summed in squares over consumers.
     """
-    data = _need(batches, "activation")
+    data = need_data(batches, "activation")
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     moments = {name: (Moments(), Moments()) for name in consumers}
 
@@ -114,9 +116,7 @@ def activation(model: nn.Module, structure: Structure, batches: Batches | None =
             own.add(channel_rows(x, layer).T)
 
     hooks = (layer.register_forward_hook(partial(record, name)) for name, layer in consumers.items())
-    with hooked(hooks), evaluating(model), torch.no_grad():
-        for run in each_pass(data, model):
-            run()
+    watch_passes(data, model, hooks)
     scores = zero_scores(structure)
     for group in structure.groups:
         for member in group.consumers:
@@ -135,13 +135,23 @@ MEASURED = ("taylor", "taylor_squared", "activation")
 """Those that need images."""
 
 
+def need_data(batches: Batches | None, importance: str) -> Batches:
+    """The batches that an importance is measured on. Raises ConfigError where there are none."""
+    if batches is None:
+        raise ConfigError(
+            f"importance {importance!r} is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
+        )
+    return batches
+
+
 def score_groups(
     importance: str | Mapping[str, Tensor] | Importance,
     model: nn.Module,
     structure: Structure,
     batches: Batches | None = None,
 ) -> Scores:
-    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit."""
+    """Scores by name, by a table {group or member layer: Tensor [units]} or by a callable; checked: one finite score for each unit. Raises
+    ConfigError otherwise, and `NothingMatters` where all measured scores are 0."""
     if isinstance(importance, str):
         if importance not in IMPORTANCES:
             raise ConfigError(f"importance {importance!r} is unknown; there are: {', '.join(IMPORTANCES)}")
@@ -189,14 +199,6 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-def _need(batches: Batches | None, name: str) -> Batches:
-    if batches is None:
-        raise ConfigError(
-            f"importance {name!r} is measured on images: pass data, (images, labels) batches; for others {OWN_LOSS}"
-        )
-    return batches
-
-
 @contextmanager
 def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """The inputs of these modules, each as a view of its own, so that a gradient belongs to one consumer."""
@@ -213,7 +215,7 @@ def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
 
 def _effects(model: nn.Module, structure: Structure, batches: Batches | None, name: str) -> Iterator[dict[str, Tensor]]:
     """For each batch: {group: [images, units], sum over positions of activation * gradient of the loss}; 0 where the loss does not go."""
-    data = _need(batches, name)
+    data = need_data(batches, name)
     # Where a group's channels lie in what its readers read.
     at = {g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups}
     modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}

@@ -6,14 +6,12 @@ A tensor of labels is expanded (stride 0) along each dimension on which it does 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 class Channels:
@@ -65,11 +63,6 @@ class Channels:
         """The reason for which the first of these channels that must stay does; None where all may go."""
         whole = labels[(labels > 0) & (self.root[labels] == 0)]
         return self._texts[int(self._why[whole[0]])] if len(whole) else None
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in a value, however it is nested."""
-    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
 def thin(x: Tensor) -> Tensor:

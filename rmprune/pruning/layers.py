@@ -2,7 +2,7 @@
 their tensors the channels lie. Knows no groups."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, SupportsFloat, get_args
 
@@ -15,6 +15,7 @@ from rmprune.errors import ConfigError
 from rmprune.graph.convolution import plain
 from rmprune.graph.inputs import Inputs
 from rmprune.graph.network import is_batch_norm, named
+from rmprune.graph.tensors import own_tensors
 from rmprune.measure.cost import count_macs
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -147,12 +148,6 @@ def rank_read(layer: nn.Module) -> int | None:
     if isinstance(layer, Convolution):
         return layer.weight.dim()
     return layer._get_no_batch_dim() + 1 if isinstance(layer, _InstanceNorm) else None
-
-
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a module itself."""
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
 
 
 def output_dim(module: nn.Module, tensor: str) -> int:

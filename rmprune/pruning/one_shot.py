@@ -18,7 +18,7 @@ from rmprune.config.fields import require_types
 from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with_loss
 from rmprune.errors import ConfigError, UnsupportedModel, first_line, out_of_memory
 from rmprune.graph.inputs import Inputs, as_given, only_input
-from rmprune.graph.shapes import floating_dtype
+from rmprune.graph.tensors import floating_dtype
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
@@ -33,7 +33,7 @@ from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.named import leave_whole, refuse_unknown
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
 from rmprune.pruning.prove import prove_cut
-from rmprune.pruning.refit import refit
+from rmprune.pruning.refit import refit, refuse_no_images
 from rmprune.pruning.surgery import note_cut, shrink
 
 M = TypeVar("M", bound=nn.Module)
@@ -75,7 +75,7 @@ def prune(
     function of (model, batch) that runs the model and returns a scalar tensor, for batches of any other form and networks that are
     no classifiers (regression, segmentation, several labels); the default is the mean cross entropy. `reconstruct`: instead, fit every
     layer of the result to the uncut network's by least squares on (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
-    `rmprune.pruning.budget.allocate`. `which`: all groups by importance, those inside blocks only, or the
+    `rmprune.pruning.allocate.allocate`. `which`: all groups by importance, those inside blocks only, or the
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
     on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
     network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
@@ -102,8 +102,7 @@ def prune(
     """
     refuse_no_budget(budget)
     require_types(prune, {"lookahead": lookahead})
-    if reconstruct and data is None:
-        raise ConfigError("reconstruct fits layers on training images; give some as data")
+    refuse_no_images(reconstruct, data)
     if which not in ("free", "inner", "uniform"):
         raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
     data = with_loss(data, loss)
@@ -175,7 +174,7 @@ def prune(
     ):
         logger.warning(
             "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name, target.as_ratio(budget, spent), getattr(budget, budget.name),
+            budget.name, target.as_ratio(budget, spent), budget.value,
         )  # fmt: skip
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:

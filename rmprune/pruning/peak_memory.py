@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure.planner import activation_memory, live_bytes
 from rmprune.pruning.allocate import keep_best
-from rmprune.pruning.budget import Budget, allowed_widths
+from rmprune.pruning.budget import Budget, allowed_widths, even_widths
 from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.surgery import shrink
 from rmprune.runs.progress import progress
@@ -76,12 +76,9 @@ class ActivationPeaks:
         units = self._uniform(allowed, limit) if uniform else self._greedy(allowed, scores, limit)
         return {name: keep_best(scores[name], count) for name, count in units.items()}
 
-    def _uniform(self, allowed: Mapping[str, Sequence[int]], limit: float) -> dict[str, int]:
-        def widths(fraction: float) -> dict[str, int]:
-            return {n: min(us, key=lambda u: abs(u - fraction * self.units[n])) for n, us in allowed.items()}
-
-        steps = [step / 1000 for step in range(1001)]
-        return next(w for w in map(widths, reversed(steps)) if self.peak(w) <= limit)
+    def _uniform(self, allowed: Mapping[str, list[int]], limit: float) -> dict[str, int]:
+        widths = (even_widths(allowed, self.units, step / 1000) for step in range(1000, -1, -1))
+        return next(units for units in widths if self.peak(units) <= limit)
 
     def _greedy(
         self, allowed: Mapping[str, Sequence[int]], scores: Mapping[str, Tensor], limit: float
@@ -120,10 +117,9 @@ class ActivationPeaks:
     def _explain(
         self, structure: Structure, budget: Budget, least: float, limit: float, origin: Mapping[str, int] | None
     ) -> str:
-        bare = replace(budget, min_channels=1, min_fraction=0.0, round_to=1)
         why = (
             "min_channels, min_fraction or round_to forbids it"
-            if self.least(structure, bare, origin) <= limit
+            if self.least(structure, budget.without_limits, origin) <= limit
             else "even one channel a layer holds more"
         )
         assert budget.memory_ratio is not None

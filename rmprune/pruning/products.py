@@ -7,8 +7,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from rmprune.graph.network import in_words, is_batch_norm, shape_of
+from rmprune.graph.tensors import tensors_in
 from rmprune.pruning.labelled import Labelled, along
-from rmprune.pruning.labels import compact, nobody, tensors_in, varying
+from rmprune.pruning.labels import compact, nobody, varying
 from rmprune.pruning.operations import LIKE, LINEAR, operation
 
 

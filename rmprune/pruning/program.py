@@ -14,8 +14,9 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.convolution import Scale, plain
 from rmprune.graph.in_place import value_apart
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
+from rmprune.graph.tensors import all_tensors, own_tensors
 from rmprune.pruning.groups import Structure
-from rmprune.pruning.layers import Weighted, own_tensors
+from rmprune.pruning.layers import Weighted
 from rmprune.pruning.operations import ELEMENTWISE, operation
 from rmprune.pruning.reading import Reading, read
 
@@ -140,7 +141,7 @@ def _read_op(node: fx.Node, reading: Reading, norms: Mapping[fx.Node, str], alia
     if name is not None and isinstance(layer, nn.PReLU) and layer.num_parameters > 1:
         return Op(node, "vector", inputs, layer=name)
     number = isinstance(layer, Scale) and layer.factor.numel() == 1 and not layer.factor.is_meta
-    if isinstance(layer, nn.Module) and not number and any(True for _ in (*layer.parameters(), *layer.buffers())):
+    if isinstance(layer, nn.Module) and not number and any(True for _ in all_tensors(layer)):
         raise UnsupportedModel(f"{node.target}: a tensor that belongs to no layer; fitting layers cannot follow it")
     return Op(node, "call", inputs)
 

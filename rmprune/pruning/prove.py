@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from rmprune.errors import NotEquivalent
+from rmprune.errors import NotEquivalent, first_line
 from rmprune.graph.copied import copied
 from rmprune.graph.double import in_double
 from rmprune.graph.foreign import reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
 from rmprune.graph.run import hooked
-from rmprune.pruning.groups import Structure, layer_masks
+from rmprune.graph.tensors import named_tensors, tensors_in
+from rmprune.pruning.groups import Structure, layer_masks, mask_of
 from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
 
@@ -95,7 +95,8 @@ def prove_groups(model: nn.Module, structure: Structure, example_inputs: Inputs)
 def prove_slices(
     model: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices], example_inputs: Inputs, by: str
 ) -> float:
-    """`prove_cut` for a cut that somebody else made (`by`): `slices` say what is left of each parameter and buffer."""
+    """`prove_cut` for a cut that somebody else made (`by`): `slices` say what is left of each parameter and buffer. Raises NotEquivalent
+    where it is wrong."""
     worst, why, told = _error(reference_copy(model), reference_copy(smaller), slices, example_inputs)
     if worst <= TOLERANCE and not told:
         logger.warning("%s: the outputs hardly depend on the inputs, so that its proof says little", by)
@@ -122,7 +123,7 @@ def _error(
     try:
         found = _run(smaller, images, maps)
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
-        return float("inf"), f"the smaller network does not run: {str(error).splitlines()[0][:200]}", True
+        return float("inf"), f"the smaller network does not run: {first_line(error)}", True
     expected, base = _run(silent, images, maps), _run(silent, base_inputs(given), maps)
     alike = [key for key, value in expected.items() if key in found and found[key].shape == value.shape and key in base]
     if len(alike) < len(found) and not maps:
@@ -158,8 +159,8 @@ def _take_over(whole: nn.Module, smaller: nn.Module, slices: Mapping[str, Slices
         else:
             tensor.copy_(part)
 
-    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-    for name, part in (*smaller.named_parameters(), *smaller.named_buffers()):
+    tensors = named_tensors(whole)
+    for name, part in named_tensors(smaller).items():
         try:
             put(tensors[name], slices.get(name, ()), part)
         except (KeyError, RuntimeError) as error:
@@ -188,7 +189,7 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str
     found: dict[str, Tensor] = {}
 
     def keep(name: str, value: Any) -> None:
-        for place, tensor in enumerate(leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+        for place, tensor in enumerate(tensors_in(value)):
             found[f"{name} {place}"] = tensor.clone()
 
     counts: Counter[str] = Counter()
@@ -217,12 +218,12 @@ def _silenced(model: nn.Module, structure: Structure, keep: Mapping[str, Tensor]
 
 def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tensor], Tensor], *, columns: bool) -> None:
     """Puts `value(what goes)` in the place of what goes of each tensor, in place: its columns, or its rows."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     for name, own in slices.items():
         layer, _, tensor = name.rpartition(".")
         rows = output_dim(model.get_submodule(layer), tensor)
         for dim, kept in own:
             if (dim != rows) == columns and tensors[name].is_floating_point():
-                goes = torch.ones(tensors[name].shape[dim], dtype=torch.bool).index_fill(0, kept.cpu(), False)
+                goes = ~mask_of(tensors[name].shape[dim], kept)
                 at = (slice(None),) * dim + (goes,)
                 tensors[name][at] = value(tensors[name][at])

@@ -12,7 +12,8 @@ from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
 from rmprune.graph.normalise import normalise, plain_norm
 from rmprune.graph.shapes import on_meta, propagate_shapes
-from rmprune.pruning.layers import Weighted, channels_read, own_tensors
+from rmprune.graph.tensors import own_tensors
+from rmprune.pruning.layers import Weighted, channels_read
 from rmprune.pruning.written import agree
 
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from rmprune.errors import ConfigError
 from rmprune.pruning.calibration import Calibrator, Cut, Fitted, Fitting
-from rmprune.pruning.groups import Keep, Structure, device_of
+from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.surgery import shrink
 
@@ -21,12 +22,17 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
     calibrator = Calibrator(model, structure, Fitting(dtype, reconstruct, own_statistics=reconstruct))
     program = read_program(model, structure, images).unshared()
     with torch.inference_mode():
-        order = torch.channels_last if images.dim() == 4 else None
-        x = images.to(device_of(model), memory_format=order)
+        x = calibrator.ready(images)
         calibrator.measure_reference(program, x)
         cut = Cut.of(calibrator.model, structure, keep)
         fitted = calibrator.fit(program, {program.ops[0].name: x}, cut)
     return written(shrink(model, keep, structure)[0], program, fitted, calibrator, cut)
+
+
+def refuse_no_images(reconstruct: bool, data: object | None) -> None:
+    """Raise ConfigError where layers are to be fitted, but on nothing."""
+    if reconstruct and data is None:
+        raise ConfigError("reconstruct fits layers on training images; give some as data")
 
 
 def written(

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import device_of
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.calibration import Calibrator, Cut, Fitting
 from rmprune.pruning.carry_out import Examples, collapse_images
 from rmprune.pruning.collapse import shorten_each
-from rmprune.pruning.groups import Scores, Structure, device_of
+from rmprune.pruning.groups import Scores, Structure
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.program import read_program
 from rmprune.runs.progress import progress
@@ -92,14 +93,13 @@ def width_losses(
     error), and it never falls with fewer units. Raises UnsupportedModel where layers cannot be fitted.
     """
     points = {
-        (group.name, units): keep_best(scores[group.name].double().cpu(), units)
+        (group.name, units): keep_best(scores[group.name], units)
         for group in structure.groups
         for units in _measured(widths[group.name], group.units)
     }
     calibrator = Calibrator(model, structure, Fitting(samples=_SAMPLES))
     program = read_program(model, structure, ends.images[:2]).unshared()
-    order = torch.channels_last if ends.images.dim() == 4 else None
-    x = ends.images.to(device_of(model), memory_format=order)
+    x = calibrator.ready(ends.images)
     calibrator.measure_reference(program, x)
     cuts = {(name, units): Cut.of(calibrator.model, structure, {name: keep}) for (name, units), keep in points.items()}
     found = {}

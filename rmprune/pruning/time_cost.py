@@ -8,7 +8,7 @@ interpolated. What that leaves out is caught by the verification of whole networ
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -92,12 +92,6 @@ def timed_layers(model: nn.Module, found: Sequence[TimedLayer]) -> dict[str, Tim
     if len(names) != len(weighted):
         raise UnsupportedModel(f"{len(names)} layers run, {len(weighted)} can be timed; use another constraint")
     return dict(zip(names, weighted, strict=True))
-
-
-def calibrate(table: LatencyModel, networks: Mapping[str, nn.Module], example_inputs: Tensor) -> dict[str, float]:
-    """Fit the latency model to whole networks, measured in turns; their measured milliseconds by name."""
-    compared = table.calibrate(dict(networks), example_inputs)
-    return dict(zip(compared["model"], compared["measured_ms"].astype(float), strict=True))
 
 
 def _grid(layer: SizedLayer) -> tuple[list[int], list[int]]:

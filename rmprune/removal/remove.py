@@ -19,7 +19,7 @@ from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
-from rmprune.graph.shapes import to_double
+from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32
 from rmprune.removal.forms import FORMS
 from rmprune.removal.rewrite import Plan, remove_all

@@ -69,7 +69,7 @@ def remove_all(
     """Rewrites every addition that can go, in topological order, joins what can be joined, and reports on each addition.
 
     Blocks named in `keep` are left; the linear layers beside those in `fused` are multiplied, whatever `fuse` says. An obstacle met
-    anywhere in finding or planning a block ends here, as its reason to stay.
+    anywhere in finding or planning a block ends here, as its reason to stay. Raises ConfigError for a name in them that is no residual's.
     """
     found = additions(network)
     kept, always = set(as_names(keep, "keep")), set(as_names(fused, "fused"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rmprune.errors import ArtifactError, ConfigError
-from rmprune.runs.reading import parse_json, read_json, read_text
+from rmprune.runs.reading import parse_json, read_json, read_text, sha256_of
 from rmprune.runs.writing import write_text
 
 FILES = "files.json"
@@ -48,7 +48,7 @@ def digests(config: Any) -> dict[str, str]:
         inside = sorted(path.glob("*")) if path.is_dir() else [path]
         with contextlib.suppress(OSError):  # who needs it says so
             own = [
-                _digest(file) for file in inside if file.is_file() and (file == path or file.suffix in _OF_ARTIFACTS)
+                sha256_of(file) for file in inside if file.is_file() and (file == path or file.suffix in _OF_ARTIFACTS)
             ]
             if own and name != "plan":
                 found[name] = own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
@@ -82,8 +82,3 @@ def refuse_changed(
                 f"{directory}: holds a run with another --{name} ({named_files(config)[name]} has changed since it began); bring it back "
                 f"as it was, or {way}"
             )
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """Files from outside, looked at before they are read: regular files of a bounded size, JSON without duplicate keys or deep nesting."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,22 @@ DEEPEST = 64  # lists in lists; beyond it Python's own recursion ends somewhere
 
 def read_text(path: Path) -> str:
     """The text (UTF-8) of a regular file. Raises OSError where it cannot be read, ValueError where it is not such a file."""
-    if path.exists() and not path.is_file():  # a pipe or a device would never end
-        raise ValueError("not a regular file")
-    size = path.stat().st_size
-    if size > LARGEST_JSON:
-        raise ValueError(f"{size} bytes, more than the {LARGEST_JSON} that such a file may have")
+    check_regular(path, LARGEST_JSON)
     return path.read_text(encoding="utf-8")
+
+
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Raise ValueError for a pipe or a device, which would never end, and for a file of more than `most` bytes, before it is read."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    if most is not None and (size := path.stat().st_size) > most:
+        raise ValueError(f"{size} bytes, more than the {most} that such a file may have")
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def not_data(path: Path) -> str:

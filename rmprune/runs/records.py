@@ -2,6 +2,7 @@
 live in artifacts.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -174,7 +175,8 @@ def _check_more(where: str, found: dict[str, Any], forms: dict[str, Any]) -> Non
 
 
 def write_record(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
-    """Checks `record` (see `check_record`) and writes it as JSON, whole or not at all; returns the path."""
+    """Checks `record` (see `check_record`) and writes it as JSON, whole or not at all; returns the path. Raises ArtifactError for a record
+    that is none."""
     path = Path(path)
     try:
         record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
@@ -218,3 +220,17 @@ def find_records(paths: list[Path]) -> list[Path]:
             raise ArtifactError(f"{path}: there is no record under it; give run directories that hold a {RECORD}")
         found += records
     return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+
+
+def training_log(*directories: Path) -> dict[str, list[dict[str, Any]]]:
+    """What log.jsonl of these directories says of each training, epoch by epoch, under its label: for a record.
+
+    Of an epoch that was trained twice, after an interruption, the last stays; a line that is damaged is left out.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for log in dict.fromkeys(directory / "log.jsonl" for directory in directories):
+        for line in log.read_bytes().splitlines() if log.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                epoch = json.loads(line)
+                found.setdefault(epoch.pop("label"), {})[epoch["epoch"]] = epoch
+    return {label: list(epochs.values()) for label, epochs in found.items()}

@@ -12,11 +12,10 @@ from rmprune.config import Precision
 from rmprune.data.batches import check_labels
 from rmprune.data.splits import Split
 from rmprune.errors import DataError, RmpruneError
-from rmprune.graph.copied import copied
-from rmprune.graph.finite import where_broken
+from rmprune.graph.finite import broken_on
 from rmprune.graph.run import evaluating
 from rmprune.training.distributed import add_up
-from rmprune.training.precision import ask, autocast, weights_dtype
+from rmprune.training.precision import ask, autocast
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def logits_of(
     logits, labels = torch.cat([some for some, _ in found]), torch.cat([y for _, y in found])
     check_labels(labels, logits.shape[1])
     if logits.log_softmax(1).isnan().any():
-        where = where_broken(copied(model).eval(), (x.to(weights_dtype(model, x.dtype)),)) or "in some batches alone"
+        where = broken_on(model, x, evaluated=True) or "in some batches alone"
         raise NoOutputs(where)
     return logits, labels
 

@@ -22,7 +22,7 @@ class Sink(NamedTuple):
 
 
 def tensorboard(log: Path, label: str) -> Sink:
-    """Files in tensorboard/ beside the log."""
+    """Files in tensorboard/ beside the log. Raises ConfigError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -32,7 +32,8 @@ def tensorboard(log: Path, label: str) -> Sink:
 
 
 def mlflow(log: Path, label: str) -> Sink:
-    """A run of MLflow's experiment "rmprune", where MLFLOW_TRACKING_URI says, else where MLflow does by default."""
+    """A run of MLflow's experiment "rmprune", where MLFLOW_TRACKING_URI says, else where MLflow does by default. Raises ConfigError where
+    it is not installed, or cannot use its store."""
     try:
         from mlflow import MlflowClient
     except ImportError:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import Precision
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, first_line
+from rmprune.graph.tensors import floating_dtype
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.machine import BFLOAT16, has_instruction
 from rmprune.training.convolutions import TrainableConvolutions
@@ -32,14 +33,9 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
 
 
-def weights_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
-    """The dtype of a model's first weights in floating point; `default` where it has none."""
-    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), default)
-
-
 def ask(model: nn.Module, x: Tensor) -> Tensor:
     """What a model makes of images [B, C, H, W], given to it in the dtype of its weights."""
-    found: Tensor = model(x.to(weights_dtype(model, x.dtype)))
+    found: Tensor = model(x.to(floating_dtype(model, x.dtype)))
     return found
 
 
@@ -55,6 +51,6 @@ def repeatable(asked: bool, device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        raise ConfigError(f"{str(error).splitlines()[0]}; leave --deterministic out") from error
+        raise ConfigError(f"{first_line(error)}; leave --deterministic out") from error
     finally:
         torch.use_deterministic_algorithms(before)

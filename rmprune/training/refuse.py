@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from rmprune.config import require
 from rmprune.errors import RmpruneError
-from rmprune.graph.copied import copied
-from rmprune.graph.finite import broken_tensor, where_broken
-from rmprune.training.precision import weights_dtype
+from rmprune.graph.finite import broken_on, broken_tensor
 from rmprune.training.state import TrainState
 
 
@@ -35,9 +33,9 @@ def begins(model: nn.Module, teacher: nn.Module | None, x: Tensor | None) -> str
     if x is None:
         where = broken_tensor(model)
     else:
-        where = where_broken(copied(model), (x.to(weights_dtype(model, x.dtype)),))
+        where = broken_on(model, x)
         if where is None and teacher is not None:
-            where = where_broken(copied(teacher), (x.to(weights_dtype(teacher, x.dtype)),))
+            where = broken_on(teacher, x)
             where = where and f"of the teacher, {where}"
     return f" ({where})" if where else ""
 

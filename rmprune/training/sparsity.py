@@ -38,7 +38,8 @@ def batch_norm_scales(model: nn.Module, which: Scales = "all") -> dict[str, nn.P
         first batch norms of a block. These are the channels that can go while residuals still couple the others, so it
         is the set for slimming without RM. Needs a model that torch.fx can trace (`UnsupportedModel` otherwise).
 
-    A scale of 0 does not silence its channel: that emits the constant act(shift), which pruning folds onwards.
+    A scale of 0 does not silence its channel: that emits the constant act(shift), which pruning folds onwards. Raises ConfigError for
+    another `which`.
     """
     found = {
         f"{name}.weight" if name else "weight": module.weight

@@ -14,7 +14,7 @@ from rmprune.amc.space import COSTS, params
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import InfeasibleBudget
-from rmprune.measure import count_macs, count_params
+from rmprune.measure import LatencyModel, count_macs, count_params
 from rmprune.pruning.layers import macs
 from rmprune.removal import remove_residuals
 from rmprune.training.job import Job
@@ -131,12 +131,12 @@ class FakeTimes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module.Place, "ratios", lambda place, networks: self.ratios(place, networks))
-        monkeypatch.setattr(module, "calibrate", self.calibrate)
-        monkeypatch.setattr(module.LatencyModel, "require", lambda table, layers: None)
-        monkeypatch.setattr(module.LatencyModel, "layer_ms", lambda table, layer: 1e-6 * layer.cin * layer.cout + 1e-5)
+        monkeypatch.setattr(LatencyModel, "calibrate", lambda table, networks, x: self.calibrate(table, networks))
+        monkeypatch.setattr(LatencyModel, "require", lambda table, layers: None)
+        monkeypatch.setattr(LatencyModel, "layer_ms", lambda table, layer: 1e-6 * layer.cin * layer.cout + 1e-5)
         self.measured = 0
 
-    def calibrate(self, table, networks, example) -> None:  # type: ignore[no-untyped-def]
+    def calibrate(self, table, networks) -> None:  # type: ignore[no-untyped-def]
         assert {"original", "whole"} <= set(networks)
         table.fit = (1.0, 1e-6)
 
@@ -144,7 +144,7 @@ class FakeTimes:
         return 1e-3 + 1.5e-6 * count_macs(model, torch.zeros(1, 1, 8, 8))
 
     def ratios(self, place: module.Place, networks: dict[str, nn.Module]) -> dict[str, float]:
-        assert (place.backend, place.threads, place.batch_size) == ("onnxruntime", 1, 1)
+        assert place.configuration == ("onnxruntime", "cpu", 1, 1)
         self.measured += 1
         return {name: self.time(model) / self.time(place.original) for name, model in networks.items()}
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rmprune
+from rmprune.data.batches import watch_passes
 from rmprune.errors import ConfigError, DataError
 
 IMAGES = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -88,6 +89,16 @@ class Silent(nn.Module):
 def test_scores_that_tell_nothing_apart_are_refused() -> None:
     with pytest.raises(DataError, match="every score is 0"):
         pruned([(IMAGES, LABELS)], net=Silent().eval())
+
+
+class Wordless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError
+
+
+def test_a_network_that_fails_without_a_word_is_refused_in_one() -> None:
+    with pytest.raises(DataError, match="RuntimeError"):
+        watch_passes([(IMAGES, LABELS)], Wordless(), [])
 
 
 def test_maps_of_classes_are_ranked() -> None:

@@ -25,8 +25,8 @@ def test_photos_in_two_parts_are_counted(
             Path(paths[-1]).write_bytes(photo)
     paths, numbers["val"] = [*paths, str(tmp_path / "gone.png")], [*numbers["val"], len(paths)]
     read: list[str] = []
-    digest = duplicates._digest
-    monkeypatch.setattr(duplicates, "_digest", lambda path: read.append(Path(path).name) or digest(path))
+    digest = duplicates.sha256_of
+    monkeypatch.setattr(duplicates, "sha256_of", lambda path: read.append(Path(path).name) or digest(path))
     duplicates.warn_of_duplicates(paths, numbers)
     assert caplog.text.count("3 photos are in two parts") == 1 and "train-0.png = " in caplog.text
     assert not {"train-5.png", "val-0.png", "test-2.png"} & set(read)
@@ -41,7 +41,7 @@ def test_photos_in_two_parts_are_counted(
     assert not caplog.text
 
 
-@pytest.mark.parametrize("look", ["_head", "_digest"])
+@pytest.mark.parametrize("look", ["_head", "sha256_of"])
 @pytest.mark.parametrize("become", [Path.unlink, lambda path: path.unlink() or path.mkdir()])
 def test_a_photo_that_goes_between_two_looks_is_left_to_decoding(
     look: str, become: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from rmprune.config import PruneConfig, TrainConfig
 from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure.place import Place
-from rmprune.methods import scratch
+from rmprune.methods import refuse, scratch
 from rmprune.methods.refuse import NOISE
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
@@ -47,7 +47,7 @@ def test_the_widest_within_the_budget_is_trained_for_both_budgets_of_epochs(
 def test_only_times_are_given_room_for_noise(kind: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The narrowest network costs a little more than allowed: as counted that is so, as measured it may not be."""
     monkeypatch.setattr(
-        scratch, "cost_ratios", lambda budget, job, networks: dict.fromkeys(networks, 0.3 * (1 + NOISE) / 2)
+        refuse, "cost_ratios", lambda budget, job, networks: dict.fromkeys(networks, 0.3 * (1 + NOISE) / 2)
     )
     job = Job(ONE, load_dataset(ONE.data), torch.device("cpu"), 0)
     with pytest.raises(InfeasibleBudget) if refused else contextlib.nullcontext():

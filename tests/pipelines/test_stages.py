@@ -127,9 +127,7 @@ def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tm
         plain, tmp_path / "mine", extra={"search": {"a": 1}, "collapsed": {"b": 0.5}, "input_shape": [1, 8, 8]}
     )
     networks = {"original": dense, "plain": plain, "mine": artifact.load(tmp_path / "mine")}
-    path = finish(
-        job, cell, "python", networks, methods=["mine"], removal=removal, refused={"other": "it takes too long"}
-    )
+    path = finish(job, cell, "python", networks, methods=["mine"], refused={"other": "it takes too long"})
     record = records.read_record(path)
     assert path == tmp_path / "record.json" and list(records.networks(record)) == list(networks)
     assert record["budget"] == {"macs_ratio": 0.6} and record["method"] == "mine" and record["removal"] == removal
@@ -138,7 +136,7 @@ def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tm
     mine = record["mine"]
     assert (mine["method"], mine["search"], mine["collapsed"]) == ("mine", {"a": 1}, {"b": 0.5})
     assert "input_shape" not in mine and "method" not in record["plain"]
-    alone = finish(job, Cell(0, "", 0.0, tmp_path, tmp_path), "python", networks, methods=["mine"])
+    alone = finish(job, Cell(0, "", 0.0, tmp_path, tmp_path), "python", {"original": dense}, methods=[])
     assert not {"budget", "refused"} & set(records.read_record(alone)) and records.read_record(alone)["removal"] is None
 
 

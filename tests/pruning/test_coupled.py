@@ -169,13 +169,13 @@ def test_the_largest_part_that_may_stay_is_held() -> None:
 def test_the_search_ends_where_no_ratio_takes_another_number_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """And finds what looking at every number of them finds."""
     model, x, asked = chain((4, 6)), images(), []
-    attempt = coupled._attempt
+    attempt = coupled.cut_at
 
     def noted(*args: Any) -> Any:
         asked.append(args[-1])
         return attempt(*args)
 
-    monkeypatch.setattr(coupled, "_attempt", noted)
+    monkeypatch.setattr(coupled, "cut_at", noted)
     cuts = [attempt(*_arguments(model, x, ratio))[0] for ratio in (number / 15 + 1e-6 for number in range(15))]
     costs, whole = [measured_macs(cut, x) for cut in cuts], measured_macs(model, x)
     for ratio in (0.3, 0.45, 0.6, 0.75):

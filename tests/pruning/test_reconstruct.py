@@ -6,8 +6,8 @@ from torch import nn
 
 import rmprune
 from rmprune.errors import UnsupportedModel
-from rmprune.pruning.groups import record_shapes
-from rmprune.pruning.layers import SizedLayer, sized_layers
+from rmprune.graph.shapes import record_shapes
+from rmprune.pruning.layers import SizedLayer, Weighted, sized_layers
 from rmprune.pruning.positions import outputs_at, patches_at, sample_positions
 from rmprune.pruning.reconstruct import BLOCK, _grouped, _Moments, _ungrouped, reconstruct, reconstruct_checked
 
@@ -22,7 +22,7 @@ CASES = {
 
 def described(conv: nn.Conv2d, x: torch.Tensor) -> SizedLayer:
     model = nn.Sequential(conv)
-    return sized_layers(model, x, record_shapes(model, x))[0]
+    return sized_layers(model, x, record_shapes(model, x, Weighted))[0]
 
 
 def everywhere(layer: SizedLayer, images: int):  # type: ignore[no-untyped-def]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rmprune.pipelines.stages import training_log
+from rmprune.runs.records import training_log
 
 
 def test_the_logs_of_a_cell_and_of_what_it_shares_are_one(tmp_path: Path) -> None:
