@@ -6,8 +6,8 @@ The package is imported where it is needed: it takes half a second.
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +58,13 @@ def cut_at(
     for group in structure.groups:
         floors |= dict.fromkeys(group.producers, (least[group.name], group.multiple))
     names = {module: name for name, module in twin.named_modules()}
+    makes_channels = tp.DependencyGraph().is_out_channel_pruning_fn
     going = {name for group in structure.groups for name in group.producers}
     staying = [x.name for x in structure.layers if x.kind not in ("depthwise", "rest") and x.name not in going]
     with following(model), evaluating(twin), torch.enable_grad():
         pruner = tp.pruner.BasePruner(
             twin, example_inputs,
-            importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names),
+            importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names, makes_channels),
             global_pruning=True, isomorphic=isomorphic, pruning_ratio=ratio,
             ignored_layers=[twin.get_submodule(name) for name in staying], round_to=round_to if round_to > 1 else None,
         )  # fmt: skip
@@ -109,15 +110,18 @@ class _Protecting:
     """
 
     def __init__(
-        self, inner: "tp.importance.Importance", floors: dict[str, tuple[int, int]], names: dict[nn.Module, str]
-    ) -> None:
-        self.inner, self.floors, self.names = inner, floors, names
+        self, inner: "tp.importance.Importance", floors: dict[str, tuple[int, int]], names: dict[nn.Module, str],
+        makes_channels: Callable[[Callable[..., Any]], bool],
+    ) -> None:  # fmt: skip
+        self.inner, self.floors, self.names, self.makes_channels = inner, floors, names, makes_channels
         self.calls = 0
 
     def __call__(self, group: "tp.Group") -> Tensor | None:
         scores = self.inner(group)
-        layers = [self.names.get(item.dep.target.module, "") for item in group.items]
-        found = [self.floors[name] for name in layers if name in self.floors]
+        made_by = [
+            self.names.get(item.dep.target.module, "") for item in group.items if self.makes_channels(item.dep.handler)
+        ]  # a group begins at any of its layers, a depthwise one too, and names those that read it as well
+        found = [self.floors[name] for name in made_by if name in self.floors]
         if scores is None or not found:
             return scores
         units, parts = found[0]

@@ -184,9 +184,37 @@ def test_the_search_ends_where_no_ratio_takes_another_number_of_channels(monkeyp
         assert found == max(cost for cost in costs if cost <= ratio * whole) and len(asked) <= 6
 
 
-def _arguments(model: nn.Module, x: torch.Tensor, ratio: float) -> tuple[Any, ...]:
+def _arguments(model: nn.Module, x: torch.Tensor, ratio: float, floor: float = 0.0) -> tuple[Any, ...]:
     structure = find_structure(model, x)
-    return model, x, structure, "batch_norm", False, {}, dict.fromkeys(structure.units, 1), 1, ratio
+    least = {name: max(1, int(floor * units)) for name, units in structure.units.items()}
+    return model, x, structure, "batch_norm", False, {}, least, 1, ratio
+
+
+class Backwards(nn.Module):
+    """Layers in a row, registered from the last to the first: Torch-Pruning begins each group at the one that comes first."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        for name, layer in reversed(list(layers.named_children())):
+            self.add_module(name, layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in map(str, range(len(list(self.children())))):
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def test_the_floor_of_a_group_is_its_own() -> None:
+    """A group that Torch-Pruning begins at a depthwise layer names the layer behind that, too, whose own group may go down to far fewer."""
+    model, x = inverted().float(), images().float()
+    model[3].branch = Backwards(model[3].branch)
+    for module in model[3].modules():  # all that is expanded scores less than anything of the stream
+        if isinstance(module, nn.BatchNorm2d) and module.num_features == 24:
+            nn.init.uniform_(module.weight, 0.001, 0.002)
+    for ratio in (0.3, 0.42, 0.45):
+        cut, _ = coupled.cut_at(*_arguments(model, x, ratio, floor=0.5))
+        units, whole = find_structure(cut, x).units, find_structure(model, x).units
+        assert all(2 * units[name] >= whole[name] for name in units) and sum(units.values()) < sum(whole.values())
 
 
 def test_limits_refer_to_the_first_network() -> None:
