@@ -136,7 +136,8 @@ def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tm
     mine = record["mine"]
     assert (mine["method"], mine["search"], mine["collapsed"]) == ("mine", {"a": 1}, {"b": 0.5})
     assert "input_shape" not in mine and "method" not in record["plain"]
-    alone = finish(job, Cell(0, "", 0.0, tmp_path, tmp_path), "python", {"original": dense}, methods=[])
+    del networks["plain"]
+    alone = finish(job, Cell(0, "", 0.0, tmp_path, tmp_path), "python", networks, methods=["mine"])
     assert not {"budget", "refused"} & set(records.read_record(alone)) and records.read_record(alone)["removal"] is None
 
 
