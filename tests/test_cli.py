@@ -164,6 +164,7 @@ def test_an_interruption_says_what_is_left(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.long
 def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str]) -> None:
     main(("inspect", "resnet50", "--width", "8", "--image-size", "32"))
     printed = capsys.readouterr().out

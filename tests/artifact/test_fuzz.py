@@ -15,6 +15,7 @@ import fuzz
 import hypothesis
 import pytest
 import torch
+from marks import draws
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from rmprune.config import NetworkConfig
 from rmprune.errors import ArtifactError
 from rmprune.pipelines.convert import open_network
 
-DRAWS = int(os.environ.get("RMPRUNE_DRAWS", "50"))
+DRAWS = int(os.environ.get("RMPRUNE_DRAWS", draws(50, 10)))
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_resnet
 
 from rmprune.config import PruneConfig, TrainConfig
@@ -51,6 +52,7 @@ def test_budgets_in_time_are_met_without_an_epoch_that_other_methods_do_not_get(
     assert not any("again" in str(line) for line in logs)
 
 
+@pytest.mark.long
 def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are made up: a layer takes as long as it has weights, a network as long as it has parameters."""
     monkeypatch.setattr(Place, "ratios", by_parameters)
@@ -64,7 +66,7 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert table["threads"] == 1 and len(table["layers"]) > 10
 
 
-@pytest.mark.parametrize("gradual", [True, False])
+@pytest.mark.parametrize("gradual", few([True, False], True))
 def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     gradual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     assert record["residual"]["params"] <= 0.55 * record["original"]["params"]
 
 
+@pytest.mark.long
 def test_what_mixed_removes_holds_both_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the record names the larger error, of cuts of its groups and of the network."""
     remove, asked = methods.remove_where_faster, []

@@ -106,6 +106,7 @@ def test_what_is_saved_is_what_was_measured(regression: tuple[Angles, Slimmed], 
         build_report([folder], tmp_path / "report", "x")
 
 
+@pytest.mark.long
 def test_a_torchvision_network_with_a_loader_of_its_own(tmp_path: Path) -> None:
     from torchvision.models.resnet import BasicBlock, ResNet
 

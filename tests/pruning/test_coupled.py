@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import few, long
 from pruning_nets import batches, chain, images, measured_macs, residual
 from torch import nn
 
@@ -13,7 +14,7 @@ from rmprune.pruning import Budget, coupled, find_structure, prune_coupled
 from rmprune.pruning.coupled import COUPLED_IMPORTANCES
 
 
-@pytest.mark.parametrize(("importance", "ratio"), [("batch_norm", 0.6), ("taylor", 0.3), ("magnitude", 0.6)])
+@pytest.mark.parametrize(("importance", "ratio"), [long("batch_norm", 0.6), ("taylor", 0.3), long("magnitude", 0.6)])
 def test_macs_budget_is_hard_and_nearly_used(importance: str, ratio: float) -> None:
     model, x = residual(), images()
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -95,6 +96,7 @@ def test_modules_may_call_anything_their_out_channels() -> None:
     assert measured_macs(prune_coupled(model, x, budget=Budget(macs_ratio=0.6)), x) <= 0.6 * measured_macs(model, x)
 
 
+@pytest.mark.long
 def test_isomorphic_ranking_takes_the_same_part_of_every_form() -> None:
     """Two streams of a form of their own, and the three layers inside blocks, of which one has the least channels of all."""
     model, x = residual(16), images()
@@ -149,7 +151,7 @@ def test_ties_are_broken() -> None:
     assert max(shares) - min(shares) < 0.2
 
 
-@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("round_to", few([1, 8], 1))
 def test_no_budget_that_the_limits_allow_is_refused(round_to: int) -> None:
     """Once Torch-Pruning is told to remove more than may go it removes nothing; the search must not take that for too little."""
     model, x = residual(32), images()
@@ -159,6 +161,7 @@ def test_no_budget_that_the_limits_allow_is_refused(round_to: int) -> None:
         assert 0.65 * ratio * whole < measured_macs(prune_coupled(model, x, budget=budget), x) <= ratio * whole
 
 
+@pytest.mark.long
 def test_the_largest_part_that_may_stay_is_held() -> None:
     model, x = residual(16), images()
     pruned = prune_coupled(model, x, budget=Budget(macs_ratio=0.9, max_fraction=0.75))
@@ -166,6 +169,7 @@ def test_the_largest_part_that_may_stay_is_held() -> None:
     assert all(units[name] <= 0.75 * whole for name, whole in find_structure(model, x).units.items())
 
 
+@pytest.mark.long
 def test_the_search_ends_where_no_ratio_takes_another_number_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """And finds what looking at every number of them finds."""
     model, x, asked = chain((4, 6)), images(), []
@@ -189,6 +193,7 @@ def _arguments(model: nn.Module, x: torch.Tensor, ratio: float) -> tuple[Any, ..
     return model, x, structure, "batch_norm", False, {}, dict.fromkeys(structure.units, 1), 1, ratio
 
 
+@pytest.mark.long
 def test_limits_refer_to_the_first_network() -> None:
     model, x = residual(16), images()
     origin = find_structure(model, x).units

@@ -12,6 +12,7 @@ from rmprune.report.build import build_report, renew_reports, run_report
 from rmprune.runs.records import read_record, write_record
 
 
+@pytest.mark.long
 def test_measuring_again_renews_the_report_of_the_run(small: Path) -> None:
     build_report(small, small / "report", "python -m rmprune slim")
     (small / "report" / "command.txt").write_bytes(b"python -m rmprune slim \xff\n")  # no UTF-8 any more

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from marks import few
 from slim_runs import inverted
 from torch import nn
 
@@ -67,7 +68,7 @@ def resnet() -> nn.Module:
     return create("resnet8", num_classes=10, in_channels=1, width=8)
 
 
-@pytest.mark.parametrize("make", [resnet, inverted])
+@pytest.mark.parametrize("make", few([resnet, inverted], resnet))
 def test_an_epoch_ends_with_the_statistics_of_its_weights(make: Callable[[], nn.Module], digits: Dataset) -> None:
     """Up to what its own images differ from all of them; running means of moving weights are off by several times as much."""
     torch.manual_seed(0)
@@ -82,6 +83,7 @@ def test_an_epoch_ends_with_the_statistics_of_its_weights(make: Callable[[], nn.
         assert ((found.running_var / expected.running_var).log().abs() < 0.2).all()
 
 
+@pytest.mark.long
 def test_an_epoch_of_fine_tuning_never_jumps(digits: Dataset) -> None:
     """A trained network, cut and fitted, is no worse after an epoch at the default rate than noise makes it.
 
