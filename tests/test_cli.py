@@ -127,6 +127,7 @@ def test_convert_and_its_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "model.safetensors").read_bytes() == before and "would be lost" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_an_artifact_takes_no_settings_of_named_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plain"
     flags = ("--width", "4", "--in-channels", "1", "--num-classes", "10")

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from marks import few
 
 from rmprune.amc.agent import Agent, AgentConfig, Replay, Step, truncated_normal
 
@@ -34,7 +33,8 @@ def search(agent: Agent, episodes: int) -> list[float]:
     return rewards
 
 
-@pytest.mark.parametrize("seed", few([0, 1], 1))
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
 def test_beats_random_search_of_the_same_length(seed: int) -> None:
     agent = Agent(2, SMALL, seed=seed)
     rewards = search(agent, 80)

@@ -133,7 +133,8 @@ def test_goes_on_exactly_where_it_was(tmp_path: Path, stop_after: int) -> None:
     assert not list(tmp_path.glob(".*partial"))
 
 
-@pytest.mark.parametrize("times", few([1, 2], 2))
+@pytest.mark.long
+@pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_within_an_episode_changes_nothing(tmp_path: Path, times: int) -> None:
     """The first waits until it is whole, the second leaves the state before it."""
     scored: list[Widths] = []

@@ -62,6 +62,7 @@ def test_exact_removal_does_not_lower_the_peak_and_pruned_copies_do() -> None:
     assert activation_memory(plain_net(4), X).peak_bytes == (2 + 4 + 8) * CHANNEL  # at the last convolution
 
 
+@pytest.mark.long
 def test_resnet_50_as_in_the_notes() -> None:
     """Stage 1 at 224 pixels: 56 x 56 positions; 64 + 256 + 256 channels before removal, twice 64 + 256 after (ANCHORS)."""
     net = nn.Sequential(*list(rmprune.models.create("resnet50", num_classes=10).eval().children())[:5])

@@ -140,6 +140,7 @@ def test_widths_may_go_as_low_as_it_takes_to_keep_or_remove_all_blocks(monkeypat
     assert sum(cost) > found.limit  # so it is the floor that had to go
 
 
+@pytest.mark.long
 def test_blocks_that_read_in_groups_are_not_merged_and_cost_what_is_said() -> None:
     stem, end = (nn.Conv2d(1, 12, 3, padding=1), nn.ReLU()), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
     model = nn.Sequential(*stem, Grouped(), Grouped(), *end).eval()
@@ -212,6 +213,7 @@ def test_so_many_plans_as_validation_images_tell_apart(
     assert validation == 143 and bool(plans) == (images == 100)
 
 
+@pytest.mark.long
 def test_plans_keep_to_the_choices_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 1)
     monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm-collapse")})

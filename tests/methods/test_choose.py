@@ -60,6 +60,7 @@ def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(
     assert (found["accuracy"], found["macs"]) == (alone["accuracy"], alone["macs"])  # the same cut, the same epochs
 
 
+@pytest.mark.long
 def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.1, "rm": 0.2}
     monkeypatch.setattr(slim, "judge", lambda *_, **__: {name: {"loss": loss} for name, loss in losses.items()})

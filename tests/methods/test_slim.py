@@ -39,6 +39,7 @@ def in_time(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", IN_TIME)
 def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
     record = records.read_record(in_time)
@@ -46,6 +47,7 @@ def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
     assert 0.2 < found["params"] / record["original"]["params"] <= 0.6
 
 
+@pytest.mark.long
 def test_budgets_in_time_are_met_without_an_epoch_that_other_methods_do_not_get(in_time: Path) -> None:
     logs = [json.loads(line) for line in (in_time / "log.jsonl").read_text().splitlines()]
     assert {line["label"] for line in logs if "label" in line} >= set(IN_TIME)
@@ -125,6 +127,7 @@ def test_further_cuts_do_not_apply_the_upper_limit_again() -> None:
     assert scaled(Budget(macs_ratio=0.5, max_fraction=0.8), 0.9) == Budget(macs_ratio=0.45)
 
 
+@pytest.mark.long
 def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_deployed_repvgg_has_the_shapes_of_plain_repvgg(ratio: float) -> None:
     assert all(layer.groups == 1 and layer.bias is not None for layer in kernels(plain))
 
 
+@pytest.mark.long
 def test_very_deep_repvgg_deploys_exactly() -> None:
     torch.manual_seed(0)
     model = random_statistics(create("repvgg", depth=37, num_classes=5, width=4, small_images=True, reserve_ratio=0.75))

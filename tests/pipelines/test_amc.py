@@ -78,6 +78,7 @@ def test_the_searches_are_in_the_record_and_logged(run: Path) -> None:
     assert record["uniform"]["search"]["width"] < 0.5
 
 
+@pytest.mark.long
 def test_the_report_has_the_figure_of_the_search(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", Figure.savefig.__wrapped__)  # type: ignore[attr-defined]  # not roughly
     written = build_report(run, tmp_path, "x")
@@ -87,6 +88,7 @@ def test_the_report_has_the_figure_of_the_search(run: Path, tmp_path: Path, monk
     assert all(f",{name}," in rows for name in QUICK.method)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its record and one network: that network alone is made again, from its saved search, and is the same."""
     before = artifact.load(run / "rm-random").state_dict()

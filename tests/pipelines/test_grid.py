@@ -227,6 +227,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         workers_of(config(tmp_path / "file"))
 
 
+@pytest.mark.long
 def test_submitit_says_which_worker_was_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     submit = workers_of(config(tmp_path, jobs=1))
     well, lost = submit(len, "abc"), submit(time.sleep, 60)

@@ -104,6 +104,7 @@ def test_measuring_again_takes_ratios_to_each_run_s_own_original(
     assert record["pruned"]["accuracy"] == records.read_record(wider)["pruned"]["accuracy"]
 
 
+@pytest.mark.long
 def test_measure_renews_the_report_and_names_the_next_command(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

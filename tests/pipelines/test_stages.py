@@ -9,7 +9,6 @@ import pytest
 import slim_runs  # noqa: F401  # it knows short_resnet
 import torch
 from filelock import FileLock, Timeout
-from marks import few
 from torch import nn
 
 from rmprune import artifact
@@ -117,7 +116,8 @@ def test_a_width_that_is_no_number_of_channels_is_refused_before_a_file_is_writt
     assert "width is 1.5" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("config", few(RUNS, RUNS[1]), ids=["slim", "amc"])
+@pytest.mark.long
+@pytest.mark.parametrize("config", RUNS, ids=["slim", "amc"])
 def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tmp_path: Path) -> None:
     cell = Cell(0, "macs_ratio", 0.6, tmp_path, tmp_path)
     job = Job(config, data, torch.device("cpu"), 0)

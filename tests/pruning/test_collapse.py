@@ -86,6 +86,7 @@ def test_a_branch_that_one_convolution_can_be_is_found() -> None:
     assert (result - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+@pytest.mark.long
 def test_later_blocks_make_up_for_earlier_ones() -> None:
     """Fitted on what the collapsed network gives, the second block ends nearer to the original than fitted alone."""
     model = network(basic(), basic())

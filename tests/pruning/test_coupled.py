@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from marks import few, long
+from marks import long
 from pruning_nets import batches, chain, images, measured_macs, residual
 from torch import nn
 
@@ -79,6 +79,7 @@ def test_layers_may_be_fitted_to_the_whole_network_s(build: Callable[[], nn.Modu
     assert kept[0] == kept[1] and fitted.rmprune_facts["cut_error"] < 1e-9
 
 
+@pytest.mark.long
 def test_limits_and_multiples() -> None:
     model, x = residual(16), images()
     model[1].bn1.weight.data[:15] *= 1e-3  # Torch-Pruning would all but empty this layer
@@ -110,6 +111,7 @@ def test_isomorphic_ranking_takes_the_same_part_of_every_form() -> None:
     assert spread[0] > 0.2 and spread[1] < 1 / 16
 
 
+@pytest.mark.long
 def test_channel_budget_and_reference() -> None:
     model, x = residual(), images()
     pruned = prune_coupled(model, x, budget=Budget(ratio=0.5))
@@ -138,6 +140,7 @@ def test_refusals() -> None:
         prune_coupled(residual(), images(), importance="taylor", budget=Budget(ratio=0.5))
 
 
+@pytest.mark.long
 def test_ties_are_broken() -> None:
     """Torch-Pruning alone removes every channel that ties with its threshold: here all but one a layer."""
     model, x = residual(), images()
@@ -151,7 +154,8 @@ def test_ties_are_broken() -> None:
     assert max(shares) - min(shares) < 0.2
 
 
-@pytest.mark.parametrize("round_to", few([1, 8], 1))
+@pytest.mark.long
+@pytest.mark.parametrize("round_to", [1, 8])
 def test_no_budget_that_the_limits_allow_is_refused(round_to: int) -> None:
     """Once Torch-Pruning is told to remove more than may go it removes nothing; the search must not take that for too little."""
     model, x = residual(32), images()

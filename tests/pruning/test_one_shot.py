@@ -156,6 +156,7 @@ def test_reconstruction_makes_up_exactly_for_channels_that_others_hold() -> None
         )
 
 
+@pytest.mark.long
 def test_reconstruction_where_a_cut_leaves_channels_unread() -> None:
     """What goes with the cut is not fitted, so that it cannot come back and break the budget."""
     model, data = chain((24, 24, 24)), batches(20)

@@ -60,6 +60,7 @@ def _order(path: Path) -> int:
     return ["results.csv", "accuracy-time.png", "accuracy-time.svg", "index.html", "command.txt"].index(path.name)
 
 
+@pytest.mark.long
 def test_one_figure_for_each_model_and_data_set(small: Path, tmp_path: Path) -> None:
     write_record(
         tmp_path / "runs" / "other" / "record.json",

@@ -92,6 +92,7 @@ def test_it_goes_on_exactly(tmp_path: Path) -> None:
     assert same(whole, train(True, checkpoint=tmp_path / "c.pt")[0])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("short_warm_up")
 def test_what_cannot_be_recorded_goes_on_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     class Asking(nn.Sequential):
