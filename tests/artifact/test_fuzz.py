@@ -26,7 +26,7 @@ from rmprune.config import NetworkConfig
 from rmprune.errors import ArtifactError
 from rmprune.pipelines.convert import open_network
 
-DRAWS = int(os.environ.get("RMPRUNE_DRAWS", draws(50, 10)))
+DRAWS = int(os.environ.get("RMPRUNE_DRAWS", draws(50, 20)))
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)

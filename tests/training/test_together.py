@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from marks import few, long
+from marks import few
 from together_processes import on_processes
 
 from rmprune.cli import main
@@ -78,12 +78,13 @@ def ends(how: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "statuses", "says"),
     [
         ("error", [2, 2], "process 1: photo 7 cannot be read"),
-        long("killed", [2, -9], "another process of this run was lost; what was done is saved"),
-        long("interrupted", [130, 130], "interrupted; what was done is saved. To go on: python -m rmprune train"),
+        ("killed", [2, -9], "another process of this run was lost; what was done is saved"),
+        ("interrupted", [130, 130], "interrupted; what was done is saved. To go on: python -m rmprune train"),
     ],
 )
 def test_an_end_of_one_is_the_end_of_all(
