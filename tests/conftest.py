@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from marks import left_out
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
 gc.disable()  # while the suite is imported
@@ -27,7 +28,11 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork are skipped where others run in other files, too."""
+    """Long tests are skipped where nobody asked for them, and tests that fork where others run in other files, too."""
+    for item in left_out(items):
+        item.add_marker(
+            pytest.mark.skip(reason="long: RMPRUNE_ALL_TESTS=1 runs all tests, and a file that is run alone its own")
+        )
     forks = [item for item in items if item.get_closest_marker("forks") is not None]
     if len(forks) < len(items) and len({item.path for item in items}) > 1:
         for item in forks:

@@ -24,6 +24,11 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 @cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
 def module_imports(package: Path) -> dict[str, set[str]]:
     """Module -> the modules of the same package that it imports anywhere; a name out of a package counts as that package."""
     known = modules(package)
@@ -31,7 +36,7 @@ def module_imports(package: Path) -> dict[str, set[str]]:
 
 
 def _imported(path: Path, known: Mapping[str, Path], root: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == root:
@@ -43,8 +48,8 @@ def _imported(path: Path, known: Mapping[str, Path], root: str) -> Iterator[str]
 
 def _is_shadowed(init: Path, name: str) -> bool:
     """Whether a package takes `name` from a module of its own, so that importing it from the package is no module."""
-    tree = ast.parse(init.read_text())
-    return any(isinstance(n, ast.ImportFrom) and name in {a.asname or a.name for a in n.names} for n in tree.body)
+    statements = parsed(init).body
+    return any(isinstance(n, ast.ImportFrom) and name in {a.asname or a.name for a in n.names} for n in statements)
 
 
 def room_of(module: str) -> str:

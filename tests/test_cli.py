@@ -127,6 +127,7 @@ def test_convert_and_its_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (out / "model.safetensors").read_bytes() == before and "would be lost" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_an_artifact_takes_no_settings_of_named_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plain"
     flags = ("--width", "4", "--in-channels", "1", "--num-classes", "10")
@@ -164,6 +165,7 @@ def test_an_interruption_says_what_is_left(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.long
 def test_inspect_shows_what_a_bottleneck_costs(capsys: pytest.CaptureFixture[str]) -> None:
     main(("inspect", "resnet50", "--width", "8", "--image-size", "32"))
     printed = capsys.readouterr().out

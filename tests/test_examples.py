@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import long
 from torch import nn
 
 import rmprune
@@ -22,6 +23,8 @@ from rmprune.pruning import IMPORTANCES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = [f"docs/{name}.md" for name in ("deploy", "int8", "own-model", "python")]
+"""Pages whose Python takes seconds; the README's is `slim` as a whole."""
 PUBLIC = {name: getattr(rmprune, name) for name in rmprune.__all__} | {
     f"models.{name}": getattr(rmprune.models, name) for name in rmprune.models.__all__
 }
@@ -43,7 +46,7 @@ def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [long(name) if name == "slim" else name for name in PUBLIC])
 def test_every_public_name_has_an_example_that_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     globs = {"torch": torch, "nn": nn, "rmprune": rmprune}
@@ -56,7 +59,7 @@ def test_every_public_name_has_an_example_that_runs(name: str, tmp_path: Path, m
     assert not found.failed, "".join(said)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+@pytest.mark.parametrize("page", [long(page) if page_name(page) in LONG else page for page in PAGES], ids=page_name)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(auto, "PROPOSED", 1)  # its search is looked at in methods/

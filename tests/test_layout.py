@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from imports import cycles, module_imports, modules, room_imports, room_of
+from imports import cycles, module_imports, modules, parsed, room_imports, room_of
 
 import rmprune
 
@@ -82,7 +82,7 @@ SHARED = {"logger", "Config", "SCHEMA", "NAMES", "PATTERN", "BATCH"}
 def defined(path: Path) -> dict[str, ast.stmt]:
     """Public names that a module defines, with their statements; type variables of one letter are no names."""
     found: dict[str, ast.stmt] = {}
-    for node in ast.parse(path.read_text()).body:
+    for node in parsed(path).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         names = (
             [node.name]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import long
 from PIL import Image
 
 from rmprune import cli
@@ -50,7 +51,11 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(shlex.split(command)[-2:]))
+@pytest.mark.parametrize(
+    "command",
+    [command if command.startswith("inspect") else long(command) for command in COMMANDS],
+    ids=lambda command: " ".join(shlex.split(command)[-2:]),
+)
 def test_a_command_runs(
     command: str,
     photos: Path,

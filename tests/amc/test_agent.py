@@ -33,6 +33,7 @@ def search(agent: Agent, episodes: int) -> list[float]:
     return rewards
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_beats_random_search_of_the_same_length(seed: int) -> None:
     agent = Agent(2, SMALL, seed=seed)

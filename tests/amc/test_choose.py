@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from torch import nn
 
 from rmprune import models
@@ -79,7 +80,7 @@ def test_budgets_count_against_the_original_network(data: Dataset, networks: tup
     assert network_cost(plain, example, params) == convolutions + biases <= count_params(plain)
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", few([0, 1], 1))
 @pytest.mark.parametrize("constraint", list(COSTS))
 def test_a_search_ends_inside_its_budget_and_never_sees_the_test_split(
     data: Dataset, networks: tuple[nn.Module, nn.Module], which: int, constraint: str
@@ -168,6 +169,7 @@ def test_measured_time_as_the_budget_is_met_from_below(
     assert resumed.widths == chosen.widths and resumed.facts == chosen.facts
 
 
+@pytest.mark.long
 def test_residual_networks_of_other_kinds_work_as_well(data: Dataset) -> None:
     """An RM'd ResNet (3x3 chain) and a MobileNetV2 of free width with its residuals."""
     example = data.train.example(2)

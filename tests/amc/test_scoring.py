@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from marks import few
 from pruning_nets import shared
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -143,7 +144,7 @@ def folded(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-@pytest.mark.parametrize("reconstruct", [False, True])
+@pytest.mark.parametrize("reconstruct", few([False, True], True))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_scored_and_built_networks_are_the_same(name: str, reconstruct: bool) -> None:
     fast = scorer(network(name, calibrated=False), reconstruct=reconstruct, chunk=16)

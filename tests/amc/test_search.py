@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from torch import nn
 
 from rmprune.amc.agent import AgentConfig
@@ -90,6 +91,7 @@ def test_the_agent_beats_random_search_and_uniform_widths() -> None:
     assert best["agent"] > best["random"] > best["uniform"]
 
 
+@pytest.mark.long
 def test_sources_say_where_a_policy_came_from() -> None:
     result = undisturbed()
     sources = [episode.source for episode in result.episodes]
@@ -99,6 +101,7 @@ def test_sources_say_where_a_policy_came_from() -> None:
     assert all((episode.sigma > 0) == (episode.source == "agent") for episode in result.episodes)
 
 
+@pytest.mark.long
 def test_same_seed_same_search_other_seed_another() -> None:
     runs = [undisturbed(), *(search(seed=seed).run() for seed in (0, 1))]
     policies = [[episode.widths for episode in run.episodes] for run in runs]
@@ -109,7 +112,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [3, 11])
+@pytest.mark.parametrize("stop_after", few([3, 11], 11))
 def test_goes_on_exactly_where_it_was(tmp_path: Path, stop_after: int) -> None:
     expected = undisturbed()
 
@@ -130,6 +133,7 @@ def test_goes_on_exactly_where_it_was(tmp_path: Path, stop_after: int) -> None:
     assert not list(tmp_path.glob(".*partial"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_within_an_episode_changes_nothing(tmp_path: Path, times: int) -> None:
     """The first waits until it is whole, the second leaves the state before it."""

@@ -5,6 +5,7 @@ import torch
 from amc_spaces import STRUCTURES, environment, jagged, play, space, structure
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import draws
 from torch import nn
 
 from rmprune.amc.environment import Environment
@@ -32,7 +33,7 @@ def test_the_last_shared_group_is_there() -> None:
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("cost", [macs, params, jagged])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40, 12), deadline=None)
 def test_no_policy_breaks_the_budget_or_the_limits(name: str, cost, data: st.DataObject) -> None:  # type: ignore[no-untyped-def]
     multiple = data.draw(st.sampled_from([1, 3, 4, 8]))
     highest = data.draw(st.sampled_from([0.5, 0.8, 1.0]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from artifact_nets import flat, net, randomise
+from marks import few
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -70,7 +71,10 @@ def test_frozen_batch_norm_stays_in_eval_mode(tmp_path: Path) -> None:
     assert loaded.training and loaded.mix.training and not loaded.get_submodule("stem.1").training
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0"])
+@pytest.mark.parametrize(
+    "name",
+    few(["resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0"], "mobilenet_v3_small"),
+)
 def test_torchvision_networks(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = randomise(torchvision.models.get_model(name, weights=None)).eval()
@@ -80,6 +84,7 @@ def test_torchvision_networks(name: str, tmp_path: Path) -> None:
     assert list(loaded.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "regnetx_002"])
 def test_timm_networks_come_back_trainable(name: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
@@ -95,6 +100,7 @@ def test_timm_networks_come_back_trainable(name: str, tmp_path: Path) -> None:
     assert torch.allclose(folded(x), model.eval()(x), atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_thousand_layers_are_quick(tmp_path: Path) -> None:
     layers = [m for _ in range(350) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
     model = nn.Sequential(*layers).eval()

@@ -15,17 +15,18 @@ import fuzz
 import hypothesis
 import pytest
 import torch
+from marks import draws, long
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmprune.artifact import files
+from rmprune.artifact import files, tensors
 from rmprune.artifact.tensors import LARGEST_HEADER, MOST_STEPS, read_pickled
 from rmprune.artifact.weights import load_checkpoint_into, read_state_dict
 from rmprune.config import NetworkConfig
 from rmprune.errors import ArtifactError
 from rmprune.pipelines.convert import open_network
 
-DRAWS = int(os.environ.get("RMPRUNE_DRAWS", "50"))
+DRAWS = int(os.environ.get("RMPRUNE_DRAWS", draws(50, 20)))
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)
@@ -328,11 +329,13 @@ def test_sizes_beyond_the_file_are_refused(new: bool, tmp_path: Path) -> None:
             read_state_dict(path)
 
 
-def test_a_pickle_of_too_many_steps_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [1000, long(MOST_STEPS)])
+def test_a_pickle_of_too_many_steps_is_refused(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "MOST_STEPS", most)
     torch.save({"weight": torch.arange(3.0)}, tmp_path / "a.pt")
     path = repacked(
         tmp_path / "a.pt",
-        lambda name, old: b"\x80\x02" + b"]" * (MOST_STEPS + 9) + b"." if name == "a/data.pkl" else old,
+        lambda name, old: b"\x80\x02" + b"]" * (most + 9) + b"." if name == "a/data.pkl" else old,
     )
     with pytest.raises(ArtifactError, match="steps"):
         in_time(lambda: read_state_dict(path))

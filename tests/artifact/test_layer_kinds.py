@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from marks import few
 from torch import Tensor, nn
 
 import rmprune
@@ -52,7 +53,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", few(NETWORKS, "2-D", "attention"))
 def test_a_pruned_network_comes_back(name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     model, x = NETWORKS[name]()

@@ -92,6 +92,7 @@ def test_an_old_record_is_read_and_reported(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "results.csv").read_text().count("\n") == 5
 
 
+@pytest.mark.long
 def test_an_old_run_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     """It had trained, and slimmed by `rm`; it was stopped after step 5 of 8 of fine-tuning what `residual` had cut."""
     run = tmp_path / "run"

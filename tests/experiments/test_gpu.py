@@ -34,6 +34,7 @@ def gpu() -> Any:
         sys.path.remove(str(EXPERIMENTS))
 
 
+@pytest.mark.long
 def test_in_miniature(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = ("exactness", "additions", "training")
     gpu.main(gpu.Settings(parts=parts, device="cpu", quick=True, out=tmp_path))
@@ -161,6 +162,7 @@ def test_additions_go_and_layers_stay(gpu: Any) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.long
 def test_networks_travel_without_weights(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.networks, "forms", functools.cache(gpu.networks.forms))
     gpu.networks.write(tmp_path, ("resnet18",), quick=True)

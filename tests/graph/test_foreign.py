@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from marks import long
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -66,7 +67,7 @@ def compiled_inside(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, torch.compile, lambda net: torch.compile(nn.DataParallel(net)), compiled_inside]
+    "wrap", [nn.DataParallel, torch.compile, long(lambda net: torch.compile(nn.DataParallel(net))), compiled_inside]
 )
 def test_wrappers_are_taken_off(wrap: Any, call: str, tmp_path: Path) -> None:
     assert CALLS[call](wrap(Res()).eval(), X, tmp_path)

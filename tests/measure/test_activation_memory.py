@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import few
 from torch import Tensor, nn
 
 import rmprune
@@ -61,6 +62,7 @@ def test_exact_removal_does_not_lower_the_peak_and_pruned_copies_do() -> None:
     assert activation_memory(plain_net(4), X).peak_bytes == (2 + 4 + 8) * CHANNEL  # at the last convolution
 
 
+@pytest.mark.long
 def test_resnet_50_as_in_the_notes() -> None:
     """Stage 1 at 224 pixels: 56 x 56 positions; 64 + 256 + 256 channels before removal, twice 64 + 256 after (ANCHORS)."""
     net = nn.Sequential(*list(rmprune.models.create("resnet50", num_classes=10).eval().children())[:5])
@@ -97,7 +99,7 @@ def test_buffers_that_live_at_once_lie_apart() -> None:
     assert _arena(together) == 128 + 100  # at the next aligned address
 
 
-@pytest.mark.parametrize("name", ["resnet20", "densenet121", "mobilenet_v2"])
+@pytest.mark.parametrize("name", few(["resnet20", "densenet121", "mobilenet_v2"], "resnet20"))
 def test_named_networks(name: str) -> None:
     net = rmprune.models.create(name, num_classes=4).eval()
     memory = activation_memory(net, torch.randn(2, 3, 32, 32))

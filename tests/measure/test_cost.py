@@ -79,6 +79,7 @@ def test_shared_parameters_count_once() -> None:
     assert count_params(nn.Sequential(conv, conv)) == 20
 
 
+@pytest.mark.long
 def test_a_thousand_layers_are_quick() -> None:
     layers = [m for _ in range(1200) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
     start = time.process_time()

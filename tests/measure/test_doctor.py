@@ -76,6 +76,7 @@ def test_an_unknown_backend_is_refused_before_anything_is_tried(capsys: pytest.C
     assert "'tvm' is unknown; there are eager" in captured.err and captured.out == ""
 
 
+@pytest.mark.long
 def test_a_network_against_its_own_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     found = quietness(0.0)
     assert found.ratio_low <= found.ratio <= found.ratio_high and found.spread >= 0

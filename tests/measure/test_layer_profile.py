@@ -70,6 +70,7 @@ def test_a_layer_in_int8_is_the_layer(tmp_path: Path) -> None:
     assert sum(row["macs"] or 0 for row in rows.values()) == count_macs(net, x)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count is Linux's")
 def test_resident_memory_holds_the_activations() -> None:
     net, x = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)), torch.randn(1, 3, 64, 64)

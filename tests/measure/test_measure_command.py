@@ -42,6 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_accuracy_in_int8_lands_in_the_record_beside_the_times(run: Path) -> None:
     before = read_record(run)
     config = replace(QUICK, backends=("eager", "onnxruntime-int8"), batch_sizes=(1, 2))
@@ -155,6 +156,7 @@ def test_too_large_a_batch_is_told_from_a_backend_that_cannot() -> None:
             raise error
 
 
+@pytest.mark.long
 def test_training_measures_accuracy_in_int8_too(tmp_path: Path) -> None:
     config = TrainRunConfig("resnet20", width=4, train=TrainConfig(epochs=0), out=tmp_path / "run")
     config = replace(config, measure=replace(QUICK, backends=("onnxruntime-int8",)))

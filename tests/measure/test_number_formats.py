@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from torch import nn
 
 import rmprune
@@ -63,7 +64,7 @@ def skip_unless_here(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU)
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", few([1, 3], 3))
 def test_every_backend_computes_the_network_for_the_images_given(
     backend: str, batch_size: int, trained: nn.Module, digits: Dataset
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import few
 from pruning_nets import Tokens
 from slim_runs import QUICK, by_parameters, inverted
 from torch import nn
@@ -56,7 +57,7 @@ def create(name: str) -> nn.Module:
 STEPS = {"resnet8": 19, "inverted": 5}  # one of so many combinations
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", few(STEPS, "resnet8"))
 def test_the_surrogate_knows_what_a_plan_costs(name: str) -> None:
     config = SlimConfig(prune=PruneConfig(macs_ratio=(0.6,), round_to=1))
     data = load_dataset(config.data)
@@ -121,6 +122,7 @@ def test_what_widths_lose_is_not_taken_from_notes_on_other_widths(
     assert len(measured) == 3
 
 
+@pytest.mark.long
 def test_widths_may_go_as_low_as_it_takes_to_keep_or_remove_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only to have some plan: at the floor that is enough for that, here, blocks must be dropped."""
     monkeypatch.setattr(outlook, "LEAST_FRACTION", 1.2)
@@ -138,6 +140,7 @@ def test_widths_may_go_as_low_as_it_takes_to_keep_or_remove_all_blocks(monkeypat
     assert sum(cost) > found.limit  # so it is the floor that had to go
 
 
+@pytest.mark.long
 def test_blocks_that_read_in_groups_are_not_merged_and_cost_what_is_said() -> None:
     stem, end = (nn.Conv2d(1, 12, 3, padding=1), nn.ReLU()), (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
     model = nn.Sequential(*stem, Grouped(), Grouped(), *end).eval()
@@ -157,6 +160,7 @@ def test_blocks_that_read_in_groups_are_not_merged_and_cost_what_is_said() -> No
         assert found.cost == pytest.approx(sum(Meter(structure, macs).at(units))) and found.cost <= shapes.limit
 
 
+@pytest.mark.long
 def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +196,7 @@ def test_auto_ends_as_well_as_its_presets_and_goes_on_where_it_was(
     assert again["search"] == found["search"] and found["search"]["seconds"] > 0  # nothing was looked for again
 
 
-@pytest.mark.parametrize("images", [144, 100])
+@pytest.mark.parametrize("images", few([144, 100], 144))
 def test_so_many_plans_as_validation_images_tell_apart(
     images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +213,7 @@ def test_so_many_plans_as_validation_images_tell_apart(
     assert validation == 143 and bool(plans) == (images == 100)
 
 
+@pytest.mark.long
 def test_plans_keep_to_the_choices_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 1)
     monkeypatch.setattr(auto, "PRESETS", {name: auto.PRESETS[name] for name in ("residual", "rm-collapse")})
@@ -251,6 +256,7 @@ def test_a_search_counts_how_many_changes_in_a_row_were_no_better() -> None:
         assert auto._no_better(verdicts, changes) == count
 
 
+@pytest.mark.long
 def test_a_plan_goes_on_where_no_preset_meets_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "PROPOSED", 2)
     monkeypatch.setattr(auto, "PRESETS", {"residual": auto.PRESETS["residual"]})
@@ -281,7 +287,7 @@ def test_a_budget_that_no_plan_meets_is_refused_with_the_least(tmp_path: Path) -
     assert "\n" not in str(refused.value) and not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("budget", ["macs_ratio", "latency_ratio"])
+@pytest.mark.parametrize("budget", few(["macs_ratio", "latency_ratio"], "macs_ratio"))
 def test_attention_is_refused_before_anything_is_trained(budget: str, tmp_path: Path) -> None:
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8))]
     with pytest.raises(
@@ -291,6 +297,7 @@ def test_attention_is_refused_before_anything_is_trained(budget: str, tmp_path: 
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.long
 def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up = lambda table, layers: [1e-2 + 1e-3 + 1e-5 * layer.cin * layer.cout for layer in layers]  # noqa: E731
     monkeypatch.setattr(LatencyModel, "_measure", made_up)
@@ -307,6 +314,7 @@ def test_a_budget_in_time_is_divided_up_by_the_table_of_layers(tmp_path: Path, m
         look(job.original, Budget(latency_ratio=0.01), job)
 
 
+@pytest.mark.long
 def test_auto_meets_a_budget_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are made up: a layer takes as long as it has weights, a network as long as it has parameters."""
     monkeypatch.setattr(LatencyModel, "_measure", lambda _, layers: [1e-3 * layer.cin * layer.cout for layer in layers])

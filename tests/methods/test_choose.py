@@ -45,6 +45,7 @@ class Counting:
         return len(self.split)
 
 
+@pytest.mark.long
 def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_candidate_that_goes_on_is_what_its_method_alone_would_be(
     assert (found["accuracy"], found["macs"]) == (alone["accuracy"], alone["macs"])  # the same cut, the same epochs
 
 
+@pytest.mark.long
 def test_the_candidate_of_the_least_loss_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"residual": 0.5, "mixed-collapse": 0.4, "rm-collapse": 0.1, "rm": 0.2}
     monkeypatch.setattr(slim, "judge", lambda *_, **__: {name: {"loss": loss} for name, loss in losses.items()})
@@ -114,6 +116,7 @@ def test_candidates_are_judged_once_and_on_validation_images_alone(
         verdicts(start)
 
 
+@pytest.mark.long
 def test_candidates_that_the_network_has_no_place_for_are_left_out(tmp_path: Path) -> None:
     config = replace(QUICK, model="preact_resnet8", train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))
     run_slim(replace(config, method=("mixed-auto",), out=tmp_path / "run"), command="x")
@@ -122,6 +125,7 @@ def test_candidates_that_the_network_has_no_place_for_are_left_out(tmp_path: Pat
     assert "no block to collapse" in candidates["rm-collapse"]["refused"]
 
 
+@pytest.mark.long
 def test_one_candidate_that_meets_the_budget_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "ratios", by_parameters)
     prune = PruneConfig(latency_ratio=(0.6,), min_fraction=0.9, round_to=1)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from marks import long
 from slim_runs import QUICK, by_parameters
 from torch import nn
 
@@ -19,7 +20,7 @@ ONE = replace(QUICK, model="resnet8", method=("depth",), train=TrainConfig(epoch
 ONE = replace(ONE, data=DataConfig(train_images=128))
 
 
-@pytest.mark.parametrize("prune", [PruneConfig(macs_ratio=(0.9, 0.7)), PruneConfig(latency_ratio=(0.95,))])
+@pytest.mark.parametrize("prune", [long(PruneConfig(macs_ratio=(0.9, 0.7))), PruneConfig(latency_ratio=(0.95,))])
 def test_as_few_blocks_go_as_the_budget_asks_for(
     prune: PruneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from rmprune.pruning.collapse import shorten_blocks
 from rmprune.training.job import Job
 
 
+@pytest.mark.long
 def test_a_search_reads_and_computes_gradients_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = cutter.loss_gradients, []
 

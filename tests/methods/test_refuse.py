@@ -49,6 +49,7 @@ def test_the_narrowest_network_is_measured_again_only_where_it_has_not_passed(
     assert limits == [pytest.approx(1.1 * 0.9), pytest.approx(1.1 * 0.1)]
 
 
+@pytest.mark.long
 def test_a_comparison_goes_on_without_the_methods_that_cannot_meet_a_budget(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

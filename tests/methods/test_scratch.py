@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import long
 from slim_runs import QUICK, by_parameters
 
 from rmprune.config import PruneConfig, TrainConfig
@@ -27,7 +28,7 @@ ONE = replace(QUICK, method=("scratch",), train=TrainConfig(epochs=1), finetune=
     "prune",
     [
         PruneConfig(macs_ratio=(0.5,)),
-        PruneConfig(latency_ratio=(0.3,)),
+        long(PruneConfig(latency_ratio=(0.3,))),
         PruneConfig(macs_ratio=(0.9,), memory_ratio=(0.6,)),
     ],
 )

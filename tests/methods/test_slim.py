@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_resnet
 
 from rmprune.config import PruneConfig, TrainConfig
@@ -38,6 +39,7 @@ def in_time(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", IN_TIME)
 def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
     record = records.read_record(in_time)
@@ -45,12 +47,14 @@ def test_a_budget_in_measured_time_is_met(method: str, in_time: Path) -> None:
     assert 0.2 < found["params"] / record["original"]["params"] <= 0.6
 
 
+@pytest.mark.long
 def test_budgets_in_time_are_met_without_an_epoch_that_other_methods_do_not_get(in_time: Path) -> None:
     logs = [json.loads(line) for line in (in_time / "log.jsonl").read_text().splitlines()]
     assert {line["label"] for line in logs if "label" in line} >= set(IN_TIME)
     assert not any("again" in str(line) for line in logs)
 
 
+@pytest.mark.long
 def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are made up: a layer takes as long as it has weights, a network as long as it has parameters."""
     monkeypatch.setattr(Place, "ratios", by_parameters)
@@ -64,7 +68,7 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert table["threads"] == 1 and len(table["layers"]) > 10
 
 
-@pytest.mark.parametrize("gradual", [True, False])
+@pytest.mark.parametrize("gradual", few([True, False], True))
 def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     gradual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +94,7 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     assert record["residual"]["params"] <= 0.55 * record["original"]["params"]
 
 
+@pytest.mark.long
 def test_what_mixed_removes_holds_both_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the record names the larger error, of cuts of its groups and of the network."""
     remove, asked = methods.remove_where_faster, []
@@ -122,6 +127,7 @@ def test_further_cuts_do_not_apply_the_upper_limit_again() -> None:
     assert scaled(Budget(macs_ratio=0.5, max_fraction=0.8), 0.9) == Budget(macs_ratio=0.45)
 
 
+@pytest.mark.long
 def test_coupled_meets_a_time_where_some_layers_have_no_batch_norm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def test_residuals_are_removed_only_within_a_budget_of_macs(tmp_path: Path, monk
     assert records.read_record(tmp_path / "ratio")["mixed"]["removal"]["removed"] == ["layer1.0", "layer2.0"]
 
 
+@pytest.mark.long
 def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -> None:
     methods = ("rm-collapse", "mixed-collapse", "coupled-collapse", "coupled-half-collapse")
     none = TrainConfig(epochs=0)
@@ -54,6 +55,7 @@ def test_collapsed_blocks_are_pruned_and_the_record_says_which(tmp_path: Path) -
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.long
 def test_the_v1_form_and_how_residuals_go_are_what_the_record_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

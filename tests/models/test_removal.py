@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import long
 from removal_nets import has_addition
 from repvgg_deployed import deploy
 from torch import Tensor, fx, nn
@@ -63,7 +64,7 @@ def error(plain: nn.Module, model: nn.Module, x: Tensor) -> float:
 RATIOS: list[float | tuple[float, ...]] = [0, 0.25, (0, 0.25, 0.5, 0.75), (0.75, 0.5, 0.5, 0)]
 
 
-@pytest.mark.parametrize(("ratio", "depth"), [*((ratio, 13) for ratio in RATIOS), (RATIOS[-1], 21)])
+@pytest.mark.parametrize(("ratio", "depth"), [*((ratio, 13) for ratio in RATIOS), long(RATIOS[-1], 21)])
 def test_removal_deploys_repvgg_as_deploy_does(depth: int, ratio: float | tuple[float, ...]) -> None:
     torch.manual_seed(0)
     model = random_statistics(
@@ -112,6 +113,7 @@ def test_deployed_repvgg_has_the_shapes_of_plain_repvgg(ratio: float) -> None:
     assert all(layer.groups == 1 and layer.bias is not None for layer in kernels(plain))
 
 
+@pytest.mark.long
 def test_very_deep_repvgg_deploys_exactly() -> None:
     torch.manual_seed(0)
     model = random_statistics(create("repvgg", depth=37, num_classes=5, width=4, small_images=True, reserve_ratio=0.75))

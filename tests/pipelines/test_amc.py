@@ -78,6 +78,7 @@ def test_the_searches_are_in_the_record_and_logged(run: Path) -> None:
     assert record["uniform"]["search"]["width"] < 0.5
 
 
+@pytest.mark.long
 def test_the_report_has_the_figure_of_the_search(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", Figure.savefig.__wrapped__)  # type: ignore[attr-defined]  # not roughly
     written = build_report(run, tmp_path, "x")
@@ -87,6 +88,7 @@ def test_the_report_has_the_figure_of_the_search(run: Path, tmp_path: Path, monk
     assert all(f",{name}," in rows for name in QUICK.method)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its record and one network: that network alone is made again, from its saved search, and is the same."""
     before = artifact.load(run / "rm-random").state_dict()
@@ -99,6 +101,7 @@ def test_an_interrupted_run_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.long
 def test_gradual_cuts_end_at_the_policy(run: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(
         QUICK, method=("rm-uniform",), apply="gradual", prune_epochs=0.5, checkpoint=run / "dense", out=tmp_path / "run"
@@ -111,6 +114,7 @@ def test_gradual_cuts_end_at_the_policy(run: Path, tmp_path: Path) -> None:
     assert found["rm-uniform"]["macs"] <= 0.5 * found["original"]["macs"]
 
 
+@pytest.mark.long
 def test_a_policy_is_applied_although_nothing_is_fine_tuned(run: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(
         QUICK,
@@ -131,6 +135,7 @@ def test_overwriting_with_an_impossible_budget_keeps_the_finished_run(run: Path)
     assert (run / "record.json").is_file() and (run / "dense").is_dir()
 
 
+@pytest.mark.long
 def test_mixed_removes_what_is_faster_and_affordable_without_changing_the_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +182,7 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
     assert all(method.about for method in AMC_METHODS.values())
 
 
+@pytest.mark.long
 def test_the_agent_searches_the_widths_of_a_plan(run: Path, tmp_path: Path) -> None:
     """Its blocks are the plan's, whatever that says of widths, and what comes is a plan that `slim` carries out."""
     blocks: dict[str, Choice] = {"features.3": "merge", "features.4": "drop"}

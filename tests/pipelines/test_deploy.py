@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import few
 from PIL import Image
 from slim_runs import QUICK
 
@@ -62,7 +63,7 @@ def photos(folder: Path, bits: int) -> DataConfig:
     return DataConfig("imagefolder", folder, image_size=16, validation=0.3, workers=0, cache="none")
 
 
-@pytest.mark.parametrize("kind", ["digits", "colours", "12-bit"])
+@pytest.mark.parametrize("kind", few(["digits", "colours", "12-bit"], "colours"))
 def test_predict_gives_what_the_run_s_own_network_gives_for_an_image_file(kind: str, tmp_path: Path) -> None:
     data_config = DataConfig() if kind == "digits" else photos(tmp_path / "photos", 8 if kind == "colours" else 12)
     config = TrainRunConfig(

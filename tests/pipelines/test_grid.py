@@ -33,6 +33,7 @@ GRID = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.forks
 def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
@@ -213,6 +214,7 @@ def test_a_grid_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         run_grid(config(tmp_path / "run"), command="")
 
 
+@pytest.mark.long
 def test_no_cell_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "LOOK", 0.0)
     with pytest.raises(RmpruneError, match="no cell can be had: the data are gone; seed 0 could not be had"):
@@ -225,6 +227,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         workers_of(config(tmp_path / "file"))
 
 
+@pytest.mark.long
 def test_submitit_says_which_worker_was_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     submit = workers_of(config(tmp_path, jobs=1))
     well, lost = submit(len, "abc"), submit(time.sleep, 60)

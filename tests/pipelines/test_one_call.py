@@ -106,6 +106,7 @@ def test_what_is_saved_is_what_was_measured(regression: tuple[Angles, Slimmed], 
         build_report([folder], tmp_path / "report", "x")
 
 
+@pytest.mark.long
 def test_a_torchvision_network_with_a_loader_of_its_own(tmp_path: Path) -> None:
     from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -221,6 +222,7 @@ def test_mistakes_are_said_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_out_gives_back_its_finished_run_and_refuses_other_data(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = rmprune.models.create("resnet8", num_classes=4, width=4).eval()

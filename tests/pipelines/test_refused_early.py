@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 
 from rmprune.cli import main
 from rmprune.models.families import create_network
@@ -39,6 +40,7 @@ def test_slim_by_rm_names_the_method_that_needs_no_residuals(
     assert "--method residual prunes the network as it is" in said and "epoch" not in said
 
 
+@pytest.mark.long
 def test_inspect_sends_nobody_to_convert_what_has_no_residuals(capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", "shufflenet_v2_x0_5", "--image-size", "32"])
     said = " ".join(capsys.readouterr().out.split())
@@ -48,7 +50,7 @@ def test_inspect_sends_nobody_to_convert_what_has_no_residuals(capsys: pytest.Ca
 CONVERT = ["convert", "resnet18", "--width", "4", "--num-classes", "10", "--no-onnx"]
 
 
-@pytest.mark.parametrize("kind", ["compiled", "parallel", "old"])
+@pytest.mark.parametrize("kind", few(["compiled", "parallel", "old"], "compiled"))
 def test_checkpoints_of_the_network_under_other_names(kind: str, tmp_path: Path) -> None:
     state = create_network("resnet18", num_classes=10, input_shape=(3, 80, 80), width=4).state_dict()
     prefix = {"compiled": "_orig_mod.", "parallel": "module.", "old": ""}[kind]

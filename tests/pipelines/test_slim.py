@@ -62,6 +62,7 @@ def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
     assert (finished / "record.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_to_the_same_result(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +82,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         assert first[name]["accuracy"] == second[name]["accuracy"] and first[name]["macs"] == second[name]["macs"]
 
 
+@pytest.mark.long
 def test_measuring_again_takes_ratios_to_each_run_s_own_original(
     finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,6 +104,7 @@ def test_measuring_again_takes_ratios_to_each_run_s_own_original(
     assert record["pruned"]["accuracy"] == records.read_record(wider)["pruned"]["accuracy"]
 
 
+@pytest.mark.long
 def test_measure_renews_the_report_and_names_the_next_command(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +135,7 @@ def test_a_damaged_stage_is_refused_before_it_is_done_again(tmp_path: Path) -> N
         slim.stage(tmp_path / "dense", lambda: pytest.fail("trained for nothing"))
 
 
+@pytest.mark.long
 def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.long
 def test_a_plan_is_carried_out_and_stands_in_the_record(tmp_path: Path) -> None:
     plan = {
         "schema": 1,

@@ -116,6 +116,7 @@ def test_a_width_that_is_no_number_of_channels_is_refused_before_a_file_is_writt
     assert "width is 1.5" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", RUNS, ids=["slim", "amc"])
 def test_one_writer_of_records(config: SlimConfig | AmcConfig, data: Dataset, tmp_path: Path) -> None:
     cell = Cell(0, "macs_ratio", 0.6, tmp_path, tmp_path)
@@ -150,6 +151,7 @@ def test_no_product_is_rounded_in_a_run_whatever_the_program_allows(data: Datase
         assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
 
 
+@pytest.mark.long
 def test_a_run_of_before_a_renaming_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its settings, directories and record keep the name that it began with."""
     config = replace(SLIM, width=4, method=("coupled-collapse",), out=tmp_path / "run")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import long
 from torch import nn
 
 import rmprune
@@ -112,6 +113,7 @@ def test_bad_settings_are_refused_before_a_file_is_written(settings: dict, messa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_slim_takes_them_by_name(tmp_path: Path) -> None:
     flags = "--width 4 --train-images 128 --epochs 1 --finetune.epochs 1 --macs-ratio 0.5 --round-to 1 --method rm"
     main(("slim", "--model", "preact_resnet8", *flags.split(), *MEASURE.split(), "--out", str(tmp_path / "run")))
@@ -120,6 +122,7 @@ def test_slim_takes_them_by_name(tmp_path: Path) -> None:
     assert isinstance(rmprune.load(tmp_path / "run" / "pruned"), nn.Sequential)
 
 
+@pytest.mark.long
 def test_amc_takes_them_by_name_and_says_what_to_do_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,8 +150,8 @@ def test_amc_takes_them_by_name_and_says_what_to_do_next(
 @pytest.mark.parametrize(
     ("network", "removed"),
     [
-        (("repvgg", "--depth", "13", "--reserve-ratio", "0.5", "--width", "4", "--image-size", "16"), 22),
-        (("rmnext41x5_16", "--width", "16", "--image-size", "16"), 14),
+        long(("repvgg", "--depth", "13", "--reserve-ratio", "0.5", "--width", "4", "--image-size", "16"), 22),
+        long(("rmnext41x5_16", "--width", "16", "--image-size", "16"), 14),
         (("preact_resnet8", "--width", "4"), 3),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import draws
 from pruning_nets import chain, images, residual
 from torch import nn
 
@@ -26,7 +27,7 @@ def random_scores(structure: Structure, seed: int) -> dict[str, torch.Tensor]:
     return {g.name: torch.rand(g.units, generator=generator) for g in structure.groups}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=draws(40, 12), deadline=None)
 @given(
     widths=st.lists(st.integers(3, 24), min_size=2, max_size=4),
     seed=st.integers(0, 99),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from marks import few, long
 from removal_nets import Residual, basic, conv, conv_bn, has_addition, images, prepared, reservations
 from torch import Tensor, nn
 
@@ -85,6 +86,7 @@ def test_a_branch_that_one_convolution_can_be_is_found() -> None:
     assert (result - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+@pytest.mark.long
 def test_later_blocks_make_up_for_earlier_ones() -> None:
     """Fitted on what the collapsed network gives, the second block ends nearer to the original than fitted alone."""
     model = network(basic(), basic())
@@ -165,15 +167,15 @@ def plain(last: nn.Module) -> Residual:
 @pytest.mark.parametrize(
     ("block", "fitted"),
     [
-        (basic(), "4.branch.3"),
-        (plain(conv(6, 6)), "4.branch.2"),
+        long(basic(), "4.branch.3"),
+        long(plain(conv(6, 6)), "4.branch.2"),
         (bottleneck(stride=2), "4.branch.6"),
-        (plain(conv(6, 6, groups=6)), "4.branch.2"),
+        long(plain(conv(6, 6, groups=6)), "4.branch.2"),
         (plain(nn.Sequential(conv(6, 6), nn.ReLU())), None),
     ],
     ids=["basic", "no norm", "strided", "depthwise", "activation at the end"],
 )
-@pytest.mark.parametrize("how", ["collapse", "drop"])
+@pytest.mark.parametrize("how", few(["collapse", "drop"], "drop"))
 def test_blocks_behind_a_shortened_one_make_up_for_it(
     block: Residual, fitted: str | None, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +204,7 @@ def error(model: nn.Module, found: nn.Module, x: Tensor) -> float:
     return float((found(x) - model(x)).detach().norm())
 
 
+@pytest.mark.long
 def test_an_ending_of_more_unknowns_than_positions_is_as_good_on_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = [basic(64), basic(64), basic(64)]
     model = prepared(*conv_bn(3, 64), nn.ReLU(), *wide)
@@ -258,6 +261,7 @@ def test_additions_that_end_no_block_do_not_count() -> None:
     assert not torch.equal(now["5.branch.3.weight"], before["5.branch.3.weight"])
 
 
+@pytest.mark.long
 def test_several_ways_at_once_are_what_each_is_alone() -> None:
     """To the last bit: what a network shares with the original is run once, and with another changed one nothing."""
     model = network(basic(), bottleneck(stride=2), InPlace(basic().branch, None, nn.ReLU()), Sums(), basic(), basic())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import draws
 from pruning_nets import Untraceable, chain, conv, images, kill, randomise, residual
 from torch import nn
 
@@ -153,7 +154,7 @@ def test_what_cannot_be_traced_is_refused() -> None:
         fold_dead_channels(Untraceable(), images())
 
 
-@settings(max_examples=int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "12")), deadline=None)
+@settings(max_examples=int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", draws(12, 5))), deadline=None)
 @given(data=st.data(), kernel=st.sampled_from([1, 2, 3]), padded=st.booleans(), seed=st.integers(0, 50))
 def test_always_exact(data: st.DataObject, kernel: int, padded: bool, seed: int) -> None:
     model = chain(kernel=kernel, padding=1 if padded and kernel > 1 else 0, seed=seed)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from amc_spaces import v1
 from fake_device import GPU, pretended_gpu
+from marks import few
 from pruning_nets import chain, images, randomise, residual
 from torch import Tensor, nn
 
@@ -81,7 +82,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", few(CALLS, "removal", "fitted"))
 def test_results_are_the_cpu_s(name: str) -> None:
     build, call = CALLS[name]
     assert same(call(build(), images(8), batches(1)), on_gpu(call, build()))

@@ -161,6 +161,7 @@ def test_a_fold_that_changes_a_returned_map_is_no_longer_silent() -> None:
         check_outputs(model, smaller, x)
 
 
+@pytest.mark.long
 def test_shifted_windows_are_read_in_seconds_and_cut_right() -> None:
     """torchvision's swin_t, small: its tracing and grouping never ended once."""
     began = time.process_time()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import few
 from pruning_nets import chain, images, measured_macs, residual
 from torch import nn
 
@@ -47,7 +48,7 @@ def train(state: State, hook: GradualPruner, steps: int) -> list[float]:
 BUDGET = Budget(macs_ratio=0.3, min_fraction=0.25, round_to=2)
 
 
-@pytest.mark.parametrize("build", [chain, residual])
+@pytest.mark.parametrize("build", few([chain, residual], chain))
 def test_reaches_the_budget_on_schedule(build: object) -> None:
     model, x = build(), images()  # type: ignore[operator]
     whole, first = measured_macs(model, x), find_structure(model, x)
@@ -70,7 +71,7 @@ def test_reaches_the_budget_on_schedule(build: object) -> None:
     }
 
 
-@pytest.mark.parametrize("importance", ["batch_norm", "magnitude", "random"])
+@pytest.mark.parametrize("importance", few(["batch_norm", "magnitude", "random"], "magnitude"))
 def test_other_criteria_at_each_cut(importance: str) -> None:
     state = new_state(residual())
     hook = GradualPruner(state.model, images(), BUDGET, prune_epochs=0.5, every=5, importance=importance)
@@ -80,6 +81,7 @@ def test_other_criteria_at_each_cut(importance: str) -> None:
         GradualPruner(residual(), images(), BUDGET, prune_epochs=1, importance="activation")
 
 
+@pytest.mark.long
 def test_channel_budget_against_the_original_and_at_the_last_step() -> None:
     """Training that is shorter than prune_epochs still ends on the budget; ratio counts channels."""
     state = new_state(chain())
@@ -111,7 +113,7 @@ def straight() -> nn.Module:
     return state.model
 
 
-@pytest.mark.parametrize("stop", [12, 45])
+@pytest.mark.parametrize("stop", few([12, 45], 12))
 def test_goes_on_after_an_interruption_exactly(stop: int) -> None:
     broken = new_state(residual())
     first = GradualPruner(broken.model, images(), BUDGET, prune_epochs=2, every=10)

@@ -31,6 +31,7 @@ class Net(nn.Module):
         return self.head(torch.relu(y).mean((2, 3)))
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_fits_and_what_narrow_groups_lose_are_the_same() -> None:
     x, labels = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 4

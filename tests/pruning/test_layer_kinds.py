@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -56,7 +57,7 @@ MIDDLE = {
 }
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", few([1, 2, 3], 1, 2))
 @pytest.mark.parametrize("name", MIDDLE)
 def test_what_stands_between_two_convolutions(name: str, rank: int) -> None:
     middle, units, wide = MIDDLE[name](rank)
@@ -68,7 +69,7 @@ def test_what_stands_between_two_convolutions(name: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["two filters a channel", "transposed, groups", "group norm"])
-@pytest.mark.parametrize("importance", ["magnitude", "taylor", "activation"])
+@pytest.mark.parametrize("importance", few(["magnitude", "taylor", "activation"], "taylor"))
 def test_budgets_are_met_by_every_importance(name: str, importance: str) -> None:
     rank = {"magnitude": 1, "taylor": 2, "activation": 3}[importance]
     middle, _, wide = MIDDLE[name](rank)
@@ -109,7 +110,7 @@ class Product(nn.Module):
 TOKENS = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("how", ["matmul", "bmm", "einsum", "one head", "two heads"])
+@pytest.mark.parametrize("how", few(["matmul", "bmm", "einsum", "one head", "two heads"], "einsum", "two heads"))
 def test_values_go_through_products_and_what_these_add_over_goes_together(how: str) -> None:
     model = Product(how).double().eval()
     structure = find_structure(model, TOKENS)
@@ -157,7 +158,7 @@ class Fused(nn.Module):
         return x + self.proj(y.transpose(1, 2).reshape(b, n, c))
 
 
-@pytest.mark.parametrize("how", ["scale", "sdpa", "split"])
+@pytest.mark.parametrize("how", few(["scale", "sdpa", "split"], "sdpa"))
 def test_sizes_that_code_writes_are_written_anew_where_the_budget_needs_it(how: str, tmp_path: Path) -> None:
     model = Fused(how).double().eval()
     with pytest.raises(UnsupportedModel, match="no channel"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import few, long
 from pruning_nets import Untraceable, batches, chain, conv, images, kill, measured_macs, mobile_chain, residual, shared
 from torch import nn
 
@@ -20,8 +21,8 @@ from rmprune.pruning.importance import score_groups
 from rmprune.removal import remove_residuals
 
 
-@pytest.mark.parametrize("build", [chain, mobile_chain, residual])
-@pytest.mark.parametrize("which", ["free", "inner", "uniform"])
+@pytest.mark.parametrize("build", few([chain, mobile_chain, residual], chain, residual))
+@pytest.mark.parametrize("which", few(["free", "inner", "uniform"], "free"))
 def test_macs_budget_is_met_by_the_pruned_network(build: object, which: str) -> None:
     model, x = build(), images()  # type: ignore[operator]
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -96,7 +97,9 @@ def test_compensation_keeps_the_mean() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
-@pytest.mark.parametrize(("build", "part"), [(chain, 0.5), (mobile_chain, 0.9), (residual, 0.7), (shared, 0.9)])
+@pytest.mark.parametrize(
+    ("build", "part"), [long(chain, 0.5), long(mobile_chain, 0.9), (residual, 0.7), long(shared, 0.9)]
+)
 def test_reconstruction_brings_unseen_outputs_nearer_under_the_same_budget(
     build: Callable[[], nn.Module], part: float
 ) -> None:
@@ -153,6 +156,7 @@ def test_reconstruction_makes_up_exactly_for_channels_that_others_hold() -> None
         )
 
 
+@pytest.mark.long
 def test_reconstruction_where_a_cut_leaves_channels_unread() -> None:
     """What goes with the cut is not fitted, so that it cannot come back and break the budget."""
     model, data = chain((24, 24, 24)), batches(20)
@@ -170,7 +174,7 @@ def test_reconstruction_where_a_cut_leaves_channels_unread() -> None:
     assert widths[0] == widths[1] and widths[0]["0"] < 24
 
 
-@pytest.mark.parametrize("reconstruct", [True, False])
+@pytest.mark.parametrize("reconstruct", few([True, False], True))
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_kept(training: bool, reconstruct: bool) -> None:
     model, budget = chain().train(training), Budget(macs_ratio=0.5)
@@ -198,6 +202,7 @@ def test_a_flat_result_of_stock_modules() -> None:
     assert [type(m) for m in pruned] == [type(m) for m in chain()]
 
 
+@pytest.mark.long
 def test_a_table_may_name_layers() -> None:
     model, x = residual(), images()
     norms = {n: torch.rand(m.num_features) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
@@ -207,6 +212,7 @@ def test_a_table_may_name_layers() -> None:
     assert torch.equal(by_layer(x), by_group(x))
 
 
+@pytest.mark.long
 def test_the_result_says_what_it_kept_and_goes_on_saying_it(tmp_path: Path) -> None:
     """Numbers refer to the first network, also after a second cut, a copy, and a way over the disk."""
     model, x = chain(), images()

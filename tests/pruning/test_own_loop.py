@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import few, long
 from pruning_nets import images, residual
 from torch import nn
 
@@ -21,7 +22,7 @@ def one_step(pruner: rmprune.Pruner) -> bool:
     return pruner.step()
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+@pytest.mark.parametrize("kind", few(["AdamW", "SGD"], "AdamW"))
 def test_optimizer_and_schedule_follow_the_cuts(kind: str) -> None:
     model = residual()
     whole = rmprune.count_macs(model, images(1))
@@ -60,7 +61,9 @@ def test_momentum_is_that_of_the_channels_that_stay() -> None:
     assert len(rows) < len(weight) and torch.equal(optimizer.state[now]["momentum_buffer"], momentum[rows])
 
 
-@pytest.mark.parametrize(("steps", "cuts", "at"), [(10, 4, {3, 5, 8, 10}), (7, 5, {2, 3, 5, 6, 7}), (2, 30, {1, 2})])
+@pytest.mark.parametrize(
+    ("steps", "cuts", "at"), [long(10, 4, {3, 5, 8, 10}), (7, 5, {2, 3, 5, 6, 7}), long(2, 30, {1, 2})]
+)
 def test_as_many_cuts_as_asked_for_evenly(steps: int, cuts: int, at: set[int]) -> None:
     model = residual()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)

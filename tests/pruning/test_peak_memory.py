@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from marks import few, long
 from torch import Tensor, nn
 
 import rmprune
@@ -29,7 +30,7 @@ def peak(net: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("plain", "which", "ratio"), [(True, "free", 0.6), (False, "free", 0.9), (True, "uniform", 0.9)]
+    ("plain", "which", "ratio"), [(True, "free", 0.6), long(False, "free", 0.9), long(True, "uniform", 0.9)]
 )
 def test_the_budget_is_met_and_hardly_missed(plain: bool, which: str, ratio: float) -> None:
     net = network(plain)
@@ -40,8 +41,10 @@ def test_the_budget_is_met_and_hardly_missed(plain: bool, which: str, ratio: flo
         assert rmprune.count_params(pruned) > 0.8 * rmprune.count_params(net)
 
 
-@pytest.mark.parametrize("which", ["free", "uniform"])
-@pytest.mark.parametrize(("macs", "memory"), [(0.5, 0.9), (0.95, 0.6), (0.6, 0.75)], ids=["macs", "memory", "both"])
+@pytest.mark.parametrize("which", few(["free", "uniform"], "free"))
+@pytest.mark.parametrize(
+    ("macs", "memory"), [long(0.5, 0.9), long(0.95, 0.6), (0.6, 0.75)], ids=["macs", "memory", "both"]
+)
 def test_beside_a_budget_of_macs_both_hold(which: str, macs: float, memory: float) -> None:
     net = network(plain=True)
     budget = rmprune.Budget(macs_ratio=macs, memory_ratio=memory, round_to=1)
@@ -86,6 +89,7 @@ def test_what_saves_more_for_its_importance_goes_first() -> None:
     assert {name: int(mask.sum()) for name, mask in keep.items()} == {"0": 5, "2": 32}
 
 
+@pytest.mark.long
 def test_the_least_is_named_and_can_be_had() -> None:
     net = network()
     budget = rmprune.Budget(memory_ratio=0.01)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import few
 from slim_runs import convolutions
 from torch import nn
 
@@ -74,7 +75,7 @@ def networks() -> dict[str, nn.Module]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, "resnet8"))
 def test_every_choice_that_is_offered_can_be_had(name: str, networks: dict[str, nn.Module]) -> None:
     model = networks[name]
     options = block_options(model, X[:2])
@@ -138,7 +139,7 @@ def test_a_dropped_block_vanishes_where_its_shortcut_is_the_identity(networks: d
     assert torch.allclose(network(X), net(X), atol=1e-5) and facts["collapsed"]["layer1.0"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES, "inverted"))
 def test_a_plan_of_every_choice_is_carried_out_to_its_widths(
     name: str, networks: dict[str, nn.Module], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from torch import Tensor, nn
 
 from rmprune.artifact import load, save
@@ -37,7 +38,7 @@ def changed(structure: Structure, group: str, change) -> Structure:  # type: ign
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2", "repvgg"])
+@pytest.mark.parametrize("name", few(["resnet8", "mobilenet_v2", "repvgg"], "resnet8"))
 def test_right_cuts_pass(name: str) -> None:
     model = create(name, num_classes=5, small_images=True) if name != "resnet8" else create(name, num_classes=5)
     x = torch.randn(2, 3, 16, 16)
@@ -141,7 +142,7 @@ def test_torch_pruning_goes_through_the_same_gate(monkeypatch: pytest.MonkeyPatc
         prune_coupled(model, IMAGES, importance="magnitude", budget=Budget(ratio=0.4))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet_v2"])
+@pytest.mark.parametrize("name", few(["resnet8", "mobilenet_v2"], "resnet8"))
 def test_what_torch_pruning_left_is_told_from_its_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = create(name, num_classes=5, **({} if name == "resnet8" else {"small_images": True, "width": 0.25})).eval()

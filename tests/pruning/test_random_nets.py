@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from marks import draws
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torchvision.ops import FrozenBatchNorm2d
@@ -21,7 +22,7 @@ from rmprune.errors import NotEquivalent, RmpruneError
 from rmprune.pruning import find_structure, shrink
 from rmprune.pruning.written import as_graph
 
-DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", "20"))
+DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", draws(20, 8)))
 FIRST = int(os.environ.get("RMPRUNE_PROPERTY_FIRST", "0"))
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

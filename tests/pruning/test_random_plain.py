@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from marks import draws
 from torch import nn
 
 import rmprune
@@ -22,7 +23,7 @@ from rmprune.errors import InfeasibleBudget
 from rmprune.pruning import Budget
 
 ASKED = os.environ.get("RMPRUNE_PROPERTY_DRAWS")
-DRAWS = int(ASKED or "10")
+DRAWS = int(ASKED or draws(10, 5))
 ACTS = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torchvision
+from marks import few
 from pruning_nets import chain, mobile_chain, residual
 from torch import Tensor, nn
 from torch_pruning_reader import dependency_structure
@@ -49,7 +50,7 @@ def assert_same(model: nn.Module, x: Tensor, *, named: bool) -> None:
         assert ours.units == theirs.units and list(ours.units) == list(theirs.units)
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", few(THEIRS, "resnet18"))
 def test_torchvision(name: str) -> None:
     model = getattr(torchvision.models, name)(weights=None, num_classes=7, **QUIET.get(name, {})).eval()
     size = 64 if name in ("googlenet", "squeezenet1_1") else 32
@@ -61,7 +62,7 @@ def test_short_ones(name: str) -> None:
     assert_same(SHORT[name](num_classes=7).eval(), torch.zeros(1, 3, 32, 32), named=True)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", few(OURS, "preact_resnet20"))
 def test_our_own(name: str) -> None:
     assert_same(rmprune.models.create(name, num_classes=7).eval(), torch.zeros(1, 3, 32, 32), named=True)
 

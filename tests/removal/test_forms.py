@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from marks import few
 from removal_nets import Residual, basic, conv, conv_bn, images, prepared, reservations, worst_error
 from torch import Tensor, nn
 
@@ -208,7 +209,7 @@ def saturating(act: type[nn.Module], blocks: int) -> nn.Sequential:
 
 
 @pytest.mark.parametrize(("act", "limit"), [(nn.ReLU, 1e-5), (nn.ReLU6, 1e-4)])
-@pytest.mark.parametrize("form", ["auto", "pair"])
+@pytest.mark.parametrize("form", few(["auto", "pair"], "auto"))
 def test_precision_in_float32(act: type[nn.Module], limit: float, form: str) -> None:
     """Ten blocks, more than 5 % of the activations saturated."""
     model = saturating(act, 10).float()

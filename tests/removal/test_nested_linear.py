@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import long
 from removal_nets import conv, conv_bn, images, prepared
 from torch import Tensor, fx, nn
 
@@ -70,7 +71,9 @@ def network(block: nn.Module) -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"ranges": "calibrated"}, {"form": "pair"}, {"form": "slice"}, {"fuse": "never"}], ids=str
+    "options",
+    [{}, long({"ranges": "calibrated"}), {"form": "pair"}, long({"form": "slice"}), long({"fuse": "never"})],
+    ids=str,
 )
 @pytest.mark.parametrize("name", NETS)
 def test_exact(name: str, options: dict[str, str]) -> None:

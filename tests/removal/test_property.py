@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from marks import draws
 from random_networks import Act, Block, Conv, Network, Shortcut, Spec, specs
 from random_programs import Program, ProgramNetwork, Step, programs
 from torch import Tensor, fx, nn
@@ -23,7 +24,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.removal import Removal, remove_residuals
 
 ASKED = os.environ.get("RMPRUNE_PROPERTY_DRAWS")
-DRAWS = int(ASKED or "8")
+DRAWS = int(ASKED or draws(8, 4))
 TOLERANCE = 1e-9
 OPTIONS = st.one_of(
     st.just({}),

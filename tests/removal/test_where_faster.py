@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from marks import few
 from removal_nets import Residual, basic, conv_bn, has_addition, images, prepared, worst_error
 from torch import Tensor, fx, nn
 
@@ -84,8 +85,8 @@ def left(network: nn.Module) -> int:
     return sum("add" in node.name for node in graph.nodes)
 
 
-@pytest.mark.parametrize("block", [ThreeWays, nested])
-@pytest.mark.parametrize("needed", [1, 2])
+@pytest.mark.parametrize("block", few([ThreeWays, nested], nested))
+@pytest.mark.parametrize("needed", few([1, 2], 1))
 def test_a_residual_that_cannot_go_alone_is_tried_with_those_before_it(
     block: Callable[[], nn.Module], needed: int
 ) -> None:
@@ -103,7 +104,7 @@ def test_a_residual_that_cannot_go_alone_is_tried_with_those_before_it(
     assert worst_error(removal, model) < 1e-12
 
 
-@pytest.mark.parametrize("block", [ThreeWays, nested])
+@pytest.mark.parametrize("block", few([ThreeWays, nested], ThreeWays))
 def test_where_none_of_a_chain_pays_the_network_is_left_as_it_is(block: Callable[[], nn.Module]) -> None:
     model = chained(block)
     removal = remove_where_faster(model, images(), lambda networks: {"kept": 1.0, "removed": 1.0})

@@ -12,6 +12,7 @@ from rmprune.report.build import build_report, renew_reports, run_report
 from rmprune.runs.records import read_record, write_record
 
 
+@pytest.mark.long
 def test_measuring_again_renews_the_report_of_the_run(small: Path) -> None:
     build_report(small, small / "report", "python -m rmprune slim")
     (small / "report" / "command.txt").write_bytes(b"python -m rmprune slim \xff\n")  # no UTF-8 any more
@@ -59,6 +60,7 @@ def _order(path: Path) -> int:
     return ["results.csv", "accuracy-time.png", "accuracy-time.svg", "index.html", "command.txt"].index(path.name)
 
 
+@pytest.mark.long
 def test_one_figure_for_each_model_and_data_set(small: Path, tmp_path: Path) -> None:
     write_record(
         tmp_path / "runs" / "other" / "record.json",

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import page_records
+import pytest
 
 from rmprune.report import page as pages
 from rmprune.report.gather import gather
@@ -38,6 +39,7 @@ def test_numbers_that_json_has_not_do_not_stop_the_page() -> None:
     assert "<title>rmprune: &lt;i&gt; &amp; {{data}}</title>" in text
 
 
+@pytest.mark.long
 def test_fifty_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
     for seed in range(50):
         record = page_records.record(seed, 0.5, page_records.METHODS)

@@ -5,6 +5,7 @@ import pytest
 from forked_workers import import_before_forks
 
 
+@pytest.mark.long
 @pytest.mark.forks
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(capsys: pytest.CaptureFixture[str]) -> None:
     """Once while it is trained, and twice at other moments."""

@@ -218,6 +218,7 @@ CONFIG = SlimConfig(
 )
 
 
+@pytest.mark.long
 def test_slim_on_a_full_disk_ends_with_one_error_and_goes_on_when_there_is_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from torch import Tensor, nn
 from training_nets import CONFIG, Stop, blobs, records, same, tiny_net
 
@@ -21,7 +22,7 @@ from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
 from rmprune.training.sparsity import ProximalL1
 
 
-@pytest.mark.parametrize("after", [1, 5, 7, 15])  # first step; the last of epoch 1; mid-epoch; the very last
+@pytest.mark.parametrize("after", few([1, 5, 7, 15], 5, 7))  # first step; the last of epoch 1; mid-epoch; the very last
 def test_resuming_equals_the_uninterrupted_run(tmp_path: Path, after: int):
     hook = ProximalL1(SparsityConfig(strength=0.5))
     whole = fit(tiny_net(), blobs(), CONFIG, seed=3, hook=hook, log=tmp_path / "whole.jsonl")
@@ -190,6 +191,7 @@ def test_a_hook_may_replace_the_model(tmp_path: Path):
     assert torch.equal(whole(x), resumed(x))
 
 
+@pytest.mark.long
 def test_pruning_while_training_goes_on_exactly(tmp_path: Path):
     torch.manual_seed(0)
     model = create("resnet8", num_classes=2, in_channels=1, width=4)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fake_device import GPU, Places, pretended_gpu
+from marks import few, long
 from torch import nn
 from training_nets import CONFIG, Stop, blobs, same, tiny_net
 
@@ -46,8 +47,8 @@ def pruner() -> GradualPruner:
 
 
 @pytest.mark.usefixtures("short_warm_up")
-@pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("hook", [None, lambda: ProximalL1(SparsityConfig(strength=0.5)), pruner])
+@pytest.mark.parametrize("graph", few([False, True], True))
+@pytest.mark.parametrize("hook", [None, long(lambda: ProximalL1(SparsityConfig(strength=0.5))), pruner])
 def test_it_trains_what_the_cpu_trains(graph: bool, hook: Any) -> None:
     first, _ = train(False, hook=hook and hook())
     trained, _ = train(True, hook=hook and hook(), change={"cuda_graph": graph})
@@ -55,14 +56,14 @@ def test_it_trains_what_the_cpu_trains(graph: bool, hook: Any) -> None:
 
 
 @pytest.mark.usefixtures("short_warm_up")
-@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("graph", few([False, True], True))
 def test_a_teacher_is_followed_there(graph: bool, tmp_path: Path) -> None:
     settings = {"teacher": tiny_net(0.0), "change": {"distillation": 0.5, "cuda_graph": graph}}
     first, _ = train(False, teacher_memory=tmp_path / "cpu", **settings)
     assert all(same(first, train(True, teacher_memory=tmp_path / "gpu", **settings)[0]) for _ in "12")
 
 
-@pytest.mark.parametrize("hook", [None, lambda: ProximalL1(SparsityConfig(strength=0.5)), pruner])
+@pytest.mark.parametrize("hook", [long(None), long(lambda: ProximalL1(SparsityConfig(strength=0.5))), pruner])
 def test_no_step_waits_or_copies(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[list[tuple[str, str]]] = []
     whole = training_loop._Training.train_step
@@ -82,6 +83,7 @@ def test_no_step_waits_or_copies(hook: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(steps) == 10 and not any(steps[busy:]), steps
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("short_warm_up")
 def test_it_goes_on_exactly(tmp_path: Path) -> None:
     whole, _ = train(True)
@@ -90,6 +92,7 @@ def test_it_goes_on_exactly(tmp_path: Path) -> None:
     assert same(whole, train(True, checkpoint=tmp_path / "c.pt")[0])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("short_warm_up")
 def test_what_cannot_be_recorded_goes_on_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     class Asking(nn.Sequential):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from marks import few
 from pruning_nets import randomise
 from slim_runs import inverted
 from torch import nn
@@ -19,7 +20,7 @@ def images() -> torch.Tensor:
     return torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.fixture(scope="module", params=["remove", "merge", "fuse"])
+@pytest.fixture(scope="module", params=few(["remove", "merge", "fuse"], "merge"))
 def fitted(request: pytest.FixtureRequest, images: torch.Tensor) -> nn.Module:
     """A ResNet without residuals or of merged blocks, inverted residuals in MobileNetV1's form; cut once, the layers fitted."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import few
 from slim_runs import inverted
 from torch import nn
 
@@ -68,7 +69,7 @@ def resnet() -> nn.Module:
     return create("resnet8", num_classes=10, in_channels=1, width=8)
 
 
-@pytest.mark.parametrize("make", [resnet, inverted])
+@pytest.mark.parametrize("make", few([resnet, inverted], resnet))
 def test_an_epoch_ends_with_the_statistics_of_its_weights(make: Callable[[], nn.Module], digits: Dataset) -> None:
     """Up to what its own images differ from all of them; running means of moving weights are off by several times as much."""
     torch.manual_seed(0)
@@ -96,6 +97,7 @@ def test_they_cost_a_quarter_of_a_pass_before_the_last_epoch(digits: Dataset, mo
     assert [images_for_statistics(n, last=False) for n in (60, 1_025, 1_200, 60_000)] == [256, 256, 300, 1024]
 
 
+@pytest.mark.long
 def test_an_epoch_of_fine_tuning_never_jumps(digits: Dataset) -> None:
     """A trained network, cut and fitted, is no worse after an epoch at the default rate than noise makes it.
 

@@ -47,6 +47,7 @@ class Asked(nn.Sequential):
         return super().forward(x)
 
 
+@pytest.mark.long
 def test_a_teacher_is_asked_once_about_the_batches_of_a_seed(tmp_path: Path):
     data, config = blobs(), dataclasses.replace(CONFIG, distillation=0.5)
     teacher, memory = Asked(*tiny_net()), tmp_path / "memory"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from together_processes import on_processes
 
 from rmprune.cli import main
@@ -29,6 +30,7 @@ def run(command: str, out: Path) -> list[int]:
     return on_processes(lambda rank: main([*command.split(), str(out / "run")]), out)
 
 
+@pytest.mark.long
 def test_slim_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget that turns out to be impossible at a cut of the first method ends its training everywhere; the next one trains on."""
     led, calls = together._Leading.__call__, []
@@ -55,7 +57,9 @@ def fails(state: TrainState) -> None:
     raise InfeasibleBudget("as it turns out")
 
 
-@pytest.mark.parametrize("arguments", ["nothing", "train --batch-size 1", "slim --macs-ratio 0.001"])
+@pytest.mark.parametrize(
+    "arguments", few(["nothing", "train --batch-size 1", "slim --macs-ratio 0.001"], "train --batch-size 1")
+)
 def test_what_the_first_process_refuses_ends_all(arguments: str, tmp_path: Path) -> None:
     command = arguments if arguments == "nothing" else f"{arguments} {COMMON.replace('--batch-size 16', '')}"
     assert run(command, tmp_path) == [2, 0]
@@ -74,6 +78,7 @@ def ends(how: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "statuses", "says"),
     [
