@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from marks import few
 from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_resnet
 
 from rmprune.config import PruneConfig, TrainConfig
@@ -68,7 +67,8 @@ def test_cuts_by_measured_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert table["threads"] == 1 and len(table["layers"]) > 10
 
 
-@pytest.mark.parametrize("gradual", few([True, False], True))
+@pytest.mark.long
+@pytest.mark.parametrize("gradual", [True, False])
 def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     gradual: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from rmprune.pruning.plan import SlimPlan
 from rmprune.runs import records
 
 
+@pytest.mark.long
 def test_residuals_are_removed_only_within_a_budget_of_macs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "ratios", lambda place, networks: {n: 0.5 if n == "removed" else 1.0 for n in networks})
     config = replace(QUICK, method=("mixed",), train=TrainConfig(epochs=0), finetune=TrainConfig(epochs=0))

@@ -33,7 +33,6 @@ GRID = (
 )
 
 
-@pytest.mark.long
 @pytest.mark.forks
 def test_a_lost_worker_costs_its_own_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []

@@ -82,7 +82,7 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
 
 
-@pytest.mark.parametrize("name", few(CALLS, "removal", "fitted"))
+@pytest.mark.parametrize("name", few(CALLS, "removal"))
 def test_results_are_the_cpu_s(name: str) -> None:
     build, call = CALLS[name]
     assert same(call(build(), images(8), batches(1)), on_gpu(call, build()))

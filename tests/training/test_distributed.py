@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from marks import long
 from together_processes import on_processes
 from torch import nn
 from training_nets import Stop, blobs, records, tiny_net
@@ -66,7 +65,6 @@ def test_two_processes_train_like_one(alone: Path, tmp_path: Path) -> None:
     compare(tmp_path, alone, 2)
 
 
-@pytest.mark.long
 def test_batch_norms_of_ones_own_images_are_others(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +74,7 @@ def test_batch_norms_of_ones_own_images_are_others(
         compare(tmp_path, alone, 1)
 
 
-@pytest.mark.parametrize(("first", "then"), [long(1, 3), (2, 1)])
+@pytest.mark.parametrize(("first", "then"), [(1, 3), (2, 1)])
 def test_another_number_of_processes_goes_on(first: int, then: int, alone: Path, tmp_path: Path) -> None:
     stopped = on_processes(lambda rank: train(tmp_path, rank, stop=7), tmp_path, first)
     assert stopped == [1] * first and "KeyboardInterrupt" in (tmp_path / "0.txt").read_text()

@@ -30,7 +30,6 @@ def run(command: str, out: Path) -> list[int]:
     return on_processes(lambda rank: main([*command.split(), str(out / "run")]), out)
 
 
-@pytest.mark.long
 def test_slim_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget that turns out to be impossible at a cut of the first method ends its training everywhere; the next one trains on."""
     led, calls = together._Leading.__call__, []
@@ -78,7 +77,6 @@ def ends(how: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "statuses", "says"),
     [
