@@ -140,7 +140,7 @@ class SlimConfig(RunConfig):
     sparsity: SparsityConfig = SparsityConfig(strength=0.8)
     removal: Unprefixed[RemovalConfig] = REMOVAL
     prune: Unprefixed[PruneConfig] = PruneConfig()
-    finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.02, warmup_epochs=0.0, distillation=0.5)
+    finetune: TrainConfig = TrainConfig(epochs=20, learning_rate=0.05, distillation=0.5)
 
     def __post_init__(self) -> None:
         super().__post_init__()

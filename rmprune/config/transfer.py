@@ -6,7 +6,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
     "data": {"augment": "light"},
     "train": {"epochs": 15, "learning_rate": 0.01, "head_rate": 5.0, "warmup_epochs": 1.0},
     "sparsity": {"strength": 0.2},
-    "finetune": {"epochs": 15, "learning_rate": 0.01},
+    "finetune": {"epochs": 15, "learning_rate": 0.01, "warmup_epochs": 0.0},
 }
 """Stage -> settings, of those commands that have the stage."""
 

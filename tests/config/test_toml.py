@@ -86,7 +86,7 @@ def test_a_stage_in_part_keeps_the_run_s_own_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[prune]\nratio = [0.5]\n[finetune]\nepochs = 3\n")
     read, default = from_toml(SlimConfig, tmp_path / "c.toml"), config()
     assert read.finetune.epochs == 3 != default.finetune.epochs
-    assert read.finetune.warmup_epochs == default.finetune.warmup_epochs == 0
+    assert read.finetune.distillation == default.finetune.distillation == 0.5 != TrainConfig().distillation
     assert read.finetune.learning_rate == default.finetune.learning_rate
 
 
