@@ -128,8 +128,8 @@ def test_a_key_that_stands_twice_is_refused(saved: Path) -> None:
         files.load(saved)
 
 
-def in_time(call: Callable[[], Any], seconds: float = 10) -> None:
-    """Raises what `call` raises; fails where it goes on for longer, as with a pipe that nobody writes to."""
+def in_time(call: Callable[[], Any], seconds: float = 60) -> None:
+    """Raises what `call` raises; fails where it goes on for longer, as with a pipe that nobody writes to: what ends does so in far less."""
     found: list[BaseException] = []
 
     def run() -> None:
