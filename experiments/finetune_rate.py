@@ -8,20 +8,25 @@ warm-up, weight of the teacher. Goes on from what is there.
 """
 
 import dataclasses
+import itertools
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plan_ends
 import tyro
 from rich.console import Console
+from torch import nn
 
 from rmprune.artifact import files as artifact
+from rmprune.config import SlimConfig
 from rmprune.runs.notes import read_notes
 from rmprune.runs.writing import write_text
 from rmprune.training import evaluate, fit
+from rmprune.training.job import Job
 
 console = Console()
 RECIPES = {
@@ -49,47 +54,39 @@ class Arguments(plan_ends.Arguments):
     out: Path = Path("reports/finetune-rate")
 
 
+def measured(name: str, recipe: str, seed: int, network: nn.Module, job: Job[SlimConfig]) -> dict[str, Any]:
+    """What a cut network becomes by one recipe, on validation and test images."""
+    row: dict[str, Any] = {"candidate": name, "recipe": recipe, "seed": seed}
+    row["before"] = evaluate(network, job.data.test).accuracy
+    config = dataclasses.replace(job.config.finetune, **RECIPES[recipe])
+    teacher = job.teacher if config.distillation else None
+    end = fit(
+        network, job.data, config, seed=seed, teacher=teacher, teacher_memory=job.memory, progress=False, label=name
+    )
+    for part in ("validation", "test"):
+        found = evaluate(end, getattr(job.data, part))
+        row |= {f"{part} loss": found.loss, f"{part} accuracy": found.accuracy}
+    return row
+
+
 def main(arguments: Arguments) -> None:
     """Cut, fine-tune, compare."""
     job = plan_ends.job_of(arguments)
     every = {one.name: one for one in plan_ends.candidates(arguments, job)}
     rows = []
-    for seed in arguments.seeds:
-        for name in arguments.candidates:
-            cut = arguments.work / "cut" / name
-            if not cut.exists():
-                artifact.save(every[name].cut(), cut)
-            network = artifact.load(cut)
-            for recipe in arguments.recipes:
-                note = arguments.work / "rates" / f"{name}, {recipe}, seed {seed}.json"
-                if not (row := read_notes(note)):
-                    row = {
-                        "candidate": name,
-                        "recipe": recipe,
-                        "seed": seed,
-                        "before": evaluate(network, job.data.test).accuracy,
-                    }
-                    config = dataclasses.replace(job.config.finetune, **RECIPES[recipe])
-                    teacher = job.teacher if config.distillation else None
-                    tuned = fit(
-                        network,
-                        job.data,
-                        config,
-                        seed=seed,
-                        teacher=teacher,
-                        teacher_memory=job.memory,
-                        progress=False,
-                        label=name,
-                    )
-                    for part in ("validation", "test"):
-                        end = evaluate(tuned, getattr(job.data, part))
-                        row |= {f"{part} loss": end.loss, f"{part} accuracy": end.accuracy}
-                    note.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(note, pd.Series(row).to_json())
-                console.print(
-                    f"{name}, {recipe}, seed {seed}: {row['validation accuracy']:.2%}, {row['test accuracy']:.2%}"
-                )
-                rows.append(row)
+    for seed, name in itertools.product(arguments.seeds, arguments.candidates):
+        if not (cut := arguments.work / "cut" / name).exists():
+            artifact.save(every[name].cut(), cut)
+        for recipe in arguments.recipes:
+            note = arguments.work / "rates" / f"{name}, {recipe}, seed {seed}.json"
+            if not (row := read_notes(note)):
+                row = measured(name, recipe, seed, artifact.load(cut), job)
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_text(note, pd.Series(row).to_json())
+            console.print(
+                f"{name}, {recipe}, seed {seed}: {row['validation accuracy']:.2%}, {row['test accuracy']:.2%}"
+            )
+            rows.append(row)
     table = pd.DataFrame(rows)
     write_text(arguments.out / "rates.csv", table.round(5).to_csv(index=False))
     both = ["validation accuracy", "test accuracy"]

@@ -38,11 +38,11 @@ def record_shapes(model: nn.Module, example_inputs: Tensor, kinds: Any) -> dict[
     """{layer: (input shape, output shape)} of the layers of these kinds that run, for one example; its first use where there are two."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
 
-    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        shapes.setdefault(name, (inputs[0].shape, output.shape))
+    def record(name: str, _: nn.Module, inputs: tuple[Tensor, ...], by_name: dict[str, Tensor], output: Tensor) -> None:
+        shapes.setdefault(name, (next(iter((*inputs, *by_name.values()))).shape, output.shape))
 
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
-    hooks = (module.register_forward_hook(partial(record, name)) for name, module in found)
+    hooks = (module.register_forward_hook(partial(record, name), with_kwargs=True) for name, module in found)
     with hooked(hooks), evaluating(model), torch.no_grad():
         model(example_inputs[:1].to(device_of(model)))
     return shapes

@@ -52,3 +52,14 @@ def test_layers_and_residuals() -> None:
 def test_every_residual_of_a_network_is_found() -> None:
     found = outline(models.create("mobilenet_v2_digits", num_classes=10, in_channels=1).eval(), torch.zeros(1, 1, 8, 8))
     assert len(found["residuals"]) == 4 and all(r["to"] - r["from"] == 3 for r in found["residuals"])
+
+
+class ByName(Shortcut):
+    """Its layers are given their inputs by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(input=self.stem(input=x).mean((2, 3)).repeat(1, 2))
+
+
+def test_a_layer_may_be_called_by_the_names_of_its_arguments() -> None:
+    assert [layer["size"] for layer in outline(ByName().eval(), torch.zeros(2, 3, 8, 6))["layers"]] == [[8, 6], []]
