@@ -18,7 +18,7 @@ BESIDE = ("index.html", "*.csv")  # what a link to a folder of figures shows: it
 
 project = "rmprune"
 root_doc = "docs/index"
-include_patterns = ["docs/**", "reports/README.md", "reports/*/**.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = ["docs/**", "reports/**.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 html_theme = "furo"
 html_title = "rmprune"

@@ -104,7 +104,7 @@ def main(arguments: Arguments) -> None:
     )
     lines = [f"| {recipe} | " + " | ".join(f"{value:.2f}" for value in row) + " |" for recipe, row in by.iterrows()]
     page = f"# Rates of fine-tuning\n\n`{command}`: {said} ([CSV](rates.csv)).\n\n" + "\n".join([head, *lines]) + "\n"
-    write_text(arguments.out / "README.md", page)
+    write_text(arguments.out / "table.md", page)
     console.print(page)
 
 

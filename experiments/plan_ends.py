@@ -160,7 +160,7 @@ def main(arguments: Arguments) -> None:
         f"{arguments.macs_ratio:g} of its MACs, all {len(table)} candidates of one search, each fine-tuned for {arguments.epochs} epochs"
     )
     page = f"# From what the end of a plan can be told\n\n`{command}`: {said} ([CSV](plans.csv)).\n\n"
-    write_text(arguments.out / "README.md", page + "\n".join(lines) + "\n")
+    write_text(arguments.out / "table.md", page + "\n".join(lines) + "\n")
     console.print("\n".join(lines))
 
 

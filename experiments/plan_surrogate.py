@@ -95,7 +95,7 @@ def main(arguments: Arguments) -> None:
     Console().print(f"{summary} ({len(table)} plans)")
     write_text(arguments.out / "plans.csv", table.round(5).to_csv(index=False))
     command = shlex.join(["python", "experiments/plan_surrogate.py", *sys.argv[1:]])
-    write_text(arguments.out / "README.md", _page(arguments, command, summary, len(table)))
+    write_text(arguments.out / "table.md", _page(arguments, command, summary, len(table)))
 
 
 def _page(arguments: Arguments, command: str, summary: str, plans: int) -> str:

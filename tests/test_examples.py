@@ -23,6 +23,7 @@ from rmprune.pruning import IMPORTANCES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+REPORTS = sorted((ROOT / "reports").rglob("*.md"))
 LONG = [f"docs/{name}.md" for name in ("deploy", "int8", "own-model", "python")]
 """Pages whose Python takes seconds; the README's is `slim` as a whole."""
 PUBLIC = {name: getattr(rmprune, name) for name in rmprune.__all__} | {
@@ -89,7 +90,7 @@ def command_lines() -> list[str]:
     """Every command line shown: in blocks, between backticks, and in the README's table of commands."""
     commands = "|".join(CONFIGS)
     shown = rf"^python -m rmprune (.+?)(?: +#.*)?$|`python -m rmprune ([^`]+)`|^\| `((?:{commands})(?= |`)[^`]*)`"
-    texts = [page.read_text() for page in (*PAGES, ROOT / "reports" / "README.md")]
+    texts = [page.read_text() for page in (*PAGES, *REPORTS)]
     found = [match for text in texts for match in re.findall(shown, text, re.MULTILINE)]
     return sorted({next(filter(None, groups)) for groups in found})
 
@@ -113,17 +114,17 @@ def test_every_flag_of_a_page_exists(capsys: pytest.CaptureFixture[str]) -> None
         assert flags - {"--measure"} <= known, page  # `--measure.*`
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "reports" / "README.md", ROOT / "CHANGELOG.md"], ids=page_name)
+@pytest.mark.parametrize("page", [*PAGES, *REPORTS, ROOT / "CHANGELOG.md"], ids=page_name)
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
-    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
         headings = {
             re.sub(r"[^\w -]", "", line).lower().replace(" ", "-")
-            for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            for line in re.findall(r"^#+ (.*)$", (page.parent / target if target else page).read_text(), re.MULTILINE)
         }
-        assert anchor in headings, anchor
+        assert anchor in headings, f"{target}#{anchor}"
     for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|toml|md|csv))`", text):
         assert (ROOT / path).exists() or (ROOT / "rmprune" / path).exists(), path
 

@@ -1,7 +1,7 @@
 """Running statistics of batch norms, measured on the weights as they are.
 
 While weights move, a running mean is one of networks that are gone. At the rates of fine-tuning that can ruin evaluation where training
-is well: EfficientNet-Lite0 in MobileNetV1's form, after its first epoch, had a validation loss of 8.1 with them (reports/README.md).
+is well: EfficientNet-Lite0 in MobileNetV1's form, after its first epoch, had a validation loss of 8.1 with them (reports/recentring).
 """
 
 from collections.abc import Iterable
