@@ -143,9 +143,7 @@ def _ordered(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -
     for key, other, value in zip(names, there, tensors, strict=False):
         kinds = key.rpartition(".")[2], other.rpartition(".")[2]
         if kinds[0] != kinds[1] and _KINDS.issuperset(kinds):
-            return (
-                f"at {key} stands {other[:80]} there; .safetensors files sort by name: take the .pt or .pth file here"
-            )
+            return f"at {key} stands {other[:80]} there, another kind than here, as where a .safetensors is in the order of names"
         shapes = [tensor.shape[1:] if key in head else tensor.shape for tensor in (value, own[key])]
         if shapes[0] != shapes[1] or value.is_floating_point() < own[key].is_floating_point():
             return f"at {key} stands one of {_sizes(value)} there, {_sizes(own[key])} here"

@@ -84,7 +84,7 @@ def test_in_the_order_of_names_a_norm_would_be_mixed_up(tmp_path: Path) -> None:
     here.a.bias = None
     for by_order in (False, True):
         with pytest.raises(
-            ArtifactError, match=r"another network than net|at b.weight stands 1.bias there.*sort by name"
+            ArtifactError, match=r"another network than net|at b.weight stands 1.bias there.*order of names"
         ):
             start_from(here, str(tmp_path / "a.safetensors"), "net", by_order=by_order)
     assert not bool((here.b.weight == 7).any())
