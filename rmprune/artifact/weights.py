@@ -19,6 +19,7 @@ logger = logging.getLogger("rmprune")
 NESTED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "model_ema", "state_dict_ema", "ema")
 """Under these names training frameworks keep the weights in a file; the first that is there is taken, and the log says so."""
 _COUNTER = "num_batches_tracked"
+_KINDS = {"weight", "bias", "running_mean", "running_var"}  # as torch calls them: two of a norm have one shape
 _DEEPEST = 3  # such names within each other: a file may hold a dict that holds itself
 _SHOWN = 4  # names of each kind in an error
 
@@ -135,10 +136,14 @@ def _inside(
 
 
 def _ordered(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -> dict[str, Tensor] | str:
-    """The tensors under the network's names, given to them in order; or the first difference in shape, but for a head of other classes."""
+    """The tensors under the network's names, given to them in order; or the first difference in shape or kind, but for other classes."""
     names = [key for key, value in own.items() if not _counts(value)]
-    tensors = [value for value in state.values() if not _counts(value)]
-    for key, value in zip(names, tensors, strict=False):
+    there = [key for key, value in state.items() if not _counts(value)]
+    tensors = [state[key] for key in there]
+    for key, other, value in zip(names, there, tensors, strict=False):
+        kinds = key.rpartition(".")[2], other.rpartition(".")[2]
+        if kinds[0] != kinds[1] and _KINDS.issuperset(kinds):
+            return f"at {key} stands {other[:80]} there, another kind than here, as where a .safetensors is in the order of names"
         shapes = [tensor.shape[1:] if key in head else tensor.shape for tensor in (value, own[key])]
         if shapes[0] != shapes[1] or value.is_floating_point() < own[key].is_floating_point():
             return f"at {key} stands one of {_sizes(value)} there, {_sizes(own[key])} here"

@@ -63,7 +63,17 @@ def bit_depth(paths: list[str]) -> int:
 def _brightest(path: str) -> int:
     """The largest value of a 16-bit image, 0 of any other."""
     with _opened(path) as file:
-        return int(np.asarray(file).max()) if file.mode.startswith("I") else 0
+        return int(_whole_numbers(file).max()) if file.mode.startswith("I") else 0
+
+
+def _whole_numbers(image: Image.Image) -> np.ndarray[Any, Any]:
+    """The values of an image of more than 8 bits. Raises ValueError for those that 16 bits do not hold: nobody says what is black."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() >= 2**16:
+        raise ValueError(
+            f"values from {values.min()} to {values.max()}, of which 16 bits hold 0 to 65535; convert it to these"
+        )
+    return values
 
 
 @contextlib.contextmanager
@@ -124,7 +134,7 @@ class Photos(TorchDataset[Tensor]):
                 raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
             upright = ImageOps.exif_transpose(file)
             if upright.mode.startswith("I"):
-                scaled = np.asarray(upright, np.float32) * (255 / (2**self.depth - 1))
+                scaled = _whole_numbers(upright).astype(np.float32) * (255 / (2**self.depth - 1))
                 upright = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
             if isinstance(upright.info.get("transparency"), bytes):  # of a palette, which Pillow wants to be asked for
                 upright = upright.convert("RGBA")

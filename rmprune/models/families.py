@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 
 from rmprune.config import require
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, out_of_memory
 from rmprune.models import mobilenet, preact, repvgg, resnet, rmnext
 
 SMALL_IMAGE = 64  # up to this size networks that know a small-image stem get it
@@ -113,7 +113,9 @@ def create(name: str, *, num_classes: int = 1000, in_channels: int = 3, **settin
 
             bare = name.removeprefix("timm/")
             return timm.create_model(bare, num_classes=num_classes, in_chans=in_channels, **settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # timm's, for weights' tags that it does not know
+        if out_of_memory(error):
+            raise
         raise ConfigError(f"{name} cannot be built with {settings}: {error}") from error
     raise ConfigError(_unknown(name))
 

@@ -41,7 +41,8 @@ class TaylorSum:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> bool:
-        """Add this step's gradients; False, and nothing added, where a consumer has none."""
+        """Add this step's gradients; False, and nothing added, where a consumer has none, or one that is not finite: a GradScaler, which
+        skips such steps, begins with a few."""
         effects: dict[str, Tensor] = {}
         for name in {m.layer for g in self.structure.groups for m in g.consumers}:
             weight = weight_of(model, name)
@@ -49,6 +50,8 @@ class TaylorSum:
                 return False
             layer = model.get_submodule(name)
             effects[name] = by_input(layer, by_output(layer, weight.detach() * weight.grad)).double()
+        if not all(bool(effect.isfinite().all()) for effect in effects.values()):
+            return False
         for group in self.structure.groups:
             parts = []
             for member in group.consumers:

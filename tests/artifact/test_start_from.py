@@ -1,10 +1,12 @@
 """Training starts from weights of others: prefixes, heads of other classes, other names; what does not fit is listed."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmprune.artifact.weights import load_checkpoint_into, put_weights, start_from
@@ -66,6 +68,26 @@ def test_order_is_offered_and_taken_only_when_asked_for() -> None:
     there = {f"w{number}": value for number, value in enumerate(net(10).state_dict().values()) if value.ndim}
     assert "the head is new" in put_weights(model, there, "a.pt", "resnet8", by_order=True)
     assert torch.equal(model.conv1.weight, there["w0"])
+
+
+def test_in_the_order_of_names_a_norm_would_be_mixed_up(tmp_path: Path) -> None:
+    """Its bias, mean, variance and weight, as .safetensors files sort them, have one shape."""
+    there, here = (
+        nn.Sequential(OrderedDict(zip(names, (nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), strict=True)))
+        for names in ("01", "ab")
+    )
+    there[1].bias.data.fill_(7.0)
+    save_file(
+        {key: value for key, value in there.state_dict().items() if value.ndim and key != "0.bias"},
+        tmp_path / "a.safetensors",
+    )
+    here.a.bias = None
+    for by_order in (False, True):
+        with pytest.raises(
+            ArtifactError, match=r"another network than net|at b.weight stands 1.bias there.*order of names"
+        ):
+            start_from(here, str(tmp_path / "a.safetensors"), "net", by_order=by_order)
+    assert not bool((here.b.weight == 7).any())
 
 
 @pytest.mark.parametrize(

@@ -463,6 +463,8 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
         (lambda f: make(f / "one", {"cat": 4}) and {"data_dir": f / "one"}, "all images are of one class, 'cat'"),
         (lambda f: Image.new("RGB", (1, 99)).save(f / "train" / "cat" / "9.png"), "1x99 pixels"),
         (lambda f: Image.new("F", (9, 9)).save(f / "train" / "cat" / "9.tif"), "32-bit floats"),
+        (lambda f: Image.fromarray(np.full((9, 9), 70_000, np.int32)).save(f / "train" / "cat" / "9.tif"), "from 70000 to 70000"),
+        (lambda f: Image.fromarray(np.full((9, 9), -5, np.int32)).save(f / "train" / "cat" / "9.tif"), "from -5 to -5"),
         (lambda f: {"labels": Path("none.csv")}, "none.csv: cannot be read"),
         (csv_of(""), "no rows"),
         (csv_of("image,label\n"), "no rows"),

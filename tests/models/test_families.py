@@ -75,6 +75,8 @@ def test_timm_by_either_name():
         model = models.create(name, num_classes=5, in_channels=1)
         assert isinstance(model, nn.Module)
         assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+    with pytest.raises(ConfigError, match="Invalid pretrained tag"):
+        models.create("timm/resnet10t.nope")
 
 
 def test_timm_missing(monkeypatch: pytest.MonkeyPatch):

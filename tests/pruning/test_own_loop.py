@@ -89,6 +89,19 @@ def test_the_last_network_is_compared_with_the_first() -> None:
         pruner._hook.proved(pruner.model)
 
 
+def test_a_step_that_a_scaler_skips_counts_for_nothing() -> None:
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=3)
+    one_step(pruner)
+    before = {name: score.clone() for name, score in pruner._hook.scores.scores.items()}
+    for parameter in pruner.model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    pruner._hook.scores.update(pruner.model)
+    after = pruner._hook.scores.scores
+    assert all(bool(after[name].isfinite().all()) and torch.equal(after[name], before[name]) for name in before)
+
+
 def test_mistakes_are_said_at_once() -> None:
     model = residual()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
