@@ -18,6 +18,8 @@ from typing import Annotated
 import pandas as pd
 import tyro
 
+from rmprune.report.tables import relative
+
 
 @dataclass(frozen=True)
 class Config:
@@ -29,10 +31,9 @@ class Config:
     """The method over which leads are given."""
 
 
-def spread(values: "pd.Series[float]", digits: int) -> str:
-    """Mean and, of more than one value, standard deviation."""
-    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{deviation}"
+def spread(mean: float, deviation: float, seeds: int, digits: int) -> str:
+    """Mean and, of several seeds, standard deviation."""
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if seeds > 1 else "")
 
 
 def lead(own: "pd.Series[float]", other: "pd.Series[float]") -> str:
@@ -47,32 +48,27 @@ def lead(own: "pd.Series[float]", other: "pd.Series[float]") -> str:
 def by_seed(data: pd.DataFrame, than: str) -> pd.DataFrame:
     """One row for each budget and method; `data`: rows of `report`, one for each network and place of measurement."""
     data = data[data.method != "plain"].assign(budget=data.budget.fillna(""))
-    keys = ["backend", "threads", "batch_size"]
-    dense = data[data.method == "dense"].groupby("seed")[["macs", "accuracy", "auc"]].first()
+    accuracy = data.groupby(["budget", "method", "seed"]).accuracy.first()  # one of each network, wherever it was timed
     rows = []
-    for (budget, method), part in data.groupby(["budget", "method"]):
-        one = part.groupby("seed")[["accuracy", "auc", "macs"]].first()
-        rivals = data[(data.budget == budget) & (data.method == than)].groupby("seed").accuracy.first()
-        times = part.groupby(keys).ratio.mean()
+    for (budget, method), places in relative(data).groupby(["budget", "method"]):
+        own, mean = accuracy[budget, method], places.iloc[0]
+        rival = accuracy[budget, than] if (budget, than) in accuracy else own.iloc[:0]
+        batches = "time, batch " + " / ".join(map(str, places.batch_size))
         rows.append(
             {
                 "budget": budget or "dense",
                 "method": "" if method == "dense" else f"`{method}`",
-                "seeds": " ".join(map(str, one.index)),
-                "accuracy by seed, %": " / ".join(f"{100 * value:.1f}" for value in one.accuracy),
-                "accuracy, %": spread(100 * one.accuracy, 1),
-                f"ahead of `{than}`, points": "" if method in (than, "dense") else lead(one.accuracy, rivals),
-                "AUC": spread(one.auc, 3) if one.auc.notna().all() else "",
-                "MACs": f"{(one.macs / dense.macs).mean():.2f}x",
-                "time, batch " + " / ".join(str(batch) for *_, batch in times.index): " / ".join(f"{ratio:.3f}" for ratio in times),
+                "seeds": " ".join(map(str, own.index)),
+                "accuracy by seed, %": " / ".join(f"{100 * value:.1f}" for value in own),
+                "accuracy, %": spread(100 * mean.accuracy, 100 * mean.accuracy_spread, mean.seeds, 1),
+                f"ahead of `{than}`, points": "" if method in (than, "dense") else lead(own, rival),
+                "AUC": "" if math.isnan(mean.auc) else spread(mean.auc, mean.auc_spread, mean.seeds, 3),
+                "MACs": f"{mean.macs_ratio:.2f}x",
+                batches: " / ".join(f"{ratio:.3f}" for ratio in places.ratio),
+                "order": (float(budget.rpartition(" ")[2]) if budget else math.inf, mean.accuracy),
             }
-        )  # fmt: skip
-    table = pd.DataFrame(rows)
-    size = table.budget.str.extract(r"([\d.]+)$")[0].astype(float).fillna(math.inf)
-    best = table["accuracy, %"].str.split().str[0].astype(float)
-    return (
-        table.assign(size=size, best=best).sort_values(["size", "best"], ascending=False).drop(columns=["size", "best"])
-    )
+        )
+    return pd.DataFrame(sorted(rows, key=lambda row: row["order"], reverse=True)).drop(columns="order")
 
 
 def main(config: Config) -> None:

@@ -19,7 +19,6 @@ logger = logging.getLogger("rmprune")
 NESTED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "model_ema", "state_dict_ema", "ema")
 """Under these names training frameworks keep the weights in a file; the first that is there is taken, and the log says so."""
 _COUNTER = "num_batches_tracked"
-_KINDS = {"weight", "bias", "running_mean", "running_var"}  # as torch calls them: two of a norm have one shape
 _DEEPEST = 3  # such names within each other: a file may hold a dict that holds itself
 _SHOWN = 4  # names of each kind in an error
 
@@ -136,20 +135,30 @@ def _inside(
 
 
 def _ordered(own: dict[str, Tensor], state: dict[str, Tensor], head: set[str]) -> dict[str, Tensor] | str:
-    """The tensors under the network's names, given to them in order; or the first difference in shape or kind, but for other classes."""
+    """The tensors under the network's names, given to them in order; or why not: the first difference in shape, but for other classes, or
+    that they are in the order of their names, as a .safetensors file sorts them, where the network's are not.
+    """
     names = [key for key, value in own.items() if not _counts(value)]
-    there = [key for key, value in state.items() if not _counts(value)]
-    tensors = [state[key] for key in there]
-    for key, other, value in zip(names, there, tensors, strict=False):
-        kinds = key.rpartition(".")[2], other.rpartition(".")[2]
-        if kinds[0] != kinds[1] and _KINDS.issuperset(kinds):
-            return f"at {key} stands {other[:80]} there, another kind than here, as where a .safetensors is in the order of names"
+    tensors = [value for value in state.values() if not _counts(value)]
+    for key, value in zip(names, tensors, strict=False):
         shapes = [tensor.shape[1:] if key in head else tensor.shape for tensor in (value, own[key])]
         if shapes[0] != shapes[1] or value.is_floating_point() < own[key].is_floating_point():
             return f"at {key} stands one of {_sizes(value)} there, {_sizes(own[key])} here"
     if len(names) != len(tensors):
         return f"{len(tensors)} there, {len(names)} here"
+    if _by_name(state) and not _by_name(own):
+        return (
+            "they are there in the order of their names, as in a .safetensors, which says nothing about that of layers"
+        )
     return dict(zip(names, tensors, strict=True))
+
+
+def _by_name(state: dict[str, Tensor]) -> bool:
+    """Whether the tensors of each number format are in the order of their names."""
+    names: dict[object, list[str]] = {}
+    for key, value in state.items():
+        names.setdefault(value.dtype, []).append(key)
+    return all(found == sorted(found) for found in names.values())
 
 
 def _counts(tensor: Tensor) -> bool:

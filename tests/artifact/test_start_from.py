@@ -70,24 +70,26 @@ def test_order_is_offered_and_taken_only_when_asked_for() -> None:
     assert torch.equal(model.conv1.weight, there["w0"])
 
 
-def test_in_the_order_of_names_a_norm_would_be_mixed_up(tmp_path: Path) -> None:
-    """Its bias, mean, variance and weight, as .safetensors files sort them, have one shape."""
-    there, here = (
-        nn.Sequential(OrderedDict(zip(names, (nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), strict=True)))
-        for names in ("01", "ab")
-    )
-    there[1].bias.data.fill_(7.0)
-    save_file(
-        {key: value for key, value in there.state_dict().items() if value.ndim and key != "0.bias"},
-        tmp_path / "a.safetensors",
-    )
-    here.a.bias = None
-    for by_order in (False, True):
-        with pytest.raises(
-            ArtifactError, match=r"another network than net|at b.weight stands 1.bias there.*order of names"
-        ):
-            start_from(here, str(tmp_path / "a.safetensors"), "net", by_order=by_order)
-    assert not bool((here.b.weight == 7).any())
+@pytest.mark.parametrize("kind", ["norm", "numbered", "named"])
+def test_tensors_in_the_order_of_names_say_nothing_about_layers(kind: str, tmp_path: Path) -> None:
+    """As .safetensors files sort them: a norm's bias before its weight, layer 10 before layer 2, key before query; of one shape each."""
+    layers = {
+        "norm": lambda: {"first": nn.Conv2d(3, 4, 1, bias=False), "second": nn.BatchNorm2d(4)},
+        "numbered": lambda: {f"block{number}": nn.Linear(4, 4, bias=False) for number in range(12)},
+        "named": lambda: {name: nn.Linear(4, 4, bias=False) for name in ("query", "key", "value")},
+    }[kind]
+    there, here = nn.Sequential(OrderedDict(layers())), nn.ModuleDict({"trunk": nn.Sequential(OrderedDict(layers()))})
+    there = nn.ModuleDict({"encoder": there})
+    path, before = tmp_path / "a.safetensors", {key: value.clone() for key, value in here.state_dict().items()}
+    save_file({key: value for key, value in there.state_dict().items() if value.ndim}, path)
+    for by_order, told in ((False, "another network than net"), (True, "in the order of their names")):
+        with pytest.raises(ArtifactError, match=told) as raised:
+            start_from(here, str(path), "net", by_order=by_order)
+        assert "add --weights-by-order" not in str(raised.value)
+    assert all(torch.equal(value, before[key]) for key, value in here.state_dict().items())
+    torch.save(there.state_dict(), tmp_path / "a.pt")
+    start_from(here, str(tmp_path / "a.pt"), "net", by_order=True)
+    assert all(map(torch.equal, here.state_dict().values(), there.state_dict().values()))
 
 
 @pytest.mark.parametrize(
