@@ -143,9 +143,9 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             sights[choice] = Sight(structure, costs[choice], widths, none)
         now = Outlook(networks, sights, options, allowed, block_layers(network, images), limit)
         plans = Proposals(sights, now.layers, now.nothing)
-        cost = plans.least_cost()
         forms = [_form(now, prefer) for prefer in (("keep",), ("remove",), ("fuse", "remove"))]
-        can = (cost <= limit) + sum(plans.best(limit, near=form, changes=0) is not None for form in forms)
+        can = sum(plans.best(limit, near=form, changes=0) is not None for form in forms)
+        can += can > 0 or plans.best(limit) is not None
         if can > most:
             found, most = now, can
         floor /= 2
@@ -153,7 +153,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             break
     if found is not None:
         return found
-    nearest = budget.value * cost / limit
+    nearest = budget.value * plans.least_cost() / limit
     raise InfeasibleBudget(
         f"{budget.name} {budget.value:g} cannot be met by any plan of blocks and widths under these limits; the "
         f"least that can be had is about {nearest:.3g}: ask for more, or lower min_channels, min_fraction or round_to"
