@@ -14,9 +14,10 @@ from torchvision.transforms import v2
 
 from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
+from rmprune.data.depth import bit_depth
 from rmprune.data.duplicates import warn_of_duplicates
 from rmprune.data.listing import digest_of, list_photos
-from rmprune.data.photos import Photos, bit_depth, one_line_errors, to_its_end
+from rmprune.data.photos import Photos, one_line_errors, to_its_end
 from rmprune.data.splits import (
     Batch,
     IndexedSplit,

@@ -41,7 +41,7 @@ class Dataset:
     class_weights: Tensor | None = None
     """[C], of the loss, with which all classes count alike; None counts images."""
     depth: int = 16
-    """Bits that 16-bit images use (`rmprune.data.photos.bit_depth`)."""
+    """Bits that 16-bit images use (`rmprune.data.depth.bit_depth`)."""
     photos: str = ""
     """A digest of which photos there are (`rmprune.data.listing.digest_of`); empty for data sets that never change."""
 

@@ -17,7 +17,8 @@ from fake_device import pretended_gpu
 from PIL import Image
 
 from rmprune.config import DataConfig
-from rmprune.data import photos
+from rmprune.data import depth, photos
+from rmprune.data.depth import bit_depth
 from rmprune.data.folder import FolderSplit, lightly_augmented
 from rmprune.data.listing import list_photos
 from rmprune.data.load import Dataset, load_dataset
@@ -286,25 +287,7 @@ def test_a_photo_in_two_parts_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def square(path: Path) -> torch.Tensor:
-    one = photos.Photos([str(path)], 4, photos.bit_depth([str(path)]))
-    return one[0]
-
-
-@pytest.mark.parametrize("form", ["png", "tif"])
-@pytest.mark.parametrize("bits", [8, 12, 16])
-def test_grey_photos_of_any_depth_come_out_alike(tmp_path: Path, form: str, bits: int) -> None:
-    grey = np.linspace(0, 2**bits - 1, 16).round().reshape(4, 4)
-    path = tmp_path / f"a.{form}"
-    Image.fromarray(grey.astype(np.uint8 if bits == 8 else np.uint16)).save(path)
-    expected = torch.linspace(0, 255, 16).reshape(4, 4)
-    assert all(float((channel - expected).abs().max()) <= 1 for channel in square(path).float())
-
-
-def test_of_16_bit_photos_the_brightest_counts_wherever_it_lies(tmp_path: Path) -> None:
-    paths = [str(tmp_path / f"{i:03d}.png") for i in range(70)]
-    for i, path in enumerate(paths):
-        Image.fromarray(np.full((2, 2), 60_000 if i == 68 else 4_000, np.uint16)).save(path)
-    assert photos.bit_depth(paths) == 16 and photos.bit_depth(paths[:60]) == 12
+    return photos.Photos([str(path)], 4, bit_depth([str(path)]))[0]
 
 
 def test_palettes_transparency_and_turned_photos(tmp_path: Path) -> None:
@@ -430,7 +413,7 @@ def test_classes_that_count_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cache", ["memory", "none"])
 def test_a_damaged_image_is_named(folder: Path, workers: int, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos, "_AT_ONCE", 2)
-    monkeypatch.setattr(photos, "_LOOKED_AT", 1)
+    monkeypatch.setattr(depth, "_LOOKED_AT", 1)
     whole = (folder / "val" / "cat" / "1.png").read_bytes()
     (folder / "val" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"1\.png is missing or damaged .*kinds that are read: .*JPEG, ") as caught:
