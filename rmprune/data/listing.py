@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import operator
 import os
@@ -15,19 +16,15 @@ from typing import NamedTuple
 
 from rmprune.config import DataConfig
 from rmprune.data.duplicates import MOST_PHOTOS
+from rmprune.data.left_out import photos_of, say_left_out, say_nested, say_other
 from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
-from rmprune.data.walk import is_hidden, number_of, same_file, size_of, walked
+from rmprune.data.walk import ENDINGS, is_hidden, number_of, same_file, size_of, walked
 from rmprune.errors import DataError
 
 logger = logging.getLogger("rmprune")
 LAYOUT = "it needs CLASS/image.jpg, or train/CLASS/image.jpg with or without val/ and test/ beside train/; or --labels FILE.csv"
 PARTS = ("train", "val", "test")
 PART_OF = {name: name for name in PARTS} | {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-ENDINGS = frozenset(
-    f".{kind}"
-    for kind in ("jpg", "jpeg", "jpe", "jfif", "png", "ppm", "pgm", "bmp", "tif", "tiff", "webp", "gif", "jp2", "avif")
-)
-"""Endings, in lower case, of the kinds that photos.py opens."""
 
 
 class Photo(NamedTuple):
@@ -138,38 +135,46 @@ def _parts(root: Path) -> dict[str, str]:
         )
     if other:
         logger.info("%s: %s: left out, beside %s/", root, ", ".join(other)[:200], parts["train"])
+    with os.scandir(root) as entries:
+        beside = sorted(
+            (entry for entry in entries if entry.name not in parts.values()), key=operator.attrgetter("path")
+        )
+    say_left_out(root, photos_of(beside), f"beside {parts['train']}/; put each into the folder of its part and class")
     return parts
 
 
 def _images(root: Path) -> dict[str, dict[str, int]]:
-    """Class -> its images, each with the number of its file, of folders within it too; hidden ones are left out,
-    and other files, which the log says.
+    """Class -> its images, each with the number of its file, of folders within it too; the log says what else is left out.
 
     Raises DataError for a folder that cannot be read or is there twice, and where there are no classes or one of them has no image.
     """
     images: dict[str, dict[str, int]] = {}
     other: Counter[str] = Counter()
-    for folder, device, files in sorted(walked(root), key=operator.itemgetter(0)):
+    hidden: list[os.DirEntry[str]] = []
+    nested: list[str] = []
+    for folder, device, files in sorted(walked(root, hidden), key=operator.itemgetter(0)):
         if folder == str(root):
+            say_left_out(root, photos_of(files), "beside the folders of classes; put each into its class's")
             continue
-        own = images.setdefault(Path(folder).relative_to(root).parts[0], {})
+        name, *inner = Path(folder).relative_to(root).parts
+        own = images.setdefault(name, {})
+        before = len(own)
         for entry in files:
             _, dot, kind = entry.name.rpartition(".")
             if (ending := dot + kind.lower() if dot else "") in ENDINGS:
                 own[entry.path] = number_of(entry, device)
             else:
                 other[ending] += 1
-    if other:
-        logger.info("%s: left out, no images that are read: %s", root, _counted(other))
+        if inner:
+            nested += itertools.islice(own, before, None)
+    say_left_out(root, photos_of(hidden), "hidden; rename what should be read")
+    say_nested(root, nested)
+    say_other(root, other)
     if empty := [name for name, paths in images.items() if not paths]:
         raise DataError(f"{root}: no image of {', '.join(map(repr, empty))[:200]}; add some, or take the folder out")
     if not images:
         raise DataError(f"{root}: no folders of classes; {LAYOUT}")
     return images
-
-
-def _counted(kinds: Counter[str]) -> str:
-    return ", ".join(f"{count} {kind or 'without an ending'}" for kind, count in kinds.most_common(8))
 
 
 def _from_csv(root: Path, config: DataConfig) -> Listing:
