@@ -61,8 +61,9 @@ def list_photos(config: DataConfig) -> Listing:
     for part in parts:
         there = {photo.label for photo in found.photos if photo.part == part}
         if missing := [name for number, name in enumerate(found.classes) if number not in there]:
+            hint = "" if config.labels is None else "; name the parts in the CSV's column 'split'"
             raise DataError(
-                f"{root}: {' and '.join(f'{one}/' for one in parts)} differ in classes: {part}/ has no image of {missing[0]!r}"
+                f"{root}: {' and '.join(f'{one}/' for one in parts)} differ in classes: {part}/ has no image of {missing[0]!r}{hint}"
             )
     _refuse_shared_groups(root, found.photos)
     return found
@@ -229,9 +230,36 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
         named.append((Photo(str(path), 0, part, row[groups].strip() if groups else ""), name))
     if split and not any(photo.part == "train" for photo, _ in named):
         raise DataError(f"{file}: no row has split 'train'")
+    if not split:
+        parts = _parts_by_folder(file, [photo.path for photo, _ in named])
+        named = [(photo._replace(part=part), name) for (photo, name), part in zip(named, parts, strict=True)]
     classes = sorted({name for _, name in named})
     number = {name: i for i, name in enumerate(classes)}
     return Listing([photo._replace(label=number[name]) for photo, name in named], tuple(classes))
+
+
+def _parts_by_folder(file: Path, paths: list[str]) -> list[str]:
+    """The part of each image of a CSV that names none: that of its folder, where all lie in train/ and in val/ or test/, or folders of such
+    names; else "". The log says so."""
+    real = [os.path.normpath(Path(path).absolute()) for path in paths]
+    above = len(Path(os.path.commonpath(real)).parts)
+    folders = [Path(path).parts[above] if len(Path(path).parts) > above + 1 else "" for path in real]
+    found = {name: PART_OF.get(name.lower(), "") for name in folders}
+    parts = {part for part in found.values() if part}
+    if len(parts) < 2:
+        return [""] * len(paths)
+    names = " and ".join(f"{name}/" for name in sorted(found) if found[name])
+    if "train" in parts and all(found.values()):
+        logger.info("%s: no column 'split': %s name the parts", file, names)
+        return [found[name] for name in folders]
+    other = next((path for path, name in zip(paths, folders, strict=True) if not found[name]), "there is no train/")
+    logger.warning(
+        "%s: parts are drawn from all images alike, whether in %s or not (%s); a column 'split' would name them",
+        file,
+        names,
+        other,
+    )
+    return [""] * len(paths)
 
 
 def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) -> Path | None:
@@ -266,5 +294,6 @@ def _refuse_shared_groups(root: Path, photos: list[Photo]) -> None:
     for photo in photos:
         if photo.group and part_of.setdefault(photo.group, photo.part) != photo.part:
             raise DataError(
-                f"{root}: group {photo.group!r} is in {part_of[photo.group]} and in {photo.part}; put all its images into one"
+                f"{root}: group {photo.group!r} is in {part_of[photo.group]} and in {photo.part}; put all its images into one by the "
+                "CSV's column 'split'"
             )

@@ -155,6 +155,46 @@ def test_a_csv_names_the_parts_and_folders_the_classes(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog") and [len(part) for part in names(data)] == [8, 2, 2]
 
 
+@pytest.mark.parametrize("above", ["", "images/"])
+@pytest.mark.parametrize("val", ["val", "Test"])
+def test_where_a_csv_names_no_parts_the_folders_do(
+    tmp_path: Path, above: str, val: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They were drawn across both."""
+    make(tmp_path, {f"{above}train": 16, f"{above}{val}": 4})
+    rows = [
+        {"image": f"{above}{part}/{i}.png", "label": "xy"[i % 2], "cell": f"{part}{i // 4}"}
+        for part, count in (("train", 16), (val, 4))
+        for i in range(count)
+    ]
+    with caplog.at_level("INFO"):
+        data = opened(tmp_path, labels=listed(tmp_path, rows))
+    train, validation, test = ({Path(name).parent.name for name in part} for part in names(data))
+    assert (train, validation, test) == ({"train"}, {"train"}, {val}) and len(data.test) == 4
+    assert f"labels.csv: no column 'split': {' and '.join(sorted(['train/', f'{val}/']))} name the parts" in caplog.text
+    rows[0]["cell"] = rows[-1]["cell"]
+    with pytest.raises(DataError, match=r"group '.*0' is in train and in .*; put all its images into one by the CSV's"):
+        opened(tmp_path, labels=listed(tmp_path, rows), group_column="cell")
+    for row in rows[16:]:
+        row["label"] = "x"
+    with pytest.raises(DataError, match=r"has no image of 'y'; name the parts in the CSV's column 'split'"):
+        opened(tmp_path, labels=listed(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    ("folders", "warned"),
+    [(("train", "val", "more"), "more/0.png"), (("val", "test"), "there is no train/"), (("train", "b"), "")],
+)
+def test_where_some_photos_lie_in_no_part_all_parts_are_drawn(
+    tmp_path: Path, folders: tuple[str, ...], warned: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, dict.fromkeys(folders, 4))
+    rows = [{"image": f"{name}/{i}.png", "label": "xy"[i % 2]} for name in folders for i in range(4)]
+    photos_of = list_photos(config(tmp_path, labels=listed(tmp_path, rows))).photos
+    assert {photo.part for photo in photos_of} == {""}
+    assert ("parts are drawn from all images alike" in caplog.text) == bool(warned) and warned in caplog.text
+
+
 COLUMNS = "File_Name{0}Class{0}Part{0}Split\n{1}{0}cat{0}p{0}Train\n{2}{0}dog{0}q{0}Training\n{3}{0}cat{0}r{0}TEST\n{4}{0}dog{0}s{0}test\n"
 FILES = ["train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png"]
 
