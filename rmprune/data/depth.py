@@ -60,6 +60,10 @@ def opened(path: str) -> Iterator[Image.Image]:
         check_regular(Path(path))
         with Image.open(path, formats=_FORMATS) as file:
             yield file
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path} is larger than photos that are read ({' '.join(str(error).split()[:8])}); scale it down"
+        ) from None
     except Exception as error:  # Pillow's readers stumble in many ways over damaged files
         reason = not_data(Path(path)) or " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(

@@ -73,7 +73,8 @@ def load_image_folder(
             )
     parts = [_mixed(some_of(kept, config)), _mixed(held_back), test]
     paths = [photo.path for photo in listed]
-    warn_of_duplicates(paths, dict(zip(("train", "val", "test"), (part.tolist() for part in parts), strict=True)))
+    numbers = dict(zip(("train", "val", "test"), (part.tolist() for part in parts), strict=True))
+    warn_of_duplicates(paths, numbers, [classes[photo.label] for photo in listed])
     photos = Photos(paths, config.photo_side, bit_depth(paths))
     photos.decode_all(config.cache, config.workers)
     splits = tuple(FolderSplit(photos, part, labels[part], config, statistics) for part in parts)

@@ -9,22 +9,20 @@ import operator
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 
 from rmprune.config import DataConfig
 from rmprune.data.duplicates import MOST_PHOTOS
 from rmprune.data.left_out import photos_of, say_left_out, say_nested, say_other
+from rmprune.data.named import named_file, photos_by_key, why_not
+from rmprune.data.parts import LAYOUT, PART_OF, PARTS, parts_by_folder, parts_of_folder, split_column
 from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
-from rmprune.data.walk import ENDINGS, is_hidden, number_of, same_file, size_of, walked
+from rmprune.data.walk import ENDINGS, number_of, same_file, size_of, walked
 from rmprune.errors import DataError
 
 logger = logging.getLogger("rmprune")
-LAYOUT = "it needs CLASS/image.jpg, or train/CLASS/image.jpg with or without val/ and test/ beside train/; or --labels FILE.csv"
-PARTS = ("train", "val", "test")
-PART_OF = {name: name for name in PARTS} | {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 
 
 class Photo(NamedTuple):
@@ -57,6 +55,7 @@ def list_photos(config: DataConfig) -> Listing:
         raise DataError(f"{root}: all images are of one class, {found.classes[0]!r}{hint}")
     if wrong := next((name for name in found.classes if any("\ud800" <= sign <= "\udfff" for sign in name)), None):
         raise DataError(f"{root}: class {wrong!r} has a name that is no Unicode, which no record could hold; rename it")
+    _warn_of_alike(root, found.classes)
     parts = sorted({photo.part for photo in found.photos}, key=(*PARTS, "").index)
     for part in parts:
         there = {photo.label for photo in found.photos if photo.part == part}
@@ -80,7 +79,7 @@ def digest_of(listing: Listing, root: Path) -> str:
 
 
 def _from_folders(root: Path) -> Listing:
-    parts = _parts(root)
+    parts = parts_of_folder(root)
     if parts and "train" not in parts:
         raise DataError(f"{root}: there is {min(parts.values())}/ but no train/; {LAYOUT}")
     opened = {part: _images(root / name) for part, name in parts.items()} or {"": _images(root)}
@@ -99,49 +98,6 @@ def _from_folders(root: Path) -> Listing:
                     )
                 photos.append(photo)
     return Listing(photos, tuple(classes))
-
-
-def _parts(root: Path) -> dict[str, str]:
-    """Part -> its folder. Beside train/, val/ and test/ count other spellings of them that hold folders (of classes), in their place.
-
-    Raises DataError where several could be one part, or where Train/ could be a class as well.
-    """
-
-    def folders(at: Path) -> list[str]:
-        with os.scandir(at) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
-
-    try:
-        names = folders(root)
-        found = {name: [name] for name in PARTS if name in names}
-        for name in names:
-            part = PART_OF.get(name.lower())
-            if part is not None and part not in names and folders(root / name):
-                found.setdefault(part, []).append(name)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {LAYOUT}") from None
-    if "train" not in found:
-        return {part: part for part in found if part in names}  # others may be classes
-    for part, several in found.items():
-        if len(several) > 1:
-            raise DataError(
-                f"{root}: {' and '.join(f'{name}/' for name in several)} are one part, {part}; take one out"
-            )
-    parts = {part: found[part][0] for part in PARTS if part in found}
-    other = [name for name in names if name not in parts.values()]
-    if other and list(parts) == ["train"] and parts["train"] != "train":
-        raise DataError(
-            f"{root}: {parts['train']}/ holds folders and stands beside {', '.join(other)[:100]}; call it train/ if those are classes, or "
-            "name each image's class by --labels FILE.csv"
-        )
-    if other:
-        logger.info("%s: %s: left out, beside %s/", root, ", ".join(other)[:200], parts["train"])
-    with os.scandir(root) as entries:
-        beside = sorted(
-            (entry for entry in entries if entry.name not in parts.values()), key=operator.attrgetter("path")
-        )
-    say_left_out(root, photos_of(beside), f"beside {parts['train']}/; put each into the folder of its part and class")
-    return parts
 
 
 def _images(root: Path) -> dict[str, dict[str, int]]:
@@ -186,8 +142,8 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     columns = list(rows[0])
     images = column_of(file, columns, "image", config.image_column)
     labels = column_of(file, columns, "label", config.label_column)
-    groups = column_of(file, columns, "group", config.group_column) if config.group_column else None
-    known = cache(lambda: _by_key(root))
+    groups = column_of(file, columns, "group", config.group_column) if config.group_column else ""
+    known = cache(lambda: photos_by_key(root))
     for column, asked in ((images, config.image_column), (labels, config.label_column)):
         if column not in ("", asked):
             logger.info("%s: column %r is taken for %r", file, column, asked)
@@ -202,15 +158,14 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
         logger.info(
             "%s: no column of labels (there are: %s); the folder names the class", file, ", ".join(columns)[:200]
         )
-    split = next((name for name in columns if plain_name(name) == "split"), None)
+    split = split_column(file, rows, {images, labels, groups})
     named: list[tuple[Photo, str]] = []  # with the name of its class
     spelled: dict[str, str] = {}  # file -> its path in the CSV
     for row in rows:
         image = row[images]
-        path = _found(root, image, known)
+        path = named_file(root, image, known)
         if path is None:
-            what = f"several files under {root} could be it" if _key(image) in known() else f"no such file under {root}"
-            raise DataError(f"{file}: {image[:200]!r}: {what}")
+            raise DataError(f"{file}: {image[:200]!r}: {why_not(root, image, known)}")
         real = os.path.realpath(path)
         if real in spelled:
             also = "" if spelled[real] == image else f" (one calls it {spelled[real]!r})"
@@ -231,61 +186,20 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     if split and not any(photo.part == "train" for photo, _ in named):
         raise DataError(f"{file}: no row has split 'train'")
     if not split:
-        parts = _parts_by_folder(file, [photo.path for photo, _ in named])
+        parts = parts_by_folder(file, [photo.path for photo, _ in named])
         named = [(photo._replace(part=part), name) for (photo, name), part in zip(named, parts, strict=True)]
     classes = sorted({name for _, name in named})
     number = {name: i for i, name in enumerate(classes)}
     return Listing([photo._replace(label=number[name]) for photo, name in named], tuple(classes))
 
 
-def _parts_by_folder(file: Path, paths: list[str]) -> list[str]:
-    """The part of each image of a CSV that names none: that of its folder, where all lie in train/ and in val/ or test/, or folders of such
-    names; else "". The log says so."""
-    real = [os.path.normpath(Path(path).absolute()) for path in paths]
-    above = len(Path(os.path.commonpath(real)).parts)
-    folders = [Path(path).parts[above] if len(Path(path).parts) > above + 1 else "" for path in real]
-    found = {name: PART_OF.get(name.lower(), "") for name in folders}
-    parts = {part for part in found.values() if part}
-    if len(parts) < 2:
-        return [""] * len(paths)
-    names = " and ".join(f"{name}/" for name in sorted(found) if found[name])
-    if "train" in parts and all(found.values()):
-        logger.info("%s: no column 'split': %s name the parts", file, names)
-        return [found[name] for name in folders]
-    other = next((path for path, name in zip(paths, folders, strict=True) if not found[name]), "there is no train/")
-    logger.warning(
-        "%s: parts are drawn from all images alike, whether in %s or not (%s); a column 'split' would name them",
-        file,
-        names,
-        other,
-    )
-    return [""] * len(paths)
-
-
-def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) -> Path | None:
-    """The file that a CSV means: as it says, or with Windows' separators, in another case or form of Unicode, or without its ending."""
-    try:
-        for form in (image, image.strip()):
-            if form and (root / form).is_file():
-                return root / form
-    except (OSError, ValueError):  # too long, or with a zero in it
-        return None
-    return known().get(_key(image))
-
-
-def _by_key(root: Path) -> dict[str, Path | None]:
-    """All images by their `_key`, with and without ending; None where several have one."""
-    found: dict[str, Path | None] = {}
-    for _, _, files in walked(root):
-        for path in (Path(entry.path) for entry in files if Path(entry.name).suffix.lower() in ENDINGS):
-            for form in (path, path.with_suffix("")):
-                one = _key(str(form.relative_to(root)))
-                found[one] = None if one in found else path
-    return found
-
-
-def _key(path: str) -> str:
-    return unicodedata.normalize("NFC", str(PurePath(path.strip().replace("\\", "/")))).casefold()
+def _warn_of_alike(root: Path, classes: tuple[str, ...]) -> None:
+    """Of names that a person reads as one."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        first = seen.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if first != name:
+            logger.warning("%s: classes %r and %r are two; if they are one, give them one spelling", root, first, name)
 
 
 def _refuse_shared_groups(root: Path, photos: list[Photo]) -> None:

@@ -195,6 +195,26 @@ def test_where_some_photos_lie_in_no_part_all_parts_are_drawn(
     assert ("parts are drawn from all images alike" in caplog.text) == bool(warned) and warned in caplog.text
 
 
+def test_a_column_of_parts_has_any_name(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`subset` was passed over, and parts drawn across those that it names."""
+    rows = [
+        {"image": name, "class": name.split("/")[1], "subset": part}
+        for name, part in zip(FILES, ("train", "TRAIN", "test", "Test"), strict=True)
+    ]
+    with caplog.at_level("INFO"):
+        found = list_photos(config(folder, labels=listed(folder, rows)))
+    assert [photo.part for photo in found.photos] == ["train", "train", "test", "test"]
+    assert "column 'subset' is taken for 'split'" in caplog.text
+
+
+@pytest.mark.parametrize(("second", "warned"), [("Cat", True), ("cat ", True), ("cats", False)])
+def test_classes_of_one_name_in_two_spellings_are_said(
+    tmp_path: Path, second: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(list_photos(config(make(tmp_path, {"cat": 1, second: 1, "dog": 1}))).classes) == 3
+    assert (f"classes {min('cat', second)!r} and {max('cat', second)!r} are two" in caplog.text) == warned
+
+
 COLUMNS = "File_Name{0}Class{0}Part{0}Split\n{1}{0}cat{0}p{0}Train\n{2}{0}dog{0}q{0}Training\n{3}{0}cat{0}r{0}TEST\n{4}{0}dog{0}s{0}test\n"
 FILES = ["train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png"]
 
@@ -524,6 +544,11 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
             ),
             "leaves no image to train on; column 'cell' makes too few groups",
         ),
+        (csv_of(CAT + DOG), "its first line has a photo, 'train/cat/0.png'; begin it with a line of names: image,label"),
+        (csv_of("image,label\n" + CAT + "/train/dog/0.png,dog\n"), "train/dog/0.png; the CSV names paths below --data-dir"),
+        (csv_of("image,label,set,use\n" + CAT[:-1] + ",train,val\n" + DOG[:-1] + ",test,train\n"), "columns 'set' and 'use' name parts"),
+        (lambda f: Image.new("1", (14_000, 14_000)).save(f / "train" / "cat" / "9.png"), "9.png is larger than photos that are read"),
+        (lambda f: [p.unlink() for p in f.rglob("*.png") if p.name != "0.png" and p.parent.parent.name == "train"], "there are too few"),
         (lambda f: {"group_column": "cell"}, "give it with --labels"),
         (lambda f: {"transforms": "mine.py:augment"}, "mine.py:augment would be executed"),
         (lambda f: {"augment": "heavy"}, "augment is 'heavy'; use one of none, light"),
