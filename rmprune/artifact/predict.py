@@ -52,7 +52,7 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
     if Image is None:
         raise ValueError("Pillow is not there to open image files: pip install pillow, or give a .npy array")
     with Image.open(file) as opened:
-        deep = deep_colours(opened, lambda: Image.open(file))
+        deep = _deep_colours(opened, lambda: Image.open(file))
         image = ImageOps.exif_transpose(opened) if deep is None else Image.fromarray(_as_bytes(deep, how["depth"]))
         if max(image.size) > 50 * min(image.size):
             raise ValueError(f"{image.width}x{image.height} pixels, which is no photo")
@@ -60,6 +60,8 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
             raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
         if image.mode.startswith("I"):
             image = Image.fromarray(_as_bytes(np.asarray(image), how["depth"]))
+        if isinstance(image.info.get("transparency"), bytes):  # of a palette, which Pillow wants to be asked for
+            image = image.convert("RGBA")
         image = image.convert("L" if shape[0] == 1 else "RGB")
     if how["resize"] is not None:
         short = min(image.size)
@@ -70,7 +72,7 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
     return np.asarray(image)
 
 
-def deep_colours(file: Any, again: Callable[[], Any]) -> Any:
+def _deep_colours(file: Any, again: Callable[[], Any]) -> Any:
     """The values uint16 [H, W, 3], upright, of an image of 16-bit colours, of which Pillow keeps the upper bytes; None of any other.
 
     `file` was just opened; `again` opens it once more, for the lower bytes. Raises ValueError for colours in planes of their own.

@@ -75,10 +75,10 @@ def opened(path: str) -> Iterator[Image.Image]:
 def deep_values(file: Image.Image, path: str) -> Any:
     """The values of an image of more than 8 bits that was just opened, upright: [H, W], or of colours [H, W, 3]; None of any other.
 
-    Raises ValueError for those that 16 bits do not hold, since nobody says what is black, and as `deep_colours`.
+    Raises ValueError for those that 16 bits do not hold, since nobody says what is black, and as `_deep_colours`.
     """
     if not file.mode.startswith("I"):
-        return deep_colours(file, lambda: Image.open(path, formats=_FORMATS))
+        return _deep_colours(file, lambda: Image.open(path, formats=_FORMATS))
     values = np.asarray(ImageOps.exif_transpose(file))
     if values.min() < 0 or values.max() >= 2**16:
         raise ValueError(
@@ -87,7 +87,7 @@ def deep_values(file: Image.Image, path: str) -> Any:
     return values
 
 
-def deep_colours(file: Any, again: Callable[[], Any]) -> Any:
+def _deep_colours(file: Any, again: Callable[[], Any]) -> Any:
     """The values uint16 [H, W, 3], upright, of an image of 16-bit colours, of which Pillow keeps the upper bytes; None of any other.
 
     `file` was just opened; `again` opens it once more, for the lower bytes. Raises ValueError for colours in planes of their own.

@@ -8,11 +8,11 @@ from pathlib import Path, PurePath
 
 from rmprune.data.walk import ENDINGS, walked
 
-Known = Callable[[], dict[str, Path | None]]
+ByKey = Callable[[], dict[str, Path | None]]
 """`photos_by_key` of the folder, looked up once where it is asked for."""
 
 
-def named_file(root: Path, image: str, known: Known) -> Path | None:
+def named_file(root: Path, image: str, known: ByKey) -> Path | None:
     """The file that a CSV means: as it says, or with Windows' separators, in another case or form of Unicode, or without its ending."""
     try:
         for form in (image, image.strip()):
@@ -35,10 +35,11 @@ def photos_by_key(root: Path) -> dict[str, Path | None]:
 
 
 def path_key(path: str) -> str:
+    """What is equal for all spellings of a path."""
     return unicodedata.normalize("NFC", str(PurePath(path.strip().replace("\\", "/")))).casefold()
 
 
-def why_not(root: Path, image: str, known: Known) -> str:
+def why_not(root: Path, image: str, known: ByKey) -> str:
     """Why `named_file` finds none, with one of this name that lies elsewhere in the folder."""
     key = path_key(image)
     if key in known():

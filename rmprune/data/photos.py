@@ -71,10 +71,11 @@ class Photos(TorchDataset[Tensor]):
 
     def whole(self, index: int) -> Image.Image:
         """The photo as it is, in RGB. Raises DataError that names the file where it cannot be decoded."""
-        with opened(self.paths[index]) as file:
+        path = self.paths[index]
+        with opened(path) as file:
             if file.mode == "F":
                 raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
-            if (deep := deep_values(file, self.paths[index])) is not None:
+            if (deep := deep_values(file, path)) is not None:
                 scaled = deep.astype(np.float32) * (255 / (2**self.depth - 1))
                 return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
             upright = ImageOps.exif_transpose(file)

@@ -49,6 +49,7 @@ _name = operator.attrgetter("name")
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: named where it is opened

@@ -140,6 +140,13 @@ def test_deep_colours_in_planes_are_refused(tmp_path: Path, packed: bool) -> Non
         bit_depth([str(tmp_path / "a.tif")])
 
 
+def test_a_palette_with_transparency_is_no_warning_from_predict(tmp_path: Path) -> None:
+    photo = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).quantize(16)
+    photo.save(tmp_path / "a.png", transparency=bytes(range(16)))
+    found = predict._decoded(str(tmp_path / "a.png"), {"depth": 16, "resize": None}, (3, 4, 4))
+    assert np.array_equal(found, square(tmp_path / "a.png").permute(1, 2, 0).numpy())
+
+
 def test_predict_reads_deep_colours_as_training_does() -> None:
     """It stands by itself, so the same lines stand in it."""
-    assert inspect.getsource(predict.deep_colours) == inspect.getsource(depth.deep_colours)
+    assert inspect.getsource(predict._deep_colours) == inspect.getsource(depth._deep_colours)
