@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rmprune import config as settings
 from rmprune.config.flags import parse
-from rmprune.errors import RmpruneError, out_of_memory
+from rmprune.errors import LOADER_KILLED, RmpruneError, loader_killed, out_of_memory
 
 Config = TypeVar("Config")
 LEFT = dict.fromkeys(("slim", "grid", "amc", "train"), "what was done is saved") | dict.fromkeys(
@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:  # a file or folder that no stage expected to be out of reach
         _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if told and "DataLoader worker" in str(error):  # which was told, too
-            _interrupted("", arguments, told)
+        if loader_killed(error):
+            if told:  # and so was the loader
+                _interrupted("", arguments, told)
+            _fail(LOADER_KILLED)
         if not out_of_memory(error):
             raise
         _fail("out of memory; take a smaller width, batch size or image size")

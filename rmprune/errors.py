@@ -46,6 +46,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
+def loader_killed(error: BaseException) -> bool:
+    """Whether torch says that a process which reads images is gone. It does so wherever the program is at that moment."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+LOADER_KILLED = (
+    "a loader process was killed, as the system does where memory runs out (or shared memory: docker's --shm-size); free some, or take "
+    "--workers 0 or fewer than now, and begin again: what was saved stays"
+)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line of bounded length."""
     return str(getattr(error, "strerror", None) or error).strip().split("\n", 1)[0][:200] or type(error).__name__

@@ -8,11 +8,17 @@ model.onnx beside it and nothing else; from Python: Deployed()(as_input("photo.p
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+
+try:
+    from PIL import Image, ImageOps
+except ImportError:  # arrays can be read all the same
+    Image = ImageOps = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,18 +49,19 @@ def as_input(file: str, folder: Path = HERE) -> Any:
 
 def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
     """The middle of an image file, bytes [H, W] or [H, W, 3]: upright, its shorter side scaled, cropped, as in training."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise ValueError("Pillow is not there to open image files: pip install pillow, or give a .npy array") from None
+    if Image is None:
+        raise ValueError("Pillow is not there to open image files: pip install pillow, or give a .npy array")
     with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened)
+        deep = _deep_colours(opened, lambda: Image.open(file))
+        image = ImageOps.exif_transpose(opened) if deep is None else Image.fromarray(_as_bytes(deep, how["depth"]))
         if max(image.size) > 50 * min(image.size):
             raise ValueError(f"{image.width}x{image.height} pixels, which is no photo")
         if image.mode == "F":
             raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
         if image.mode.startswith("I"):
             image = Image.fromarray(_as_bytes(np.asarray(image), how["depth"]))
+        if isinstance(image.info.get("transparency"), bytes):  # of a palette, which Pillow wants to be asked for
+            image = image.convert("RGBA")
         image = image.convert("L" if shape[0] == 1 else "RGB")
     if how["resize"] is not None:
         short = min(image.size)
@@ -63,6 +70,38 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
             left, top = round((image.width - width) / 2), round((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
     return np.asarray(image)
+
+
+def _deep_colours(file: Any, again: Callable[[], Any]) -> Any:
+    """The values uint16 [H, W, 3], upright, of an image of 16-bit colours, of which Pillow keeps the upper bytes; None of any other.
+
+    `file` was just opened; `again` opens it once more, for the lower bytes. Raises ValueError for colours in planes of their own.
+    """
+    tags = getattr(file, "tag_v2", {})  # of TIFF: planes, bits
+    if tags.get(284) == 2 and 16 in tags.get(
+        258, ()
+    ):  # Pillow takes bytes of one colour for others, or gives no lower ones
+        raise ValueError("16-bit colours in planes of their own; save it with the three values of a pixel side by side")
+    orders = zip("BLN", ("L", "B", "B" if sys.byteorder == "little" else "L"), strict=True)
+    lower_of = {f"{c};16{order}": f"{c};16{other}" for order, other in orders for c in ("RGB", "RGBA", "RGBX")}
+    lower_of["LA;16B"] = "RGBA"  # both bytes of L, as R and G
+    tiles: tuple[list[Any], list[Any]] = [], []
+    for tile in file.tile:
+        codec, box, offset, args = tile
+        colours, *rest = (args,) if isinstance(args, str) else args or ("",)
+        if (codec, colours, rest) == ("ppm", "RGB", [2**16 - 1]):
+            codec, colours, rest = "raw", "RGB;16B", [0, 1]
+        colours = str(colours).replace("RGBa", "RGBA")  # times their opacity, which is not read
+        if colours not in lower_of:
+            return None
+        for part, unpacked in zip(tiles, (colours, lower_of[colours]), strict=True):
+            part.append(getattr(tile, "_make", tuple)((codec, box, offset, (unpacked, *rest))))
+    if not tiles[0]:
+        return None
+    with again() as other:
+        file.tile, other.tile = tiles
+        upper, lower = (np.asarray(ImageOps.exif_transpose(half))[..., :3] for half in (file, other))
+    return upper.astype(np.uint16) << 8 | (lower[..., 1:2] if colours == "LA;16B" else lower)
 
 
 def _as_bytes(values: Any, depth: int) -> Any:

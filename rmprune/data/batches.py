@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from rmprune.errors import ConfigError, DataError, first_line
+from rmprune.errors import ConfigError, DataError, first_line, loader_killed
 from rmprune.graph.finite import broken_tensor
 from rmprune.graph.run import evaluating, hooked
 
@@ -145,6 +145,8 @@ def _scores(model: nn.Module, x: Tensor) -> Any:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if loader_killed(error):
+            raise
         raise DataError(
             f"data: the network fails on images of shape {tuple(x.shape)} ({first_line(error)}); give them as it was trained on them"
         ) from error
@@ -182,6 +184,8 @@ def own_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
     except DataError:
         raise
     except Exception as error:
+        if loader_killed(error):
+            raise
         raise DataError(
             f"loss: failed ({type(error).__name__}: {first_line(error)}); it is called as loss(model, batch), where a batch is "
             f"{_described(batch)}, and returns a scalar tensor"

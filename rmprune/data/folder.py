@@ -14,9 +14,10 @@ from torchvision.transforms import v2
 
 from rmprune.config import DataConfig
 from rmprune.config.data import Augmentation
+from rmprune.data.depth import bit_depth
 from rmprune.data.duplicates import warn_of_duplicates
 from rmprune.data.listing import digest_of, list_photos
-from rmprune.data.photos import Photos, bit_depth, one_line_errors, to_its_end
+from rmprune.data.photos import Photos, one_line_errors, to_its_end
 from rmprune.data.splits import (
     Batch,
     IndexedSplit,
@@ -72,7 +73,8 @@ def load_image_folder(
             )
     parts = [_mixed(some_of(kept, config)), _mixed(held_back), test]
     paths = [photo.path for photo in listed]
-    warn_of_duplicates(paths, dict(zip(("train", "val", "test"), (part.tolist() for part in parts), strict=True)))
+    numbers = dict(zip(("train", "val", "test"), (part.tolist() for part in parts), strict=True))
+    warn_of_duplicates(paths, numbers, [classes[photo.label] for photo in listed])
     photos = Photos(paths, config.photo_side, bit_depth(paths))
     photos.decode_all(config.cache, config.workers)
     splits = tuple(FolderSplit(photos, part, labels[part], config, statistics) for part in parts)

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import operator
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 
 from rmprune.config import DataConfig
 from rmprune.data.duplicates import MOST_PHOTOS
+from rmprune.data.left_out import photos_of, say_left_out, say_nested, say_other
+from rmprune.data.named import named_file, photos_by_key, why_not
+from rmprune.data.parts import LAYOUT, PART_OF, PARTS, parts_by_folder, parts_of_folder, split_column
 from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
-from rmprune.data.walk import is_hidden, number_of, same_file, size_of, walked
+from rmprune.data.walk import ENDINGS, number_of, same_file, size_of, walked
 from rmprune.errors import DataError
 
 logger = logging.getLogger("rmprune")
-LAYOUT = "it needs CLASS/image.jpg, or train/CLASS/image.jpg with or without val/ and test/ beside train/; or --labels FILE.csv"
-PARTS = ("train", "val", "test")
-PART_OF = {name: name for name in PARTS} | {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-ENDINGS = frozenset(
-    f".{kind}"
-    for kind in ("jpg", "jpeg", "jpe", "jfif", "png", "ppm", "pgm", "bmp", "tif", "tiff", "webp", "gif", "jp2", "avif")
-)
-"""Endings, in lower case, of the kinds that photos.py opens."""
 
 
 class Photo(NamedTuple):
@@ -60,12 +55,14 @@ def list_photos(config: DataConfig) -> Listing:
         raise DataError(f"{root}: all images are of one class, {found.classes[0]!r}{hint}")
     if wrong := next((name for name in found.classes if any("\ud800" <= sign <= "\udfff" for sign in name)), None):
         raise DataError(f"{root}: class {wrong!r} has a name that is no Unicode, which no record could hold; rename it")
+    _warn_of_alike(root, found.classes)
     parts = sorted({photo.part for photo in found.photos}, key=(*PARTS, "").index)
     for part in parts:
         there = {photo.label for photo in found.photos if photo.part == part}
         if missing := [name for number, name in enumerate(found.classes) if number not in there]:
+            hint = "" if config.labels is None else "; name the parts in the CSV's column 'split'"
             raise DataError(
-                f"{root}: {' and '.join(f'{one}/' for one in parts)} differ in classes: {part}/ has no image of {missing[0]!r}"
+                f"{root}: {' and '.join(f'{one}/' for one in parts)} differ in classes: {part}/ has no image of {missing[0]!r}{hint}"
             )
     _refuse_shared_groups(root, found.photos)
     return found
@@ -82,7 +79,7 @@ def digest_of(listing: Listing, root: Path) -> str:
 
 
 def _from_folders(root: Path) -> Listing:
-    parts = _parts(root)
+    parts = parts_of_folder(root)
     if parts and "train" not in parts:
         raise DataError(f"{root}: there is {min(parts.values())}/ but no train/; {LAYOUT}")
     opened = {part: _images(root / name) for part, name in parts.items()} or {"": _images(root)}
@@ -103,73 +100,38 @@ def _from_folders(root: Path) -> Listing:
     return Listing(photos, tuple(classes))
 
 
-def _parts(root: Path) -> dict[str, str]:
-    """Part -> its folder. Beside train/, val/ and test/ count other spellings of them that hold folders (of classes), in their place.
-
-    Raises DataError where several could be one part, or where Train/ could be a class as well.
-    """
-
-    def folders(at: Path) -> list[str]:
-        with os.scandir(at) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
-
-    try:
-        names = folders(root)
-        found = {name: [name] for name in PARTS if name in names}
-        for name in names:
-            part = PART_OF.get(name.lower())
-            if part is not None and part not in names and folders(root / name):
-                found.setdefault(part, []).append(name)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); {LAYOUT}") from None
-    if "train" not in found:
-        return {part: part for part in found if part in names}  # others may be classes
-    for part, several in found.items():
-        if len(several) > 1:
-            raise DataError(
-                f"{root}: {' and '.join(f'{name}/' for name in several)} are one part, {part}; take one out"
-            )
-    parts = {part: found[part][0] for part in PARTS if part in found}
-    other = [name for name in names if name not in parts.values()]
-    if other and list(parts) == ["train"] and parts["train"] != "train":
-        raise DataError(
-            f"{root}: {parts['train']}/ holds folders and stands beside {', '.join(other)[:100]}; call it train/ if those are classes, or "
-            "name each image's class by --labels FILE.csv"
-        )
-    if other:
-        logger.info("%s: %s: left out, beside %s/", root, ", ".join(other)[:200], parts["train"])
-    return parts
-
-
 def _images(root: Path) -> dict[str, dict[str, int]]:
-    """Class -> its images, each with the number of its file, of folders within it too; hidden ones are left out,
-    and other files, which the log says.
+    """Class -> its images, each with the number of its file, of folders within it too; the log says what else is left out.
 
     Raises DataError for a folder that cannot be read or is there twice, and where there are no classes or one of them has no image.
     """
     images: dict[str, dict[str, int]] = {}
     other: Counter[str] = Counter()
-    for folder, device, files in sorted(walked(root), key=operator.itemgetter(0)):
+    hidden: list[os.DirEntry[str]] = []
+    nested: list[str] = []
+    for folder, device, files in sorted(walked(root, hidden), key=operator.itemgetter(0)):
         if folder == str(root):
+            say_left_out(root, photos_of(files), "beside the folders of classes; put each into its class's")
             continue
-        own = images.setdefault(Path(folder).relative_to(root).parts[0], {})
+        name, *inner = Path(folder).relative_to(root).parts
+        own = images.setdefault(name, {})
+        before = len(own)
         for entry in files:
             _, dot, kind = entry.name.rpartition(".")
             if (ending := dot + kind.lower() if dot else "") in ENDINGS:
                 own[entry.path] = number_of(entry, device)
             else:
                 other[ending] += 1
-    if other:
-        logger.info("%s: left out, no images that are read: %s", root, _counted(other))
+        if inner:
+            nested += itertools.islice(own, before, None)
+    say_left_out(root, photos_of(hidden), "hidden; rename what should be read")
+    say_nested(root, nested)
+    say_other(root, other)
     if empty := [name for name, paths in images.items() if not paths]:
         raise DataError(f"{root}: no image of {', '.join(map(repr, empty))[:200]}; add some, or take the folder out")
     if not images:
         raise DataError(f"{root}: no folders of classes; {LAYOUT}")
     return images
-
-
-def _counted(kinds: Counter[str]) -> str:
-    return ", ".join(f"{count} {kind or 'without an ending'}" for kind, count in kinds.most_common(8))
 
 
 def _from_csv(root: Path, config: DataConfig) -> Listing:
@@ -180,8 +142,8 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     columns = list(rows[0])
     images = column_of(file, columns, "image", config.image_column)
     labels = column_of(file, columns, "label", config.label_column)
-    groups = column_of(file, columns, "group", config.group_column) if config.group_column else None
-    known = cache(lambda: _by_key(root))
+    groups = column_of(file, columns, "group", config.group_column) if config.group_column else ""
+    known = cache(lambda: photos_by_key(root))
     for column, asked in ((images, config.image_column), (labels, config.label_column)):
         if column not in ("", asked):
             logger.info("%s: column %r is taken for %r", file, column, asked)
@@ -196,15 +158,14 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
         logger.info(
             "%s: no column of labels (there are: %s); the folder names the class", file, ", ".join(columns)[:200]
         )
-    split = next((name for name in columns if plain_name(name) == "split"), None)
+    split = split_column(file, rows, {images, labels, groups})
     named: list[tuple[Photo, str]] = []  # with the name of its class
     spelled: dict[str, str] = {}  # file -> its path in the CSV
     for row in rows:
         image = row[images]
-        path = _found(root, image, known)
+        path = named_file(root, image, known)
         if path is None:
-            what = f"several files under {root} could be it" if _key(image) in known() else f"no such file under {root}"
-            raise DataError(f"{file}: {image[:200]!r}: {what}")
+            raise DataError(f"{file}: {image[:200]!r}: {why_not(root, image, known)}")
         real = os.path.realpath(path)
         if real in spelled:
             also = "" if spelled[real] == image else f" (one calls it {spelled[real]!r})"
@@ -224,35 +185,21 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
         named.append((Photo(str(path), 0, part, row[groups].strip() if groups else ""), name))
     if split and not any(photo.part == "train" for photo, _ in named):
         raise DataError(f"{file}: no row has split 'train'")
+    if not split:
+        parts = parts_by_folder(file, [photo.path for photo, _ in named])
+        named = [(photo._replace(part=part), name) for (photo, name), part in zip(named, parts, strict=True)]
     classes = sorted({name for _, name in named})
     number = {name: i for i, name in enumerate(classes)}
     return Listing([photo._replace(label=number[name]) for photo, name in named], tuple(classes))
 
 
-def _found(root: Path, image: str, known: Callable[[], dict[str, Path | None]]) -> Path | None:
-    """The file that a CSV means: as it says, or with Windows' separators, in another case or form of Unicode, or without its ending."""
-    try:
-        for form in (image, image.strip()):
-            if form and (root / form).is_file():
-                return root / form
-    except (OSError, ValueError):  # too long, or with a zero in it
-        return None
-    return known().get(_key(image))
-
-
-def _by_key(root: Path) -> dict[str, Path | None]:
-    """All images by their `_key`, with and without ending; None where several have one."""
-    found: dict[str, Path | None] = {}
-    for _, _, files in walked(root):
-        for path in (Path(entry.path) for entry in files if Path(entry.name).suffix.lower() in ENDINGS):
-            for form in (path, path.with_suffix("")):
-                one = _key(str(form.relative_to(root)))
-                found[one] = None if one in found else path
-    return found
-
-
-def _key(path: str) -> str:
-    return unicodedata.normalize("NFC", str(PurePath(path.strip().replace("\\", "/")))).casefold()
+def _warn_of_alike(root: Path, classes: tuple[str, ...]) -> None:
+    """Of names that a person reads as one."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        first = seen.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+        if first != name:
+            logger.warning("%s: classes %r and %r are two; if they are one, give them one spelling", root, first, name)
 
 
 def _refuse_shared_groups(root: Path, photos: list[Photo]) -> None:
@@ -261,5 +208,6 @@ def _refuse_shared_groups(root: Path, photos: list[Photo]) -> None:
     for photo in photos:
         if photo.group and part_of.setdefault(photo.group, photo.part) != photo.part:
             raise DataError(
-                f"{root}: group {photo.group!r} is in {part_of[photo.group]} and in {photo.part}; put all its images into one"
+                f"{root}: group {photo.group!r} is in {part_of[photo.group]} and in {photo.part}; put all its images into one by the "
+                "CSV's column 'split'"
             )

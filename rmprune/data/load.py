@@ -41,7 +41,7 @@ class Dataset:
     class_weights: Tensor | None = None
     """[C], of the loss, with which all classes count alike; None counts images."""
     depth: int = 16
-    """Bits that 16-bit images use (`rmprune.data.photos.bit_depth`)."""
+    """Bits that 16-bit images use (`rmprune.data.depth.bit_depth`)."""
     photos: str = ""
     """A digest of which photos there are (`rmprune.data.listing.digest_of`); empty for data sets that never change."""
 
@@ -57,7 +57,8 @@ def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS)
     if config.dataset not in DATASETS:
         raise DataError(f"there is no data set {config.dataset!r}; there are: {', '.join(DATASETS)}")
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
-        raise DataError(f"the data folder {config.data_dir} does not exist; give an existing one with --data-dir")
+        what = "is a file (an archive? unpack it)" if Path(config.data_dir).exists() else "does not exist"
+        raise DataError(f"the data folder {config.data_dir} {what}; give an existing one with --data-dir")
     if config.dataset == "imagefolder":
         from rmprune.data.folder import load_image_folder  # PIL and loader processes, for this set only
 

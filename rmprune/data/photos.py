@@ -21,74 +21,16 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from rmprune.config.data import CacheKind
+from rmprune.data.depth import deep_values, opened
 from rmprune.data.sources import cache_folder
 from rmprune.errors import ArtifactError, DataError
 from rmprune.runs.progress import progress
-from rmprune.runs.reading import check_regular, not_data
 from rmprune.runs.writing import whole
 
 logger = logging.getLogger("rmprune")
 ELONGATED = 50  # times the shorter side: what is longer is no photo, and its enlarged form would fill the memory
-_DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
-_LOOKED_AT = 64  # images, for whether any has 16 bits
 _AT_ONCE = 32  # images, from a loader process
-Image.init()  # all readers, of which a few are used: others start programs (EPS) or read more than a photo
-_FORMATS = tuple(
-    sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF"})
-)
-_VERSION = 2  # of what decoding does: another one makes new caches
-
-
-def bit_depth(paths: list[str]) -> int:
-    """The bits that the 16-bit images among these use: cameras put 10, 12 or 14 into 16. Whether there are any, a few tell; then all are
-    looked at, since a brighter one would lose its highlights. Where those few are none, 16, which loses nothing.
-    """
-    few = (
-        [paths[i] for i in sorted({len(paths) * number // _LOOKED_AT for number in range(_LOOKED_AT)})] if paths else []
-    )
-    if not any(map(_brightest, few)):
-        return 16
-    highest = 0
-    with progress("how bright 16-bit images are", len(paths)) as advance:
-        for path in paths:
-            highest = max(highest, _brightest(path))
-            if highest >= 2 ** _DEPTHS[-2]:
-                break
-            advance(1)
-    depth = next(bits for bits in _DEPTHS if highest < 2**bits)
-    logger.info("16-bit images: brightest value %d, so %d bits become 8", highest, depth)
-    return depth
-
-
-def _brightest(path: str) -> int:
-    """The largest value of a 16-bit image, 0 of any other."""
-    with _opened(path) as file:
-        return int(_whole_numbers(file).max()) if file.mode.startswith("I") else 0
-
-
-def _whole_numbers(image: Image.Image) -> np.ndarray[Any, Any]:
-    """The values of an image of more than 8 bits. Raises ValueError for those that 16 bits do not hold: nobody says what is black."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() >= 2**16:
-        raise ValueError(
-            f"values from {values.min()} to {values.max()}, of which 16 bits hold 0 to 65535; convert it to these"
-        )
-    return values
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
-    """The image file. Raises DataError that names it where it, or what is done with it, fails."""
-    try:
-        check_regular(Path(path))
-        with Image.open(path, formats=_FORMATS) as file:
-            yield file
-    except Exception as error:  # Pillow's readers stumble in many ways over damaged files
-        reason = not_data(Path(path)) or " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"{path} is missing or damaged ({reason}); replace it, take it out, or save it as one of the kinds that are read: "
-            f"{', '.join(_FORMATS)}"
-        ) from None
+_VERSION = 3  # of what decoding does: another one makes new caches
 
 
 class Photos(TorchDataset[Tensor]):
@@ -129,13 +71,14 @@ class Photos(TorchDataset[Tensor]):
 
     def whole(self, index: int) -> Image.Image:
         """The photo as it is, in RGB. Raises DataError that names the file where it cannot be decoded."""
-        with _opened(self.paths[index]) as file:
+        path = self.paths[index]
+        with opened(path) as file:
             if file.mode == "F":
                 raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
+            if (deep := deep_values(file, path)) is not None:
+                scaled = deep.astype(np.float32) * (255 / (2**self.depth - 1))
+                return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
             upright = ImageOps.exif_transpose(file)
-            if upright.mode.startswith("I"):
-                scaled = _whole_numbers(upright).astype(np.float32) * (255 / (2**self.depth - 1))
-                upright = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
             if isinstance(upright.info.get("transparency"), bytes):  # of a palette, which Pillow wants to be asked for
                 upright = upright.convert("RGBA")
             return upright.convert("RGB")

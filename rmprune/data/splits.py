@@ -210,7 +210,7 @@ def some_of(kept: Tensor, config: DataConfig) -> Tensor:
         groups = (
             f"; column {column!r} makes too few groups: name another by --group-column, or leave it out"
             if column
-            else ""
+            else "; there are too few: add some, or set a smaller --validation"
         )
         raise DataError(
             f"{config.dataset}: the validation split of {config.validation} leaves no image to train on{groups}"

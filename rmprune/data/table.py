@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+from rmprune.data.walk import ENDINGS
 from rmprune.errors import DataError
 from rmprune.runs.reading import check_regular, not_data
 
@@ -54,6 +55,10 @@ def _parsed(file: Path, encoding: str, image_column: str) -> list[dict[str, str]
         header = [name.strip() for name in next(lines, [])]
         if twice := next((name for name, count in Counter(header).items() if name and count > 1), None):
             raise DataError(f"{file}: two columns are called {twice!r}; give each its name")
+        if photo := next((name for name in header if Path(name).suffix.lower() in ENDINGS), None):
+            raise DataError(
+                f"{file}: its first line has a photo, {photo[:200]!r}; begin it with a line of names: image,label"
+            )
         rows: list[dict[str, str]] = []
         for line in lines:
             if not any(cell.strip() for cell in line):

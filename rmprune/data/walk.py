@@ -8,9 +8,18 @@ from pathlib import Path
 
 from rmprune.errors import DataError
 
+ENDINGS = frozenset(
+    f".{kind}"
+    for kind in ("jpg", "jpeg", "jpe", "jfif", "png", "ppm", "pgm", "bmp", "tif", "tiff", "webp", "gif", "jp2", "avif")
+)
+"""Endings, in lower case, of the kinds of photos that depth.py opens."""
 
-def walked(root: Path) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
-    """(folder, the device it is on, its files), sorted, links followed, without what is hidden; no file is asked for more than its name.
+
+def walked(
+    root: Path, hidden: list[os.DirEntry[str]] | None = None
+) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
+    """(folder, the device it is on, its files), sorted, links followed, without what is hidden, which `hidden` gets; no file is asked for
+    more than its name.
 
     Raises DataError for a folder that cannot be read, or is there twice: a link may lead to one that is read already, or in a circle.
     """
@@ -21,22 +30,26 @@ def walked(root: Path) -> Iterator[tuple[str, int, list[os.DirEntry[str]]]]:
         try:
             about = Path(folder).stat()
             with os.scandir(folder) as entries:
-                visible = sorted((entry for entry in entries if not is_hidden(entry.name)), key=_name)
+                found = sorted(entries, key=_name)
         except OSError as error:
             raise DataError(f"{folder}: cannot be read ({error.strerror}); give a folder of photos that can") from None
         if (first := seen.setdefault(_number(about.st_dev, about.st_ino), folder)) != folder:
             raise DataError(
                 f"{first} and {folder} are one folder by a link; its photos would count twice: take one out"
             )
-        inner = [entry.path for entry in visible if _is_folder(entry)]
+        visible = [entry for entry in found if not is_hidden(entry.name)]
+        if hidden is not None and len(visible) < len(found):
+            hidden += [entry for entry in found if is_hidden(entry.name)]
+        inner = [entry.path for entry in visible if is_folder(entry)]
         waiting += reversed(inner)
-        yield folder, about.st_dev, [entry for entry in visible if not _is_folder(entry)] if inner else visible
+        yield folder, about.st_dev, [entry for entry in visible if not is_folder(entry)] if inner else visible
 
 
 _name = operator.attrgetter("name")
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself: named where it is opened

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rmprune.config import TrainConfig, require
 from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
-from rmprune.errors import DataError
+from rmprune.errors import DataError, loader_killed
 from rmprune.measure.torch_backends import current
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
@@ -118,7 +118,7 @@ class _Training(Stepping):
                         return
                     self.train_epoch(interrupt)
             except (KeyboardInterrupt, RuntimeError) as error:
-                stopped = interrupt.requested and "DataLoader worker" in str(error)  # the signal went to it, too
+                stopped = interrupt.requested and loader_killed(error)  # the signal went to it, too
                 if isinstance(error, RuntimeError) and not stopped:
                     raise
                 if self.between_steps and self.agreed:  # within a step the last checkpoint stands

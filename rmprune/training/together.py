@@ -27,7 +27,7 @@ from rmprune.config import DataConfig, SparsityConfig, TrainConfig
 from rmprune.data.batches import to_device
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
-from rmprune.errors import ConfigError, DataError, RmpruneError
+from rmprune.errors import LOADER_KILLED, ConfigError, DataError, RmpruneError, loader_killed
 from rmprune.training import checkpoint as files
 from rmprune.training.distributed import any_says, backends, disband, first_says, processes, this_process
 from rmprune.training.loop import fit
@@ -232,7 +232,7 @@ def together() -> Iterator[bool]:
         try:
             team.serve()
         except BaseException as error:
-            team.leave(error)
+            team.leave(DataError(LOADER_KILLED).with_traceback(error.__traceback__) if loader_killed(error) else error)
         yield False
         return
     signal.signal(signal.SIGTERM, _told_to_end)

@@ -41,6 +41,17 @@ def test_photos_in_two_parts_are_counted(
     assert not caplog.text
 
 
+def test_photos_in_two_classes_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One of the two labels is wrong."""
+    paths = [str(tmp_path / name) for name in "abcd"]
+    for path, photo in zip(paths, ("one", "one", "two", "two"), strict=True):
+        Path(path).write_text(photo)
+    duplicates.warn_of_duplicates(paths, {"train": [0, 1, 2, 3]}, ["cat", "dog", "dog", "dog"])
+    assert [entry.getMessage() for entry in caplog.records] == [
+        f"1 photo is in two classes under two names, byte for byte; leave each in its own ({paths[0]} = {paths[1]})"
+    ]
+
+
 @pytest.mark.parametrize("look", ["_head", "sha256_of"])
 @pytest.mark.parametrize("become", [Path.unlink, lambda path: path.unlink() or path.mkdir()])
 def test_a_photo_that_goes_between_two_looks_is_left_to_decoding(

@@ -17,7 +17,8 @@ from fake_device import pretended_gpu
 from PIL import Image
 
 from rmprune.config import DataConfig
-from rmprune.data import photos
+from rmprune.data import depth, photos
+from rmprune.data.depth import bit_depth
 from rmprune.data.folder import FolderSplit, lightly_augmented
 from rmprune.data.listing import list_photos
 from rmprune.data.load import Dataset, load_dataset
@@ -154,6 +155,66 @@ def test_a_csv_names_the_parts_and_folders_the_classes(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog") and [len(part) for part in names(data)] == [8, 2, 2]
 
 
+@pytest.mark.parametrize("above", ["", "images/"])
+@pytest.mark.parametrize("val", ["val", "Test"])
+def test_where_a_csv_names_no_parts_the_folders_do(
+    tmp_path: Path, above: str, val: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They were drawn across both."""
+    make(tmp_path, {f"{above}train": 16, f"{above}{val}": 4})
+    rows = [
+        {"image": f"{above}{part}/{i}.png", "label": "xy"[i % 2], "cell": f"{part}{i // 4}"}
+        for part, count in (("train", 16), (val, 4))
+        for i in range(count)
+    ]
+    with caplog.at_level("INFO"):
+        data = opened(tmp_path, labels=listed(tmp_path, rows))
+    train, validation, test = ({Path(name).parent.name for name in part} for part in names(data))
+    assert (train, validation, test) == ({"train"}, {"train"}, {val}) and len(data.test) == 4
+    assert f"labels.csv: no column 'split': {' and '.join(sorted(['train/', f'{val}/']))} name the parts" in caplog.text
+    rows[0]["cell"] = rows[-1]["cell"]
+    with pytest.raises(DataError, match=r"group '.*0' is in train and in .*; put all its images into one by the CSV's"):
+        opened(tmp_path, labels=listed(tmp_path, rows), group_column="cell")
+    for row in rows[16:]:
+        row["label"] = "x"
+    with pytest.raises(DataError, match=r"has no image of 'y'; name the parts in the CSV's column 'split'"):
+        opened(tmp_path, labels=listed(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    ("folders", "warned"),
+    [(("train", "val", "more"), "more/0.png"), (("val", "test"), "there is no train/"), (("train", "b"), "")],
+)
+def test_where_some_photos_lie_in_no_part_all_parts_are_drawn(
+    tmp_path: Path, folders: tuple[str, ...], warned: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, dict.fromkeys(folders, 4))
+    rows = [{"image": f"{name}/{i}.png", "label": "xy"[i % 2]} for name in folders for i in range(4)]
+    photos_of = list_photos(config(tmp_path, labels=listed(tmp_path, rows))).photos
+    assert {photo.part for photo in photos_of} == {""}
+    assert ("parts are drawn from all images alike" in caplog.text) == bool(warned) and warned in caplog.text
+
+
+def test_a_column_of_parts_has_any_name(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`subset` was passed over, and parts drawn across those that it names."""
+    rows = [
+        {"image": name, "class": name.split("/")[1], "subset": part}
+        for name, part in zip(FILES, ("train", "TRAIN", "test", "Test"), strict=True)
+    ]
+    with caplog.at_level("INFO"):
+        found = list_photos(config(folder, labels=listed(folder, rows)))
+    assert [photo.part for photo in found.photos] == ["train", "train", "test", "test"]
+    assert "column 'subset' is taken for 'split'" in caplog.text
+
+
+@pytest.mark.parametrize(("second", "warned"), [("Cat", True), ("cat ", True), ("cats", False)])
+def test_classes_of_one_name_in_two_spellings_are_said(
+    tmp_path: Path, second: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(list_photos(config(make(tmp_path, {"cat": 1, second: 1, "dog": 1}))).classes) == 3
+    assert (f"classes {min('cat', second)!r} and {max('cat', second)!r} are two" in caplog.text) == warned
+
+
 COLUMNS = "File_Name{0}Class{0}Part{0}Split\n{1}{0}cat{0}p{0}Train\n{2}{0}dog{0}q{0}Training\n{3}{0}cat{0}r{0}TEST\n{4}{0}dog{0}s{0}test\n"
 FILES = ["train/cat/0.png", "train/dog/0.png", "val/cat/0.png", "val/dog/0.png"]
 
@@ -286,25 +347,7 @@ def test_a_photo_in_two_parts_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def square(path: Path) -> torch.Tensor:
-    one = photos.Photos([str(path)], 4, photos.bit_depth([str(path)]))
-    return one[0]
-
-
-@pytest.mark.parametrize("form", ["png", "tif"])
-@pytest.mark.parametrize("bits", [8, 12, 16])
-def test_grey_photos_of_any_depth_come_out_alike(tmp_path: Path, form: str, bits: int) -> None:
-    grey = np.linspace(0, 2**bits - 1, 16).round().reshape(4, 4)
-    path = tmp_path / f"a.{form}"
-    Image.fromarray(grey.astype(np.uint8 if bits == 8 else np.uint16)).save(path)
-    expected = torch.linspace(0, 255, 16).reshape(4, 4)
-    assert all(float((channel - expected).abs().max()) <= 1 for channel in square(path).float())
-
-
-def test_of_16_bit_photos_the_brightest_counts_wherever_it_lies(tmp_path: Path) -> None:
-    paths = [str(tmp_path / f"{i:03d}.png") for i in range(70)]
-    for i, path in enumerate(paths):
-        Image.fromarray(np.full((2, 2), 60_000 if i == 68 else 4_000, np.uint16)).save(path)
-    assert photos.bit_depth(paths) == 16 and photos.bit_depth(paths[:60]) == 12
+    return photos.Photos([str(path)], 4, bit_depth([str(path)]))[0]
 
 
 def test_palettes_transparency_and_turned_photos(tmp_path: Path) -> None:
@@ -430,7 +473,7 @@ def test_classes_that_count_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cache", ["memory", "none"])
 def test_a_damaged_image_is_named(folder: Path, workers: int, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos, "_AT_ONCE", 2)
-    monkeypatch.setattr(photos, "_LOOKED_AT", 1)
+    monkeypatch.setattr(depth, "_LOOKED_AT", 1)
     whole = (folder / "val" / "cat" / "1.png").read_bytes()
     (folder / "val" / "cat" / "1.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"1\.png is missing or damaged .*kinds that are read: .*JPEG, ") as caught:
@@ -501,6 +544,11 @@ CAT, DOG = "train/cat/0.png,cat\n", "train/dog/0.png,dog\n"
             ),
             "leaves no image to train on; column 'cell' makes too few groups",
         ),
+        (csv_of(CAT + DOG), "its first line has a photo, 'train/cat/0.png'; begin it with a line of names: image,label"),
+        (csv_of("image,label\n" + CAT + "/train/dog/0.png,dog\n"), "train/dog/0.png; the CSV names paths below --data-dir"),
+        (csv_of("image,label,set,use\n" + CAT[:-1] + ",train,val\n" + DOG[:-1] + ",test,train\n"), "columns 'set' and 'use' name parts"),
+        (lambda f: Image.new("1", (14_000, 14_000)).save(f / "train" / "cat" / "9.png"), "9.png is larger than photos that are read"),
+        (lambda f: [p.unlink() for p in f.rglob("*.png") if p.name != "0.png" and p.parent.parent.name == "train"], "there are too few"),
         (lambda f: {"group_column": "cell"}, "give it with --labels"),
         (lambda f: {"transforms": "mine.py:augment"}, "mine.py:augment would be executed"),
         (lambda f: {"augment": "heavy"}, "augment is 'heavy'; use one of none, light"),

@@ -44,6 +44,8 @@ def test_unknown_names_and_folders():
     with pytest.raises(DataError, match="cifar10") as caught:
         load_dataset(DataConfig(dataset="minst"))
     assert all(name in str(caught.value) for name in DATASETS)
+    with pytest.raises(DataError, match=r"is a file \(an archive\? unpack it\); give an existing one"):
+        load_dataset(DataConfig("imagefolder", Path(__file__)))
     with pytest.raises(DataError, match="does not exist"):
         load_dataset(DataConfig(dataset="fashion-mnist", data_dir=Path("/nowhere/at/all")))
 

@@ -73,6 +73,8 @@ def ends(how: str) -> None:
         raise DataError("photo 7 cannot be read")
     if how == "killed" and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "loader" and os.environ["RANK"] == "1":
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     if how == "interrupted" and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -81,6 +83,7 @@ def ends(how: str) -> None:
     ("how", "statuses", "says"),
     [
         ("error", [2, 2], "process 1: photo 7 cannot be read"),
+        ("loader", [2, 2], "process 1: a loader process was killed"),
         ("killed", [2, -9], "another process of this run was lost; what was done is saved"),
         ("interrupted", [130, 130], "interrupted; what was done is saved. To go on: python -m rmprune train"),
     ],
