@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmprune.artifact.weights import load_checkpoint_into, put_weights, start_from
 from rmprune.errors import ArtifactError
-from rmprune.models.families import create, create_network
+from rmprune.models.families import auxiliary_tensors, create, create_network
 from rmprune.models.head import head_parameters
 
 
@@ -121,6 +121,21 @@ def test_torchvisions_own_weights_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     model = create("squeezenet1_1", num_classes=4)
     assert "the head is new: classifier.1.weight" in start_from(model, "imagenet", "squeezenet1_1")
     assert torch.equal(model.features[0].weight, there.features[0].weight)
+
+
+def test_auxiliary_heads_are_taken_off_as_torchvision_does() -> None:
+    there = torchvision.models.googlenet(aux_logits=True, init_weights=False, num_classes=4).state_dict()
+    model = create("googlenet", num_classes=4)
+    for prefix in ("", "module."):
+        said = put_weights(model, {prefix + key: value for key, value in there.items()}, "a.pt", "googlenet")
+        assert said == "aux1.*, aux2.* left out: auxiliary heads, which only training reads"
+    assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items())
+    for key in ("aux3.fc.weight", "aux1.extra"):  # which no auxiliary head has
+        with pytest.raises(ArtifactError, match=f"not in googlenet: {key}"):
+            put_weights(model, there | {key: torch.ones(2)}, "a.pt", "googlenet")
+    for name in ("inception_v3", "timm/inception_v3"):
+        assert {key.split(".")[0] for key in auxiliary_tensors(name)} == {"AuxLogits"}
+    assert auxiliary_tensors("resnet18") == set()
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_0", "timm/test_resnet"])
