@@ -50,6 +50,12 @@ def read_network(
     UnsupportedModel for an operator, an attribute or a use that is not on the list, and ArtifactError where the file contradicts itself;
     both name the node.
     """
+    if len({entry.sizes[0] for entry in file.inputs} - {None}) > 1:
+        said = ", ".join(f"{printable(entry.name)} {list(entry.sizes)}" for entry in file.inputs)
+        raise UnsupportedModel(
+            f"{file.path}: its inputs begin with other numbers ({said}), where read are as many images of each; leave the part out that "
+            "joins them (onnx.utils.extract_model)"
+        )
     for node in file.nodes:
         if "Quantize" in node.op_type or node.op_type in _QUANTISED:
             raise UnsupportedModel(
@@ -133,8 +139,11 @@ def _read(file: OnnxFile, node: onnx.NodeProto, values: dict[str, OnnxValue | No
     except Obstacle as obstacle:
         raise UnsupportedModel(f"{file.path}: {said_of(node)}: {str(obstacle)[:500]}") from None
     except Exception as error:  # torch and numpy complain in many ways of sizes that do not fit
+        only = (
+            f", or it holds for batches of {n} alone: export it with an open batch" if (n := fixed_batch(file)) else ""
+        )
         raise ArtifactError(
-            f"{file.path}: {said_of(node)}: {first_line(error)}; the file contradicts itself, export it again"
+            f"{file.path}: {said_of(node)}: {first_line(error)}; the file contradicts itself{only or ', export it again'}"
         ) from error
     for name, value in zip(node.output, found, strict=False):
         if name:

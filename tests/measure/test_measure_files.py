@@ -66,6 +66,23 @@ def test_what_cannot_be_compared_is_refused(files: tuple[Path, ...], tmp_path: P
         run_measure_files(RemeasureConfig(files, measure=replace(QUICK, backends=("eager",))))
 
 
+def test_what_a_runtime_refuses_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    unknown, newer, uneven = residual(), residual(), residual()
+    unknown.graph.node[1].op_type, newer.ir_version = "NoSuchOp", 99
+    uneven.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(normal(4, 4, 3, 3), "a"))
+    for model, said in (
+        (unknown, r"\(InvalidGraph: This is an invalid model. .* No Op register"),
+        (newer, r"\(Fail: Unsupported model IR version: 99"),
+        (uneven, r"Input channels C is not equal to kernel channels"),
+    ):
+        path = written(model, tmp_path / "a.onnx")
+        with pytest.raises(ConfigError, match=said) as raised:
+            run_measure_files(RemeasureConfig((path,), measure=QUICK))
+        told = str(raised.value)
+        assert "\n" not in told and "ONNXRuntimeError" not in told and "export it again, or measure with" in told
+    assert capfd.readouterr().err == ""
+
+
 def channels_last(sizes: list[Any], *, layers: bool = True) -> onnx.ModelProto:
     """Channels last, as in TensorFlow's files: a mean is taken off, a border added, then comes the transpose; or no layer at all."""
     make = onnx.helper.make_node
