@@ -24,6 +24,7 @@ logger = logging.getLogger("rmprune")
 NESTED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "model_ema", "state_dict_ema", "ema")
 """Under these names training frameworks keep the weights in a file; the first that is there is taken, and the log says so."""
 _COUNTER = "num_batches_tracked"
+_STATISTICS = (".running_mean", ".running_var")
 _DEEPEST = 3  # such names within each other: a file may hold a dict that holds itself
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of files in a folder, the best first
 _SHOWN = 4  # names of each kind in an error
@@ -109,6 +110,11 @@ def put_weights(
             raise ArtifactError(
                 f"{source}: has other names than {name} ({next(iter(flat))[:80]}; here {next(iter(own))}), but in its order all shapes "
                 "fit: if it is the same network, add --weights-by-order"
+            )
+        found = [key for _, names in problems for key in names]
+        if found == problems[0][1] and all(key.endswith(_STATISTICS) for key in found):
+            raise ArtifactError(
+                f"{source}: lacks the statistics of batch norms ({_listed(found)}), as model.parameters() does; save model.state_dict()"
             )
         what = "; ".join(start + _listed(names) for start, names in problems if names)
         raise ArtifactError(

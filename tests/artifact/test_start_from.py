@@ -70,6 +70,14 @@ def test_order_is_offered_and_taken_only_when_asked_for() -> None:
     assert torch.equal(model.conv1.weight, there["w0"])
 
 
+def test_parameters_alone_are_no_weights() -> None:
+    model = net(3)
+    with pytest.raises(
+        ArtifactError, match=r"a\.pt: lacks the statistics of batch norms \(bn1.running_mean, .*save model\.state_dict"
+    ):
+        put_weights(model, {key: value.detach() for key, value in net(10).named_parameters()}, "a.pt", "resnet8")
+
+
 @pytest.mark.parametrize("kind", ["norm", "numbered", "named"])
 def test_tensors_in_the_order_of_names_say_nothing_about_layers(kind: str, tmp_path: Path) -> None:
     """As .safetensors files sort them: a norm's bias before its weight, layer 10 before layer 2, key before query; of one shape each."""
