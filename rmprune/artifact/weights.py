@@ -2,15 +2,20 @@
 
 import logging
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rmprune import artifact
+from rmprune.artifact.files import ARCHITECTURE
 from rmprune.artifact.tensors import is_plain, read_tensors
 from rmprune.errors import ArtifactError, first_line
+from rmprune.graph.finite import is_finite
+from rmprune.models.families import auxiliary_tensors
 from rmprune.models.head import head_parameters
 from rmprune.models.pretrained import IMAGENET, imagenet_weights
 from rmprune.runs.reading import not_data
@@ -19,7 +24,9 @@ logger = logging.getLogger("rmprune")
 NESTED = ("state_dict", "model", "model_state_dict", "net", "network", "module", "model_ema", "state_dict_ema", "ema")
 """Under these names training frameworks keep the weights in a file; the first that is there is taken, and the log says so."""
 _COUNTER = "num_batches_tracked"
+_STATISTICS = (".running_mean", ".running_var")
 _DEEPEST = 3  # such names within each other: a file may hold a dict that holds itself
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")  # of files in a folder, the best first
 _SHOWN = 4  # names of each kind in an error
 
 
@@ -60,7 +67,7 @@ def put_weights(
     anything is changed.
     """
     own, head = model.state_dict(), set() if same_classes else set(head_parameters(model))
-    said: list[str] = []
+    auxiliary, said = auxiliary_tensors(name) - own.keys(), []
     if by_order:
         ordered = _ordered(own, state, head)
         if isinstance(ordered, str):
@@ -73,6 +80,9 @@ def put_weights(
         if outside := [key for key in state if not key.startswith(prefix)]:
             said.append(f"{_listed(outside)} beside {prefix}* left out")
         state, flat = inside, state
+    if heads := dict.fromkeys(key.split(".")[0] for key in state if key in auxiliary):
+        said.append(f"{_listed(f'{each}.*' for each in heads)} left out: auxiliary heads, which only training reads")
+        state = {key: value for key, value in state.items() if key not in auxiliary}
     # files from before torch 0.4.1 have no counters, and some norms that have are frozen here
     state = {key: value for key, value in own.items() if key.endswith(_COUNTER)} | {
         key: value for key, value in state.items() if key in own or not key.endswith(_COUNTER)
@@ -101,10 +111,20 @@ def put_weights(
                 f"{source}: has other names than {name} ({next(iter(flat))[:80]}; here {next(iter(own))}), but in its order all shapes "
                 "fit: if it is the same network, add --weights-by-order"
             )
+        found = [key for _, names in problems for key in names]
+        if found == problems[0][1] and all(key.endswith(_STATISTICS) for key in found):
+            raise ArtifactError(
+                f"{source}: lacks the statistics of batch norms ({_listed(found)}), as model.parameters() does; save model.state_dict()"
+            )
         what = "; ".join(start + _listed(names) for start, names in problems if names)
         raise ArtifactError(
             f"{source}: these are the weights of another network than {name} ({what}); give the model, number of classes, width and "
             "image size that they belong to"
+        )
+    if broken := [key for key in own if key in kept and not _finite_in(kept[key], own[key])]:
+        raise ArtifactError(
+            f"{source}: NaN or infinite numbers in {_listed(broken)}, as of a training that diverged "
+            "or a conversion that overflowed; take an earlier file, or convert it again"
         )
     own.update(kept)  # its own notes of versions stay with it, which some modules ask for
     model.load_state_dict(own)
@@ -166,6 +186,11 @@ def _counts(tensor: Tensor) -> bool:
     return tensor.ndim == 0 and not tensor.is_floating_point()
 
 
+def _finite_in(value: Tensor, own: Tensor) -> bool:
+    """Whether all numbers are finite in the network's own format. Where its own are not (masks of attention), any are fine."""
+    return is_finite(value.to(own.dtype if own.is_floating_point() else torch.float64)) or not is_finite(own)
+
+
 def _listed(names: Iterable[str]) -> str:
     found = [name[:80] for name in names]
     more = len(found) - _SHOWN
@@ -181,7 +206,24 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(
             f"{path}: there is no such checkpoint; give an artifact directory or a .safetensors, .pt or .pth file"
         )
+    if path.is_dir() and not (path / ARCHITECTURE).exists():
+        _refuse_folder(path)
     return dict(artifact.load(path).state_dict()) if path.is_dir() else read_state_dict(path)
+
+
+def _refuse_folder(path: Path) -> None:
+    """Raise ArtifactError for a folder that is no artifact but holds files of weights, as those of the Hugging Face hub do."""
+    files = sorted(
+        (file for file in path.iterdir() if file.suffix.lower() in _WEIGHTS and file.is_file()),
+        key=lambda file: (_WEIGHTS.index(file.suffix.lower()), file.name),
+    )
+    if any(re.search(r"-\d+-of-\d+$", file.stem) for file in files):
+        raise ArtifactError(
+            f"{path}: a folder with a network in pieces ({_listed(file.name for file in files)}); save them as one file, and give that"
+        )
+    if files:
+        more = f" (also there: {_listed(file.name for file in files[1:])})" if files[1:] else ""
+        raise ArtifactError(f"{path}: a folder, and no artifact of rmprune; give the file in it, {files[0]}{more}")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -221,10 +263,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not is_plain(value) or value.is_complex():
             raise ArtifactError(f"{path}: {key[:80]} is no plain tensor; save the state_dict() of a plain model")
-        if value.is_floating_point() and value.isnan().any():
-            raise ArtifactError(
-                f"{path}: {key[:80]} holds NaN, as of a training that diverged; take an earlier checkpoint"
-            )
     return {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # which torch.compile puts before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rmprune.data.batches import OWN_LOSS, Loss, WithLoss, check_labels, each_loss, labelled, network_inputs, to_device
+from rmprune.data.batches import (
+    OWN_LOSS,
+    Batches,
+    Loss,
+    WithLoss,
+    check_labels,
+    each_loss,
+    labelled,
+    network_inputs,
+    to_device,
+)
 from rmprune.data.splits import Batch, Split
 from rmprune.errors import ConfigError, DataError, first_line
 from rmprune.graph.finite import broken_on
@@ -38,7 +49,7 @@ class GivenSplit(Split):
         if first is None:
             raise DataError(f"{name} holds no batch")
         try:
-            ((run, _),) = each_loss([first] if loss is None else WithLoss([first], loss), model)
+            ((run, _),) = each_loss(self._as_given(first), model)
             with torch.enable_grad():
                 value = run()
             self.classes = self._classes(first)
@@ -58,13 +69,22 @@ class GivenSplit(Split):
 
     def digest(self) -> str:
         """Of all images and labels (or what else the batches hold), to tell other data from these. Reads every batch."""
-        found = hashlib.sha256()
-        for pair in self.batches(1):
-            for value in tree_leaves(pair):
-                held = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
-                found.update(repr(value).encode() if held is None else repr((held.dtype, held.shape)).encode())
-                found.update(b"" if held is None else held.flatten().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()[:8]
+        return _digest(self.batches(1))
+
+    def first_digest(self) -> str:
+        """Of the first batch as it comes; "" where two readings differ, as of a loader that shuffles by a generator of its own."""
+        one, other = (_digest(itertools.islice(self._read(0), 1)) for _ in range(2))
+        return one if one == other else ""
+
+    def first_loss(self) -> float | None:
+        """The network's loss on the first batch; None where it differs when it is computed again, as one that draws numbers may."""
+        ((run, _),) = each_loss(self._as_given(next(self._read(0))), self.model)
+        found = set()
+        for _ in range(2):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                found.add(float(run()))
+        return found.pop() if len(found) == 1 else None
 
     def __len__(self) -> int:
         return sum(len(x) for x, _ in self.batches(1))
@@ -113,6 +133,9 @@ class GivenSplit(Split):
             first = list(itertools.islice(iterator, 1))
         yield from itertools.chain(first, iterator)
 
+    def _as_given(self, batch: Any) -> Batches:
+        return [batch] if self.loss is None else WithLoss([batch], self.loss)
+
     def _pair(self, batch: Any, number: int, device: torch.device) -> Batch:
         if self.loss is None:
             try:
@@ -137,3 +160,14 @@ class GivenSplit(Split):
                 f"numbers [N] for [N, classes]; {OWN_LOSS}"
             )
         return int(outputs.shape[1])
+
+
+def _digest(batches: Iterable[Any]) -> str:
+    """Of all that batches hold; of an object without a text of its own its type alone, as its place in memory is another each time."""
+    found = hashlib.sha256()
+    for value in itertools.chain.from_iterable(map(tree_leaves, batches)):
+        held = value.detach().cpu().contiguous() if isinstance(value, Tensor) else None
+        said = re.sub(r" at 0x[0-9a-f]+", "", repr(value)) if held is None else repr((held.dtype, held.shape))
+        found.update(said.encode())
+        found.update(b"" if held is None else held.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:8]

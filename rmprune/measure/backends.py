@@ -33,6 +33,8 @@ from rmprune.measure.runtimes import (
     tensorrt_engine,
 )
 from rmprune.measure.torch_backends import compiled, cuda_graph, current, eager, torchscript
+from rmprune.onnx.compare import runtime_says
+from rmprune.onnx.file import is_onnx
 
 __all__ = [
     "BACKENDS", "Backend", "Candidate", "Run", "check_backend", "current", "needs_calibration", "prepare",
@@ -174,7 +176,8 @@ def says_what_fails(name: str, backend: str) -> Iterator[None]:
     except RmpruneError:
         raise
     except Exception as error:  # each runtime has its own errors
-        remedy = "take a smaller batch size" if out_of_memory(error) else "measure with another backend"
+        other = "export it again, or measure with another backend" if is_onnx(name) else "measure with another backend"
+        remedy = "take a smaller batch size" if out_of_memory(error) else other
         raise ConfigError(
-            f"backend {backend!r} cannot run {name!r} ({type(error).__name__}: {str(error)[:200]}); {remedy}"
+            f"backend {backend!r} cannot run {name!r} ({type(error).__name__}: {runtime_says(error)}); {remedy}"
         ) from error

@@ -53,7 +53,7 @@ def session_options(threads: int) -> Any:
     """ONNX Runtime's, as everything here is timed by it: its threads spin while a run lasts, as they do by default, and stop when it ends
     (force_spinning_stop): left to spin on, they would take the cores from the candidate measured next."""
     options = importlib.import_module("onnxruntime").SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised as well
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options

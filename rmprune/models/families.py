@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torchvision
 from torch import nn
 
@@ -118,6 +119,16 @@ def create(name: str, *, num_classes: int = 1000, in_channels: int = 3, **settin
             raise
         raise ConfigError(f"{name} cannot be built with {settings}: {error}") from error
     raise ConfigError(_unknown(name))
+
+
+def auxiliary_tensors(name: str) -> set[str]:
+    """Names of the tensors of GoogLeNet's and Inception's auxiliary heads, which `create` leaves out: only training reads them."""
+    settings = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}, "timm/inception_v3": {}}
+    if name not in settings:
+        return set()
+    with torch.device("meta"):
+        whole, made = (create(name, aux_logits=has, **settings[name]).state_dict() for has in (True, False))
+    return whole.keys() - made.keys()
 
 
 def accepts(name: str, setting: str) -> bool:

@@ -24,8 +24,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     try:
         if is_torchvision(name):
             weights = torchvision.models.get_model_weights(name).DEFAULT
-            found = torchvision.models.get_model(name, weights=weights).state_dict()
-            return {key: value for key, value in found.items() if not key.startswith("AuxLogits.")}
+            return dict(torchvision.models.get_model(name, weights=weights).state_dict())
         if _timm_config(name):
             import timm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ def open_session(source: Path | bytes) -> Any:
     return onnxruntime.InferenceSession(
         source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
     )
+
+
+def runtime_says(error: Exception) -> str:
+    """What an error of a runtime says, in one line of bounded length, without ONNX Runtime's own marks and places in its code."""
+    said = re.sub(
+        r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .* failed:|\S*/onnxruntime/core/\S+ .*?\) (?=\w)",
+        "",
+        str(error),
+    )
+    return " ".join(said.split())[:200] or type(error).__name__
 
 
 def named_outputs(outputs: Any) -> dict[str, Tensor]:

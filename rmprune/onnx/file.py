@@ -214,4 +214,8 @@ def _described(value: onnx.ValueInfoProto, what: str) -> OnnxInput:
         raise UnsupportedModel(
             f"its {what} {printable(value.name)} has {len(sizes)} axes; taken are batches, (N, ...): export it with its sizes"
         )
+    if what == "input" and any(dim.HasField("dim_value") and dim.dim_value == 0 for dim in tensor.shape.dim):
+        raise UnsupportedModel(
+            f"its {what} {printable(value.name)} has an axis of size 0, so that it takes nothing; export it with its sizes, or open"
+        )
     return OnnxInput(value.name, sizes, NUMBER_FORMATS[tensor.elem_type])

@@ -21,6 +21,7 @@ from rmprune.onnx.file import OnnxFile, OnnxInput
 from rmprune.onnx.functions import FUNCTION_READERS
 from rmprune.onnx.idioms import join_idioms
 from rmprune.onnx.layers import LAYER_READERS
+from rmprune.onnx.layout import channel_axis
 from rmprune.onnx.order import printable, said_of
 from rmprune.onnx.windows import WINDOW_READERS
 
@@ -49,6 +50,12 @@ def read_network(
     UnsupportedModel for an operator, an attribute or a use that is not on the list, and ArtifactError where the file contradicts itself;
     both name the node.
     """
+    if len({entry.sizes[0] for entry in file.inputs} - {None}) > 1:
+        said = ", ".join(f"{printable(entry.name)} {list(entry.sizes)}" for entry in file.inputs)
+        raise UnsupportedModel(
+            f"{file.path}: its inputs begin with other numbers ({said}), where read are as many images of each; leave the part out that "
+            "joins them (onnx.utils.extract_model)"
+        )
     for node in file.nodes:
         if "Quantize" in node.op_type or node.op_type in _QUANTISED:
             raise UnsupportedModel(
@@ -96,15 +103,16 @@ def read_network(
 
 def _sizes(file: OnnxFile, entry: OnnxInput, image_size: int | None, channels: int) -> tuple[int, ...]:
     """One example's sizes, without the batch; what the file leaves open is taken from the settings."""
-    given = entry.sizes[1:]
+    given, at = entry.sizes[1:], channel_axis(file, entry) - 1
+    pixels = [n for axis, n in enumerate(given) if axis != at]
     size = 224 if image_size is None else image_size
     if size < 1 or channels < 1:
         raise ConfigError(f"image_size is {size} and in_channels {channels}; both must be at least 1")
-    if image_size is not None and given[1:] and None not in given[1:] and set(given[1:]) != {size}:
+    if image_size is not None and pixels and None not in pixels and set(pixels) != {size}:
         raise ConfigError(
-            f"{file.path} takes images of {list(given[1:])} pixels, which --image-size {size} cannot change; leave it out"
+            f"{file.path} takes images of {pixels} pixels, which --image-size {size} cannot change; leave it out"
         )
-    found = tuple(n or (channels if axis == 0 and len(given) > 1 else size) for axis, n in enumerate(given))
+    found = tuple(n or (channels if axis == at and len(given) > 1 else size) for axis, n in enumerate(given))
     if math.prod(found) > MOST_PIXELS or (entry.sizes[0] or 1) > 2**12:
         raise UnsupportedModel(
             f"{file.path}: its input {printable(entry.name)} of sizes {list(entry.sizes)} is too large"
@@ -131,8 +139,11 @@ def _read(file: OnnxFile, node: onnx.NodeProto, values: dict[str, OnnxValue | No
     except Obstacle as obstacle:
         raise UnsupportedModel(f"{file.path}: {said_of(node)}: {str(obstacle)[:500]}") from None
     except Exception as error:  # torch and numpy complain in many ways of sizes that do not fit
+        only = (
+            f", or it holds for batches of {n} alone: export it with an open batch" if (n := fixed_batch(file)) else ""
+        )
         raise ArtifactError(
-            f"{file.path}: {said_of(node)}: {first_line(error)}; the file contradicts itself, export it again"
+            f"{file.path}: {said_of(node)}: {first_line(error)}; the file contradicts itself{only or ', export it again'}"
         ) from error
     for name, value in zip(node.output, found, strict=False):
         if name:

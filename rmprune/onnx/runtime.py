@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ArtifactError, NotEquivalent, first_line
+from rmprune.errors import ArtifactError, NotEquivalent
 from rmprune.graph.build import target_of
-from rmprune.onnx.compare import TOLERANCES, as_tensors, difference, in_format, is_off, outputs_of
+from rmprune.onnx.compare import TOLERANCES, as_tensors, difference, in_format, is_off, outputs_of, runtime_says
 from rmprune.onnx.file import OnnxFile, open_onnx
 from rmprune.onnx.read import OnnxNetwork, fixed_batch, read_network
 
@@ -43,13 +42,8 @@ def run_file(file: OnnxFile, inputs: Sequence[Tensor]) -> list[Tensor]:
     try:
         return [torch.from_numpy(value) for value in file.session.run([entry.name for entry in file.outputs], feed)]
     except Exception as error:  # ONNX Runtime has many errors of its own
-        said = re.sub(
-            r"\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .* failed:|\S*/onnxruntime/core/\S+ .*?\) (?=\w)",
-            "",
-            str(error),
-        )
         raise ArtifactError(
-            f"{file.path}: ONNX Runtime refuses it ({first_line(RuntimeError(said))}); export the network again"
+            f"{file.path}: ONNX Runtime refuses it ({runtime_says(error)}); export the network again"
         ) from None
 
 

@@ -17,6 +17,7 @@ from rmprune.measure.candidate import FileCandidate, onnx_form
 from rmprune.measure.latency import Configuration, measure_candidates
 from rmprune.measure.runtimes import openvino_form
 from rmprune.onnx.file import OnnxFile, is_onnx, open_onnx
+from rmprune.onnx.layout import channel_axis
 from rmprune.pipelines.measure import profile
 from rmprune.pipelines.stages import measuring
 from rmprune.report.screen import headed, profile_table
@@ -71,15 +72,15 @@ def _example_shapes(files: list[OnnxFile], image_size: int | None) -> list[tuple
             raise ConfigError(
                 f"{first.path} takes inputs of sizes {entry.sizes}, another file others; measure them apart"
             )
-        free = [3 if axis == 0 and len(said) > 1 else image_size or _SIZE for axis in range(len(said))]
+        at = channel_axis(first, entry) - 1
+        free = [3 if axis == at and len(said) > 1 else image_size or _SIZE for axis in range(len(said))]
         found.append(
             tuple(next(iter(values)) or 0 if values else size for values, size in zip(said, free, strict=True))
         )
-        if image_size is not None and any(
-            values and n != image_size for values, n in zip(said[1:], found[-1][1:], strict=True)
-        ):
+        pixels = [(values, n) for axis, (values, n) in enumerate(zip(said, found[-1], strict=True)) if axis != at]
+        if image_size is not None and any(values and n != image_size for values, n in pixels):
             raise ConfigError(
-                f"{first.path} takes images of {found[-1][1:]} pixels, not of {image_size}; leave out --image-size"
+                f"{first.path} takes images of {tuple(n for _, n in pixels)} pixels, not of {image_size}; leave out --image-size"
             )
         if math.prod(found[-1]) > 2**24:
             raise ConfigError(f"{first.path}: inputs of sizes {found[-1]} are too large to measure")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+import math
 import shutil
 import tempfile
 import weakref
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 logger = logging.getLogger("rmprune")
+_ALIKE = 1e-2  # relative, of one loss computed on two machines or in coarse formats
 NOT_KEPT = shutil.ignore_patterns("checkpoint", ".lock", ".*.tmp")
 
 
@@ -143,7 +145,8 @@ def slim(
     (0.02, the peak): of fine-tuning; `finetune`, `prune` and `measure`: all that the flags of these names set, before which these two
     go. With a loss the teacher's part is the squared difference of outputs over their variance.
     `out`: a folder that keeps the run: the same call goes on from it where one was interrupted, and gives back one that is finished.
-    Without it, `result.save(folder)`.
+    Another call is refused: other weights, settings, validation or test data; another number of training batches, or a first one that
+    differs though two readings of it agree; a loss that is another on the first batch of validation. Without it, `result.save(folder)`.
 
     Raises, before anything is trained: ConfigError for settings and for a network in training mode or without weights, DataError for
     loaders (of `train` the first batch is looked at, of the others every one), UnsupportedModel for a network that cannot be traced,
@@ -206,13 +209,22 @@ def slim(
             measure=places,
             out=folder,
         )
-        _refuse_another(folder, network)
+        given_with = {
+            "data": dataset,
+            "own_loss": loss is not None,
+            "loss": splits[1].first_loss(),
+            "batches": splits[0].count,
+        }
+        given_with["first_batch"] = splits[0].first_digest()
+        _refuse_another(folder, network, given_with)
         shape = tuple(splits[0].example(1).shape[1:])
         data = Dataset(dataset, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
         asked = ", ".join(f"{name}={value:g}" for name, value in given.items())
         command = f"rmprune.slim({type(network).__name__}, ..., {asked}, method={config.method[0]!r}, seed={seed})"
         with contextlib.suppress(Finished):  # out= holds this very run
-            run_job(Job(config, data, pick_device(str(device)), seed, given=network), command=command)
+            run_job(
+                Job(config, data, pick_device(str(device)), seed, given=network, given_with=given_with), command=command
+            )
         return Slimmed(folder, at, data, temporary=out is None)
     except BaseException:
         if out is None:
@@ -242,13 +254,32 @@ def _trained(model: nn.Module) -> nn.Module:
     return copied(plain_module(model)).cpu()
 
 
-def _refuse_another(folder: Path, network: nn.Module) -> None:
-    """Raise ConfigError where the run in this folder began with other weights."""
+def _refuse_another(folder: Path, network: nn.Module, given_with: dict[str, Any]) -> None:
+    """Raise ConfigError where the run in this folder began with other weights, another loss or other training batches, as far as these
+    can be told from one another."""
     if not artifact.is_artifact(folder / "dense"):
         return
     before, now = artifact.load(folder / "dense").state_dict(), network.state_dict()
     if any(name not in now or not torch.equal(tensor, now[name]) for name, tensor in before.items()):
         raise ConfigError(f"{folder}: holds the run of another network, or of other weights; choose another out=")
+    begun = artifact.read_extra(folder / "dense").get("given_with", {})
+    if (
+        not isinstance(begun, dict) or begun.get("data") != given_with["data"]
+    ):  # of an earlier version, or refused for its data
+        return
+    losses = [entry.get("loss") for entry in (begun, given_with)]
+    if begun["own_loss"] != given_with["own_loss"] or (
+        None not in losses and not math.isclose(*losses, rel_tol=_ALIKE, abs_tol=_ALIKE**2)  # type: ignore[arg-type]
+    ):
+        raise ConfigError(
+            f"{folder}: holds the run of another loss= (of the first batch of validation it was {losses[0]}, and is {losses[1]} now); "
+            "give that one to go on, or choose another out="
+        )
+    if begun["batches"] != given_with["batches"] or "" != begun["first_batch"] != given_with["first_batch"] != "":
+        raise ConfigError(
+            f"{folder}: holds the run of other training batches ({begun['batches']}, now {given_with['batches']}; the first one "
+            f"{'agrees' if begun['first_batch'] == given_with['first_batch'] else 'differs'}); give these again, or choose another out="
+        )
 
 
 def _place(time: dict[str, Any]) -> str:

@@ -121,7 +121,7 @@ def dense_network(job: Job[RunConfig], cell: Cell) -> nn.Module:
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
         if job.given is not None:
-            return job.given, {"input_shape": list(job.data.input_shape)}
+            return job.given, {"input_shape": list(job.data.input_shape), "given_with": job.given_with}
         model = make_dense(config, job.data, job.seed, tell=logger.info)
         if getattr(config, "checkpoint", None) is None:
             sparsity = getattr(config, "sparsity", None)

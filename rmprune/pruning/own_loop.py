@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from rmprune.config import TrainConfig
 from rmprune.errors import ConfigError, UnsupportedModel
@@ -24,7 +25,8 @@ class Pruner:
     and `done` is True from then on. Each
     cut puts a smaller network into `model`, which the loop must call from then on (`step()` says so by returning True), and brings
     `optimizer` along in place: its parameters are those of the new network, its state (momentum, Adam's moments) is cut like they
-    are, and whatever holds it, such as a schedule of learning rates, goes on. Channels go by the Taylor scores that the gradients of the
+    are, and whatever holds it, such as a schedule of learning rates, goes on. State of another form than its parameter begins anew, with
+    a warning. Channels go by the Taylor scores that the gradients of the
     steps add up to, or by `importance` "batch_norm", "magnitude" or "random". The model may have residuals, whose streams are then cut
     coupled, or none (`remove_residuals` first, with `batch_norm=True`, the default).
 
@@ -33,7 +35,8 @@ class Pruner:
     `cut_error`: what a trial cut of every group was wrong by, relative, in float64; once `done`, of the last
     network as well, which has `rmprune_facts` like the result of `prune`. Raises InfeasibleBudget where limits forbid the budget,
     UnsupportedModel where nothing can be pruned or the network's own weights are computed from others, NotEquivalent where
-    a cut would be wrong, ConfigError for an optimizer of another model: all at once, before any step.
+    a cut would be wrong, ConfigError for an optimizer of another model, that wraps another one, or that keeps parameters elsewhere (LBFGS):
+    all at once, before any step.
 
     >>> model = rmprune.models.create("resnet8", num_classes=10, width=8)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -86,6 +89,7 @@ class Pruner:
                     "torch.nn.utils.remove_weight_norm), and the optimizer after that"
                 )
             raise ConfigError("the optimizer holds no parameter of this model; make it of model.parameters()")
+        _refuse_elsewhere(optimizer, model)
         model, _, structure = followed(model, inputs, budget)
         self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
@@ -123,3 +127,21 @@ class Pruner:
         self.optimizer.state = loop.optimizer.state
         loop.optimizer = self.optimizer
         return True
+
+
+def _refuse_elsewhere(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise ConfigError for an optimizer that holds the parameters, or their state, where cuts do not reach them."""
+    parameters, kind = {id(p) for p in model.parameters()}, type(optimizer).__name__
+    for name, value in vars(optimizer).items():
+        if name in ("param_groups", "state"):
+            continue
+        for each in tree_leaves([value, list(value) if isinstance(value, dict | set) else None]):
+            if isinstance(each, torch.optim.Optimizer):
+                raise ConfigError(
+                    f"{kind} wraps another optimizer; give the one inside, optimizer.{name}, whose parameters are brought along"
+                )
+            if id(each) in parameters:
+                raise ConfigError(
+                    f"{kind} keeps parameters of its own beside its param_groups ({name}), as if sizes never changed; take one that keeps "
+                    "its state by parameter, such as SGD or AdamW"
+                )

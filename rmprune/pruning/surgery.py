@@ -1,12 +1,15 @@
 """Physical removal of channels: a new, smaller module, with the optimiser's state cut along. Decides nothing."""
 
 import copy
+import functools
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rmprune.graph.copied import copied
 from rmprune.graph.facts import facts_of, note
@@ -14,6 +17,7 @@ from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, in_and_out, set_width, slices_of
 from rmprune.pruning.written import write
 
+logger = logging.getLogger("rmprune")
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 
@@ -99,17 +103,51 @@ def _new_parameter(parameter: nn.Parameter, slices: Slices) -> nn.Parameter:
 
 
 def _shrink_optimizer(optimizer: O, new: Mapping[int, tuple[nn.Parameter, Slices]]) -> O:
-    """The same optimiser on the new parameters; parameters it does not share with the model are kept as they are."""
+    """The same optimiser on the new parameters; parameters it does not share with the model are kept as they are.
+
+    What it keeps of a parameter is of the parameter's shape, one number, or torch's Adafactor's rows and columns. Of anything else nothing
+    says what it belongs to: then parameters that are cut lose all theirs, which optimisers begin anew.
+    """
     result = copy.copy(optimizer)
     result.param_groups = []
     result.state = defaultdict(dict)
     for group in optimizer.param_groups:
         parameters = [new[id(p)][0] if id(p) in new else p for p in group["params"]]
         result.param_groups.append({**group, "params": parameters})
-    for parameter, state in optimizer.state.items():
+    held = {p: state for p, state in optimizer.state.items() if isinstance(p, Tensor)}
+    factored = isinstance(optimizer, torch.optim.Adafactor)  # others' choice of what to factor goes by sizes
+    odd = {
+        key: (value, p)
+        for p, state in held.items()
+        for key, values in state.items()
+        for value in tree_leaves(values)
+        if isinstance(value, Tensor) and not _follows(value, p, factored)
+    }
+    anew = 0
+    result.state.update((key, state) for key, state in optimizer.state.items() if key not in held)
+    for parameter, state in held.items():
         replacement, slices = new.get(id(parameter), (parameter, ()))
-        result.state[replacement] = {
-            key: take(value, slices if value.shape == parameter.shape else ()) if isinstance(value, Tensor) else value
-            for key, value in state.items()
-        }
+        if slices and not odd.keys().isdisjoint(state):
+            anew += 1
+            continue
+        cut = functools.partial(_cut_along, parameter, slices)
+        result.state[replacement] = {key: tree_map_only(Tensor, cut, value) for key, value in state.items()}
+    if anew:
+        key, (value, p) = next(iter(odd.items()))
+        logger.warning(
+            "%s keeps %s of sizes %s for a weight of %s, which cannot be cut like it: its state of %d weights that were cut begins anew",
+            type(optimizer).__name__, key, list(value.shape), list(p.shape), anew,
+        )  # fmt: skip
     return result
+
+
+def _follows(value: Tensor, parameter: Tensor, factored: bool) -> bool:
+    """Whether something that an optimiser keeps can be cut like its parameter; `factored`: with one of its sizes 1 as well."""
+    sizes = zip(value.shape, parameter.shape, strict=False)
+    alike = value.dim() == parameter.dim() and all(a == b or (factored and a == 1) for a, b in sizes)
+    return alike or value.numel() == 1
+
+
+def _cut_along(parameter: Tensor, slices: Slices, value: Tensor) -> Tensor:
+    same = value.dim() == parameter.dim()
+    return take(value, tuple((d, index) for d, index in slices if same and value.shape[d] == parameter.shape[d]))

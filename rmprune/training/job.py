@@ -1,9 +1,9 @@
 """What every training of one cell shares, said once: the job, and the files of each training. It decides nothing."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ IMPORTANCE_BATCH = 128  # so many at a time
 class Job(Generic[Config]):
     """One cell's settings, images, device and seed. `teacher`: the trained original, which fine-tuning follows and times are relative
     to; `memory`: the folder that keeps its outputs (`rmprune.training.teacher`); `given`: a network that was trained elsewhere, in the
-    place of one that is made by its name and trained."""
+    place of one that is made by its name and trained; `given_with`: what its artifact notes of the loaders and the loss that came along."""
 
     config: Config
     data: Dataset
@@ -36,6 +36,7 @@ class Job(Generic[Config]):
     teacher: nn.Module | None = None
     memory: Path | None = None
     given: nn.Module | None = None
+    given_with: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def pairs(self) -> list[Batch]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rmprune.artifact.weights import load_checkpoint_into, put_weights, start_from
 from rmprune.errors import ArtifactError
-from rmprune.models.families import create, create_network
+from rmprune.models.families import auxiliary_tensors, create, create_network
 from rmprune.models.head import head_parameters
 
 
@@ -70,6 +70,14 @@ def test_order_is_offered_and_taken_only_when_asked_for() -> None:
     assert torch.equal(model.conv1.weight, there["w0"])
 
 
+def test_parameters_alone_are_no_weights() -> None:
+    model = net(3)
+    with pytest.raises(
+        ArtifactError, match=r"a\.pt: lacks the statistics of batch norms \(bn1.running_mean, .*save model\.state_dict"
+    ):
+        put_weights(model, {key: value.detach() for key, value in net(10).named_parameters()}, "a.pt", "resnet8")
+
+
 @pytest.mark.parametrize("kind", ["norm", "numbered", "named"])
 def test_tensors_in_the_order_of_names_say_nothing_about_layers(kind: str, tmp_path: Path) -> None:
     """As .safetensors files sort them: a norm's bias before its weight, layer 10 before layer 2, key before query; of one shape each."""
@@ -121,6 +129,21 @@ def test_torchvisions_own_weights_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     model = create("squeezenet1_1", num_classes=4)
     assert "the head is new: classifier.1.weight" in start_from(model, "imagenet", "squeezenet1_1")
     assert torch.equal(model.features[0].weight, there.features[0].weight)
+
+
+def test_auxiliary_heads_are_taken_off_as_torchvision_does() -> None:
+    there = torchvision.models.googlenet(aux_logits=True, init_weights=False, num_classes=4).state_dict()
+    model = create("googlenet", num_classes=4)
+    for prefix in ("", "module."):
+        said = put_weights(model, {prefix + key: value for key, value in there.items()}, "a.pt", "googlenet")
+        assert said == "aux1.*, aux2.* left out: auxiliary heads, which only training reads"
+    assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items())
+    for key in ("aux3.fc.weight", "aux1.extra"):  # which no auxiliary head has
+        with pytest.raises(ArtifactError, match=f"not in googlenet: {key}"):
+            put_weights(model, there | {key: torch.ones(2)}, "a.pt", "googlenet")
+    for name in ("inception_v3", "timm/inception_v3"):
+        assert {key.split(".")[0] for key in auxiliary_tensors(name)} == {"AuxLogits"}
+    assert auxiliary_tensors("resnet18") == set()
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_0", "timm/test_resnet"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from rmprune.artifact import files as artifact
 from rmprune.artifact.weights import load_checkpoint_into, read_state_dict, start_from
@@ -84,7 +85,19 @@ def test_a_file_is_read_as_what_it_is_not_as_its_name_says(tmp_path: Path, form:
         (b"<!DOCTYPE html><html><title>404", "begins with '<!DOCTYPE html><html><title>404'.*download it again"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git lfs pull"),
         (lambda state: {"teacher": state, "student": state}, r"several networks \(teacher, student\)"),
-        (lambda state: state | {"fc.bias": torch.full((3,), math.nan)}, "fc.bias holds NaN"),
+        (
+            lambda state: state | {"fc.bias": torch.full((3,), math.nan)},
+            "a.pt: NaN or infinite numbers in fc.bias, as of",
+        ),
+        (lambda state: state | {"fc.bias": torch.tensor([0, 1, -math.inf])}, "numbers in fc.bias"),
+        (
+            lambda state: state | {"fc.bias": torch.tensor([0, 1, 1e300], dtype=torch.float64)},
+            "numbers in fc.bias",
+        ),
+        (
+            lambda state: {key: value / 0 for key, value in state.items()},
+            "numbers in conv1.weight, bn1.weight, bn1.bias, bn1.running_mean and .* more, .*take an earlier file",
+        ),
         (lambda state: state | {"fc.bias": torch.ones(3, dtype=torch.int8)}, "whole numbers there: fc.bias"),
     ],
 )
@@ -98,6 +111,60 @@ def test_what_is_no_weights_is_named_for_what_it_is(tmp_path: Path, content, tol
     with pytest.raises(ArtifactError, match=told) as caught:
         load(net(), path, "resnet8")
     assert "\n" not in str(caught.value)
+
+
+class Masked(nn.Module):
+    """Its mask is infinite, and meant to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
+
+
+def test_what_may_be_infinite_and_what_is_not_taken(tmp_path: Path) -> None:
+    there = Masked().state_dict()
+    torch.save(
+        {f"net.{key}": value for key, value in there.items()} | {"loss": torch.tensor(math.nan)}, tmp_path / "a.pt"
+    )
+    model = Masked()
+    assert start_from(model, str(tmp_path / "a.pt"), "masked") == "loss beside net.* left out"
+    assert torch.equal(model.layer.weight, there["layer.weight"])
+    broken = net()
+    nn.init.constant_(broken.fc.weight, math.nan)  # in a head that is made anew
+    torch.save(broken.state_dict(), tmp_path / "b.pt")
+    start_from(
+        create_network("resnet8", num_classes=5, input_shape=(1, 8, 8), width=4), str(tmp_path / "b.pt"), "resnet8"
+    )
+
+
+def test_a_broken_artifact_is_no_start(tmp_path: Path) -> None:
+    broken = net()
+    nn.init.constant_(broken.fc.weight, math.inf)
+    artifact.save(broken, tmp_path / "net")
+    with pytest.raises(ArtifactError, match=r"net: NaN or infinite numbers in fc\.weight"):
+        load_checkpoint_into(net(), tmp_path / "net", "resnet8")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["model.safetensors"], r"no artifact of rmprune; give the file in it, \S*hub/model.safetensors$"),
+        (["pytorch_model.bin", "model.safetensors"], r"hub/model.safetensors \(also there: pytorch_model.bin\)$"),
+        (["pytorch_model.bin"], r"hub/pytorch_model.bin$"),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            r"a network in pieces \(model-00001-of-00002.safetensors, .*save them as one file",
+        ),
+        ([], r"architecture.json: missing; this is not an rmprune artifact"),
+    ],
+)
+def test_a_folder_of_the_hugging_face_hub_names_its_file(tmp_path: Path, names: list[str], told: str) -> None:
+    (tmp_path / "hub").mkdir()
+    for name in ("config.json", *names):
+        (tmp_path / "hub" / name).write_text("{}")
+    with pytest.raises(ArtifactError, match=told):
+        start_from(net(), str(tmp_path / "hub"), "resnet8")
 
 
 class Payload:

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx_examples import graph_of, normal, residual, written
@@ -10,7 +12,9 @@ from onnx_examples import graph_of, normal, residual, written
 from rmprune.cli import main
 from rmprune.config import MeasureConfig, RemeasureConfig
 from rmprune.errors import ConfigError, RmpruneError
-from rmprune.pipelines.measure_files import run_measure_files
+from rmprune.onnx.file import open_onnx
+from rmprune.onnx.read import read_network
+from rmprune.pipelines.measure_files import _example_shapes, run_measure_files
 
 QUICK = MeasureConfig(threads=(1,), seconds=0.0, min_rounds=3)
 
@@ -60,6 +64,60 @@ def test_what_cannot_be_compared_is_refused(files: tuple[Path, ...], tmp_path: P
             run_measure_files(RemeasureConfig(runs, image_size=size, measure=QUICK))
     with pytest.raises(ConfigError, match="'eager' reads no ONNX files"):
         run_measure_files(RemeasureConfig(files, measure=replace(QUICK, backends=("eager",))))
+
+
+def test_what_a_runtime_refuses_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    unknown, newer, uneven = residual(), residual(), residual()
+    unknown.graph.node[1].op_type, newer.ir_version = "NoSuchOp", 99
+    uneven.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(normal(4, 4, 3, 3), "a"))
+    for model, said in (
+        (unknown, r"\(InvalidGraph: This is an invalid model. .* No Op register"),
+        (newer, r"\(Fail: Unsupported model IR version: 99"),
+        (uneven, r"Input channels C is not equal to kernel channels"),
+    ):
+        path = written(model, tmp_path / "a.onnx")
+        with pytest.raises(ConfigError, match=said) as raised:
+            run_measure_files(RemeasureConfig((path,), measure=QUICK))
+        told = str(raised.value)
+        assert "\n" not in told and "ONNXRuntimeError" not in told and "export it again, or measure with" in told
+    assert capfd.readouterr().err == ""
+
+
+def channels_last(sizes: list[Any], *, layers: bool = True) -> onnx.ModelProto:
+    """Channels last, as in TensorFlow's files: a mean is taken off, a border added, then comes the transpose; or no layer at all."""
+    make = onnx.helper.make_node
+    weights = {"m": normal(3), "p": np.array([0, 1, 1, 0, 0, 1, 1, 0]), "w": normal(4, 3, 3, 3)}
+    nodes = [
+        make("Sub", ["x", "m"], ["a"]),
+        make("Pad", ["a", "p"], ["b"]),
+        make("Transpose", ["b"], ["c"], perm=[0, 3, 1, 2]),
+        make("Conv", ["c", "w"], ["d"], kernel_shape=[3, 3]),
+        make("Relu", ["d"], ["y"]),
+    ]
+    return graph_of(nodes if layers else [make("Sub", ["x", "m"], ["y"])], weights, sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers", "expected"),
+    [
+        (["n", "h", "w", 3], True, (20, 20, 3)),
+        (["n", "h", "w", "c"], True, (20, 20, 3)),
+        (["n", 20, "w", 3], True, (20, 20, 3)),
+        ([1, 20, 20, 3], True, (20, 20, 3)),
+        (["n", "h", "w", 3], False, (20, 20, 3)),
+        (["n", "c", "h", 3], False, (20, 20, 3)),
+        (["n", 3, "h", "w"], False, (3, 20, 20)),
+    ],
+)
+def test_images_with_channels_last(tmp_path: Path, sizes: list[Any], layers: bool, expected: tuple[int, ...]) -> None:
+    """They were taken for images of 3 rows."""
+    path = written(channels_last(sizes, layers=layers), tmp_path / "a.onnx")
+    assert _example_shapes([open_onnx(path)], 20) == [expected]
+    if layers:
+        run_measure_files(RemeasureConfig((path,), measure=replace(QUICK, batch_sizes=(1,)), image_size=20))
+        assert read_network(open_onnx(path), 20).examples[0].shape == (2, *expected)
+    with pytest.raises(ConfigError, match="takes images of"):
+        _example_shapes([open_onnx(written(channels_last([1, 20, 20, 3]), path))], 21)
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,6 +256,12 @@ def typed(model: onnx.ModelProto, kind: int) -> None:
     model.graph.input[0].type.tensor_type.elem_type = kind
 
 
+def two_inputs(*sizes: list[int]) -> onnx.ModelProto:
+    model = graph_of([node("Add", ["x", "other"], ["y"])], {}, sizes[0])
+    model.graph.input.append(helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, sizes[1]))
+    return model
+
+
 REFUSED = {
     "another domain": (edited(custom), "an operator of com.acme, which is not ONNX's own"),
     "control flow": (edited(lambda m: setattr(m.graph.node[1], "op_type", "If")), "If 2: control flow"),
@@ -357,6 +363,12 @@ REFUSED = {
     "hard sigmoid 0.4": (one("HardSigmoid", beta=0.4), "beta=0.4"),
     "selu of others": (one("Selu", alpha=1.0), "its alpha is not that of the paper"),
     "resized channels": (one("Resize", None, np.float32([1, 2, 1, 1])), "read is a change of height and width"),
+    "another number of each": (two_inputs([3, 5], [5]), r"begin with other numbers \(x \[3, 5\], other \[5\]\)"),
+    "one image alone": (
+        one("Concat", normal(1, 4, 1, 1), axis=2, sizes=(1, 4, 6, 1)),
+        "batches of 1 alone: export it with an open",
+    ),
+    "no pixels": (one("Relu", sizes=(1, 4, 0, 8)), "has an axis of size 0"),
     "a constant output": (between([node("Identity", ["w"], ["y"])], w=W), "does not depend on its inputs"),
 }
 

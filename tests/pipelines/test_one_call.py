@@ -233,3 +233,55 @@ def test_out_gives_back_its_finished_run_and_refuses_other_data(tmp_path: Path) 
     others = [(x + 1, *rest) for x, *rest in labelled()]
     with pytest.raises(ConfigError, match="other settings"):
         rmprune.slim(model, labelled(), others, **call)
+
+
+class Note:
+    """A part of a batch that has no text of its own."""
+
+
+def drawn(model: nn.Module, batch: Any) -> Tensor:
+    return to_angles(model, batch) * (1 + torch.rand(()))
+
+
+def by_the_hour(model: nn.Module, batch: Any) -> Tensor:
+    return to_angles(model, batch) * next(HOURS)
+
+
+HOURS = iter(range(1, 1000))
+
+
+def test_out_goes_on_with_the_same_loaders_and_loss_alone(tmp_path: Path) -> None:
+    """As far as they can be told apart: what differs each time, of itself, is no reason to refuse."""
+    model = Angles().eval()
+    finetune = TrainConfig(epochs=0, warmup_epochs=0)
+    call: dict[str, Any] = {"ratio": 0.5, "method": "uniform", "finetune": finetune, **QUICK}
+
+    def slim(out: str, train: Any, loss: Any, validation: Any = None) -> Slimmed:
+        return rmprune.slim(model, train, validation or pixels(), loss=loss, out=tmp_path / out, **call)
+
+    first = slim("a", pixels(), to_angles)
+    assert slim("a", pixels(), lambda model, batch: to_angles(model, batch)).record == first.record
+    brighter = [batch | {"pixels": batch["pixels"] // 2 + 100} for batch in pixels()]
+    with pytest.raises(ConfigError, match=r"other training batches \(3, now 3; the first one differs\)"):
+        slim("a", brighter, to_angles)
+    with pytest.raises(ConfigError, match=r"other training batches \(3, now 4; the first one agrees\)"):
+        slim("a", pixels(4), to_angles)
+    for other in (lambda model, batch: 2 * to_angles(model, batch), drawn):
+        with pytest.raises(
+            ConfigError, match=r"holds the run of another loss= \(of the first batch of validation it was"
+        ):
+            slim("a", pixels(), other)
+    with pytest.raises(ConfigError, match="other settings"):
+        slim("a", pixels(), to_angles, brighter)
+
+    def shuffled() -> DataLoader[Any]:
+        return DataLoader(
+            pixels(), batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(torch.seed())
+        )
+
+    def noted() -> list[Any]:
+        return [batch | {"note": Note()} for batch in pixels()]
+
+    for out, train, loss, validation in (("b", shuffled, by_the_hour, pixels), ("c", noted, drawn, noted)):
+        first = slim(out, train(), loss, validation())
+        assert slim(out, train(), loss, validation()).record == first.record

@@ -121,3 +121,70 @@ def test_mistakes_are_said_at_once() -> None:
     pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=1)
     with pytest.raises(DataError, match="before the gradients are cleared"):
         pruner.step()
+
+
+def test_adafactors_rows_and_columns_are_those_of_the_channels_that_stay() -> None:
+    model = residual()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=3, cuts=1)
+    assert not one_step(pruner) and not one_step(pruner)
+    weight, before = model.get_parameter("0.0.weight"), {}
+    optimizer.register_step_post_hook(
+        lambda *_: before.update({k: v.clone() for k, v in optimizer.state.get(weight, {}).items()})
+    )
+    assert one_step(pruner)
+    kept = pruner.model.rmprune_facts["kept"]["0.0"]  # type: ignore[index]
+    now = optimizer.state[pruner.model.get_parameter("0.0.weight")]
+    assert len(kept) < len(weight) and all(torch.equal(now[key], before[key][kept]) for key in ("row_var", "col_var"))
+    assert not one_step(pruner) and float(now["step"]) == 4
+
+
+class Blocks(torch.optim.SGD):
+    """Keeps a matrix for each side of a weight, as Shampoo, or a number for each block of a flat one, as 8-bit optimizers."""
+
+    sizes = staticmethod(lambda p: (len(p), len(p)))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(count=0, side=[p.new_ones(self.sizes(p))])
+                assert state["side"][0].shape == self.sizes(p)
+                state["count"] += 1
+        super().step()
+
+
+@pytest.mark.parametrize("sizes", [lambda p: (len(p), len(p)), lambda p: (p.numel(),), lambda p: (-(-p.numel() // 8),)])
+def test_state_of_another_form_begins_anew_and_is_named(sizes: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = residual()
+    optimizer = Blocks(model.parameters(), lr=1e-3)
+    optimizer.sizes = sizes  # type: ignore[method-assign]
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=2, cuts=1)
+    assert not one_step(pruner) and not caplog.text and one_step(pruner) and not one_step(pruner)
+    assert "Blocks keeps side of sizes" in caplog.text and "begins anew" in caplog.text
+    assert {state["count"] for state in optimizer.state.values()} == {1, 3}
+    assert optimizer.state[pruner.model.get_parameter("0.0.weight")]["count"] == 1
+
+
+class Around(torch.optim.SGD):
+    def __init__(self, inside: torch.optim.Optimizer) -> None:
+        super().__init__(inside.param_groups[0]["params"])
+        self.inside = [inside]
+
+
+def test_optimizers_that_hold_parameters_where_cuts_do_not_reach_are_refused() -> None:
+    """LBFGS went on with the parameters of before the cut, without a word."""
+    model = residual()
+    for optimizer, told in (
+        (
+            torch.optim.LBFGS(model.parameters()),
+            r"LBFGS keeps parameters of its own beside its param_groups \(_params\)",
+        ),
+        (
+            Around(torch.optim.SGD(model.parameters())),
+            r"Around wraps another optimizer; give the one inside, optimizer\.inside",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=4)
