@@ -47,8 +47,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def loader_killed(error: BaseException) -> bool:
-    """Whether torch says that a process which reads images is gone. It does so wherever the program is at that moment."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    """Whether torch says that a process which reads images is gone. It does so wherever the program is at that moment. An error that
+    such a process raised itself ("Caught RuntimeError in DataLoader worker process 0") is none of these."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 LOADER_KILLED = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rmprune import cli
 from rmprune.data import photos
 from rmprune.data.batches import class_loss, own_loss, watch_passes
-from rmprune.errors import LOADER_KILLED
+from rmprune.errors import LOADER_KILLED, loader_killed
 
 QUICK = (
     "--model resnet8 --width 2 --dataset imagefolder --image-size 16 --epochs 1 --batch-size 4 --workers 1 --measure.backend eager "
@@ -62,6 +62,20 @@ def test_it_is_one_line(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.splitlines()[-1] == f"rmprune: error: {LOADER_KILLED}"
     assert "Traceback" not in said and "--workers 0" in LOADER_KILLED
+
+
+class Stumbling(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise RuntimeError("a codec is missing")
+
+
+def test_what_a_loader_process_raises_itself_is_not_taken_for_its_end() -> None:
+    with pytest.raises(RuntimeError, match="a codec is missing") as raised:
+        list(torch.utils.data.DataLoader(Stumbling(), num_workers=1))
+    assert "DataLoader worker" in str(raised.value) and not loader_killed(raised.value)
 
 
 class Told(nn.Module):
