@@ -215,7 +215,7 @@ def _refuse_folder(path: Path) -> None:
     """Raise ArtifactError for a folder that is no artifact but holds files of weights, as those of the Hugging Face hub do."""
     files = sorted(
         (file for file in path.iterdir() if file.suffix.lower() in _WEIGHTS and file.is_file()),
-        key=lambda file: (_WEIGHTS.index(file.suffix.lower()), file.name),
+        key=lambda file: ("model" not in file.name, _WEIGHTS.index(file.suffix.lower()), file.name),  # not optimizer.pt
     )
     if any(re.search(r"-\d+-of-\d+$", file.stem) for file in files):
         raise ArtifactError(

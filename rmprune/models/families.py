@@ -123,11 +123,13 @@ def create(name: str, *, num_classes: int = 1000, in_channels: int = 3, **settin
 
 def auxiliary_tensors(name: str) -> set[str]:
     """Names of the tensors of GoogLeNet's and Inception's auxiliary heads, which `create` leaves out: only training reads them."""
-    settings = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}, "timm/inception_v3": {}}
-    if name not in settings:
+    slow = {"init_weights": False}
+    bare = name.split(".")[0]  # without timm's tag of weights
+    settings: dict[str, dict[str, Any]] = {"googlenet": slow, "inception_v3": slow, "timm/inception_v3": {}}
+    if bare not in settings:
         return set()
     with torch.device("meta"):
-        whole, made = (create(name, aux_logits=has, **settings[name]).state_dict() for has in (True, False))
+        whole, made = (create(bare, aux_logits=has, **settings[bare]).state_dict() for has in (True, False))
     return whole.keys() - made.keys()
 
 

@@ -141,7 +141,7 @@ def test_auxiliary_heads_are_taken_off_as_torchvision_does() -> None:
     for key in ("aux3.fc.weight", "aux1.extra"):  # which no auxiliary head has
         with pytest.raises(ArtifactError, match=f"not in googlenet: {key}"):
             put_weights(model, there | {key: torch.ones(2)}, "a.pt", "googlenet")
-    for name in ("inception_v3", "timm/inception_v3"):
+    for name in ("inception_v3", "timm/inception_v3", "timm/inception_v3.tv_in1k"):
         assert {key.split(".")[0] for key in auxiliary_tensors(name)} == {"AuxLogits"}
     assert auxiliary_tensors("resnet18") == set()
 

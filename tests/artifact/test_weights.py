@@ -152,6 +152,7 @@ def test_a_broken_artifact_is_no_start(tmp_path: Path) -> None:
         (["model.safetensors"], r"no artifact of rmprune; give the file in it, \S*hub/model.safetensors$"),
         (["pytorch_model.bin", "model.safetensors"], r"hub/model.safetensors \(also there: pytorch_model.bin\)$"),
         (["pytorch_model.bin"], r"hub/pytorch_model.bin$"),
+        (["optimizer.pt", "pytorch_model.bin"], r"hub/pytorch_model.bin \(also there: optimizer.pt\)$"),
         (
             ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
             r"a network in pieces \(model-00001-of-00002.safetensors, .*save them as one file",
