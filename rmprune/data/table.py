@@ -55,10 +55,6 @@ def _parsed(file: Path, encoding: str, image_column: str) -> list[dict[str, str]
         header = [name.strip() for name in next(lines, [])]
         if twice := next((name for name, count in Counter(header).items() if name and count > 1), None):
             raise DataError(f"{file}: two columns are called {twice!r}; give each its name")
-        if photo := next((name for name in header if Path(name).suffix.lower() in ENDINGS), None):
-            raise DataError(
-                f"{file}: its first line has a photo, {photo[:200]!r}; begin it with a line of names: image,label"
-            )
         rows: list[dict[str, str]] = []
         for line in lines:
             if not any(cell.strip() for cell in line):
@@ -106,5 +102,9 @@ def column_of(file: Path, columns: list[str], kind: str, asked: str) -> str:
         return found[0]
     if not found and default and kind == "label":
         return ""
+    if photo := next((name for name in columns if Path(name).suffix.lower() in ENDINGS), None):
+        raise DataError(
+            f"{file}: its first line has a photo, {photo[:200]!r}; begin it with a line of names: image,label"
+        )
     what = f"has no column {asked!r}" if not found else f"several columns could be the {kind}"
     raise DataError(f"{file}: {what}; there are: {', '.join(columns)[:200]}; say which by --{kind}-column")

@@ -207,6 +207,11 @@ def test_a_column_of_parts_has_any_name(folder: Path, caplog: pytest.LogCaptureF
     assert "column 'subset' is taken for 'split'" in caplog.text
 
 
+def test_a_column_may_be_called_as_a_photo(folder: Path) -> None:
+    rows = [{"image": name, "label": name.split("/")[1], "mean.png": "0.5"} for name in FILES]
+    assert len(list_photos(config(folder, labels=listed(folder, rows))).photos) == 4
+
+
 @pytest.mark.parametrize(("second", "warned"), [("Cat", True), ("cat ", True), ("cats", False)])
 def test_classes_of_one_name_in_two_spellings_are_said(
     tmp_path: Path, second: str, warned: bool, caplog: pytest.LogCaptureFixture
