@@ -78,9 +78,8 @@ def _deep_colours(file: Any, again: Callable[[], Any]) -> Any:
     `file` was just opened; `again` opens it once more, for the lower bytes. Raises ValueError for colours in planes of their own.
     """
     tags = getattr(file, "tag_v2", {})  # of TIFF: planes, bits
-    if tags.get(284) == 2 and 16 in tags.get(
-        258, ()
-    ):  # Pillow takes bytes of one colour for others, or gives no lower ones
+    if tags.get(284) == 2 and 16 in tags.get(258, ()):
+        # Pillow takes bytes of one colour for others, or gives no lower ones
         raise ValueError("16-bit colours in planes of their own; save it with the three values of a pixel side by side")
     orders = zip("BLN", ("L", "B", "B" if sys.byteorder == "little" else "L"), strict=True)
     lower_of = {f"{c};16{order}": f"{c};16{other}" for order, other in orders for c in ("RGB", "RGBA", "RGBX")}

@@ -35,11 +35,9 @@ def warn_of_duplicates(paths: list[str], parts: Mapping[str, Iterable[int]], cla
     ):
         several = [one for group in found if len(one := {mark[place]: number for mark, number in group.items()}) > 1]
         if several:
-            shown = ("; ".join(" = ".join(paths[number] for number in list(one.values())[:2]) for one in several[:2]))[
-                :500
-            ]
+            shown = "; ".join(" = ".join(paths[number] for number in list(one.values())[:2]) for one in several[:2])
             many = "photo is" if len(several) == 1 else "photos are"
-            logger.warning("%d %s in two %s (%s)", len(several), many, what, shown)
+            logger.warning("%d %s in two %s (%s)", len(several), many, what, shown[:500])
 
 
 def _equal(paths: list[str], mark_of: Mapping[int, Mark]) -> list[dict[Mark, int]]:

@@ -62,9 +62,9 @@ def parts_of_folder(root: Path) -> dict[str, str]:
 def parts_by_folder(file: Path, paths: list[str]) -> list[str]:
     """The part of each image of a CSV that names none: that of its folder, where all lie in train/ and in val/ or test/, or folders of such
     names; else "". The log says so."""
-    real = [os.path.normpath(Path(path).absolute()) for path in paths]
-    above = len(Path(os.path.commonpath(real)).parts)
-    folders = [Path(path).parts[above] if len(Path(path).parts) > above + 1 else "" for path in real]
+    real = list(map(os.path.abspath, paths))
+    above = len(os.path.commonpath(real).rstrip(os.sep)) + 1
+    folders = [first if slash else "" for first, slash, _ in (path[above:].partition(os.sep) for path in real)]
     found = {name: PART_OF.get(name.lower(), "") for name in folders}
     parts = {part for part in found.values() if part}
     if len(parts) < 2:
