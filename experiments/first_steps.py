@@ -1,0 +1,170 @@
+"""Do the first steps of fine-tuning undo a cut network? Its loss and the norm of its gradient, step by step.
+
+    python experiments/first_steps.py runs/dense-0             # writes reports/solar-cells/first-steps.csv
+
+Takes a finished run of `train` with its photos. The network is cut by each method to one budget in MACs, fitted and re-centred as `slim`
+does it, and takes the first steps of its fine-tuning, the trained network as teacher, on the same batches without augmentation. Once as it
+is, once *balanced*: rows of convolutions before batch norms are multiplied by powers of two, which training mode does not see, until no row
+has a larger gradient relative to its norm than the median row. The function stays the same; a step changes it less. Goes on from what is
+there.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from rmprune.artifact import files as artifact
+from rmprune.config import DataConfig, PruneConfig, SlimConfig, TrainConfig
+from rmprune.config.toml import from_dict
+from rmprune.data.load import load_dataset
+from rmprune.measure import count_macs
+from rmprune.methods.cutter import make_cutter
+from rmprune.methods.start import start
+from rmprune.methods.table import METHODS
+from rmprune.pipelines.stages import with_names
+from rmprune.pruning import Budget
+from rmprune.training import evaluate
+from rmprune.training.job import Job
+from rmprune.training.optimizer import make_optimizer
+from rmprune.training.teacher import distillation_loss
+
+ROUNDS = 2  # of balancing: gradients change with the rows before
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which network, which methods."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    methods: tuple[str, ...] = ("rm", "residual")
+    macs_ratio: float = 0.19
+    """About what 0.3 of the time is for EfficientNet-Lite0."""
+    learning_rate: float = 0.005
+    """Of slim-128.toml."""
+    steps: int = 24
+    work: Path = Path("runs/first-steps")
+    """Where the cut networks are."""
+    out: Path = Path("reports/solar-cells/first-steps.csv")
+
+
+def job_of(settings: Settings) -> Job[SlimConfig]:
+    """As `slim` would fine-tune the run's network."""
+    known = json.loads((settings.run / "record.json").read_text())["config"]
+    data = from_dict(DataConfig, known["data"])
+    tuning = TrainConfig(epochs=1, learning_rate=settings.learning_rate, schedule="constant", distillation=0.5)
+    config = SlimConfig(
+        model=known["model"], batch_norm_eps=known.get("batch_norm_eps"), method=settings.methods, data=data,
+        prune=PruneConfig(macs_ratio=(settings.macs_ratio,)), finetune=tuning,
+    )  # fmt: skip
+    return Job(
+        config,
+        load_dataset(data),
+        torch.device("cpu"),
+        known["seed"],
+        teacher=artifact.load(settings.run / "dense").eval(),
+    )
+
+
+def cut(name: str, settings: Settings, job: Job[SlimConfig]) -> nn.Module:
+    """The network that a method leaves at the budget."""
+    place = settings.work / f"{settings.run.name}-{name}"
+    if not place.exists():
+        network, method = with_names(job.original, job), METHODS[name]
+        reference = count_macs(network, job.data.train.example(1))
+        begun = (
+            network if method.start == "dense" else start(network, method.start, job.examples, job.config.removal)[0]
+        )
+        budget = Budget.from_config(job.config.prune, "macs_ratio", settings.macs_ratio, reference_macs=reference)
+        cutter = make_cutter(begun, method, job, budget)
+        artifact.save(cutter.once(cutter.network, cutter.floored(budget)), place)
+    return artifact.load(place).train()
+
+
+def losses(network: nn.Module, job: Job[SlimConfig], batches: list[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Half of it the labels', half the teacher's, as in fine-tuning."""
+    config, teacher = job.config.finetune, job.original
+    for x, y in batches:
+        with torch.no_grad():
+            told = teacher(x)
+        said = network(x)
+        far = distillation_loss(said, told, config.temperature)
+        yield (1 - config.distillation) * F.cross_entropy(said, y) + config.distillation * far
+
+
+def balance(network: nn.Module, job: Job[SlimConfig], batches: list[tuple[Tensor, Tensor]]) -> None:
+    """In place; `network` in training mode. Statistics that move meanwhile are put back."""
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    before: nn.Module | None = None
+    for module in network.modules():  # an artifact holds them in their order
+        if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+            pairs.append((before, module))
+        before = module
+    kept = [(norm.running_mean.clone(), norm.running_var.clone()) for _, norm in pairs]
+    squares = [torch.zeros(len(conv.weight)) for conv, _ in pairs]
+    for loss in losses(network, job, batches):
+        network.zero_grad()
+        loss.backward()
+        for sums, (conv, _) in zip(squares, pairs, strict=True):
+            sums += conv.weight.grad.flatten(1).square().sum(1) / len(batches)
+    network.zero_grad()
+    relative = [
+        sums.sqrt() / conv.weight.detach().flatten(1).norm(dim=1).clamp_min(1e-6)
+        for sums, (conv, _) in zip(squares, pairs, strict=True)
+    ]
+    median = torch.cat(relative).median()
+    with torch.no_grad():
+        for (conv, norm), found, (mean, variance) in zip(pairs, relative, kept, strict=True):
+            factor = 2.0 ** (0.5 * (found / median).clamp_min(1).log2()).round()
+            conv.weight *= factor.view(-1, 1, 1, 1)
+            norm.running_mean.copy_(mean * factor)
+            norm.running_var.copy_((variance + norm.eps) * factor**2 - norm.eps)
+
+
+def steps(network: nn.Module, job: Job[SlimConfig], batches: list[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
+    """Loss and norm of the gradient before each step."""
+    config = job.config.finetune
+    optimizer = make_optimizer(network, config)
+    for number, loss in enumerate(losses(network, job, batches), 1):
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm or float("inf"))
+        optimizer.step()
+        yield {"step": number, "loss": float(loss.detach()), "gradient": float(norm)}
+
+
+def main(settings: Settings) -> None:
+    job = job_of(settings)
+    settings.work.mkdir(parents=True, exist_ok=True)
+    job = dataclasses.replace(job, memory=settings.work / "teacher")
+    batches = list(job.data.train.batches(job.config.data.batch_size))[: settings.steps]
+    rows = []
+    for name in settings.methods:
+        for balanced in (False, True):
+            torch.manual_seed(0)
+            network = cut(name, settings, job)
+            if balanced:
+                for _ in range(ROUNDS):
+                    balance(network, job, batches[:6])
+            begun = {
+                "method": name,
+                "balanced": balanced,
+                "validation_loss": evaluate(network, job.data.validation).loss,
+            }
+            rows += [begun | row for row in steps(network, job, batches)]
+            print(pd.DataFrame(rows[-settings.steps :]).round(3).to_string(index=False), flush=True)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).round(4).to_csv(settings.out, index=False)
+    print(settings.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
