@@ -144,8 +144,8 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
         now = Outlook(networks, sights, options, allowed, block_layers(network, images), limit)
         plans = Proposals(sights, now.layers, now.nothing)
         forms = [_form(now, prefer) for prefer in (("keep",), ("remove",), ("fuse", "remove"))]
-        can = sum(plans.best(limit, near=form, changes=0) is not None for form in forms)
-        can += can > 0 or plans.best(limit) is not None
+        met = [plans.best(limit, near=form, changes=0) is not None for form in forms]
+        can = sum(met) + (any(met) or plans.best(limit) is not None)
         if can > most:
             found, most = now, can
         floor /= 2

@@ -209,13 +209,7 @@ def slim(
             measure=places,
             out=folder,
         )
-        given_with = {
-            "data": dataset,
-            "own_loss": loss is not None,
-            "loss": splits[1].first_loss(),
-            "batches": splits[0].count,
-        }
-        given_with["first_batch"] = splits[0].first_digest()
+        given_with = {} if out is None else _given_with(dataset, splits[0], splits[1])
         _refuse_another(folder, network, given_with)
         shape = tuple(splits[0].example(1).shape[1:])
         data = Dataset(dataset, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
@@ -254,6 +248,17 @@ def _trained(model: nn.Module) -> nn.Module:
     return copied(plain_module(model)).cpu()
 
 
+def _given_with(dataset: str, train: GivenSplit, validation: GivenSplit) -> dict[str, Any]:
+    """What tells this call's data and loss from another's, as far as they repeat."""
+    return {
+        "data": dataset,
+        "own_loss": validation.loss is not None,
+        "loss": validation.first_loss(),
+        "batches": train.count,
+        "first_batch": train.first_digest(),
+    }
+
+
 def _refuse_another(folder: Path, network: nn.Module, given_with: dict[str, Any]) -> None:
     """Raise ConfigError where the run in this folder began with other weights, another loss or other training batches, as far as these
     can be told from one another."""
@@ -263,22 +268,20 @@ def _refuse_another(folder: Path, network: nn.Module, given_with: dict[str, Any]
     if any(name not in now or not torch.equal(tensor, now[name]) for name, tensor in before.items()):
         raise ConfigError(f"{folder}: holds the run of another network, or of other weights; choose another out=")
     begun = artifact.read_extra(folder / "dense").get("given_with", {})
-    if (
-        not isinstance(begun, dict) or begun.get("data") != given_with["data"]
-    ):  # of an earlier version, or refused for its data
-        return
+    if not isinstance(begun, dict) or begun.get("data") != given_with["data"]:
+        return  # of an earlier version, or refused for its data
     losses = [entry.get("loss") for entry in (begun, given_with)]
-    if begun["own_loss"] != given_with["own_loss"] or (
-        None not in losses and not math.isclose(*losses, rel_tol=_ALIKE, abs_tol=_ALIKE**2)  # type: ignore[arg-type]
-    ):
+    same_loss = None in losses or math.isclose(*losses, rel_tol=_ALIKE, abs_tol=_ALIKE**2)  # type: ignore[arg-type]
+    if begun["own_loss"] != given_with["own_loss"] or not same_loss:
         raise ConfigError(
             f"{folder}: holds the run of another loss= (of the first batch of validation it was {losses[0]}, and is {losses[1]} now); "
             "give that one to go on, or choose another out="
         )
-    if begun["batches"] != given_with["batches"] or "" != begun["first_batch"] != given_with["first_batch"] != "":
+    first = {entry["first_batch"] for entry in (begun, given_with)} - {""}
+    if begun["batches"] != given_with["batches"] or len(first) > 1:
         raise ConfigError(
             f"{folder}: holds the run of other training batches ({begun['batches']}, now {given_with['batches']}; the first one "
-            f"{'agrees' if begun['first_batch'] == given_with['first_batch'] else 'differs'}); give these again, or choose another out="
+            f"{'differs' if len(first) > 1 else 'agrees'}); give these again, or choose another out="
         )
 
 
