@@ -5,11 +5,13 @@
 Takes a finished run of `train` with its photos. The network is cut by each method to one budget in MACs, fitted and re-centred as `slim`
 does it, and takes the first steps of its fine-tuning, the trained network as teacher, on the same batches without augmentation. Once as it
 is, once *balanced*: rows of convolutions before batch norms are multiplied by powers of two, which training mode does not see, until no row
-has a larger gradient relative to its norm than the median row. The function stays the same; a step changes it less. Goes on from what is
-there.
+has a larger gradient relative to its norm than the median row. The function stays the same (`moved`: the largest change of an output in
+eval mode); a step changes it less. `expanding`: the part of the squared gradient that is in the 1x1 convolutions which open blocks. Goes on
+from what is there.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from rmprune.methods.table import METHODS
 from rmprune.pipelines.stages import with_names
 from rmprune.pruning import Budget
 from rmprune.training import evaluate
+from rmprune.training.evaluation import logits_of
 from rmprune.training.job import Job
 from rmprune.training.optimizer import make_optimizer
 from rmprune.training.teacher import distillation_loss
@@ -48,8 +51,8 @@ class Settings:
     methods: tuple[str, ...] = ("rm", "residual")
     macs_ratio: float = 0.19
     """About what 0.3 of the time is for EfficientNet-Lite0."""
-    learning_rate: float = 0.005
-    """Of slim-128.toml."""
+    learning_rates: tuple[float, ...] = (0.005, 0.002, 0.0005)
+    """The first is that of slim-128.toml."""
     steps: int = 24
     work: Path = Path("runs/first-steps")
     """Where the cut networks are."""
@@ -60,7 +63,7 @@ def job_of(settings: Settings) -> Job[SlimConfig]:
     """As `slim` would fine-tune the run's network."""
     known = json.loads((settings.run / "record.json").read_text())["config"]
     data = from_dict(DataConfig, known["data"])
-    tuning = TrainConfig(epochs=1, learning_rate=settings.learning_rate, schedule="constant", distillation=0.5)
+    tuning = TrainConfig(epochs=1, schedule="constant", distillation=0.5)
     config = SlimConfig(
         model=known["model"], batch_norm_eps=known.get("batch_norm_eps"), method=settings.methods, data=data,
         prune=PruneConfig(macs_ratio=(settings.macs_ratio,)), finetune=tuning,
@@ -129,40 +132,48 @@ def balance(network: nn.Module, job: Job[SlimConfig], batches: list[tuple[Tensor
             norm.running_var.copy_((variance + norm.eps) * factor**2 - norm.eps)
 
 
-def steps(network: nn.Module, job: Job[SlimConfig], batches: list[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
-    """Loss and norm of the gradient before each step."""
-    config = job.config.finetune
+def steps(
+    network: nn.Module, job: Job[SlimConfig], batches: list[tuple[Tensor, Tensor]], rate: float
+) -> Iterator[dict[str, Any]]:
+    """Loss and gradient before each step at this learning rate."""
+    config = dataclasses.replace(job.config.finetune, learning_rate=rate)
     optimizer = make_optimizer(network, config)
     for number, loss in enumerate(losses(network, job, batches), 1):
         optimizer.zero_grad()
         loss.backward()
+        squares = {name: float(p.grad.square().sum()) for name, p in network.named_parameters() if p.grad is not None}
+        expanding = sum(found for name, found in squares.items() if name.endswith("conv_pw.weight"))
         norm = nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm or float("inf"))
         optimizer.step()
-        yield {"step": number, "loss": float(loss.detach()), "gradient": float(norm)}
+        part = expanding / sum(squares.values())
+        yield {"step": number, "loss": float(loss.detach()), "gradient": float(norm), "expanding": part}
 
 
 def main(settings: Settings) -> None:
     job = job_of(settings)
     settings.work.mkdir(parents=True, exist_ok=True)
-    job = dataclasses.replace(job, memory=settings.work / "teacher")
     batches = list(job.data.train.batches(job.config.data.batch_size))[: settings.steps]
     rows = []
-    for name in settings.methods:
-        for balanced in (False, True):
-            torch.manual_seed(0)
-            network = cut(name, settings, job)
-            if balanced:
-                for _ in range(ROUNDS):
-                    balance(network, job, batches[:6])
-            begun = {
-                "method": name,
-                "balanced": balanced,
-                "validation_loss": evaluate(network, job.data.validation).loss,
-            }
-            rows += [begun | row for row in steps(network, job, batches)]
-            print(pd.DataFrame(rows[-settings.steps :]).round(3).to_string(index=False), flush=True)
+    for name, balanced, rate in itertools.product(settings.methods, (False, True), settings.learning_rates):
+        torch.manual_seed(0)
+        network = cut(name, settings, job)
+        begun = {"method": name, "balanced": balanced, "learning_rate": rate}
+        begun["validation_loss"] = evaluate(network, job.data.validation).loss
+        before = logits_of(network, job.data.validation)[0]
+        for _ in range(ROUNDS if balanced else 0):
+            balance(network, job, batches[:6])
+        begun["moved"] = float((logits_of(network, job.data.validation)[0] - before).abs().max())
+        rows += [begun | row for row in steps(network, job, batches, rate)]
+        print(pd.DataFrame(rows[-settings.steps :]).to_string(index=False), flush=True)
+    table = pd.DataFrame(rows)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).round(4).to_csv(settings.out, index=False)
+    table.round(4).to_csv(settings.out, index=False)
+    by = table.groupby(["method", "balanced", "learning_rate"], sort=False)
+    begin = by[["validation_loss", "moved", "loss", "gradient", "expanding"]].first()
+    part = {
+        f"steps {a} to {b}": by.loss.apply(lambda own, a=a, b=b: own[a - 1 : b].mean()) for a, b in ((2, 8), (17, 24))
+    }
+    print(begin.assign(**part).round(3).to_string())
     print(settings.out)
 
 
