@@ -93,7 +93,7 @@ class AmcConfig(RunConfig):
     checkpoint: Path | None = None
     """Start from trained weights instead of training: an artifact directory, or a .safetensors, .pt or .pth file."""
     train: Unprefixed[TrainConfig] = TrainConfig(epochs=30, weight_decay=1e-4)
-    removal: RemovalConfig = RemovalConfig(fuse="always")
+    removal: RemovalConfig = RemovalConfig(ranges="calibrated", fuse="always")
     search: Unprefixed[SearchConfig] = SearchConfig()
     finetune: TrainConfig = TrainConfig(
         epochs=20, learning_rate=0.05, warmup_epochs=1.0, weight_decay=1e-4, distillation=0.5

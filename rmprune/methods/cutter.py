@@ -137,7 +137,7 @@ class Cutter:
                     raise
                 logger.warning("training left a network that says the same of every image; it is cut by magnitude")
                 smaller = cut(importance="magnitude")
-        return smaller.cpu() if scores is not None else self.job.recentred(smaller)
+        return smaller.cpu() if scores is not None else self.job.ready(smaller)
 
     def check(self, *, once: bool = True) -> None:
         """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images.

@@ -184,7 +184,7 @@ def _planned(plan: SlimPlan, job: Job[SlimConfig], cell: Cell) -> tuple[nn.Modul
         removal=config.removal,
     )
     say(facts)
-    return tune(job.recentred(network), config.finetune, job, Files.of(cell.directory, "plan")), facts
+    return tune(job.ready(network), config.finetune, job, Files.of(cell.directory, "plan")), facts
 
 
 def _slim(

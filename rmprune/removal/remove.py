@@ -127,6 +127,10 @@ def remove_residuals(
     if not error <= tolerance:
         raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside, base, where)
     own, unseen = own_dtype_error(model, result, checked, groups, expected, base, tolerance)
+    if not inside:
+        unseen = "; ".join(
+            filter(None, (unseen, f"exact where maps stay within {1 + 2 * margin:g} times the ranges of the examples"))
+        )
     return Removal(result, removed, kept, error, reports, own, "; ".join(filter(None, (note, unseen, network.note))))
 
 

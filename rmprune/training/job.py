@@ -13,6 +13,7 @@ from rmprune.data.batches import Batches, WithLoss, affordable
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Batch
 from rmprune.graph.copied import copied
+from rmprune.training.balance import balance
 from rmprune.training.recentre import recentre
 from rmprune.training.state import Hook
 from rmprune.training.together import fit_together
@@ -73,9 +74,10 @@ class Job(Generic[Config]):
         there = {tensor.device.type for tensor in network.parameters()} <= {self.device.type}
         return network if there else copied(network).to(self.device)
 
-    def recentred(self, network: nn.Module) -> nn.Module:
-        """The network with its batch norms re-centred on these images (`rmprune.training.recentre`), on the CPU."""
-        return recentre(self.here(network), (x for x, _ in self.pairs)).cpu()
+    def ready(self, network: nn.Module) -> nn.Module:
+        """The network, on the CPU, in the form that fine-tuning starts from best, the same function: batch norms re-centred on these images
+        (`rmprune.training.recentre`), rows before them balanced (`rmprune.training.balance`)."""
+        return balance(recentre(self.here(network), (x for x, _ in self.pairs)), self.batches).cpu()
 
     @property
     def original(self) -> nn.Module:

@@ -1,0 +1,104 @@
+"""Rows of convolutions before batch norms, scaled so that no row runs ahead of the others in fine-tuning; the function stays as it is.
+
+A batch norm takes the length of the rows before it out again: multiplied by k they compute the same, their gradient is k times smaller, and
+a step turns them k squared times less. A network without residuals carries its streams through such rows, and what turns one of them goes
+through all layers behind: cut to a fifth of its MACs, EfficientNet-Lite0 began with a gradient a hundred times that of the same network
+with residuals, and its first step undid the fit (reports/solar-cells, experiments/first_steps.py).
+"""
+
+import itertools
+import statistics
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rmprune.data.batches import Batches, loss_parts
+from rmprune.graph.convolution import plain
+from rmprune.graph.copied import copied
+from rmprune.graph.listed import trace
+from rmprune.graph.run import evaluating
+from rmprune.training.convolutions import TrainableConvolutions
+
+ROUNDS = 2  # a row's gradient changes with the rows before it
+BATCHES = 4  # that gradients are measured on
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def balance(model: nn.Module, batches: Batches) -> nn.Module:
+    """A copy of `model`, the same function in both modes, in which no row's gradient is much larger relative to its length than the median's.
+
+    Rows are multiplied by powers of two; mean, variance and scale of the batch norm behind take that up. Rows that turn slower stay as they
+    are, as do convolutions that something else reads as well, or that are called more than once. batches: of images whose loss says
+    what turns a row, with batch norms in training mode, all else in eval mode. Raises UnsupportedModel where torch.fx cannot follow.
+    """
+    model = copied(model)
+    pairs = list(_pairs(model))
+    for _ in range(ROUNDS if pairs else 0):
+        relative = [
+            found / conv.weight.detach().flatten(1).norm(dim=1).clamp_min(1e-12)
+            for found, (conv, _) in zip(_gradients(model, pairs, batches), pairs, strict=True)
+        ]
+        turning = [value for own in relative for value in own.tolist() if value > 0]
+        middle = statistics.median(turning) if turning else float("inf")
+        for (conv, norm), own in zip(pairs, relative, strict=True):
+            _scale(conv, norm, torch.exp2((own / middle).clamp_min(1).log2().div(2).round()))
+    return model
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, _BatchNorm]]:
+    """Convolutions (of any rank) that a batch norm alone reads, each with it."""
+    graph = trace(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
+    tensors = [p for m in set(called) for p in m.parameters(recurse=False)]
+    for node in graph.nodes:
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        conv, norm = modules[str(source.target)], modules[str(node.target)]
+        alone = all(called.count(m) == 1 for m in (conv, norm)) and all(
+            sum(p is other for other in tensors) == 1 for m in (conv, norm) for p in m.parameters(recurse=False)
+        )
+        stock = any(type(conv) is kind and plain(conv, kind) for kind in _CONVS) and not conv._forward_hooks
+        if not isinstance(norm, _BatchNorm) or not norm.affine or norm.running_mean is None:
+            continue
+        if stock and alone and conv.weight.requires_grad:
+            yield conv, norm  # type: ignore[misc]
+
+
+def _gradients(model: nn.Module, pairs: list[tuple[nn.Conv2d, _BatchNorm]], batches: Batches) -> list[Tensor]:
+    """[rows] for each convolution: the root of the summed squares, over batches, of the gradient of each row's weights."""
+    kept = [(norm, {name: value.clone() for name, value in norm.named_buffers()}) for _, norm in pairs]
+    weights = [conv.weight for conv, _ in pairs]
+    squares = [torch.zeros(len(weight), dtype=torch.float64, device=weight.device) for weight in weights]
+    with evaluating(model), torch.enable_grad(), TrainableConvolutions():
+        for norm, _ in kept:
+            norm.train()
+        for run, _ in itertools.chain.from_iterable(itertools.islice(loss_parts(batches, model), BATCHES)):
+            try:
+                found = torch.autograd.grad(run(), weights, allow_unused=True)
+            except ValueError:  # a single image whose map is a single pixel: it has no variance
+                continue
+            for square, own in zip(squares, found, strict=True):
+                if own is not None:
+                    square += own.flatten(1).double().square().sum(1)
+    for norm, buffers in kept:
+        for name, value in buffers.items():
+            norm.get_buffer(name).copy_(value)
+    return [square.sqrt() for square in squares]
+
+
+@torch.no_grad()
+def _scale(conv: nn.Conv2d, norm: _BatchNorm, factor: Tensor) -> None:
+    """Multiplies the rows, and what the norm knows of them; its scale takes up what `eps` is no longer beside a larger variance."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    variance = norm.running_var.double()
+    gain = torch.sqrt(variance * factor.square() + norm.eps) / (torch.sqrt(variance + norm.eps) * factor)
+    norm.weight.copy_(norm.weight.double() * gain)
+    conv.weight.mul_(factor.to(conv.weight).view(-1, *[1] * (conv.weight.dim() - 1)))
+    if conv.bias is not None:
+        conv.bias.mul_(factor.to(conv.bias))
+    norm.running_mean.mul_(factor.to(norm.running_mean))
+    norm.running_var.mul_(factor.to(norm.running_var).square())

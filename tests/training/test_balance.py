@@ -1,0 +1,177 @@
+"""Balancing: the function stays in both modes, and no row runs ahead of the others."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from marks import few
+from pruning_nets import conv, randomise
+from slim_runs import inverted
+from torch import Tensor, nn
+
+from rmprune import Budget, plan_removal, prune
+from rmprune.data.batches import WithLoss
+from rmprune.models import create
+from rmprune.pruning.carry_out import carry_out_blocks
+from rmprune.training.balance import balance
+from rmprune.training.recentre import recentre
+
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(32, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(32) % 4) for _ in range(3)
+    ]
+
+
+def lopsided(model: nn.Module) -> nn.Module:
+    """With rows of very unequal lengths before batch norms, which know of it."""
+    generator, before = torch.Generator().manual_seed(1), None
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+            assert module.running_mean is not None and module.running_var is not None
+            factor = 10 ** (-2 * torch.rand(module.num_features, generator=generator).to(before.weight))
+            before.weight.data *= factor.view(-1, 1, 1, 1)
+            module.running_mean *= factor
+            module.running_var *= factor.square()
+        before = module
+    return model
+
+
+@pytest.fixture(scope="module", params=few(["remove", "merge", "fuse"], "fuse"))
+def fitted(request: pytest.FixtureRequest, batches: list[Batch]) -> nn.Module:
+    """A ResNet without residuals or of merged blocks, inverted residuals in MobileNetV1's form; cut once, fitted, re-centred."""
+    torch.manual_seed(0)
+    model = randomise(
+        inverted() if request.param == "fuse" else create("resnet8", num_classes=4, in_channels=1, width=8)
+    ).eval()
+    x = torch.cat([x for x, _ in batches]).float()
+    choices = {report.name: request.param for report in plan_removal(model, x[:2])}
+    plain, _ = carry_out_blocks(model, choices, lambda count: x[:count])
+    data = [(x, torch.arange(len(x)) % 4)]
+    cut = prune(plain, x[:2], budget=Budget(ratio=0.5), data=data, reconstruct=True).double()
+    return recentre(cut, [x.double()])
+
+
+def turning(model: nn.Module, batches: list[Batch]) -> Tensor:
+    """[rows]: gradient relative to length of the rows of all convolutions that a batch norm follows, in training mode; those that move."""
+    model, before = copy.deepcopy(model).train(), None
+    convs = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+            convs.append(before)
+        before = module
+    squares = []
+    for x, y in batches:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        squares.append(torch.cat([_rows(conv.weight.grad) for conv in convs]).square())
+    relative = torch.stack(squares).mean(0).sqrt() / torch.cat([_rows(conv.weight.detach()) for conv in convs])
+    return relative[relative > 1e-6]  # a row of one weight does not turn
+
+
+def _rows(weight: Tensor | None) -> Tensor:
+    assert weight is not None
+    return weight.flatten(1).norm(dim=1).clamp_min(1e-12)
+
+
+def test_the_function_stays_in_both_modes(fitted: nn.Module, batches: list[Batch]) -> None:
+    fitted = recentre(lopsided(copy.deepcopy(fitted)), [x for x, _ in batches])
+    weights, x = copy.deepcopy(fitted.state_dict()), torch.cat([x for x, _ in batches])
+    balanced = balance(fitted, batches)
+    assert any(not torch.equal(value, weights[name]) for name, value in balanced.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in fitted.state_dict().items())
+    assert not balanced.training
+    with torch.no_grad():
+        before, after = fitted(x), balanced(x)
+        assert float((after - before).abs().max() / before.std()) < 1e-12
+        before, after = copy.deepcopy(fitted).train()(x), copy.deepcopy(balanced).train()(x)
+        assert (
+            float((after - before).abs().max() / before.std()) < 1e-9
+        )  # of all images, whose statistics the norms have
+
+
+def test_no_row_runs_ahead(fitted: nn.Module, batches: list[Batch]) -> None:
+    fitted = recentre(lopsided(copy.deepcopy(fitted)), [x for x, _ in batches])
+    before, after = (turning(model, batches) for model in (fitted, balance(fitted, batches)))
+    assert before.max() > 50 * before.median()
+    assert after.max() < 8 * after.median()  # powers of two, and the rows before moved in the last round
+
+
+def test_a_network_in_balance_stays_as_it_is(batches: list[Batch]) -> None:
+    net = nn.Sequential(conv(1, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())
+    net = nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).double().eval()
+    once = balance(recentre(net, [x for x, _ in batches]), batches)
+    again = balance(once, batches)
+    lengths = [
+        torch.log2(b.flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1))
+        for a, b in ((one[i].weight.detach(), two[i].weight.detach()) for one, two in [(once, again)] for i in (0, 3))  # type: ignore[index, union-attr]
+    ]
+    assert torch.cat(lengths).max() <= 1
+
+
+class Odd(nn.Module):
+    """Convolutions that must not be scaled: read twice, called twice, with shared weights, standardised, and one for which no norm stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice_read, self.norm = conv(1, 4), nn.BatchNorm2d(4)
+        self.twice_called, self.other = conv(4, 4), nn.BatchNorm2d(4)
+        self.tied, self.tied_norm = conv(4, 4), nn.BatchNorm2d(4)
+        self.partner = conv(4, 4)
+        self.partner.weight = self.tied.weight
+        self.standardised, self.last = Standardised(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.twice_read(x)
+        x = self.norm(first).relu() + first
+        x = self.other(self.twice_called(self.twice_called(x).relu())).relu()
+        x = self.partner(self.tied_norm(self.tied(x)).relu()).relu()
+        return self.head(self.last(self.standardised(x)).relu().mean((2, 3)))
+
+
+class Standardised(nn.Conv2d):
+    """Takes the length of its rows out by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.flatten(1)
+        weight = (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)
+        return self._conv_forward(x, weight.view_as(self.weight), self.bias)
+
+
+def test_what_scaling_would_change_stays(batches: list[Batch]) -> None:
+    torch.manual_seed(0)
+    net = lopsided(randomise(Odd())).double().eval()
+    balanced = balance(net, batches)
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), balanced.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["frozen", "loss of one's own", "one image", "no gradient"])
+def test_unusual_batches_and_networks(batches: list[Batch], kind: str) -> None:
+    torch.manual_seed(0)
+    net = lopsided(randomise(create("resnet8", num_classes=4, in_channels=1, width=8))).double().eval()
+    data: Any = batches
+    if kind == "frozen":
+        net.get_parameter("conv1.weight").requires_grad_(False)
+    elif kind == "loss of one's own":
+        data = WithLoss(
+            [{"x": x, "y": y} for x, y in batches],
+            lambda m, b: nn.functional.mse_loss(m(b["x"]).sum(1), b["y"].double()),
+        )
+    elif kind == "one image":
+        data = [(x[:1], y[:1]) for x, y in batches]
+    elif kind == "no gradient":
+        net.requires_grad_(False)
+        net.get_parameter("fc.weight").requires_grad_(True)
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    balanced, x = balance(net, data), batches[0][0]
+    assert float((balanced(x) - net(x)).detach().abs().max()) < 1e-10
+    for name, p in balanced.named_parameters():
+        assert name not in frozen or torch.equal(p, net.get_parameter(name))
