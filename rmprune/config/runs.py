@@ -99,7 +99,7 @@ class RemovalConfig(Settings):
     keep: Names = ()
     """Blocks whose residual stays, comma-separated (names as `inspect` prints them)."""
     ranges: Literal["provable", "calibrated"] = "provable"
-    """Bounds that hold for every input, or tighter ones taken from example images, widened by half: exact inside, and easier to fine-tune."""
+    """Bounds that hold for every input, or tighter ones of example images, widened by half: exact inside, and easier to fine-tune."""
     form: Literal["auto", "shift", "pair", "slice"] = "auto"
     """How copies pass an activation; auto takes the cheapest exact one for each block."""
     fuse: Literal["cheaper", "always", "never"] = "cheaper"

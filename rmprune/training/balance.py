@@ -27,7 +27,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def balance(model: nn.Module, batches: Batches) -> nn.Module:
-    """A copy of `model`, the same function in both modes, in which no row's gradient is much larger relative to its length than the median's.
+    """A copy of `model`, the same function in both modes, in which no row is turned much faster than the median, relative to its length.
 
     Rows are multiplied by powers of two; mean, variance and scale of the batch norm behind take that up. Rows that turn slower stay as they
     are, as do convolutions that something else reads as well, or that are called more than once. batches: of images whose loss says
@@ -65,7 +65,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, _BatchNorm]]:
         if not isinstance(norm, _BatchNorm) or not norm.affine or norm.running_mean is None:
             continue
         if stock and alone and conv.weight.requires_grad:
-            yield conv, norm  # type: ignore[misc]
+            yield conv, norm
 
 
 def _gradients(model: nn.Module, pairs: list[tuple[nn.Conv2d, _BatchNorm]], batches: Batches) -> list[Tensor]:

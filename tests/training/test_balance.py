@@ -115,7 +115,7 @@ def test_a_network_in_balance_stays_as_it_is(batches: list[Batch]) -> None:
 
 
 class Odd(nn.Module):
-    """Convolutions that must not be scaled: read twice, called twice, with shared weights, standardised, and one for which no norm stands."""
+    """Convolutions that must not be scaled: read twice, called twice, with shared weights, standardised, without a norm."""
 
     def __init__(self) -> None:
         super().__init__()
