@@ -163,7 +163,8 @@ def say(facts: Mapping[str, Any]) -> None:
     """Log what was removed and collapsed, by an artifact's facts."""
     if removal := facts.get("removal"):
         gone, stay, error = len(removal["removed"]), len(removal["kept"]), removal["max_error"]
-        logger.info("removed %d residuals, kept %d; largest error %.1e", gone, stay, error)
+        note = removal.get("note") and f" ({removal['note']})"
+        logger.info("removed %d residuals, kept %d; largest error %.1e%s", gone, stay, error, note or "")
     if explained := facts.get("collapsed"):
         least, most = min(explained.values()), max(explained.values())
         logger.info("one convolution for %d blocks; it gives %.2f to %.2f of the variance", len(explained), least, most)
