@@ -187,7 +187,9 @@ def over_tolerance(
             "of that (variances of batch norms near zero do that). Pass a tolerance above it if that is meant"
         )
     if calibrated:
-        return NotEquivalent(f"{said}ranges='calibrated' is exact only on inputs like the examples: raise margin")
+        return NotEquivalent(
+            f"{said}ranges='calibrated' is exact only on inputs like the examples: raise margin, or take ranges='provable'"
+        )
     return NotEquivalent(f"{said}a fault")
 
 

@@ -68,7 +68,8 @@ def slim_network(
         peak = 0.0 if most == math.inf else activation_memory(network, example[:1]).peak_bytes
         return count_macs(network, example[:1]) <= limit and peak <= most
 
-    removal = remove_where_faster(network, example, place_of(job).ratios, fits, **vars(config.removal))
+    settings = dataclasses.replace(config.removal, ranges="provable")  # nothing is trained after it
+    removal = remove_where_faster(network, example, place_of(job).ratios, fits, **vars(settings))
     logger.info("%s: removed %s", files.label, ", ".join(removal.removed) or "no residual, none made it faster")
     return removal.model, facts | {"removal": removal.facts}
 

@@ -27,6 +27,16 @@ _TORCH_PRUNING = ("coupled", "coupled-taylor", "coupled-isomorphic", "coupled-no
 """Methods that read none of these settings: Torch-Pruning has its own way of cutting."""
 _RESIDUALS_STAY = (*_TORCH_PRUNING, "residual", "inner", "uniform", "scratch")
 """Methods that read no settings of a removal."""
+_RANGES_UNREAD = (
+    "depth",
+    "mixed",
+    "mixed-amc",
+    "residual-amc",
+    "residual-random",
+    "residual-collapse",
+    "residual-half-collapse",
+)
+"""Of the others those that read no ranges: none of their blocks is removed, or with bounds that hold for every input."""
 _NOT_PRUNED = {
     "depth": _names(prune=PruneConfig),
     "scratch": _names(prune=PruneConfig, finetune=TrainConfig) - {"finetune.epochs"},
@@ -91,7 +101,7 @@ def _unread(method: str) -> frozenset[str]:
     """Settings that a method does not read: they may differ."""
     found = {f"prune.{name}" for name in _FIXED.get(method, ())} | (_UNREAD if method in _TORCH_PRUNING else set())
     found |= {"search_minutes", "choices"} if method != "auto" else set()
-    found |= _NOT_PRUNED.get(method, set())
+    found |= _NOT_PRUNED.get(method, set()) | ({"removal.ranges"} if method in _RANGES_UNREAD else set())
     return frozenset(found | (_REMOVAL.keys() if method in _RESIDUALS_STAY else set()))
 
 

@@ -7,6 +7,7 @@ with residuals, and its first step undid the fit (reports/solar-cells, experimen
 """
 
 import itertools
+import operator
 import statistics
 from collections.abc import Iterator
 
@@ -17,8 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rmprune.data.batches import Batches, loss_parts
 from rmprune.graph.convolution import plain
 from rmprune.graph.copied import copied
+from rmprune.graph.foreign import HOOKS
 from rmprune.graph.listed import trace
 from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import own_tensors
 from rmprune.training.convolutions import TrainableConvolutions
 
 AHEAD = 16  # times the median: networks with residuals have hardly a row that is turned faster
@@ -28,20 +31,20 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def balance(model: nn.Module, batches: Batches) -> nn.Module:
-    """A copy of `model`, the same function in both modes, in which no row is turned much faster than the median, relative to its length.
+    """A copy of `model`, the same function, in which no row is turned much faster than the median, relative to its length. The same in
+    training mode as well, to rounding where a batch has the variances that the batch norms know, or these are large beside `eps`.
 
     Rows that are turned over AHEAD times as fast are multiplied by powers of two until they are turned like the median; mean, variance and
-    scale of the batch norm behind take that up. All others stay as they are, to the last bit, as do convolutions that something else reads
-    as well, or that are called more than once. batches: of images whose loss says what turns a row, with batch norms in training mode, all
-    else in eval mode. Raises UnsupportedModel where torch.fx cannot follow.
+    scale of the batch norm behind take that up. All others stay as they are, to the last bit, as do rows that cannot turn (of one weight,
+    or all zero) or whose gradient is not finite, and convolutions that something else reads as well, or that are called more than once.
+    batches: of images whose loss says what turns a row, with these batch norms in training mode, all else in eval mode. Raises
+    UnsupportedModel where torch.fx cannot follow.
     """
     model = copied(model)
     pairs = list(_pairs(model))
     for _ in range(ROUNDS if pairs else 0):
-        relative = [
-            found / conv.weight.detach().flatten(1).norm(dim=1).clamp_min(1e-12)
-            for found, (conv, _) in zip(_gradients(model, pairs, batches), pairs, strict=True)
-        ]
+        gradients = _gradients(model, pairs, batches)
+        relative = [_relative(found, conv.weight.detach()) for found, (conv, _) in zip(gradients, pairs, strict=True)]
         turning = [value for own in relative for value in own.tolist() if value > 0]
         middle = statistics.median(turning) if turning else float("inf")
         for (conv, norm), own in zip(pairs, relative, strict=True):
@@ -50,24 +53,35 @@ def balance(model: nn.Module, batches: Batches) -> nn.Module:
     return model
 
 
+def _relative(gradient: Tensor, weight: Tensor) -> Tensor:
+    """[rows]: gradients relative to lengths; 0 for rows of zeros or of one weight, and where a gradient is not finite."""
+    length = weight.flatten(1).double().norm(dim=1)
+    turns = gradient.isfinite() & (length > 1e-12) & (weight[0].numel() > 1)
+    return torch.where(turns, gradient / length, 0.0)
+
+
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, _BatchNorm]]:
     """Convolutions (of any rank) that a batch norm alone reads, each with it."""
     graph = trace(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
-    tensors = [p for m in set(called) for p in m.parameters(recurse=False)]
+    read = [operator.attrgetter(str(node.target))(model) for node in graph.nodes if node.op == "get_attr"]
+    tensors = [*read, *(tensor for m in set(called) for _, tensor in own_tensors(m))]
     for node in graph.nodes:
         source = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
         conv, norm = modules[str(source.target)], modules[str(node.target)]
         alone = all(called.count(m) == 1 for m in (conv, norm)) and all(
-            sum(p is other for other in tensors) == 1 for m in (conv, norm) for p in m.parameters(recurse=False)
+            sum(own is other for other in tensors) == 1 for m in (conv, norm) for _, own in own_tensors(m)
         )
-        stock = any(type(conv) is kind and plain(conv, kind) for kind in _CONVS) and not conv._forward_hooks
+        stock = any(type(conv) is kind and plain(conv, kind) for kind in _CONVS)
+        hooked = any(getattr(m, hooks) for m in (conv, norm) for hooks in HOOKS)
         if not isinstance(norm, _BatchNorm) or not norm.affine or norm.running_mean is None:
             continue
-        if stock and alone and conv.weight.requires_grad:
+        if isinstance(norm, nn.SyncBatchNorm):  # in training mode it waits for other processes
+            continue
+        if stock and alone and not hooked and conv.weight.requires_grad:
             yield conv, norm
 
 
@@ -98,10 +112,11 @@ def _scale(conv: nn.Conv2d, norm: _BatchNorm, factor: Tensor) -> None:
     """Multiplies the rows, and what the norm knows of them; its scale takes up what `eps` is no longer beside a larger variance."""
     assert norm.running_mean is not None and norm.running_var is not None
     variance = norm.running_var.double()
+    factor = torch.where(variance * factor.square() < torch.finfo(norm.running_var.dtype).max, factor, 1.0)
     gain = torch.sqrt(variance * factor.square() + norm.eps) / (torch.sqrt(variance + norm.eps) * factor)
     norm.weight.copy_(norm.weight.double() * gain)
     conv.weight.mul_(factor.to(conv.weight).view(-1, *[1] * (conv.weight.dim() - 1)))
     if conv.bias is not None:
         conv.bias.mul_(factor.to(conv.bias))
     norm.running_mean.mul_(factor.to(norm.running_mean))
-    norm.running_var.mul_(factor.to(norm.running_var).square())
+    norm.running_var.copy_(variance * factor.square())

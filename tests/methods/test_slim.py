@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_resnet
+from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_mobilenet, short_resnet
 
 from rmprune.config import PruneConfig, TrainConfig
 from rmprune.errors import DataError, InfeasibleBudget
@@ -15,13 +15,13 @@ from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import slim as methods
 from rmprune.methods.cutter import make_cutter
-from rmprune.methods.slim import scaled
+from rmprune.methods.slim import scaled, slim_network
 from rmprune.methods.table import METHODS
 from rmprune.pipelines import slim, stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.runs import records
-from rmprune.training.job import Job
+from rmprune.training.job import Files, Job
 
 IN_TIME = ("rm", "mixed", "coupled", "uniform", "inner")
 
@@ -158,3 +158,18 @@ def test_images_on_which_nothing_matters_at_first_are_refused() -> None:
     with pytest.raises(DataError, match="every score is 0 on these images"):
         cutter = make_cutter(network, METHODS["residual"], Job(QUICK, noise(), torch.device("cpu"), 0))
         cutter.once(network, Budget(macs_ratio=0.6))
+
+
+def test_what_mixed_removes_is_exact_for_every_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained after it: bounds of a few images will not do."""
+    monkeypatch.setattr(Place, "ratios", lambda _, networks: {name: 1.0 - (name == "removed") / 2 for name in networks})
+    torch.manual_seed(0)
+    network = short_mobilenet("", num_classes=10, in_channels=3, width=0.5).eval()
+    config = replace(QUICK, model="short_mobilenet", finetune=TrainConfig(epochs=0))
+    job = Job(config, noise(), torch.device("cpu"), 0, teacher=network)
+    budget, files = Budget(ratio=0.3), Files.of(tmp_path, "x")
+    kept = slim_network(network, METHODS["residual"], budget, job, files)[0]
+    removed, facts = slim_network(network, METHODS["mixed"], budget, job, files)
+    assert facts["removal"]["removed"]
+    x = 30 * torch.randn(16, 3, 32, 32)
+    torch.testing.assert_close(removed(x), kept(x), rtol=1e-3, atol=1e-3)

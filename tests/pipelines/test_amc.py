@@ -11,9 +11,11 @@ from pruning_nets import Tokens
 from slim_runs import short_mobilenet
 from torch import nn
 
+from rmprune.amc.choose import Goal
 from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact import files as artifact
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, RemovalConfig, SearchConfig, TrainConfig
+from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.measure.place import Place
@@ -23,6 +25,7 @@ from rmprune.pruning.carry_out import carry_out
 from rmprune.pruning.plan import Choice, SlimPlan
 from rmprune.report.build import build_report
 from rmprune.runs import records
+from rmprune.training.job import Job
 
 QUICK = AmcConfig(
     model="short_mobilenet",
@@ -156,6 +159,16 @@ def test_mixed_removes_what_is_faster_and_affordable_without_changing_the_functi
         x = 3 * torch.randn(16, 1, 8, 8, dtype=torch.float64)
         assert (record["mixed-amc"]["macs"] > record["residual-amc"]["macs"]) == (count > 0)
         torch.testing.assert_close(removed(x), kept(x), rtol=1e-4, atol=1e-4)  # both were saved in float32
+
+
+def test_what_mixed_amc_removes_is_exact_for_every_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained after it: bounds of a few images will not do."""
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(pipeline, "remove_where_faster", lambda *_, **settings: asked.update(settings))
+    model = short_mobilenet("", num_classes=10, in_channels=1, width=0.5).eval()
+    job = Job(QUICK, load_dataset(QUICK.data), torch.device("cpu"), 0, teacher=model)
+    pipeline._remove_faster(model, Goal(0.5), job)
+    assert asked["ranges"] == "provable"
 
 
 def test_a_budget_given_twice_is_refused() -> None:

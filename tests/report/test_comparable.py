@@ -99,6 +99,9 @@ def test_settings_that_a_method_does_not_read_may_differ_and_methods_say_which()
             fixed = setting in method.settings or method.scratch or method.depth
             assert differ(name, ({setting: "a"}, {setting: "b"}), "prune") != fixed, (name, setting)
     assert differ("auto", ({"search": "a"}, {"search": "b"}), "finetune")
+    bounds = {"ranges": "provable"}, {"ranges": "calibrated"}  # what was the default, and is
+    found = {name for name in METHODS if not differ(name, bounds, "removal")}
+    assert found >= {"residual", "depth", "mixed", "residual-collapse"} and "rm" not in found
     for table, setting, readers in (
         ("finetune", "learning_rate", {"depth", "rm"}),
         ("finetune", "epochs", {"depth", "rm", "scratch"}),

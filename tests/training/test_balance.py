@@ -113,7 +113,8 @@ def test_a_network_in_balance_stays_as_it_is_to_the_last_bit(batches: list[Batch
 
 
 class Odd(nn.Module):
-    """Convolutions that must not be scaled: read twice, called twice, with shared weights, standardised, without a norm."""
+    """Convolutions that must not be scaled: read twice, called twice, with shared weights, standardised, without a norm, with weights that
+    a function reads as well, before a norm with a hook, before norms that share a statistic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,6 +124,12 @@ class Odd(nn.Module):
         self.partner = conv(4, 4)
         self.partner.weight = self.tied.weight
         self.standardised, self.last = Standardised(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.written, self.written_norm = conv(4, 4), nn.BatchNorm2d(4)
+        self.listened, self.listened_norm = conv(4, 4), nn.BatchNorm2d(4)
+        self.listened_norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clamp(-0.01, 0.01),))
+        self.twins = nn.ModuleList(conv(4, 4) for _ in range(2))
+        self.twin_norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.twin_norms[1].running_var = self.twin_norms[0].running_var
         self.head = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,6 +137,10 @@ class Odd(nn.Module):
         x = self.norm(first).relu() + first
         x = self.other(self.twice_called(self.twice_called(x).relu())).relu()
         x = self.partner(self.tied_norm(self.tied(x)).relu()).relu()
+        x = self.written_norm(self.written(x)).relu() + nn.functional.conv2d(x, self.written.weight, padding=1)
+        x = self.listened_norm(self.listened(x)).relu()
+        for twin, norm in zip(self.twins, self.twin_norms, strict=True):
+            x = norm(twin(x)).relu()
         return self.head(self.last(self.standardised(x)).relu().mean((2, 3)))
 
 
@@ -146,6 +157,8 @@ def test_what_scaling_would_change_stays(batches: list[Batch]) -> None:
     torch.manual_seed(0)
     net = lopsided(randomise(Odd())).double().eval()
     balanced = balance(net, batches)
+    x = batches[0][0]
+    torch.testing.assert_close(balanced(x), net(x), rtol=0, atol=1e-12)
     assert all(
         torch.equal(a, b) for a, b in zip(net.state_dict().values(), balanced.state_dict().values(), strict=True)
     )
@@ -173,3 +186,60 @@ def test_unusual_batches_and_networks(batches: list[Batch], kind: str) -> None:
     assert float((balanced(x) - net(x)).detach().abs().max()) < 1e-10
     for name, p in balanced.named_parameters():
         assert name not in frozen or torch.equal(p, net.get_parameter(name))
+
+
+def small(*layers: nn.Module, width: int) -> nn.Module:
+    ends = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+    return randomise(nn.Sequential(*layers, *ends)).double().eval()
+
+
+def test_rows_of_one_weight_do_not_set_the_pace(batches: list[Batch]) -> None:
+    """Their gradient is what rounding leaves, and most rows here are of that kind."""
+    torch.manual_seed(0)
+    single = [layer for _ in range(3) for layer in (conv(16, 16, 1, groups=16), nn.BatchNorm2d(16), nn.ReLU())]
+    net = small(conv(1, 16), nn.BatchNorm2d(16), nn.ReLU(), *single, conv(16, 8), nn.BatchNorm2d(8), width=8)
+    net = recentre(net, [x for x, _ in batches])
+    lengths = [
+        _rows(two.weight.detach()) / _rows(one.weight.detach())
+        for one, two in zip(net.modules(), balance(net, batches).modules(), strict=True)
+        if isinstance(one, nn.Conv2d) and isinstance(two, nn.Conv2d)
+    ]
+    assert torch.cat(lengths).max() <= 16
+
+
+def test_rows_of_zeros_and_gradients_without_end_change_nothing(batches: list[Batch]) -> None:
+    net = small(conv(1, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), width=8)
+    with torch.no_grad():
+        net.get_parameter("0.weight")[:2] = 0
+    balanced = balance(recentre(net, [x for x, _ in batches]), batches)
+    again = recentre(net, [x for x, _ in batches])
+    assert torch.equal(balanced.get_parameter("1.weight")[:2], again.get_parameter("1.weight")[:2])
+
+    def no_gradient(model: nn.Module, batch: Batch) -> Tensor:
+        outputs = model(batch[0])
+        return nn.functional.cross_entropy(outputs, batch[1]) + (0 * outputs).sum().sqrt()
+
+    balanced = balance(net, WithLoss(batches, no_gradient))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), balanced.state_dict().values(), strict=True)
+    )
+
+
+def test_norms_that_wait_for_other_processes_are_not_run_in_training_mode(batches: list[Batch]) -> None:
+    net = small(conv(1, 8), nn.SyncBatchNorm(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), width=8)
+    with torch.no_grad():
+        net.get_parameter("0.weight")[0] *= 1e-2
+        net.get_parameter("3.weight")[0] *= 1e-2
+    balanced = balance(net, batches)
+    assert torch.equal(balanced.get_parameter("0.weight"), net.get_parameter("0.weight"))
+    assert not torch.equal(balanced.get_parameter("3.weight"), net.get_parameter("3.weight"))
+
+
+def test_a_variance_that_has_no_room_to_grow_stays(batches: list[Batch]) -> None:
+    net = small(conv(1, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), width=8).float()
+    with torch.no_grad():
+        net.get_parameter("0.weight")[0] *= 1e-3
+        net.get_buffer("1.running_var")[0] = 1e38
+    balanced, x = balance(net, batches), batches[0][0].float()
+    assert all(value.isfinite().all() for value in balanced.state_dict().values())
+    torch.testing.assert_close(balanced(x), net(x))
