@@ -152,6 +152,7 @@ def test_calibrated_bounds_are_exact_inside() -> None:
     x = images(count=8).clamp(-3, 3)
     removal = remove_residuals(model, x, ranges="calibrated")
     assert removal.blocks[0].form in ("shift", "pair")
+    assert removal.note == "exact where maps stay within 2 times the ranges of the examples"
     other = images(count=4, seed=11).clamp(-3, 3)
     assert (removal.model(other) - model(other)).abs().max() < 1e-12
 

@@ -14,7 +14,7 @@ from rmprune import Budget, plan_removal, prune
 from rmprune.data.batches import WithLoss
 from rmprune.models import create
 from rmprune.pruning.carry_out import carry_out_blocks
-from rmprune.training.balance import AHEAD, balance
+from rmprune.training.balance import AHEAD, _pairs, balance
 from rmprune.training.recentre import recentre
 
 Batch = tuple[Tensor, Tensor]
@@ -204,7 +204,7 @@ def test_rows_of_one_weight_do_not_set_the_pace(batches: list[Batch]) -> None:
         for one, two in zip(net.modules(), balance(net, batches).modules(), strict=True)
         if isinstance(one, nn.Conv2d) and isinstance(two, nn.Conv2d)
     ]
-    assert torch.cat(lengths).max() <= 16
+    assert torch.cat(lengths).max() <= 4
 
 
 def test_rows_of_zeros_and_gradients_without_end_change_nothing(batches: list[Batch]) -> None:
@@ -225,14 +225,9 @@ def test_rows_of_zeros_and_gradients_without_end_change_nothing(batches: list[Ba
     )
 
 
-def test_norms_that_wait_for_other_processes_are_not_run_in_training_mode(batches: list[Batch]) -> None:
+def test_norms_that_wait_for_other_processes_are_not_run_in_training_mode() -> None:
     net = small(conv(1, 8), nn.SyncBatchNorm(8), nn.ReLU(), conv(8, 8), nn.BatchNorm2d(8), width=8)
-    with torch.no_grad():
-        net.get_parameter("0.weight")[0] *= 1e-2
-        net.get_parameter("3.weight")[0] *= 1e-2
-    balanced = balance(net, batches)
-    assert torch.equal(balanced.get_parameter("0.weight"), net.get_parameter("0.weight"))
-    assert not torch.equal(balanced.get_parameter("3.weight"), net.get_parameter("3.weight"))
+    assert [norm for _, norm in _pairs(net)] == [net.get_submodule("4")]
 
 
 def test_a_variance_that_has_no_room_to_grow_stays(batches: list[Batch]) -> None:
