@@ -25,8 +25,8 @@ from rmprune.graph.tensors import own_tensors
 from rmprune.training.convolutions import TrainableConvolutions
 
 AHEAD = 16  # times the median: networks with residuals have hardly a row that is turned faster
-ROUNDS = 2  # a row's gradient changes with the rows before it
-LARGEST = 8.0  # power of two of a factor: a step turns the row 2**16 times less; where early gradients vanish, the median is no measure
+PASSES = 2  # a row's gradient changes with the rows before it
+LONGEST = 8.0  # power of two of a factor: a step turns the row 2**16 times less; where early gradients vanish, the median is no measure
 BATCHES = 4  # that gradients are measured on
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -43,14 +43,14 @@ def balance(model: nn.Module, batches: Batches) -> nn.Module:
     """
     model = copied(model)
     pairs = list(_pairs(model))
-    for _ in range(ROUNDS if pairs else 0):
+    for _ in range(PASSES if pairs else 0):
         gradients = _gradients(model, pairs, batches)
         relative = [_relative(found, conv.weight.detach()) for found, (conv, _) in zip(gradients, pairs, strict=True)]
         turning = [value for own in relative for value in own.tolist() if value > 0]
         middle = statistics.median(turning) if turning else float("inf")
         for (conv, norm), own in zip(pairs, relative, strict=True):
             ahead = (own / middle).where(own > AHEAD * middle, 1.0)
-            _scale(conv, norm, torch.exp2(ahead.log2().div(2).round().clamp_max(LARGEST)))
+            _scale(conv, norm, torch.exp2(ahead.log2().div(2).round().clamp_max(LONGEST)))
     return model
 
 
