@@ -26,7 +26,7 @@ from rmprune.training.convolutions import TrainableConvolutions
 
 AHEAD = 16  # times the median: networks with residuals have hardly a row that is turned faster
 PASSES = 2  # a row's gradient changes with the rows before it
-LONGEST = 8.0  # power of two of a factor: a step turns the row 2**16 times less; where early gradients vanish, the median is no measure
+MOST_DOUBLINGS = 8.0  # of a row: where early gradients vanish the median is no measure
 BATCHES = 4  # that gradients are measured on
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -50,7 +50,7 @@ def balance(model: nn.Module, batches: Batches) -> nn.Module:
         middle = statistics.median(turning) if turning else float("inf")
         for (conv, norm), own in zip(pairs, relative, strict=True):
             ahead = (own / middle).where(own > AHEAD * middle, 1.0)
-            _scale(conv, norm, torch.exp2(ahead.log2().div(2).round().clamp_max(LONGEST)))
+            _scale(conv, norm, torch.exp2(ahead.log2().div(2).round().clamp_max(MOST_DOUBLINGS)))
     return model
 
 
