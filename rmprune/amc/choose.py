@@ -143,7 +143,7 @@ def choose(
         verified = Verified(**found | {"widths": tuple(found["widths"])})
     widths = {group.name: width for group, width in zip(space.groups, verified.widths, strict=True)}
     accuracy = result.best.accuracy if verified.widths == best else scorer.accuracy(verified.widths)
-    model = job.ready(scorer.build(verified.widths))
+    model = scorer.build(verified.widths).cpu()
     own = prove_cut(network, space.structure, space.keep(verified.widths, scorer.order), job.data.train.example(2))
     note_cut(model, network, space.structure, own)
     facts = _facts(result, space, verified, accuracy, goal.ratio) | {"cut_error": max(cut_error, own)}

@@ -107,9 +107,9 @@ class Cutter:
         return budget
 
     def once(self, network: nn.Module, budget: Budget, *, scores: Scores | None = None) -> nn.Module:
-        """One cut of `network` (this one, or what is left of it), by importance measured on training images, re-centred.
+        """One cut of `network` (this one, or what is left of it), by importance measured on training images, and fitted.
 
-        `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted or re-centred.
+        `scores`: known already, and the network's weights do not matter (its time is measured): nothing is fitted.
         """
         settings = self.settings
         origin = None if settings.min_fraction is None else self.structure.units  # a limit that was asked for
@@ -137,7 +137,7 @@ class Cutter:
                     raise
                 logger.warning("training left a network that says the same of every image; it is cut by magnitude")
                 smaller = cut(importance="magnitude")
-        return smaller.cpu() if scores is not None else self.job.ready(smaller)
+        return smaller.cpu()
 
     def check(self, *, once: bool = True) -> None:
         """Raise UnsupportedModel where this network cannot be cut in this way at all, whatever its weights; looks at two images.

@@ -52,7 +52,7 @@ def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Fil
     shorter, facts = carry_out_blocks(network, choices, job.examples, job.config.removal)
     plan = SlimPlan(facts["blocks"], {}, facts["fuse"], layers_digest(job.original))
     search = {"losses": losses, "dropped": order[:count], "verified_ratio": found.ratio}
-    return job.ready(shorter), {
+    return shorter.cpu(), {
         "method": files.label,
         "collapsed": facts["collapsed"],
         "search": search,

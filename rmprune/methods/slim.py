@@ -51,7 +51,7 @@ def slim_network(
         meets = functools.partial(_excess, cutter, budget) if timed else None
         hook = cutter.hook(cut_to, steps=steps, epochs=config.finetune.epochs, meets=meets)
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to
-        network = cutter.once(network, cut_to)
+        network = job.ready(cutter.once(network, cut_to))
     network = tune(network, config.finetune, job, files, hook)
     if hook is not None:
         hook.proved(network)  # once more, as it was trained to its end: a checkpoint holds no facts
@@ -113,7 +113,7 @@ def _within_time(network: nn.Module, cutter: Cutter, budget: Budget, cut_to: Bud
                 return network
             raise MissedBudget(str(infeasible(allowed, ratio, place))) from None
         logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
-        network = tune(smaller, once, cutter.job, files.named(f"{label}-again-{attempt}"))
+        network = tune(cutter.job.ready(smaller), once, cutter.job, files.named(f"{label}-again-{attempt}"))
     raise MissedBudget(
         f"latency_ratio={allowed:g} was not met on {place} after {TIME_ATTEMPTS} further cuts; "
         "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"

@@ -170,12 +170,13 @@ def _slim(base: nn.Module, name: str, goal: Goal, job: Job[AmcConfig], cell: Cel
                 logger.info("%s  %s  (%d episodes, %.0f s)", label, said, done, result.seconds)
 
         chosen = choose(base, space, search, job, goal, watch)
-    network, hook = chosen.model, None
+    network, hook = base, None
     if config.apply == "gradual" and config.finetune.epochs > 0:
         steps = job.data.train.num_batches(job.data.config.batch_size, shuffled=True) * config.prune_epochs
         every = max(1, int(steps / GRADUAL_CUTS))
-        network = base
         hook = PolicyPruner(base, example, chosen.widths, prune_epochs=config.prune_epochs, every=every)
+    else:
+        network = job.ready(chosen.model)
     network = tune(network, config.finetune, job, Files.of(cell.directory, name), hook)
     if hook is not None:
         chosen.facts["cut_error"] = max(chosen.facts["cut_error"], hook.proved(network))

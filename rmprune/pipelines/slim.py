@@ -196,7 +196,7 @@ def _slim(
         return _from_nothing(budget, job, files)
     if method.depth:
         network, shorter = depth.shorten(with_names(job.original, job), budget, job, files)
-        return tune(network, job.config.finetune, job, files), shorter
+        return tune(job.ready(network), job.config.finetune, job, files), shorter
     facts: dict[str, Any] = {"method": name}
     widths = None
     if name == "auto":

@@ -9,6 +9,7 @@ with residuals, and its first step undid the fit (reports/solar-cells, experimen
 import itertools
 import operator
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -67,22 +68,24 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, _BatchNorm]]:
     modules = dict(model.named_modules(remove_duplicate=False))
     called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
     read = [operator.attrgetter(str(node.target))(model) for node in graph.nodes if node.op == "get_attr"]
-    tensors = [*read, *(tensor for m in set(called) for _, tensor in own_tensors(m))]
+    calls = Counter(called)
+    holders = Counter(map(id, [*read, *(tensor for m in calls for _, tensor in own_tensors(m))]))
     for node in graph.nodes:
         source = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
         conv, norm = modules[str(source.target)], modules[str(node.target)]
-        alone = all(called.count(m) == 1 for m in (conv, norm)) and all(
-            sum(own is other for other in tensors) == 1 for m in (conv, norm) for _, own in own_tensors(m)
-        )
+        alone = all(calls[m] == 1 and all(holders[id(own)] == 1 for _, own in own_tensors(m)) for m in (conv, norm))
         stock = any(type(conv) is kind and plain(conv, kind) for kind in _CONVS)
-        hooked = any(getattr(m, hooks) for m in (conv, norm) for hooks in HOOKS)
+        changed = (
+            any(getattr(m, hooks) for m in (conv, norm) for hooks in HOOKS)
+            or "forward" in conv.__dict__ | norm.__dict__
+        )
         if not isinstance(norm, _BatchNorm) or not norm.affine or norm.running_mean is None:
             continue
         if isinstance(norm, nn.SyncBatchNorm):  # in training mode it waits for other processes
             continue
-        if stock and alone and not hooked and conv.weight.requires_grad:
+        if stock and alone and not changed and conv.weight.requires_grad:
             yield conv, norm
 
 
