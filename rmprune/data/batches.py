@@ -33,6 +33,8 @@ class WithLoss:
 
     batches: Batches
     loss: Loss
+    first: int = 0
+    """The number of the first batch, in errors."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
@@ -87,7 +89,7 @@ def each_loss(data: Batches, model: nn.Module) -> Iterator[tuple[Callable[[], Te
         return
     like = next(model.parameters(), None)
     found = False
-    for number, batch in enumerate(data):
+    for number, batch in enumerate(data, data.first):
         found = True
         here = batch if like is None else to_device(batch, like.device)
         yield functools.partial(_finite_loss, data.loss, model, here, number), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -27,6 +28,7 @@ from rmprune.data.splits import Batch, Split
 from rmprune.errors import ConfigError, DataError, first_line
 from rmprune.graph.finite import broken_on
 
+NOT_FINITE = "there are images that are not finite; mend them or leave them out"
 GIVEN = "given"  # how the name of such data begins in config and record; what they hold is the rest
 
 
@@ -66,10 +68,12 @@ class GivenSplit(Split):
         except TypeError:  # it has none; neither has a DataLoader of a stream
             self.count = sum(1 for _ in self._read(0))
         self._first: Tensor | None = None
+        self._images: int | None = None
 
     def digest(self) -> str:
-        """Of all images and labels (or what else the batches hold), to tell other data from these. Reads every batch."""
-        return _digest(self.batches(1))
+        """Of all images and labels (or what else the batches hold), to tell other data from these. Reads every batch, and raises DataError
+        for one on which a loss of one's own fails or is no finite number."""
+        return _digest(self._tried())
 
     def first_digest(self) -> str:
         """Of the first batch as it comes; "" where two readings differ, as of a loader that shuffles by a generator of its own."""
@@ -87,7 +91,9 @@ class GivenSplit(Split):
         return found.pop() if len(found) == 1 else None
 
     def __len__(self) -> int:
-        return sum(len(x) for x, _ in self.batches(1))
+        if self._images is None:
+            self._images = sum(len(x) for x, _ in self.batches(1))
+        return self._images
 
     def num_batches(self, batch_size: int, *, shuffled: bool) -> int:
         return self.count
@@ -122,29 +128,56 @@ class GivenSplit(Split):
                 )
             self._first = torch.cat(found)
             if not bool(self._first.isfinite().all()):
-                raise DataError(f"{self.name}: there are images that are not finite; mend them or leave them out")
+                raise DataError(f"{self.name}: {NOT_FINITE}")
         return self._first[:n].to(device)
 
-    def _read(self, seed: int) -> Iterator[Any]:
-        """The loader's batches; what a DataLoader draws for its order, it draws before the first."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            iterator = iter(self.loader)
-            first = list(itertools.islice(iterator, 1))
-        yield from itertools.chain(first, iterator)
+    def _tried(self) -> Iterator[Batch]:
+        """Each batch, after the loss was computed on it."""
+        for number, (x, y) in enumerate(self.batches(1)):
+            if self.loss is not None:
+                ((run, _),) = each_loss(self._as_given(y, number), self.model)
+                with self._named(), torch.no_grad():
+                    run()
+            yield x, y
 
-    def _as_given(self, batch: Any) -> Batches:
-        return [batch] if self.loss is None else WithLoss([batch], self.loss)
+    def _read(self, seed: int) -> Iterator[Any]:
+        """The loader's batches. What it draws from torch's generator, for its order and while it reads, is a stream of its own: the same
+        from the first batch on, whatever is drawn between them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            iterator = iter(self.loader)
+            state = torch.get_rng_state()
+        while True:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(state)
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                state = torch.get_rng_state()
+            yield batch
+
+    @contextlib.contextmanager
+    def _named(self, where: str = "") -> Iterator[None]:
+        """Says in errors whose batches they are of."""
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self.name}: {where}{error}") from None
+
+    def _as_given(self, batch: Any, number: int = 0) -> Batches:
+        return [batch] if self.loss is None else WithLoss([batch], self.loss, number)
 
     def _pair(self, batch: Any, number: int, device: torch.device) -> Batch:
         if self.loss is None:
-            try:
+            with self._named(f"batch {number}: "):
                 ((x, y),) = labelled([batch], self.model)
                 check_labels(y, self.classes)
-            except DataError as error:
-                raise DataError(f"{self.name}: batch {number}: {error}") from None
+                if not bool(x.isfinite().all()):
+                    raise DataError(NOT_FINITE)
             return x.to(device), y.to(device, torch.int64)
-        (x,) = network_inputs(WithLoss([batch], self.loss), self.model)
+        with self._named():
+            (x,) = network_inputs(self._as_given(batch, number), self.model)
         return x.to(device), to_device(batch, device)
 
     def _classes(self, batch: Any) -> int:

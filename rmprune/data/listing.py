@@ -7,6 +7,7 @@ import itertools
 import logging
 import operator
 import os
+import re
 import unicodedata
 from collections import Counter
 from functools import cache
@@ -189,6 +190,10 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
         parts = parts_by_folder(file, [photo.path for photo, _ in named])
         named = [(photo._replace(part=part), name) for (photo, name), part in zip(named, parts, strict=True)]
     classes = sorted({name for _, name in named})
+    if labels and all(
+        re.fullmatch(r"-?[0-9]{1,15}(\.0+)?", name) for name in classes
+    ):  # numbers, not names: 2 before 10
+        classes.sort(key=float)
     number = {name: i for i, name in enumerate(classes)}
     return Listing([photo._replace(label=number[name]) for photo, name in named], tuple(classes))
 

@@ -43,7 +43,8 @@ def judge(
             cutter = make()
             cut_to = met(budget, cutter, files.named(f"{files.label}-{name}"))
             network = cutter.once(cutter.network, cut_to)
-            loss = evaluate(network.to(job.device), job.data.validation, device=job.device).loss
+            weights = job.data.class_weights
+            loss = evaluate(network.to(job.device), job.data.validation, device=job.device, weights=weights).loss
             if not math.isfinite(loss):
                 raise UnsupportedModel(f"after the cut its loss is {loss}")
             verdicts[name] = {"loss": loss}

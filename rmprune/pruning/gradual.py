@@ -73,6 +73,7 @@ class GradualPruner:
         self.kept = {g.name: torch.arange(g.units) for g in self.first.groups}
         self.scores = TaylorSum(self.first)
         self.cuts, self.done, self.unmeasured, self.meets = 0, False, False, meets
+        self.learning = False  # whether a gradient came since the last cut
         flat = {name: torch.ones(units) for name, units in self.first.units.items()}
         self._allocate(flat, final=True)  # refuse an impossible budget now
 
@@ -83,6 +84,7 @@ class GradualPruner:
         if self.done:
             return
         if self.importance == "taylor":
+            self.learning = self.learning or any(p.grad is not None for p in state.model.parameters())
             self.scores.update(state.model)
         planned = self.planned_cuts(state)
         if state.step < self.every * (self.cuts + 1) and state.step < state.total_steps:
@@ -90,6 +92,11 @@ class GradualPruner:
         cuts = max(self.cuts + 1, state.step // self.every)
         final = cuts >= planned or state.step >= state.total_steps
         suffices = self._suffices(state)  # takes seconds: after a Ctrl-C in them, this cut is still to be made
+        if self.importance == "taylor" and not self.learning:
+            raise DataError(
+                "cuts while training: no gradient reached the network since the last cut; call this after backward and before the "
+                "gradients are cleared, and train the network that the last cut left (`pruner.model`), which is another module"
+            )
         self.cuts = cuts
         if suffices:
             self.done = True
@@ -107,6 +114,7 @@ class GradualPruner:
         if not all(bool(mask.all()) for mask in keep.values()):
             self._cut(state, keep)
         self.scores.scale(self.decay)
+        self.learning = False
         self.done = final
         if final:
             self.proved(state.model)

@@ -1,5 +1,6 @@
 """Pruning while somebody else trains: `GradualPruner` for loops that are not ours. Makes no step and decides no learning rate."""
 
+import numbers
 from fractions import Fraction
 
 import torch
@@ -69,8 +70,7 @@ class Pruner:
     ) -> None:
         given = model
         model, inputs = as_given(model, example_inputs)
-        if steps < 1 or cuts < 1:
-            raise ConfigError(f"steps and cuts are at least 1; got {steps} and {cuts}")
+        steps, cuts = _counted("steps", steps), _counted("cuts", cuts)
         refuse_no_budget(budget)
         if budget.latency_ratio is not None or budget.memory_ratio is not None:
             raise ConfigError(
@@ -113,7 +113,7 @@ class Pruner:
     def step(self) -> bool:
         """Take up the gradients of the step just made, and cut where it is time; True where `model` is another module now.
 
-        Raises DataError where no gradients were seen by the time of a cut.
+        Raises DataError where no gradient reached `model` between two cuts, as where a loop goes on with the one before.
         """
         loop, before = self._loop, self._loop.model
         loop.step += 1
@@ -127,6 +127,14 @@ class Pruner:
         self.optimizer.state = loop.optimizer.state
         loop.optimizer = self.optimizer
         return True
+
+
+def _counted(name: str, value: object) -> int:
+    """A whole number of at least 1, as `len(loader) * epochs / 2` may be. Raises ConfigError."""
+    whole = isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
+    if not whole or isinstance(value, bool) or int(value) < 1:  # type: ignore[call-overload]
+        raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1")
+    return int(value)  # type: ignore[call-overload]
 
 
 def _refuse_elsewhere(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

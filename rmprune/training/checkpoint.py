@@ -193,5 +193,10 @@ def check_progress(saved: Mapping[str, Any], total_steps: int) -> None:
         raise ValueError(f"step {str(step)[:80]} of {total_steps}")
     if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
         raise ValueError(f"{str(seconds)[:80]} seconds")
-    if not is_plain(totals) or totals.shape != (3,) or totals.dtype != torch.float64 or not bool((totals >= 0).all()):
+    if not is_plain(totals) or totals.shape != (3,) or totals.dtype != torch.float64:
+        raise ValueError("its sums of loss, hits and images are none")
+    loss, hits, images = totals.tolist()
+    if (
+        not math.isfinite(loss) or hits < 0 or not 0 <= images < math.inf
+    ):  # a loss of one's own may be negative, and knows no hits: NaN
         raise ValueError("its sums of loss, hits and images are none")

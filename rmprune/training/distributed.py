@@ -116,9 +116,9 @@ def add_up(values: Tensor, world: int) -> Tensor:
     return total
 
 
-def part_of_all(amounts: Tensor, world: int) -> Tensor:
-    """What means over `amounts` (images, their weights) here are multiplied with, so that the mean over processes is that over all."""
-    return world * amounts / add_up(amounts, world)
+def part_of_all(images: Tensor, world: int) -> Tensor:
+    """What a mean over this many images here is multiplied with, so that the mean over processes is that over all."""
+    return world * images / add_up(images, world)
 
 
 def first_says(value: Value, world: int) -> Value:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import Precision
-from rmprune.data.batches import check_labels
+from rmprune.data.batches import check_labels, own_loss
 from rmprune.data.splits import Split
 from rmprune.errors import DataError, RmpruneError
 from rmprune.graph.finite import broken_on
@@ -36,12 +36,13 @@ class NoOutputs(RmpruneError):
 
 def evaluate(
     model: nn.Module, split: Split, *, device: torch.device | str = "cpu", batch_size: int = 512,
-    limit: int | None = None, precision: Precision = "float32", shard: tuple[int, int] = (0, 1),
+    limit: int | None = None, precision: Precision = "float32", shard: tuple[int, int] = (0, 1), weights: Tensor | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate in eval mode on the split's first `limit` images (all by default); the model is left in the mode it had.
 
     The model must be on `device` already. `shard`: (number of this process, processes), each of which takes part with its images and
-    learns the result for all. Raises NoOutputs, which says where that begins.
+    learns the result for all. `weights` [C]: of classes, by which the mean loss counts images. Raises NoOutputs, which says where that
+    begins.
     """
     if split.loss is not None:
         return Evaluation(math.nan, mean_loss(model, split, torch.device(device), batch_size, limit, precision))
@@ -49,9 +50,11 @@ def evaluate(
         model, split, device=device, batch_size=batch_size, limit=limit, precision=precision, shard=shard
     )
     loss = nn.functional.cross_entropy(logits, y, reduction="none").double()
-    sums = torch.stack([loss.sum(), (logits.argmax(1) == y).double().sum(), torch.full_like(loss.sum(), len(y))])
-    total, hits, images = add_up(sums, shard[1]).tolist()
-    return Evaluation(hits / images, total / images)
+    counts = torch.ones_like(loss) if weights is None else weights.to(loss)[y]
+    hits = (logits.argmax(1) == y).double()
+    sums = torch.stack([(counts * loss).sum(), counts.sum(), hits.sum(), torch.ones_like(hits).sum()])
+    total, count, right, images = add_up(sums, shard[1]).tolist()
+    return Evaluation(right / images, total / count if count else math.nan)
 
 
 @torch.no_grad()
@@ -81,12 +84,13 @@ def logits_of(
 def mean_loss(
     model: nn.Module, split: Split, device: torch.device, batch_size: int, limit: int | None, precision: Precision
 ) -> float:
-    """The split's own loss over its batches, each counted by its images. Raises RmpruneError where it is no finite number."""
+    """The split's own loss over its batches, each counted by its images. Raises DataError where it fails, RmpruneError where the mean is no
+    finite number."""
     assert split.loss is not None
     total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(model), autocast(precision, device):
         for x, y in split.batches(batch_size, device=device, limit=limit):
-            total += split.loss(model, y).double().reshape(()) * len(x)
+            total += own_loss(split.loss, model, y).double() * len(x)
             seen += len(x)
     if not seen:
         raise DataError("there are no images to evaluate the network on")

@@ -27,7 +27,7 @@ def measure_statistics(
     model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Loss | None = None, images: int = MOST_IMAGES
 ) -> None:
     """Give the batch norms of `model`, in place, the mean and variance that the first `images` of these have on average by batch (Wu
-    and Johnson 2021).
+    and Johnson 2021), each batch counted by its size.
 
     `batches`: (x [B, C, ...], y) as a split yields them, on the model's device; with a `loss` of one's own, that runs the model on y.
     The network is in training mode, as in a step, and each module's own mode is put back. A batch norm that a step leaves alone is left
@@ -37,10 +37,18 @@ def measure_statistics(
     model.train()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
     momenta = [(norm, norm.momentum) for norm in norms if norm.momentum != 0]
+    sizes = dict.fromkeys(norms, 0)
+
+    def weigh(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        """Its part in the average of all: a last batch may be of a single image."""
+        own = inputs[0].numel()
+        sizes[norm] += own
+        norm.momentum = own / sizes[norm]
+
+    hooks = [norm.register_forward_pre_hook(weigh) for norm, _ in momenta]
     try:
         for norm, _ in momenta:
             norm.reset_running_stats()
-            norm.momentum = None  # the average of all batches
         seen = 0
         for x, y in batches if momenta else ():
             ask(model, x) if loss is None else loss(model, y)
@@ -48,6 +56,8 @@ def measure_statistics(
             if seen >= images:
                 break
     finally:
+        for hook in hooks:
+            hook.remove()
         for norm, momentum in momenta:
             norm.momentum = momentum
         for module, mode in modes:

@@ -100,11 +100,11 @@ class Stepping:
         """The gradients of one batch, clipped, and its part of the totals. On a GPU nothing here waits for it."""
         config = self.config
         shared = SharedStatistics() if config.sync_batch_norm and self.world > 1 else contextlib.nullcontext()
-        parts = None if self.world == 1 else self.parts(x, y)
+        part = None if self.world == 1 else self.part(x)
         with autocast(config.precision, self.device), shared:
             try:
                 if self.loss is None:
-                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights, parts)
+                    loss, hits = class_objective(self.parallel, x, y, target, config, self.class_weights, part)
                 else:
                     teacher = None if self.teacher is None else self.teacher.frozen
                     loss, hits = own_objective(self.parallel, y, self.loss, teacher, config)
@@ -112,7 +112,7 @@ class Stepping:
                 raise one_value(error, self.label) from error
         with torch.no_grad():
             count = torch.full_like(loss, len(x))
-            self.totals += torch.stack([loss * (count if parts is None else count / parts[0]), hits, count])
+            self.totals += torch.stack([loss * (count if part is None else count / part), hits, count])
         if self.device.type == "cpu":
             self.check_finite(x)
         self.state.optimizer.zero_grad()
@@ -120,12 +120,9 @@ class Stepping:
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.state.model.parameters(), config.clip_norm)
 
-    def parts(self, x: Tensor, y: Tensor) -> Tensor:
-        """What this process's means over its images, and over their weights, count among those of all [2]."""
-        amounts = torch.full((2,), float(len(x)), device=self.device)
-        if self.class_weights is not None:
-            amounts[1] = self.class_weights[y].sum()
-        return distributed.part_of_all(amounts, self.world)
+    def part(self, x: Tensor) -> Tensor:
+        """What this process's mean over its images counts among those of all."""
+        return distributed.part_of_all(torch.tensor(float(len(x)), device=self.device), self.world)
 
     def call_hook(self, hook: Hook) -> None:
         """Let the hook work, and take over a model that it put in place."""

@@ -633,3 +633,22 @@ def test_a_link_that_leads_nowhere_is_named(folder: Path) -> None:
     listed = photos.Photos([photo.path for photo in list_photos(config(folder)).photos], 8, 8)
     with pytest.raises(DataError, match=r"gone\.png cannot be read \(No such file"):
         listed.decode_all("disk", 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ([*map(str, range(12))], [*map(str, range(12))]),
+        (["10", "-1", "2"], ["-1", "2", "10"]),
+        (["10.0", "9.0"], ["9.0", "10.0"]),
+        (["10", "9", "cat"], ["10", "9", "cat"]),
+    ],
+)
+def test_class_numbers_of_a_csv_are_numbered_as_numbers(names: list[str], classes: list[str], tmp_path: Path) -> None:
+    """As a network trained on them elsewhere knows them. Folders are ordered by text, as torchvision does."""
+    make(tmp_path, {"images": len(names)})
+    rows = [f"images/{number}.png,{name}" for number, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    listing = list_photos(config(tmp_path, labels="labels.csv"))
+    assert list(listing.classes) == classes
+    assert [listing.classes[photo.label] for photo in listing.photos] == names

@@ -116,10 +116,68 @@ def test_examples_of_several_sizes_are_refused() -> None:
 
 def test_images_that_are_not_finite_are_named() -> None:
     split = GivenSplit([(X[:4], Y[:4]), (X[4:] / 0, Y[4:])], MODEL, None, "train")
-    with pytest.raises(DataError, match=r"^train: there are images that are not finite"):
+    with pytest.raises(DataError, match=r"^train: batch 1: there are images that are not finite"):
         split.example(10)
 
 
 def test_a_network_of_several_inputs_needs_a_loss() -> None:
     with pytest.raises(DataError, match=r"^train: the network cannot be run on the first batch"):
         GivenSplit([(X, Y)], nn.Bilinear(4, 4, 3), None, "train")
+
+
+class Noisy(TensorDataset):
+    """Draws while an image is read, as transforms do."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()), y
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_what_a_loader_draws_is_the_same_from_any_batch_on(shuffle: bool) -> None:
+    """Whatever training draws between two batches; and the generator of training is left alone."""
+    split = GivenSplit(DataLoader(Noisy(X, Y), batch_size=2, shuffle=shuffle), MODEL, None, "train")
+    whole = images(split, 1)
+    torch.manual_seed(3)
+    found = []
+    for x, _ in split.batches(99, shuffle_seed=1):
+        found.append(x)
+        torch.rand(7)
+    drawn = torch.rand(1)
+    assert torch.equal(torch.cat(found), whole) and not torch.equal(images(split, 2), whole)
+    assert torch.equal(torch.cat([x for x, _ in split.batches(99, shuffle_seed=1, start=3)]), whole[6:])
+    torch.manual_seed(3)
+    torch.rand(7 * 5)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_images_are_counted_once() -> None:
+    loader = Counted([(X[:4], Y[:4]), (X[4:], Y[4:])])
+    split = GivenSplit(loader, MODEL, None, "train")
+    before = loader.passes
+    assert [len(split) for _ in range(3)] == [10] * 3 and loader.passes == before + 1
+
+
+class Counted(list[tuple[Tensor, Tensor]]):
+    passes = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        ({"x": X, "y": Y + 3}, r"^validation: loss: failed \(IndexError: Target .* \(batch 1\)"),
+        ({"x": X}, r"^validation: loss: failed \(KeyError: 'y'.* \(batch 1\)"),
+        ({"x": X / 0, "y": Y}, r"^validation: loss: it is nan on batch 1"),
+    ],
+)
+def test_a_loss_of_one_s_own_is_computed_on_every_batch(second: dict[str, Tensor], reason: str) -> None:
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+
+    split = GivenSplit([{"x": X, "y": Y}, second], MODEL, loss, "validation")
+    with pytest.raises(DataError, match=reason):
+        split.digest()

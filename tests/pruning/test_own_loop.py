@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from marks import few, long
@@ -188,3 +189,39 @@ def test_optimizers_that_hold_parameters_where_cuts_do_not_reach_are_refused() -
     ):
         with pytest.raises(ConfigError, match=told):
             rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=4)
+
+
+def test_a_loop_that_goes_on_with_the_network_before_the_cut_is_told() -> None:
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=8, cuts=4)
+
+    def step() -> bool:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(images(8)), LABELS).backward()
+        optimizer.step()
+        return pruner.step()
+
+    assert [step(), step()] == [False, True]
+    with pytest.raises(DataError, match=r"no gradient reached the network since the last cut.*`pruner\.model`"):
+        for _ in range(2):
+            step()
+    assert not pruner.done
+
+
+@pytest.mark.parametrize(("steps", "cuts"), [(8.0, 4), (np.int64(8), np.float64(4.0))])
+def test_whole_numbers_of_other_types_count_steps(steps: Any, cuts: Any) -> None:
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=steps, cuts=cuts, importance="random")
+    assert [pruner.step() for _ in range(8)] == [False, True] * 4 and pruner.done
+
+
+@pytest.mark.parametrize("wrong", [7.5, "8", None, True, 0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["steps", "cuts"])
+def test_what_counts_no_steps_is_one_line(name: str, wrong: Any) -> None:
+    model = residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    counts: dict[str, Any] = {"steps": 8, "cuts": 4, name: wrong}
+    with pytest.raises(ConfigError, match=rf"^{name} is .*; give a whole number of at least 1$"):
+        rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, **counts)

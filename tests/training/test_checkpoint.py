@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from training_nets import CONFIG, Stop, blobs, records, same, tiny_net
 
 from rmprune.config import DataConfig, SparsityConfig
+from rmprune.data.given import GivenSplit
+from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, RmpruneError
 from rmprune.models.families import create
 from rmprune.pruning import Budget
@@ -255,3 +257,25 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path):
     with pytest.raises(RmpruneError, match="no longer finite"):
         fit(tiny_net(), blobs(), CONFIG, seed=0, hook=poison, checkpoint=path)
     assert load_checkpoint(path)["step"] == 5
+
+
+@pytest.mark.parametrize("shift", [0.0, -100.0])
+def test_a_loss_of_one_s_own_goes_on_from_inside_an_epoch(tmp_path: Path, shift: float) -> None:
+    """It counts no hits, and may be negative."""
+    net, batches = (
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval(),
+        [(torch.randn(6, 1, 2, 2), torch.arange(6) % 3)] * 3,
+    )
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) + shift
+
+    split = GivenSplit(batches, net, loss, "train")
+    data = Dataset("given", 0, (1, 2, 2), split, split, split, DataConfig(dataset="given"))
+    config = dataclasses.replace(CONFIG, epochs=2)
+    whole = fit(net, data, config, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(net, data, config, seed=3, hook=Stop(4), checkpoint=tmp_path / "c.pt")
+    totals = load_checkpoint(tmp_path / "c.pt")["totals"]
+    assert totals[1].isnan() and (totals[0] < 0) == (shift < 0) and totals[2] > 0
+    assert same(whole, fit(net, data, config, seed=3, checkpoint=tmp_path / "c.pt"))

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from training_nets import CONFIG, blobs, records, same, tiny_net
 
+from rmprune.config import DataConfig, TrainConfig
+from rmprune.data.load import Dataset
+from rmprune.data.sources import Images
+from rmprune.data.splits import TensorSplit
 from rmprune.errors import RmpruneError
 from rmprune.training import TrainState, evaluate, fit
 from rmprune.training.checkpoint import load_checkpoint
@@ -80,3 +85,15 @@ def test_a_loss_that_is_not_finite_says_what_to_do(tmp_path: Path):
     with pytest.raises(RmpruneError, match=r"step 8 of 15.*lower learning_rate"):
         fit(tiny_net(), blobs(), CONFIG, seed=0, hook=poison, checkpoint=path)
     assert load_checkpoint(path)["step"] == 5
+
+
+def test_classes_that_count_alike_do_so_although_one_is_in_few_batches() -> None:
+    """Of images that say nothing, a network that counts both alike says a half, however rare one is."""
+    images, labels = torch.full((512, 1, 2, 2), 128, dtype=torch.uint8), (torch.arange(512) % 64 == 0).long()
+    split = TensorSplit(Images(images, labels), torch.zeros(1), torch.ones(1) * 255, may_flip=False)
+    weights = torch.tensor([512 / (2 * 504), 512 / (2 * 8)])
+    data = Dataset("one", 2, (1, 2, 2), split, split, split, DataConfig(batch_size=16), class_weights=weights)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    config = TrainConfig(epochs=30, learning_rate=0.02, warmup_epochs=0, momentum=0.0, weight_decay=0.0)
+    found = fit(net, data, config, seed=0)(torch.full((1, 1, 2, 2), 128 / 255)).softmax(1)
+    assert float(found[0, 1].detach()) == pytest.approx(0.5, abs=0.1)

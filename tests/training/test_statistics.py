@@ -20,10 +20,12 @@ from rmprune.training.recentre import recentre
 from rmprune.training.statistics import images_for_statistics, measure_statistics
 
 
-def test_statistics_are_the_mean_of_those_of_the_batches() -> None:
+def test_statistics_are_the_mean_of_those_of_the_batches_by_their_sizes() -> None:
+    """A last batch of one image does not count like a whole one; a norm that is called twice counts both calls."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.BatchNorm2d(3, momentum=0.3)).eval()
-    batches = [torch.randn(n, 3, 4, 4) * 3 + 1 for n in (8, 8, 4)]
+    batches = [torch.randn(n, 3, 4, 4) * (3 if n > 1 else 30) + 1 for n in (8, 8, 4, 1)]
+    parts = torch.tensor([8.0, 8, 4, 1]).view(-1, 1) / 21
     by_loss = copy.deepcopy(net)
     measure_statistics(net, ((x, None) for x in batches))
     measure_statistics(by_loss, ((x, {"x": x}) for x in batches), lambda model, y: model(y["x"]).mean())
@@ -31,9 +33,25 @@ def test_statistics_are_the_mean_of_those_of_the_batches() -> None:
         first, last = tuned[0], tuned[2]
         assert isinstance(first, nn.BatchNorm2d) and isinstance(last, nn.BatchNorm2d)
         assert first.running_mean is not None and first.running_var is not None
-        torch.testing.assert_close(first.running_mean, torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0))
-        torch.testing.assert_close(first.running_var, torch.stack([x.var((0, 2, 3)) for x in batches]).mean(0))
-        assert not tuned.training and not last.training and last.momentum == 0.3
+        torch.testing.assert_close(
+            first.running_mean, (parts * torch.stack([x.mean((0, 2, 3)) for x in batches])).sum(0)
+        )
+        torch.testing.assert_close(first.running_var, (parts * torch.stack([x.var((0, 2, 3)) for x in batches])).sum(0))
+        assert not tuned.training and not last.training and last.momentum == 0.3 and not first._forward_pre_hooks
+    norm = nn.BatchNorm2d(3)
+    measure_statistics(Twice(norm), [(batches[0], None), (batches[2], None)])
+    own = [y for x in (batches[0], batches[2]) for y in (x, x[:2] * 5)]
+    weights = torch.tensor([8.0, 2, 4, 2]).view(-1, 1) / 16
+    torch.testing.assert_close(norm.running_mean, (weights * torch.stack([y.mean((0, 2, 3)) for y in own])).sum(0))
+
+
+class Twice(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)[:2] + self.norm(x[:2] * 5)
 
 
 class Frozen(nn.Sequential):
