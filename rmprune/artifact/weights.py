@@ -126,6 +126,10 @@ def put_weights(
             f"{source}: NaN or infinite numbers in {_listed(broken)}, as of a training that diverged "
             "or a conversion that overflowed; take an earlier file, or convert it again"
         )
+    if below := [key for key in own if key in kept and key.endswith("running_var") and bool((kept[key] < 0).any())]:
+        raise ArtifactError(
+            f"{source}: negative variances in {_listed(below)}: its tensors stand in another order than here, or it is damaged"
+        )
     own.update(kept)  # its own notes of versions stay with it, which some modules ask for
     model.load_state_dict(own)
     if new:

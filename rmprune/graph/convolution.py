@@ -198,6 +198,9 @@ def from_module(module: nn.Module, channels: int, name: str = "") -> Conv:
         one = torch.ones(channels, 1, 1, dtype=torch.float64)
         conv = depthwise(one, torch.zeros(channels, dtype=torch.float64), Geometry(), name)
         return replace(conv, norm=norm_of(module), norm_name=name)
+    numbers = module.factor if isinstance(module, Scale) else module.shift if isinstance(module, Shift) else None
+    if numbers is not None and numbers.numel() not in (1, channels):
+        raise Obstacle("an operation that makes many channels of one")
     if isinstance(module, Scale):
         factor = module.factor.detach().double().cpu().flatten().expand(channels)
         return depthwise(factor[:, None, None], torch.zeros(channels, dtype=torch.float64), Geometry(), name)
@@ -216,32 +219,38 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class Scale(nn.Module):
-    """Multiplies by one number, or by one number a channel; stands for `x * 0.1` in a traced graph."""
+    """Multiplies by one number, or by one number a channel; stands for `x * 0.1` in a traced graph. A parameter stays one."""
+
+    factor: Tensor
 
     def __init__(self, factor: Tensor) -> None:
         super().__init__()
-        self.register_buffer("factor", _along_channels(factor))
-        self.factor: Tensor
+        _hold(self, "factor", factor)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
 
 
 class Shift(nn.Module):
-    """Adds one number, or one number a channel; stands for `x + shift` in a traced graph."""
+    """Adds one number, or one number a channel; stands for `x + shift` in a traced graph. A parameter stays one."""
+
+    shift: Tensor
 
     def __init__(self, shift: Tensor) -> None:
         super().__init__()
-        self.register_buffer("shift", _along_channels(shift))
-        self.shift: Tensor
+        _hold(self, "shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.shift
 
 
-def _along_channels(numbers: Tensor) -> Tensor:
+def _hold(module: nn.Module, name: str, numbers: Tensor) -> None:
     """One number as (1,), one a channel as (C, 1, 1), which artifacts read as they are."""
-    return numbers.detach().clone().reshape((-1, 1, 1) if numbers.numel() > 1 else (1,))
+    own = numbers.detach().clone().reshape((-1, 1, 1) if numbers.numel() > 1 else (1,))
+    if isinstance(numbers, nn.Parameter):
+        module.register_parameter(name, nn.Parameter(own, requires_grad=numbers.requires_grad))
+    else:
+        module.register_buffer(name, own)
 
 
 def _from_conv(module: nn.Conv2d, name: str) -> Conv:

@@ -12,9 +12,15 @@ from rmprune.graph.calls import DIVISIONS, MULTIPLICATIONS, is_size, own_size
 from rmprune.graph.convolution import Scale
 
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
+Shape = Callable[[fx.Node], tuple[int, ...] | None]  # of what a node gives; None where that is not known
+NORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
+    2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d,
+}  # fmt: skip
+"""{dimensions of a batch: the batch norm that takes it}."""
+DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
-def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
+def modules_for(node: fx.Node, constant: Constant, shape: Shape) -> list[nn.Module] | None:
     """The stock modules that do what this call does to its first argument; None where there are none."""
     entry = _CALLS.get(node.target)
     if entry is None or not node.args or not isinstance(node.args[0], fx.Node) or is_size(node.args[0]):
@@ -25,6 +31,8 @@ def modules_for(node: fx.Node, constant: Constant) -> list[nn.Module] | None:
     if any(isinstance(value, fx.Node) for value in given.values()) and build is not _view:
         return None
     try:
+        if build in _WITH_SHAPE:
+            return build(given, shape(node.args[0]))
         return build(given, node) if build in _WITH_NODE else build(given)
     except (TypeError, KeyError, ValueError, AssertionError):
         return None  # called in a way that no stock module covers: left as it is
@@ -69,9 +77,10 @@ def _prelu(given: dict[str, Any]) -> list[nn.Module]:
     return _holding(nn.PReLU(given["weight"].numel()), weight=given["weight"].flatten())
 
 
-def _mean(given: dict[str, Any]) -> list[nn.Module] | None:
+def _mean(given: dict[str, Any], shape: tuple[int, ...] | None) -> list[nn.Module] | None:
     dims = given.get("dim")
-    if not isinstance(dims, list | tuple) or sorted(dims) not in ([2, 3], [-2, -1]):
+    maps = shape is None or len(shape) == 4
+    if not maps or not isinstance(dims, list | tuple) or sorted(dims) not in ([2, 3], [-2, -1]):
         return None
     return [nn.AdaptiveAvgPool2d(1)] + ([] if given.get("keepdim") else [nn.Flatten(1)])
 
@@ -83,22 +92,26 @@ def _view(given: dict[str, Any], node: fx.Node) -> list[nn.Module] | None:
     return [nn.Flatten(1)] if own else None
 
 
-def _scale(given: dict[str, Any]) -> list[nn.Module] | None:
+def _scale(given: dict[str, Any], shape: tuple[int, ...] | None = None) -> list[nn.Module] | None:
     factor = given["other"]
     if isinstance(factor, int | float):
         return [Scale(torch.tensor([float(factor)], dtype=torch.float64))]
     if not isinstance(factor, Tensor):
         return None
-    one = factor.numel() == 1 and factor.dim() <= 4
+    one = factor.numel() == 1 and factor.dim() <= (4 if shape is None else len(shape))
     channels = factor.dim() in (3, 4) and factor.shape[-2:] == (1, 1) and factor.shape[-3] == factor.numel()
+    channels = channels and (shape is None or (len(shape) == 4 and shape[1] == factor.numel()))
     return [Scale(factor)] if one or channels else None
 
 
-def _divide(given: dict[str, Any]) -> list[nn.Module] | None:
+def _divide(given: dict[str, Any], shape: tuple[int, ...] | None) -> list[nn.Module] | None:
     divisor = given["other"]
     if given.get("rounding_mode") is not None or not isinstance(divisor, int | float | Tensor):
         return None
-    return _scale({"other": torch.as_tensor(divisor, dtype=torch.float64).reciprocal()})
+    inverse = torch.as_tensor(divisor, dtype=torch.float64).detach().reciprocal()
+    if isinstance(divisor, nn.Parameter):  # goes on being trained
+        inverse = nn.Parameter(inverse, requires_grad=divisor.requires_grad)
+    return _scale({"other": inverse}, shape)
 
 
 def _conv2d(given: dict[str, Any]) -> list[nn.Module]:
@@ -116,10 +129,10 @@ def _linear(given: dict[str, Any]) -> list[nn.Module]:
     return _holding(nn.Linear(weight.shape[1], weight.shape[0], bias is not None), weight=weight, bias=bias)
 
 
-def _batch_norm(given: dict[str, Any]) -> list[nn.Module] | None:
+def _batch_norm(given: dict[str, Any], shape: tuple[int, ...] | None) -> list[nn.Module] | None:
     if given.get("training") or given.get("running_mean") is None:
         return None
-    module = nn.BatchNorm2d(len(given["running_mean"]), eps=given.get("eps", 1e-5))
+    module = NORMS[4 if shape is None else len(shape)](len(given["running_mean"]), eps=given.get("eps", 1e-5))
     module.running_mean = given["running_mean"].detach().clone()
     module.running_var = given["running_var"].detach().clone()
     return _holding(module, weight=given.get("weight"), bias=given.get("bias"))
@@ -157,7 +170,7 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
     ),
     **dict.fromkeys(("view", "reshape"), ((), _view)),
     **dict.fromkeys(
-        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+        DROPOUT_CALLS,
         (("p", "training", "inplace"), lambda given: None if given.get("training") else []),
     ),
     torch.dropout: (("p", "train"), lambda given: None if given.get("train", True) else []),
@@ -175,3 +188,4 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
     "contiguous": (("memory_format",), _contiguous),
 }
 _WITH_NODE = (_view, _contiguous)
+_WITH_SHAPE = (_mean, _scale, _divide, _batch_norm)

@@ -33,7 +33,8 @@ class Network:
     """A normalised network: every call_module node has its own target in `layers`; shapes are in node.meta["shape"].
 
     decided: where the sizes of the example inputs decided what is computed; it holds for these sizes only then.
-    autocast: where the code enters it, frozen: where it stops gradients, which the graph does not.
+    autocast: where the code enters it, frozen: where it stops gradients, dropped: where it drops at random in training, which the graph
+    does not.
     """
 
     graph: fx.Graph
@@ -42,6 +43,7 @@ class Network:
     decided: list[str] = field(default_factory=list)
     autocast: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
     @property
     def sizes_note(self) -> str:
@@ -58,6 +60,8 @@ class Network:
         left = [f"autocast in forward is left out ({'; '.join(self.autocast)})"] if self.autocast else []
         if self.frozen:
             left.append(f"gradients that forward stops are not stopped ({'; '.join(self.frozen)})")
+        if self.dropped:
+            left.append(f"what drops maps at random in training is left out ({'; '.join(self.dropped)})")
         return "; ".join(filter(None, (self.sizes_note, *left)))
 
     def layer(self, node: fx.Node) -> NodeLayer | None:

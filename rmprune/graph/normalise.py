@@ -1,6 +1,7 @@
 """A user's network as a graph of stock modules with known shapes. Finds and rewrites nothing."""
 
 import copy
+import functools
 import operator
 from typing import Any
 
@@ -12,10 +13,10 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import MULTIPLICATIONS, is_size, module_around
 from rmprune.graph.convolution import plain
 from rmprune.graph.double import InDouble
-from rmprune.graph.functional import linear_pool, modules_for
+from rmprune.graph.functional import DROPOUT_CALLS, NORMS, linear_pool, modules_for
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.in_place import undo_in_place
-from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, free_name, named
+from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, NodeLayer, free_name, named, shape_of
 from rmprune.graph.randomness import draws, is_pure, refuse_drawn, refuse_random
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
@@ -26,6 +27,9 @@ from rmprune.graph.written_out import as_layers
 _TRANSFORMERS = (  # of torch, but made of layers that can be cut
     nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer,
 )  # fmt: skip
+
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class PlainTracer(Tracer):
@@ -41,11 +45,14 @@ class PlainTracer(Tracer):
         return inherited or super().is_leaf_module(m, module_qualified_name)
 
 
-def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: bool = True) -> Network:
+def normalise(
+    model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: bool = True, dropout: bool = False
+) -> Network:
     """Traces a float64 eval-mode network (`reference_copy`) into stock modules, with shapes.
 
     `pieces`: write what `chunk` and `split` give as slices of these sizes, cat(x, zeros) as padded channels and activations that code
-    writes out as modules (False: leave them, which other sizes follow).
+    writes out as modules (False: leave them, which other sizes follow). `dropout`: keep that of what are no maps, as in heads; without
+    it all is left out, since in eval mode it does nothing.
 
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
@@ -57,9 +64,10 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
     undo_in_place(traced, dict(model.named_modules()))
     if pieces:
         spell_out(traced)
-    network = _Normaliser(model, traced).run(unread=not pieces)
+    network = _Normaliser(model, traced, example_inputs, dropout).run(unread=not pieces)
     refuse_random(network)
     propagate_shapes(network, example_inputs)
+    _drop_of_maps(network)
     if pieces:
         as_layers(network)
         network.drop_unread()
@@ -69,7 +77,7 @@ def normalise(model: nn.Module, example_inputs: tuple[Tensor, ...], *, pieces: b
 
 
 class _Normaliser:
-    def __init__(self, model: nn.Module, traced: fx.Graph) -> None:
+    def __init__(self, model: nn.Module, traced: fx.Graph, inputs: tuple[Tensor, ...], dropout: bool) -> None:
         self.modules = dict(model.named_modules())
         self.model = model
         self.traced = traced
@@ -77,6 +85,19 @@ class _Normaliser:
         self.env: dict[fx.Node, fx.Node] = {}
         self.twins: dict[tuple[fx.Node, str], fx.Node] = {}
         self.known: dict[fx.Node, Tensor] = {}  # parameters, buffers, and what is made of them alone
+        self.inputs, self.dropout = inputs, dropout
+
+    @functools.cached_property
+    def shapes(self) -> dict[fx.Node, tuple[int, ...] | None]:
+        """Of what is traced, for the few calls that do another thing for another number of dimensions; nothing where it cannot be run."""
+        layers: dict[str, NodeLayer] = {**self.modules}
+        tensors = [node.target for node in self.traced.nodes if node.op == "get_attr"]
+        constants = {str(name): operator.attrgetter(str(name))(self.model) for name in tensors}
+        try:
+            propagate_shapes(Network(self.traced, layers, constants), self.inputs)
+        except UnsupportedModel:
+            return {}
+        return {node: shape_of(node) for node in self.traced.nodes}
 
     def run(self, unread: bool) -> Network:
         """`unread`: keep layers whose results nobody reads; they run all the same, and go with their inputs."""
@@ -94,7 +115,19 @@ class _Normaliser:
         module = self.modules[str(node.target)]
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             self._keep(node)
+        elif self.dropout and type(module) in DROPOUTS:
+            module = copy.copy(module)
+            module.inplace = False
+            self._put(node, [module])
+        elif named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")) and module.running_mean is not None:
+            self._put(node, [plain_norm(module, NORMS.get(len(self.shapes.get(node.args[0]) or ()), nn.BatchNorm2d))])
         else:
+            if (
+                self.dropout
+                and named(module, GONE)
+                and (getattr(module, "p", None) or getattr(module, "drop_prob", None))
+            ):
+                self.network.dropped.append(str(node.target))
             self._put(node, _stock(module))
 
     def _call(self, node: fx.Node) -> None:
@@ -112,11 +145,17 @@ class _Normaliser:
                 if isinstance(other, fx.Node) and type(zero) in (int, float) and zero == 0 and not is_size(other):
                     self.env[node] = self.env[other]  # sum([x, y]) starts from 0
                     return
-        found = modules_for(node, self._constant)
+        found = modules_for(node, self._constant, self.shapes_of)
+        if self.dropout and found == [] and node.target in DROPOUT_CALLS:
+            self.network.dropped.append(_own_name(node))
         if found is None:
             self._keep(node)
         else:
             self._put(node, [module.double().eval() for module in found], _own_name(node))
+
+    def shapes_of(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Of the value of a traced node, where it is known."""
+        return self.shapes.get(node)
 
     def _constant(self, value: Any) -> Any:
         return self.known.get(value, value) if isinstance(value, fx.Node) else value
@@ -144,7 +183,12 @@ class _Normaliser:
         for module in modules:
             settings = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
             key = (current, f"{module} {settings}")  # a repr may leave settings out (AvgPool2d's ceil_mode)
-            if key in self.twins and not list(module.parameters()) and not list(module.buffers()):
+            if (
+                key in self.twins
+                and type(module) not in DROPOUTS
+                and not list(module.parameters())
+                and not list(module.buffers())
+            ):
                 current = self.twins[key]  # relu(x) written twice is one value
                 continue
             suffix = "" if module is modules[0] else "_" + type(module).__name__.lower()
@@ -181,8 +225,6 @@ def _stock(module: nn.Module) -> list[nn.Module]:
         return [plain_norm(module), *_stock(module.drop), *_stock(module.act)]  # type: ignore[arg-type]
     if named(module, GROUP_NORMS) and type(module) is not nn.GroupNorm:
         return [plain_norm(module), *(layer for part in module.children() for layer in _stock(part))]  # drop and act
-    if named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")):
-        return [plain_norm(module)]
     if type(module) is nn.MaxPool2d:
         return [linear_pool(module)]
     if getattr(module, "inplace", False):
@@ -191,19 +233,31 @@ def _stock(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
-def plain_norm(module: Any) -> nn.BatchNorm2d | nn.GroupNorm:
-    """A stock batch norm or group norm with the tensors of timm's, or of a batch norm whose numbers are frozen."""
-    plain: nn.BatchNorm2d | nn.GroupNorm
+def plain_norm(module: Any, kind: Any = nn.BatchNorm2d) -> nn.Module:
+    """A stock batch norm, of this kind, or group norm with the tensors of timm's, or of a batch norm whose numbers are frozen or are those
+    of several processes."""
+    plain: Any
     if isinstance(module, nn.GroupNorm):
         plain = nn.GroupNorm(module.num_groups, module.num_channels, module.eps, module.affine, dtype=torch.float64)
     else:
-        plain = nn.BatchNorm2d(len(module.running_mean), eps=module.eps, dtype=torch.float64)
+        plain = kind(len(module.running_mean), eps=module.eps, dtype=torch.float64)
         plain.running_mean, plain.running_var = module.running_mean, module.running_var
     for name in ("weight", "bias"):
         value = getattr(module, name)
         if value is not None:  # the same parameter, by which its owner is known
             setattr(plain, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False))
-    return plain.eval()
+    norm: nn.Module = plain.eval()
+    return norm
+
+
+def _drop_of_maps(network: Network) -> None:
+    """Takes dropout of maps out, which stands in the way of rewriting, and notes where it was."""
+    for node in list(network.graph.nodes):
+        layer = network.layer(node)
+        if type(layer) in DROPOUTS and len(shape_of(node) or ()) == 4:
+            if layer.p > 0:  # type: ignore[union-attr, operator]
+                network.dropped.append(str(node.target))
+            network.bypass(node, node.args[0])
 
 
 def _refuse_fixed_batch(model: nn.Module, written: list[Any], decided: list[str], inputs: tuple[Tensor, ...]) -> None:

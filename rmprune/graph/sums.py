@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rmprune.graph.calls import argument, is_addition, is_sum
 from rmprune.graph.convolution import Scale, Shift
@@ -86,7 +86,10 @@ def _numbers(network: Network, part: Any, channels: int, factor: float) -> float
     if constant is None or constant.dim() > 4:
         return None
     fits = constant.numel() == 1 or (constant.numel() == channels and constant.shape[-3:] == (channels, 1, 1))
-    return constant * factor if fits else None
+    scaled = constant * factor if fits else None
+    if scaled is not None and isinstance(constant, nn.Parameter):  # goes on being trained
+        return nn.Parameter(scaled, requires_grad=constant.requires_grad)
+    return scaled
 
 
 def _scaled(network: Network, node: fx.Node, part: fx.Node, factor: float) -> fx.Node:

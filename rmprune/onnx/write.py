@@ -20,7 +20,11 @@ from rmprune.onnx.read import OnnxNetwork, fixed_batch, read_network
 from rmprune.onnx.runtime import batch_for, refuse_difference, run_file
 
 logger = logging.getLogger("rmprune")
-_MORE_PIXELS = 32  # of the second size on which open sizes are tried
+_MORE_PIXELS = (
+    (32, 32),
+    (1, 1),
+    (17, 6),
+)  # of the other sizes on which open ones are tried: of other parity and of another shape, too
 
 
 def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
@@ -29,7 +33,8 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
     Opset, names and sizes of inputs and outputs, name and text of the graph, metadata_props and IR version are those of the file; over
     EXTERNAL_OVER bytes the weights lie in PATH.data beside it. The error is the largest |difference| of the two files in ONNX
     Runtime, over the largest output, for other batches as well where the file leaves them open. Sizes of images that it leaves open
-    stay open where both files agree on a second size, else they are those of the examples, and the log says so.
+    stay open where both files agree on every other size that is tried and that the file itself takes, else they are those of the examples,
+    and the log says so.
 
     Raises NotEquivalent where they differ by more than their format rounds, UnsupportedModel where the exporter cannot write the network.
     """
@@ -152,17 +157,30 @@ def _compare_on(inputs: tuple[Tensor, ...], network: OnnxNetwork, new: OnnxFile)
 
 
 def _agree_on_more_pixels(network: OnnxNetwork, new: OnnxFile) -> bool:
-    """Whether both files take images of another size, and give the same for them."""
+    """Whether the new file gives what the other does for images of other sizes, of which that takes one at least."""
+    taken = False
+    for more in _MORE_PIXELS:
+        inputs = _of_more_pixels(network, more)
+        try:
+            run_file(network.file.runnable, as_tensors(inputs, network.file.runnable.dtype))
+        except (RmpruneError, RuntimeError):
+            continue
+        taken = True
+        try:
+            _compare_on(inputs, network, new)
+        except (RmpruneError, RuntimeError):
+            return False
+    return taken
+
+
+def _of_more_pixels(network: OnnxNetwork, more: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Noise of the examples' sizes, and as many pixels more where these are open."""
     inputs = []
     for entry, x in zip(network.file.inputs, network.examples, strict=True):
         count = fixed_batch(network.file) or len(x)
-        sizes = [n + _MORE_PIXELS * (i > 1 and entry.sizes[i] is None) for i, n in enumerate(x.shape)]
+        sizes = [n + (more[i % 2] if i > 1 and entry.sizes[i] is None else 0) for i, n in enumerate(x.shape)]
         inputs.append(torch.randn([count, *sizes[1:]], generator=torch.Generator().manual_seed(2)).to(x.dtype))
-    try:
-        _compare_on(tuple(inputs), network, new)
-    except (RmpruneError, RuntimeError):
-        return False
-    return True
+    return tuple(inputs)
 
 
 def _fix_sizes(proto: onnx.ModelProto, network: OnnxNetwork) -> None:

@@ -62,6 +62,8 @@ def carry_out_blocks(
     if gone := named("remove", "fuse", "merge"):
         images = examples(CALIBRATION_IMAGES)
         names = list(names or block_names(model, images))
+        if strange := [name for name in choices if name not in names]:
+            raise UnsupportedModel(f"there is no block {strange[0]}; there are: {', '.join(names) or 'none'}")
         here = names if network is model else block_names(network, images)  # a flat network may call them otherwise
         now = dict(zip(here, (name for name in names if name not in named("drop")), strict=True))
         keep = [name for name, block in now.items() if block not in gone]

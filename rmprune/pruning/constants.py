@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from rmprune.graph.network import NodeLayer, shape_of
+from rmprune.graph.network import NodeLayer, named, shape_of
 from rmprune.graph.ranges import annotate_ranges, range_of
 from rmprune.pruning.layers import Convolution, Weighted, by_output, in_and_out
 from rmprune.pruning.reading import Reading
@@ -65,6 +65,8 @@ def is_padded(conv: nn.Module) -> bool:
     """Whether some positions see zeros instead of the channel: padding of zeros, or what transposed convolutions put between."""
     if isinstance(conv, _ConvTransposeNd):
         return True
+    if isinstance(conv, nn.Conv2d) and named(conv, ("Conv2dSame",)):  # its forward pads, by what strides leave over
+        return any(k > 1 or s > 1 for k, s in zip(conv.kernel_size, conv.stride, strict=True))
     if not isinstance(conv, Convolution) or conv.padding_mode != "zeros":
         return False
     if isinstance(conv.padding, str):

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.copied import copied
-from rmprune.graph.inputs import Inputs
+from rmprune.graph.foreign import reference_copy
+from rmprune.graph.inputs import Inputs, as_tuple
+from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.constants import Constants, add_to_bias, find_constants, is_padded, response, to_be_trained
@@ -63,20 +65,25 @@ def fold_dead(
     structure = structure or find_structure(model, example_inputs, reading=reading)
     origin = dict(origin or structure.units)
     kept = {g.name: torch.arange(g.units) for g in structure.groups}
-    sizes, result = structure.units, model
+    sizes, result, steps = structure.units, model, []
     while True:
         constants = find_constants(result, reading)
         keep, merged = _dead_units(result, structure, constants, limits, origin)
         if not keep or not fold:
             break
-        result = _without(result, structure, constants, keep, merged)
+        steps.append((structure, constants, keep, merged))
+        result = _without(result, *steps[-1])
         structure = structure.shrunk(keep)
         for name, mask in keep.items():
             kept[name] = kept[name][mask]
     if result is model:
         result = model if own else copied(model)
     else:
-        _check(model, result, example_inputs)
+        _check(model, result, example_inputs, 1e-2)  # of weights that were rounded
+        twin = before = reference_copy(model)
+        for step in steps:
+            twin = _without(twin, *step)
+        _check(before, twin, tuple(to_double(x[:2]) for x in as_tuple(model, example_inputs)), 1e-9)
     masks = {n: mask_of(sizes[n], index) for n, index in kept.items()}
     return Folded(result, masks, structure, constants)
 
@@ -184,13 +191,12 @@ def _merge_columns(layer: nn.Module, constant: Tensor, value: Tensor, into: int)
         by_column[into] += torch.einsum("c...,c->...", by_column[columns].double(), share[columns]).to(weight.dtype)
 
 
-def _check(model: nn.Module, result: nn.Module, example_inputs: Inputs) -> None:
+def _check(model: nn.Module, result: nn.Module, example_inputs: Inputs, tolerance: float) -> None:
     for before, after in zip(outputs(model, example_inputs), outputs(result, example_inputs), strict=True):
         if before.numel() == 0 or not bool(before.isfinite().all()):  # what overflows cannot be compared
             continue
         changed = before.shape != after.shape
         error = math.inf if changed else float((after - before).abs().max() / before.abs().max().clamp(min=1e-30))
-        tolerance = 1e-9 if before.dtype == torch.float64 else 1e-2
         if not error <= tolerance:
             raise NotEquivalent(
                 f"folding dead channels changed the outputs by {error:.2g} of their scale (over {tolerance:g})"

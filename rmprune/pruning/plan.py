@@ -159,7 +159,7 @@ class SlimPlan:
                 raise ConfigError(
                     f"{group} puts out channels of several groups, or such as stay; name a group: {several}"
                     if several
-                    else f"there is no channel group {group} once the blocks are as planned; there are: {', '.join(kept)}"
+                    else f"there is no channel group {group} once the blocks are as planned; there are: {', '.join(structure.units)}"
                 )
             if width > structure.units[name]:
                 raise ConfigError(f"width of {group} is {width}; there are {structure.units[name]} to keep")

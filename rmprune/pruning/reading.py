@@ -47,7 +47,7 @@ class Reading:
             name = self.owner(layer)
             if name is not None:
                 module = model.get_submodule(name)
-                layers[target] = module if type(module) is type(layer) else plain_norm(module)
+                layers[target] = module if type(module) is type(layer) else plain_norm(module, type(layer))
         network = replace(self.network, layers=layers)
         if isinstance(model, fx.GraphModule):
             agree(network.graph, model.graph)

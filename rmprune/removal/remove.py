@@ -160,7 +160,7 @@ def _rewrite(
     fused: Iterable[str] | None,
 ) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
-        network = normalise(reference, inputs)
+        network = normalise(reference, inputs, dropout=True)
         annotate_ranges(network, input_range)
         doubles = tuple(to_double(x) for x in inputs)
         if ranges == "calibrated":

@@ -203,3 +203,12 @@ def test_a_hidden_layer_as_wide_as_the_head_keeps_its_weights() -> None:
     assert head_parameters(here) == ["2.weight", "2.bias"]
     put_weights(here, there.state_dict(), "a.pt", "mlp")
     assert torch.equal(here[0].weight, there[0].weight)
+
+
+@pytest.mark.parametrize("by_order", [False, True])
+def test_variances_below_zero_are_no_variances(by_order: bool) -> None:
+    """As where another framework puts the mean behind the variance, of one shape each."""
+    state = net(4).state_dict()
+    state["layer2.0.bn1.running_var"][3] = -0.01
+    with pytest.raises(ArtifactError, match=r"^a.pt: negative variances in layer2.0.bn1.running_var: "):
+        put_weights(net(4), state, "a.pt", "resnet8", by_order=by_order)

@@ -177,6 +177,39 @@ def test_sizes_that_decide_are_fixed_and_said(tmp_path: Path, caplog: pytest.Log
     assert np.allclose(outputs(out / "model.onnx", 2, 3, 16, 16), outputs(source, 2, 3, 16, 16), atol=1e-4)
 
 
+def strided(kind: str) -> onnx.ModelProto:
+    """Open sizes, and a layer whose border depends on them: it is the same for sizes that differ by a multiple of its stride."""
+    model = residual(pixels=("height", "width"))
+    make = onnx.helper.make_node
+    same = {"auto_pad": "SAME_UPPER", "strides": [2, 2], "kernel_shape": [3, 3]}
+    layer = {
+        "convolution": make("Conv", ["2", "b"], ["2b"], **same),
+        "average": make("AveragePool", ["2"], ["2b"], count_include_pad=1, **same),
+        "ceiling": make(
+            "AveragePool", ["2"], ["2b"], ceil_mode=1, strides=[2, 2], kernel_shape=[2, 2], count_include_pad=0
+        ),
+        "even": make("AveragePool", ["2"], ["2b"], strides=[2, 2], kernel_shape=[2, 2]),
+    }[kind]
+    for node in model.graph.node[2:]:
+        node.input[:] = ["2b" if name == "2" else name for name in node.input]
+    model.graph.node.insert(2, layer)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["convolution", "average", "ceiling", "even"])
+def test_open_sizes_stay_open_only_where_the_new_file_is_right_for_all(kind: str, tmp_path: Path) -> None:
+    source = written(strided(kind), tmp_path / "camera.onnx")
+    out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=16), tmp_path / "out"))
+    dims = onnx.load(out / "model.onnx").graph.input[0].type.tensor_type.shape.dim
+    is_open = [bool(dim.dim_param) for dim in dims[2:]]
+    assert is_open == [True, True] if kind == "even" else is_open in ([True, True], [False, False])
+    for height, width in ((16, 16), (17, 16), (19, 21), (33, 18)):
+        if all(is_open) or (height, width) == (16, 16):
+            expected = outputs(source, 2, 3, height, width)
+            found = outputs(out / "model.onnx", 2, 3, height, width)
+            assert np.allclose(found, expected, atol=1e-5 * abs(expected).max())
+
+
 def test_weights_over_the_limit_lie_beside_the_file_in_both_directions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

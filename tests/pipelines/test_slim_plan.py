@@ -42,6 +42,11 @@ def test_a_plan_is_carried_out_and_stands_in_the_record(tmp_path: Path) -> None:
 WRONG = [
     ('{"schema": 1, "blocks": {"layer4.0": "drop"}}', (), "there is no block layer4.0"),
     ('{"schema": 1, "widths": {"conv1": 9}}', (), "width of conv1 is 9; there are 4 to keep"),
+    (
+        '{"schema": 1, "widths": {"conv1": 3, "fc": 3}}',
+        (),
+        "there are: layer3.0.downsample.0, layer2.0.downsample.0, conv1,",
+    ),
     ('{"schema": 1', (), "write it anew"),
     ("{}", ("--ratio", "0.5"), "give --plan or a budget, not both"),
     ("{}", ("--method", "coupled"), "leave out --method"),

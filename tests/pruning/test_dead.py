@@ -10,9 +10,10 @@ from marks import draws
 from pruning_nets import Untraceable, chain, conv, images, kill, randomise, residual
 from torch import nn
 
-from rmprune.errors import UnsupportedModel
-from rmprune.pruning import prune
+from rmprune.errors import NotEquivalent, UnsupportedModel
+from rmprune.pruning import dead, prune
 from rmprune.pruning.budget import Budget
+from rmprune.pruning.constants import response
 from rmprune.pruning.dead import fold_dead_channels
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.layers import weight_of
@@ -54,6 +55,34 @@ def test_padded_constants_count_the_border() -> None:
     folded = fold_dead_channels(model, images())
     assert widths(folded) == {"0": 5, "3": 9, "6": 16}
     assert_equal(model, folded)
+
+
+def test_a_fold_that_is_wrong_by_little_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dead, "response", lambda layer, values: (1 + 1e-4) * response(layer, values))
+    model = chain(padding=0)
+    kill(model, "1", [1, 4, 5], 0.7)
+    with pytest.raises(NotEquivalent, match="folding dead channels changed the outputs"):
+        fold_dead_channels(model.float(), images().float())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_constants_before_padding_that_a_forward_does_itself(stride: int) -> None:
+    """timm's Conv2dSame says that it pads by nothing. The mistake was below what a check in float32 saw."""
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    same = Conv2dSame(8, 8, 3, stride, bias=False)
+    model = randomise(
+        nn.Sequential(
+            conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), same, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 5),
+        )
+    ).eval()  # fmt: skip
+    kill(model, "1", [1, 4, 5], 0.02)
+    model[1].bias.data[4] = 0.01
+    folded = fold_dead_channels(model, images().float())
+    assert widths(folded.double())["0"] == 6 and widths(model.double())["0"] == 8
+    assert_equal(model, folded, 1e-6)
 
 
 def test_one_padded_constant_stays() -> None:

@@ -234,3 +234,85 @@ def test_pools_that_differ_in_a_hidden_setting_stay_two() -> None:
     x = torch.randn(2, 3, 5, 5)
     removal = remove_residuals(Net().eval(), x)
     assert removal.max_error < 1e-12
+
+
+class Learned(nn.Module):
+    """A gain, a shift and a divisor that are trained, one that is not, and scores times a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv_bn(3, 6), nn.ReLU())
+        self.block, self.fc = basic(), nn.Linear(6, 5)
+        self.gain, self.shift = nn.Parameter(torch.rand(1, 6, 1, 1) + 0.5), nn.Parameter(torch.rand(6, 1, 1))
+        self.divisor, self.temperature = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("fixed", torch.rand(6, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.stem(x))
+        x = torch.relu(x * self.gain + self.shift).tanh() / self.divisor
+        return self.fc((x.tanh() * self.fixed).mean((2, 3))) * self.temperature
+
+
+def test_numbers_that_are_trained_go_on_being_trained() -> None:
+    model = prepared(Learned())
+    removal = remove_residuals(model, images())
+    assert removal.removed and worst_error(removal, model) < 1e-12
+    free = {tuple(p.shape) for n, p in removal.model.named_parameters() if not n.endswith(("weight", "bias"))}
+    assert sum(p.dim() != 4 and not n.endswith(("weight", "bias")) for n, p in removal.model.named_parameters()) == 4
+    assert free == {(6, 1, 1), (1,)}
+    fixed = model[0].fixed
+    assert any(torch.allclose(b.flatten(), fixed.flatten()) for b in removal.model.buffers() if b.numel() == 6)
+    removal.model(images()).sum().backward()
+    assert all(p.grad is not None for p in removal.model.parameters())
+
+
+class Dropping(nn.Module):
+    """On maps, by a call, with a block, and in the head, by two of one kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv_bn(3, 6), nn.ReLU(), nn.Dropout2d(0.1))
+        self.block = Residual(
+            nn.Sequential(*conv_bn(6, 6), torchvision.ops.StochasticDepth(0.2, "row")), after=nn.ReLU()
+        )
+        self.off, self.first, self.second = nn.Dropout(0.0), nn.Dropout(0.3, inplace=True), nn.Dropout(0.3)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.off(self.block(self.stem(x))), 0.4, self.training).mean((2, 3))
+        return self.fc(torch.cat([self.first(x * 1.0), self.second(x)], 1))
+
+
+def test_dropout_of_a_head_stays_and_what_goes_is_said() -> None:
+    model = prepared(Dropping())
+    removal = remove_residuals(model, images())
+    assert removal.removed == ["0.block"] and worst_error(removal, model) < 1e-12
+    kept = [module for module in removal.model.modules() if isinstance(module, nn.Dropout)]
+    assert [module.p for module in kept] == [0.3, 0.3] and not any(module.training or module.inplace for module in kept)
+    told = removal.note.partition("drops maps at random in training is left out (")[2]
+    assert told.split(")")[0].split("; ") == ["0.block.branch.2", "0.dropout", "0.stem.3"]
+    assert "drops" not in remove_residuals(small_resnet(), images()).note
+
+
+class Widened(nn.Module):
+    """A map of one channel times a number for each of six, or divided by it."""
+
+    def __init__(self, divided: bool) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Sequential(*conv_bn(3, 6), nn.ReLU()), basic()
+        self.one, self.gain, self.divided = conv(6, 1, 1), nn.Parameter(torch.rand(1, 6, 1, 1) + 0.5), divided
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.stem(x))
+        seen = torch.sigmoid(self.one(x))
+        x = x + (seen / self.gain if self.divided else seen * self.gain)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_map_of_one_channel_that_numbers_widen(divided: bool) -> None:
+    model = prepared(Widened(divided))
+    removal = remove_residuals(model, images())
+    assert "0.block" in removal.removed and worst_error(removal, model) < 1e-12
+    assert [block.name for block in plan_removal(model, images())]
