@@ -130,7 +130,7 @@ def shorten_each(
 
 def read_additions(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Network, list[tuple[str, fx.Node]]]:
     """The network as removal reads it, in float64 and with the range of every channel, and its additions by the names of their blocks."""
-    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs))
+    network = normalise(reference_copy(model), tuple(to_double(x[:2]) for x in inputs), dropout=True)
     annotate_ranges(network)
     return network, additions(network)
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.models import create
+from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.removal import plan_removal, remove_residuals
 
 
@@ -292,6 +293,8 @@ def test_dropout_of_a_head_stays_and_what_goes_is_said() -> None:
     told = removal.note.partition("drops maps at random in training is left out (")[2]
     assert told.split(")")[0].split("; ") == ["0.block.branch.2", "0.dropout", "0.stem.3"]
     assert "drops" not in remove_residuals(small_resnet(), images()).note
+    merged, _ = carry_out_blocks(model, {"0.block": "merge"}, lambda count: images(count=count))
+    assert [module.p for module in merged.modules() if isinstance(module, nn.Dropout)] == [0.3, 0.3]
 
 
 class Widened(nn.Module):
