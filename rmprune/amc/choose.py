@@ -13,18 +13,21 @@ from rmprune.amc.agent import AgentConfig
 from rmprune.amc.environment import Environment
 from rmprune.amc.scoring import Scorer, ScoringSettings, importance_order
 from rmprune.amc.search import Search, SearchMethod, SearchResult, Watcher
-from rmprune.amc.space import COSTS, Limits, Space, Widths
+from rmprune.amc.space import COSTS, Limits, Space, Widths, params_with
 from rmprune.config import AmcConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Split
 from rmprune.errors import InfeasibleBudget
 from rmprune.graph.shapes import record_shapes
+from rmprune.measure import count_params
 from rmprune.measure.place import Place, largest_within
+from rmprune.pruning.constants import followers
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import Cost, Weighted, sized_layers
 from rmprune.pruning.prove import prove_cut, prove_groups
+from rmprune.pruning.reading import read
 from rmprune.pruning.surgery import note_cut, shrink
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.runs.notes import remembered
@@ -53,10 +56,17 @@ def network_cost(model: nn.Module, example: Tensor, cost: Cost) -> float:
 
 
 def make_space(network: nn.Module, original: nn.Module, example: Tensor, config: SearchConfig, ratio: float) -> Space:
-    """The policies of `network` under `ratio` times the original's MACs or parameters."""
-    cost = COSTS[config.constraint]
-    budget = ratio * network_cost(original, example, cost)
+    """The policies of `network` under `ratio` times the original's MACs or parameters, which are those that a record counts."""
+    cost, budget = COSTS[config.constraint], ratio * whole_cost(original, example, config.constraint)
+    if config.constraint == "params":
+        cost = params_with(followers(read(network, example)))
+        budget -= count_params(network) - network_cost(network, example, cost)  # what no layer's width sets
     return Space(find_structure(network, example), cost, budget, limits_of(config))
+
+
+def whole_cost(model: nn.Module, example: Tensor, constraint: str) -> float:
+    """MACs or parameters of a whole network as it is."""
+    return count_params(model) if constraint == "params" else network_cost(model, example, COSTS[constraint])
 
 
 Measure = Callable[[Sequence[Widths]], Sequence[float]]

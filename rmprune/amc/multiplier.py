@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rmprune.amc.choose import Goal, network_cost
-from rmprune.amc.space import COSTS
+from rmprune.amc.choose import Goal, whole_cost
 from rmprune.config import AmcConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure.place import largest_within
@@ -45,11 +44,11 @@ def width_multiplier(
     widths = smaller_widths(make, config.width or 1.0, whole=False)
     if goal.timing is not None:
         return widest("uniform: the narrowest network", make, widths, goal.timing.place.ratios, goal.ratio, timed=True)
-    cost = COSTS[config.search.constraint]
-    base = network_cost(original, example, cost)
+    constraint = config.search.constraint
+    base = whole_cost(original, example, constraint)
 
     def ratios(networks: Mapping[str, nn.Module]) -> dict[str, float]:
-        return {name: network_cost(network, example, cost) / base for name, network in networks.items()}
+        return {name: whole_cost(network, example, constraint) / base for name, network in networks.items()}
 
     return widest("uniform: the narrowest network", make, widths, ratios, goal.ratio, timed=False)
 

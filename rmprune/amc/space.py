@@ -6,7 +6,7 @@ meets it. So some allowed width always fits, whatever the rounding, and the last
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,16 @@ def params(layer: SizedLayer, cin: int, cout: int) -> float:
     """Parameters of a layer at these widths once batch norms are folded: its weights and one bias for each output."""
     each = 1 if layer.kind == "depthwise" else cin / layer.groups
     return math.prod(layer.kernel) * each * cout + cout
+
+
+def params_with(norms: Container[str]) -> Cost:
+    """Parameters of a layer at these widths as they are: its weights, its bias where it has one, scale and shift of the batch norm behind
+    it where it is one of these layers."""
+
+    def cost(layer: SizedLayer, cin: int, cout: int) -> float:
+        return params(layer, cin, cout) + cout * (layer.bias + 2 * (layer.name in norms) - 1)
+
+    return cost
 
 
 COSTS: dict[str, Cost] = {"macs": macs, "params": params}

@@ -18,6 +18,7 @@ from rmprune.artifact.describe import file_tensors
 from rmprune.artifact.tensors import is_plain
 from rmprune.errors import ArtifactError, first_line
 from rmprune.graph.foreign import unbound
+from rmprune.graph.names import spelled
 from rmprune.graph.vocabulary import (
     ATTRIBUTES,
     FUNCTIONS,
@@ -90,14 +91,14 @@ def _graph_module(root: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphM
     """A GraphModule that holds exactly what `root` holds, in that order and under those names."""
     try:
         model = fx.GraphModule(root, graph, class_name="Loaded")
+        for held in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            setattr(model, held, getattr(root, held))
+        for module in model.modules():
+            if type(module).__name__ not in LAYERS:
+                module.training = training
+        return unbound(model)
     except Exception as error:  # the graph passed every check, yet torch.fx may know one more
         raise ArtifactError(f"torch.fx refuses the graph ({error}); the description is damaged") from error
-    for held in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        setattr(model, held, getattr(root, held))
-    for module in model.modules():
-        if type(module).__name__ not in LAYERS:
-            module.training = training
-    return unbound(model)
 
 
 def _check_fields(description: Any) -> None:
@@ -157,7 +158,7 @@ def _build_layer(root: nn.Module, layer: dict[str, Any], training: bool) -> nn.M
 
 def _build_tensor(entry: dict[str, Any]) -> tuple[Tensor, str]:
     shape, dtype, kind = entry.get("shape"), TENSOR_TYPES.get(str(entry.get("dtype"))), entry.get("kind")
-    good = isinstance(shape, list) and all(isinstance(n, int) and 0 <= n <= MAX_CHANNELS for n in shape)
+    good = isinstance(shape, list) and all(type(n) is int and 0 <= n <= MAX_CHANNELS for n in shape)
     if (
         not isinstance(shape, list)
         or not good
@@ -254,12 +255,13 @@ def _build_graph(root: nn.Module, entries: list[dict[str, Any]]) -> fx.Graph:
         elif op == "call_function":
             if target not in FUNCTIONS:
                 raise ArtifactError(f"{where}: {target[:80]!r} is not a function that an artifact may call")
-            if target == "getattr" and (len(args) != 2 or str(args[1]) not in ATTRIBUTES):
+            read = args[1:] if isinstance(args[0] if args else None, fx.Node) and not kwargs else ()
+            if target == "getattr" and not (len(read) == 1 and isinstance(read[0], str) and read[0] in ATTRIBUTES):
                 raise ArtifactError(f"{where}: only {', '.join(sorted(ATTRIBUTES))} may be read from a tensor")
         else:
             raise ArtifactError(f"{where}: {str(op)[:80]!r} is not an operation at this place")
         nodes[name] = graph.create_node(
-            op, FUNCTIONS[target] if op == "call_function" else target, args, kwargs, name=name
+            op, FUNCTIONS[target] if op == "call_function" else spelled(target), args, kwargs, name=name
         )
     if not entries or entries[-1].get("op") != "output":
         raise ArtifactError("the graph does not end in an output; the description is damaged")

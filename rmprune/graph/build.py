@@ -2,6 +2,7 @@
 way, outputs come out in float64 for the check, and each layer is cast to its final dtype before the next one is made."""
 
 import copy
+import keyword
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import NotEquivalent
 from rmprune.graph.convolution import Conv, Pattern
+from rmprune.graph.names import is_taken
 from rmprune.graph.network import Network, flat_name, free_name
 from rmprune.graph.run import Values, run
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
@@ -121,7 +123,8 @@ class _Builder:
         return value
 
     def _register(self, name: str, own: nn.Module | Tensor) -> str:
-        name = free_name(flat_name(name), self.own)
+        name = flat_name(name)
+        name = free_name(f"{name}_" if keyword.iskeyword(name) or is_taken(name) else name, self.own)
         self.own[name] = own
         return name
 

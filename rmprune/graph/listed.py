@@ -9,6 +9,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import writes
 from rmprune.graph.fx_tracer import Tracer
+from rmprune.graph.names import refuse_taken, spell
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
 from rmprune.graph.tracing import Traced, follow
 from rmprune.graph.vocabulary import LAYERS
@@ -89,6 +90,9 @@ def traced(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> Traced:
         )
     stay = ("placeholder", "output", "call_module")  # layers keep statistics
     found.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in stay or writes(node))
+    if not isinstance(model, fx.GraphModule):
+        refuse_taken(model)
+    spell(found.graph)
     return found
 
 

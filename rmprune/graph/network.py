@@ -61,7 +61,7 @@ class Network:
         if self.frozen:
             left.append(f"gradients that forward stops are not stopped ({'; '.join(self.frozen)})")
         if self.dropped:
-            left.append(f"what drops maps at random in training is left out ({'; '.join(self.dropped)})")
+            left.append(f"what drops at random in training is left out ({'; '.join(self.dropped)})")
         return "; ".join(filter(None, (self.sizes_note, *left)))
 
     def layer(self, node: fx.Node) -> NodeLayer | None:

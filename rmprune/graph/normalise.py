@@ -52,7 +52,7 @@ def normalise(
 
     `pieces`: write what `chunk` and `split` give as slices of these sizes, cat(x, zeros) as padded channels and activations that code
     writes out as modules (False: leave them, which other sizes follow). `dropout`: keep that of what are no maps, as in heads; without
-    it all is left out, since in eval mode it does nothing.
+    it all is left out, and noted, since in eval mode it does nothing.
 
     Raises UnsupportedModel where torch.fx cannot follow the code, or where the inputs do not fit.
     """
@@ -122,11 +122,7 @@ class _Normaliser:
         elif named(module, ("FrozenBatchNorm2d", "SyncBatchNorm")) and module.running_mean is not None:
             self._put(node, [plain_norm(module, NORMS.get(len(self.shapes.get(node.args[0]) or ()), nn.BatchNorm2d))])
         else:
-            if (
-                self.dropout
-                and named(module, GONE)
-                and (getattr(module, "p", None) or getattr(module, "drop_prob", None))
-            ):
+            if named(module, GONE) and (getattr(module, "p", None) or getattr(module, "drop_prob", None)):
                 self.network.dropped.append(str(node.target))
             self._put(node, _stock(module))
 
@@ -146,7 +142,7 @@ class _Normaliser:
                     self.env[node] = self.env[other]  # sum([x, y]) starts from 0
                     return
         found = modules_for(node, self._constant, self.shapes_of)
-        if self.dropout and found == [] and node.target in DROPOUT_CALLS:
+        if found == [] and node.target in DROPOUT_CALLS:
             self.network.dropped.append(_own_name(node))
         if found is None:
             self._keep(node)

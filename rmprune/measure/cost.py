@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_tuple, trial
@@ -62,20 +62,35 @@ _LACKING: Mapping[Any, Callable[..., int]] = {
     _ATEN.vdot: lambda a, b: a.numel(),
     _ATEN.addbmm: lambda added, a, b, **_: a.numel() * b.shape[2],
     _ATEN._trilinear: _trilinear,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+        sdpa_flop_count(q.shape, k.shape, v.shape) // 2
+    ),
 }
 """MACs of products that torch's table of costs lacks."""
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the cost of every operator that reaches the dispatcher."""
+    """Adds up the cost of every operator that reaches the dispatcher, where none stands for several: on CPUs a recurrent layer and
+    attention would be one each, of no cost."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.macs = 0
+        self.macs, self.before = 0, (True, True)
 
     def __enter__(self) -> "_Counter":
         self.macs = 0  # a run that failed does not count
+        self.before = bool(torch.backends.mkldnn.enabled), torch.backends.mha.get_fastpath_enabled()
+        self._set(False, False)
         return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._set(*self.before)
+
+    @staticmethod
+    def _set(mkldnn: bool, attention: bool) -> None:
+        torch.backends.mkldnn.enabled = mkldnn  # type: ignore[assignment]
+        torch.backends.mha.set_fastpath_enabled(attention)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, packet = kwargs or {}, func._overloadpacket

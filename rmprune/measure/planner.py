@@ -2,16 +2,19 @@
 takes is memory.py's business.
 
 As runtimes do it: batch norms folded; activations and additions write over an input that nobody reads any more; reshaping,
-flattening and dropout hold nothing of their own; a convolution, pooling, concatenation or slice writes to a tensor of its own
-while its inputs live. A layer's addition and activation may be fused into it: that changes no number here, as both would have
-written over its output.
+flattening and dropout hold nothing of their own; a convolution, pooling, concatenation, split or slice writes to a tensor of its own
+(or to several) while its inputs live. A layer's addition and activation may be fused into it: that changes no number here, as both
+would have written over its output.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import TensorMetadata
+from torch.utils._pytree import tree_leaves
 
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import shaped
@@ -121,10 +124,13 @@ def _buffers(module: fx.GraphModule, bytes_per_value: int) -> list[_Buffer]:
 
 
 def _size(node: fx.Node) -> int:
-    """Values that a node's tensor holds; 0 where it is none."""
-    meta = node.meta.get("tensor_meta")
-    shape = getattr(meta, "shape", None)
-    return 0 if shape is None else int(torch.Size(shape).numel())
+    """Values that a node's tensor holds, or its tensors together (of a chunk, a recurrent layer); 0 where there is none."""
+    return sum(int(torch.Size(meta.shape).numel()) for meta in _tensors(node))
+
+
+def _tensors(node: fx.Node) -> list[TensorMetadata]:
+    held = tree_leaves(node.meta.get("tensor_meta"), is_leaf=lambda value: isinstance(value, TensorMetadata))
+    return [meta for meta in held if isinstance(meta, TensorMetadata)]
 
 
 def _called(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
@@ -138,6 +144,8 @@ def _called(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
 
 def _is_alias(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     kind, name = _called(node, modules)
+    if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
+        return not isinstance(source.meta.get("tensor_meta"), TensorMetadata)  # one of several tensors
     return kind in _ALIASES or (node.op in ("call_function", "call_method") and name in _ALIAS_CALLS)
 
 
@@ -145,7 +153,8 @@ def _is_pointwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     kind, name = _called(node, modules)
     if kind:
         module = modules[str(node.target)]
-        return kind in _POINTWISE_MODULES or type(module).__module__ == "torch.nn.modules.activation"
+        activation = type(module).__module__ == "torch.nn.modules.activation" and kind != "MultiheadAttention"
+        return kind in _POINTWISE_MODULES or activation
     return node.op != "placeholder" and name in _POINTWISE
 
 

@@ -89,7 +89,8 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
 
     @functools.cache
     def unpruned() -> float:
-        found = functools.partial(evaluate, network, job.data.validation, device=job.device)
+        weights = job.data.class_weights
+        found = functools.partial(evaluate, network, job.data.validation, device=job.device, weights=weights)
         return remembered(files.note("losses"), "unpruned", lambda: found().loss)
 
     @functools.lru_cache(maxsize=1)

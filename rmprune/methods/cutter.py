@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.config import PruneConfig, SlimConfig
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.graph.inputs import Given, as_given, as_tuple
 from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.latency_model import LatencyModel
@@ -160,7 +161,8 @@ class Cutter:
         """The hook that cuts while training; `steps` and `epochs` of fine-tuning in all."""
         settings = self.settings
         return GradualPruner(
-            self.network, self.example, budget, every=max(1, round(settings.cut_fraction * steps / settings.cuts)),
+            self.network, self.example, budget,
+            every=max(Fraction(1), Fraction(round(settings.cut_fraction * steps), settings.cuts)),
             prune_epochs=settings.cut_fraction * epochs, decay=settings.score_decay, cost=self.cost,
             rank=settings.rank, lookahead=self.lookahead, structure=self.structure, meets=meets,
         )  # fmt: skip
@@ -214,6 +216,10 @@ class Cutter:
 
     def check_memory(self, budget: Budget) -> None:
         """Raise InfeasibleBudget where the limits forbid a budget of memory, ConfigError where it cannot be asked of this method."""
+        if budget.name == "memory_ratio" and self.settings.rank != "per_cost":
+            raise ConfigError(
+                f"a budget of memory goes by the peak, which --rank {self.settings.rank} does not know: leave it (or rm-slimming) out"
+            )
         flat = {name: torch.ones(units) for name, units in self.structure.units.items()}
         alone = dataclasses.replace(budget, ratio=None, macs_ratio=None, latency_ratio=None)
         self.memory.allocate(self.structure, flat, self.floored(alone), uniform=self.method.widths == "uniform")

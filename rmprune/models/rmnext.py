@@ -29,7 +29,7 @@ class GroupedBottleneck(nn.Module):
     def __init__(self, in_channels: int, channels: int, *, stride: int, expansion: int, group_width: int) -> None:
         super().__init__()
         hidden = (expansion - 1) * channels
-        if hidden % group_width:
+        if group_width < 1 or hidden % group_width:
             raise ConfigError(f"rmnext: {hidden} hidden channels do not divide into groups of {group_width}")
         self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)

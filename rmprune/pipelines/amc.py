@@ -9,16 +9,16 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rmprune import artifact
-from rmprune.amc.choose import Goal, Timing, choose, make_space, network_cost
+from rmprune.amc.choose import Goal, Timing, choose, make_space, whole_cost
 from rmprune.amc.multiplier import require_multiplier, width_multiplier
 from rmprune.amc.search import SEARCHES, SearchResult
-from rmprune.amc.space import COSTS
 from rmprune.amc.table import AMC_METHODS
 from rmprune.artifact.describe import describe
 from rmprune.config import AmcConfig
@@ -173,7 +173,7 @@ def _slim(base: nn.Module, name: str, goal: Goal, job: Job[AmcConfig], cell: Cel
     network, hook = base, None
     if config.apply == "gradual" and config.finetune.epochs > 0:
         steps = job.data.train.num_batches(job.data.config.batch_size, shuffled=True) * config.prune_epochs
-        every = max(1, int(steps / GRADUAL_CUTS))
+        every = max(Fraction(1), Fraction(round(steps), GRADUAL_CUTS))
         hook = PolicyPruner(base, example, chosen.widths, prune_epochs=config.prune_epochs, every=every)
     else:
         network = job.ready(chosen.model)
@@ -200,8 +200,8 @@ def _remove_faster(network: nn.Module, goal: Goal, job: Job[AmcConfig]) -> Remov
     def fits(network: nn.Module) -> bool:
         if constraint == "latency":
             return True
-        cost = COSTS[constraint]
-        return network_cost(network, example, cost) <= goal.ratio * network_cost(job.original, example, cost)
+        own, whole = (whole_cost(model, example, constraint) for model in (network, job.original))
+        return own <= goal.ratio * whole
 
     # One that was cut becomes faster, not MobileNetV1; nothing is trained after it.
     settings = replace(job.config.removal, fuse="cheaper", ranges="provable")

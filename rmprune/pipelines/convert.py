@@ -18,6 +18,7 @@ from rmprune.errors import ConfigError, NotEquivalent
 from rmprune.graph.build import target_of
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
+from rmprune.models.resnet import is_cifar_depth
 from rmprune.onnx.compare import TOLERANCES, difference, is_off, outputs_of
 from rmprune.onnx.file import is_onnx, open_onnx
 from rmprune.onnx.read import OnnxNetwork
@@ -32,7 +33,7 @@ from rmprune.runs.writing import sweep_beside
 
 logger = logging.getLogger("rmprune")
 _SHOWN: tuple[Choice, ...] = ("keep", "remove", "fuse", "merge", "drop")
-_IMAGE_SIZES = {r"resnet(20|32|44|56|110|1202)|preact_resnet\d+|mobilenet_v2_small": 32, "mobilenet_v2_digits": 8}
+_IMAGE_SIZES = {r"preact_resnet\d+|mobilenet_v2_small": 32, "mobilenet_v2_digits": 8}
 
 
 def open_network(config: NetworkConfig) -> tuple[nn.Module, Tensor]:
@@ -80,7 +81,8 @@ def _refuse_named_settings(config: NetworkConfig, what: str, free: tuple[str, ..
 
 
 def _shape_from(config: NetworkConfig) -> tuple[int, int, int]:
-    usual = next((size for names, size in _IMAGE_SIZES.items() if re.fullmatch(names, config.model)), 224)
+    named = next((size for names, size in _IMAGE_SIZES.items() if re.fullmatch(names, config.model)), 224)
+    usual = 32 if is_cifar_depth(config.model) else named
     size = usual if config.image_size is None else config.image_size
     if size < 1:
         raise ConfigError(f"image_size is {size}; it must be at least 1")

@@ -201,8 +201,8 @@ def meets_budget(budget: dict[str, float], record: dict[str, Any], entry: dict[s
         return False
     if (allowed := budget.get("latency_ratio")) is None:
         return True
-    measure = record["config"].get("measure", {})
-    at = [measure.get(name, [None])[0] for name in ("backends", "threads", "batch_sizes")]
+    measure = record["config"].get("measure") or {}
+    at = [(measure.get(name) or [None])[0] for name in ("backends", "threads", "batch_sizes")]
     times = [one for one in entry["latency"] if [one["backend"], one["threads"], one["batch_size"]] == at]
     return all(one.get("ratio_low", one.get("ratio", 0.0)) <= allowed for one in times)
 

@@ -68,7 +68,7 @@ def carry_out_blocks(
         now = dict(zip(here, (name for name in names if name not in named("drop")), strict=True))
         keep = [name for name, block in now.items() if block not in gone]
         fused = [name for name, block in now.items() if choices.get(block) == "fuse"]
-        found = remove_residuals(network, images, **vars(removal) | {"keep": keep, "fused": fused})
+        found = remove_residuals(network, images, **vars(removal) | {"keep": keep, "fused": fused, "dropout": True})
         network, facts["removal"] = (
             found.model,
             found.facts

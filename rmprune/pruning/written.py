@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.names import spell
 from rmprune.graph.normalise import PlainTracer
 from rmprune.graph.run import evaluating
 from rmprune.graph.tracing import follow
@@ -29,6 +30,7 @@ def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | N
             for _ in range(RETRACINGS):
                 before = [node.name for node in flat.graph.nodes] if isinstance(flat, fx.GraphModule) else None
                 graph = follow(PlainTracer, flat, inputs).graph
+                spell(graph)
                 flat = fx.GraphModule(flat, graph, type(model).__name__)
                 if before == [node.name for node in graph.nodes]:
                     break

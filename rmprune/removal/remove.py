@@ -70,7 +70,7 @@ def remove_residuals(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
     input_range: tuple[float, float] = (-math.inf, math.inf), progress: Callable[[str], None] | None = None,
-    fused: Iterable[str] | None = (),
+    fused: Iterable[str] | None = (), dropout: bool = False,
 ) -> Removal:  # fmt: skip
     """Removes residual connections exactly (RMNet, arXiv 2111.00687): the same function without additions. `model` is left alone.
 
@@ -85,8 +85,9 @@ def remove_residuals(
     "auto" takes it only in blocks with a gate or a concatenation). batch_norm: False folds every batch norm, True only new ones
     whose variances the dtype of `model` cannot hold. fuse: "cheaper", "always" or "never" multiply neighbouring convolutions;
     always beside the blocks named in `fused`: what each ends in, and what enters it where no other block ends there.
-    tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype of `model` it may be off by 16
-    times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
+    dropout: keep that of features, as before a classifier, for a network that is trained further; else all is left out, since in eval
+    mode it does nothing (`note` says what). tolerance: on max_error, relative to what the inputs change in the outputs; in the dtype
+    of `model` it may be off by 16 times the original's own rounding (see `rmprune.graph.equivalence.own_dtype_error`).
 
     Raises UnsupportedModel (cannot be traced, random in eval mode, or no residual can go), NotEquivalent (over tolerance, or off in
     the dtype of `model`), ConfigError (a bad setting).
@@ -100,7 +101,7 @@ def remove_residuals(
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
     network, reports = _rewrite(
-        reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress, fused
+        reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress, fused, dropout
     )
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
@@ -157,10 +158,10 @@ def plan_removal(
 def _rewrite(
     reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str] | None, ranges: str, form: str, margin: float,
     input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
-    fused: Iterable[str] | None,
+    fused: Iterable[str] | None, dropout: bool = False,
 ) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
-        network = normalise(reference, inputs, dropout=True)
+        network = normalise(reference, inputs, dropout=dropout)
         annotate_ranges(network, input_range)
         doubles = tuple(to_double(x) for x in inputs)
         if ranges == "calibrated":

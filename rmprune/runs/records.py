@@ -70,6 +70,7 @@ _KERNEL = {"layer": str, "operator": str, "ms": _is_number, "share": _is_share} 
 _SHOWN: dict[str, Any] = {
     "model": _may(str),
     "dataset": _may(str),
+    "config": {"measure": _may({name: _may([lambda _: True]) for name in ("backends", "threads", "batch_sizes")})},
     "budget": _may({str: _is_number}),
     "refused": {str: str},
     "training": _may({str: [{"validation_accuracy": _may(_is_share)}]}),

@@ -147,7 +147,8 @@ def put_back(saved: Mapping[str, Any], state: TrainState, hook: Hook | None, dev
     state.model.load_state_dict(saved["model"])
     restore_optimizer(state.optimizer, state.model, saved["optimizer"])
     state.step = int(saved["step"])
-    state.learning_rate = learning_rate(state.config, state.step - 1, state.steps_per_epoch)
+    made = state.step - 1  # -1: it was stopped before the first
+    state.learning_rate = learning_rate(state.config, made, state.steps_per_epoch) if made >= 0 else 0.0
     if saved["hook"] is not None and hook is not None:
         hook.load_state_dict(saved["hook"])  # type: ignore[attr-defined]
     torch.set_rng_state(saved["random"])

@@ -180,12 +180,18 @@ def _free_name(traced: fx.GraphModule, name: str) -> str:
     return free
 
 
+def _mixes(name: str, layer: nn.Module) -> bool:
+    """Whether a layer's outputs are no longer its inputs, channel by channel."""
+    depthwise = getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0) > 1
+    return isinstance(layer, _MIXING) and not depthwise and name.rpartition(".")[2] != SHORTCUT_SCALE
+
+
 def _batch_norms_into_additions(traced: fx.GraphModule) -> set[str]:
     """Names of batch norms with a path to an addition that meets no convolution or linear layer."""
     modules = dict(traced.named_modules())
     added: set[fx.Node] = set()  # additions, and what they read without such a layer between
     for node in reversed(traced.graph.nodes):
-        mixed = node.op == "call_module" and isinstance(modules[node.target], _MIXING)
+        mixed = node.op == "call_module" and _mixes(str(node.target), modules[node.target])
         if is_addition(node) or (not mixed and not added.isdisjoint(node.users)):
             added.add(node)
     norms = {name for name, module in modules.items() if isinstance(module, _BATCH_NORMS)}

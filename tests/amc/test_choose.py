@@ -11,12 +11,14 @@ from torch import nn
 from rmprune import models
 from rmprune.amc import choose as module
 from rmprune.amc.choose import Goal, Timing, choose, first_images, make_scorer, make_space, network_cost
+from rmprune.amc.scoring import importance_order
 from rmprune.amc.space import COSTS, params
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import InfeasibleBudget
 from rmprune.measure import LatencyModel, count_macs, count_params
 from rmprune.pruning.layers import macs
+from rmprune.pruning.surgery import shrink
 from rmprune.removal import remove_residuals
 from rmprune.training.job import Job
 
@@ -184,3 +186,20 @@ def test_residual_networks_of_other_kinds_work_as_well(data: Dataset) -> None:
         assert count_macs(chosen.model, example[:1]) <= ratio * count_macs(original, example[:1])
         x, y = next(iter(data.validation.batches(60)))
         assert chosen.facts["validation_accuracy"] == float((chosen.model(x).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize("form", ["original", "plain"])
+def test_a_budget_of_parameters_is_that_of_the_record(
+    form: str, data: Dataset, networks: tuple[nn.Module, nn.Module]
+) -> None:
+    """Batch norms and all: policies just within the budget leave a network whose parameters are within it."""
+    original, plain = networks
+    network, example = original if form == "original" else plain, data.train.example(2)
+    for ratio in (0.5, 0.6, 0.75):
+        config = dataclasses.replace(CONFIG, constraint="params", multiple=1)
+        space = make_space(network, original, example, config, ratio)
+        scores = {group.name: torch.arange(group.units).double() for group in space.groups}
+        widths = space.uniform()
+        smaller = shrink(network, space.keep(widths, importance_order(scores)), space.structure)[0]
+        found = count_params(smaller) / count_params(original)
+        assert 0.93 * ratio < found <= ratio

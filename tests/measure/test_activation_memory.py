@@ -119,3 +119,43 @@ def test_networks_of_every_format_have_the_same_peak_and_layers(
 def test_whole_numbers_stay_whole() -> None:
     net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2))
     assert activation_memory(net, torch.zeros(1, 5, dtype=torch.long)).peak_bytes == 4 * 5 * (4 + 2)
+
+
+class Pieces(nn.Module):
+    """A map of 16 channels in two halves, one after the other."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.how = conv(3, 16), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.how == "chunk":
+            one, two = x.chunk(2, 1)
+        elif self.how == "split":
+            one, two = torch.split(x, [8, 8], 1)
+        else:
+            one, two = x[:, :8], x[:, 8:]
+        return torch.relu(one) + torch.relu(two)
+
+
+@pytest.mark.parametrize("how", ["chunk", "split", "slices"])
+def test_pieces_are_tensors_of_their_own_however_they_are_written(how: str) -> None:
+    assert activation_memory(Pieces(how).eval(), X).peak_bytes == (16 + 16) * CHANNEL
+
+
+def test_attention_and_recurrent_layers_write_to_tensors_of_their_own() -> None:
+    class One(nn.Module):
+        def __init__(self, layer: nn.Module, reads: int) -> None:
+            super().__init__()
+            self.layer, self.reads = layer, reads
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(*[x] * self.reads)[0]
+
+    x = torch.randn(1, 5, 8)
+    for layer, held in (
+        (One(nn.MultiheadAttention(8, 2, batch_first=True), 3), 2 * 40 + 25),
+        (One(nn.GRU(8, 8, batch_first=True), 1), 2 * 40 + 8),
+    ):
+        assert activation_memory(layer.eval(), x).peak_bytes == 4 * held

@@ -85,3 +85,37 @@ def test_a_thousand_layers_are_quick() -> None:
     start = time.process_time()
     assert count_macs(nn.Sequential(*layers), torch.zeros(1, 8, 8, 8)) == 1200 * 8 * 8 * 9 * 64
     assert time.process_time() - start < 10
+
+
+class Mixing(nn.Module):
+    """Layers that CPUs run as one operator each; with a tensor made on the fly, the network is run for real."""
+
+    def __init__(self, kind: str, made: bool) -> None:
+        super().__init__()
+        self.kind, self.made = kind, made
+        self.layer: nn.Module = {
+            "lstm": lambda: nn.LSTM(16, 16, batch_first=True),
+            "gru": lambda: nn.GRU(16, 16, batch_first=True),
+            "attention": lambda: nn.MultiheadAttention(16, 2, batch_first=True),
+            "encoder": lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+            "product": lambda: nn.Linear(16, 48),
+        }[kind]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made:
+            x = x + torch.arange(x.shape[1])[:, None]
+        if self.kind == "product":
+            return F.scaled_dot_product_attention(*self.layer(x)[:, None].chunk(3, -1))
+        found = self.layer(*(3 * (x,) if self.kind == "attention" else (x,)))
+        return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "attention", "encoder", "product"])
+def test_layers_of_several_operators_count_the_same_when_run_for_real(kind: str) -> None:
+    x = torch.randn(2, 6, 16)
+    before = torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()
+    found = [count_macs(Mixing(kind, made).eval(), x) for made in (False, True)]
+    projections = {"lstm": 2 * 4, "gru": 2 * 3, "attention": 4, "encoder": 4 + 2 * 2, "product": 3}[kind] * 6 * 16 * 16
+    products = 0 if kind in ("lstm", "gru") else 2 * 6 * 6 * 16
+    assert found == [projections + products] * 2
+    assert (torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()) == before

@@ -21,6 +21,7 @@ from rmprune.pipelines import slim, stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
 from rmprune.runs import records
+from rmprune.training import TrainState
 from rmprune.training.job import Files, Job
 
 IN_TIME = ("rm", "mixed", "coupled", "uniform", "inner")
@@ -173,3 +174,15 @@ def test_what_mixed_removes_is_exact_for_every_input(tmp_path: Path, monkeypatch
     assert facts["removal"]["removed"]
     x = 30 * torch.randn(16, 3, 32, 32)
     torch.testing.assert_close(removed(x), kept(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("steps", "cuts", "fraction"), [(88, 30, 0.5), (200, 30, 0.7), (100, 30, 1.0), (10, 30, 0.5)])
+def test_gradual_cuts_are_as_many_as_asked_for(steps: int, cuts: int, fraction: float) -> None:
+    prune = PruneConfig(macs_ratio=(0.5,), gradual=True, cuts=cuts, cut_fraction=fraction, round_to=1)
+    config = replace(QUICK, prune=prune)
+    job = Job(config, slim.open_data(config), torch.device("cpu"), 0)
+    network = short_resnet("", num_classes=10, in_channels=1, width=4).eval()
+    cutter = make_cutter(network, METHODS["rm"], job, Budget(macs_ratio=0.5))
+    hook = cutter.hook(Budget(macs_ratio=0.5), steps=steps, epochs=2)
+    state = TrainState(network, torch.optim.SGD(network.parameters(), 0.1), TrainConfig(), steps // 2, steps, 0.0)
+    assert hook.planned_cuts(state) == min(cuts, round(fraction * steps))

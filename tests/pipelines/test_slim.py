@@ -149,6 +149,9 @@ def test_a_budget_of_memory_is_met_by_methods_of_ours_and_refused_for_others(
     for method, settings in refused:
         with pytest.raises(ConfigError, match="memory_ratio is met by one cut of ours"):
             run_slim(replace(config, method=(method,), prune=settings, finetune=TrainConfig(epochs=1)), command="x")
+    for method, settings in (("rm-slimming", budget), ("rm", replace(budget, rank="importance"))):
+        with pytest.raises(ConfigError, match="a budget of memory goes by the peak, which --rank importance does not"):
+            run_slim(replace(config, method=(method,), prune=settings, finetune=TrainConfig(epochs=1)), command="x")
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(Place, "ratios", by_parameters)
     for settings in (budget, replace(budget, latency_ratio=(0.8,))):

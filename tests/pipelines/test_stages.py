@@ -14,11 +14,13 @@ from torch import nn
 from rmprune import artifact
 from rmprune.cli import main
 from rmprune.config import AmcConfig, DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
+from rmprune.config.commands import NetworkConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.graph.tf32 import tf32
 from rmprune.models import create
 from rmprune.pipelines import measure
+from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import at_work, dense_network, finish, make_dense, starting_network
 from rmprune.runs import records
@@ -229,3 +231,18 @@ def test_a_measure_interrupted_before_it_wrote_or_after_says_so(
             patch.setattr(patched, interrupted)
             main(("measure", str(run), *flags))
         assert f"interrupted; {said}. Again: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet8", 32),
+        ("resnet20", 32),
+        ("resnet26", 32),
+        ("resnet18", 224),
+        ("resnet50", 224),
+        ("preact_resnet20", 32),
+    ],
+)
+def test_networks_for_small_images_are_looked_at_on_such(name: str, size: int) -> None:
+    assert open_network(NetworkConfig(name))[1].shape == (2, 3, size, size)

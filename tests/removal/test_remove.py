@@ -286,12 +286,15 @@ class Dropping(nn.Module):
 
 def test_dropout_of_a_head_stays_and_what_goes_is_said() -> None:
     model = prepared(Dropping())
-    removal = remove_residuals(model, images())
+    removal = remove_residuals(model, images(), dropout=True)
     assert removal.removed == ["0.block"] and worst_error(removal, model) < 1e-12
     kept = [module for module in removal.model.modules() if isinstance(module, nn.Dropout)]
     assert [module.p for module in kept] == [0.3, 0.3] and not any(module.training or module.inplace for module in kept)
-    told = removal.note.partition("drops maps at random in training is left out (")[2]
+    told = removal.note.partition("drops at random in training is left out (")[2]
     assert told.split(")")[0].split("; ") == ["0.block.branch.2", "0.dropout", "0.stem.3"]
+    without = remove_residuals(model, images())
+    assert not any(isinstance(module, nn.Dropout) for module in without.model.modules())
+    assert "0.first; 0.second" in without.note and "0.off" not in without.note
     assert "drops" not in remove_residuals(small_resnet(), images()).note
     merged, _ = carry_out_blocks(model, {"0.block": "merge"}, lambda count: images(count=count))
     assert [module.p for module in merged.modules() if isinstance(module, nn.Dropout)] == [0.3, 0.3]

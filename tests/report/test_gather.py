@@ -74,3 +74,15 @@ def test_runs_that_cannot_be_averaged_are_left_out_one_by_one(runs: Path) -> Non
         "report them one by one"
     )
     assert list(gather([runs / "seeds" / "2", runs / "seeds" / "3"])[1]) == []
+
+
+@pytest.mark.parametrize("measure", ["eager", {"threads": 1}, {"backends": "onnxruntime"}, {"batch_sizes": 0}])
+def test_a_record_whose_settings_of_measuring_are_none_is_left_out(measure: object, runs: Path) -> None:
+    record = read_record(runs / "good" / "record.json")
+    record["config"]["measure"], record["budget"] = measure, {"latency_ratio": 0.5}
+    path = runs / "odd" / "record.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(record))
+    records, left_out = gather([runs / "good", runs / "odd"])
+    assert list(records) == [runs / "good" / "record.json"] and len(left_out) == 1
+    assert "'config' is not of the form that runs write" in left_out[0]

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +280,35 @@ def test_a_loss_of_one_s_own_goes_on_from_inside_an_epoch(tmp_path: Path, shift:
     totals = load_checkpoint(tmp_path / "c.pt")["totals"]
     assert totals[1].isnan() and (totals[0] < 0) == (shift < 0) and totals[2] > 0
     assert same(whole, fit(net, data, config, seed=3, checkpoint=tmp_path / "c.pt"))
+
+
+class Interrupted:
+    """A split whose first batch for training is slow to come: Ctrl-C, twice."""
+
+    def __init__(self, split: Any) -> None:
+        self.split = split
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.split, name)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batches(self, *args: Any, **settings: Any) -> Any:
+        if settings.get("augment"):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        yield from self.split.batches(*args, **settings)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0])
+def test_what_was_stopped_before_its_first_step_goes_on(warmup: float, tmp_path: Path) -> None:
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    config, path, data = dataclasses.replace(CONFIG, warmup_epochs=warmup), tmp_path / "c.pt", blobs()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny_net(), dataclasses.replace(data, train=Interrupted(data.train)), config, seed=3, checkpoint=path)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert load_checkpoint(path)["step"] == 0
+    assert same(fit(tiny_net(), data, config, seed=3, checkpoint=path), fit(tiny_net(), data, config, seed=3))

@@ -154,3 +154,9 @@ def test_sparse_training_yields_exact_zeros():
     sparse = fit(tiny_net(), blobs(), CONFIG, seed=0, hook=ProximalL1(SparsityConfig(strength=1.3)))
     dense = fit(tiny_net(), blobs(), CONFIG, seed=0)
     assert fraction_zero(batch_norm_scales(sparse)) > 0.2 > fraction_zero(batch_norm_scales(dense)) == 0
+
+
+def test_a_scale_on_a_shortcut_mixes_nothing() -> None:
+    model, x = create("resnet8", num_classes=10, in_channels=1, width=4), torch.randn(2, 1, 8, 8)
+    before = set(batch_norm_scales(model, "inner"))
+    assert set(batch_norm_scales(add_shortcut_scales(model, x), "inner")) == before
