@@ -196,8 +196,6 @@ def check_progress(saved: Mapping[str, Any], total_steps: int) -> None:
         raise ValueError(f"{str(seconds)[:80]} seconds")
     if not is_plain(totals) or totals.shape != (3,) or totals.dtype != torch.float64:
         raise ValueError("its sums of loss, hits and images are none")
-    loss, hits, images = totals.tolist()
-    if (
-        not math.isfinite(loss) or hits < 0 or not 0 <= images < math.inf
-    ):  # a loss of one's own may be negative, and knows no hits: NaN
+    loss, hits, images = totals.tolist()  # a loss of one's own may be negative, and knows no hits: NaN
+    if not math.isfinite(loss) or hits < 0 or not 0 <= images < math.inf:
         raise ValueError("its sums of loss, hits and images are none")
