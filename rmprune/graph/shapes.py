@@ -15,12 +15,12 @@ from rmprune.graph.activations import rule_of
 from rmprune.graph.convolution import plain, positions
 from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, each_argument
+from rmprune.graph.functional import NORMS
 from rmprune.graph.network import Network, in_words
 from rmprune.graph.run import Values, evaluating, hooked, node_value, run
 from rmprune.graph.tensors import all_tensors, device_of
 
 M = TypeVar("M", bound=nn.Module)
-_NORMS = {2: (nn.BatchNorm1d,), 3: (nn.BatchNorm1d,), 4: (nn.BatchNorm2d,), 5: (nn.BatchNorm3d,)}
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 """{dimensions of a batch: the layers that take it}."""
 
@@ -201,7 +201,7 @@ def _known_shape(network: Network, node: fx.Node, values: Values) -> tuple[int, 
         return *shape[:2], 1, 1
     if rule_of(module) is not None and not isinstance(module, nn.PReLU):
         return shape
-    if type(module) in _NORMS.get(len(shape), ()):
+    if type(module) is NORMS.get(len(shape)):
         return shape if module.num_features == shape[1] else None
     if isinstance(module, nn.Linear):
         known = type(module).forward is nn.Linear.forward and module.in_features == shape[-1]
