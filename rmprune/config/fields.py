@@ -103,8 +103,8 @@ def _fitting(hint: Any, value: Any) -> Any:
         _must(isinstance(value, str) and value in parts)
         return value
     if hint in (int, float):
-        _must(hasattr(value, "__index__" if hint is int else "__float__"))
-        return value if type(value) in (int, float, bool) else operator.index(value) if hint is int else float(value)
+        _must(hasattr(value, "__index__" if hint is int else "__float__") and not isinstance(value, bool))
+        return value if type(value) in (int, float) else operator.index(value) if hint is int else float(value)
     if hint is Path:
         _must(isinstance(value, str | Path))
         return Path(value)

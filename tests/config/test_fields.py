@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rmprune import Budget, config
+from rmprune.config.toml import to_toml
 from rmprune.errors import ConfigError, RmpruneError
 
 ODD: list[Any] = [{1, 2}, {"a": 1}, object(), b"x", torch.ones(2), np.ones(2), lambda: 3, {3}, (object(),)]
@@ -43,6 +44,9 @@ def test_the_message_names_the_field_and_its_type() -> None:
         config.RemovalConfig(form="x")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^channels_last is 'no'; give bool$"):
         config.TrainConfig(channels_last="no")  # type: ignore[arg-type]
+    for number in ({"epochs": True}, {"learning_rate": False}):  # TOML's and Python's booleans are numbers to nobody
+        with pytest.raises(ConfigError, match=r"^(epochs is True; give int|learning_rate is False; give float)$"):
+            config.TrainConfig(**number)
     with pytest.raises(ConfigError, match=r"^train is \{'epochs': 1\}; give TrainConfig$"):
         config.TrainRunConfig(train={"epochs": 1})  # type: ignore[arg-type]
 
@@ -50,5 +54,5 @@ def test_the_message_names_the_field_and_its_type() -> None:
 def test_what_stands_for_a_type_becomes_it() -> None:
     made = config.PruneConfig(macs_ratio=[np.float32(0.5)], round_to=np.int64(8), min_fraction=torch.tensor(0.25))  # type: ignore[arg-type]
     assert made == config.PruneConfig(macs_ratio=(0.5,), round_to=8, min_fraction=0.25)
-    assert type(made.round_to) is int and config.toml.to_toml(made)
+    assert type(made.round_to) is int and to_toml(made)
     assert config.TrainRunConfig(out="x").directory == Path("x")  # type: ignore[arg-type]
