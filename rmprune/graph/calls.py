@@ -5,6 +5,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -23,6 +24,9 @@ _IN_PLACE = (
 )  # fmt: skip
 IN_PLACE_OPERATORS = {name: getattr(operator, name) for name in _IN_PLACE}
 """The operators that change their first argument (`y += z`)."""
+DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+TORCH_DROPOUT_CALLS = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
+"""Of dropout as a function; those of torch call their flag `train` and have no default for it."""
 CONCATENATIONS = (torch.cat, torch.concat)
 CHUNKS, SPLITS = ("chunk", torch.chunk), ("split", torch.split)
 _SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride")

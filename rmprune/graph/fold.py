@@ -11,6 +11,7 @@ from rmprune.graph.copied import copied
 from rmprune.graph.foreign import plain_module, unbound
 from rmprune.graph.inputs import as_tuple, trial
 from rmprune.graph.listed import is_flat_sequential, is_norm_with_activation, stock_norm, traced
+from rmprune.graph.network import GONE, named
 from rmprune.graph.run import hooked
 from rmprune.graph.tracing import warn_of_left_out
 
@@ -42,7 +43,7 @@ def fold_batch_norms(model: nn.Module, inputs: tuple[Tensor, ...] | None = None)
         if node.op != "call_module":
             continue
         module, source = modules[node.target], node.args[0] if node.args else None
-        if isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) and isinstance(source, fx.Node):
+        if named(module, GONE) and isinstance(source, fx.Node):
             _bypass(graph, node, source)
         elif isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
             before = modules[source.target]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmprune.graph.calls import DIVISIONS, MULTIPLICATIONS, is_size, own_size
+from rmprune.graph.calls import DIVISIONS, DROPOUT_CALLS, MULTIPLICATIONS, TORCH_DROPOUT_CALLS, is_size, own_size
 from rmprune.graph.convolution import Scale
 
 Constant = Callable[[Any], Any]  # an fx argument -> the tensor behind a get_attr node, or the value itself
@@ -17,7 +17,6 @@ NORMS: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d,
 }  # fmt: skip
 """{dimensions of a batch: the batch norm that takes it}."""
-DROPOUT_CALLS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 def modules_for(node: fx.Node, constant: Constant, shape: Shape) -> list[nn.Module] | None:
@@ -173,7 +172,7 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
         DROPOUT_CALLS,
         (("p", "training", "inplace"), lambda given: None if given.get("training") else []),
     ),
-    torch.dropout: (("p", "train"), lambda given: None if given.get("train", True) else []),
+    **dict.fromkeys(TORCH_DROPOUT_CALLS, (("p", "train"), lambda given: None if given.get("train", True) else [])),
     F.conv2d: (("weight", "bias", "stride", "padding", "dilation", "groups"), _conv2d),
     F.linear: (("weight", "bias"), _linear),
     F.batch_norm: (("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), _batch_norm),

@@ -4,24 +4,24 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import set_item, writes
+from rmprune.graph.calls import DROPOUT_CALLS, TORCH_DROPOUT_CALLS, set_item, writes
 from rmprune.graph.network import GONE, named
 from rmprune.graph.run import node_value
 
-_SAME_METHODS = ("contiguous", "detach", "float", "double", "to", "type_as")
-_VIEW_METHODS = (
-    "view", "reshape", "flatten", "chunk", "split", "transpose", "permute", "squeeze", "unsqueeze", "narrow", "unbind", "expand",
-    "select", "view_as", "expand_as", "unfold", "t", "swapaxes", "movedim",
+# Names of functions and methods; of some it depends on the value whether they share its memory.
+_SAME = (
+    "contiguous", "detach", "float", "double", "to", "type_as", "cpu", "requires_grad_", "pos", "positive", "stochastic_depth",
+    *(call.__name__ for call in (*DROPOUT_CALLS, *TORCH_DROPOUT_CALLS)),
 )  # fmt: skip
-_VIEW_FUNCTIONS = (
-    operator.getitem, torch.flatten, torch.chunk, torch.split, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze,
-    torch.narrow, torch.unbind, torch.reshape,
+_VIEWS = (
+    "getitem", "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "transpose", "permute", "t", "adjoint",
+    "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "narrow", "select",
+    "unbind", "diagonal", "unfold", "chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit",
 )  # fmt: skip
+_VIEW_ATTRIBUTES = ("T", "mT", "H", "mH", "data", "real")
 
 
 def undo_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -83,8 +83,7 @@ def _alias(node: fx.Node, modules: Mapping[str, Any]) -> str:
         if named(module, GONE):
             return "same"
         return "view" if isinstance(module, nn.Flatten | nn.Unflatten) else ""
-    if (node.op == "call_method" and node.target in _SAME_METHODS) or node.target in (F.dropout, F.dropout2d):
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name in _SAME:
         return "same"
-    if (node.op == "call_method" and node.target in _VIEW_METHODS) or node.target in _VIEW_FUNCTIONS:
-        return "view"
-    return ""
+    return "view" if name in _VIEWS or (name == "getattr" and node.args[1] in _VIEW_ATTRIBUTES) else ""

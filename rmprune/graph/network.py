@@ -15,9 +15,9 @@ from rmprune.graph.double import InDouble
 from rmprune.graph.run import Values, node_value
 
 NodeLayer = nn.Module | Conv
-GONE = (
-    "Identity", "Dropout", "Dropout1d", "Dropout2d", "AlphaDropout", "FeatureAlphaDropout", "StochasticDepth", "DropPath",
-)  # fmt: skip
+DROPOUTS = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
+GONE = ("Identity", *DROPOUTS, "StochasticDepth", "DropPath")
+"""Names of modules that give what they are given, outside of training."""
 _OPAQUE = ("Conv2dSame", "AvgPool2dSame", "MaxPool2dSame", "BlurPool2d")
 GROUP_NORMS = ("GroupNormAct", "GroupNorm", "GroupNorm1", "GroupNorm1Act")
 WHOLE = ("BatchNormAct2d", "FrozenBatchNorm2d", *GROUP_NORMS, *_OPAQUE, *GONE)

@@ -10,13 +10,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.calls import MULTIPLICATIONS, is_size, module_around
+from rmprune.graph.calls import DROPOUT_CALLS, MULTIPLICATIONS, is_size, module_around
 from rmprune.graph.convolution import plain
 from rmprune.graph.double import InDouble
-from rmprune.graph.functional import DROPOUT_CALLS, NORMS, linear_pool, modules_for
+from rmprune.graph.functional import NORMS, linear_pool, modules_for
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.in_place import undo_in_place
-from rmprune.graph.network import GONE, GROUP_NORMS, WHOLE, Network, NodeLayer, free_name, named, shape_of
+from rmprune.graph.network import DROPOUTS, GONE, GROUP_NORMS, WHOLE, Network, NodeLayer, free_name, named, shape_of
 from rmprune.graph.randomness import draws, is_pure, refuse_drawn, refuse_random
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import propagate_shapes
@@ -27,9 +27,6 @@ from rmprune.graph.written_out import as_layers
 _TRANSFORMERS = (  # of torch, but made of layers that can be cut
     nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer,
 )  # fmt: skip
-
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class PlainTracer(Tracer):
@@ -115,7 +112,7 @@ class _Normaliser:
         module = self.modules[str(node.target)]
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             self._keep(node)
-        elif self.dropout and type(module) in DROPOUTS:
+        elif self.dropout and named(module, DROPOUTS):
             module = copy.copy(module)
             module.inplace = False
             self._put(node, [module])
@@ -181,7 +178,7 @@ class _Normaliser:
             key = (current, f"{module} {settings}")  # a repr may leave settings out (AvgPool2d's ceil_mode)
             if (
                 key in self.twins
-                and type(module) not in DROPOUTS
+                and not named(module, DROPOUTS)
                 and not list(module.parameters())
                 and not list(module.buffers())
             ):
@@ -250,7 +247,7 @@ def _drop_of_maps(network: Network) -> None:
     """Takes dropout of maps out, which stands in the way of rewriting, and notes where it was."""
     for node in list(network.graph.nodes):
         layer = network.layer(node)
-        if type(layer) in DROPOUTS and len(shape_of(node) or ()) == 4:
+        if named(layer, DROPOUTS) and len(shape_of(node) or ()) == 4:
             if layer.p > 0:  # type: ignore[union-attr, operator]
                 network.dropped.append(str(node.target))
             network.bypass(node, node.args[0])

@@ -14,9 +14,10 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import is_addition
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import shaped
+from rmprune.graph.network import GONE, named
 from rmprune.graph.vocabulary import LAYERS
 
-_FREE = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)
+_FREE = ("Flatten", *GONE)
 _ACTIVATIONS = (
     "ReLU", "ReLU6", "Hardtanh", "Hardswish", "Hardsigmoid", "SiLU", "GELU", "Sigmoid", "LeakyReLU", "PReLU", "ELU", "Mish",
 )  # fmt: skip
@@ -81,7 +82,7 @@ def _read_graph(module: fx.GraphModule) -> list[TimedLayer]:
     layers: list[TimedLayer] = []
     for node in module.graph.nodes:
         own = modules[node.target] if node.op == "call_module" else None
-        if node in done or isinstance(own, _FREE) or (own is None and not _is_addition(node)):
+        if node in done or (own is not None and named(own, _FREE)) or (own is None and not _is_addition(node)):
             continue
         shape, end, add = _shape(_sources(node)[0]), node, own is None
         after = _only_user(end)

@@ -16,14 +16,17 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_leaves
 
+from rmprune.graph.calls import DROPOUT_CALLS
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.listed import shaped
+from rmprune.graph.network import GONE
 from rmprune.graph.vocabulary import FUNCTION_NAMES
 
 ALIGNMENT = 64  # bytes at which runtimes begin a tensor
-_ALIASES = ("Identity", "Dropout", "Dropout1d", "Dropout2d", "Flatten", "Unflatten", "StochasticDepth", "DropPath")
+_ALIASES = (*GONE, "Flatten", "Unflatten")
 _ALIAS_CALLS = (
-    "flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "dropout", "stochastic_depth", "detach",
+    "flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze", "stochastic_depth", "detach",
+    *(call.__name__ for call in DROPOUT_CALLS),
 )  # fmt: skip
 _POINTWISE = {
     "add", "iadd", "sub", "isub", "mul", "imul", "truediv", "itruediv", "neg", "maximum", "minimum", "clamp", "relu", "relu6", "prelu",

@@ -161,6 +161,21 @@ def test_calibration_finds_what_isolation_hides() -> None:
     assert abs(table.error.iloc[-1]) > 0.5
 
 
+def test_no_layer_takes_less_than_nothing() -> None:
+    class Steep(Fake):
+        """Deep networks take less than their layers by themselves, by much a layer."""
+
+        def _measure_networks(self, models: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+            whole = {n: [self.layer_ms(layer) for layer in network_layers(m, x)] for n, m in models.items()}
+            return {n: 0.5 + max(1.5 * sum(each) - 0.15 * len(each), 0.01) for n, each in whole.items()}
+
+    model = Steep()
+    model.calibrate({str(w): chain(*w) for w in ((40, 40), (32, 64, 32), (64, 64, 64), (24, 48, 48, 48, 48))}, X)
+    a, b = model.fit
+    assert a > 0 and b >= 0
+    assert 0 < model.predict(chain(1), X) - (model.overhead or 0.0)
+
+
 def test_the_cache_is_read_back_and_knows_its_place(tmp_path: Path) -> None:
     path = tmp_path / "latency" / "table.json"
     first = Fake(cache=path)
