@@ -173,7 +173,7 @@ def test_no_layer_takes_less_than_nothing() -> None:
     model.calibrate({str(w): chain(*w) for w in ((40, 40), (32, 64, 32), (64, 64, 64), (24, 48, 48, 48, 48))}, X)
     a, b = model.fit
     assert a > 0 and b >= 0
-    assert 0 < model.predict(chain(1), X) - (model.overhead or 0.0)
+    assert model.predict(chain(1), X) - (model.overhead or 0.0) > 0
 
 
 def test_the_cache_is_read_back_and_knows_its_place(tmp_path: Path) -> None:
