@@ -31,9 +31,10 @@ class Config:
     """The method over which leads are given."""
 
 
-def spread(mean: float, deviation: float, seeds: int, digits: int) -> str:
-    """Mean and, of several seeds, standard deviation."""
-    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if seeds > 1 else "")
+def spread(values: "pd.Series[float]", digits: int) -> str:
+    """Mean and, of several seeds, standard deviation; nothing where there is no value."""
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return "" if values.isna().all() else f"{values.mean():.{digits}f}{deviation}"
 
 
 def lead(own: "pd.Series[float]", other: "pd.Series[float]") -> str:
@@ -48,10 +49,13 @@ def lead(own: "pd.Series[float]", other: "pd.Series[float]") -> str:
 def by_seed(data: pd.DataFrame, than: str) -> pd.DataFrame:
     """One row for each budget and method; `data`: rows of `report`, one for each network and place of measurement."""
     data = data[data.method != "plain"].assign(budget=data.budget.fillna(""))
-    accuracy = data.groupby(["budget", "method", "seed"]).accuracy.first()  # one of each network, wherever it was timed
+    networks = data.groupby(["budget", "method", "seed"])[
+        ["accuracy", "auc"]
+    ].first()  # one of each, at whatever batch size
+    accuracy = networks.accuracy
     rows = []
     for (budget, method), places in relative(data).groupby(["budget", "method"]):
-        own, mean = accuracy[budget, method], places.iloc[0]
+        own = accuracy[budget, method]
         rival = accuracy[budget, than] if (budget, than) in accuracy else own.iloc[:0]
         batches = "time, batch " + " / ".join(map(str, places.batch_size))
         rows.append(
@@ -60,12 +64,12 @@ def by_seed(data: pd.DataFrame, than: str) -> pd.DataFrame:
                 "method": "" if method == "dense" else f"`{method}`",
                 "seeds": " ".join(map(str, own.index)),
                 "accuracy by seed, %": " / ".join(f"{100 * value:.1f}" for value in own),
-                "accuracy, %": spread(100 * mean.accuracy, 100 * mean.accuracy_spread, mean.seeds, 1),
+                "accuracy, %": spread(100 * own, 1),
                 f"ahead of `{than}`, points": "" if method in (than, "dense") else lead(own, rival),
-                "AUC": "" if math.isnan(mean.auc) else spread(mean.auc, mean.auc_spread, mean.seeds, 3),
-                "MACs": f"{mean.macs_ratio:.2f}x",
+                "AUC": spread(networks.auc[budget, method], 3),
+                "MACs": f"{places.macs_ratio.iloc[0]:.2f}x",
                 batches: " / ".join(f"{ratio:.3f}" for ratio in places.ratio),
-                "order": (float(budget.rpartition(" ")[2]) if budget else math.inf, mean.accuracy),
+                "order": (float(budget.rpartition(" ")[2]) if budget else math.inf, own.mean()),
             }
         )
     return pd.DataFrame(sorted(rows, key=lambda row: row["order"], reverse=True)).drop(columns="order")
@@ -73,7 +77,7 @@ def by_seed(data: pd.DataFrame, than: str) -> pd.DataFrame:
 
 def main(config: Config) -> None:
     data = pd.read_csv(config.results)
-    several = [name for name in ("model", "dataset") if data[name].nunique() > 1]
+    several = [name for name in ("model", "dataset", "backend", "device", "threads") if data[name].nunique() > 1]
     if several:
         raise SystemExit(f"{config.results}: several values of {', '.join(several)}; report one at a time")
     if config.than not in set(data.method):

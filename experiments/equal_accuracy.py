@@ -42,6 +42,7 @@ class Config:
 def front(points: pd.DataFrame) -> list[tuple[float, float]]:
     """[(log time ratio, accuracy)] of the points that no faster one matches, by rising time."""
     found: list[tuple[float, float]] = []
+    points = points.dropna(subset=["ratio", "accuracy"])
     for ratio, accuracy in sorted(zip(points.ratio, points.accuracy, strict=True)):
         if not found or accuracy > found[-1][1]:
             found.append((math.log(ratio), accuracy))
@@ -49,10 +50,14 @@ def front(points: pd.DataFrame) -> list[tuple[float, float]]:
 
 
 def speed_at(accuracy: float, ratio: float, points: list[tuple[float, float]]) -> str:
-    """How many times as fast a network is as the front where that has its accuracy; beyond the front's ends, which end."""
-    for (t0, a0), (t1, a1) in itertools.pairwise(points):
+    """How many times as fast a network is as the front where that has its accuracy; beyond the front's ends, which end; nothing where
+    there is no front."""
+    if not points:
+        return ""
+    for (t0, a0), (t1, a1) in itertools.pairwise([points[0], *points]):
         if a0 <= accuracy <= a1:
-            return f"{math.exp(t0 + (t1 - t0) * (accuracy - a0) / (a1 - a0)) / ratio:.2f}x"
+            share = (accuracy - a0) / (a1 - a0) if a1 > a0 else 0.0
+            return f"{math.exp(t0 + (t1 - t0) * share) / ratio:.2f}x"
     return "more accurate than all of it" if accuracy > points[-1][1] else "less accurate than all of it"
 
 

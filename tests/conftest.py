@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import partial, wraps
@@ -13,6 +14,9 @@ from hypothesis import settings
 from marks import left_out
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # where a shell started the tests in the background, Ctrl-C is ignored
 gc.disable()  # while the suite is imported
 settings.register_profile("fixed", derandomize=True, deadline=None)  # the same draws every time
 settings.load_profile("fixed")

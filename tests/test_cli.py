@@ -156,10 +156,8 @@ def test_an_interruption_says_what_is_left(
             raise KeyboardInterrupt
         signal.raise_signal(number)
 
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setitem(COMMANDS, command, interrupted)
     assert status(command, "runs/a", "--overwrite") == expected
-    signal.signal(signal.SIGINT, usual)
     error = capsys.readouterr().err
     assert said in error and f"python -m rmprune {command} runs/a" in error
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -1,6 +1,7 @@
 """A small problem to train on, a small network, and a hook that interrupts."""
 
 import json
+import signal
 from pathlib import Path
 
 import torch
@@ -65,7 +66,9 @@ class Stop:
         if self.inner:
             self.inner(state)  # type: ignore[operator]
         if state.step == self.after:
-            raise self.error
+            if self.error is not KeyboardInterrupt:
+                raise self.error
+            signal.raise_signal(signal.SIGINT)  # waits for the end of the step
 
 
 def fit_without_batch_norms(out: Path) -> nn.Module:

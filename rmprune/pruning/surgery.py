@@ -50,6 +50,8 @@ def shrink(
     note_kept(smaller, model, {layer: mask for (layer, side), mask in masks.items() if side == "out"})
     if optimizer is None:
         return smaller, None
+    for parameter in old.values():
+        _hand_over(parameter, memo[id(parameter)])
     return smaller, _shrink_optimizer(optimizer, {id(p): (memo[id(p)], slices.get(n, ())) for n, p in old.items()})
 
 
@@ -100,6 +102,15 @@ def _new_parameter(parameter: nn.Parameter, slices: Slices) -> nn.Parameter:
     if parameter.grad is not None:
         new.grad = take(parameter.grad, slices)
     return new
+
+
+def _hand_over(old: nn.Parameter, new: nn.Parameter) -> None:
+    """What a training loop has put on a parameter: hooks of its gradient, attributes."""
+    vars(new).update(vars(old))
+    for hook in (old._backward_hooks or {}).values():
+        new.register_hook(hook)
+    for after in (old._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+        new.register_post_accumulate_grad_hook(after)
 
 
 def _shrink_optimizer(optimizer: O, new: Mapping[int, tuple[nn.Parameter, Slices]]) -> O:

@@ -22,7 +22,8 @@ _SOURCES = {  # colour and label of where a policy came from
 def searches(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Network -> what its search found, for the networks of a record that came from a search of widths."""
     found = {name: network.get("search") for name, network in networks(record).items()}
-    return {name: search for name, search in found.items() if isinstance(search, dict) and "widths" in search}
+    drawn = ("widths", "episodes", "verified_ratio")
+    return {n: s for n, s in found.items() if isinstance(s, dict) and all(s.get(key) is not None for key in drawn)}
 
 
 def search_figure(record: dict[str, Any]) -> Figure | None:

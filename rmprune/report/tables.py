@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from rmprune.runs.records import RENAMED, networks, read_record
+from rmprune.runs.records import RECORD, RENAMED, networks, read_record
 
 COLUMNS = [
     "model", "dataset", "method", "budget", "seed", "accuracy", "balanced_accuracy", "auc", "macs", "params", "activation_bytes",
@@ -43,9 +43,9 @@ def budget_of(record: dict[str, Any]) -> str:
     return ", ".join(said if found is own else said[:1])
 
 
-def dataset_name(record: dict[str, Any]) -> Any:
-    """The name of the data set."""
-    return record.get("dataset") or find_setting(record["config"], "dataset")
+def dataset_name(record: dict[str, Any]) -> str:
+    """The name of the data set; empty where nothing says it."""
+    return str(record.get("dataset") or find_setting(record["config"], "dataset") or "")
 
 
 def model_of(record: dict[str, Any]) -> str:
@@ -110,8 +110,9 @@ def frame(records: list[Path]) -> pd.DataFrame:
 
 
 def frame_of(records: dict[Path, dict[str, Any]]) -> pd.DataFrame:
-    """`frame` of records that are read already, by their files."""
-    found = [row for path, record in records.items() for row in rows(record, run=str(path.parent))]
+    """`frame` of records that are read already, by their files; of those under a name of their own several may lie in a directory."""
+    runs = {path: str(path.parent if path.name == RECORD else path) for path in records}
+    found = [row for path, record in records.items() for row in rows(record, run=runs[path])]
     return pd.DataFrame(found, columns=COLUMNS)
 
 

@@ -53,9 +53,13 @@ def _fits(value: Any, form: Any) -> bool:
     return isinstance(value, form) and not isinstance(value, bool) if isinstance(form, type) else bool(form(value))
 
 
+def _sizes(value: Any) -> bool:
+    return bool(value) and _fits(value, [_is_count])
+
+
 _REMOVAL = {"removed": [str], "kept": {str: str}, "max_error": _is_number}
 _LAYER = {"name": str, "cout": _is_count}
-_CONVOLUTION = _LAYER | {"size": [_is_count], "groups": _is_count, "kernel": [_is_count], "stride": [_is_count]}
+_CONVOLUTION = _LAYER | {"size": _sizes, "groups": _is_count, "kernel": _sizes, "stride": _sizes}
 _EPISODE = {"reward": _is_number, "source": str}
 _WIDTH = {"group": str, "whole": _is_count, "kept": int}
 _SEARCH = {

@@ -129,11 +129,19 @@ def scores(logits: Tensor, labels: Tensor, names: Sequence[str] = ()) -> dict[st
     recalls = [entry["recall"] for entry in classes if entry["recall"] is not None]
     auc = None
     if min(there) > 0 and count > 1 and bool(logits.isfinite().all()):
-        chances = logits.double().softmax(1).numpy()
-        auc = float(roc_auc_score(labels, chances[:, 1] if count == 2 else chances, multi_class="ovr", average="macro"))
+        odds = _log_odds(logits.double())
+        areas = [roc_auc_score(labels == c, odds[:, c]) for c in (range(count) if count > 2 else [1])]
+        auc = float(sum(areas) / len(areas))
     return {
         "accuracy": sum(hits) / len(labels),
         "balanced_accuracy": sum(recalls) / len(recalls),
         "auc": auc,
         "classes": classes,
     }
+
+
+def _log_odds(logits: Tensor) -> Tensor:
+    """Of each class against all others [N, C]: told apart where probabilities have long been rounded to 1."""
+    chances, best = logits.log_softmax(1), logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, best, -math.inf).logsumexp(1, keepdim=True)
+    return (chances - torch.log1p(-chances.exp())).scatter(1, best, logits.gather(1, best) - others)

@@ -92,9 +92,9 @@ class Stepping:
         self.gradients(x, y, *targets)
         state.optimizer.step()
         state.step += 1
-        self.between_steps = True
         if self.hook is not None:
             self.call_hook(self.hook)
+        self.between_steps = True
 
     def compute_gradients(self, x: Tensor, y: Tensor, target: Tensor | None = None) -> None:
         """The gradients of one batch, clipped, and its part of the totals. On a GPU nothing here waits for it."""

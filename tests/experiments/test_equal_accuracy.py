@@ -51,6 +51,13 @@ def test_beyond_the_front_no_time_is_made_up(script: ModuleType, accuracy: float
     assert table.loc["mine", "speed at equal accuracy"].startswith(said)
 
 
+def test_a_front_of_one_point_is_compared_with_where_it_is_as_accurate(script: ModuleType) -> None:
+    assert script.speed_at(0.9, 0.5, [(0.0, 0.9)]) == "2.00x" and script.speed_at(0.9, 0.5, []) == ""
+    rows = results(*ROWS).assign(ratio=lambda data: data.ratio.where(data.budget != "latency 0.4"))
+    front = script.front(rows[rows.method == "coupled"])
+    assert [accuracy for _, accuracy in front] == [0.70]
+
+
 def test_a_seed_that_the_front_lacks_is_left_out_of_both(script: ModuleType) -> None:
     more = (("coupled", "latency 0.1", 1, 0.9, 0.1), ("mine", "latency 0.1", 1, 0.95, 0.1))
     table = script.compare(results(*ROWS, *more)).set_index("method")

@@ -82,6 +82,29 @@ def test_optimiser_state_is_cut_with_the_parameters(build: object, kind: type) -
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
 
 
+def test_what_a_loop_puts_on_parameters_follows() -> None:
+    """Hooks of gradients and attributes; a network that is cut outside of a training begins without, as copies do in torch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
+    seen: list[torch.Size] = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: grad * 0.5)
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.shape))
+        parameter.no_decay = True
+    structure = find_structure(model, torch.randn(1, 2, 4, 4))
+    (group,) = structure.groups
+    keep = {group.name: torch.arange(6) < 4}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    smaller, _ = shrink(model, keep, structure, optimizer)
+    plain, _ = shrink(model, keep, structure)
+    x = torch.randn(2, 2, 4, 4)
+    smaller(x).sum().backward()
+    plain(x).sum().backward()
+    for own, other in zip(smaller.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(own.grad, 0.5 * other.grad) and own.no_decay and not hasattr(other, "no_decay")
+    assert sorted(seen) == sorted(p.shape for p in smaller.parameters())
+
+
 def test_memory_format_gradients_and_frozen_parameters_stay() -> None:
     model = chain().to(memory_format=torch.channels_last)
     model[0].weight.requires_grad_(False)

@@ -9,6 +9,7 @@ from record_examples import example, of_one_place
 from rmprune.config import ReportConfig
 from rmprune.errors import ArtifactError
 from rmprune.report.build import build_report, renew_reports, run_report
+from rmprune.report.search_figure import search_figure, searches
 from rmprune.runs.records import read_record, write_record
 
 
@@ -49,6 +50,30 @@ def test_the_report_is_complete(runs: Path, tmp_path: Path) -> None:
     (out / ".index.html.01234567.tmp").write_text("half")
     build_report([runs], out, command="again")  # after one that was killed
     assert (out / "accuracy-time.svg").read_bytes() == before and not list(out.glob(".*"))
+
+
+SEARCH = {
+    "episodes": [{"reward": 0.1, "source": "agent"}],
+    "widths": [{"group": "a", "whole": 4, "kept": 2}],
+    "verified_ratio": 0.5,
+}
+
+
+@pytest.mark.parametrize("key", SEARCH)
+def test_a_search_that_cannot_be_drawn_whole_is_left_out_of_the_figure(key: str) -> None:
+    record = example()
+    record["pruned"]["search"] = SEARCH
+    assert list(searches(record)) == ["pruned"]
+    for lacking in ({name: value for name, value in SEARCH.items() if name != key}, SEARCH | {key: None}):
+        record["pruned"]["search"] = lacking
+        assert search_figure(record) is None
+
+
+@pytest.mark.parametrize("dataset", [None, ["x"], 7])
+def test_a_record_without_the_name_of_its_data_is_drawn(dataset: object, tmp_path: Path) -> None:
+    write_record(tmp_path / "record.json", of_one_place(example(config={"model": "m", "data": {"dataset": dataset}})))
+    written = build_report([tmp_path], tmp_path / "report", "report")
+    assert (tmp_path / "report" / "index.html") in written
 
 
 def test_the_command_names_what_it_wrote(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,18 @@ def test_a_record_named_twice_counts_once(runs: Path, monkeypatch: pytest.Monkey
     assert len(find_records([runs, Path("runs"), runs / "s0-0.5"])) == 4
 
 
+def test_records_under_names_of_their_own_keep_their_own_dense_network(tmp_path: Path) -> None:
+    """Several may lie in one directory."""
+    other = {"original": network(0.9, 10_000_000, 2.0), "pruned": network(0.8, 5_000_000, 1.0)}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    write_record(paths[0], example())
+    write_record(paths[1], {key: value for key, value in example(model="other", **other).items() if key != "coupled"})
+    summary = relative(frame(paths)).set_index(["model", "method", "backend", "batch_size"])
+    own = summary.loc[("other", "rm", "eager", 1)]
+    assert own.macs_ratio == 0.5 and own.accuracy_change == pytest.approx(-10)
+    assert summary.loc[("other", "dense", "eager", 1)].macs_ratio == 1
+
+
 def test_the_screen_shows_a_loss_where_there_is_no_accuracy() -> None:
     networks = {
         name: network(0.5, 100, 1.0) | {"accuracy": None, "loss": 0.25 + n} for n, name in enumerate(STAGES[:3])

@@ -50,6 +50,11 @@ def test_networks_come_in_order_and_others_count() -> None:
         (["original", "layers"], [{"name": 1}], "original: 'layers'"),
         (["original", "layers"], [{"name": "conv", "cout": 8, "kernel": [3, 3]}], "original: 'layers'"),
         (["original", "layers"], [3], "original: 'layers'"),
+        (
+            ["original", "layers"],
+            [{"name": "conv", "cout": 8, "kernel": [3, 3], "size": [8, 8], "groups": 1, "stride": []}],
+            "original: 'layers'",
+        ),
         (["pruned", "profile"], {"backend": "onnxruntime"}, "pruned: 'profile'"),
         (
             ["pruned"],

@@ -58,10 +58,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path):
     assert same(first, again) and len(records(log)) == 3
 
 
-def test_ctrl_c_waits_for_the_step(tmp_path: Path, request: pytest.FixtureRequest):
+def test_ctrl_c_waits_for_the_step(tmp_path: Path):
     """A real signal in the middle of a step: the checkpoint is of a whole step, and goes on exactly."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
 
     class Signal(nn.Module):
         armed = False
@@ -87,10 +85,8 @@ def test_ctrl_c_waits_for_the_step(tmp_path: Path, request: pytest.FixtureReques
     assert same(resumed, fit(net(), blobs(), CONFIG, seed=0))
 
 
-def test_a_loader_that_is_told_to_end_as_well_is_no_error(tmp_path: Path, request: pytest.FixtureRequest):
+def test_a_loader_that_is_told_to_end_as_well_is_no_error(tmp_path: Path):
     """Ctrl-C and Slurm tell all processes of a group."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
 
     def dies(state: TrainState) -> None:
         if state.step == 6:
@@ -100,7 +96,7 @@ def test_a_loader_that_is_told_to_end_as_well_is_no_error(tmp_path: Path, reques
     path = tmp_path / "c.pt"
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=path, hook=dies)
-    assert load_checkpoint(path)["step"] == 6
+    assert load_checkpoint(path)["step"] == 5  # of the end of the epoch: that step was not whole
     resumed = fit(tiny_net(), blobs(), CONFIG, seed=0, checkpoint=path)
     assert same(resumed, fit(tiny_net(), blobs(), CONFIG, seed=0))
 
@@ -205,7 +201,7 @@ def test_pruning_while_training_goes_on_exactly(tmp_path: Path):
         def __call__(self, state: TrainState) -> None:
             super().__call__(state)
             if state.step == self.stop:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
     def pruner(stop: int) -> Pruner:
         hook = Pruner(model, blobs().train.example(2), Budget(ratio=0.4), prune_epochs=2, every=2)
@@ -221,6 +217,24 @@ def test_pruning_while_training_goes_on_exactly(tmp_path: Path):
     assert sum(p.numel() for p in whole.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
 
 
+def test_a_second_ctrl_c_within_a_hook_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """The step is not whole before its hook has done its part."""
+    pull, path = ProximalL1(SparsityConfig(strength=0.5)), tmp_path / "c.pt"
+    config = dataclasses.replace(CONFIG, checkpoint_seconds=1e-9)
+    whole = fit(tiny_net(), blobs(), config, seed=0, hook=pull)
+
+    def hook(state: TrainState) -> None:
+        if state.step == 8:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        pull(state)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_net(), blobs(), config, seed=0, hook=hook, checkpoint=path)
+    assert load_checkpoint(path)["step"] == 7
+    assert same(whole, fit(tiny_net(), blobs(), config, seed=0, hook=pull, checkpoint=path))
+
+
 def test_the_state_of_a_hook_goes_into_the_checkpoint(tmp_path: Path):
     class Counter:
         steps = 0
@@ -229,7 +243,7 @@ def test_the_state_of_a_hook_goes_into_the_checkpoint(tmp_path: Path):
             self.steps += 1
             assert self.steps == state.step
             if state.step == self.stop:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         def __init__(self, stop: int) -> None:
             self.stop = stop
@@ -303,12 +317,8 @@ class Interrupted:
 
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 def test_what_was_stopped_before_its_first_step_goes_on(warmup: float, tmp_path: Path) -> None:
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     config, path, data = dataclasses.replace(CONFIG, warmup_epochs=warmup), tmp_path / "c.pt", blobs()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fit(tiny_net(), dataclasses.replace(data, train=Interrupted(data.train)), config, seed=3, checkpoint=path)
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_net(), dataclasses.replace(data, train=Interrupted(data.train)), config, seed=3, checkpoint=path)
     assert load_checkpoint(path)["step"] == 0
     assert same(fit(tiny_net(), data, config, seed=3, checkpoint=path), fit(tiny_net(), data, config, seed=3))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class Stopped(fuzz.Shrink):
             torch.manual_seed(1)
             state.model = WithConstant()
         elif self.steps == 2 and self.stop:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # waits for the end of the step
 
 
 def test_the_constants_of_a_network_that_a_hook_made_come_back(tmp_path: Path) -> None:

@@ -2,19 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from rmprune.training.interrupt import DeferredInterrupt
-
-
-@pytest.fixture(autouse=True)
-def usual_handler() -> Iterator[None]:
-    """Python's own handler; where a shell started the tests in the background, Ctrl-C is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:

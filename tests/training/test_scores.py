@@ -28,6 +28,23 @@ def test_scores_are_scikit_learns(classes: int) -> None:
         }
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_area_is_of_ranks_where_probabilities_are_rounded_to_1(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels, found = torch.arange(200) % classes, []
+    logits = 2 * torch.randn(200, classes, generator=generator) + torch.nn.functional.one_hot(labels, classes)
+    logits[:, 0] -= 1
+    for sharper in (1, 1000):  # monotone in the odds of two classes, and of several near enough
+        odds = logits.double() * sharper
+        found.append(scores(odds, labels)["auc"])
+        each = [
+            roc_auc_score(labels == c, odds[:, c] - odds[:, [i for i in range(classes) if i != c]].logsumexp(1))
+            for c in range(classes)
+        ]
+        assert found[-1] == pytest.approx(sum(each) / classes)
+    assert found[1] == pytest.approx(found[0], abs=0.03)
+
+
 def test_a_class_that_is_not_there_and_one_that_is_never_said() -> None:
     found = scores(torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([0, 1]))
     assert found["auc"] is None and found["balanced_accuracy"] == 0.5
