@@ -1,4 +1,4 @@
-"""Tensor maths of removal: linear layers as data, batch norms folded. Knows nothing of graphs."""
+"""Linear layers as data: convolutions, scales and shifts, batch norms folded. Knows nothing of graphs."""
 
 from __future__ import annotations
 

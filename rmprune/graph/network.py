@@ -1,4 +1,4 @@
-"""The graph that removal works on: a torch.fx graph, its layers (modules, or convolutions as data) and shapes. No passes here."""
+"""A network that is read and rewritten: a torch.fx graph, its layers (modules, or convolutions as data) and shapes. No passes here."""
 
 import operator
 from collections.abc import Container

@@ -1,6 +1,5 @@
 """Accuracy of a network as a backend computes it, number format and all. No training, no timing."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,20 +72,3 @@ def candidate_logits(
                 full = torch.cat([x, x[:1].expand(batch_size - len(x), *x.shape[1:])])  # the batch size is fixed
                 found.append((prepared.outputs(full)[: len(x)].clone(), y))
     return torch.cat([logits for logits, _ in found]), torch.cat([y for _, y in found])
-
-
-def accuracies(
-    models: Mapping[str, nn.Module],
-    split: Split,
-    backends: list[str],
-    *,
-    calibration: Tensor | None = None,
-    threads: int = 2,
-    limit: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Accuracy by network and backend, on the CPU; each network is folded, exported and quantised once."""
-    found: dict[str, dict[str, float]] = {}
-    for name, model in models.items():
-        candidate = Candidate(name, model, split.example(1), calibration)
-        found[name] = {b: candidate_accuracy(candidate, split, b, threads=threads, limit=limit) for b in backends}
-    return found

@@ -105,8 +105,8 @@ BACKENDS: dict[str, Backend] = {
 
 GPU_ONLY = tuple(name for name, backend in BACKENDS.items() if "cpu" not in backend.devices)
 """Backends that nothing but a GPU runs. Besides these a GPU alone runs: `rounds._cuda_ms` and `_gpu_peak_mib`, `torch_backends.cuda_graph`
-and `tf32`, the bound inputs of `runtimes.onnx_runtime`, `runtimes.tensorrt` and `tensorrt_engine`. Tests stand in for the device; none of
-it was run on one.
+and `tf32`, the bound inputs of `runtimes.onnx_runtime`, `runtimes.tensorrt` and `tensorrt_engine`. Tests stand in for the device; what ran
+on one is in reports/gpu (TensorRT is not).
 """
 
 
