@@ -18,14 +18,12 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError
@@ -34,6 +32,7 @@ from rmprune.measure.latency import Configuration, measure_at
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.measure.machine import environment
 from rmprune.measure.rounds import quiet_process, timed_rounds
+from rmprune.runs.progress import progress
 from rmprune.runs.reading import read_json
 from rmprune.runs.writing import write_text
 
@@ -119,26 +118,15 @@ class LatencyModel:
         for _ in range(_PASSES):  # apart in time and in other company: a burst of load hits one of them
             order.shuffle(missing)
             parts += (missing[start : start + _AT_ONCE] for start in range(0, len(missing), _AT_ONCE))
-        for part in self._shown(parts, len(missing)):
-            for layer, ms in zip(part, self._measure(part), strict=True):
-                found[layer] = min(found[layer], ms)
+        label = f"timing {len(missing)} layer shapes one by one on {self.backend}"
+        with progress(label, len(parts), timed=True) as advance:
+            for part in parts:
+                for layer, ms in zip(part, self._measure(part), strict=True):
+                    found[layer] = min(found[layer], ms)
+                advance(1)
         self.table |= found
         if self.cache is not None:
             self._write(self.cache)
-
-    def _shown(self, parts: list[list[TimedLayer]], layers: int) -> Iterator[list[TimedLayer]]:
-        """The parts, with a bar and the time left where they are many; one log line where there is no terminal."""
-        console, title = Console(stderr=True), f"timing {layers} layer shapes one by one on {self.backend}"
-        many = len(parts) > _PASSES
-        if many and not console.is_terminal:
-            logger.info(title)
-        hidden = not (many and console.is_terminal)
-        # no refreshing by a thread of its own: it would run beside what is timed
-        with Progress(console=console, transient=True, disable=hidden, auto_refresh=False) as progress:
-            task = progress.add_task(title, total=len(parts))
-            for done, part in enumerate(parts):
-                progress.update(task, completed=done, refresh=True)
-                yield part
 
     def calibrate(
         self,

@@ -109,7 +109,7 @@ def _hand_over(old: nn.Parameter, new: nn.Parameter) -> None:
     vars(new).update(vars(old))
     for hook in (old._backward_hooks or {}).values():
         new.register_hook(hook)
-    for after in (old._post_accumulate_grad_hooks or {}).values():  # type: ignore[attr-defined]
+    for after in (old._post_accumulate_grad_hooks or {}).values():
         new.register_post_accumulate_grad_hook(after)
 
 

@@ -20,17 +20,21 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yields `advance(count, said)`, to be told of so many more of the `total` done, and what else is to be shown of them."""
+def progress(label: str, total: int, *, timed: bool = False) -> Iterator[Callable[..., None]]:
+    """Yields `advance(count, said)`, to be told of so many more of the `total` done, and what else is to be shown of them.
+
+    `timed`: they are measurements of time, beside which no thread may draw.
+    """
     console, started, done, due = Console(stderr=True), time.monotonic(), 0, FIRST_LINE
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden, auto_refresh=not timed) as bar:
         task = bar.add_task(label, total=total)
 
         def advance(count: int, said: str = "") -> None:
             nonlocal done, due
             done, told = done + count, f"{label}  {said}" if said else label
-            bar.update(task, advance=count, description=told)
+            bar.update(task, advance=count, description=told, refresh=timed)
             seconds = time.monotonic() - started
             if not console.is_terminal and seconds > due and done < total:
                 due = 2 * seconds

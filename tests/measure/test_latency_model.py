@@ -3,6 +3,7 @@ it was measured.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rmprune.measure import latency_model
 from rmprune.measure.latency_model import LatencyModel, _corners
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.measure.rounds import Rounds
+from rmprune.runs import progress
 
 X = torch.zeros(1, 3, 16, 16)
 
@@ -128,12 +130,18 @@ def test_prediction_is_the_sum_with_the_overhead_once() -> None:
     assert model.predict(chain(8, 16), X) == pytest.approx(expected) and len(model.measured) == count
 
 
-def test_timing_many_layers_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="rmprune.measure")
+def test_timing_many_layers_says_how_long_it_takes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="rmprune")
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
     model, net = Fake(), chain(*range(8, 8 * 40, 8))
     time = model.predict(net, X)
-    assert len(caplog.records) == 1 and "layer shapes" in caplog.text
-    assert model.predict(net, X) == time and len(caplog.records) == 1
+    said = len(caplog.records)
+    assert said and re.fullmatch(
+        r"timing \d+ layer shapes one by one on onnxruntime: \d of \d, 0 s left", caplog.messages[0]
+    )
+    assert model.predict(net, X) == time and len(caplog.records) == said
     assert len(set(model.measured)) == len(model.table) + 1  # the overhead's empty network
 
 
