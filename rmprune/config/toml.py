@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -163,15 +164,16 @@ def _refuse_unknown(whole: Any, values: dict[str, Any], path: Path, kind: Any = 
             _refuse_unknown(whole, value, path, fields[key], f"{table}{key}.")
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The settings in which two configs of one kind differ, as `data.dataset: 'digits' -> 'cifar10'`; transient and changeable ones may."""
+def differences(old: Any, new: Any, prefix: str = "", *, free: Collection[str] = ()) -> list[str]:
+    """The settings in which two configs of one kind differ, as `data.dataset: 'digits' -> 'cifar10'`; transient and changeable ones
+    may, and those of these paths (`free`)."""
     found: list[str] = []
     for field in dataclasses.fields(old):
         was, now = getattr(old, field.name), getattr(new, field.name)
-        if field.metadata.keys() & {"transient", "changeable"}:
+        if field.metadata.keys() & {"transient", "changeable"} or f"{prefix}{field.name}" in free:
             continue
         if dataclasses.is_dataclass(was) and type(was) is type(now):
-            found += differences(was, now, f"{prefix}{field.name}.")
+            found += differences(was, now, f"{prefix}{field.name}.", free=free)
         elif was != now:
             found.append(f"{prefix}{field.name}: {was!r} -> {now!r}")
     return found
