@@ -207,3 +207,8 @@ def test_a_wrong_choice_is_said_with_those_there_are(tmp_path: Path, text: str, 
 )
 def test_the_method_where_none_is_named_goes_by_the_budget(flags: str, method: str) -> None:
     assert cli._parse(SlimConfig, flags.split(), "slim").method == (method,)
+
+
+def test_auto_does_not_cut_while_training() -> None:
+    with pytest.raises(ConfigError, match="leave out --gradual, or take another --method"):
+        cli._parse(SlimConfig, ["--macs-ratio", "0.5", "--gradual", "--method", "rm,auto"], "slim")

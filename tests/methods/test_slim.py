@@ -9,7 +9,7 @@ import torch
 from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_mobilenet, short_resnet
 
 from rmprune.config import PruneConfig, TrainConfig
-from rmprune.errors import DataError, InfeasibleBudget
+from rmprune.errors import ConfigError, DataError, InfeasibleBudget
 from rmprune.measure import count_macs
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
@@ -186,3 +186,12 @@ def test_gradual_cuts_are_as_many_as_asked_for(steps: int, cuts: int, fraction: 
     hook = cutter.hook(Budget(macs_ratio=0.5), steps=steps, epochs=2)
     state = TrainState(network, torch.optim.SGD(network.parameters(), 0.1), TrainConfig(), steps // 2, steps, 0.0)
     assert hook.planned_cuts(state) == min(cuts, round(fraction * steps))
+
+
+def test_cuts_while_training_do_not_go_down_from_a_plan() -> None:
+    network = short_resnet("", num_classes=10, in_channels=3, width=4).eval()
+    cutter = make_cutter(
+        network, METHODS["rm"], Job(QUICK, noise(), torch.device("cpu"), 0), Budget(macs_ratio=0.5), {"conv1": 2}
+    )
+    with pytest.raises(ConfigError, match="leave --gradual out"):
+        cutter.hook(Budget(macs_ratio=0.5), steps=1, epochs=1)
