@@ -26,6 +26,7 @@ def comma_separated(kind: type[Any]) -> Any:
     )
 
 
+UNSET = "none"
 Names = Annotated[tuple[str, ...], comma_separated(str)]
 Numbers = Annotated[tuple[int, ...], comma_separated(int)]
 Fractions = Annotated[tuple[float, ...], comma_separated(float)]
@@ -86,6 +87,19 @@ def choices(hint: Any) -> list[Any]:
     """The values that a type lists, by itself, among others or in a tuple; none of any other type."""
     parts = get_args(hint)
     return list(parts) if get_origin(hint) is Literal else [choice for part in parts for choice in choices(part)]
+
+
+def is_unset(value: Any) -> bool:
+    """Whether a word of a command line, or of TOML, which has no null, says None: `none`, in any case."""
+    return isinstance(value, str) and value.lower() == UNSET
+
+
+def may_be_unset(hint: Any) -> bool:
+    """Whether such a word is None for settings of this type: those that may be None and list no choice of that name."""
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return may_be_unset(parts[0])
+    return NoneType in parts and UNSET not in choices(hint)
 
 
 def _fitting(hint: Any, value: Any) -> Any:

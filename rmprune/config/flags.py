@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from rmprune.config.fields import is_unset
 from rmprune.config.meant import meant, settings
 from rmprune.config.toml import from_toml
 from rmprune.config.transfer import transfer_flags
@@ -28,12 +29,13 @@ def parse(kind: type[Config], arguments: list[str], prog: str, description: str)
         part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
     ]
     arguments = _with_value("--augment", "True", arguments)
-    given = [
+    arguments = _with_none(kind, arguments)
+    weights = [
         a.partition("=")[2] or b
         for a, b in zip(arguments, [*arguments[1:], ""], strict=False)
         if a.split("=")[0] == "--weights"
     ]
-    transfer = bool(given) and given[-1].lower() != "none"
+    transfer = weights[-1] != "None" if weights else None  # else the file says it
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
@@ -79,6 +81,20 @@ def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
         i for i, word in enumerate(words) if word == flag and (i + 1 == len(words) or words[i + 1].startswith("--"))
     }
     return [f"{word}={value}" if i in bare else word for i, word in enumerate(words)]
+
+
+def _with_none(kind: Any, arguments: list[str]) -> list[str]:
+    """`none` as None, in any case, where a flag's setting may be None: `--weights none`, `--clip-norm=NONE`."""
+    flags = {each.flag for each in settings(kind) if each.may_be_unset}
+    found = []
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        flag, equals, value = word.partition("=")
+        if equals and flag.replace("_", "-") in flags and is_unset(value):
+            word = f"{flag}=None"
+        elif before.replace("_", "-") in flags and is_unset(word):
+            word = "None"
+        found.append(word)
+    return found
 
 
 def one_line(box: str) -> str:

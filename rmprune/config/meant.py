@@ -7,6 +7,8 @@ from typing import Any, get_type_hints
 
 import tyro
 
+from rmprune.config.fields import may_be_unset
+
 _ELSEWHERE = {  # in torchvision's reference scripts, timm's, and between our own commands
     "lr": "learning_rate", "wd": "weight_decay", "arch": "model", "pretrained": "weights", "resume": "checkpoint", "gpu": "device",
     "output": "out", "output_dir": "out", "o": "out", "input_size": "image_size", "img_size": "image_size", "num_workers": "workers",
@@ -16,10 +18,11 @@ _ELSEWHERE = {  # in torchvision's reference scripts, timm's, and between our ow
 
 @dataclasses.dataclass(frozen=True)
 class NamedSetting:
-    """One setting: its path in TOML and its flag, which a positional one has not."""
+    """One setting: its path in TOML, its flag, which a positional one has not, and whether `none` is None for it."""
 
     path: str
     flag: str | None
+    may_be_unset: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,7 +55,8 @@ def settings(kind: Any, table: str = "", prefix: str = "") -> Iterator[NamedSett
             inner = prefix if tyro.conf.OmitArgPrefixes in notes else f"{prefix}{name}."
             yield from settings(bare, f"{table}{field.name}.", inner)
         else:
-            yield NamedSetting(table + field.name, None if tyro.conf.Positional in notes else f"--{prefix}{name}")
+            flag = None if tyro.conf.Positional in notes else f"--{prefix}{name}"
+            yield NamedSetting(table + field.name, flag, may_be_unset(hint))
 
 
 def meant(wanted: str, kind: Any) -> NamedSetting | None:

@@ -8,6 +8,8 @@ from rmprune.config.fields import Fractions, Settings, require, require_inside
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
 PlannedChoice = Literal["keep", "remove", "merge", "drop", "fuse"]
 """What method auto may make of a residual block (see `rmprune.pruning.plan`)."""
+OF_PLANS = ("importance", "reconstruct")
+"""Settings of pruning that a plan leaves open."""
 _BUDGETS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from rmprune.config.fields import (
     transient,
 )
 from rmprune.config.measure import MeasureConfig
-from rmprune.config.pruning import PlannedChoice, PruneConfig
+from rmprune.config.pruning import OF_PLANS, PlannedChoice, PruneConfig
 from rmprune.config.training import SparsityConfig, TrainConfig
 
 
@@ -158,8 +158,15 @@ class SlimConfig(RunConfig):
             require(
                 self.removal.fuse == "cheaper", 'a plan says itself what is fused ("fuse": "always"); leave out --fuse'
             )
+            set_ = [own.name for own in fields(self.prune) if getattr(self.prune, own.name) != own.default]
+            idle = [f"--{name.replace('_', '-')}" for name in set_ if name not in OF_PLANS]
+            require(not idle, f"a plan says every width itself, and is one cut; leave out {', '.join(idle)}")
         if not self.method:
             object.__setattr__(self, "method", ("plan" if self.plan is not None else self.prune.usual_method,))
+        require(
+            not self.prune.gradual or "auto" not in self.method,
+            "auto looks for widths that one cut reaches, not cuts while training; leave out --gradual, or take another --method",
+        )
         require_inside(self, "[0, 10000]", "search_minutes")
         require("plan" not in self.method or self.plan is not None, "method plan carries out a file; name it by --plan")
         require(

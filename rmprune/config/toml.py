@@ -2,20 +2,20 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import dacite
 import tomli_w
 import tyro
 
-from rmprune.config.fields import choices
+from rmprune.config.fields import UNSET, choices, is_unset, may_be_unset
 from rmprune.config.meant import meant
 from rmprune.config.transfer import TRANSFER
 from rmprune.errors import ConfigError
 
 Config = TypeVar("Config")
-UNSET = "none"  # TOML has no null
 # Bytes of a config; the reader's memory grows with the square of a key's dots, so those are counted too.
 LARGEST_TOML = 2**18
 MOST_DOTS = 300  # on a line
@@ -51,9 +51,9 @@ def to_toml(config: Any) -> str:
     return tomli_w.dumps(to_dict(config))
 
 
-def from_toml(kind: type[Config], path: Path, *, transfer: bool = False, whole: bool = True) -> Config:
-    """Read a config of dataclass `kind` from TOML. Settings left out keep the defaults of `kind`, stage by stage; those of
-    transfer where the file names `weights`, or with `transfer`.
+def from_toml(kind: type[Config], path: Path, *, transfer: bool | None = None, whole: bool = True) -> Config:
+    """Read a config of dataclass `kind` from TOML. Settings left out keep the defaults of `kind`, stage by stage; with `transfer`
+    those of transfer (None: where the file names `weights`).
 
     Not `whole`: flags come after the file and may give what it lacks, so whether its settings fit one another is not looked at.
 
@@ -61,7 +61,9 @@ def from_toml(kind: type[Config], path: Path, *, transfer: bool = False, whole: 
     """
     values = _read(path)
     _refuse_unknown(kind, values, path)
-    gentle = TRANSFER if transfer or values.get("weights", UNSET) != UNSET else {}
+    if transfer is None:
+        transfer = not is_unset(values.get("weights", UNSET))
+    gentle = TRANSFER if transfer else {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         given = values.get(field.name, gentle.get(field.name))
         if isinstance(given, dict) and dataclasses.is_dataclass(field.default):
@@ -134,7 +136,7 @@ def _as_python(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
             return _as_python(wanted, value)
         if get_origin(wanted) is tuple and not isinstance(value, list):
             return [value]
-        return None if value == UNSET and type(None) in get_args(wanted) else value
+        return None if is_unset(value) and may_be_unset(wanted) else value
 
     return {name: python(name, value) for name, value in values.items()}
 
@@ -162,15 +164,16 @@ def _refuse_unknown(whole: Any, values: dict[str, Any], path: Path, kind: Any = 
             _refuse_unknown(whole, value, path, fields[key], f"{table}{key}.")
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The settings in which two configs of one kind differ, as `data.dataset: 'digits' -> 'cifar10'`; transient and changeable ones may."""
+def differences(old: Any, new: Any, prefix: str = "", *, free: Collection[str] = ()) -> list[str]:
+    """The settings in which two configs of one kind differ, as `data.dataset: 'digits' -> 'cifar10'`; transient and changeable ones
+    may, and those of these paths (`free`)."""
     found: list[str] = []
     for field in dataclasses.fields(old):
         was, now = getattr(old, field.name), getattr(new, field.name)
-        if field.metadata.keys() & {"transient", "changeable"}:
+        if field.metadata.keys() & {"transient", "changeable"} or f"{prefix}{field.name}" in free:
             continue
         if dataclasses.is_dataclass(was) and type(was) is type(now):
-            found += differences(was, now, f"{prefix}{field.name}.")
+            found += differences(was, now, f"{prefix}{field.name}.", free=free)
         elif was != now:
             found.append(f"{prefix}{field.name}: {was!r} -> {now!r}")
     return found

@@ -103,6 +103,14 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         before = [verdict["of_widths"] for verdict in verdicts.values() if "of_widths" in verdict]
         return replace(found, below=[median(before) * share for share in AROUND]) if before else found
 
+    def changes() -> list[str]:
+        """The plans that differ in one block from what was best before them; notes of before do not say which these are."""
+        return [name for n, (name, plan) in enumerate(plans.items()) if plan.get("near", n >= wanted)]
+
+    def proposed() -> int:
+        """How many others there are."""
+        return len(plans) - len(changes())
+
     def tried() -> list[Mapping[str, Choice]]:
         return [plan["blocks"] for plan in plans.values()]
 
@@ -118,15 +126,16 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
         one = {name: functools.partial(cutter, name)}
         now = dict(verdicts) | dict(judge(one, budget, job, files, refusals=refusals))
         lasted.append(time.monotonic() - begun)
-        to_come = max(0, wanted - len(plans)) * sum(lasted) / len(lasted)
-        for_changes = whole - seconds - (lasted[-1] if len(plans) > wanted else 0.0)
+        to_come = max(0, wanted - proposed()) * sum(lasted) / len(lasted)
+        for_changes = whole - seconds - (lasted[-1] if changes() else 0.0)
         _tell(files, name, plans[name], now[name], to_come + max(0.0, for_changes))
         return now
 
-    def add(found: Proposal, why: str) -> Verdicts:
+    def add(found: Proposal, why: str, near: str | None = None) -> Verdicts:
         name = f"plan-{len(plans) + 1}"
         plans[name] = {
-            "blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "parts": found.parts, "why": why
+            "blocks": found.blocks, "widths": found.widths, "predicted": found.loss, "parts": found.parts, "why": why,
+            "near": near,
         }  # fmt: skip
         keep()
         return judged(name)
@@ -156,24 +165,24 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     presets = {name: functools.partial(_cutter, preset, starts, job, budget) for name, preset in allowed.items()}
     refusals: dict[str, Refusal] = {}
     verdicts = judge(presets, budget, job, files, refusals=refusals)
-    if not losses(verdicts):
-        wanted = PROPOSED  # no preset meets the budget
+    if not losses({name: verdicts[name] for name in presets}):  # plans may have been judged before an interruption
+        wanted = PROPOSED
     for name in [name for name in plans if name not in verdicts]:  # an interrupted search left it
         verdicts = judged(name)
-    for found, why in itertools.islice(first(), max(0, wanted - len(plans))):
+    for found, why in itertools.islice(first(), max(0, wanted - proposed())):
         verdicts = add(found, why)
     if not losses(verdicts):
         raise refusal(f"no candidate of {files.label} can be had", refusals)
     worse = math.inf if minutes is not None else min(WORSE, wanted)
-    while seconds < whole and _no_better(verdicts, list(plans)[wanted:]) < worse:
+    while seconds < whole and _no_better(verdicts, changes()) < worse:
         begun, leader = time.monotonic(), best(verdicts)
         centre = dict(plans[leader]["blocks"]) if leader in plans else _blocks(preset_of(leader), outlook.options)
-        proposed = taught().best(outlook.limit, near=centre, other_than=tried())
-        if proposed is None:  # all its neighbours were tried
+        nearby = taught().best(outlook.limit, near=centre, other_than=tried())
+        if nearby is None:  # all its neighbours were tried
             seconds = whole
         else:
-            changed = [f"{b} {centre[b]} -> {c}" for b, c in proposed.blocks.items() if c != centre[b]]
-            verdicts = add(proposed, f"{leader} with {', '.join(changed) or 'other widths'}")
+            changed = [f"{b} {centre[b]} -> {c}" for b, c in nearby.blocks.items() if c != centre[b]]
+            verdicts = add(nearby, f"{leader} with {', '.join(changed) or 'other widths'}", leader)
             seconds += time.monotonic() - begun
         keep()
     name, took = best(verdicts), keep() if len(verdicts) > judged_before else took

@@ -33,8 +33,9 @@ def judge(
     InfeasibleBudget or UnsupportedModel where no candidate can; with `refusals` these are put there instead.
     """
     file = files.note("candidates")
-    verdicts: dict[str, dict[str, Any]] = read_notes(file)
     refused: dict[str, Refusal] = {} if refusals is None else refusals
+    verdicts: dict[str, dict[str, Any]] = {name: {"refused": str(error)} for name, error in refused.items()}
+    verdicts |= read_notes(file)
     for number, (name, make) in enumerate(candidates.items(), 1):
         if name in verdicts:
             continue

@@ -158,8 +158,10 @@ class Cutter:
     def hook(
         self, budget: Budget, *, steps: int, epochs: int, meets: Callable[[nn.Module], float] | None = None
     ) -> GradualPruner:
-        """The hook that cuts while training; `steps` and `epochs` of fine-tuning in all."""
+        """The hook that cuts while training; `steps` and `epochs` of fine-tuning in all. ConfigError where a plan says the widths."""
         settings = self.settings
+        if self.begin is not None:
+            raise ConfigError("cuts while training do not go down from the widths of a plan; leave --gradual out")
         return GradualPruner(
             self.network, self.example, budget,
             every=max(Fraction(1), Fraction(round(settings.cut_fraction * steps), settings.cuts)),

@@ -17,6 +17,7 @@ from rmprune.methods.cutter import cost_ratios, make_cutter, place_of
 from rmprune.methods.table import METHODS, Method
 from rmprune.pruning import Budget
 from rmprune.pruning.time_cost import timed_layers
+from rmprune.removal.remove import NothingToRemove
 from rmprune.training.job import Job
 
 logger = logging.getLogger("rmprune")
@@ -95,8 +96,8 @@ def _check(
 ) -> None:  # fmt: skip
     try:
         network = start(method.start)
-    except UnsupportedModel as error:
-        if candidate or method.start == "dense" or "no residual to remove" not in str(error):
+    except NothingToRemove as error:
+        if candidate:
             raise
         raise UnsupportedModel(f"{error}; --method residual prunes the network as it is") from None
     cutter = make_cutter(network, method, job, budget, measured=False)

@@ -4,23 +4,23 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from rmprune.config import SlimConfig
+from rmprune.config import RemovalConfig, SlimConfig
 from rmprune.errors import InfeasibleBudget, MissedBudget
 from rmprune.graph.facts import facts_of
 from rmprune.measure import activation_memory, count_macs
-from rmprune.measure.place import MARGIN, NEAR, infeasible
+from rmprune.measure.place import MARGIN, NEAR, Place, infeasible
 from rmprune.methods.cutter import ROUGH, Cutter, make_cutter, place_of
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import widths_of
 from rmprune.pruning.peak_memory import byte_limit
 from rmprune.pruning.prove import prove_groups
-from rmprune.removal import remove_where_faster
+from rmprune.removal import Removal, remove_where_faster
 from rmprune.runs.notes import read_notes, remembered
 from rmprune.training.job import Files, Job, tune
 
@@ -62,16 +62,26 @@ def slim_network(
     if not method.faster:
         return network, facts
     limit = math.inf if budget.macs_ratio is None else budget.macs_ratio * (budget.reference_macs or math.inf)
-    example, most = data.train.example(2), byte_limit(budget)
+    example, most = data.train.example(1), byte_limit(budget)
 
     def fits(network: nn.Module) -> bool:
-        peak = 0.0 if most == math.inf else activation_memory(network, example[:1]).peak_bytes
-        return count_macs(network, example[:1]) <= limit and peak <= most
+        peak = 0.0 if most == math.inf else activation_memory(network, example).peak_bytes
+        return count_macs(network, example) <= limit and peak <= most
 
-    settings = dataclasses.replace(config.removal, ranges="provable")  # nothing is trained after it
-    removal = remove_where_faster(network, example, place_of(job).ratios, fits, **vars(settings))
-    logger.info("%s: removed %s", files.label, ", ".join(removal.removed) or "no residual, none made it faster")
+    removal = remove_faster(network, job, place_of(job), fits, config.removal, files.label)
     return removal.model, facts | {"removal": removal.facts}
+
+
+def remove_faster(
+    network: nn.Module, job: Job[Any], place: Place, fits: Callable[[nn.Module], bool], settings: RemovalConfig,
+    label: str,
+) -> Removal:  # fmt: skip
+    """RM for those residuals of a trained network whose removal makes it faster on `place` and leaves it within a budget (`fits`)."""
+    settings = dataclasses.replace(settings, ranges="provable")  # nothing is trained after it
+    removal = remove_where_faster(network, job.data.train.example(2), place.ratios, fits, **vars(settings))
+    why = "; ".join(dict.fromkeys(removal.kept.values())) or "there is none"
+    logger.info("%s: removed %s", label, ", ".join(removal.removed) or f"no residual ({why})")
+    return removal
 
 
 def met(budget: Budget, cutter: Cutter, files: Files) -> Budget:

@@ -34,7 +34,7 @@ def start(
     }
     wanted = [block for block, choice in choices.items() if choice == rule.prefer[0]]
     if not wanted:
-        raise UnsupportedModel(_nothing(rule.prefer[0], options))
+        raise _nothing(rule.prefer[0], options)
     if rule.half:
         explained = shorten_blocks(dense, collapse_images(examples), collapse=wanted).collapsed
         order = sorted(explained, key=lambda block: -explained[block])
@@ -45,9 +45,11 @@ def start(
     return network, facts
 
 
-def _nothing(choice: Choice, options: Options) -> str:
+def _nothing(choice: Choice, options: Options) -> UnsupportedModel:
     reasons: Mapping[str, str] = {block: own[choice] for block, own in options.items()}
     if choice == "remove":
-        return nothing_to_remove(dict(reasons))
+        return nothing_to_remove(reasons)
     why = "; ".join(f"{block}: {reason}" for block, reason in reasons.items())
-    return f"no block to {'fuse' if choice == 'fuse' else 'collapse'}: {why or 'the network has no residual'}"
+    return UnsupportedModel(
+        f"no block to {'fuse' if choice == 'fuse' else 'collapse'}: {why or 'the network has no residual'}"
+    )

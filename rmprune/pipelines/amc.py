@@ -26,6 +26,7 @@ from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
+from rmprune.methods.slim import remove_faster
 from rmprune.pipelines.narrower import narrower
 from rmprune.pipelines.stages import (
     at_work,
@@ -45,7 +46,7 @@ from rmprune.pruning.gradual import PolicyPruner
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.plan import SlimPlan, flat_name, layers_digest
 from rmprune.pruning.program import read_program
-from rmprune.removal import Removal, remove_residuals, remove_where_faster
+from rmprune.removal import Removal, remove_residuals
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import refuse_used
 from rmprune.runs.progress import progress
@@ -74,14 +75,14 @@ def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> li
     device = pick_device(config.device)
     data = open_data(config, load)
     job = Job(config, data, device, config.seed)
-    _refuse_early(job, plan, cells)
+    _refuse_early(job, plan)
     with at_work(job, found, networks):
         for cell in unfinished(cells):
             _run_cell(cell, plan, replace(job, seed=cell.seed), command)
     return found
 
 
-def _refuse_early(job: Job[AmcConfig], plan: SlimPlan | None, cells: list[Cell]) -> None:
+def _refuse_early(job: Job[AmcConfig], plan: SlimPlan | None) -> None:
     """Infeasible budgets are refused before a file is written or an epoch trained (measured time: once it is measured)."""
     config, example = job.config, job.data.train.example(2)
     check_available(config.measure.backends, config.measure.device)
@@ -93,8 +94,6 @@ def _refuse_early(job: Job[AmcConfig], plan: SlimPlan | None, cells: list[Cell])
             raise ConfigError(
                 "uniform trains narrower networks, which the weights do not fit; leave the method or --weights out"
             )
-    if (cells[0].shared / "plain").exists() and not config.overwrite:
-        return
     starts = {AMC_METHODS[name].start for name in config.method if AMC_METHODS[name].search is not None}
     networks = [dense] if "dense" in starts else []
     if "plain" in starts:
@@ -187,15 +186,14 @@ def _slim(base: nn.Module, name: str, goal: Goal, job: Job[AmcConfig], cell: Cel
         return network, {"search": chosen.facts, "plan": plan.to_dict()}
     if not AMC_METHODS[name].mixed:
         return network, {"search": chosen.facts}
-    removal = _remove_faster(network, goal, job)
-    logger.info("%s: removed %s", name, ", ".join(removal.removed) or "no residual, none made it faster")
+    removal = _remove_faster(network, name, goal, job)
     return removal.model, {"search": chosen.facts, "removal": removal.facts}
 
 
-def _remove_faster(network: nn.Module, goal: Goal, job: Job[AmcConfig]) -> Removal:
-    """RM for those residuals whose removal makes the network faster and leaves it within a budget in MACs or parameters."""
-    example, constraint = job.data.train.example(2), job.config.search.constraint
-    place = goal.timing.place if goal.timing else Place.first(job.config.measure, job.original, example[:1])
+def _remove_faster(network: nn.Module, name: str, goal: Goal, job: Job[AmcConfig]) -> Removal:
+    """`remove_faster` under a budget in MACs or parameters; one in time is met where the network becomes faster."""
+    example, constraint = job.data.train.example(1), job.config.search.constraint
+    place = goal.timing.place if goal.timing else Place.first(job.config.measure, job.original, example)
 
     def fits(network: nn.Module) -> bool:
         if constraint == "latency":
@@ -203,9 +201,8 @@ def _remove_faster(network: nn.Module, goal: Goal, job: Job[AmcConfig]) -> Remov
         own, whole = (whole_cost(model, example, constraint) for model in (network, job.original))
         return own <= goal.ratio * whole
 
-    # One that was cut becomes faster, not MobileNetV1; nothing is trained after it.
-    settings = replace(job.config.removal, fuse="cheaper", ranges="provable")
-    return remove_where_faster(network, example, place.ratios, fits, **vars(settings))
+    settings = replace(job.config.removal, fuse="cheaper")  # one that was cut becomes faster, not MobileNetV1
+    return remove_faster(network, job, place, fits, settings, name)
 
 
 def _narrow(name: str, goal: Goal, job: Job[AmcConfig], cell: Cell) -> tuple[nn.Module, dict[str, Any]]:

@@ -35,8 +35,8 @@ from rmprune.training.job import Job
 
 logger = logging.getLogger("rmprune")
 MEASURED = "measured.json"
-# Settings that a later call may have others of: each makes cells of its own.
-OF_CELLS = ("method:", "prune.ratio:", "prune.macs_ratio:", "prune.latency_ratio:", "prune.memory_ratio:")
+# Settings that a later call may have others of: what cells share does not depend on them.
+OF_CELLS = ("method", "choices", "prune.ratio", "prune.macs_ratio", "prune.latency_ratio", "prune.memory_ratio")
 # What cells measure for their records until all are measured.
 NO_TIME: dict[str, Any] = {"seconds": 0.0, "min_rounds": 1}
 
@@ -96,6 +96,7 @@ def plan_tasks(config: GridConfig, command: str) -> list[Task]:
                 own = replace(
                     whole,
                     method=(method,),
+                    choices=whole.choices if method == "auto" else (),
                     prune=replace(config.prune, **others | {kind: (value,)}),
                     out=cell.directory,
                 )
@@ -108,14 +109,15 @@ def plan_tasks(config: GridConfig, command: str) -> list[Task]:
 
 
 def _refuse_mixed(tasks: list[Task]) -> None:
-    """Raise ConfigError where what cells share was made with other settings than they have now: nothing could be compared."""
-    for (now,) in (task.arguments for task in tasks if task.after is None):
+    """Raise ConfigError where a cell, or what cells share, was begun with other settings than it has now: nothing could be compared."""
+    for task in tasks:
+        now, shared = task.arguments[0], task.after is None
         if (begun := now.directory / CONFIG_FILE).is_file():
-            changed = [said for said in differences(from_toml(SlimConfig, begun), now) if not said.startswith(OF_CELLS)]
+            changed = differences(from_toml(SlimConfig, begun), now, free=OF_CELLS if shared else ())
             if changed:
                 raise ConfigError(
-                    f"{now.directory}: what its cells share was made with other settings ({'; '.join(changed)}); give these to go on, or "
-                    "choose another --out"
+                    f"{now.directory}: {'what its cells share' if shared else 'this cell'} was made with other settings "
+                    f"({'; '.join(changed)}); give these to go on, or choose another --out"
                 )
 
 
@@ -132,7 +134,7 @@ def share(config: SlimConfig) -> None:
     cell = Cell(config.seed, "", 0.0, config.directory, config.directory)
     names = {method.start for method in find_methods(config.method).values()}
     files = [config.directory / name / ARCHITECTURE for name in {"dense", *names}]
-    with at_work(job, files, {"dense", *names}, wait=True):
+    with at_work(job, files, {"dense", *names}, wait=True, free=OF_CELLS):
         starts = starts_of(replace(job, teacher=dense_network(job, cell)), cell)
         for name in sorted(names):
             starts(name)

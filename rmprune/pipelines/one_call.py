@@ -24,7 +24,7 @@ from rmprune.config.fields import require_types
 from rmprune.data.batches import Loss
 from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
-from rmprune.errors import ArtifactError, ConfigError, RmpruneError
+from rmprune.errors import ArtifactError, ConfigError, RmpruneError, UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import as_given
@@ -85,8 +85,16 @@ class Slimmed:
 
     @property
     def plan(self) -> SlimPlan:
-        """What each block became and how wide each channel group is: `plan.to_dict()`, as JSON, is what `slim --plan FILE` reads."""
-        return SlimPlan.from_dict(self.record[self._network]["plan"])
+        """What each block became and how wide each channel group is: `plan.to_dict()`, as JSON, is what `slim --plan FILE` reads.
+
+        Raises UnsupportedModel where `mixed` removed residuals after the cut, which no plan says."""
+        entry = self.record[self._network]
+        if "plan" not in entry:
+            gone = ", ".join(entry["removal"]["removed"])
+            raise UnsupportedModel(
+                f"{gone}: removed after the cut, which no plan says; take `model` as it is, or save it"
+            )
+        return SlimPlan.from_dict(entry["plan"])
 
     def save(self, path: str | Path) -> Path:
         """Copies the run to the folder `path`, which must not exist or be empty: the networks as artifacts (with model.onnx), record.json,

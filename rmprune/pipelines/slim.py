@@ -219,6 +219,8 @@ def _slim(
     facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
     fuse = begun.get("fuse", "cheaper")
     plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), fuse, layers_digest(job.original))
+    if more.get("removal", {}).get("removed"):  # no plan says what was removed after the cut
+        return network, facts | more
     return network, facts | more | {"plan": plan.to_dict()}
 
 

@@ -66,14 +66,15 @@ def open_data(config: RunConfig, load: Load = load_dataset) -> Dataset:
 
 @contextlib.contextmanager
 def at_work(
-    job: Job[RunConfig], records: list[Path], networks: Collection[str], *, wait: bool = False
-) -> Iterator[None]:
+    job: Job[RunConfig], records: list[Path], networks: Collection[str], *, wait: bool = False,
+    free: Collection[str] = (),
+) -> Iterator[None]:  # fmt: skip
     """The run's directory is this process's (`claim`); what is computed there is in full float32, and repeats itself
     where that is asked for."""
     config = job.config
     claimed = claim(
         config.directory, config, records=records, networks=networks, overwrite=config.overwrite, wait=wait,
-        photos=job.data.photos,
+        photos=job.data.photos, free=free,
     )  # fmt: skip
     with repeatable(config.deterministic, job.device), tf32(False, job.device), claimed:
         yield

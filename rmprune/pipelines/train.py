@@ -6,7 +6,6 @@ from pathlib import Path
 from rmprune.artifact.describe import describe
 from rmprune.config import TrainRunConfig
 from rmprune.data.load import Load, load_dataset
-from rmprune.errors import UnsupportedModel
 from rmprune.measure import check_available
 from rmprune.pipelines.stages import (
     at_work,
@@ -36,7 +35,7 @@ def run_train(config: TrainRunConfig, *, command: str, load: Load = load_dataset
     describe(model)
     plan = plan_removal(model, job.data.train.example(2))
     if not any(block.removable for block in plan):  # known before training
-        raise UnsupportedModel(nothing_to_remove({block.name: block.reason for block in plan}))
+        raise nothing_to_remove({block.name: block.reason for block in plan})
     with at_work(job, [cell.record], {"dense", "plain"}):
         dense = dense_network(job, cell)
         plain = starting_network(replace(job, teacher=dense), cell, "plain")

@@ -1,7 +1,7 @@
 """The public calls of removal: normalise, find bounds, rewrite, build, check. Each stage lives in its own module."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ from rmprune.removal.rewrite import Plan, remove_all
 RANGES = ("provable", "calibrated")
 _PIXELS = 2**21  # of all images of the check and of the batch norms' statistics together
 _IMAGE_MACS = 5 * 10**10  # of the original network on them
+
+
+class NothingToRemove(UnsupportedModel):
+    """No residual can go."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def remove_residuals(
     removed = [report.name for report in reports if report.removable]
     if not removed:
         refuse_unseen(model, inputs, tolerance)
-        raise UnsupportedModel(nothing_to_remove(kept))
+        raise nothing_to_remove(kept)
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
     checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
@@ -203,8 +207,9 @@ def _check_settings(
         raise ConfigError(f"input_range={tuple(input_range)} is empty: give (lowest, highest)")
 
 
-def nothing_to_remove(kept: dict[str, str]) -> str:
-    """What to say where no residual goes. kept: {block: why it stays}."""
+def nothing_to_remove(kept: Mapping[str, str]) -> NothingToRemove:
+    """The error where no residual goes. kept: {block: why it stays}."""
     if not kept:
-        return "there is no residual to remove: the network adds no two maps of one source"
-    return "no residual to remove that can go: " + "; ".join(f"{name}: {reason}" for name, reason in kept.items())
+        return NothingToRemove("there is no residual to remove: the network adds no two maps of one source")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
+    return NothingToRemove(f"no residual to remove that can go: {reasons}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from rmprune.removal.remove import Removal, plan_removal, remove_residuals
 from rmprune.removal.rewrite import BlockReport
 
 GAIN = 0.99  # a residual goes if the network then takes at most this part of its time: less is noise
+_NO_FASTER = "without it the network is no faster"
+_TOO_DEAR = "the rows that its removal reserves do not fit the budget"
 
 
 def remove_where_faster(
@@ -31,6 +34,7 @@ def remove_where_faster(
     """
     blocks = plan_removal(model, example_inputs, keep=keep, **settings)
     names = _removable(blocks)
+    reasons = {block.name: _NO_FASTER if block.removable else block.reason for block in blocks}
 
     def others(gone: Collection[str]) -> list[str]:
         return [*keep, *(name for name in names if name not in gone)]
@@ -56,15 +60,16 @@ def remove_where_faster(
     paying: dict[str, float] = {}
     for last in range(len(names)):
         removal, part = without(needed(last))
+        if part == math.inf:
+            reasons[names[last]] = _TOO_DEAR
         if part <= GAIN * min((paying[name] for name in removal.removed if name in paying), default=1.0):
             paying |= dict.fromkeys(removal.removed, part)
     if paying:
         together, part = without(paying)
         if part <= GAIN:
-            return together
-    reasons = {
-        block.name: "without it the network is no faster" if block.removable else block.reason for block in blocks
-    }
+            return replace(together, kept={name: reasons.get(name, why) for name, why in together.kept.items()})
+        if part == math.inf:
+            reasons |= dict.fromkeys(paying, _TOO_DEAR)
     return Removal(model, [], reasons, 0.0, blocks)
 
 

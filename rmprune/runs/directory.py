@@ -31,11 +31,11 @@ class Finished(ConfigError):
 @contextlib.contextmanager
 def claim(
     directory: Path, config: Config, *, records: list[Path], networks: Collection[str], overwrite: bool,
-    wait: bool = False, photos: str = "",
+    wait: bool = False, photos: str = "", free: Collection[str] = (),
 ) -> Iterator[None]:  # fmt: skip
     """Make `directory` this config's run: new, or the same run interrupted earlier. Writes config.toml, a copy of the
     plan, where there is one, digests of what else settings name and of the photos (`photos`), and while in use .lock, which keeps other
-    processes out; `wait`: until one that is at it has ended.
+    processes out; `wait`: until one that is at it has ended; `free`: paths of settings that may be others than when the run began.
 
     With `overwrite` what a run of the same command wrote there is taken away first, and nothing else; `networks` are the
     names of the artifacts that it may have written.
@@ -45,7 +45,7 @@ def claim(
     lock = FileLock(directory / LOCK_FILE, timeout=-1 if wait else 0)
     try:
         with _said(directory):
-            _prepare(directory, config, records, networks if overwrite else None, lock, photos)
+            _prepare(directory, config, records, networks if overwrite else None, lock, photos, free)
         yield
     finally:
         lock.release()
@@ -73,7 +73,7 @@ def alone(directory: Path) -> Iterator[None]:
 
 def _prepare(
     directory: Path, config: Config, records: list[Path], overwritten: Collection[str] | None, lock: BaseFileLock,
-    photos: str,
+    photos: str, free: Collection[str],
 ) -> None:  # fmt: skip
     _holds_run(directory)  # or nothing is made there
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def _prepare(
         if overwritten is not None:
             _refuse_overwriting(directory, config)
         else:
-            _refuse_other(directory, config, records, photos)
+            _refuse_other(directory, config, records, photos, free)
     plan = plan_text(config)
     if begun and overwritten is not None:
         _clear(directory, overwritten)
@@ -146,8 +146,10 @@ def _clear(directory: Path, networks: Collection[str]) -> None:
             entry.unlink()
 
 
-def _refuse_other(directory: Path, config: Config, records: list[Path], photos: str = "") -> None:
-    changed = differences(from_toml(type(config), directory / CONFIG_FILE), config)
+def _refuse_other(
+    directory: Path, config: Config, records: list[Path], photos: str = "", free: Collection[str] = ()
+) -> None:
+    changed = differences(from_toml(type(config), directory / CONFIG_FILE), config, free=free)
     if changed:
         raise ConfigError(
             f"{directory}: holds a run with other settings ({'; '.join(changed)}); give its own to go on, choose another --out, or "

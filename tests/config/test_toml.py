@@ -115,6 +115,26 @@ def test_a_start_from_weights_has_gentle_defaults_that_everything_set_comes_befo
     assert cli._parse(SlimConfig, ["--ratio", "0.5"], "slim") == SlimConfig(prune=PruneConfig(ratio=(0.5,)))
 
 
+@pytest.mark.parametrize("word", ["None", "none", "NONE"])
+def test_weights_switched_off_by_a_flag_leave_no_trace(tmp_path: Path, word: str) -> None:
+    file, plain = tmp_path / "w.toml", config()
+    for weights, words in (("imagenet", ["--weights", word]), ("imagenet", [f"--weights={word}"]), (word, [])):
+        file.write_text(f'weights = "{weights}"\n[prune]\nmacs_ratio = [0.5, 0.25]\n')
+        for more in ([], ["--weights", "own.pt"] * bool(words)):
+            assert cli._parse(SlimConfig, ["--config", str(file), *more, *words], "slim") == plain
+    assert cli._parse(SlimConfig, ["--weights", word, "--macs-ratio", "0.5,0.25"], "slim") == plain
+
+
+def test_none_is_none_for_every_flag_that_may_be_unset_and_a_choice_where_that_is_listed(tmp_path: Path) -> None:
+    words = "--clip-norm none --finetune.clip_norm=None --width NONE --data-dir none --augment none --cache none"
+    found = cli._parse(SlimConfig, ["--ratio", "0.5", *words.split()], "slim")
+    assert (found.train.clip_norm, found.finetune.clip_norm, found.width, found.data.data_dir) == (None,) * 4
+    assert (found.data.augment, found.data.cache) == ("none", "none")
+    (tmp_path / "c.toml").write_text('width = "None"\n[data]\naugment = "none"\n[prune]\nratio = 0.5\n')
+    read = from_toml(SlimConfig, tmp_path / "c.toml")
+    assert (read.width, read.data.augment) == (None, "none")
+
+
 def test_augment_took_no_value(tmp_path: Path) -> None:
     given = [
         ["--augment"],
@@ -187,3 +207,8 @@ def test_a_wrong_choice_is_said_with_those_there_are(tmp_path: Path, text: str, 
 )
 def test_the_method_where_none_is_named_goes_by_the_budget(flags: str, method: str) -> None:
     assert cli._parse(SlimConfig, flags.split(), "slim").method == (method,)
+
+
+def test_auto_does_not_cut_while_training() -> None:
+    with pytest.raises(ConfigError, match="leave out --gradual, or take another --method"):
+        cli._parse(SlimConfig, ["--macs-ratio", "0.5", "--gradual", "--method", "rm,auto"], "slim")

@@ -4,7 +4,9 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import NEAR, Place, find_ratio
-from rmprune.methods import auto, cutter, outlook
+from rmprune.methods import auto, choose, cutter, outlook
+from rmprune.methods.auto import Winner
 from rmprune.methods.outlook import look, propose
 from rmprune.methods.table import METHODS
 from rmprune.pipelines import slim, stages
@@ -30,7 +33,7 @@ from rmprune.pruning.allocate import Meter
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.groups import macs
 from rmprune.pruning.plan import SlimPlan
-from rmprune.pruning.proposals import Proposals
+from rmprune.pruning.proposals import Proposal, Proposals
 from rmprune.runs import records
 from rmprune.training.job import Files, Job
 
@@ -254,6 +257,80 @@ def test_a_search_counts_how_many_changes_in_a_row_were_no_better() -> None:
         verdicts = {"rm": {"loss": 0.6}, "plan-8": {"refused": "why"}}
         verdicts |= {name: {"loss": loss} for name, loss in zip(changes, losses, strict=True)}
         assert auto._no_better(verdicts, changes) == count
+
+
+class OfThree:
+    """A surrogate of three blocks: at first it knows `few` plans, near others one change after the other."""
+
+    def __init__(self, few: int) -> None:
+        self.plans = [dict(zip("abc", own, strict=True)) for own in itertools.product(("keep", "drop"), repeat=3)]
+        self.few = few
+
+    def believing(self, _: object) -> "OfThree":
+        return self
+
+    def best(self, _: float, *, other_than: list[Any], near: Any = None, changes: int = 1, **__: int) -> Any:
+        known = [] if changes == 0 else self.plans[: self.few] if near is None else self.plans
+        off = lambda plan: sum(near[block] != plan[block] for block in plan) if near else 0  # noqa: E731
+        found = next((plan for plan in known if plan not in other_than and off(plan) <= changes), None)
+        return found and Proposal(found, {}, 0.0, 0.0, {})  # type: ignore[arg-type]
+
+
+def searched(out: Path, monkeypatch: pytest.MonkeyPatch, few: int, losses: dict[str, float], stop: str = "") -> Winner:
+    """A search in which no preset meets the budget and a plan loses so much; interrupted, and begun again, where `stop` is judged."""
+    stops = [stop]
+
+    def judged(budget: object, cutter: Any, files: Files) -> None:
+        cutter.network = files.label.removeprefix("auto-")
+        if cutter.network in stops:
+            stops.clear()
+            raise KeyboardInterrupt
+
+    def none(*_: object) -> Any:
+        raise InfeasibleBudget("too dear")
+
+    made = lambda *_: SimpleNamespace(once=lambda name, _: Named(name), begin=None, network=None)  # noqa: E731
+    monkeypatch.setattr(auto, "look", lambda *_: SimpleNamespace(options={}, allowed={}, limit=1.0))
+    monkeypatch.setattr(auto, "propose", lambda *_: OfThree(few))
+    monkeypatch.setattr(auto, "learned", lambda *_: {})
+    monkeypatch.setattr(auto, "carry_out_blocks", lambda *_: (Named("carried out"), {}))
+    monkeypatch.setattr(auto, "make_cutter", made)
+    monkeypatch.setattr(auto, "_rough", lambda cutter: cutter)
+    monkeypatch.setattr(auto, "_cutter", none)
+    monkeypatch.setattr(auto, "evaluate", lambda *_, **__: SimpleNamespace(loss=0.0))
+    monkeypatch.setattr(choose, "met", judged)
+    monkeypatch.setattr(choose, "evaluate", lambda named, *_, **__: SimpleNamespace(loss=losses.get(named.name, 1.0)))
+    data = SimpleNamespace(validation=range(250), class_weights=None)
+    job: Any = Job(SlimConfig(prune=PruneConfig(macs_ratio=(0.5,))), data, torch.device("cpu"), 0)  # type: ignore[arg-type]
+    search = partial(auto.choose_plan, Named("original"), none, Budget(macs_ratio=0.5), job, Files.of(out, "auto"))
+    try:
+        return search()
+    except KeyboardInterrupt:
+        return search()
+
+
+class Named(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+def test_an_interrupted_search_is_the_same_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"plan-2": 0.5, "plan-6": 0.4}
+    whole = searched(tmp_path / "whole", monkeypatch, 6, losses)
+    assert sum("surrogate" in plan["why"] for plan in whole.plans.values()) == 6  # 2 by the images, 8 without a preset
+    for stop in whole.plans:
+        again = searched(tmp_path / stop, monkeypatch, 6, losses, stop)
+        assert (again.plans, again.verdicts, again.name) == (whole.plans, whole.verdicts, "plan-6")
+
+
+def test_changes_are_counted_from_the_first_however_few_plans_were_proposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = searched(tmp_path, monkeypatch, 1, {"plan-1": 0.5})
+    assert [plan["near"] for plan in found.plans.values()] == [None, "plan-1", "plan-1", "plan-1"]  # all its neighbours
+    monkeypatch.setattr(auto, "WORSE", 2)
+    assert len(searched(tmp_path / "fewer", monkeypatch, 1, {"plan-1": 0.5}).plans) == 3
 
 
 @pytest.mark.long

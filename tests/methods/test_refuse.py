@@ -15,9 +15,12 @@ from rmprune.config import PruneConfig, TrainConfig
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure.place import Place
 from rmprune.methods.cutter import make_cutter
+from rmprune.methods.refuse import check_budgets
 from rmprune.methods.table import METHODS
 from rmprune.pipelines import stages
 from rmprune.pipelines.slim import run_slim
+from rmprune.pruning import Budget
+from rmprune.removal.remove import nothing_to_remove
 from rmprune.report.build import build_report
 from rmprune.runs import records
 from rmprune.training.job import Job
@@ -115,6 +118,23 @@ def test_a_network_that_no_file_can_hold_is_refused_before_training(
     with pytest.raises(UnsupportedModel, match="trace"):
         run_slim(replace(QUICK, method=("uniform",), out=tmp_path / "run"), command="x")
     assert not (tmp_path / "run").exists()
+
+
+def test_only_where_nothing_can_be_removed_is_the_method_without_removal_named() -> None:
+    """By the kind of error: another may say the same words."""
+    job = Job(QUICK, noise(), torch.device("cpu"), 0)
+
+    def said(error: UnsupportedModel) -> str:
+        def start(name: str) -> nn.Module:
+            raise error
+
+        with pytest.raises(UnsupportedModel) as refused:
+            check_budgets(start, {"rm": METHODS["rm"]}, [Budget(ratio=0.5)], job)
+        return str(refused.value)
+
+    other = "layer 'no residual to remove' cannot be read"
+    assert said(UnsupportedModel(other)) == other
+    assert said(nothing_to_remove({})).endswith("of one source; --method residual prunes the network as it is")
 
 
 def test_cut_while_training_layers_must_be_fittable_only_where_a_cut_at_once_may_follow() -> None:

@@ -6,20 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import few
 from slim_runs import ON_BOTH_BACKENDS, QUICK, Small, by_parameters, noise, short_mobilenet, short_resnet
 
+from rmprune import artifact
 from rmprune.config import PruneConfig, TrainConfig
-from rmprune.errors import DataError, InfeasibleBudget
+from rmprune.errors import ConfigError, DataError, InfeasibleBudget
 from rmprune.measure import count_macs
 from rmprune.measure.latency_model import LatencyModel
 from rmprune.measure.place import Place
 from rmprune.methods import slim as methods
 from rmprune.methods.cutter import make_cutter
 from rmprune.methods.slim import scaled, slim_network
-from rmprune.methods.table import METHODS
+from rmprune.methods.table import METHODS, network_name
 from rmprune.pipelines import slim, stages
 from rmprune.pipelines.slim import run_slim
 from rmprune.pruning import Budget
+from rmprune.pruning.carry_out import carry_out
+from rmprune.pruning.plan import SlimPlan
 from rmprune.runs import records
 from rmprune.training import TrainState
 from rmprune.training.job import Files, Job
@@ -115,6 +119,32 @@ def test_what_mixed_removes_holds_both_budgets(tmp_path: Path, monkeypatch: pyte
     assert fits(layer) and not fits(torch.nn.Conv2d(1, 64, 1)) and not fits(torch.nn.Sequential(*[layer] * 200))
 
 
+OTHERS = ("rm", "rm-collapse", "inner", "uniform", "coupled-norm")
+
+
+@pytest.mark.parametrize("names", few([("mixed", "residual"), OTHERS], ("mixed", "residual")))
+def test_the_plan_of_a_record_gives_the_network_of_the_record(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the method; one whose residuals went after the cut has none."""
+    monkeypatch.setattr(Place, "ratios", lambda _, networks: {name: 1.0 - (name == "removed") / 2 for name in networks})
+    none, prune = TrainConfig(epochs=0), PruneConfig(ratio=(0.5,), round_to=1, importance="magnitude")
+    config = replace(QUICK, method=names, prune=replace(prune, reconstruct=False), train=none, finetune=none)
+    record = records.read_record(run_slim(replace(config, out=tmp_path), command="x")[0])
+    data, found = slim.open_data(config), [network_name(name, names) for name in names]
+    without = [name for name in found if "plan" not in record[name]]
+    assert without == ["mixed"] * ("mixed" in names) and all(record[name]["removal"]["removed"] for name in without)
+    for name in set(found) - set(without):
+        plan, dense = SlimPlan.from_dict(record[name]["plan"]), stages.make_dense(config, data, 0)
+        made, _ = carry_out(
+            dense, plan, [next(iter(data.train.batches(32)))], importance="magnitude", reconstruct=False
+        )
+        sizes = [
+            sorted(tuple(weight.shape) for weight in own.parameters()) for own in (made, artifact.load(tmp_path / name))
+        ]
+        assert sizes[0] == sizes[1], name
+
+
 def test_the_default_floor_forbids_no_budget(tmp_path: Path) -> None:
     prune = PruneConfig(macs_ratio=(0.35,), round_to=1)
     run_slim(
@@ -186,3 +216,12 @@ def test_gradual_cuts_are_as_many_as_asked_for(steps: int, cuts: int, fraction: 
     hook = cutter.hook(Budget(macs_ratio=0.5), steps=steps, epochs=2)
     state = TrainState(network, torch.optim.SGD(network.parameters(), 0.1), TrainConfig(), steps // 2, steps, 0.0)
     assert hook.planned_cuts(state) == min(cuts, round(fraction * steps))
+
+
+def test_cuts_while_training_do_not_go_down_from_a_plan() -> None:
+    network = short_resnet("", num_classes=10, in_channels=3, width=4).eval()
+    cutter = make_cutter(
+        network, METHODS["rm"], Job(QUICK, noise(), torch.device("cpu"), 0), Budget(macs_ratio=0.5), {"conv1": 2}
+    )
+    with pytest.raises(ConfigError, match="leave --gradual out"):
+        cutter.hook(Budget(macs_ratio=0.5), steps=1, epochs=1)

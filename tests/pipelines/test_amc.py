@@ -19,12 +19,15 @@ from rmprune.data.load import load_dataset
 from rmprune.errors import ConfigError, InfeasibleBudget, UnsupportedModel
 from rmprune.measure import count_macs
 from rmprune.measure.place import Place
+from rmprune.methods import slim as methods
 from rmprune.pipelines import amc as pipeline
 from rmprune.pipelines.amc import run_amc
 from rmprune.pruning.carry_out import carry_out
 from rmprune.pruning.plan import Choice, SlimPlan
+from rmprune.removal import Removal
 from rmprune.report.build import build_report
 from rmprune.runs import records
+from rmprune.runs.directory import claim
 from rmprune.training.job import Job
 
 QUICK = AmcConfig(
@@ -164,11 +167,16 @@ def test_mixed_removes_what_is_faster_and_affordable_without_changing_the_functi
 def test_what_mixed_amc_removes_is_exact_for_every_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is trained after it: bounds of a few images will not do."""
     asked: dict[str, object] = {}
-    monkeypatch.setattr(pipeline, "remove_where_faster", lambda *_, **settings: asked.update(settings))
+
+    def left(network: nn.Module, *_: object, **settings: object) -> Removal:
+        asked.update(settings)
+        return Removal(network, [], {}, 0.0, [])
+
+    monkeypatch.setattr(methods, "remove_where_faster", left)
     model = short_mobilenet("", num_classes=10, in_channels=1, width=0.5).eval()
     job = Job(QUICK, load_dataset(QUICK.data), torch.device("cpu"), 0, teacher=model)
-    pipeline._remove_faster(model, Goal(0.5), job)
-    assert asked["ranges"] == "provable"
+    pipeline._remove_faster(model, "mixed-amc", Goal(0.5), job)
+    assert (asked["ranges"], asked["fuse"]) == ("provable", "cheaper")
 
 
 def test_a_budget_given_twice_is_refused() -> None:
@@ -193,6 +201,17 @@ def test_refusals_come_before_training(tmp_path: Path) -> None:
             run_amc(dataclasses.replace(QUICK, out=tmp_path / "run", **change), command="x")
         assert not (tmp_path / "run").exists()
     assert all(method.about for method in AMC_METHODS.values())
+
+
+def test_a_run_that_goes_on_is_refused_as_early_as_a_new_one(tmp_path: Path) -> None:
+    cut_short = dataclasses.replace(QUICK, method=("uniform",), out=tmp_path / "run")
+    impossible = dataclasses.replace(cut_short, search=dataclasses.replace(QUICK.search, budget=(0.1,)))
+    job = Job(impossible, load_dataset(QUICK.data), torch.device("cpu"), 0)
+    with claim(impossible.directory, impossible, records=[], networks=(), overwrite=False):
+        (impossible.directory / "plain").mkdir()
+    with pytest.raises(InfeasibleBudget):
+        run_amc(impossible, command="x", load=lambda *_: job.data)
+    assert not (impossible.directory / "dense").exists()
 
 
 @pytest.mark.long

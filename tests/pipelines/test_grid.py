@@ -1,9 +1,11 @@
 """A comparison on several workers: what one loses, what is refused, what is measured, and that nothing is done twice."""
 
+import contextlib
 import fcntl
 import functools
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -169,6 +171,47 @@ def test_cells_of_other_settings_than_what_they_share_are_refused(
     with pytest.raises(RmpruneError, match="no cell can be had"):  # which were asked for
         run_grid(more, command="")
     assert len(asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        ({"memory_ratio": (0.5,)}, "prune.memory_ratio: (0.8,) -> (0.5,)"),
+        ({"macs_ratio": (0.6000001,)}, "prune.macs_ratio: (0.6,) -> (0.6000001,)"),
+        ({}, ""),
+    ],
+)
+def test_a_cell_counts_as_done_only_with_its_own_settings(now: dict[str, Any], says: str, tmp_path: Path) -> None:
+    prune = PruneConfig(macs_ratio=(0.6,), memory_ratio=(0.8,))
+    begun = config(tmp_path / "run", method=("rm",), prune=prune)
+    for task in plan_tasks(begun, ""):
+        with claim(task.arguments[0].directory, task.arguments[0], records=[], networks=(), overwrite=False):
+            task.files[0].parent.mkdir(exist_ok=True)
+            task.files[0].touch()
+    tasks = plan_tasks(replace(begun, prune=replace(prune, **now)), "")
+    refused = pytest.raises(ConfigError, match=rf"0\.6-rm: this cell .*{re.escape(says)}.*another --out")
+    with refused if says else contextlib.nullcontext():
+        grid._refuse_mixed(tasks)
+
+
+def test_what_cells_share_takes_methods_and_budgets_that_come_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "dense_network", lambda *_: None)
+    monkeypatch.setattr(grid, "refuse_early", lambda *_: None)
+    made: list[str] = []
+    monkeypatch.setattr(grid, "starts_of", lambda *_: made.append)
+    first = config(tmp_path, method=("rm",), prune=PruneConfig(macs_ratio=(0.5,)))
+    prune = PruneConfig(latency_ratio=(0.3,), memory_ratio=(0.8,))
+    later = replace(first, method=("rm", "auto", "mixed-collapse"), choices=("keep", "drop"), prune=prune)
+    for asked in (first, later, first):
+        tasks = plan_tasks(asked, "")
+        grid._refuse_mixed(tasks)
+        grid.share(*tasks[0].arguments)
+    assert made == ["plain", "dense", "half-collapsed", "plain", "plain"]
+    other = plan_tasks(replace(first, train=replace(first.train, epochs=3)), "")
+    with pytest.raises(ConfigError, match=r"other settings \(train.epochs: 25 -> 3\)"):
+        grid.share(*other[0].arguments)
 
 
 def test_a_cell_keeps_the_budget_of_memory_beside_its_own_and_the_time_for_measuring(tmp_path: Path) -> None:

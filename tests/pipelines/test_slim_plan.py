@@ -50,6 +50,8 @@ WRONG = [
     ('{"schema": 1', (), "write it anew"),
     ("{}", ("--ratio", "0.5"), "give --plan or a budget, not both"),
     ("{}", ("--method", "coupled"), "leave out --method"),
+    ("{}", ("--gradual", "--round-to", "1", "--importance", "magnitude"), "leave out --round-to, --gradual"),
+    ("{}", ("--min-fraction", "0", "--rank", "importance"), "leave out --rank, --min-fraction"),
 ]
 
 

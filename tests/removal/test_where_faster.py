@@ -51,6 +51,23 @@ def test_what_does_not_fit_stays_and_is_not_measured() -> None:
     model = network()
     nothing = remove_where_faster(model, images(), lambda networks: pytest.fail("measured"), lambda network: False)
     assert nothing.model is model and nothing.removed == []
+    assert set(nothing.kept.values()) == {"the rows that its removal reserves do not fit the budget"}
+
+
+def test_the_reason_that_a_residual_stays_is_what_decided() -> None:
+    model, rows = network(), "the rows that its removal reserves do not fit the budget"
+    first, second = (block.name for block in plan_removal(model, images()))
+    slow = "without it the network is no faster"
+    one = remove_where_faster(model, images(), ratios(0.9, 1.1, 0.9))
+    assert (one.removed, one.kept) == ([first], {second: slow})
+    asked = remove_where_faster(model, images(), ratios(0.9, 0.9), keep=[second])
+    assert asked.kept == {second: "kept, as asked for"}
+    own = iter([True, False, True])
+    dear = remove_where_faster(model, images(), ratios(0.9, 0.9), lambda _: next(own))
+    assert (dear.removed, dear.kept) == ([first], {second: rows})
+    own = iter([True, True, False])  # each, but not both
+    both = remove_where_faster(model, images(), ratios(0.9, 0.9), lambda _: next(own))
+    assert (both.removed, both.kept) == ([], {first: rows, second: rows})
 
 
 def test_a_plain_network_is_left_as_it_is() -> None:
