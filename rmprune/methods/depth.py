@@ -10,7 +10,7 @@ from torch import nn
 from rmprune.amc.multiplier import Multiplier, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import UnsupportedModel
-from rmprune.methods.cutter import cost_ratios
+from rmprune.methods.costs import cost_ratios
 from rmprune.methods.outlook import SHAPE_IMAGES, ends_of
 from rmprune.methods.refuse import refuse_too_dear
 from rmprune.pruning import Budget

@@ -17,7 +17,8 @@ from rmprune.config.pruning import PlannedChoice
 from rmprune.data.batches import affordable
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.graph.copied import copied
-from rmprune.methods.cutter import LEAST_FRACTION, job_scores, layer_times, place_of
+from rmprune.methods.costs import layer_times, place_of
+from rmprune.methods.cutter import LEAST_FRACTION, job_scores
 from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import even_fraction
 from rmprune.pruning.budget import allowed_units, resolve

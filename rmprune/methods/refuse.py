@@ -13,7 +13,8 @@ from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
-from rmprune.methods.cutter import cost_ratios, make_cutter, place_of
+from rmprune.methods.costs import cost_ratios, place_of
+from rmprune.methods.cutter import make_cutter
 from rmprune.methods.table import METHODS, Method
 from rmprune.pruning import Budget
 from rmprune.pruning.time_cost import timed_layers

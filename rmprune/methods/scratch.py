@@ -8,7 +8,7 @@ from torch import nn
 from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError
-from rmprune.methods.cutter import cost_ratios
+from rmprune.methods.costs import cost_ratios
 from rmprune.methods.refuse import refuse_too_dear
 from rmprune.models.families import default_width, has_multiplier
 from rmprune.pruning import Budget

@@ -14,7 +14,8 @@ from rmprune.errors import InfeasibleBudget, MissedBudget
 from rmprune.graph.facts import facts_of
 from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.place import MARGIN, NEAR, Place, infeasible
-from rmprune.methods.cutter import ROUGH, Cutter, make_cutter, place_of
+from rmprune.methods.costs import place_of
+from rmprune.methods.cutter import ROUGH, Cutter, make_cutter
 from rmprune.methods.table import Method
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import widths_of
