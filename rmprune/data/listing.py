@@ -21,7 +21,7 @@ from rmprune.data.named import named_file, photos_by_key, why_not
 from rmprune.data.parts import LAYOUT, PART_OF, PARTS, parts_by_folder, parts_of_folder, split_column
 from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
 from rmprune.data.walk import ENDINGS, number_of, same_file, size_of, walked
-from rmprune.errors import DataError
+from rmprune.errors import DataError, in_one_line
 
 logger = logging.getLogger("rmprune")
 
@@ -95,7 +95,7 @@ def _from_folders(root: Path) -> Listing:
                 first = seen.setdefault(file, photo)
                 if first is not photo and first[1:] != photo[1:] and same_file(first.path, path):
                     raise DataError(
-                        f"{first.path} and {path} are one file by a link; it has one class and part: take one out"
+                        f"{in_one_line(first.path)} and {in_one_line(path)} are one file by a link; it has one class and part: take one out"
                     )
                 photos.append(photo)
     return Listing(photos, tuple(classes))

@@ -487,6 +487,17 @@ def test_a_damaged_image_is_named(folder: Path, workers: int, cache: str, monkey
     assert not multiprocessing.active_children()  # left alive, they took ten seconds to be told at some later time
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_of_any_name_is_named_in_one_line(
+    folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "_AT_ONCE", 2)
+    monkeypatch.setattr(depth, "_LOOKED_AT", 1)
+    (folder / "val" / "dog" / "9\nDataError: x.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"^/.*/9\?DataError: x\.png is missing or damaged .it is empty"):
+        opened(folder, workers=workers, cache="memory")
+
+
 def csv_of(text: str):
     def write(folder: Path) -> dict[str, object]:
         (folder / "a.csv").write_text(text)
