@@ -23,7 +23,7 @@ except ImportError:  # arrays can be read all the same
     Image = ImageOps = None  # type: ignore[assignment]
 else:
     Image.init()  # all readers, of which a few are used: others start programs (EPS) or read more than a photo
-    KINDS = sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF"})
+    _KINDS = sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF"})
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,8 +58,8 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
     """The middle of an image file, bytes [H, W] or [H, W, 3]: upright, its shorter side scaled, cropped, as in training."""
     if Image is None:
         raise ValueError("Pillow is not there to open image files: pip install pillow, or give a .npy array")
-    with image_file(file) as opened:
-        deep = deep_values(opened, file)
+    with _image_file(file) as opened:
+        deep = _deep_values(opened, file)
         image = ImageOps.exif_transpose(opened) if deep is None else Image.fromarray(_as_bytes(deep, how["depth"]))
         if max(image.size) > 50 * min(image.size):
             raise ValueError(f"{image.width}x{image.height} pixels, which is no photo")
@@ -78,8 +78,8 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
 
 
 @contextlib.contextmanager
-def image_file(path: str) -> Iterator[Any]:
-    """An image file, by one of the readers of KINDS. Raises OSError or ValueError where it is none.
+def _image_file(path: str) -> Iterator[Any]:
+    """An image file, by one of the readers of _KINDS. Raises OSError or ValueError where it is none.
 
     It is opened here, since Pillow maps what it opens by name into memory, and turns some maps (EXIF) into other pixels.
     """
@@ -87,14 +87,14 @@ def image_file(path: str) -> Iterator[Any]:
         raise ValueError("not a regular file")
     with Path(path).open("rb") as held:
         try:
-            file = Image.open(held, formats=KINDS)
+            file = Image.open(held, formats=_KINDS)
         except UnidentifiedImageError:
             raise ValueError("no image of a kind that is read, such as PNG or JPEG") from None
         with file:
             yield file
 
 
-def deep_values(file: Any, path: str) -> Any:
+def _deep_values(file: Any, path: str) -> Any:
     """The values of an image of more than 8 bits that was just opened, upright: [H, W], or of colours [H, W, 3]; None of any other.
 
     Raises ValueError for those that 16 bits do not hold, since nobody says what is black, and as `_deep_colours`.
@@ -136,7 +136,7 @@ def _deep_colours(file: Any, path: str) -> Any:
             part.append(getattr(tile, "_make", tuple)((codec, box, offset, (unpacked, *rest))))
     if not tiles[0]:
         return None
-    with image_file(path) as other:
+    with _image_file(path) as other:
         file.tile, other.tile = tiles
         upper, lower = (np.asarray(ImageOps.exif_transpose(half))[..., :3] for half in (file, other))
     return upper.astype(np.uint16) << 8 | (lower[..., 1:2] if colours == "LA;16B" else lower)

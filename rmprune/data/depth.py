@@ -20,7 +20,7 @@ logger = logging.getLogger("rmprune")
 _DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras put into 16
 _LOOKED_AT = 64  # images, for whether any has 16 bits
 Image.init()  # all readers, of which a few are used: others start programs (EPS) or read more than a photo
-KINDS = sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF"})
+_KINDS = sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF"})
 
 
 def bit_depth(paths: list[str]) -> int:
@@ -55,7 +55,7 @@ def _brightest(path: str) -> int:
 def opened(path: str) -> Iterator[Image.Image]:
     """The image file. Raises DataError that names it where it, or what is done with it, fails."""
     try:
-        with image_file(path) as file:
+        with _image_file(path) as file:
             yield file
     except Image.DecompressionBombError as error:
         raise DataError(
@@ -66,13 +66,13 @@ def opened(path: str) -> Iterator[Image.Image]:
         reason = not_data(Path(path)) or " ".join(said.split())[:200] or type(error).__name__
         raise DataError(
             f"{in_one_line(path)} is missing or damaged ({reason}); replace it, take it out, or save it as one of the kinds that are "
-            f"read: {', '.join(KINDS)}"
+            f"read: {', '.join(_KINDS)}"
         ) from None
 
 
 @contextlib.contextmanager
-def image_file(path: str) -> Iterator[Any]:
-    """An image file, by one of the readers of KINDS. Raises OSError or ValueError where it is none.
+def _image_file(path: str) -> Iterator[Any]:
+    """An image file, by one of the readers of _KINDS. Raises OSError or ValueError where it is none.
 
     It is opened here, since Pillow maps what it opens by name into memory, and turns some maps (EXIF) into other pixels.
     """
@@ -80,7 +80,7 @@ def image_file(path: str) -> Iterator[Any]:
         raise ValueError("not a regular file")
     with Path(path).open("rb") as held:
         try:
-            file = Image.open(held, formats=KINDS)
+            file = Image.open(held, formats=_KINDS)
         except UnidentifiedImageError:
             raise ValueError("no image of a kind that is read, such as PNG or JPEG") from None
         with file:
@@ -129,7 +129,7 @@ def _deep_colours(file: Any, path: str) -> Any:
             part.append(getattr(tile, "_make", tuple)((codec, box, offset, (unpacked, *rest))))
     if not tiles[0]:
         return None
-    with image_file(path) as other:
+    with _image_file(path) as other:
         file.tile, other.tile = tiles
         upper, lower = (np.asarray(ImageOps.exif_transpose(half))[..., :3] for half in (file, other))
     return upper.astype(np.uint16) << 8 | (lower[..., 1:2] if colours == "LA;16B" else lower)
