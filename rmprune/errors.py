@@ -61,3 +61,8 @@ LOADER_KILLED = (
 def first_line(error: Exception) -> str:
     """What an error says, in one line of bounded length."""
     return str(getattr(error, "strerror", None) or error).strip().split("\n", 1)[0][:200] or type(error).__name__
+
+
+def in_one_line(name: str) -> str:
+    """A name from outside as it can be printed: what no screen shows, such as an end of a line in a path, becomes ?."""
+    return "".join(c if c.isprintable() else "?" for c in name)

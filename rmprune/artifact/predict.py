@@ -6,9 +6,11 @@ model.onnx beside it and nothing else; from Python: Deployed()(as_input("photo.p
 """
 
 import argparse
+import contextlib
+import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ import numpy as np
 import onnxruntime
 
 try:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 except ImportError:  # arrays can be read all the same
     Image = ImageOps = None  # type: ignore[assignment]
+else:
+    Image.init()  # all readers, of which a few are used: others start programs (EPS) or read more than a photo
+    _KINDS = sorted(Image.OPEN.keys() & {"JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "PPM", "GIF", "JPEG2000", "AVIF"})
 
 HERE = Path(__file__).resolve().parent
 
@@ -27,6 +32,8 @@ def as_input(file: str, folder: Path = HERE) -> Any:
     """The file as the network takes it, float32 [1, C, H, W]. Raises OSError or ValueError where it is no such image."""
     facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     shape, how = tuple(facts["input_shape"]), facts["preprocessing"]
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError("not a regular file")
     if file.lower().endswith(".npy"):
         values = np.load(file, allow_pickle=False)
         if not isinstance(values, np.ndarray):
@@ -51,15 +58,13 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
     """The middle of an image file, bytes [H, W] or [H, W, 3]: upright, its shorter side scaled, cropped, as in training."""
     if Image is None:
         raise ValueError("Pillow is not there to open image files: pip install pillow, or give a .npy array")
-    with Image.open(file) as opened:
-        deep = _deep_colours(opened, lambda: Image.open(file))
+    with _image_file(file) as opened:
+        deep = _deep_values(opened, file)
         image = ImageOps.exif_transpose(opened) if deep is None else Image.fromarray(_as_bytes(deep, how["depth"]))
         if max(image.size) > 50 * min(image.size):
             raise ValueError(f"{image.width}x{image.height} pixels, which is no photo")
         if image.mode == "F":
             raise ValueError("32-bit floats have no range of their own; convert it to 8 or 16 bit")
-        if image.mode.startswith("I"):
-            image = Image.fromarray(_as_bytes(np.asarray(image), how["depth"]))
         if isinstance(image.info.get("transparency"), bytes):  # of a palette, which Pillow wants to be asked for
             image = image.convert("RGBA")
         image = image.convert("L" if shape[0] == 1 else "RGB")
@@ -72,10 +77,44 @@ def _decoded(file: str, how: dict[str, Any], shape: tuple[int, ...]) -> Any:
     return np.asarray(image)
 
 
-def _deep_colours(file: Any, again: Callable[[], Any]) -> Any:
+@contextlib.contextmanager
+def _image_file(path: str) -> Iterator[Any]:
+    """An image file, by one of the readers of _KINDS. Raises OSError or ValueError where it is none.
+
+    It is opened here, since Pillow maps what it opens by name into memory, and turns some maps (EXIF) into other pixels.
+    """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe or a device would never end
+        raise ValueError("not a regular file")
+    with Path(path).open("rb") as held:
+        try:
+            file = Image.open(held, formats=_KINDS)
+        except UnidentifiedImageError:
+            raise ValueError("no image of a kind that is read, such as PNG or JPEG") from None
+        with file:
+            yield file
+
+
+def _deep_values(file: Any, path: str) -> Any:
+    """The values of an image of more than 8 bits that was just opened, upright: [H, W], or of colours [H, W, 3]; None of any other.
+
+    Raises ValueError for those that 16 bits do not hold, since nobody says what is black, and as `_deep_colours`.
+    """
+    if not file.mode.startswith("I"):
+        return _deep_colours(file, path)
+    if getattr(file, "tag_v2", {}).get(262) == 0:  # of which Pillow inverts 8 bits, and no more
+        raise ValueError("16-bit grey of which 0 is white; invert it, so that 0 is black")
+    values = np.asarray(ImageOps.exif_transpose(file))
+    if values.min() < 0 or values.max() >= 2**16:
+        raise ValueError(
+            f"values from {values.min()} to {values.max()}, of which 16 bits hold 0 to 65535; convert it to these"
+        )
+    return values
+
+
+def _deep_colours(file: Any, path: str) -> Any:
     """The values uint16 [H, W, 3], upright, of an image of 16-bit colours, of which Pillow keeps the upper bytes; None of any other.
 
-    `file` was just opened; `again` opens it once more, for the lower bytes. Raises ValueError for colours in planes of their own.
+    `file` was just opened; it is opened once more, for the lower bytes. Raises ValueError for colours in planes of their own.
     """
     tags = getattr(file, "tag_v2", {})  # of TIFF: planes, bits
     if tags.get(284) == 2 and 16 in tags.get(258, ()):
@@ -97,7 +136,7 @@ def _deep_colours(file: Any, again: Callable[[], Any]) -> Any:
             part.append(getattr(tile, "_make", tuple)((codec, box, offset, (unpacked, *rest))))
     if not tiles[0]:
         return None
-    with again() as other:
+    with _image_file(path) as other:
         file.tile, other.tile = tiles
         upper, lower = (np.asarray(ImageOps.exif_transpose(half))[..., :3] for half in (file, other))
     return upper.astype(np.uint16) << 8 | (lower[..., 1:2] if colours == "LA;16B" else lower)
@@ -127,8 +166,16 @@ class Deployed:
         return {self.classes[i]: float(scores[i] / scores.sum()) for i in np.argsort(-scores, kind="stable")}
 
 
+def _in_one_line(said: str) -> str:
+    """What no screen shows, such as an end of a line in the name of a file, becomes ?."""
+    return "".join(c if c.isprintable() else "?" for c in said)
+
+
 def main() -> None:
     """The command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that it cannot write is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
     parser.add_argument("--model", default="model.onnx", help="or model-int8.onnx, where it is there")
@@ -146,14 +193,15 @@ def main() -> None:
             outputs = network(as_input(file))
             told = {} if network.classes is None else network.told(outputs)
         except Exception as error:  # Pillow's readers stumble in many ways over damaged files
-            print(f"{file}: {error}", file=sys.stderr)
+            print(_in_one_line(f"{file}: {' '.join(str(error).split())}"), file=sys.stderr)
             failed = True
             continue
         if given.json or not told:
             plain = [one.tolist() for one in outputs] if isinstance(outputs, list) else outputs.tolist()
             print(json.dumps({"file": file, "outputs": plain} | ({"classes": told} if told else {})))
         else:
-            print(f"{file}: " + ", ".join(f"{name} {chance:.3f}" for name, chance in list(told.items())[:5]))
+            likely = ", ".join(f"{name} {chance:.3f}" for name, chance in list(told.items())[:5])
+            print(_in_one_line(f"{file}: {likely}"))
     sys.exit(1 if failed else 0)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rmprune import artifact
@@ -121,6 +120,7 @@ def put_weights(
             f"{source}: these are the weights of another network than {name} ({what}); give the model, number of classes, width and "
             "image size that they belong to"
         )
+    kept = {key: value.to(own[key].dtype) if own[key].is_floating_point() else value for key, value in kept.items()}
     if broken := [key for key in own if key in kept and not _finite_in(kept[key], own[key])]:
         raise ArtifactError(
             f"{source}: NaN or infinite numbers in {_listed(broken)}, as of a training that diverged "
@@ -143,15 +143,16 @@ def put_weights(
 def _inside(
     own: dict[str, Tensor], state: dict[str, Tensor], head: set[str], source: str
 ) -> tuple[str, dict[str, Tensor]]:
-    """The prefix before most of the network's names, the shortest of several, and what stands behind it.
+    """The prefix before most of the network's names, of several within each other the shortest, and what stands behind it.
 
-    Raises ArtifactError where two are as short: nothing says which network is meant.
+    Raises ArtifactError where the whole network stands behind another prefix, too: nothing says which is meant.
     """
     first = next((key for key in own if key not in head), next(iter(own), ""))
     prefixes = {key.removesuffix(first) for key in state if key == first or key.endswith(f".{first}")} | {""}
     count = {before: sum(before + key in state for key in own) for before in prefixes}
     prefix, *others = sorted((p for p in prefixes if count[p] == max(count.values())), key=lambda p: (len(p), p))
-    if same := [other for other in others if len(other) == len(prefix)]:
+    body = [key for key in own if key not in head and not key.endswith(_COUNTER)]
+    if same := [p for p in others if not p.startswith(prefix) and all(p + key in state for key in body)]:
         raise ArtifactError(
             f"{source}: holds several networks ({_listed([prefix, *same])}); save the one that you mean"
         )
@@ -192,7 +193,7 @@ def _counts(tensor: Tensor) -> bool:
 
 def _finite_in(value: Tensor, own: Tensor) -> bool:
     """Whether all numbers are finite in the network's own format. Where its own are not (masks of attention), any are fine."""
-    return is_finite(value.to(own.dtype if own.is_floating_point() else torch.float64)) or not is_finite(own)
+    return is_finite(value if own.is_floating_point() else value.double()) or not is_finite(own)
 
 
 def _listed(names: Iterable[str]) -> str:

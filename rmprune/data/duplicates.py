@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rmprune.errors import in_one_line
 from rmprune.runs.reading import sha256_of
 
 logger = logging.getLogger("rmprune")
@@ -37,7 +38,7 @@ def warn_of_duplicates(paths: list[str], parts: Mapping[str, Iterable[int]], cla
         if several:
             shown = "; ".join(" = ".join(paths[number] for number in list(one.values())[:2]) for one in several[:2])
             many = "photo is" if len(several) == 1 else "photos are"
-            logger.warning("%d %s in two %s (%s)", len(several), many, what, shown[:500])
+            logger.warning("%d %s in two %s (%s)", len(several), many, what, in_one_line(shown[:500]))
 
 
 def _equal(paths: list[str], mark_of: Mapping[int, Mark]) -> list[dict[Mark, int]]:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from rmprune.data.walk import ENDINGS, is_folder
+from rmprune.errors import in_one_line
 
 logger = logging.getLogger("rmprune")
 _MOST_FOLDERS = 1000
@@ -33,7 +34,7 @@ def photos_of(entries: list[os.DirEntry[str]]) -> list[str]:
 def say_left_out(root: Path, photos: list[str], why: str) -> None:
     """`why`: and what to do."""
     if photos:
-        logger.warning("%s: left out: %s (first: %s): %s", root, _count(len(photos)), photos[0], why)
+        logger.warning("%s: left out: %s (first: %s): %s", root, _count(len(photos)), in_one_line(photos[0]), why)
 
 
 def say_nested(root: Path, photos: list[str]) -> None:
@@ -44,7 +45,7 @@ def say_nested(root: Path, photos: list[str]) -> None:
             "--labels FILE.csv",
             root,
             _count(len(photos)),
-            photos[0],
+            in_one_line(photos[0]),
         )
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,10 @@ from rmprune.data.named import named_file, photos_by_key, why_not
 from rmprune.data.parts import LAYOUT, PART_OF, PARTS, parts_by_folder, parts_of_folder, split_column
 from rmprune.data.table import USUAL_NAMES, column_of, plain_name, read_rows
 from rmprune.data.walk import ENDINGS, number_of, same_file, size_of, walked
-from rmprune.errors import DataError
+from rmprune.errors import DataError, in_one_line
 
 logger = logging.getLogger("rmprune")
+_WHOLE = r"^(-?)0*([0-9]+)(?:\.0*)?$"
 
 
 class Photo(NamedTuple):
@@ -95,7 +97,7 @@ def _from_folders(root: Path) -> Listing:
                 first = seen.setdefault(file, photo)
                 if first is not photo and first[1:] != photo[1:] and same_file(first.path, path):
                     raise DataError(
-                        f"{first.path} and {path} are one file by a link; it has one class and part: take one out"
+                        f"{in_one_line(first.path)} and {in_one_line(path)} are one file by a link; it has one class and part: take one out"
                     )
                 photos.append(photo)
     return Listing(photos, tuple(classes))
@@ -160,6 +162,7 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
             "%s: no column of labels (there are: %s); the folder names the class", file, ", ".join(columns)[:200]
         )
     split = split_column(file, rows, {images, labels, groups})
+    alike = _alike(row[groups] for row in rows) if groups else {}
     named: list[tuple[Photo, str]] = []  # with the name of its class
     spelled: dict[str, str] = {}  # file -> its path in the CSV
     for row in rows:
@@ -183,7 +186,7 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
         part = PART_OF.get(row[split].strip().lower(), "") if split else ""
         if split and not part:
             raise DataError(f"{file}: {image!r} has split {row[split]!r}; use train, val or test")
-        named.append((Photo(str(path), 0, part, row[groups].strip() if groups else ""), name))
+        named.append((Photo(str(path), 0, part, alike[row[groups]].strip() if groups else ""), name))
     if split and not any(photo.part == "train" for photo, _ in named):
         raise DataError(f"{file}: no row has split 'train'")
     if not split:
@@ -198,11 +201,20 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     return Listing([photo._replace(label=number[name]) for photo, name in named], tuple(classes))
 
 
+def _alike(names: Iterable[str]) -> dict[str, str]:
+    """Each of these names -> the first that a person reads as the same: but for case, spaces, how letters are composed, and how a whole
+    number is written (1, 01, 1.0)."""
+    first: dict[str, str] = {"": ""}
+    found: dict[str, str] = {}
+    for name in names:
+        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        found[name] = first.setdefault(re.sub(_WHOLE, r"\1\2", plain), name)
+    return found
+
+
 def _warn_of_alike(root: Path, classes: tuple[str, ...]) -> None:
     """Of names that a person reads as one."""
-    seen: dict[str, str] = {}
-    for name in classes:
-        first = seen.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
+    for name, first in _alike(classes).items():
         if first != name:
             logger.warning("%s: classes %r and %r are two; if they are one, give them one spelling", root, first, name)
 

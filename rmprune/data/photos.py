@@ -23,14 +23,14 @@ from torchvision.transforms import v2
 from rmprune.config.data import CacheKind
 from rmprune.data.depth import deep_values, opened
 from rmprune.data.sources import cache_folder
-from rmprune.errors import ArtifactError, DataError
+from rmprune.errors import ArtifactError, DataError, in_one_line
 from rmprune.runs.progress import progress
 from rmprune.runs.writing import whole
 
 logger = logging.getLogger("rmprune")
 ELONGATED = 50  # times the shorter side: what is longer is no photo, and its enlarged form would fill the memory
 _AT_ONCE = 32  # images, from a loader process
-_VERSION = 3  # of what decoding does: another one makes new caches
+_VERSION = 4  # of what decoding does: another one makes new caches
 
 
 class Photos(TorchDataset[Tensor]):
@@ -53,7 +53,7 @@ class Photos(TorchDataset[Tensor]):
         image = self.whole(index)
         if max(image.size) > ELONGATED * min(image.size):
             raise DataError(
-                f"{self.paths[index]} is {image.width}x{image.height} pixels, which is no photo; take it out"
+                f"{in_one_line(self.paths[index])} is {image.width}x{image.height} pixels, which is no photo; take it out"
             )
         return _square(image, self.side)
 
@@ -134,7 +134,9 @@ class Photos(TorchDataset[Tensor]):
             try:
                 about = path.stat()
             except OSError as error:
-                raise DataError(f"{path} cannot be read ({error.strerror}); replace it or take it out") from None
+                raise DataError(
+                    f"{in_one_line(str(path))} cannot be read ({error.strerror}); replace it or take it out"
+                ) from None
             files.append((str(path.absolute()), about.st_size, about.st_mtime_ns))
         told = json.dumps([_VERSION, self.side, self.depth, files], ensure_ascii=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
@@ -155,7 +157,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        *_, last = str(error).strip().splitlines()
+        raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from None
 
 
 def _square(image: Image.Image, side: int) -> Tensor:

@@ -7,6 +7,8 @@ from torch import fx, nn
 from rmprune.errors import UnsupportedModel
 
 _HELD = ("meta", "shape_env")  # by a GraphModule itself, beside what its class has
+RESERVED = frozenset((*keyword.kwlist, "self", *_HELD, *dir(fx.GraphModule), *dir(nn.Module())))
+"""What an input or a layer that is named here is not called: the code of its graph could not be read, or lost something of its own."""
 
 
 class _Word(str):

@@ -12,6 +12,7 @@ from rmprune.graph.convolution import Obstacle
 
 Array = np.ndarray[Any, Any]
 MOST_VALUES = 2**24  # of a tensor that is computed from sizes (anchors of a detector have 10,000)
+MOST_OF_ALL = 2**26  # of all such tensors together, beside a few times what stands in the file
 
 
 def fold(op: str, inputs: list[Array | None], attributes: Mapping[str, Any]) -> Array:
@@ -125,6 +126,11 @@ def _reshape(inputs: list[Any], attributes: Mapping[str, Any]) -> Array:
     return inputs[0].reshape(reshaped(inputs[0].shape, target, bool(attributes.get("allowzero"))))
 
 
+def _concat(inputs: list[Any], attributes: Mapping[str, Any]) -> Array:
+    _of_sizes(np.array([sum(value.size for value in inputs)]))
+    return np.concatenate(inputs, attributes["axis"])
+
+
 def _gather(inputs: list[Any], attributes: Mapping[str, Any]) -> Array:
     axis = attributes.get("axis", 0)
     _of_sizes(np.array([inputs[1].size, inputs[0].size // max(1, inputs[0].shape[axis])]))
@@ -145,7 +151,7 @@ FOLDED: dict[str, Callable[[list[Any], Mapping[str, Any]], Array]] = {
     "Div": _div,
     "Pow": lambda inputs, attributes: np.power(*inputs).astype(inputs[0].dtype),
     "Cast": _cast,
-    "Concat": lambda inputs, attributes: np.concatenate(inputs, attributes["axis"]),
+    "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Gather": _gather,

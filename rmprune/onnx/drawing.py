@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.graph.convolution import Obstacle
+from rmprune.graph.names import RESERVED
 from rmprune.graph.network import free_name
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import blank, on_meta
-from rmprune.onnx.constants import Array
+from rmprune.onnx.constants import MOST_OF_ALL, Array
 
 MOST_ENTRIES = 2**26  # of one map of a batch of two: 64 channels of 512 x 1024 pixels
 
@@ -48,9 +49,10 @@ class Drawing:
 
     def __init__(self) -> None:
         self.graph, self.root = fx.Graph(), nn.Module()
-        self._taken = {*dir(fx.GraphModule), "graph", "code"}
+        self._taken = set(RESERVED)
         self._constants: dict[int, fx.Node] = {}
         self._kept: list[Array] = []  # so that no id is used twice
+        self.room = MOST_OF_ALL
 
     def name(self, wanted: str) -> str:
         """A free name like `wanted`, of letters, digits and _."""
@@ -76,9 +78,16 @@ class Drawing:
         kind = "call_method" if isinstance(function, str) else "call_function"
         return self._run(self.graph.create_node(kind, function, args, kwargs), None)
 
+    def spend(self, values: int) -> None:
+        """Counts so many values that take memory beside the file's own. Raises Obstacle where there are too many."""
+        self.room -= values
+        if self.room < 0:
+            raise Obstacle("what is computed of constants up to it is too large")
+
     def constant(self, value: Array) -> fx.Node:
         """A tensor that the graph reads."""
         if id(value) not in self._constants:
+            self.spend(value.size)
             name, tensor = self.name("constant"), tensor_of(value)
             self.root.register_buffer(name, tensor)
             self._constants[id(value)] = self._run(self.graph.get_attr(name), blank(tensor))

@@ -7,7 +7,7 @@ import graphlib
 
 import onnx
 
-from rmprune.errors import ArtifactError
+from rmprune.errors import ArtifactError, in_one_line
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:
@@ -68,4 +68,4 @@ def said_of(node: onnx.NodeProto) -> str:
 
 def printable(text: str) -> str:
     """A name from outside as it can be printed, of bounded length."""
-    return "".join(c if c.isprintable() else "?" for c in text[:100]) or "(no name)"
+    return in_one_line(text[:100]) or "(no name)"

@@ -29,6 +29,7 @@ ONNX_READERS = WINDOW_READERS | LAYER_READERS | FUNCTION_READERS
 _QUANTISED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _SELF = ("Constant", "Shape")
+_TIMES = 4  # may a file's weights be taken again: in another format, in another order, as a tensor that the graph reads
 MOST_PIXELS = 2**24  # of an input
 
 
@@ -80,6 +81,7 @@ def read_network(
     for tensor in file.proto.graph.initializer:
         array = _wide(file, file.array(tensor))
         values[tensor.name] = Known(array, array)
+        drawing.room += _TIMES * array.size
     for node in file.nodes:
         _read(file, node, values, drawing)
     found = []
@@ -164,9 +166,9 @@ def _result(
     given = [value for value in inputs if value is not None]
     if node.op_type in FOLDED and given and all(isinstance(value, Known) for value in given):
         sides = [[None if value is None else value[k] for value in inputs] for k in (0, 1)]  # type: ignore[index]
-        one = _wide(file, fold(node.op_type, sides[0], attributes))
         same = all(value.constant for value in given)  # type: ignore[union-attr]
-        return [Known(one, one if same else _wide(file, fold(node.op_type, sides[1], attributes)))]
+        one, *more = (_folded(file, node.op_type, side, attributes, drawing) for side in (sides[:1] if same else sides))
+        return [Known(one, more[0] if more else one)]
     if node.op_type not in ONNX_READERS:
         raise Obstacle("it is read of sizes and constants only, not of images")
     call = Call(
@@ -176,6 +178,14 @@ def _result(
     if call.attributes:
         raise Obstacle(f"its attribute {printable(next(iter(call.attributes)))} is not known")
     return found if isinstance(found, list) else [found]
+
+
+def _folded(file: OnnxFile, op: str, inputs: list[Array | None], attributes: dict[str, Any], drawing: Drawing) -> Array:
+    """What an operator gives for known values; counted where that is no view of one of them."""
+    found = _wide(file, fold(op, inputs, attributes))
+    if not any(value is not None and np.may_share_memory(found, value) for value in inputs):
+        drawing.spend(found.size)
+    return found
 
 
 def fixed_batch(file: OnnxFile) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -16,15 +17,22 @@ from rmprune.graph.network import free_name
 from rmprune.onnx.bare import Weights, bare_graph, write_proto
 from rmprune.onnx.compare import as_tensors, in_format, named_outputs, outputs_of
 from rmprune.onnx.file import OnnxFile, open_onnx
+from rmprune.onnx.layout import channel_axis
 from rmprune.onnx.read import OnnxNetwork, fixed_batch, read_network
 from rmprune.onnx.runtime import batch_for, refuse_difference, run_file
 
 logger = logging.getLogger("rmprune")
-_MORE_PIXELS = (
-    (32, 32),
-    (1, 1),
-    (17, 6),
-)  # of the other sizes on which open ones are tried: of other parity and of another shape, too
+_Axes = set[tuple[int, int]]  # the numbers of an input and of its axis
+_OTHER_SIZES: tuple[Callable[[int, int], int], ...] = (
+    lambda size, odd: size + 1,
+    lambda size, odd: max(1, size // 2) + odd,
+    lambda size, odd: size + 32,
+    lambda size, odd: size + (6, 17)[odd],
+    lambda size, odd: max(1, size // 4) + odd,
+    lambda size, odd: max(1, size // 8) + odd,
+)
+"""On which open sizes are tried, of size and parity of an axis: larger and smaller, of other parity and another shape."""
+_ALONE = 2  # of these, the sizes on which an axis is tried by itself
 
 
 def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
@@ -44,8 +52,7 @@ def write_like(network: OnnxNetwork, model: nn.Module, path: Path) -> float:
     _tell(proto, file.proto)
     new = _write(proto, weights, path)
     error = _compare(network, new, 0)
-    is_open = any(None in entry.sizes[2:] for entry in file.inputs)
-    if is_open and not _agree_on_more_pixels(network, new):
+    if not _agree_on_other_sizes(network, new):
         _fix_sizes(proto, network)
         new = _write(proto, weights, path)
         logger.warning(
@@ -142,13 +149,17 @@ def _compare(network: OnnxNetwork, new: OnnxFile, seed: int) -> float:
     return _compare_on(inputs, network, new)
 
 
-def _compare_on(inputs: tuple[Tensor, ...], network: OnnxNetwork, new: OnnxFile) -> float:
-    """The largest difference in ONNX Runtime; beside float32 also of what is read of the new file, with every result in its format."""
+def _compare_on(
+    inputs: tuple[Tensor, ...], network: OnnxNetwork, new: OnnxFile, expected: list[Tensor] | None = None
+) -> float:
+    """The largest difference in ONNX Runtime; beside float32 also of what is read of the new file, with every result in its format.
+
+    `expected`: what the file that was read gives, where that is known."""
     what = f"{new.path.name}, the new file,"
     model = in_format(network.model, network.file.runnable.dtype)
     own = as_tensors(inputs, network.file.runnable.dtype)
-    expected, found = (run_file(file.runnable, own) for file in (network.file, new))
-    error = refuse_difference(model, own, found, expected, what)
+    expected = run_file(network.file.runnable, own) if expected is None else expected
+    error = refuse_difference(model, own, run_file(new.runnable, own), expected, what)
     if network.file.dtype != torch.float32:
         found = outputs_of(read_network(new, like=inputs).model, inputs)
         again = refuse_difference(network.model, inputs, found, outputs_of(network.model, inputs), what)
@@ -156,30 +167,56 @@ def _compare_on(inputs: tuple[Tensor, ...], network: OnnxNetwork, new: OnnxFile)
     return error
 
 
-def _agree_on_more_pixels(network: OnnxNetwork, new: OnnxFile) -> bool:
-    """Whether the new file gives what the other does for images of other sizes, of which that takes one at least."""
-    taken = False
-    for more in _MORE_PIXELS:
-        inputs = _of_more_pixels(network, more)
+def _agree_on_other_sizes(network: OnnxNetwork, new: OnnxFile) -> bool:
+    """Whether the new file gives what the other does for images of other sizes where these are open, of which that takes one at least.
+
+    A size that it does not take, or for which its outputs are not finite, says nothing.
+    """
+    pixels, channels = _open_axes(network)
+    alone = [*_by_themselves(pixels), channels]
+    tried = [(pixels, other) for other in _OTHER_SIZES] + [(axes, o) for axes in alone for o in _OTHER_SIZES[:_ALONE]]
+    taken = not pixels
+    for axes, other in tried:
+        if not axes:
+            continue
+        inputs = _of_other_sizes(network, axes, other)
         try:
-            run_file(network.file.runnable, as_tensors(inputs, network.file.runnable.dtype))
+            expected = run_file(network.file.runnable, as_tensors(inputs, network.file.runnable.dtype))
         except (RmpruneError, RuntimeError):
+            continue
+        if not all(bool(x.isfinite().all()) for x in expected):
             continue
         taken = True
         try:
-            _compare_on(inputs, network, new)
+            _compare_on(inputs, network, new, expected)
         except (RmpruneError, RuntimeError):
             return False
     return taken
 
 
-def _of_more_pixels(network: OnnxNetwork, more: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Noise of the examples' sizes, and as many pixels more where these are open."""
-    inputs = []
-    for entry, x in zip(network.file.inputs, network.examples, strict=True):
+def _open_axes(network: OnnxNetwork) -> tuple[_Axes, _Axes]:
+    """The axes whose sizes the file leaves open, beside that of the images' number: those of pixels, and those of channels."""
+    inputs = network.file.inputs
+    found = {(i, axis) for i, entry in enumerate(inputs) for axis, n in enumerate(entry.sizes) if axis and n is None}
+    channels = {(i, axis) for i, axis in found if axis == channel_axis(network.file, inputs[i])}
+    return found - channels, channels
+
+
+def _by_themselves(pixels: _Axes) -> list[_Axes]:
+    """Each axis of one input, and of several inputs the same axis of all: they may have to agree."""
+    each = [{one} for one in sorted(pixels)]
+    return each + [
+        same for at in sorted({axis for _, axis in pixels}) if len(same := {x for x in pixels if x[1] == at}) > 1
+    ]
+
+
+def _of_other_sizes(network: OnnxNetwork, axes: _Axes, other: Callable[[int, int], int]) -> tuple[Tensor, ...]:
+    """Noise of the examples' sizes, and of other ones at these axes."""
+    inputs, generator = [], torch.Generator().manual_seed(2)
+    for number, x in enumerate(network.examples):
         count = fixed_batch(network.file) or len(x)
-        sizes = [n + (more[i % 2] if i > 1 and entry.sizes[i] is None else 0) for i, n in enumerate(x.shape)]
-        inputs.append(torch.randn([count, *sizes[1:]], generator=torch.Generator().manual_seed(2)).to(x.dtype))
+        sizes = [other(n, i % 2) if (number, i) in axes else n for i, n in enumerate(x.shape)]
+        inputs.append(torch.randn([count, *sizes[1:]], generator=generator).to(x.dtype))
     return tuple(inputs)
 
 

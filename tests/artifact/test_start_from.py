@@ -58,6 +58,29 @@ def test_a_backbone_without_a_head_and_what_lies_beside_it() -> None:
     assert equal_but_for_the_head(model, there)
 
 
+@pytest.mark.parametrize("other", ["student", "moving"])
+def test_of_two_whole_networks_none_is_taken(other: str) -> None:
+    """Whichever has the shorter name."""
+    there = net().state_dict()
+    state = {f"{prefix}.{key}": value for prefix in (other, "ema") for key, value in there.items()}
+    with pytest.raises(ArtifactError, match=rf"^a\.pt: holds several networks \(ema\., {other}\.\); save the one"):
+        put_weights(net(), state, "a.pt", "resnet8")
+    del state[f"{other}.bn1.bias"]
+    assert put_weights(net(), state, "a.pt", "resnet8").endswith("beside ema.* left out")
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float64])
+def test_weights_of_other_formats(kind: torch.dtype, tmp_path: Path) -> None:
+    there = {key: value.to(kind) if value.is_floating_point() else value for key, value in net().state_dict().items()}
+    save_file(there, tmp_path / "a.safetensors")
+    model = net()
+    assert start_from(model, str(tmp_path / "a.safetensors"), "resnet8") == ""
+    assert all(torch.equal(value, there[key].to(value.dtype)) for key, value in model.state_dict().items())
+    there["bn1.bias"] = torch.full((4,), torch.nan).to(kind)
+    with pytest.raises(ArtifactError, match=r"NaN or infinite numbers in bn1\.bias"):
+        put_weights(net(), there, "a.pt", "resnet8")
+
+
 def test_order_is_offered_and_taken_only_when_asked_for() -> None:
     there = {f"layer{number}": value for number, value in enumerate(net(10).state_dict().values())}
     model = net(3)

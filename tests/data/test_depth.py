@@ -1,6 +1,7 @@
 """Photos of more than 8 bits: one rule for grey and colours, in whatever file they come; what Pillow cannot tell is refused."""
 
 import inspect
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -147,6 +148,70 @@ def test_a_palette_with_transparency_is_no_warning_from_predict(tmp_path: Path) 
     assert np.array_equal(found, square(tmp_path / "a.png").permute(1, 2, 0).numpy())
 
 
-def test_predict_reads_deep_colours_as_training_does() -> None:
+def predicted(path: Path) -> Any:
+    return predict._decoded(str(path), {"depth": 16, "resize": None}, (3, 4, 4))
+
+
+@pytest.mark.parametrize("turned", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB", "RGBA", "CMYK"])
+def test_plain_tiffs_are_turned_as_their_exif_says(tmp_path: Path, mode: str, turned: int) -> None:
+    """Not packed, as Pillow maps them into memory."""
+    size = (4, 6) if mode in ("L", "I;16") else (4, 6, len(mode))
+    values = np.random.default_rng(0).integers(0, 256, size).astype(np.uint16 if mode == "I;16" else np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    plain = values * 257 if mode == "I;16" else values
+    path = tmp_path / "a.tif"
+    Image.frombytes(mode, (6, 4), plain.tobytes()).save(path, exif=exif)
+    turn: Any = {
+        1: lambda x: x,
+        3: lambda x: x[::-1, ::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x, -1),
+        7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+        8: np.rot90,
+    }[turned]
+    colours = np.atleast_3d(values)[..., :3].astype(float)
+    if mode == "CMYK":
+        colours = (255 - colours) * (1 - values[..., 3:] / 255)
+    found = np.asarray(Photos([str(path)], 4, 16).whole(0))
+    assert np.abs(found - turn(colours)).max() <= (1 if mode == "CMYK" else 0)
+    assert np.array_equal(predicted(path), found)
+
+
+def refused_alike(path: Path, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        square(path)
+    with pytest.raises(ValueError, match=told):
+        predicted(path)
+
+
+def test_grey_of_which_0_is_white_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    refused_alike(tmp_path / "a.tif", "0 is white; invert it")
+
+
+def test_whole_numbers_beyond_16_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 2**16, np.int32)).save(tmp_path / "a.tif")
+    refused_alike(tmp_path / "a.tif", "values from 65536 to 65536")
+
+
+def test_other_kinds_of_files_are_not_opened(tmp_path: Path) -> None:
+    """As an EPS, for which Pillow starts a program."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", "EPS")
+    with pytest.raises(DataError, match=r"a\.jpg is missing or damaged"):
+        square(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="no image of a kind that is read"):
+        predicted(tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    refused_alike(tmp_path / "b.jpg", "not a regular file")
+
+
+def test_predict_reads_files_as_training_does() -> None:
     """It stands by itself, so the same lines stand in it."""
-    assert inspect.getsource(predict._deep_colours) == inspect.getsource(depth._deep_colours)
+    assert predict._KINDS == depth._KINDS
+    for name in ("_image_file", "_deep_values", "_deep_colours"):
+        here = getattr(depth, name.replace("_deep_values", "deep_values"))
+        assert inspect.getsource(getattr(predict, name)).replace("_deep_values", "deep_values") == inspect.getsource(
+            here
+        )

@@ -212,12 +212,24 @@ def test_a_column_may_be_called_as_a_photo(folder: Path) -> None:
     assert len(list_photos(config(folder, labels=listed(folder, rows))).photos) == 4
 
 
+@pytest.mark.parametrize(
+    "names", [("1", "1.0", "01", "\uff11"), ("M\u00fcller", "Mu\u0308ller", " m\u00fcller"), ("a 1", "A  1 ", "a\t1")]
+)
+def test_groups_that_read_alike_are_one(folder: Path, names: tuple[str, ...]) -> None:
+    rows = [f"train/{kind}/{i}.png,{kind},{names[i % len(names)]}" for kind in ("cat", "dog") for i in range(6)]
+    (folder / "a.csv").write_text("\n".join(["image,label,part", *rows, "val/cat/0.png,cat,2", "val/dog/0.png,dog,"]))
+    listed = list_photos(config(folder, labels=Path("a.csv"), group_column="part")).photos
+    assert len({photo.group for photo in listed[:12]}) == 1
+    assert len({photo.group for photo in listed}) == 3 and listed[-1].group == ""
+
+
 @pytest.mark.parametrize(("second", "warned"), [("Cat", True), ("cat ", True), ("cats", False)])
 def test_classes_of_one_name_in_two_spellings_are_said(
     tmp_path: Path, second: str, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert len(list_photos(config(make(tmp_path, {"cat": 1, second: 1, "dog": 1}))).classes) == 3
+    assert len(list_photos(config(make(tmp_path, {"cat": 1, second: 1, "dog ": 1, "1": 1, "1.0": 1}))).classes) == 5
     assert (f"classes {min('cat', second)!r} and {max('cat', second)!r} are two" in caplog.text) == warned
+    assert "classes '1' and '1.0' are two" in caplog.text and "dog" not in caplog.text
 
 
 COLUMNS = "File_Name{0}Class{0}Part{0}Split\n{1}{0}cat{0}p{0}Train\n{2}{0}dog{0}q{0}Training\n{3}{0}cat{0}r{0}TEST\n{4}{0}dog{0}s{0}test\n"
@@ -485,6 +497,17 @@ def test_a_damaged_image_is_named(folder: Path, workers: int, cache: str, monkey
         list(opened(folder, workers=workers, cache=cache).test.batches(2))
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()  # left alive, they took ten seconds to be told at some later time
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_of_any_name_is_named_in_one_line(
+    folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "_AT_ONCE", 2)
+    monkeypatch.setattr(depth, "_LOOKED_AT", 1)
+    (folder / "val" / "dog" / "9\nDataError: x.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"^/.*/9\?DataError: x\.png is missing or damaged .it is empty"):
+        opened(folder, workers=workers, cache="memory")
 
 
 def csv_of(text: str):

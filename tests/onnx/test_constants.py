@@ -60,8 +60,11 @@ def test_as_the_reference(op: str, inputs: list[Any], attributes: dict[str, Any]
 
 
 LARGE = np.zeros((2**13, 1), np.float32)
+WIDE = np.broadcast_to(np.int64(0), MOST_VALUES // 2)
 REFUSED: list[tuple[str, list[Any], dict[str, Any], str]] = [
     ("Add", [LARGE, LARGE.T], {}, "too large"),
+    ("Concat", [WIDE, WIDE, ints(1)], {"axis": 0}, "makes a tensor of sizes"),
+    ("Gather", [A, np.broadcast_to(0, MOST_VALUES)], {"axis": 1}, "makes a tensor of sizes"),
     ("ConstantOfShape", [ints(MOST_VALUES + 1)], {}, "makes a tensor of sizes"),
     ("Expand", [B, ints(MOST_VALUES, 1)], {}, "makes a tensor of sizes"),
     ("Range", [np.int64(0), np.int64(MOST_VALUES + 1), np.int64(1)], {}, "makes a tensor of sizes"),

@@ -221,6 +221,19 @@ def test_layers_have_names_of_their_place_and_biases_join(tmp_path: Path) -> Non
     assert model.layer1_0_conv1.bias.shape == (6,)
 
 
+@pytest.mark.parametrize("word", ["class", "None", "self", "training", "meta"])
+@pytest.mark.parametrize("place", ["input", "node"])
+def test_names_may_be_words_of_python_or_of_torch(word: str, place: str, tmp_path: Path) -> None:
+    model = residual()
+    if place == "node":
+        model.graph.node[0].name = word
+    else:
+        model.graph.input[0].name = model.graph.node[0].input[0] = word
+    network = checked_network(written(model, tmp_path / "a.onnx"))
+    removed = remove_residuals(network.model, network.examples)
+    assert removed.removed and write_like(network, removed.model, tmp_path / "new.onnx") < 1e-5
+
+
 def test_gelu_written_out_is_a_layer(tmp_path: Path) -> None:
     nodes = [
         node("Div", ["x", "root"], ["a"]),
@@ -379,6 +392,19 @@ def test_a_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(RmpruneError, match=rf"m\.onnx.*({words})") as error:
         checked_network(written(model, tmp_path / "m.onnx"))
     assert "\n" not in str(error.value)
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor is of a size that is taken, and there are many; the weights of a file may be taken again."""
+    monkeypatch.setattr("rmprune.onnx.drawing.MOST_OF_ALL", 1000)
+    make = helper.make_node
+    nodes = [make("ConstantOfShape", ["sizes"], [f"c{i}"]) for i in range(20)]
+    nodes += [make("Add", ["x" if i == 0 else f"y{i}", f"c{i}"], [f"y{i + 1}"]) for i in range(20)]
+    nodes += [make("Identity", ["y20"], ["y"])]
+    model = graph_of(nodes, {"sizes": np.array([4, 6, 8])}, ["n", 4, 6, 8])
+    with pytest.raises(RmpruneError, match=r"ConstantOfShape.*constants up to it is too large"):
+        checked_network(written(model, tmp_path / "a.onnx"))
+    checked_network(written(residual(), tmp_path / "b.onnx"))
 
 
 def with_dead_ends() -> onnx.ModelProto:

@@ -210,6 +210,69 @@ def test_open_sizes_stay_open_only_where_the_new_file_is_right_for_all(kind: str
             assert np.allclose(found, expected, atol=1e-5 * abs(expected).max())
 
 
+def uneven(sizes: list[Any]) -> onnx.ModelProto:
+    """Images [N, H, W, C], and a layer whose border depends on H alone."""
+    model, make = residual(pixels=("height", "width")), onnx.helper.make_node
+    model.graph.node[0].input[0], model.graph.node[2].input[0] = "0", "2b"
+    model.graph.node[5].input[1] = "2b"
+    model.graph.node.insert(0, make("Transpose", ["image:0"], ["0"], perm=[0, 3, 1, 2]))
+    strides = {"auto_pad": "SAME_UPPER", "strides": [2, 1], "kernel_shape": [3, 3]}
+    model.graph.node.insert(3, make("Conv", ["2", "b"], ["2b"], **strides))
+    model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("image:0", onnx.TensorProto.FLOAT, sizes))
+    return model
+
+
+def padded_to(least: int) -> onnx.ModelProto:
+    """Open sizes; a map is filled up with zeros to `least` pixels a side, and larger ones stay."""
+    model, make = residual(pixels=("height", "width")), onnx.helper.make_node
+    known = {"from": [2], "to": [4], "least": [least, least], "none": [0] * 6}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(v, np.int64), name) for name, v in known.items())
+    for at, node in enumerate(
+        [
+            make("Shape", ["2"], ["s0"]),
+            make("Slice", ["s0", "from", "to"], ["s1"]),
+            make("Max", ["s1", "least"], ["s2"]),
+            make("Sub", ["s2", "s1"], ["s3"]),
+            make("Concat", ["none", "s3"], ["s4"], axis=0),
+            make("Pad", ["2", "s4"], ["2b"]),
+        ]
+    ):
+        model.graph.node.insert(2 + at, node)
+    for node in model.graph.node[8:]:
+        node.input[:] = ["2b" if name == "2" else name for name in node.input]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "others"),
+    [
+        (uneven(["n", "height", "width", 3]), 16, [(2, 17, 16, 3), (2, 32, 32, 3)]),
+        (uneven(["n", "height", 16, 3]), None, [(2, 17, 16, 3)]),
+        (padded_to(20), 24, [(2, 3, 12, 12)]),
+    ],
+    ids=["channels last", "height alone", "smaller"],
+)
+def test_every_open_axis_is_tried_by_itself_and_smaller(
+    model: onnx.ModelProto, size: int | None, others: list[Any], tmp_path: Path
+) -> None:
+    source = written(model, tmp_path / "camera.onnx")
+    out = run_convert(ConvertConfig(NetworkConfig(str(source), image_size=size), tmp_path / "out"))
+    dims = onnx.load(out / "model.onnx").graph.input[0].type.tensor_type.shape.dim
+    for sizes in others:
+        if all(dim.dim_param or dim.dim_value == n for dim, n in zip(dims, sizes, strict=True)):
+            expected, found = outputs(source, *sizes), outputs(out / "model.onnx", *sizes)
+            assert np.allclose(found, expected, atol=1e-5 * abs(expected).max())
+        else:
+            assert [dim.dim_param for dim in dims] == ["n" if sizes[-1] == 3 else "batch", "", "", ""]
+
+
+def test_open_channels_that_the_weights_fix_stay_as_they_were(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = residual()
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "channels"
+    out = converted(model, tmp_path)
+    assert onnx.load(out / "model.onnx").graph.input == model.graph.input and "fixed" not in caplog.text
+
+
 def test_weights_over_the_limit_lie_beside_the_file_in_both_directions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

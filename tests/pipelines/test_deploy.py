@@ -1,6 +1,7 @@
 """deploy/ stands by itself: predict.py gives what PyTorch gives for the run's own images, validation images choose, int8 has to hold."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -204,6 +205,19 @@ def test_predict_names_each_file_that_is_no_image_and_goes_on(
     (folder / "model.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"model\.onnx and model\.json: KeyError"):
         runpy.run_path(str(folder / "predict.py"), run_name="__main__")
+
+
+def test_predict_names_files_and_classes_that_cannot_be_written_in_one_line(slimmed: Path, tmp_path: Path) -> None:
+    folder = deploy.deploy(slimmed, load_dataset(QUICK.data), tmp_path / "out", int8_loss=0.0)
+    facts = json.loads((folder / "model.json").read_text())
+    facts["classes"] = [f"{name} \u00fc" for name in facts["classes"]]
+    (folder / "model.json").write_text(json.dumps(facts))
+    np.save(tmp_path / "two\nlines.npy", np.zeros((8, 8), np.uint8))
+    program = [sys.executable, str(folder / "predict.py"), str(tmp_path / "two\nlines.npy"), "none\n\u00fc.npy"]
+    ended = subprocess.run(program, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 1
+    assert ended.stdout.count(b"\n") == 1 and b"two?lines.npy: " in ended.stdout and rb" \xfc " in ended.stdout
+    assert ended.stderr.count(b"\n") == 1 and ended.stderr.startswith(rb"none?\xfc.npy: ")
 
 
 def test_measuring_again_renews_the_card_and_the_ranking(slimmed: Path, tmp_path: Path) -> None:
