@@ -42,7 +42,8 @@ from rmprune.config import SlimConfig
 from rmprune.config.fields import Names
 from rmprune.graph.relative_error import base_inputs, check_inputs, relative_error
 from rmprune.graph.tf32 import tf32
-from rmprune.measure.backends import GPU_ONLY, Candidate, check_backend
+from rmprune.measure.backends import GPU_ONLY, check_backend
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.latency import Configuration, measure_configuration
 from rmprune.measure.machine import environment
 from rmprune.measure.results import Latency

@@ -227,9 +227,10 @@ def convert(arguments: list[str]) -> None:
 def measure(arguments: list[str]) -> None:
     """measure the networks of finished runs again, all interleaved in one process, and update their records; or ONNX files"""
     config = _parse(settings.RemeasureConfig, arguments, "measure")
+    from rmprune.onnx.file import is_onnx
     from rmprune.pipelines.deploy import renew_deployed
     from rmprune.pipelines.measure import run_measure
-    from rmprune.pipelines.measure_files import is_onnx, run_measure_files
+    from rmprune.pipelines.measure_files import run_measure_files
     from rmprune.report.build import renew_reports, show
     from rmprune.runs.directory import runs_of
 

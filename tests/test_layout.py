@@ -50,6 +50,25 @@ def test_no_module_imports_itself_through_others() -> None:
     assert cycles(module_imports(PACKAGE)) == []
 
 
+def test_names_are_imported_from_where_they_stand() -> None:
+    """Of a module; what a package gives stands in one of its modules."""
+    files = {name: path for name, path in modules(PACKAGE).items() if path.name != "__init__.py"}
+    wrong = [
+        f"{name} takes {alias.name} from {node.module}"
+        for name, path in files.items()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ImportFrom) and node.module in files
+        for alias in node.names
+        if alias.name in _imported_names(files[node.module])
+    ]
+    assert not wrong, wrong
+
+
+def _imported_names(path: Path) -> set[str]:
+    imports = [node for node in parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name for node in imports for alias in node.names}
+
+
 def test_a_cycle_would_be_found() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
 

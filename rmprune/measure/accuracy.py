@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from rmprune.data.splits import Split
 from rmprune.errors import ConfigError
-from rmprune.measure.backends import Candidate, prepare, surroundings
+from rmprune.measure.backends import prepare, surroundings
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.rounds import torch_threads
 
 BATCH = 64

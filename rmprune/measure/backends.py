@@ -16,7 +16,7 @@ import torch
 
 from rmprune.errors import ConfigError, RmpruneError, out_of_memory
 from rmprune.graph.tf32 import tf32
-from rmprune.measure.candidate import Candidate, Prepared, Run, Setting, folded_form, onnx_form
+from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form, onnx_form
 from rmprune.measure.machine import BFLOAT16, has_instruction
 from rmprune.measure.quantise import onnx_int8, openvino_int8
 from rmprune.measure.runtimes import (
@@ -37,7 +37,7 @@ from rmprune.onnx.compare import runtime_says
 from rmprune.onnx.file import is_onnx
 
 __all__ = [
-    "BACKENDS", "Backend", "Candidate", "Run", "check_backend", "current", "needs_calibration", "prepare",
+    "BACKENDS", "Backend", "check_backend", "current", "needs_calibration", "prepare",
     "surroundings",
 ]  # fmt: skip
 

@@ -37,8 +37,6 @@ from rmprune.graph.inputs import Inputs, as_names, as_tuple
 from rmprune.measure.accuracy import candidate_accuracy
 from rmprune.measure.backends import (
     BACKENDS,
-    Candidate,
-    Run,
     check_backend,
     needs_calibration,
     prepare,
@@ -46,6 +44,7 @@ from rmprune.measure.backends import (
     says_what_fails,
     surroundings,
 )
+from rmprune.measure.candidate import Candidate, Run
 from rmprune.measure.results import Latency, of_rounds, warn_if_doubtful
 from rmprune.measure.rounds import quiet_process, timed_rounds
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError
-from rmprune.measure.backends import BACKENDS, Candidate, backend_named, prepare, surroundings
+from rmprune.measure.backends import BACKENDS, backend_named, prepare, surroundings
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.latency import Configuration, measure_at
 from rmprune.measure.layers import TimedLayer, neighbours, network_layers
 from rmprune.measure.machine import environment

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rmprune import artifact
 from rmprune.errors import ConfigError
-from rmprune.measure.backends import Candidate, check_backend, prepare
+from rmprune.measure.backends import check_backend, prepare
+from rmprune.measure.candidate import Candidate
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

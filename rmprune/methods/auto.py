@@ -29,9 +29,9 @@ from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.plan import Choice, Options
 from rmprune.pruning.proposals import Proposal, Proposals, learned
-from rmprune.runs.notes import read_notes, remembered, write_text
+from rmprune.runs.notes import read_notes, remembered
 from rmprune.runs.progress import duration
-from rmprune.runs.writing import append_line
+from rmprune.runs.writing import append_line, write_text
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job
 

@@ -13,7 +13,8 @@ from rmprune.methods.refuse import Refusal, refusal
 from rmprune.methods.slim import met
 from rmprune.pruning import Budget
 from rmprune.pruning.importance import NothingMatters
-from rmprune.runs.notes import read_notes, write_text
+from rmprune.runs.notes import read_notes
+from rmprune.runs.writing import write_text
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job
 

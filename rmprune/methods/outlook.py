@@ -23,7 +23,8 @@ from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import even_fraction
 from rmprune.pruning.budget import allowed_units, resolve
 from rmprune.pruning.carry_out import carry_out_blocks
-from rmprune.pruning.groups import Cost, Structure, macs, total_cost
+from rmprune.pruning.groups import Structure, total_cost
+from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.options import BlockLayers, block_layers, block_options
 from rmprune.pruning.plan import CHOICES, Choice, Options

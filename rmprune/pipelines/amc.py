@@ -24,6 +24,7 @@ from rmprune.artifact.describe import describe
 from rmprune.config import AmcConfig
 from rmprune.data.load import Load, load_dataset
 from rmprune.errors import ConfigError
+from rmprune.graph.network import flat_name
 from rmprune.measure import check_available
 from rmprune.measure.place import Place
 from rmprune.methods.slim import remove_faster
@@ -44,7 +45,7 @@ from rmprune.pruning.carry_out import carry_out_plan_blocks
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner
 from rmprune.pruning.one_shot import fitting
-from rmprune.pruning.plan import SlimPlan, flat_name, layers_digest
+from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.pruning.program import read_program
 from rmprune.removal import Removal, remove_residuals
 from rmprune.runs.cells import Cell, plan_cells, unfinished

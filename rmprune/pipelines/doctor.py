@@ -8,7 +8,8 @@ from torch import nn
 from rmprune.config import DoctorConfig
 from rmprune.errors import ConfigError
 from rmprune.measure import BACKENDS
-from rmprune.measure.backends import Candidate, backend_named, prepare, surroundings
+from rmprune.measure.backends import backend_named, prepare, surroundings
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.machine import BFLOAT16, PACKAGES, environment, has_instruction
 from rmprune.measure.quiet import quietness
 

@@ -27,9 +27,10 @@ from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
 from rmprune.pipelines.stages import at_work, dense_network, open_data, pick_device
 from rmprune.pipelines.workers import Submit, Task, work_off, workers_of
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import CONFIG_FILE, LOCK_FILE, Finished, alone
+from rmprune.runs.directory import CONFIG_FILE, Finished, alone
 from rmprune.runs.named import refuse_changed
-from rmprune.runs.notes import read_notes, write_text
+from rmprune.runs.notes import read_notes
+from rmprune.runs.writing import LOCK_FILE, write_text
 from rmprune.training.distributed import processes
 from rmprune.training.job import Job
 

@@ -11,6 +11,7 @@ from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.data.batches import Batches, affordable, network_inputs
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import as_tuple
+from rmprune.graph.network import flat_name
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.collapse import shorten_blocks
 from rmprune.pruning.followed import followed
@@ -19,7 +20,7 @@ from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import in_and_out
 from rmprune.pruning.one_shot import fitting, fitting_images
 from rmprune.pruning.options import block_names, block_options
-from rmprune.pruning.plan import Choice, SlimPlan, flat_name, layers_digest
+from rmprune.pruning.plan import Choice, SlimPlan, layers_digest
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.refit import refit
 from rmprune.pruning.surgery import note_cut, shrink

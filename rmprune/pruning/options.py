@@ -9,12 +9,12 @@ from rmprune.config import REMOVAL, RemovalConfig
 from rmprune.graph.convolution import Obstacle, or_none
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_given
-from rmprune.graph.network import Network
+from rmprune.graph.network import Network, flat_name
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.pruning.collapse import read_additions
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.one_convolution import Fit, collapsible, new_layers, replace_branch
-from rmprune.pruning.plan import CHOICES, Choice, Options, flat_name
+from rmprune.pruning.plan import CHOICES, Choice, Options
 from rmprune.removal import plan_removal
 from rmprune.removal.blocks import Block, find_block
 from rmprune.removal.rewrite import remove_all

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from rmprune.pruning.groups import Cost, SizedLayer, Structure
+from rmprune.graph.network import flat_name
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.layers import Cost, SizedLayer
 from rmprune.pruning.multiple_choice import Answer, Problem, Question, Term, solve
 from rmprune.pruning.options import BlockLayers, BlockMembers
-from rmprune.pruning.plan import Choice, flat_name
+from rmprune.pruning.plan import Choice
 
 LEVELS = 8  # widths of a group that a program chooses among, at most
 WEIGHED = ("widths", "merge", "drop")  # of losses, which are believed each by a factor

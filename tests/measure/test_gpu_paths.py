@@ -24,8 +24,8 @@ from rmprune.config import AmcConfig, MeasureConfig, PruneConfig, SearchConfig, 
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.graph.tf32 import tf32
 from rmprune.measure import BACKENDS, LatencyModel, check_available, measure_latencies, torch_backends
-from rmprune.measure.backends import GPU_ONLY, Backend, Candidate, prepare, surroundings
-from rmprune.measure.candidate import Prepared, Setting
+from rmprune.measure.backends import GPU_ONLY, Backend, prepare, surroundings
+from rmprune.measure.candidate import Candidate, Prepared, Setting
 from rmprune.pipelines.measure_files import FILE_BACKENDS
 
 NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()

@@ -14,7 +14,8 @@ from torch import nn
 
 from rmprune.errors import ConfigError
 from rmprune.measure import backends, check_available, measure_latencies, measure_latency, rounds
-from rmprune.measure.backends import Candidate, prepare
+from rmprune.measure.backends import prepare
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.rounds import timed_rounds
 
 

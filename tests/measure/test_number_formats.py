@@ -21,7 +21,8 @@ from rmprune.measure import (
     check_available,
     measure_latencies,
 )
-from rmprune.measure.backends import Candidate, prepare, surroundings
+from rmprune.measure.backends import prepare, surroundings
+from rmprune.measure.candidate import Candidate
 from rmprune.measure.quantise import onnx_int8
 from rmprune.training import evaluate
 
