@@ -45,6 +45,11 @@ class Dataset:
     photos: str = ""
     """A digest of which photos there are (`rmprune.data.listing.digest_of`); empty for data sets that never change."""
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of training images in an epoch."""
+        return self.train.num_batches(self.config.batch_size, shuffled=True)
+
 
 Load = Callable[[DataConfig, Statistics], "Dataset"]
 """`load_dataset`, or one that remembers."""

@@ -5,7 +5,6 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 
 import torch
@@ -22,6 +21,7 @@ from rmprune.pruning.allocate import Meter, even_fraction, least_cost
 from rmprune.pruning.budget import resolve
 from rmprune.pruning.coupled import check_coupled, loss_gradients
 from rmprune.pruning.followed import followed
+from rmprune.pruning.gradual import between_cuts
 from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import IMPORTANCES, NothingMatters, score_groups
 from rmprune.pruning.layers import Cost, macs
@@ -162,7 +162,7 @@ class Cutter:
             raise ConfigError("cuts while training do not go down from the widths of a plan; leave --gradual out")
         return GradualPruner(
             self.network, self.example, budget,
-            every=max(Fraction(1), Fraction(round(settings.cut_fraction * steps), settings.cuts)),
+            every=between_cuts(settings.cut_fraction * steps, settings.cuts),
             prune_epochs=settings.cut_fraction * epochs, decay=settings.score_decay, cost=self.cost,
             rank=settings.rank, lookahead=self.lookahead, structure=self.structure, meets=meets,
         )  # fmt: skip

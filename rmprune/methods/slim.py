@@ -48,7 +48,7 @@ def slim_network(
     cut_to = met(budget, cutter, files)
     network, hook = cutter.network, None
     if cutter.gradual:
-        steps = data.train.num_batches(data.config.batch_size, shuffled=True) * config.finetune.epochs
+        steps = data.steps_per_epoch * config.finetune.epochs
         meets = functools.partial(_excess, cutter, budget) if timed else None
         hook = cutter.hook(cut_to, steps=steps, epochs=config.finetune.epochs, meets=meets)
     else:  # after an interruption the same cut again gives the network that the checkpoint belongs to

@@ -9,7 +9,6 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from rmprune.pipelines.stages import (
 )
 from rmprune.pruning.carry_out import carry_out_plan_blocks
 from rmprune.pruning.find_groups import find_structure
-from rmprune.pruning.gradual import PolicyPruner
+from rmprune.pruning.gradual import PolicyPruner, between_cuts
 from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.pruning.program import read_program
@@ -172,8 +171,7 @@ def _slim(base: nn.Module, name: str, goal: Goal, job: Job[AmcConfig], cell: Cel
         chosen = choose(base, space, search, job, goal, watch)
     network, hook = base, None
     if config.apply == "gradual" and config.finetune.epochs > 0:
-        steps = job.data.train.num_batches(job.data.config.batch_size, shuffled=True) * config.prune_epochs
-        every = max(Fraction(1), Fraction(round(steps), GRADUAL_CUTS))
+        every = between_cuts(job.data.steps_per_epoch * config.prune_epochs, GRADUAL_CUTS)
         hook = PolicyPruner(base, example, chosen.widths, prune_epochs=config.prune_epochs, every=every)
     else:
         network = job.ready(chosen.model)

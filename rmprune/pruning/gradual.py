@@ -33,6 +33,11 @@ MEASURED_FROM = 1.3  # times the budget: from there on the network is measured b
 WITHOUT_DATA = ("batch_norm", "magnitude", "random")
 
 
+def between_cuts(steps: float, cuts: int) -> Fraction:
+    """The steps from one cut to the next where so many are spread evenly over `steps`; at least one."""
+    return max(Fraction(1), Fraction(round(steps), cuts))
+
+
 class GradualPruner:
     """A hook for `rmprune.training.fit`: cuts `state.model` and slices the momentum of `state.optimizer`.
 

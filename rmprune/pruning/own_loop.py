@@ -1,7 +1,6 @@
 """Pruning while somebody else trains: `GradualPruner` for loops that are not ours. Makes no step and decides no learning rate."""
 
 import numbers
-from fractions import Fraction
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.budget import Budget, refuse_no_budget
 from rmprune.pruning.followed import followed
-from rmprune.pruning.gradual import GradualPruner
+from rmprune.pruning.gradual import GradualPruner, between_cuts
 from rmprune.pruning.prove import prove_groups
 from rmprune.training.state import TrainState
 
@@ -93,7 +92,7 @@ class Pruner:
         model, _, structure = followed(model, inputs, budget)
         self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
-            model, inputs, budget, prune_epochs=steps, every=max(Fraction(1), Fraction(steps, cuts)),
+            model, inputs, budget, prune_epochs=steps, every=between_cuts(steps, cuts),
             importance=importance, structure=structure,
         )  # fmt: skip
         self._loop = TrainState(model, optimizer, TrainConfig(), 1, steps, 0.0)  # of a loop that knows no epochs

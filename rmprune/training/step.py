@@ -40,7 +40,7 @@ class Stepping:
         self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
         model = self.place(copied(model))
         self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
-        steps = data.train.num_batches(data.config.batch_size, shuffled=True)
+        steps = data.steps_per_epoch
         self.state = TrainState(
             model,
             make_optimizer(model, config),

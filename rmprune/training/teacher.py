@@ -39,7 +39,7 @@ class Teacher:
         self.memory, self.frozen = memory, network
         answer = functools.partial(ask, network)
         self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer
-        self.batches = data.train.num_batches(data.config.batch_size, shuffled=True)
+        self.batches = data.steps_per_epoch
         self.name = "" if memory is None else digest(network, asked_about(data) | {"seed": seed, "dtype": str(dtype)})
         self.epoch = -1
         self.known: Tensor | None = None  # outputs [batches, B, classes] of this epoch, where the images are
