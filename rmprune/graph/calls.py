@@ -38,6 +38,30 @@ def set_item(x: Any, index: Any, value: Any) -> Any:
     return x
 
 
+_OWN_NAMES = {"axis": "dim", "keepdims": "keepdim", "x2": "other"}
+_LEADING = {
+    "scaled_dot_product_attention": ("query", "key", "value"),
+    "where": ("condition", "input"),
+    "searchsorted": (),
+}
+
+
+def name_as_torch(node: fx.Node) -> None:
+    """What a call of torch's is given by numpy's names gets torch's own, what leads by name its place: mean(input=x, axis=1), in place."""
+    name = str(getattr(node.target, "__name__", node.target))
+    stock = node.op == "call_function" and any(getattr(m, name, None) is node.target for m in (torch, F))
+    if not node.kwargs or "quant" in name or not (stock or node.op == "call_method"):  # some of these have an `axis`
+        return
+    args, given = list(node.args), {_OWN_NAMES.get(key, key): value for key, value in node.kwargs.items()}
+    if not args and name not in _LEADING:
+        args += [given.pop(first) for first in ("input", "x", "a", "x1") if first in given]
+    for leading in _LEADING.get(name, ())[len(args) :]:
+        if leading not in given:
+            break
+        args.append(given.pop(leading))
+    node.args, node.kwargs = tuple(args), given
+
+
 def argument(node: fx.Node, place: int, *names: str, default: Any = None) -> Any:
     """The argument of a call at this place, or by one of these names."""
     if len(node.args) > place:
@@ -83,7 +107,7 @@ def concatenated(node: fx.Node) -> tuple[list[Any], Any]:
     if node.op != "call_function" or node.target not in CONCATENATIONS:
         return [], None
     parts = argument(node, 0, "tensors")
-    return list(parts) if isinstance(parts, list | tuple) else [], argument(node, 1, "dim", "axis", default=0)
+    return list(parts) if isinstance(parts, list | tuple) else [], argument(node, 1, "dim", default=0)
 
 
 def piece_sizes(node: fx.Node) -> Any:

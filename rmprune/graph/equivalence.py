@@ -123,7 +123,7 @@ def refuse_stuck(model: nn.Module, result: nn.Module, image: Iterable[Tensor]) -
             ) from error
 
 
-_UNSEEN = "the network does something that torch.fx does not see, such as writing into y.data, or by y.__setitem__; write it out of place"
+_UNSEEN = "the network does something that torch.fx does not see, such as writing into y.conj() or y.as_strided(...); write it out of place"
 
 
 @torch.no_grad()

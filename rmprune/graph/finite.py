@@ -10,7 +10,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, in_double
 from rmprune.graph.foreign import reference_copy
-from rmprune.graph.tensors import floating_dtype, tensors_in, to_double
+from rmprune.graph.tensors import floating_dtype, output_tensors, tensors_in, to_double
 
 
 def is_finite(value: Tensor) -> bool:
@@ -69,13 +69,14 @@ def broken_on(model: nn.Module, x: Tensor, *, evaluated: bool = False) -> str | 
 
 @torch.no_grad()
 def refuse_broken(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Raises UnsupportedModel that says where, if NaN begins in the inputs, the network, or what it makes of the first of them."""
+    """Raises UnsupportedModel that says where, if NaN begins in the inputs, the network, or what it makes of the first of them; and where
+    that holds no tensors that can be looked at."""
     for value in inputs:
         if not is_finite(value):
             raise UnsupportedModel("example_inputs are not finite: give images as the network sees them")
     one = tuple(to_double(x[:1]) for x in inputs)
     twin = reference_copy(model)
-    if broken_tensor(twin) is None and not any(bool(x.isnan().any()) for x in tensors_in(in_double(twin, one))):
+    if broken_tensor(twin) is None and not any(bool(x.isnan().any()) for x in output_tensors(in_double(twin, one))):
         return
     with InDouble():
         where = where_broken(reference_copy(model), one, infinite=False)

@@ -25,6 +25,8 @@ def modules_for(node: fx.Node, constant: Constant, shape: Shape) -> list[nn.Modu
     if entry is None or not node.args or not isinstance(node.args[0], fx.Node) or is_size(node.args[0]):
         return None
     names, build = entry
+    if not node.kwargs.keys() <= set(names):  # dtype=, out=: what no stock module does
+        return None
     values = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     given = {key: constant(value) for key, value in values.items()}
     if any(isinstance(value, fx.Node) for value in given.values()) and build is not _view:
@@ -41,7 +43,7 @@ def _simple(make: Callable[..., nn.Module]) -> Callable[[dict[str, Any]], list[n
     """`make(**values)`; in-place becomes out of place."""
 
     def build(given: dict[str, Any]) -> list[nn.Module]:
-        return [make(**{k: v for k, v in given.items() if k not in ("inplace", "training", "input")})]
+        return [make(**{k: v for k, v in given.items() if k not in ("inplace", "training")})]
 
     return build
 
@@ -105,7 +107,7 @@ def _scale(given: dict[str, Any], shape: tuple[int, ...] | None = None) -> list[
 
 def _divide(given: dict[str, Any], shape: tuple[int, ...] | None) -> list[nn.Module] | None:
     divisor = given["other"]
-    if given.get("rounding_mode") is not None or not isinstance(divisor, int | float | Tensor):
+    if not isinstance(divisor, int | float | Tensor):
         return None
     inverse = torch.as_tensor(divisor, dtype=torch.float64).detach().reciprocal()
     if isinstance(divisor, nn.Parameter):  # goes on being trained
@@ -156,7 +158,7 @@ _CALLS: dict[Any, tuple[tuple[str, ...], Callable[..., list[nn.Module] | None]]]
     F.gelu: (("approximate",), _simple(nn.GELU)),
     F.elu: (("alpha", "inplace"), _simple(nn.ELU)),
     F.softplus: (("beta", "threshold"), _simple(nn.Softplus)),
-    F.prelu: (("weight",), _prelu),
+    **dict.fromkeys((F.prelu, torch.prelu, "prelu"), (("weight",), _prelu)),
     **dict.fromkeys((torch.clamp, "clamp", "clamp_"), (("min", "max"), _clamp)),
     F.avg_pool2d: (_POOL, _simple(nn.AvgPool2d)),
     **dict.fromkeys(

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.calls import argument, arguments, module_around, writes
 from rmprune.graph.double import in_double
 from rmprune.graph.network import Network, named
-from rmprune.graph.tensors import to_double
+from rmprune.graph.tensors import tensors_in, to_double
 
 RANDOM = (
     "the network draws random numbers in eval mode: the same inputs give other outputs each time. Draw them only if self.training "
@@ -77,7 +76,7 @@ def draws() -> tuple[Any, ...]:
 def refuse_drawn(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> None:
     """Raises UnsupportedModel where numbers that were drawn while `model` (float64) was traced, and so became fixed, reach its outputs."""
     image = tuple(to_double(x[:1]) for x in example_inputs)
-    first, second = (tree_leaves(in_double(model, image)) for _ in range(2))
+    first, second = (tensors_in(in_double(model, image)) for _ in range(2))
     pairs = zip(first, second, strict=True)
-    if any(isinstance(a, Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
+    if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
         raise UnsupportedModel(RANDOM)

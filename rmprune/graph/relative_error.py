@@ -58,7 +58,7 @@ def relative_error(original: Any, result: Any, groups: list[int], base: Any = No
     What the inputs change in a group, for each output tensor: max - min over the group's images and `base` (the original's outputs
     on one other image), at the entry where that is largest, so that a bias does not count (RM.md 10). At least FLOOR of the
     largest |output|, since float64 rounding goes with that; and the largest itself where there is nothing to tell the image from.
-    Where the original itself is not finite nothing is compared, except that it must be finite somewhere.
+    Where either is not finite the other must be the same (a mask's -inf, NaN); the original must be finite somewhere.
     """
     first, second = double_tensors(original), double_tensors(result)
     if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
@@ -83,8 +83,9 @@ def depends(part: Tensor, other: Tensor | None) -> bool:
 
 
 def double_tensors(value: Any) -> list[Tensor]:
-    """The tensors in what a network returns, in float64 on the CPU."""
-    return [t.detach().cpu().double() for t in tensors_in(value)]
+    """The tensors in what a network returns, in float64 on the CPU; of a complex one real and imaginary parts [..., 2]."""
+    found = (t.detach().cpu() for t in tensors_in(value))
+    return [(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).double() for t in found]
 
 
 def _others(tensors: list[Tensor], base: Any) -> list[Tensor] | list[None]:
@@ -119,9 +120,10 @@ def _error(original: Tensor, result: Tensor, change: float) -> float:
     finite = torch.isfinite(original)
     if not finite.any():
         return 0.0 if original.numel() == 0 else math.inf
+    odd = ~(finite & torch.isfinite(result))
+    if not torch.allclose(original[odd], result[odd], 0, 0, equal_nan=True):
+        return math.inf
     difference = (original - result)[finite].abs().max().item()
     largest = _largest(original)
     scale = min(largest, change) if math.isinf(change) else max(change, FLOOR * largest)
-    if math.isnan(difference):
-        return math.inf
     return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)

@@ -105,11 +105,11 @@ def _unstack(network: Network, node: fx.Node) -> None:
     if node.target not in _SUMS_OVER or not isinstance(stack, fx.Node) or stack.target is not torch.stack:
         return
     parts, at = argument(stack, 0, "tensors"), argument(stack, 1, "dim", default=0)
-    over, rank = argument(node, 1, "dim", "axis"), len(shape_of(stack) or ())
+    over, rank = argument(node, 1, "dim"), len(shape_of(stack) or ())
     over = over[0] if isinstance(over, list | tuple) and len(over) == 1 else over
     if not isinstance(parts, list | tuple) or not isinstance(over, int) or over % rank != at % rank:
         return
-    kept, named = argument(node, 2, "keepdim", default=False), {"dim", "axis", "input", "keepdim"}
+    kept, named = argument(node, 2, "keepdim", default=False), {"dim", "keepdim"}
     if kept or len(node.args) > 3 or node.kwargs.keys() - named or len(parts) < 2:
         return
     total = parts[0]

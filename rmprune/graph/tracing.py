@@ -16,6 +16,7 @@ from torch.fx.proxy import TraceError
 from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.calls import module_around, name_as_torch
 from rmprune.graph.fx_tracer import NO_LENGTH, Tracer
 
 logger = logging.getLogger("rmprune")
@@ -52,11 +53,14 @@ def follow(kind: type[Tracer], model: nn.Module, inputs: tuple[Tensor, ...] | No
             _note_origin(graph, model)
             noted = list(tracer.decided), list(tracer.autocast), list(tracer.frozen)
             vars(tracer).clear()  # it stands in a circle, and would hold the network until that is collected
-            return Traced(_cleaned(graph, fixed), *noted)
+            found = Traced(_cleaned(graph, fixed), *noted)
         except Exception as error:  # tracing runs the user's forward code: anything may come out
             tried.append((tracer, error))
             for name in set(model.__dict__) - before:  # constants of a trace that came to nothing
                 del model.__dict__[name]
+        else:
+            _refuse_written(found.graph)
+            return found
     failed = tried[min(1, len(tried) - 1)]
     raise _refusal(model, *failed) from failed[1]
 
@@ -169,6 +173,7 @@ def _cleaned(graph: fx.Graph, fixed: Any) -> fx.Graph:
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
             _as_function(node)
+        name_as_torch(node)
     asserted = [node for node in graph.nodes if node.target in (torch._assert, _symbolic_trace._assert_is_none)]
     for node in asserted:
         _erase(node)
@@ -189,6 +194,16 @@ def _as_function(node: fx.Node) -> None:
         node.target = function
     elif isinstance(getattr(Tensor, name, None), types.MethodDescriptorType):
         node.op, node.target = "call_method", name
+
+
+def _refuse_written(graph: fx.Graph) -> None:
+    """Who reads what a call writes into `out=` later, the graph does not say."""
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and node.kwargs.get("out") is not None:
+            path, _ = module_around(node)
+            raise UnsupportedModel(
+                f"{f'{path}.' * bool(path)}{node.name} writes into out=: give what it returns a name instead (y = torch.add(y, z))"
+            )
 
 
 def _erase(node: fx.Node) -> None:

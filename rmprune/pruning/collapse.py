@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
@@ -65,6 +66,7 @@ class Collapse:
 
 
 @tf32(False, "cuda")
+@torch.inference_mode(False)  # what it makes can be trained
 def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] | None = ()) -> Collapse:
     """Each residual block's branch of several layers as one convolution, with a batch norm after it. `model` is left alone.
 

@@ -38,6 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @tf32(False, "cuda")
+@torch.inference_mode(False)  # what it makes can be trained
 def prune_coupled(
     model: M,
     example_inputs: Inputs,

@@ -38,6 +38,7 @@ class Folded:
 
 
 @tf32(False, "cuda")
+@torch.inference_mode(False)  # what it makes can be trained
 def fold_dead_channels(
     model: M, example_inputs: Inputs, *, limits: Budget | None = None, structure: Structure | None = None
 ) -> M:

@@ -20,6 +20,7 @@ from rmprune.pruning.labelled import along
 from rmprune.pruning.labels import compact, select, thin, varying
 from rmprune.pruning.layers import Weighted, sized_layers
 from rmprune.pruning.reading import Reading, read
+from rmprune.pruning.training_only import read_in_training
 from rmprune.pruning.written import put
 
 CUTS = 6  # that operations are tried with
@@ -36,7 +37,8 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
     hand. Operations that channels pass through are tried with some of them gone: what is written for their number stays whole.
     Raises UnsupportedModel where torch.fx cannot follow the network, or nothing can be pruned.
     """
-    walk = Walk(reading or read(model, example_inputs), _unsliceable(model))
+    reading = reading or read(model, example_inputs)
+    walk = Walk(reading, _unsliceable(model))
     groups = _alike(walk)
     while groups and (node := _misfit(walk, groups)) is not None:
         _leave(walk, node)
@@ -48,14 +50,16 @@ def find_structure(model: nn.Module, example_inputs: Inputs, *, reading: Reading
             frozen[layer] = why
     frozen |= walk.whole
     found = _named(groups, walk)
-    if not found:
+    layers = sized_layers(model, example_inputs, walk.shapes)
+    structure = with_ports(Structure(found, layers, frozen))
+    structure = structure.without(read_in_training(model, structure, reading))
+    if not structure.groups:
         alone = isinstance(model, Weighted) and "it is one layer, whose channels are the output"
-        reasons = alone or "; ".join(f"{name}: {why}" for name, why in frozen.items())
+        reasons = alone or "; ".join(f"{name}: {why}" for name, why in structure.frozen.items())
         raise NothingToPrune(
             f"{type(model).__name__}: no channel can be pruned ({reasons or 'no convolution or linear layer'})"
         )
-    layers = sized_layers(model, example_inputs, walk.shapes)
-    return with_ports(Structure(found, layers, frozen))
+    return structure
 
 
 def _unsliceable(model: nn.Module) -> dict[str, str]:
@@ -285,4 +289,4 @@ def _order(graph: fx.Graph) -> list[fx.Node]:
                 visited.add(node)
                 found.update(dict.fromkeys(n for n in node.all_input_nodes if n not in found))
                 stack.extend(node.all_input_nodes)
-    return list(found)
+    return [*found, *(node for node in nodes if node not in found)]  # the last are read by nobody

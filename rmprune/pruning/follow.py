@@ -62,7 +62,9 @@ class Walk(Labelled):
             found = self._layer(node, layer, labels)
             if found is not None:
                 return found
-        if name in ELEMENTWISE and shape_of(node) is not None:
+        if (
+            name in ELEMENTWISE and shape_of(node) is not None and (name != "prelu" or len(labels) == 1)
+        ):  # a slope a channel
             return self._joined(node, labels)
         if name in MOVES and (name not in INDEXING or not tensors_in((args[1:], kwargs))):
             return self._moved(node, args, kwargs, name)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,23 +156,24 @@ def score_groups(
     if isinstance(importance, str):
         if importance not in IMPORTANCES:
             raise ConfigError(f"importance {importance!r} is unknown; there are: {', '.join(IMPORTANCES)}")
-        scores: Mapping[str, Tensor] = IMPORTANCES[importance](model, structure, batches)
+        scores: Any = IMPORTANCES[importance](model, structure, batches)
     elif isinstance(importance, Mapping):
         scores = {g.name: _look_up(importance, g) for g in structure.groups}
     elif callable(importance):
         scores = importance(model, structure, batches)
     else:
         raise ConfigError(f"importance is {importance!r}; give a name, a table of scores or a function")
+    if not isinstance(scores, Mapping):
+        raise ConfigError(
+            f"importance gives a {type(scores).__name__}; let the function return a score for each unit, {{group: Tensor [units]}}"
+        )
     checked = {}
     for group in structure.groups:
         score = scores.get(group.name)
-        if score is None or score.shape != (group.units,) or not bool(torch.isfinite(score).all()):
-            seen = (
-                "nothing"
-                if score is None
-                else f"shape {tuple(score.shape)}, finite: {bool(torch.isfinite(score).all())}"
+        if not _fits(score, group.units) or not bool(torch.isfinite(score).all()):
+            raise ConfigError(
+                f"importance of {group.name}: expected a tensor of {group.units} finite numbers, got {_seen(score)}"
             )
-            raise ConfigError(f"importance of {group.name}: expected {group.units} finite numbers, got {seen}")
         checked[group.name] = score.detach().double().cpu()
     if importance in MEASURED and checked and not any(bool(score.any()) for score in checked.values()):
         raise NothingMatters(
@@ -180,16 +182,25 @@ def score_groups(
     return checked
 
 
+def _fits(score: Any, count: int) -> bool:
+    return isinstance(score, Tensor) and score.shape == (count,)
+
+
+def _seen(score: Any) -> str:
+    if not isinstance(score, Tensor):
+        return type(score).__name__
+    return f"shape {tuple(score.shape)}, finite: {bool(torch.isfinite(score).all())}"
+
+
 def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
-    if getattr(table.get(group.name), "shape", None) == (group.units,):
+    if _fits(table.get(group.name), group.units):
         return table[group.name]
     own = [m for m in group.members if m.side != "in" and m.layer in table]
     for member in own:
-        seen = getattr(table[member.layer], "shape", None)
-        if seen != (member.size,):
+        if not _fits(table[member.layer], member.size):
             raise ConfigError(
                 f"importance of {member.layer}: expected a tensor of {member.size} numbers, one for each channel, got "
-                f"{type(table[member.layer]).__name__ if seen is None else f'shape {tuple(seen)}'}"
+                f"{_seen(table[member.layer])}"
             )
     found = [member_values(table[m.layer], m).mean(1) for m in own]
     if not found:

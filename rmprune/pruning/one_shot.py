@@ -44,6 +44,7 @@ logger = logging.getLogger("rmprune")
 
 
 @tf32(False, "cuda")
+@torch.inference_mode(False)  # what it makes can be trained
 def prune(
     plain: M,
     example_inputs: Inputs,
@@ -80,6 +81,7 @@ def prune(
     on networks with residuals as well (their streams are then pruned coupled). `prove`: the cut is compared with the whole
     network in float64 (`rmprune.pruning.prove`; three passes of three images); without it only where it was proved before.
     `begin`: widths to descend from (see `rmprune.pruning.allocate.allocate`).
+    Channels stay that layers need which run in training alone (auxiliary heads), since the result may be trained.
     `ignore`: names of modules all of whose output channels stay, and those tied to them (of a block: of each layer in it).
     `dead`: channels that compute nothing go first, all of them, which is exact and may save more than was asked for (the log
     says so); False leaves them to importance and budget. `nearest`: where a cut leaves channels that nothing reads, which go as well and

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rmprune.errors import NotEquivalent, first_line
 from rmprune.graph.copied import copied
 from rmprune.graph.double import in_double
+from rmprune.graph.equivalence import refuse_unseen
 from rmprune.graph.foreign import reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
 from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
@@ -46,7 +47,8 @@ def prove_cut(
     example_inputs: (N, C, H, W) or several inputs, of which two are used, and a random one: three forward passes of three images.
     Where a cut so deep that the inputs no longer change the outputs would prove nothing, every other of the units that go is cut as well;
     where that tells no more (a head of zeros, class numbers as output), with weights that are drawn, and what layers give is compared, too.
-    Raises NotEquivalent over TOLERANCE, with the name of the group whose removal alone already fails.
+    Raises NotEquivalent over TOLERANCE, with the name of the group whose removal alone already fails; UnsupportedModel where it is the
+    network that does what torch.fx does not see.
     """
     if all(bool(mask.all()) for mask in keep.values()):
         return 0.0
@@ -79,6 +81,7 @@ def prove_cut(
             )
     if worst <= TOLERANCE:
         return worst
+    refuse_unseen(model, as_tuple(model, example_inputs), TOLERANCE)
     for name, mask in own.items():  # rare: the reader wants to know which
         alone, what, _ = error({name: mask}, drawn=vague)
         if not alone <= TOLERANCE:
@@ -181,7 +184,7 @@ def _with_drawn_weights(twin: nn.Module) -> nn.Module:
 
 def _tells(value: Tensor, base: Tensor, sizes: list[int]) -> bool:
     """Whether the inputs change this output, and by more than a class number."""
-    return value.is_floating_point() and not hardly_depends([value], sizes, [base])
+    return (value.is_floating_point() or value.is_complex()) and not hardly_depends([value], sizes, [base])
 
 
 def _run(network: nn.Module, inputs: tuple[Tensor, ...], maps: bool) -> dict[str, Tensor]:

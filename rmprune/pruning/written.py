@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.names import spell
 from rmprune.graph.normalise import PlainTracer
 from rmprune.graph.run import evaluating
+from rmprune.graph.tensors import tensors_in
 from rmprune.graph.tracing import follow
 
 RETRACINGS = 3  # of tracing what was traced, until its names are those that tracing gives
@@ -36,8 +36,8 @@ def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | N
                     break
             with torch.no_grad():
                 for x in (inputs, tuple(torch.cat([x, x[:1]]) for x in inputs)):
-                    pairs = zip(tree_leaves(flat(*copies(x))), tree_leaves(model(*copies(x))), strict=True)
-                    if not all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs if isinstance(a, Tensor)):
+                    pairs = zip(tensors_in(flat(*copies(x))), tensors_in(model(*copies(x))), strict=True)
+                    if not all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs):
                         return None
         except (UnsupportedModel, RuntimeError, ValueError, TypeError):
             return None

@@ -70,6 +70,7 @@ class Removal:
 
 
 @tf32(False, "cuda")
+@torch.inference_mode(False)  # what it makes can be trained
 def remove_residuals(
     model: nn.Module, example_inputs: Inputs, *, keep: Iterable[str] | None = (), ranges: str = "provable", form: str = "auto",
     batch_norm: bool = True, fuse: str = "cheaper", tolerance: float = 1e-10, margin: float = 0.5,
@@ -80,6 +81,8 @@ def remove_residuals(
 
     model: wrappers (DataParallel, torch.compile) are taken off, weights that are computed (weight norm, masks) made permanent.
     All parameters of the result are trainable, also those that were not, or that forward gives no gradients (`note` says where).
+    What forward does in training alone (auxiliary outputs) is left out, a layer that is called twice becomes two, and a
+    mapping of another type among the outputs (ModelOutput) a dict.
     example_inputs: one batch, (N, C, H, W), a tuple of inputs or a dict of them by the names in forward; sets the sizes and the
     statistics of new batch norms (from its first images, as many as 5e10 MACs allow). Removed blocks stay exact on other sizes,
     unless `note`, the result's or a block's, says otherwise (a pool with ceil_mode). keep: names of blocks to leave in. ranges:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from rmprune.config import TrainConfig
 from rmprune.data.batches import Loss, check_labels, own_loss
+from rmprune.graph.tensors import tensors_in
 from rmprune.training.precision import ask
 from rmprune.training.teacher import distillation_loss
 
@@ -62,7 +62,7 @@ def apart(student: Any, teacher: Any) -> Tensor:
     """How far outputs (a tensor, or several) are from the teacher's: the squared difference over the teacher's variance; means, no unit."""
     pairs = [
         (s.float(), t.float())
-        for s, t in zip(tree_leaves(student), tree_leaves(teacher), strict=True)
-        if isinstance(t, Tensor) and t.is_floating_point()
+        for s, t in zip(tensors_in(student), tensors_in(teacher), strict=True)
+        if t.is_floating_point()
     ]
     return torch.stack([(s - t).square().mean() / t.var(correction=0).clamp(min=1e-12) for s, t in pairs]).mean()

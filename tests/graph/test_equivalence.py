@@ -1,8 +1,12 @@
 """What two networks are compared by, and that a network which draws random numbers is refused as that."""
 
+import dataclasses
 import math
 import random
+import types
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.equivalence import own_rounding
 from rmprune.graph.relative_error import base_inputs, hardly_depends, relative_error
+from rmprune.pruning import Budget, prune
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import plan_removal, remove_residuals
 
@@ -53,6 +58,72 @@ def test_outputs_of_any_structure_are_compared() -> None:
     assert not hardly_depends(outputs, [1, 1], base)
     assert relative_error(torch.ones(7, 2), torch.ones(7, 2), [1, 1], torch.ones(7, 2)) == 0.0
     assert relative_error(outputs, outputs[:1], [1, 1], base) == math.inf
+
+
+@dataclasses.dataclass
+class Out:
+    logits: Any
+    loss: Any = None
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """As that of Hugging Face, of which torch's pytree knows nothing."""
+
+
+class Listed(list[Any]):
+    pass
+
+
+@pytest.mark.parametrize("hold", [Out, lambda y: ModelOutput(logits=y), lambda y: Out([y]), lambda y: Listed([y, 1])])
+def test_outputs_in_containers_that_torch_does_not_know_are_compared(hold: Callable[[Tensor], Any]) -> None:
+    one = torch.tensor([[4.0, -2.0]])
+    assert relative_error(hold(one), hold(one + 1), [1]) == 0.25
+
+
+class Returns(nn.Module):
+    def __init__(self, hold: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.stem, self.block, self.head, self.hold = conv(3, 6), basic(), conv(6, 4), hold
+
+    def forward(self, x: Tensor) -> Any:
+        return self.hold(self.head(self.block(torch.relu(self.stem(x)))))
+
+
+@pytest.mark.parametrize("hold", [Out, lambda y: ModelOutput(logits=y), lambda y: torch.complex(y.sin(), y)])
+def test_removal_and_cut_of_such_networks_are_compared(hold: Callable[[Tensor], Any]) -> None:
+    model = prepared(Returns(hold))
+    assert 0 < remove_residuals(model, images()).max_error < 1e-12
+    assert prune(model, images(), importance="magnitude", budget=Budget(ratio=0.5)).rmprune_facts["cut_error"] > 0
+
+
+@pytest.mark.parametrize(
+    ("hold", "said"),
+    [
+        (lambda y: {"out": types.SimpleNamespace(y=y)}, "a SimpleNamespace"),
+        (lambda y: Out(types.SimpleNamespace(y=y)), "a SimpleNamespace"),
+        (lambda _: [1, "two", None], "no tensor"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_refused(hold: Callable[[Tensor], Any], said: str) -> None:
+    model = prepared(Returns(hold))
+    for call in (remove_residuals, lambda *given: prune(*given, importance="magnitude", budget=Budget(ratio=0.5))):
+        with pytest.raises(UnsupportedModel, match=f"the network returns {said}"):
+            call(model, images())
+
+
+def test_both_parts_of_complex_outputs_are_compared() -> None:
+    one = torch.tensor([[3.0 + 4.0j, -4.0j]])
+    assert relative_error(one, one + 1j, [1]) == relative_error(one, one + 1, [1]) == 0.25
+    assert relative_error(one.conj(), one.conj().resolve_conj(), [1]) == 0
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_what_is_not_finite_must_be_the_same(value: float) -> None:
+    masked, open_ = torch.tensor([[value, 1.0, 2.0]]), torch.tensor([[0.5, 1.0, 2.0]])
+    assert relative_error(masked, masked.clone(), [1]) == 0.0
+    for pair in ((masked, open_), (open_, masked), (masked, masked.roll(1))):
+        assert relative_error(*pair, [1]) == math.inf
+    assert relative_error(torch.tensor([[math.inf, 1.0]]), torch.tensor([[-math.inf, 1.0]]), [1]) == math.inf
 
 
 def test_outputs_that_hardly_depend_on_the_inputs_are_told() -> None:

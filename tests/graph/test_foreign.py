@@ -251,6 +251,13 @@ def test_inference_tensors_are_taken(call: str, tmp_path: Path) -> None:
     assert CALLS[call](net, x, tmp_path)
 
 
+@pytest.mark.parametrize("call", ["remove_residuals", "prune", "coupled"])
+def test_what_is_made_in_inference_mode_can_be_trained(call: str, tmp_path: Path) -> None:
+    with torch.inference_mode():
+        made = CALLS[call](Res().eval(), X, tmp_path)
+    getattr(made, "model", made)(X).sum().backward()
+
+
 UNFIT: dict[str, tuple[Any, str]] = {
     "channels": (X[:, :1], r"stem \(Conv2d\) .*takes 3 channels"),
     "uint8": (X.byte(), r"stem \(Conv2d\) .*uint8: give example_inputs in float32"),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from removal_nets import Residual, basic, conv, conv_bn, images, prepared, worst_error
 from torch import Tensor, nn
 
+from rmprune.pruning import Budget, prune
 from rmprune.removal import remove_residuals
 
 
@@ -46,6 +47,57 @@ def test_functions_become_stock_modules(flatten: Callable[[Tensor], Tensor]) -> 
         nn.Conv2d
     }
     assert worst_error(removal, model) < 1e-12
+
+
+class Called(nn.Module):
+    """A residual block and a call of its map with that of the stem, which both follow."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.block, self.head, self.call = conv(3, 6), basic(), conv(6, 4), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        return self.head(self.call(self.block(y), y))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: x * y.mean((2, 3), keepdims=True),
+        lambda x, y: x * torch.mean(input=y, axis=(2, 3), keepdims=True),
+        lambda x, y: x * torch.mean(y, (2, 3), dtype=torch.float64)[:, :, None, None],
+        lambda x, y: x * torch.sum(y, axis=(2, 3), keepdims=True),
+        lambda x, y: torch.concat([x, y], axis=1)[:, 3:9],
+        lambda x, y: torch.mul(x, x2=y),
+        lambda x, y: torch.prelu(x, torch.sigmoid(y.mean((0, 2, 3)))),
+        lambda x, y: F.scaled_dot_product_attention(value=x, key=y, query=x),
+    ],
+)
+def test_arguments_by_any_name_that_torch_takes(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = prepared(Called(call))
+    assert worst_error(remove_residuals(model, images()), model) < 1e-12
+    pruned = prune(model, images(), importance="magnitude", budget=Budget(ratio=0.6))
+    assert pruned.rmprune_facts["cut_error"] < 1e-12
+
+
+@pytest.mark.parametrize("call", [lambda s, x: x.prelu(s), lambda s, x: torch.prelu(x, weight=s), F.prelu])
+def test_slopes_of_channels_are_read_however_they_are_called(call: Callable[..., Tensor]) -> None:
+    class Sloped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.middle, self.head = conv(3, 6), conv(6, 6), conv(6, 4)
+            self.slope = nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.middle(torch.relu(self.stem(x)))
+            return self.head(call(y, self.slope) if call is F.prelu else call(self.slope, y))
+
+    facts = prune(prepared(Sloped()), images(), importance="magnitude", budget=Budget(ratio=0.6)).rmprune_facts
+    assert (
+        len(facts["kept"]["0.stem"]) < 6
+        and facts["whole"]["0.middle"] == "a free-standing parameter has these channels"
+    )
 
 
 class Shifted(nn.Module):

@@ -115,6 +115,55 @@ def test_a_layer_used_twice_keeps_its_channels_and_what_reads_them() -> None:
     assert prove_groups(model, structure, images()) < 1e-9
 
 
+class Auxiliary(nn.Module):
+    """`says`: what training mode does beside; `unused` is read by nothing."""
+
+    def __init__(self, says: str) -> None:
+        super().__init__()
+        self.says, self.a, self.b, self.c = says, conv(3, 6), conv(6, 8), conv(8, 4)
+        self.aux, self.own, self.unused = conv(6, 2), nn.Parameter(torch.ones(8, 1, 1)), conv(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        first = torch.relu(self.a(x))
+        second = torch.relu(self.b(first))
+        out = self.c(second)
+        if not self.training or self.says == "nothing":
+            return out
+        assert self.says != "fails", "training mode takes targets"
+        return out, self.aux(first.detach()) if self.says == "layer" else second * self.own
+
+
+@pytest.mark.parametrize(
+    ("says", "stays"), [("layer", {"a"}), ("parameter", {"b"}), ("nothing", set()), ("fails", set())]
+)
+def test_channels_that_training_alone_reads_stay(says: str, stays: set[str], caplog: pytest.LogCaptureFixture) -> None:
+    model = Auxiliary(says).double().eval()
+    pruned = prune(model, images(), importance="magnitude", budget=Budget(ratio=0.5))
+    whole = {name: why for name, why in pruned.rmprune_facts["whole"].items() if "only training runs" in why}
+    assert whole.keys() == stays and all("(Auxiliary, aux, unused)" in why for why in whole.values())
+    assert pruned.b.out_channels < 8 or says == "parameter"
+    if says == "fails":
+        assert "does not run Auxiliary, aux, unused, and training mode could not be tried" in caplog.text
+    else:
+        pruned.train()(images())
+        assert not caplog.records
+
+
+class Unread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.relu = conv(3, 6), conv(6, 6), conv(6, 4), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        self.relu(y + self.b(y))
+        return self.c(y)
+
+
+def test_layers_whose_results_nobody_reads_have_a_place_in_the_order() -> None:
+    assert find_structure(Unread().double(), images()).units == {"a": 6}
+
+
 def test_nothing_to_prune_is_an_error() -> None:
     with pytest.raises(UnsupportedModel, match="no channel can be pruned"):
         find_structure(nn.Sequential(conv(3, 4), nn.ReLU()).double(), images())

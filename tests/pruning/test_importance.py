@@ -194,7 +194,12 @@ def test_tables_callables_and_refusals() -> None:
         score_groups("nonsense", model, structure)
     with pytest.raises(ConfigError, match="no entry for 6"):
         score_groups({"0": table["0"], "3": torch.arange(12)}, model, structure)
-    with pytest.raises(ConfigError, match="expected 8 finite numbers"):
+    for odd, said in ((None, "gives a NoneType"), ({}, "expected a tensor of 8 finite numbers, got NoneType")):
+        with pytest.raises(ConfigError, match=said):
+            score_groups(lambda *_, found=odd: found, model, structure)
+    with pytest.raises(ConfigError, match="expected a tensor of 8 numbers, one for each channel, got ndarray"):
+        score_groups({**table, "0": torch.arange(8).numpy()}, model, structure)
+    with pytest.raises(ConfigError, match="expected a tensor of 8 finite numbers"):
         score_groups({**table, "0": torch.full((8,), torch.nan)}, model, structure)
     with pytest.raises(ConfigError, match="measured on images"):
         score_groups("taylor", model, structure)

@@ -1,5 +1,8 @@
 """The check of every removal: a fault is caught, and told from a network that is itself uncertain."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from removal_nets import (
@@ -11,8 +14,10 @@ from removal_nets import (
 )
 from torch import Tensor, nn
 
+from rmprune.artifact import save
 from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.graph import build
+from rmprune.pruning import Budget, prune
 from rmprune.removal import remove_residuals
 
 
@@ -39,17 +44,33 @@ def test_a_network_that_is_itself_uncertain_is_told_from_a_fault() -> None:
     assert remove_residuals(model, images(), batch_norm=False, tolerance=1e-4).removed == ["3"]
 
 
-def test_what_torch_fx_does_not_see_is_refused() -> None:
-    class Alias(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.block = conv(3, 6), basic()
+class Over(nn.Module):
+    """`write` puts the second map over the first."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.stem(x)
-            y = x
-            y.data.add_(1)  # and so does x
-            return self.block(torch.relu(y)) + x
+    def __init__(self, write: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.stem, self.block, self.last, self.head, self.write = conv(3, 6), basic(), conv(6, 6), conv(6, 4), write
 
-    with pytest.raises(UnsupportedModel, match=r"torch\.fx does not see, such as writing into y\.data"):
-        remove_residuals(prepared(Alias()), images())
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        self.write(y, self.last(self.block(torch.relu(y))))
+        return self.head(y)
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda y, z: y.conj().add_(z), "torch.fx does not see, such as writing into y.conj"),
+        (lambda y, z: torch.add(y, z, out=y), r"0\.add_1 writes into out=: give what it returns a name"),
+    ],
+)
+def test_writing_that_torch_fx_does_not_see_is_the_cause_named(
+    write: Callable[[Tensor, Tensor], object], said: str, tmp_path: Path
+) -> None:
+    model = prepared(Over(write))
+    for call in (remove_residuals, lambda *given: prune(*given, importance="magnitude", budget=Budget(ratio=0.5))):
+        with pytest.raises(UnsupportedModel, match=said):
+            call(model, images())
+    if "out=" in said:
+        with pytest.raises(UnsupportedModel, match=said):
+            save(model, tmp_path / "net", example_inputs=images())
