@@ -169,7 +169,7 @@ def score_groups(
         )
     checked = {}
     for group in structure.groups:
-        score = scores.get(group.name)
+        score: Any = scores.get(group.name)
         if not _fits(score, group.units) or not bool(torch.isfinite(score).all()):
             raise ConfigError(
                 f"importance of {group.name}: expected a tensor of {group.units} finite numbers, got {_seen(score)}"
