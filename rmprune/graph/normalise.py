@@ -247,8 +247,8 @@ def _drop_of_maps(network: Network) -> None:
     """Takes dropout of maps out, which stands in the way of rewriting, and notes where it was."""
     for node in list(network.graph.nodes):
         layer = network.layer(node)
-        if named(layer, DROPOUTS) and len(shape_of(node) or ()) == 4:
-            if layer.p > 0:  # type: ignore[union-attr, operator]
+        if isinstance(layer, nn.Module) and named(layer, DROPOUTS) and len(shape_of(node) or ()) == 4:
+            if layer.p > 0:  # type: ignore[operator]
                 network.dropped.append(str(node.target))
             network.bypass(node, node.args[0])
 
