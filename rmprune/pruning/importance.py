@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ def score_groups(
     return checked
 
 
-def _fits(score: Any, count: int) -> bool:
+def _fits(score: Any, count: int) -> TypeGuard[Tensor]:
     return isinstance(score, Tensor) and score.shape == (count,)
 
 
