@@ -24,10 +24,6 @@ class InfeasibleBudget(RmpruneError):
     """A budget that the limits forbid; the message says which limit and what is the nearest budget that can be met."""
 
 
-class MissedBudget(InfeasibleBudget):
-    """A budget in measured time that the trained network misses although its limits allow it: the machine may be busy."""
-
-
 class DataError(RmpruneError):
     """A data set or one of its files is unknown, missing or damaged."""
 

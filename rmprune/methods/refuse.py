@@ -10,7 +10,7 @@ from torch import nn
 
 from rmprune.amc.multiplier import too_dear
 from rmprune.config import SlimConfig
-from rmprune.errors import InfeasibleBudget, MissedBudget, UnsupportedModel
+from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
 from rmprune.methods.costs import cost_ratios, place_of
@@ -77,9 +77,9 @@ def _check_any(
 
 def skip(name: str, error: InfeasibleBudget, config: SlimConfig) -> None:
     """Say that the comparison goes on without this method, or raise the error: then with its name and the way out."""
-    if config.skip_infeasible and not isinstance(error, MissedBudget):
+    if config.skip_infeasible:
         logger.warning("%s is left out: %s", name, error)
-    elif len(config.method) == 1 or isinstance(error, MissedBudget):
+    elif len(config.method) == 1:
         raise error
     else:
         raise InfeasibleBudget(f"{name}: {error}; or leave it out there with --skip-infeasible") from None

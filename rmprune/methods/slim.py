@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rmprune.config import RemovalConfig, SlimConfig
-from rmprune.errors import InfeasibleBudget, MissedBudget
+from rmprune.errors import InfeasibleBudget
 from rmprune.graph.facts import facts_of
 from rmprune.measure import activation_memory, count_macs
 from rmprune.measure.place import MARGIN, NEAR, Place, infeasible
@@ -38,8 +38,8 @@ def slim_network(
 
     With it the facts for its artifact and record: the error of cuts of its groups (`prove_groups`) and of the last network, the units that
     each still has (`widths_of`), which residuals `mixed` removed. Only a network that misses a budget in measured time at the end is cut
-    again, up to TIME_ATTEMPTS times, with one epoch after each cut. Raises InfeasibleBudget where limits forbid the budget, MissedBudget
-    where even these cuts do not meet it, UnsupportedModel where the method cannot cut this network.
+    again, up to TIME_ATTEMPTS times, with one epoch after each cut. Raises InfeasibleBudget where limits forbid the budget or even these
+    cuts do not meet it, UnsupportedModel where the method cannot cut this network.
     """
     config, data = job.config, job.data
     timed = budget.latency_ratio is not None
@@ -122,10 +122,10 @@ def _within_time(network: nn.Module, cutter: Cutter, budget: Budget, cut_to: Bud
         except InfeasibleBudget:  # nothing left to cut: only a measurement that was off can help
             if (ratio := take_time()) <= allowed:
                 return network
-            raise MissedBudget(str(infeasible(allowed, ratio, place))) from None
+            raise infeasible(allowed, ratio, place) from None
         logger.info("%s takes %.3f of the original's time, more than allowed: cut again", label, ratio)
         network = tune(cutter.job.ready(smaller), once, cutter.job, files.named(f"{label}-again-{attempt}"))
-    raise MissedBudget(
+    raise InfeasibleBudget(
         f"latency_ratio={allowed:g} was not met on {place} after {TIME_ATTEMPTS} further cuts; "
         "the machine may be busy with something else: run the same command again, or ask for a larger latency_ratio"
     )

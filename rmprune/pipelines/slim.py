@@ -18,7 +18,7 @@ from rmprune import artifact
 from rmprune.artifact.describe import describe
 from rmprune.config import MeasureConfig, SlimConfig
 from rmprune.data.load import Load, load_dataset
-from rmprune.errors import ConfigError, InfeasibleBudget, MissedBudget
+from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.measure import check_available, count_macs
 from rmprune.methods import auto, depth, outlook, scratch
 from rmprune.methods.choose import best, judge
@@ -77,7 +77,7 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
             try:
                 run_cell(cell, methods, plan, replace(job, seed=cell.seed), command)
             except InfeasibleBudget as error:
-                if isinstance(error, MissedBudget) or not config.skip_infeasible:
+                if not config.skip_infeasible:
                     raise
                 logger.warning("%s %g, seed %d, is left out: %s", cell.kind, cell.value, cell.seed, error)
                 refused.append(error)

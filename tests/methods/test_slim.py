@@ -90,13 +90,38 @@ def test_a_wrong_measurement_of_the_narrowest_network_costs_no_run(
     prune = PruneConfig(latency_ratio=(0.55,), min_fraction=0.69, cuts=4, round_to=1, gradual=gradual)
     config = replace(
         QUICK, model="resnet8", width=16, method=("residual",), skip_infeasible=True, prune=prune, out=tmp_path / "run"
-    )  # what is trained is not skipped for one measurement either
-    with pytest.raises(InfeasibleBudget, match=r"^latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
+    )
+    with pytest.raises(InfeasibleBudget, match=r"residual: latency_ratio=0.55 cannot be met on .* takes 0\.[56]"):
         run_slim(config, command="x")
     wrong[0] = 1.0
     run_slim(config, command="x")
     record = records.read_record(tmp_path / "run")
     assert record["residual"]["params"] <= 0.55 * record["original"]["params"]
+
+
+@pytest.mark.long
+def test_a_trained_network_that_misses_its_budget_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --skip-infeasible: what comes after it is done. Without its record the same command tries it once more, and nothing else."""
+    slow = [1.5]
+
+    def times(place: Place, networks: dict[str, torch.nn.Module]) -> dict[str, float]:
+        by_size = by_parameters(place, networks)
+        return {name: ratio * (slow[0] if "network" in by_size else 1.0) for name, ratio in by_size.items()}
+
+    monkeypatch.setattr(slim, "check_budgets", lambda *_: None)
+    monkeypatch.setattr(Place, "ratios", times)
+    monkeypatch.setattr(methods, "TIME_ATTEMPTS", 1)
+    prune = PruneConfig(latency_ratio=(0.9,), cuts=4, round_to=1)
+    config = replace(QUICK, method=("residual", "depth"), prune=prune, out=tmp_path / "run")
+    with pytest.raises(InfeasibleBudget, match=r"residual: latency_ratio=0\.9 .*--skip-infeasible$"):
+        run_slim(config, command="x")
+    config = replace(config, skip_infeasible=True)
+    record = records.read_record(run_slim(config, command="x")[0])
+    assert list(record["refused"]) == ["residual"] and "depth" in record and "residual" not in record
+    slow[0] = 1.0
+    (tmp_path / "run" / "record.json").unlink()
+    record = records.read_record(run_slim(config, command="x")[0])
+    assert "refused" not in record and {"residual", "depth"} <= set(record)
 
 
 @pytest.mark.long
