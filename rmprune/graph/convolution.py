@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rmprune.graph.obstacle import Obstacle
+
 Pair = tuple[int, int]
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class Obstacle(Exception):
-    """Why a layer is no kernel, or an addition cannot go: its text is the reason. Raised and caught inside, never a user's error."""
-
-
-def or_none(ask: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """`ask(*args)`, or None where it meets an obstacle: for callers that try something else then."""
-    try:
-        return ask(*args, **kwargs)
-    except Obstacle:
-        return None
 
 
 @dataclass(frozen=True)

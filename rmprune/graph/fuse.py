@@ -16,12 +16,12 @@ from rmprune.graph.convolution import (
     coordinates,
     dense_weight,
     from_module,
-    or_none,
     times,
     to_measure,
     with_norm,
 )
 from rmprune.graph.network import Network, linear_layer, shape_of, spatial
+from rmprune.graph.obstacle import or_none
 
 RULES = ("cheaper", "always", "never")
 

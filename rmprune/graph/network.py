@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.calls import concatenated
-from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, Shift, from_module, output_size, pointwise
+from rmprune.graph.convolution import Conv, Geometry, Pair, Shift, from_module, output_size, pointwise
 from rmprune.graph.double import InDouble
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.run import Values, node_value
 
 NodeLayer = nn.Module | Conv

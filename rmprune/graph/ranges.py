@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.activations import image
 from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, concatenated
-from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, or_none, pointwise
+from rmprune.graph.convolution import Conv, Geometry, from_module, norm_of, pointwise
 from rmprune.graph.network import Network, NodeLayer, is_batch_norm, shape_of
+from rmprune.graph.obstacle import or_none
 from rmprune.graph.run import run
 
 Range = tuple[Tensor, Tensor]

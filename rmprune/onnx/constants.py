@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 
 Array = np.ndarray[Any, Any]
 MOST_VALUES = 2**24  # of a tensor that is computed from sizes (anchors of a detector have 10,000)

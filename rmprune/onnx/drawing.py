@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.graph.convolution import Obstacle
 from rmprune.graph.names import RESERVED
 from rmprune.graph.network import free_name
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.run import node_value
 from rmprune.graph.shapes import blank, on_meta
 from rmprune.onnx.constants import MOST_OF_ALL, Array

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.onnx.constants import Array, axes_of, reshaped, slices
 from rmprune.onnx.drawing import Call, NamedSum, shapes
 from rmprune.onnx.formats import NUMBER_FORMATS

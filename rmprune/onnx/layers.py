@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.onnx.drawing import Call, empty_layer, fill_layer, of_rank
 from rmprune.onnx.windows import LOWEST
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from rmprune.errors import ArtifactError, ConfigError, UnsupportedModel, first_line
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.onnx.constants import FOLDED, Array, fold
 from rmprune.onnx.drawing import Call, Drawing, Known, OnnxValue, shapes
 from rmprune.onnx.file import OnnxFile, OnnxInput

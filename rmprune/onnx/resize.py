@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.onnx.drawing import Call
 
 _MODES = {3: "linear", 4: "bilinear", 5: "trilinear"}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.onnx.drawing import Call, empty_layer, fill_layer, of_rank
 
 LOWEST = float(np.finfo(np.float32).min)  # below every float32: what a maximum over a border reads

@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.build import materialise, target_of
-from rmprune.graph.convolution import Obstacle
 from rmprune.graph.equivalence import refuse_stuck, refuse_unseen
 from rmprune.graph.foreign import eval_copy, reference_copy
 from rmprune.graph.inputs import Inputs, as_given, as_names
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32

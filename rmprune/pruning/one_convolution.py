@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm
-from rmprune.graph.convolution import Conv, Obstacle, norm_of, to_measure, with_norm
+from rmprune.graph.convolution import Conv, norm_of, to_measure, with_norm
 from rmprune.graph.in_place import value_apart
 from rmprune.graph.network import Network, is_batch_norm, linear_layer, shape_of
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.ranges import range_of
 from rmprune.graph.run import Values, run
 from rmprune.pruning.layers import SizedLayer

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from rmprune.config import REMOVAL, RemovalConfig
-from rmprune.graph.convolution import Obstacle, or_none
 from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network, flat_name
+from rmprune.graph.obstacle import Obstacle, or_none
 from rmprune.graph.ranges import annotate_ranges
 from rmprune.pruning.collapse import read_additions
 from rmprune.pruning.groups import Structure

@@ -9,8 +9,9 @@ from itertools import takewhile
 from torch import fx, nn
 
 from rmprune.graph.calls import ADDITIONS, CONCATENATIONS, MULTIPLICATIONS, is_addition, is_sum, module_around
-from rmprune.graph.convolution import Conv, Obstacle, Pair, with_norm
+from rmprune.graph.convolution import Conv, Pair, with_norm
 from rmprune.graph.network import Network, in_words, is_batch_norm, linear_layer, shape_of, spatial
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.ranges import Range, range_of, size_seen
 from rmprune.removal.chain import ChainLayer, find_detour, identity_layer, in_chain, is_linear, layers_of, walk
 from rmprune.removal.copies import Entries, entries_of

@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from rmprune.graph.activations import rule_of
 from rmprune.graph.calls import MULTIPLICATIONS, is_size
-from rmprune.graph.convolution import Conv, Pair, dense, identity, or_none, with_norm
+from rmprune.graph.convolution import Conv, Pair, dense, identity, with_norm
 from rmprune.graph.network import Network, is_batch_norm, joined_maps, linear_layer, shape_of, spatial
+from rmprune.graph.obstacle import or_none
 from rmprune.graph.ranges import Range, range_of
 
 _RESHAPES = ("view", "reshape", "flatten", "unsqueeze", "squeeze", torch.flatten, torch.reshape, torch.unsqueeze)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, image
-from rmprune.graph.convolution import Conv, Norm, Obstacle, Pattern, coordinates, to_measure
+from rmprune.graph.convolution import Conv, Norm, Pattern, coordinates, to_measure
+from rmprune.graph.obstacle import Obstacle
 from rmprune.removal.forms import Code, CodeShift, free, shift
 from rmprune.removal.geometry import Taps
 

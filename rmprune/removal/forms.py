@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rmprune.graph.activations import Rule
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.ranges import constant
 
 FORMS = ("auto", "shift", "pair", "slice")

@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rmprune.graph.convolution import Geometry, Obstacle, Pair, output_size, times
+from rmprune.graph.convolution import Geometry, Pair, output_size, times
+from rmprune.graph.obstacle import Obstacle
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from rmprune.graph.convolution import Conv, Obstacle, to_measure
+from rmprune.graph.convolution import Conv, to_measure
 from rmprune.graph.fuse import compose
 from rmprune.graph.network import spatial
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.ranges import constant, range_of, size_seen
 from rmprune.removal.blocks import Block, ShortcutStage
 from rmprune.removal.chain import ChainLayer

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.graph.activations import Rule, rule_of
-from rmprune.graph.convolution import Conv, Obstacle, dense
+from rmprune.graph.convolution import Conv, dense
+from rmprune.graph.obstacle import Obstacle
 from rmprune.graph.ranges import Range, constant
 from rmprune.removal.chain import ChainLayer, Gate
 from rmprune.removal.copies import (

@@ -8,10 +8,11 @@ import torch
 from torch import fx, nn
 
 from rmprune.errors import ConfigError
-from rmprune.graph.convolution import Conv, Geometry, Obstacle, Pair, or_none
+from rmprune.graph.convolution import Conv, Geometry, Pair
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.inputs import as_names
 from rmprune.graph.network import Network, joined_maps, linear_layer, shape_of, spatial
+from rmprune.graph.obstacle import Obstacle, or_none
 from rmprune.graph.ranges import annotate_range
 from rmprune.removal.blocks import Block, additions, find_block
 from rmprune.removal.chain import ChainLayer

@@ -8,7 +8,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.onnx.constants import FOLDED, MOST_VALUES, fold
 
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3) - 2.5, np.full((1, 3), 2, np.float32)

@@ -5,7 +5,7 @@ import torch
 from conv_data import data, run, x_of
 from removal_nets import conv
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.removal.copies import Entries, Side, assemble, entries_of, matches
 from rmprune.removal.geometry import Taps
 

@@ -6,7 +6,8 @@ from removal_nets import Residual, branch, conv, conv_bn, images, prepared, refu
 from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.convolution import Geometry, Obstacle
+from rmprune.graph.convolution import Geometry
+from rmprune.graph.obstacle import Obstacle
 from rmprune.removal import remove_residuals
 from rmprune.removal.geometry import Grid, tap_grid
 

@@ -5,7 +5,7 @@ import torch
 from removal_nets import Residual, branch, conv_bn, prepared, refused, removed, stem
 from torch import nn
 
-from rmprune.graph.convolution import Obstacle
+from rmprune.graph.obstacle import Obstacle
 from rmprune.removal.reserve import Wire, lay_out
 
 
