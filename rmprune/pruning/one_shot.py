@@ -25,7 +25,7 @@ from rmprune.measure.planner import activation_memory
 from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
 from rmprune.pruning.compensate import compensated, removed_means
-from rmprune.pruning.dead import fold_dead
+from rmprune.pruning.dead import Folded, fold_dead
 from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
 from rmprune.pruning.importance import Importance, score_groups
@@ -134,7 +134,6 @@ def prune(
         importance = {name: scores[folded.keep[name]] for name, scores in importance.items() if name in folded.keep}
     scores = score_groups(importance, model, structure, data)
     means = removed_means(folded, data) if compensate and not reconstruct else {}
-    norms = folded.constants.followers
 
     held: Keep = {}  # what a budget of memory lets stay
     if memory:
@@ -152,32 +151,17 @@ def prune(
             structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin, most=most
         )
 
-    def cut(keep: Keep) -> tuple[float, tuple[nn.Module, Keep]]:
-        result = shrink(compensated(model, structure, keep, means, norms), keep, structure)[0]
-        after = structure.shrunk(keep)
-        done = fold(result, example_inputs, structure=after, own=True)
-        spent = total_cost(done.structure, target.cost)
-        if target.cost is macs and any(layer.kind == "rest" for layer in structure.layers):
-            spent = count_macs(done.model, example_inputs)  # products of narrower maps cost less, which no group says
-        return spent, (done.model, _both(keep, done.keep))
-
+    cut = partial(_cut, folded, means, partial(fold, own=True), target, example_inputs)
     whole = total_cost(structure, target.cost)
-    if alone or not nearest:
-        pruned, keep = cut(held if alone else choose(target.limit))[1]
+    if alone:
+        pruned, keep = cut(held)[1]
+    elif not nearest:
+        pruned, keep = cut(choose(target.limit))[1]
     else:
         pruned, keep = _nearest(choose, cut, target.limit, whole)
-    left = total_cost(structure.shrunk(keep), target.cost)
-    spent = whole if memory else left  # what memory took beside it, no dead channel did
-    if (
-        nearest
-        and not alone
-        and spent < BEYOND * target.limit
-        and not all(bool(mask.all()) for mask in folded.keep.values())
-    ):
-        logger.warning(
-            "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
-            budget.name, target.as_ratio(budget, spent), budget.value,
-        )  # fmt: skip
+        if not all(bool(mask.all()) for mask in folded.keep.values()):
+            # What memory took beside it, no dead channel did.
+            _tell_beyond(budget, target, whole if memory else total_cost(structure.shrunk(keep), target.cost))
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:
         with fitting():
@@ -187,6 +171,29 @@ def prune(
         raise UnsupportedModel("its peak memory does not follow from the widths of its groups; give macs_ratio instead")
     note_cut(pruned, plain, structure, error)
     return pruned  # type: ignore[return-value]
+
+
+def _cut(
+    folded: Folded, means: Mapping[str, Tensor], fold: Callable[..., Folded], target: Target, example_inputs: Inputs,
+    keep: Keep,
+) -> tuple[float, tuple[nn.Module, Keep]]:  # fmt: skip
+    """The network with these units, less those that nothing reads then: what it costs, itself, and the units that it has."""
+    model, structure = folded.model, folded.structure
+    result = shrink(compensated(model, structure, keep, means, folded.constants.followers), keep, structure)[0]
+    done = fold(result, example_inputs, structure=structure.shrunk(keep))
+    spent = total_cost(done.structure, target.cost)
+    if target.cost is macs and any(layer.kind == "rest" for layer in structure.layers):
+        spent = count_macs(done.model, example_inputs)  # products of narrower maps cost less, which no group says
+    return spent, (done.model, _both(keep, done.keep))
+
+
+def _tell_beyond(budget: Budget, target: Target, spent: float) -> None:
+    """Warns whoever gets much less than was asked for."""
+    if spent < BEYOND * target.limit:
+        logger.warning(
+            "prune: channels that compute nothing went beyond the budget: %s is %.3g where %g was asked for; dead=False leaves them",
+            budget.name, target.as_ratio(budget, spent), budget.value,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
