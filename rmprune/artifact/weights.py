@@ -66,61 +66,78 @@ def put_weights(
     anything is changed.
     """
     own, head = model.state_dict(), set() if same_classes else set(head_parameters(model))
-    auxiliary, said = auxiliary_tensors(name) - own.keys(), []
     if by_order:
         ordered = _ordered(own, state, head)
         if isinstance(ordered, str):
             raise ArtifactError(
                 f"{source}: its tensors are not those of {name} in order ({ordered}); leave --weights-by-order out"
             )
-        state = ordered
+        there, said = _without_auxiliary(own, ordered, name)
     else:
         prefix, inside = _inside(own, state, head, source)
+        there, said = _without_auxiliary(own, inside, name)
         if outside := [key for key in state if not key.startswith(prefix)]:
-            said.append(f"{_listed(outside)} beside {prefix}* left out")
-        state, flat = inside, state
-    if heads := dict.fromkeys(key.split(".")[0] for key in state if key in auxiliary):
-        said.append(f"{_listed(f'{each}.*' for each in heads)} left out: auxiliary heads, which only training reads")
-        state = {key: value for key, value in state.items() if key not in auxiliary}
-    # files from before torch 0.4.1 have no counters, and some norms that have are frozen here
-    state = {key: value for key, value in own.items() if key.endswith(_COUNTER)} | {
-        key: value for key, value in state.items() if key in own or not key.endswith(_COUNTER)
-    }
-    new = [key for key in own if key in head and (key not in state or state[key].shape != own[key].shape)]
-    kept = {key: value for key, value in state.items() if not new or key not in head}
-    problems = [
-        ("missing there: ", [key for key in own if key not in head and key not in kept]),
-        (
-            "of another shape: ",
-            [
-                f"{key} ({_sizes(kept[key])} there, {_sizes(own[key])} here)"
-                for key in own
-                if key in kept and kept[key].shape != own[key].shape
-            ],
-        ),
-        (
-            "whole numbers there: ",
-            [key for key in own if key in kept and kept[key].is_floating_point() < own[key].is_floating_point()],
-        ),
-        (f"not in {name}: ", [key for key in kept if key not in own]),
-    ]
-    if any(names for _, names in problems):
-        if not by_order and not same_classes and isinstance(_ordered(own, flat, head), dict):
+            said.insert(0, f"{_listed(outside)} beside {prefix}* left out")
+    new = [key for key in own if key in head and (key not in there or there[key].shape != own[key].shape)]
+    kept = {key: value for key, value in there.items() if not new or key not in head}
+    if problems := _misfits(own, kept, head, name):
+        if not by_order and not same_classes and isinstance(_ordered(own, inside, head), dict):
             raise ArtifactError(
-                f"{source}: has other names than {name} ({next(iter(flat))[:80]}; here {next(iter(own))}), but in its order all shapes "
+                f"{source}: has other names than {name} ({next(iter(inside))[:80]}; here {next(iter(own))}), but in its order all shapes "
                 "fit: if it is the same network, add --weights-by-order"
             )
-        found = [key for _, names in problems for key in names]
-        if found == problems[0][1] and all(key.endswith(_STATISTICS) for key in found):
-            raise ArtifactError(
-                f"{source}: lacks the statistics of batch norms ({_listed(found)}), as model.parameters() does; save model.state_dict()"
-            )
-        what = "; ".join(start + _listed(names) for start, names in problems if names)
-        raise ArtifactError(
-            f"{source}: these are the weights of another network than {name} ({what}); give the model, number of classes, width and "
-            "image size that they belong to"
-        )
+        raise ArtifactError(f"{source}: {problems}")
     kept = {key: value.to(own[key].dtype) if own[key].is_floating_point() else value for key, value in kept.items()}
+    _refuse_damaged(own, kept, source)
+    own.update(kept)  # its own notes of versions stay with it, which some modules ask for
+    model.load_state_dict(own)
+    if new:
+        for layer in {key.rpartition(".")[0]: None for key in new}:
+            model.get_submodule(layer).reset_parameters()  # type: ignore[operator]
+        said.append(f"the head is new: {new[0]} is {_sizes(there.get(new[0]))} there, {_sizes(own[new[0]])} here")
+    return "; ".join(said)
+
+
+def _without_auxiliary(
+    own: dict[str, Tensor], state: dict[str, Tensor], name: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Less what no network here needs: auxiliary heads, counters; with the network's own counters, which files from before torch 0.4.1
+    lack, and norms that are frozen. And what there is to say."""
+    auxiliary = auxiliary_tensors(name) - own.keys()
+    heads = dict.fromkeys(key.split(".")[0] for key in state if key in auxiliary)
+    state = {key: value for key, value in state.items() if key not in auxiliary}
+    counters = {key: value for key, value in own.items() if key.endswith(_COUNTER)}
+    found = counters | {key: value for key, value in state.items() if key in own or not key.endswith(_COUNTER)}
+    if not heads:
+        return found, []
+    return found, [f"{_listed(f'{each}.*' for each in heads)} left out: auxiliary heads, which only training reads"]
+
+
+def _misfits(own: dict[str, Tensor], kept: dict[str, Tensor], head: set[str], name: str) -> str:
+    """What does not fit the network `name`, and what to do; "" where all does."""
+    both = [key for key in own if key in kept]
+    missing = [key for key in own if key not in head and key not in kept]
+    others = [
+        f"{key} ({_sizes(kept[key])} there, {_sizes(own[key])} here)"
+        for key in both
+        if kept[key].shape != own[key].shape
+    ]
+    whole = [key for key in both if kept[key].is_floating_point() < own[key].is_floating_point()]
+    strange = [key for key in kept if key not in own]
+    if missing and not others + whole + strange and all(key.endswith(_STATISTICS) for key in missing):
+        return f"lacks the statistics of batch norms ({_listed(missing)}), as model.parameters() does; save model.state_dict()"
+    problems = {
+        "missing there": missing, "of another shape": others, "whole numbers there": whole, f"not in {name}": strange
+    }  # fmt: skip
+    what = "; ".join(f"{start}: {_listed(names)}" for start, names in problems.items() if names)
+    return what and (
+        f"these are the weights of another network than {name} ({what}); give the model, number of classes, width and image size that "
+        "they belong to"
+    )
+
+
+def _refuse_damaged(own: dict[str, Tensor], kept: dict[str, Tensor], source: str) -> None:
+    """Raise ArtifactError for numbers that no trained network has."""
     if broken := [key for key in own if key in kept and not _finite_in(kept[key], own[key])]:
         raise ArtifactError(
             f"{source}: NaN or infinite numbers in {_listed(broken)}, as of a training that diverged "
@@ -130,14 +147,6 @@ def put_weights(
         raise ArtifactError(
             f"{source}: negative variances in {_listed(below)}: its tensors stand in another order than here, or it is damaged"
         )
-    own.update(kept)  # its own notes of versions stay with it, which some modules ask for
-    model.load_state_dict(own)
-    if new:
-        for layer in {key.rpartition(".")[0]: None for key in new}:
-            model.get_submodule(layer).reset_parameters()  # type: ignore[operator]
-        there = _sizes(state.get(new[0]))
-        said.append(f"the head is new: {new[0]} is {there} there, {_sizes(own[new[0]])} here")
-    return "; ".join(said)
 
 
 def _inside(
