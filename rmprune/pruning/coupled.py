@@ -6,7 +6,8 @@ MACs; it removes all channels that tie with the threshold; it rounds widths down
 one cut at a ratio is made by `torch_pruning_cut`.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from rmprune.graph.run import evaluating
 from rmprune.graph.tensors import device_of, own_tensors
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.allocate import explain, least_cost
-from rmprune.pruning.budget import Budget, allowed_widths, resolve
+from rmprune.pruning.budget import Budget, Target, allowed_widths, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Group, Structure, mask_of
 from rmprune.pruning.importance import need_data
@@ -85,31 +86,8 @@ def prune_coupled(
     elif gradients is None:
         assert data is not None
         gradients = loss_gradients(model, data)
-    allowed = allowed_widths(structure, budget, origin)
-    least = {name: found[0] for name, found in allowed.items()}
-    most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
-    best: tuple[float, nn.Module, dict[str, Slices]] | None = None
-    low, high = 0.0, 1.0
-    outputs = (getattr(m, "out_channels", getattr(m, "out_features", 0)) for m in model.modules())
-    ranked = sum(count for count in outputs if isinstance(count, int))  # or fewer; others' may be lists, None
-    for _ in range(attempts):
-        if low > 0 and high < 1 and (high - low) * ranked < 1 and not isomorphic:
-            break  # every ratio between takes as many channels as one of the two
-        ratio = (low + high) / 2
-        candidate, slices = cut_at(
-            model, example_inputs, structure, importance, isomorphic, gradients, least, budget.round_to, ratio
-        )
-        value = measured_cost(candidate, structure, target.cost)
-        # `_followed` left groups alone that are all the channels of each of their producers
-        units = {g.name: in_and_out(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
-        if any(units[name] < least[name] for name in units):
-            high = ratio
-        elif value > target.limit or any(units[name] > most[name] for name in units):
-            low = ratio
-        else:
-            high = ratio
-            if best is None or value > best[0]:
-                best = (value, candidate, slices)
+    cut = functools.partial(cut_at, model, example_inputs, structure, importance, isomorphic, gradients)
+    best = _nearest(model, structure, budget, target, origin, cut, attempts, exact=not isomorphic)
     if best is None:
         if least_cost(structure, budget, target.cost, origin) > target.limit:
             raise InfeasibleBudget(f"coupled pruning: {explain(structure, budget, target, origin)}")
@@ -117,7 +95,7 @@ def prune_coupled(
             f"coupled pruning: {budget.name} {budget.value:g} was met by no cut of Torch-Pruning, which leaves or ties "
             "more channels than these limits ask for; use another method"
         )
-    _, pruned, slices = best
+    pruned, slices = best
     error = prove_slices(model, pruned, slices, example_inputs, "Torch-Pruning's cut") if prove else None
     kept = _kept(model, structure, slices)
     if reconstruct:
@@ -133,6 +111,43 @@ def prune_coupled(
     note_kept(pruned, model, kept)
     note_cut(pruned, model, structure, error)
     return pruned  # type: ignore[return-value]
+
+
+Cut = tuple[nn.Module, dict[str, Slices]]
+
+
+def _nearest(
+    model: nn.Module, structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None,
+    cut: Callable[[Mapping[str, int], int, float], Cut], attempts: int, *, exact: bool,
+) -> Cut | None:  # fmt: skip
+    """The cut by Torch-Pruning whose cost comes nearest to the limit from below, looked for by bisection of its ratio; None where none is.
+
+    `cut(least, round_to, ratio)`; `exact`: two ratios that are less than a channel of all apart make the same cut.
+    """
+    allowed = allowed_widths(structure, budget, origin)
+    least = {name: found[0] for name, found in allowed.items()}
+    most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
+    outputs = (getattr(m, "out_channels", getattr(m, "out_features", 0)) for m in model.modules())
+    ranked = sum(count for count in outputs if isinstance(count, int))  # or fewer; others' may be lists, None
+    best: tuple[float, Cut] | None = None
+    low, high = 0.0, 1.0
+    for _ in range(attempts):
+        if exact and low > 0 and high < 1 and (high - low) * ranked < 1:
+            break  # every ratio between takes as many channels as one of the two
+        ratio = (low + high) / 2
+        candidate, slices = cut(least, budget.round_to, ratio)
+        value = measured_cost(candidate, structure, target.cost)
+        # `_followed` left groups alone that are all the channels of each of their producers
+        units = {g.name: in_and_out(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
+        if any(units[name] < least[name] for name in units):
+            high = ratio
+        elif value > target.limit or any(units[name] > most[name] for name in units):
+            low = ratio
+        else:
+            high = ratio
+            if best is None or value > best[0]:
+                best = (value, (candidate, slices))
+    return None if best is None else best[1]
 
 
 def _kept(model: nn.Module, structure: Structure, slices: Mapping[str, Slices]) -> dict[str, Tensor]:
