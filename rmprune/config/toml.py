@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_TOML):
             raise ValueError(f"not a regular file of at most {LARGEST_TOML} bytes")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without what Windows writes before it
         if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
             raise ValueError(f"a line with more than {MOST_DOTS} dots")
         return tomllib.loads(text)

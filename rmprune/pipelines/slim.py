@@ -4,6 +4,7 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 (`dense/`, `plain/`) and `seed0/macs_ratio-0.5/` is a cell. Every stage leaves an artifact; what is there is not done again.
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from rmprune.pipelines.stages import (
 )
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out
+from rmprune.pruning.importance import NothingMatters
 from rmprune.pruning.peak_memory import with_reference
 from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.removal import plan_removal
@@ -106,7 +108,15 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
         plan_removal(dense, example, **vars(config.removal))
     if plan is not None:
         two = [(example, torch.zeros(2, dtype=torch.long))]
-        carry_out(dense, plan, two, importance="magnitude", reconstruct=False, removal=config.removal)
+        with contextlib.suppress(NothingMatters):  # of weights that are not trained yet
+            carry_out(
+                dense,
+                plan,
+                two,
+                importance=config.prune.importance,
+                reconstruct=config.prune.reconstruct,
+                removal=config.removal,
+            )
         return
     reference = count_macs(dense, example[:1])
     budgets = [

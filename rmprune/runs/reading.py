@@ -14,9 +14,10 @@ DEEPEST = 64  # lists in lists; beyond it Python's own recursion ends somewhere
 
 
 def read_text(path: Path) -> str:
-    """The text (UTF-8) of a regular file. Raises OSError where it cannot be read, ValueError where it is not such a file."""
+    """The text of a regular file: UTF-8, with or without the mark of byte order that Windows writes before it. Raises OSError where it
+    cannot be read, ValueError where it is not such a file."""
     check_regular(path, LARGEST_JSON)
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def check_regular(path: Path, most: int | None = None) -> None:

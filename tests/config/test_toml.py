@@ -16,6 +16,7 @@ from rmprune.config import (
 )
 from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ConfigError
+from rmprune.pruning.plan import SlimPlan
 
 KINDS = {"slim": SlimConfig, "amc": AmcConfig, "train": TrainRunConfig}
 
@@ -70,6 +71,14 @@ def test_a_setting_switched_off_stays_off(tmp_path: Path) -> None:
     first = config(finetune=TrainConfig(clip_norm=None))
     (tmp_path / "config.toml").write_text(to_toml(first))
     assert from_toml(SlimConfig, tmp_path / "config.toml") == first
+
+
+def test_a_mark_of_byte_order_before_a_text_is_none_of_it(tmp_path: Path) -> None:
+    """As editors of Windows write it."""
+    (tmp_path / "c.toml").write_text('\ufeffmodel = "resnet8"\n[prune]\nratio = 0.5\n', encoding="utf-8")
+    assert from_toml(SlimConfig, tmp_path / "c.toml").model == "resnet8"
+    (tmp_path / "plan.json").write_text('\ufeff{"schema": 1, "widths": {"conv1": 8}}', encoding="utf-8")
+    assert SlimPlan.read(tmp_path / "plan.json").widths == {"conv1": 8}
 
 
 def test_a_missing_file() -> None:

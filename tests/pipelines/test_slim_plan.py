@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import rmprune
 from rmprune.cli import main
+from rmprune.pipelines import stages
 from rmprune.pruning.plan import SlimPlan
 from rmprune.runs import records
 
@@ -64,4 +66,26 @@ def test_a_wrong_plan_is_one_line_and_nothing_is_written(
         main([*FLAGS, "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "run"), *more])
     said = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and message in said[-1] and len(said) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("importance", ["taylor", "batch_norm"])
+def test_a_plan_whose_network_cannot_be_ranked_or_fitted_is_refused_before_it_is_trained(
+    importance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mode = "reflect" if importance == "taylor" else "zeros"
+    layers = [
+        nn.Conv2d(1, 8, 3, padding=1, padding_mode=mode),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    ]
+    monkeypatch.setattr(stages, "create_network", lambda *_, **__: nn.Sequential(*layers))
+    (tmp_path / "plan.json").write_text('{"schema": 1, "widths": {"0": 4}}')
+    flags = ["--plan", str(tmp_path / "plan.json"), "--importance", importance, "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*FLAGS, *flags])
+    said = {"taylor": "0: fitting layers needs zero padding", "batch_norm": "no batch norm to rank its channels by"}
+    assert stopped.value.code == 2 and said[importance] in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
