@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
+import random
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from rmprune.data.batches import (
     OWN_LOSS,
@@ -35,14 +39,14 @@ GIVEN = "given"  # how the name of such data begins in config and record; what t
 class GivenSplit(Split):
     """The batches of `loader`, in its order, of its size: (images [B, ...], labels [B], ...), or with a `loss` of any form.
 
-    A `DataLoader` that shuffles is made to repeat itself: its order follows from torch's generator, which is seeded for the while.
+    A loader that shuffles or augments is made to repeat itself: the generators that it draws from are seeded for the while (`_Draws`).
     Batches are (x, y): images and labels on the device, or with a loss what `model` reads, and the whole batch. `name`: in errors.
 
     Raises DataError at once for a loader that can be read only once or is empty, and for a first batch that the loss cannot use.
     """
 
     def __init__(self, loader: Iterable[Any], model: nn.Module, loss: Loss | None, name: str) -> None:
-        self.loader, self.model, self.loss, self.name = loader, model, loss, name
+        self.loader, self.model, self.loss, self.name = _repeatable(loader), model, loss, name
         if not isinstance(loader, Iterable) or isinstance(loader, Iterator | Tensor | str | dict):
             raise DataError(
                 f"{name} is of type {type(loader).__name__}; give a DataLoader or a list of batches: it is read many times"
@@ -76,7 +80,7 @@ class GivenSplit(Split):
         return _digest(self._tried())
 
     def first_digest(self) -> str:
-        """Of the first batch as it comes; "" where two readings differ, as of a loader that shuffles by a generator of its own."""
+        """Of the first batch as it comes; "" where two readings differ, as of images augmented by a generator of their own."""
         one, other = (_digest(itertools.islice(self._read(0), 1)) for _ in range(2))
         return one if one == other else ""
 
@@ -141,20 +145,17 @@ class GivenSplit(Split):
             yield x, y
 
     def _read(self, seed: int) -> Iterator[Any]:
-        """The loader's batches. What it draws from torch's generator, for its order and while it reads, is a stream of its own: the same
-        from the first batch on, whatever is drawn between them."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        """The loader's batches. What it draws, for its order and while it reads, is a stream of its own: the same from the first batch on,
+        whatever is drawn between them."""
+        draws = _Draws(self.loader, seed)
+        with draws:
             iterator = iter(self.loader)
-            state = torch.get_rng_state()
         while True:
-            with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(state)
+            with draws:
                 try:
                     batch = next(iterator)
                 except StopIteration:
                     return
-                state = torch.get_rng_state()
             yield batch
 
     @contextlib.contextmanager
@@ -193,6 +194,56 @@ class GivenSplit(Split):
                 f"numbers [N] for [N, classes]; {OWN_LOSS}"
             )
         return int(outputs.shape[1])
+
+
+class _Draws:
+    """What a loader draws from: Python's, numpy's and torch's global generators, and those that a DataLoader and its samplers were given.
+
+    Entered, they are seeded the first time, and later go on from where they were left; afterwards they are what they were before.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int) -> None:
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        holders = (loader, batch_sampler, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+        found = [getattr(holder, "generator", None) for holder in holders]
+        self.seed = seed
+        self.generators = [torch.default_generator, *(own for own in found if isinstance(own, torch.Generator))]
+        self.inside: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.outside = self._states()
+        if self.inside:
+            self._restore(self.inside)
+            return
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)  # noqa: NPY002
+        for generator in self.generators:
+            generator.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        self.inside = self._states()
+        self._restore(self.outside)
+
+    def _states(self) -> list[Any]:
+        numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+        return [random.getstate(), numpy, *(generator.get_state() for generator in self.generators)]
+
+    def _restore(self, states: list[Any]) -> None:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        for generator, state in zip(self.generators, states[2:], strict=True):
+            generator.set_state(state)
+
+
+def _repeatable(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader, or a copy of a DataLoader, whose workers begin with each pass, which seeds them, and give the batches in their order."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    found = copy.copy(loader)
+    vars(found).update(
+        persistent_workers=False, in_order=True, _iterator=None
+    )  # a DataLoader refuses to be assigned to
+    return found
 
 
 def _digest(batches: Iterable[Any]) -> str:

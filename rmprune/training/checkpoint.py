@@ -17,6 +17,7 @@ from rmprune.artifact.describe import describe
 from rmprune.artifact.rebuild import build, fill
 from rmprune.artifact.tensors import is_plain, read_pickled
 from rmprune.config import TrainConfig
+from rmprune.data.given import GIVEN
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, RmpruneError, first_line
 from rmprune.runs.reading import parse_json
@@ -119,8 +120,10 @@ def check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[st
                 if max(len(str(there)), len(str(here))) > 60
                 else f"{name} is {there} there, {here} here"
             )
+            cut_on_them = key == "network" and str(expected.get("dataset")).startswith(GIVEN)
+            images = " on images that are the same each time (augmented by global generators, not by their own)"
             raise ArtifactError(
-                f"{path} belongs to another run ({detail}); run with those settings, or delete it to start again"
+                f"{path} belongs to another run ({detail}); run with those settings{images * cut_on_them}, or delete it to start again"
             )
 
 

@@ -36,7 +36,8 @@ def batch_norm_scales(model: nn.Module, which: Scales = "all") -> dict[str, nn.P
         worth a pull; this is the default.
     "inner": only scales whose channels no addition reads on their way to the next convolution or linear layer: the
         first batch norms of a block. These are the channels that can go while residuals still couple the others, so it
-        is the set for slimming without RM. Needs a model that torch.fx can trace (`UnsupportedModel` otherwise).
+        is the set for slimming without RM. Needs a model that torch.fx can trace (`UnsupportedModel` otherwise); a scale
+        that its trace does not show is not among them.
 
     A scale of 0 does not silence its channel: that emits the constant act(shift), which pruning folds onwards. Raises ConfigError for
     another `which`.
@@ -50,8 +51,8 @@ def batch_norm_scales(model: nn.Module, which: Scales = "all") -> dict[str, nn.P
         return found
     if which != "inner":
         raise ConfigError(f"scales is {which!r}; use 'all' or 'inner'")
-    coupled = _batch_norms_into_additions(_trace(model))
-    return {name: scale for name, scale in found.items() if name.removesuffix(".weight") not in coupled}
+    inner = _away_from_additions(_trace(model))
+    return {name: scale for name, scale in found.items() if name in inner}
 
 
 def shortcut_scales(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -133,9 +134,17 @@ def _unit_scale(channels: int, like: Tensor) -> nn.Conv2d:
     return scale
 
 
+class _Tracer(fx.Tracer):
+    """torch.fx's own, which leaves dropout alive, but with others' batch norms, convolutions and linear layers whole: what theirs do may
+    depend on `self.training` and on sizes."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*_BATCH_NORMS, *_MIXING)) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _trace(model: nn.Module) -> fx.GraphModule:
     try:
-        return fx.symbolic_trace(model)
+        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         raise UnsupportedModel(
             f"torch.fx cannot trace the model ({error}); use scales='all' and no shortcut scales"
@@ -186,13 +195,15 @@ def _mixes(name: str, layer: nn.Module) -> bool:
     return isinstance(layer, _MIXING) and not depthwise and name.rpartition(".")[2] != SHORTCUT_SCALE
 
 
-def _batch_norms_into_additions(traced: fx.GraphModule) -> set[str]:
-    """Names of batch norms with a path to an addition that meets no convolution or linear layer."""
+def _away_from_additions(traced: fx.GraphModule) -> set[str]:
+    """Names of weights (of layers that are called, or given to a function) whose every path to an addition meets a convolution or linear
+    layer."""
     modules = dict(traced.named_modules())
     added: set[fx.Node] = set()  # additions, and what they read without such a layer between
     for node in reversed(traced.graph.nodes):
         mixed = node.op == "call_module" and _mixes(str(node.target), modules[node.target])
         if is_addition(node) or (not mixed and not added.isdisjoint(node.users)):
             added.add(node)
-    norms = {name for name, module in modules.items() if isinstance(module, _BATCH_NORMS)}
-    return {str(node.target) for node in added if node.op == "call_module"} & norms
+    met = {node: f"{node.target}.weight" for node in traced.graph.nodes if node.op == "call_module"}
+    met |= {node: str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
+    return set(met.values()) - {name for node, name in met.items() if node in added}

@@ -1,11 +1,14 @@
 """Batches of somebody else's loader as a split: its order repeats itself, its counts are held to, nothing else is done to them."""
 
+import random
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from rmprune.data.given import GivenSplit
 from rmprune.errors import DataError
@@ -149,6 +152,35 @@ def test_what_a_loader_draws_is_the_same_from_any_batch_on(shuffle: bool) -> Non
     torch.manual_seed(3)
     torch.rand(7 * 5)
     assert torch.equal(drawn, torch.rand(1))
+
+
+class Drawn(TensorDataset):
+    """Brightened by what each global generator draws."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return torch.stack([x[0] + random.random(), x[1] + np.random.rand(), x[2] + torch.rand(())]), y  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"generator": torch.Generator()},
+        {"sampler": RandomSampler(X, generator=torch.Generator())},
+        {"num_workers": 1, "persistent_workers": True},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_augmented_batches_repeat_themselves_and_leave_the_generators_alone(given: dict[str, Any]) -> None:
+    split = GivenSplit(
+        DataLoader(Drawn(X, Y), batch_size=4, shuffle="sampler" not in given, **given), MODEL, None, "train"
+    )
+    before = random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    first = images(split, 1)
+    assert not torch.equal(images(split, 2), first) and torch.equal(images(split, 1), first)
+    assert torch.equal(torch.cat([x for x, _ in split.batches(99, shuffle_seed=1, start=2)]), first[8:])
+    assert before == (random.getstate(), repr(np.random.get_state()))  # noqa: NPY002
 
 
 def test_images_are_counted_once() -> None:

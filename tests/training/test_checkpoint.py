@@ -21,7 +21,7 @@ from rmprune.models.families import create
 from rmprune.pruning import Budget
 from rmprune.pruning.gradual import GradualPruner
 from rmprune.training import TrainState, fit, make_optimizer
-from rmprune.training.checkpoint import load_checkpoint, save_checkpoint
+from rmprune.training.checkpoint import check_fingerprint, load_checkpoint, save_checkpoint
 from rmprune.training.sparsity import ProximalL1
 
 
@@ -120,6 +120,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict, wo
     with pytest.raises(ArtifactError, match=word):
         fit(**call, checkpoint=path)
     assert path.read_bytes() == before
+
+
+def test_another_network_on_images_of_a_loader_may_come_from_these(tmp_path: Path):
+    whole = {"network": "a", "dataset": "given-1"}
+    with pytest.raises(
+        ArtifactError,
+        match=r"network is a there, b here\); run with .* images that are the same each time .*, or delete",
+    ):
+        check_fingerprint(tmp_path, whole, whole | {"network": "b"})
+    with pytest.raises(ArtifactError, match=r"seed is None there, 1 here\); run with those settings, or delete"):
+        check_fingerprint(tmp_path, whole, whole | {"seed": 1})
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "code"])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from training_nets import CONFIG, blobs, tiny_net
 
@@ -87,6 +88,49 @@ def test_which_scales():
 def test_bottlenecks_have_two_inner_scales_and_a_stem_that_only_convolutions_read():
     inner = batch_norm_scales(create("resnet50", width=4), "inner")
     assert len(inner) == 2 * 16 + 1 and not any("bn3" in name or "downsample" in name for name in inner)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """Batch norm as a function, as timm's with an activation inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = bool(self.training)
+        return F.relu(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training))
+
+
+class OwnConv(nn.Conv2d):
+    """Asks for sizes, as timm's with the padding of TensorFlow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.shape[2] > 1 else 2 * x)
+
+
+class OwnNorms(nn.Module):
+    """A block of such layers, the norms `called` or their weights given to a function; `idle` is in no use."""
+
+    def __init__(self, *, called: bool) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (OwnConv(3, 3, 3, padding=1) for _ in range(2))
+        self.bn1, self.bn2, self.idle = (OwnNorm(3) for _ in range(3))
+        self.called = called
+
+    def norm(self, of: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        return of(x) if self.called else F.batch_norm(x, of.running_mean, of.running_var, of.weight, of.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.bn2, self.conv2(self.norm(self.bn1, self.conv1(x))))
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_norms_among_layers_of_others_are_told_apart(called: bool):
+    assert set(batch_norm_scales(OwnNorms(called=called), "inner")) == {"bn1.weight"}
+
+
+def test_norms_of_others_train_on_under_scales_on_shortcuts():
+    model, x = OwnNorms(called=True).eval(), torch.randn(4, 3, 5, 5)
+    scaled = add_shortcut_scales(model, x)
+    assert "bn2.weight" in batch_norm_scales(scaled) and torch.equal(scaled(x), model(x))
+    assert torch.equal(scaled.train()(x), model.train()(x)) and scaled.bn2.running_mean.any()
 
 
 def test_inner_needs_a_traceable_model():
