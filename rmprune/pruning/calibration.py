@@ -192,22 +192,21 @@ class Calibrator:
         return Fitted(weight, mean, variance, scale, shift), affine(y, scale, shift, own=op.kind == "layer")
 
     def _normalised(self, op: Op, weight: Tensor | None, y: Tensor, cut: Cut) -> tuple[Fitted, Tensor]:
-        norm = self.model.get_submodule(op.norm)
-        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        eps: float = self.model.get_submodule(op.norm).eps  # type: ignore[assignment]
         channels = y.shape[1]
-        if norm.affine:
+        if f"{op.norm}.weight" in self.tensors:
             gamma, beta = self._taken(f"{op.norm}.weight", cut), self._taken(f"{op.norm}.bias", cut)
         else:
             kind = torch.float64 if y.dtype == torch.float64 else torch.float32
             gamma, beta = y.new_ones(channels, dtype=kind), y.new_zeros(channels, dtype=kind)
         if self.settings.own_statistics or op.shared:
             return self._own_statistics(op, weight, y, gamma, beta, cut)
-        out, mean, inverse = torch.native_batch_norm(y, gamma, beta, None, None, True, 0.0, norm.eps)
-        variance = (inverse**-2 - norm.eps).clamp(min=0)
+        out, mean, inverse = torch.native_batch_norm(y, gamma, beta, None, None, True, 0.0, eps)
+        variance = (inverse**-2 - eps).clamp(min=0)
         if self.settings.reconstruct and op.kind == "layer" and op.name in self.reference:
             before, index = self.reference[op.name].variance, cut.outputs(op.layer)
             variance = before if index is None else before[index]  # outputs are fitted to have this deviation
-            scale = gamma * (variance + norm.eps).rsqrt()
+            scale = gamma * (variance + eps).rsqrt()
             out = affine(y, scale, beta - mean * scale, own=True)
         else:
             scale = gamma * inverse

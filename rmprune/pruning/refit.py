@@ -50,15 +50,13 @@ def write_layer(model: nn.Module, op: Op, fit: Fitted) -> None:
     module = model.get_submodule(op.layer) if op.layer else None
     with torch.no_grad():
         if op.norm:
-            norm = model.get_submodule(op.norm)
-            assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+            norm = model.get_submodule(op.norm)  # of one process, of several, or frozen
             if module is not None and fit.weight is not None:
                 module.weight.copy_(fit.weight)  # type: ignore[operator]
             bias = getattr(module, "bias", None)
-            assert norm.running_mean is not None and norm.running_var is not None
             # In its own dtype, half precision too.
-            norm.running_mean.copy_(fit.mean if bias is None else fit.mean + bias)
-            norm.running_var.copy_(fit.variance)
+            norm.get_buffer("running_mean").copy_(fit.mean if bias is None else fit.mean + bias)
+            norm.get_buffer("running_var").copy_(fit.variance)
         elif module is not None and fit.weight is not None:
             scaled = fit.weight * fit.scale.view(-1, *[1] * (fit.weight.dim() - 1))
             module.weight.copy_(scaled)  # type: ignore[operator]

@@ -121,7 +121,7 @@ class _Training(Stepping):
                 stopped = interrupt.requested and loader_killed(error)  # the signal went to it, too
                 if isinstance(error, RuntimeError) and not stopped:
                     raise
-                if self.between_steps and self.agreed:  # within a step the last checkpoint stands
+                if self.between_steps and self.agreed:  # within a step, or an epoch's end, the last checkpoint stands
                     self.save()
                 raise KeyboardInterrupt(*(() if stopped else error.args)) from None
 
@@ -183,6 +183,7 @@ class _Training(Stepping):
         self.check_weights()
         loss, accuracy, rate = self.facts(distributed.add_up(self.totals, self.world))
         state = self.state
+        self.between_steps = False  # statistics are on their way, and numbers drawn for them: not done twice alike
         self.measure_statistics()
         distributed.share_state(state.model, self.world)
         split, shard = self.data.validation, (self.rank, self.world)
@@ -206,6 +207,7 @@ class _Training(Stepping):
         )
         self.totals.zero_()  # in place, where a recorded step adds to it
         self.seconds, self.started = 0.0, time.monotonic()
+        self.between_steps = True
         self.save()  # after the log: a line that is written twice is dropped when training goes on
 
     def measure_statistics(self) -> None:

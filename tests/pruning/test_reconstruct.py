@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import rmprune
 from rmprune.errors import UnsupportedModel
@@ -161,3 +162,23 @@ def test_norms_without_running_statistics_are_refused_by_name() -> None:
     data = [(x, torch.arange(8) % 2)]
     with pytest.raises(UnsupportedModel, match=r"^1: .*running statistics; --no-reconstruct"):
         rmprune.prune(net, x, budget=rmprune.Budget(ratio=0.5), importance="magnitude", data=data, reconstruct=True)
+
+
+@pytest.mark.parametrize("kind", [nn.SyncBatchNorm, FrozenBatchNorm2d])
+def test_norms_of_several_processes_and_frozen_ones_are_fitted_like_others(kind: type[nn.Module]) -> None:
+    fitted = []
+    x = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    data = [(x, torch.arange(32) % 2)]
+    for norm in (nn.BatchNorm2d, kind):
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False), norm(8), nn.ReLU())
+        net = nn.Sequential(*layers, nn.Conv2d(8, 2, 4), nn.Flatten()).eval()
+        for at in (1, 4):
+            net[at].running_mean.uniform_(-1, 1)
+            net[at].running_var.uniform_(0.5, 2)
+        fitted.append(
+            rmprune.prune(net, x, budget=rmprune.Budget(ratio=0.4), importance="magnitude", data=data, reconstruct=True)
+        )
+    own, other = (network.state_dict() for network in fitted)
+    assert type(fitted[1][1]) is kind
+    assert all(torch.allclose(value, own[name], atol=1e-6) for name, value in other.items())

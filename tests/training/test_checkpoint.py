@@ -246,6 +246,33 @@ def test_a_second_ctrl_c_within_a_hook_leaves_the_last_checkpoint(tmp_path: Path
     assert same(whole, fit(tiny_net(), blobs(), config, seed=0, hook=pull, checkpoint=path))
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_second_ctrl_c_at_an_epochs_end_leaves_the_last_checkpoint(tmp_path: Path, measured: bool) -> None:
+    """While statistics are measured, with dropout, or while they wait for the validation."""
+
+    class Signal(nn.Module):
+        armed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if Signal.armed and not torch.is_grad_enabled() and self.training != measured:
+                Signal.armed = False
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return x
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.3), Signal(), *tiny_net())
+
+    def arm(state: TrainState) -> None:
+        Signal.armed = state.step == 10
+
+    whole, path = fit(net(), blobs(), CONFIG, seed=0), tmp_path / "c.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), blobs(), CONFIG, seed=0, hook=arm, checkpoint=path)
+    assert load_checkpoint(path)["step"] == 5
+    assert same(whole, fit(net(), blobs(), CONFIG, seed=0, checkpoint=path))
+
+
 def test_the_state_of_a_hook_goes_into_the_checkpoint(tmp_path: Path):
     class Counter:
         steps = 0
