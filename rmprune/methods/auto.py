@@ -71,14 +71,14 @@ def choose_plan(network: nn.Module, starts: Starts, budget: Budget, job: Job[Sli
     tried again: an interrupted search goes on, a finished one is not repeated, whatever the clock says. Raises InfeasibleBudget where
     no plan meets the budget.
     """
-    search = Search(network, starts, budget, job, files)
+    search = PlanSearch(network, starts, budget, job, files)
     search.try_presets()
     search.try_proposed()
     search.try_changes()
     return search.winner()
 
 
-class Search:
+class PlanSearch:
     """One search, in its three parts, each of which goes on where the notes of `files` say that an interrupted one was.
 
     plans: {name: what the surrogate proposed, and why}; verdicts: of everything that was tried; seconds: that changes of the best plan

@@ -113,13 +113,13 @@ def prune_coupled(
     return pruned  # type: ignore[return-value]
 
 
-Cut = tuple[nn.Module, dict[str, Slices]]
+CoupledCut = tuple[nn.Module, dict[str, Slices]]
 
 
 def _nearest(
     model: nn.Module, structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None,
-    cut: Callable[[Mapping[str, int], int, float], Cut], attempts: int, *, exact: bool,
-) -> Cut | None:  # fmt: skip
+    cut: Callable[[Mapping[str, int], int, float], CoupledCut], attempts: int, *, exact: bool,
+) -> CoupledCut | None:  # fmt: skip
     """The cut by Torch-Pruning whose cost comes nearest to the limit from below, looked for by bisection of its ratio; None where none is.
 
     `cut(least, round_to, ratio)`; `exact`: two ratios that are less than a channel of all apart make the same cut.
@@ -129,7 +129,7 @@ def _nearest(
     most = structure.units if budget.max_fraction == 1 else {name: found[-1] for name, found in allowed.items()}
     outputs = (getattr(m, "out_channels", getattr(m, "out_features", 0)) for m in model.modules())
     ranked = sum(count for count in outputs if isinstance(count, int))  # or fewer; others' may be lists, None
-    best: tuple[float, Cut] | None = None
+    best: tuple[float, CoupledCut] | None = None
     low, high = 0.0, 1.0
     for _ in range(attempts):
         if exact and low > 0 and high < 1 and (high - low) * ranked < 1:
