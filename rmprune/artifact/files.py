@@ -24,7 +24,7 @@ from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import plain_module, refuse_weights
 from rmprune.graph.inputs import Inputs, as_tuple, trial
 from rmprune.graph.relative_error import relative_error
-from rmprune.graph.run import evaluating
+from rmprune.graph.run import evaluating, on_copies
 from rmprune.graph.tf32 import tf32
 from rmprune.onnx.export import export_onnx
 from rmprune.runs.reading import check_regular, read_json, sha256_of
@@ -82,7 +82,7 @@ def _refuse_unlike(model: nn.Module, loaded: nn.Module, inputs: tuple[Tensor, ..
         for count in (1, 2):
             batch = [torch.cat([x[:1]] * count) for x in inputs]
             try:
-                expected = model(*(x.clone() for x in batch))
+                expected = on_copies(model, *batch)
             except Exception as fault:
                 if count > 1:  # made for one image
                     return
@@ -91,7 +91,7 @@ def _refuse_unlike(model: nn.Module, loaded: nn.Module, inputs: tuple[Tensor, ..
                     f"{type(model).__name__} does not run on example_inputs: {first_line(fault)}"
                 ) from fault
             try:
-                error = relative_error(expected, loaded(*batch), [count])
+                error = relative_error(expected, on_copies(loaded, *batch), [count])
             except Exception:  # indices and shapes of another number of images
                 error = math.inf
             if not error <= _ALIKE:

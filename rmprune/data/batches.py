@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rmprune.errors import ConfigError, DataError, first_line, loader_killed
 from rmprune.graph.finite import broken_tensor
-from rmprune.graph.run import evaluating, hooked
+from rmprune.graph.run import evaluating, hooked, on_copies
 
 Batches = Iterable[Any]
 """(images [N, ...], labels [N]) and perhaps more, which is not read; with a loss of one's own, whatever that takes."""
@@ -143,7 +143,7 @@ def network_inputs(data: Batches, model: nn.Module) -> Iterator[Tensor]:
 def _scores(model: nn.Module, x: Tensor) -> Any:
     """What the network says of images. Raises DataError where it does not take them."""
     try:
-        return model(x)
+        return on_copies(model, x)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -180,9 +180,10 @@ def _finite_loss(loss: Loss, model: nn.Module, batch: Any, number: int) -> Tenso
 
 
 def own_loss(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
-    """The loss as a tensor of no dimensions. Raises DataError where it fails, or is nothing that can be minimised."""
+    """The loss as a tensor of no dimensions, computed on a copy of the batch: network and loss may write over theirs. Raises DataError
+    where it fails, or is nothing that can be minimised."""
     try:
-        value = loss(model, batch)
+        value = loss(model, tree_map_only(Tensor, torch.clone, batch))
     except DataError:
         raise
     except Exception as error:

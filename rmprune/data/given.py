@@ -27,6 +27,7 @@ from rmprune.data.batches import (
 from rmprune.data.splits import Batch, Split
 from rmprune.errors import ConfigError, DataError, first_line
 from rmprune.graph.finite import broken_on
+from rmprune.graph.run import on_copies
 
 NOT_FINITE = "there are images that are not finite; mend them or leave them out"
 GIVEN = "given"  # how the name of such data begins in config and record; what they hold is the rest
@@ -186,7 +187,7 @@ class GivenSplit(Split):
             return 0
         ((x, y),) = labelled([batch], self.model)
         with torch.no_grad():
-            outputs = self.model(x[:1])
+            outputs = on_copies(self.model, x[:1])
         if outputs.dim() != 2 or y.dim() != 1 or y.is_floating_point():
             raise DataError(
                 f"labels are {y.dtype} of shape {tuple(y.shape)} for outputs {tuple(outputs.shape)}; without a loss they are class "

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from rmprune.errors import UnsupportedModel
+from rmprune.graph.run import on_copies
 
 _WIDER = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _PLAIN = (Tensor, int, float, str, type(None), torch.dtype)
@@ -38,9 +39,9 @@ class InDouble(TorchFunctionMode):
 
 
 def in_double(twin: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """What the float64 copy of a network gives for these inputs, of which it gets copies: a network may write into them."""
+    """What the float64 copy of a network gives for these inputs, which stay as they are."""
     with InDouble():
-        return twin(*(x.clone() for x in inputs))
+        return on_copies(twin, *inputs)
 
 
 def each_argument(

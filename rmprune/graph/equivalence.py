@@ -17,7 +17,7 @@ from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
 from rmprune.graph.relative_error import check_inputs, depends, double_tensors, relative_error
-from rmprune.graph.run import run
+from rmprune.graph.run import on_copies, run
 from rmprune.graph.tensors import floating_tensors
 
 
@@ -88,9 +88,7 @@ def own_dtype_error(
             for t, one in zip(double_tensors(expected), double_tensors(base), strict=False)
         ]
         try:
-            own, found = (
-                relative_error(wanted, module(*(x.clone() for x in image)), [1], base) for module in (twin, result)
-            )
+            own, found = (relative_error(wanted, on_copies(module, *image), [1], base) for module in (twin, result))
         except RuntimeError as error:
             refuse_stuck(twin, result, image)
             return None, f"not compared in {target.dtype} on {target.device}, where it does not run: {error}"
@@ -113,7 +111,7 @@ def refuse_stuck(model: nn.Module, result: nn.Module, image: Iterable[Tensor]) -
     given = list(image)
     for module in (model, result):
         try:
-            module(*(x.clone() for x in given))
+            on_copies(module, *given)
         except RuntimeError as error:
             if module is model:
                 return

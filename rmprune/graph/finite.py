@@ -10,6 +10,7 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, in_double
 from rmprune.graph.foreign import reference_copy
+from rmprune.graph.run import on_copies
 from rmprune.graph.tensors import floating_dtype, output_tensors, tensors_in, to_double
 
 
@@ -56,7 +57,7 @@ def where_broken(twin: nn.Module, inputs: tuple[Tensor, ...], *, infinite: bool 
 
     for name, module in twin.named_modules():
         module.register_forward_hook(partial(look, name))
-    outputs = tensors_in(twin(*(x.clone() for x in inputs)))
+    outputs = tensors_in(on_copies(twin, *inputs))
     broken = any(not is_finite(x) if infinite else bool(x.isnan().any()) for x in outputs)
     return f"the output of {found[0]} is not finite" if broken else None
 

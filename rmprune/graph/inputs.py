@@ -15,6 +15,7 @@ from rmprune.graph.copied import copied
 from rmprune.graph.equivalence import refuse_changing_hooks
 from rmprune.graph.finite import refuse_broken
 from rmprune.graph.foreign import plain_module, refuse_weights
+from rmprune.graph.run import on_copies
 from rmprune.graph.shapes import Plainly, blank, on_meta
 from rmprune.graph.tensors import floating_tensors
 
@@ -196,7 +197,7 @@ def trial(
                 "example_inputs on the meta device have no values, and the network does not run without"
             ) from None
     with _watched(copied(model).eval()) as twin, watch:
-        twin(*(x.clone() for x in one))
+        on_copies(twin, *one)
 
 
 @contextmanager

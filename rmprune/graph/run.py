@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from rmprune.errors import UnsupportedModel
@@ -67,6 +67,11 @@ def _bind(graph: fx.Graph, inputs: tuple[Any, ...]) -> dict[fx.Node, Any]:
             raise UnsupportedModel(f"the network takes an input {node.target!r} that example_inputs lack")
         values[node] = node.args[0]
     return values
+
+
+def on_copies(model: nn.Module, *inputs: Tensor) -> Any:
+    """What a network gives for inputs that somebody reads again: `x.sub_(mean)`, or a first ReLU in place, writes over what it gets."""
+    return model(*(x.clone() for x in inputs))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from rmprune.graph.copied import copied
 from rmprune.graph.double import InDouble, each_argument
 from rmprune.graph.functional import NORMS
 from rmprune.graph.network import Network, in_words
-from rmprune.graph.run import Values, evaluating, hooked, node_value, run
+from rmprune.graph.run import Values, evaluating, hooked, node_value, on_copies, run
 from rmprune.graph.tensors import all_tensors, device_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -44,7 +44,7 @@ def record_shapes(model: nn.Module, example_inputs: Tensor, kinds: Any) -> dict[
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
     hooks = (module.register_forward_hook(partial(record, name), with_kwargs=True) for name, module in found)
     with hooked(hooks), evaluating(model), torch.no_grad():
-        model(example_inputs[:1].to(device_of(model)))
+        on_copies(model, example_inputs[:1].to(device_of(model)))
     return shapes
 
 

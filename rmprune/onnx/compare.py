@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from rmprune.graph.build import target_of
 from rmprune.graph.copied import copied
+from rmprune.graph.run import on_copies
 from rmprune.graph.tensors import to_double
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10, torch.float16: 2.0**-10}  # of the largest output
@@ -55,7 +56,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """The tensors that a network returns, in order, without gradients."""
     with torch.inference_mode():
-        return list(named_outputs(model(*inputs)).values())
+        return list(named_outputs(on_copies(model, *inputs)).values())
 
 
 def as_tensors(inputs: Tensor | tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

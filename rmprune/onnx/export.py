@@ -104,7 +104,7 @@ def _asked(
     export: Callable[..., T], folded: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], dynamic_batch: bool, opset: int
 ) -> T:  # fmt: skip
     """What `export` makes of the network, its inputs, and the names and open sizes that they and its outputs get."""
-    inputs = tuple(x.contiguous() for x in as_tensors(example_inputs))
+    inputs = tuple(x.clone(memory_format=torch.contiguous_format) for x in as_tensors(example_inputs))
     with torch.inference_mode():
         expected = folded(*inputs)
     outputs = named_outputs(expected)

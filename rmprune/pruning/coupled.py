@@ -211,7 +211,7 @@ def check_coupled(model: nn.Module, structure: Structure, importance: str, examp
     with following(model), evaluating(twin), torch.enable_grad():
         list(
             tp.DependencyGraph()
-            .build_dependency(twin, example_inputs.to(device_of(model)), verbose=False)
+            .build_dependency(twin, example_inputs.to(device_of(model), copy=True), verbose=False)
             .get_all_groups()
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.graph.run import evaluating
+from rmprune.graph.run import evaluating, on_copies
 from rmprune.graph.tensors import tensors_in
 from rmprune.pruning.layers import Cost, SizedLayer, macs, price
 from rmprune.pruning.layers import weight_of as weight_of  # its name of before
@@ -84,7 +84,7 @@ class Group:
 def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
     """All tensors that the model returns, in eval mode and on its device: of one, a tuple, a dict, ..."""
     with evaluating(model), torch.no_grad():
-        return tensors_in(model(*as_tuple(model, example_inputs)))
+        return tensors_in(on_copies(model, *as_tuple(model, example_inputs)))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.graph.run import evaluating
+from rmprune.graph.run import evaluating, on_copies
 from rmprune.graph.tensors import device_of
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.calibration import Calibrator, Cut, Fitting
@@ -61,7 +61,9 @@ class Ends:
 def _said(network: nn.Module, images: Tensor) -> Tensor:
     with evaluating(network):
         device = device_of(network)
-        return torch.cat([F.log_softmax(network(x.to(device)).double(), 1) for x in images.split(_BATCH)]).cpu()
+        return torch.cat(
+            [F.log_softmax(on_copies(network, x.to(device)).double(), 1) for x in images.split(_BATCH)]
+        ).cpu()
 
 
 def block_losses(

@@ -63,7 +63,7 @@ def cut_at(
     staying = [x.name for x in structure.layers if x.kind not in ("depthwise", "rest") and x.name not in going]
     with following(model), evaluating(twin), torch.enable_grad():
         pruner = tp.pruner.BasePruner(
-            twin, example_inputs,
+            twin, example_inputs.clone(),
             importance=_Protecting(getattr(tp.importance, COUPLED_IMPORTANCES[importance])(), floors, names, makes_channels),
             global_pruning=True, isomorphic=isomorphic, pruning_ratio=ratio,
             ignored_layers=[twin.get_submodule(name) for name in staying], round_to=round_to if round_to > 1 else None,

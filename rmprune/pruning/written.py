@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.names import spell
 from rmprune.graph.normalise import PlainTracer
-from rmprune.graph.run import evaluating
+from rmprune.graph.run import evaluating, on_copies
 from rmprune.graph.tensors import tensors_in
 from rmprune.graph.tracing import follow
 
@@ -36,7 +36,7 @@ def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | N
                     break
             with torch.no_grad():
                 for x in (inputs, tuple(torch.cat([x, x[:1]]) for x in inputs)):
-                    pairs = zip(tensors_in(flat(*copies(x))), tensors_in(model(*copies(x))), strict=True)
+                    pairs = zip(tensors_in(on_copies(flat, *x)), tensors_in(on_copies(model, *x)), strict=True)
                     if not all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in pairs):
                         return None
         except (UnsupportedModel, RuntimeError, ValueError, TypeError):
@@ -44,11 +44,6 @@ def as_graph(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule | N
     flat.training = model.training
     assert isinstance(flat, fx.GraphModule)
     return flat
-
-
-def copies(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of inputs that code may change."""
-    return tuple(x.clone() for x in inputs)
 
 
 def places(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rmprune.config import Precision
 from rmprune.errors import ConfigError, first_line
+from rmprune.graph.run import on_copies
 from rmprune.graph.tensors import floating_dtype
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.machine import BFLOAT16, has_instruction
@@ -35,7 +36,7 @@ def autocast(precision: Precision, device: torch.device) -> Iterator[None]:
 
 def ask(model: nn.Module, x: Tensor) -> Tensor:
     """What a model makes of images [B, C, H, W], given to it in the dtype of its weights."""
-    found: Tensor = model(x.to(floating_dtype(model, x.dtype)))
+    found: Tensor = on_copies(model, x.to(floating_dtype(model, x.dtype)))
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rmprune.data.batches import Loss
+from rmprune.data.batches import Loss, own_loss
 from rmprune.training.precision import ask
 
 MOST_IMAGES, LEAST_IMAGES = 1024, 256  # that they are measured on, in whole batches
@@ -51,7 +51,7 @@ def measure_statistics(
             norm.reset_running_stats()
         seen = 0
         for x, y in batches if momenta else ():
-            ask(model, x) if loss is None else loss(model, y)
+            ask(model, x) if loss is None else own_loss(loss, model, y)
             seen += len(x)
             if seen >= images:
                 break

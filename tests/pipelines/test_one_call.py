@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import few
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -104,6 +105,35 @@ def test_what_is_saved_is_what_was_measured(regression: tuple[Angles, Slimmed], 
         result.save(folder)
     with pytest.raises(ArtifactError, match="a loss of their own"):  # nothing to draw without accuracy
         build_report([folder], tmp_path / "report", "x")
+
+
+class Over(Angles):
+    """A classifier that normalises its images itself, in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5).div_(0.25))
+
+
+def classes(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("loss", few([None, classes], classes))
+def test_a_network_that_writes_over_its_images_is_slimmed_like_another(loss: Any) -> None:
+    torch.manual_seed(0)
+    model, data = Over().eval(), labelled(2)
+    tuning = TrainConfig(epochs=1, warmup_epochs=0, distillation=0.5)
+    made = rmprune.slim(model, data, data, macs_ratio=0.6, loss=loss, method="residual", finetune=tuning, **QUICK)
+    for batch, before in zip(data, labelled(2), strict=True):
+        assert all(torch.equal(own, x) for own, x in zip(batch, before, strict=True))
+    for network, name in ((model, "original"), (made.model, "residual")):
+        with torch.no_grad():
+            truly = torch.stack([classes(network, batch) for batch in labelled(2)]).mean()
+        assert made.record[name]["validation"]["loss"] == pytest.approx(float(truly), rel=1e-5)
 
 
 @pytest.mark.long
