@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from rmprune.config import TrainConfig
 from rmprune.data.batches import Loss, check_labels, own_loss
+from rmprune.graph.run import hooked
 from rmprune.graph.tensors import tensors_in
 from rmprune.training.precision import ask
 from rmprune.training.teacher import distillation_loss
@@ -45,10 +47,19 @@ def own_objective(
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch of any form, and NaN, since nothing is right or wrong.
 
-    The teacher gets what the network was given, in each call that the loss makes, and its part is the mean of `apart`.
+    The teacher gets what the network was given, in each call that the loss makes, and its part is the mean of `apart`. Network and loss
+    may write over what they get.
     """
-    calls: list[tuple[tuple[Any, ...], Any]] = []
-    with model.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output))):
+    given: list[tuple[Any, ...]] = []  # of calls that are not over
+    calls: list[tuple[tuple[Any, ...], list[Tensor]]] = []
+
+    def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        given.append(tree_map_only(Tensor, torch.clone, inputs))
+
+    def end(_: nn.Module, __: Any, output: Any) -> None:
+        calls.append((given.pop(), [x.clone() for x in tensors_in(output)]))
+
+    with hooked((model.register_forward_pre_hook(begin), model.register_forward_hook(end))):
         value = own_loss(loss, model, batch)
     if teacher is not None and config.distillation:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from training_nets import CONFIG, Stop, blobs, same, tiny_net
 from rmprune.config import DataConfig
 from rmprune.errors import ConfigError
 from rmprune.training import fit
+from rmprune.training.objective import own_objective
 from rmprune.training.teacher import distillation_loss
 
 
@@ -88,3 +89,34 @@ def test_distillation_loss_is_zero_for_equals_and_scales_with_temperature():
     p, q = (other / 2).softmax(1), (logits / 2).softmax(1)
     expected = 4 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(distillation_loss(logits, other, 2.0), expected, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_and_networks_that_write_over_what_they_get_change_nothing() -> None:
+    """Sigmoid in place on the outputs, normalisation in place of the images: the teacher hears and says what it did without."""
+
+    class Net(nn.Sequential):
+        def __init__(self, over: bool) -> None:
+            torch.manual_seed(0)
+            super().__init__(nn.Flatten(), nn.Linear(12, 4))
+            self.over = over
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(0.5).mul_(3) if self.over else (x - 0.5) * 3)
+
+    batch, config = (torch.randn(8, 3, 2, 2), torch.rand(8, 4)), dataclasses.replace(CONFIG, distillation=0.5)
+    before, found = [x.clone() for x in batch], []
+    for over in (False, True):
+
+        def loss(model: nn.Module, own: Any, over: bool = over) -> Tensor:
+            x = own[0].add_(1) if over else own[0] + 1
+            said = model(x)
+            return nn.functional.mse_loss(said.sigmoid_() if over else said.sigmoid(), own[1])
+
+        net = Net(over)
+        teacher = copy.deepcopy(net)
+        nn.init.ones_(teacher[1].weight)
+        value, _ = own_objective(net, batch, loss, teacher, config)
+        value.backward()
+        found.append([value.detach(), *(p.grad for p in net.parameters())])
+    assert all(map(torch.equal, batch, before))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
