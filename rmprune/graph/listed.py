@@ -1,5 +1,7 @@
 """A network as a torch.fx graph in terms of the listed layer types (vocabulary.py), for files and clocks; removal reads normalise.py's."""
 
+import operator
+from collections import Counter
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from rmprune.graph.calls import writes
 from rmprune.graph.fx_tracer import Tracer
 from rmprune.graph.names import refuse_taken, spell
 from rmprune.graph.shapes import WithoutValues, blank_inputs, to_run
+from rmprune.graph.tensors import own_tensors
 from rmprune.graph.tracing import Traced, follow
 from rmprune.graph.vocabulary import LAYERS
 
@@ -94,6 +97,12 @@ def traced(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> Traced:
         refuse_taken(model)
     spell(found.graph)
     return found
+
+
+def holders(model: nn.Module, graph: fx.Graph) -> Counter[int]:
+    """By the id of each parameter and buffer: how many modules hold it, and how often the code that `graph` is of reads it by itself."""
+    read = [operator.attrgetter(str(node.target))(model) for node in graph.nodes if node.op == "get_attr"]
+    return Counter(map(id, [*read, *(tensor for module in model.modules() for _, tensor in own_tensors(module))]))
 
 
 def shaped(model: nn.Module, x: Tensor) -> fx.GraphModule:

@@ -7,7 +7,6 @@ with residuals, and its first step undid the fit (reports/solar-cells, experimen
 """
 
 import itertools
-import operator
 import statistics
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from rmprune.data.batches import Batches, loss_parts
 from rmprune.graph.convolution import plain
 from rmprune.graph.copied import copied
 from rmprune.graph.foreign import HOOKS
-from rmprune.graph.listed import trace
+from rmprune.graph.listed import holders, trace
 from rmprune.graph.run import evaluating
 from rmprune.graph.tensors import own_tensors
 from rmprune.training.convolutions import TrainableConvolutions
@@ -66,16 +65,14 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, _BatchNorm]]:
     """Convolutions (of any rank) that a batch norm alone reads, each with it."""
     graph = trace(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
-    read = [operator.attrgetter(str(node.target))(model) for node in graph.nodes if node.op == "get_attr"]
-    calls = Counter(called)
-    holders = Counter(map(id, [*read, *(tensor for m in calls for _, tensor in own_tensors(m))]))
+    calls = Counter(modules[str(node.target)] for node in graph.nodes if node.op == "call_module")
+    held = holders(model, graph)
     for node in graph.nodes:
         source = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
         conv, norm = modules[str(source.target)], modules[str(node.target)]
-        alone = all(calls[m] == 1 and all(holders[id(own)] == 1 for _, own in own_tensors(m)) for m in (conv, norm))
+        alone = all(calls[m] == 1 and all(held[id(own)] == 1 for _, own in own_tensors(m)) for m in (conv, norm))
         stock = any(type(conv) is kind and plain(conv, kind) for kind in _CONVS)
         changed = (
             any(getattr(m, hooks) for m in (conv, norm) for hooks in HOOKS)

@@ -12,21 +12,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rmprune.graph.copied import copied
-from rmprune.graph.run import evaluating, hooked
+from rmprune.graph.listed import holders, trace
+from rmprune.graph.run import evaluating, hooked, on_copies
+from rmprune.graph.tensors import own_tensors
 
 
 @torch.no_grad()
 def recentre(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """A copy of `model` with the mean and variance of these images (B, C, ...) in its batch norms, the same function in eval mode.
 
-    Scale and shift take up what the statistics move by. A batch norm without scale and shift, or that no image reaches, stays.
+    Scale and shift take up what the statistics move by. A batch norm without scale and shift, or that no image reaches, stays, and so
+    does one whose tensors something else reads, too. Raises UnsupportedModel where torch.fx cannot follow.
     """
     model = copied(model)
+    held = holders(model, trace(model))
     moments: dict[_BatchNorm, Moments] = {}
     watched = [
         norm
         for norm in model.modules()
-        if isinstance(norm, _BatchNorm) and norm.affine and norm.running_mean is not None
+        if isinstance(norm, _BatchNorm)
+        and norm.affine
+        and norm.running_mean is not None
+        and all(held[id(own)] == 1 for _, own in own_tensors(norm))
     ]
 
     def note(norm: _BatchNorm, args: tuple[Tensor, ...]) -> None:
@@ -34,7 +41,7 @@ def recentre(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 
     with evaluating(model), hooked(norm.register_forward_pre_hook(note) for norm in watched):
         for images in batches:
-            model(images)
+            on_copies(model, images)
     for norm, found in moments.items():
         _move(norm, found.mean, found.square / found.count)
     return model

@@ -62,3 +62,24 @@ def test_what_cannot_be_moved_stays() -> None:
     assert all(bool(value.isfinite().all()) for value in moved.state_dict().values())
     for name in ("0.running_mean", "unused.norm.running_var", "unused.norm.weight"):
         assert torch.equal(moved.state_dict()[name], net.state_dict()[name])
+
+
+def test_norms_that_share_scale_and_shift_stay() -> None:
+    """What the one's scale and shift take up, the other's would multiply and add as well; so would code that reads them."""
+
+    class Reads(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * self[6].weight.view(1, -1, 1, 1)
+
+    torch.manual_seed(0)
+    net = randomise(
+        Reads(*(layer for _ in range(4) for layer in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())))
+    ).eval()
+    net[4].weight, net[4].bias = net[1].weight, net[1].bias
+    net[6] = nn.BatchNorm2d(3).eval()
+    x = torch.randn(16, 3, 4, 4) * 3 + 1
+    moved = recentre(net, [x])
+    with torch.no_grad():
+        assert torch.allclose(moved(x), net(x), atol=1e-5)
+    means = [torch.equal(moved[at].running_mean, net[at].running_mean) for at in (1, 4, 6, 10)]
+    assert means == [True, True, True, False]
