@@ -136,8 +136,10 @@ def test_a_network_without_such_a_block_is_refused() -> None:
 
 
 def test_a_name_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no block layer9\.9; there are: "):
+    with pytest.raises(ConfigError, match=r"^keep: no block layer9\.9; there are: "):
         collapse_blocks(network(basic()), many(), keep=["layer9.9"])
+    with pytest.raises(ConfigError, match=r"^drop: no block layer9\.9; there are: "):
+        shorten_blocks(network(basic()), many(), drop=["layer9.9"])
 
 
 def test_blocks_asked_to_stay_stay() -> None:
