@@ -88,7 +88,7 @@ def collapse_blocks(model: nn.Module, images: Inputs, *, keep: Iterable[str] | N
         return "asked to stay" if name in left else Part(collapsible(network, name, add))
 
     left = set(as_names(keep, "keep"))
-    ((_, found),) = _reshaped(model, images, left, [pick])
+    ((_, found),) = _reshaped(model, images, dict.fromkeys(left, "keep"), [pick])
     if not found.collapsed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.kept.items())
         raise UnsupportedModel(f"no block to collapse: {reasons or 'the network has no residual'}")
@@ -126,7 +126,7 @@ def shorten_each(
         except Obstacle as obstacle:
             raise UnsupportedModel(f"{name}: {obstacle}") from None
 
-    named = {name for way in ways for name in way}
+    named = {name: "drop" if dropped else "collapse" for way in ways for name, dropped in way.items()}
     return _reshaped(model, images, named, [partial(pick, way) for way in ways], behind=MENDED)
 
 
@@ -142,15 +142,17 @@ Pick = Callable[[Network, str, fx.Node], Part | str]
 
 
 def _reshaped(
-    model: nn.Module, images: Inputs, named: set[str], picks: Sequence[Pick], behind: int = 0
+    model: nn.Module, images: Inputs, named: Mapping[str, str], picks: Sequence[Pick], behind: int = 0
 ) -> Iterator[tuple[int, Collapse]]:
-    """What each pick makes of the network, with its number. `behind`: of so many blocks that stay behind a part the end is fitted anew."""
+    """What each pick makes of the network, with its number. `named`: {block: the argument that names it}; `behind`: of so many blocks that
+    stay behind a part the end is fitted anew."""
     model, given = as_given(model, images)
     inputs = tuple(x.cpu() for x in given)
     network, found = read_additions(model, inputs)
     names = [name for name, _ in found]
-    if named - set(names):
-        raise ConfigError(f"keep: no block {', '.join(sorted(named - set(names)))}; there are: {', '.join(names)}")
+    if unknown := sorted(named.keys() - set(names)):
+        where = " and ".join(sorted({named[name] for name in unknown}))
+        raise ConfigError(f"{where}: no block {', '.join(unknown)}; there are: {', '.join(names)}")
     changes = {number: _change(network, found, pick, behind) for number, pick in enumerate(picks)}
     for number, (change, kept) in list(changes.items()):
         if not change.parts:

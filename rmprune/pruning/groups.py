@@ -58,7 +58,7 @@ class Group:
     @property
     def paired(self) -> bool:
         """Whether its channels meet each other in a product that is added over, as those of queries and keys do."""
-        return any(member.side == "zero" for member in self.beside)
+        return len(self.readers) > len(self.consumers)
 
     @property
     def multiple(self) -> int:
@@ -79,6 +79,11 @@ class Group:
     def consumers(self) -> tuple[Member, ...]:
         """The members that read these channels."""
         return tuple(m for m in self.members if m.side == "in")
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """The consumers, and the outputs that read the others in a product (side "zero"): where the channels have their effect."""
+        return self.consumers + tuple(m for m in self.beside if m.side == "zero")
 
 
 def outputs(model: nn.Module, example_inputs: Inputs) -> list[Tensor]:

@@ -81,7 +81,7 @@ def random(model: nn.Module, structure: Structure, batches: Batches | None = Non
 def taylor(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
     """First-order change of the loss when a unit is set to zero (Molchanov et al. 2017): |sum over images and
     positions of activation * gradient| in each batch, summed over batches. Exact to first order for any
-    activation: read at the consumers' inputs.
+    activation: read at the consumers' inputs (of channels that meet in a product: at the outputs of the one factor).
     """
     scores = zero_scores(structure, device_of(model))
     for effects in _effects(model, structure, batches, "taylor"):
@@ -106,9 +106,13 @@ def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | No
 def activation(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
     """What the next layer would lose: the standard deviation of a unit's activation times the norm of the weights
     that read it, over the standard deviation of what the layer puts out (the mean is no loss: it can be folded
-    into the bias). Summed in squares over consumers.
+    into the bias). Summed in squares over consumers. Raises UnsupportedModel for channels that meet in a product.
     """
     data = need_data(batches, "activation")
+    if paired := [group.name for group in structure.groups if group.paired]:
+        raise UnsupportedModel(
+            f"{paired[0]}: its channels meet in a product, which has no weights to rank them by; use importance='taylor'"
+        )
     consumers = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
     moments = {name: (Moments(), Moments()) for name in consumers}
 
@@ -210,17 +214,31 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack(found).mean(0)
 
 
+Place = tuple[str, str]
+"""(layer, "in": what it reads; or "zero": what it puts out)."""
+
+
 @contextmanager
-def _captured_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The inputs of these modules, each as a view of its own, so that a gradient belongs to one consumer."""
-    seen: dict[str, Tensor] = {}
+def _captured(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Tensor]]:
+    """What is read at these places, each a tensor of its own, so that a gradient belongs to one reader."""
+    seen: dict[Place, Tensor] = {}
 
-    def capture(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        x = inputs[0].view_as(inputs[0])
-        seen[name] = x if x.requires_grad else x.detach().requires_grad_(True)
-        return (seen[name],)
+    def note(place: Place, x: Tensor) -> Tensor:
+        seen[place] = x if x.requires_grad else x.detach().requires_grad_(True)
+        return seen[place]
 
-    with hooked(module.register_forward_pre_hook(partial(capture, name)) for name, module in modules.items()):
+    def before(place: Place, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (note(place, inputs[0].view_as(inputs[0])),)
+
+    def after(place: Place, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return note(place, output).clone()  # what follows may change it in place
+
+    with hooked(
+        module.register_forward_pre_hook(partial(before, place))
+        if place[1] == "in"
+        else module.register_forward_hook(partial(after, place))
+        for place, module in modules.items()
+    ):
         yield seen
 
 
@@ -228,9 +246,9 @@ def _effects(model: nn.Module, structure: Structure, batches: Batches | None, na
     """For each batch: {group: [images, units], sum over positions of activation * gradient of the loss}; 0 where the loss does not go."""
     data = need_data(batches, name)
     # Where a group's channels lie in what its readers read.
-    at = {g.name: [(m.layer, m.index.to(device_of(model))) for m in g.consumers] for g in structure.groups}
-    modules = {m.layer: model.get_submodule(m.layer) for g in structure.groups for m in g.consumers}
-    with evaluating(model), _captured_inputs(modules) as seen:
+    at = {g.name: [((m.layer, m.side), m.index.to(device_of(model))) for m in g.readers] for g in structure.groups}
+    modules = {(m.layer, m.side): model.get_submodule(m.layer) for g in structure.groups for m in g.readers}
+    with evaluating(model), _captured(modules) as seen:
 
         def of_part(run: Callable[[], Tensor], count: int) -> dict[str, Tensor]:
             seen.clear()
@@ -241,12 +259,12 @@ def _effects(model: nn.Module, structure: Structure, batches: Batches | None, na
                 gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
             images = math.gcd(count, *(len(x) for x in seen.values()))  # windows of attention: several rows an image
             effects = {
-                layer: _by_image(torch.zeros_like(x) if g is None else x.detach() * g, modules[layer], images)
-                for (layer, x), g in zip(seen.items(), gradients, strict=True)
+                place: _by_image(torch.zeros_like(x) if g is None else x.detach() * g, modules[place], images)
+                for (place, x), g in zip(seen.items(), gradients, strict=True)
             }
             return {
-                g: torch.stack([effects[layer][:, i].sum(2) for layer, i in at[g] if layer in effects]).sum(0)
-                if any(layer in effects for layer, _ in at[g])
+                g: torch.stack([effects[place][:, i].sum(2) for place, i in at[g] if place in effects]).sum(0)
+                if any(place in effects for place, _ in at[g])
                 else torch.zeros(images, len(at[g][0][1]), dtype=torch.float64, device=device_of(model))
                 for g in at
             }

@@ -65,13 +65,14 @@ def solve(
 ) -> Solution | None:  # fmt: skip
     """The answers of the least loss whose cost is at most `limit` (None: of the least cost); None where there are none.
 
-    other_than: each names answers of which `apart` at least do not hold; near: (answers, how many of them may be others).
+    other_than: each names answers of which `apart` at least do not hold; near: (answers, how many of them may be others). An answer that
+    the question does not have never holds.
     """
     rows = _Rows(problem)
     for tabu in other_than:
-        rows.add([(rows.at[q, a], 1.0) for q, a in tabu.items()], -np.inf, len(tabu) - apart)
+        rows.add(rows.held(tabu), -np.inf, len(tabu) - apart)
     if near is not None:
-        rows.add([(rows.at[q, a], 1.0) for q, a in near[0].items()], len(near[0]) - near[1], np.inf)
+        rows.add(rows.held(near[0]), len(near[0]) - near[1], np.inf)
     if limit is not None:
         if limit <= 0:
             return None
@@ -123,6 +124,10 @@ class _Rows:
         self.loss.append(loss)
         self.integral.append(integral)
         return len(self.cost) - 1
+
+    def held(self, answers: Mapping[str, int]) -> list[tuple[int, float]]:
+        """The entries that count how many of these hold."""
+        return [(self.at[one], 1.0) for one in answers.items() if one in self.at]
 
     def add(self, entries: Sequence[tuple[int, float]], low: float, high: float) -> None:
         """low <= sum of value * column <= high."""

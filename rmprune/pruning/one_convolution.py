@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.graph.activations import rule_of
 from rmprune.graph.build import build_norm
-from rmprune.graph.convolution import Conv, norm_of, to_measure, with_norm
+from rmprune.graph.convolution import Conv, Geometry, norm_of, output_size, to_measure, with_norm
 from rmprune.graph.in_place import value_apart
 from rmprune.graph.network import Network, is_batch_norm, linear_layer, shape_of
 from rmprune.graph.obstacle import Obstacle
@@ -39,13 +39,11 @@ class Part:
     @property
     def fit_shortcut(self) -> bool:
         """Whether what is fitted stands for the shortcut, too: a dropped block's one convolution."""
-        way = self.block.stages
-        return (
-            self.dropped
-            and len(way) == 1
-            and any(n.op == "call_module" for n in self.block.way)
-            and (way[0].conv.groups == 1 and way[0].conv.geometry.padding == (0, 0))
-        )
+        if not self.dropped or len(self.block.stages) != 1 or all(n.op != "call_module" for n in self.block.way):
+            return False
+        conv = self.block.stages[0].conv
+        mode, unknowns = conv.geometry.padding_mode, conv.in_channels * math.prod(conv.geometry.kernel)
+        return conv.groups == 1 and (mode == "zeros" or not conv.geometry.padded) and unknowns <= INPUTS
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ def collapsible(network: Network, name: str, add: fx.Node, linear: bool = False)
     block = find_block(network, name, add)
     shape = shape_of(block.fork)
     assert shape is not None
-    kernel, stride = _geometry(block)
+    geometry = _geometry(block)
+    kernel, stride = geometry.kernel, geometry.stride
     if not all(layer.stock for layer in block.layers):
         raise Obstacle(
             "its branch holds a gate (squeeze-and-excitation) or a concatenation, which no convolution stands for"
@@ -101,29 +100,28 @@ def collapsible(network: Network, name: str, add: fx.Node, linear: bool = False)
     branch = sum(layer.conv.macs(layer.out_size) for layer in block.layers)
     if own >= branch:
         raise Obstacle(f"one {kernel[0]}x{kernel[1]} convolution would cost {own / branch:.1f} times its branch's MACs")
-    sizes = [(n + 2 * (k // 2) - k) // s + 1 for n, k, s in zip(shape[2:], kernel, stride, strict=True)]
-    if sizes != list((shape_of(add) or ())[2:]):
+    if output_size(geometry, (shape[2], shape[3])) != (shape_of(add) or ())[2:]:
         raise Obstacle(f"a {kernel[0]}x{kernel[1]} convolution of stride {stride} gives another size than its branch")
     return block
 
 
 def new_layers(block: Block, dropped: bool = False) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """A convolution of the size that stands for a block's branch (`dropped`: for its shortcut), and its norm; not fitted yet."""
-    own = block.stages[0].conv.geometry if dropped else None
-    kernel, stride = _geometry(block) if own is None else (own.kernel, own.stride)
+    own = block.stages[0].conv.geometry if dropped else _geometry(block)
     out, channels = block.layers[-1].conv.out_channels, block.layers[0].conv.in_channels
-    padding = (kernel[0] // 2, kernel[1] // 2)
-    return nn.Conv2d(channels, out, kernel, stride, padding, bias=False), nn.BatchNorm2d(out).eval()
+    shape = (own.kernel, own.stride, own.padding, own.dilation)
+    return nn.Conv2d(channels, out, *shape, bias=False), nn.BatchNorm2d(out).eval()
 
 
-def _geometry(block: Block) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(kernel, stride) of the one convolution: the largest kernel of the branch, made odd, and the product of its strides."""
+def _geometry(block: Block) -> Geometry:
+    """That of the one convolution: the largest kernel of the branch, made odd, padded by its half, and the product of its strides."""
     kernel, stride = [1, 1], [1, 1]
     for layer in block.layers:
         for axis in (0, 1):
             kernel[axis] = max(kernel[axis], layer.conv.geometry.kernel[axis] | 1)
             stride[axis] *= layer.conv.geometry.stride[axis]
-    return (kernel[0], kernel[1]), (stride[0], stride[1])
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    return Geometry((kernel[0], kernel[1]), (stride[0], stride[1]), padding)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Proposals:
         """The plan of the least loss whose layers cost at most `limit`, or None.
 
         other_than: choices, each of all blocks, of which it makes `apart` at least otherwise; near: choices of which it makes `changes`
-        at most otherwise.
+        at most otherwise, one that a block does not have among them.
         """
         tabu = [self._numbers(choices) for choices in other_than]
         centre = None if near is None else (self._numbers(near), changes)
@@ -155,8 +155,10 @@ class Proposals:
         return found.cost + self._constant
 
     def _numbers(self, choices: Mapping[str, Choice]) -> dict[str, int]:
+        """The answers that these are, "remove" for one that a block does not have (notes of before know no "fuse"); -1 for no answer."""
+
         def number(own: list[Choice], choice: Choice) -> int:
-            return own.index(choice if choice in own else "remove")  # notes of before know no "fuse"
+            return next((own.index(c) for c in (choice, "remove") if c in own), -1)
 
         return {name: number(list(self.losses[name]), choices[name]) for name in self._ports}
 
@@ -269,7 +271,7 @@ class Proposals:
                 found.append((asked, [units * k for units in widths]))
             units = sight.structure.units
             fixed = whole - sum(units[group] * k for group, k in ports)
-            return found + ([(None, [fixed])] if fixed > 0 else [])
+            return found + ([(None, [fixed])] if fixed > 0 or not found else [])  # the rest has no channels
 
         outs = sides(layer.outputs, layer.cout, 1)
         if layer.kind == "depthwise":

@@ -147,7 +147,7 @@ def least_squares(
     size = columns + 1 + conv.out_channels  # inputs, 1, outputs
     moments = torch.zeros(size, size, dtype=torch.float64, device=read.device)
     for images, targets in zip(read.split(64), wanted.split(64), strict=True):
-        taps = F.unfold(images, conv.kernel_size, padding=conv.padding, stride=conv.stride)  # type: ignore[arg-type]
+        taps = F.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
         where = torch.randperm(taps.shape[2], generator=generator)[:each].to(read.device)
         rows = torch.cat(
             [taps[:, :, where], taps.new_ones(len(images), 1, len(where)), targets.flatten(2)[:, :, where]], 1

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.pruning.groups import Structure, zero_scores
-from rmprune.pruning.layers import by_input, by_output, weight_of
+from rmprune.pruning.layers import by_input, by_output
 
 
 class TaylorSum:
@@ -14,8 +14,8 @@ class TaylorSum:
     extra pass.
 
     The effect of removing input channel c of a layer is sum(W[:, c] * dL/dW[:, c]), which equals sum(activation *
-    gradient); behind a batch norm and ReLU it is the producer's gamma * dL/dgamma + beta * dL/dbeta. |effect of the
-    batch|, summed over batches.
+    gradient); behind a batch norm and ReLU it is the producer's gamma * dL/dgamma + beta * dL/dbeta. Of outputs that meet others in a
+    product it is that of their own weights and bias. |effect of the batch|, summed over batches.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -27,7 +27,7 @@ class TaylorSum:
         self.scores = (
             zero_scores(structure) if scores is None else {n: scores[n].double().clone() for n in structure.units}
         )
-        self.index = {(g.name, m.layer): m.index for g in structure.groups for m in g.consumers}
+        self.index = {(g.name, m.layer, m.side): m.index for g in structure.groups for m in g.readers}
 
     def shrink(self, keep: Mapping[str, Tensor]) -> None:
         """Follow a cut: what stays keeps its score."""
@@ -41,26 +41,36 @@ class TaylorSum:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> bool:
-        """Add this step's gradients; False, and nothing added, where a consumer has none, or one that is not finite: a GradScaler, which
+        """Add this step's gradients; False, and nothing added, where a reader has none, or one that is not finite: a GradScaler, which
         skips such steps, begins with a few."""
-        effects: dict[str, Tensor] = {}
-        for name in {m.layer for g in self.structure.groups for m in g.consumers}:
-            weight = weight_of(model, name)
-            if weight.grad is None:
+        effects: dict[tuple[str, str], Tensor] = {}
+        for name, side in {(m.layer, m.side) for g in self.structure.groups for m in g.readers}:
+            effect = _effect(model.get_submodule(name), side)
+            if effect is None:
                 return False
-            layer = model.get_submodule(name)
-            effects[name] = by_input(layer, by_output(layer, weight.detach() * weight.grad)).double()
+            effects[name, side] = effect.double()
         if (
             effects and not torch.cat([effect.sum().view(1) for effect in effects.values()]).isfinite().all()
         ):  # one wait for a GPU
             return False
         for group in self.structure.groups:
             parts = []
-            for member in group.consumers:
-                effect, key = effects[member.layer], (group.name, member.layer)
+            for member in group.readers:
+                effect, key = effects[member.layer, member.side], (group.name, member.layer, member.side)
                 if self.index[key].device != effect.device:
                     self.index[key] = self.index[key].to(effect.device)
                 parts.append(effect[self.index[key]].sum(1))
             score = self.scores[group.name].to(parts[0].device)
             self.scores[group.name] = score + torch.stack(parts).sum(0).abs()
         return True
+
+
+def _effect(layer: nn.Module, side: str) -> Tensor | None:
+    """[channels]: the sum of parameter * gradient over the weights that read each channel ("in"), or over what makes each output."""
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    used = [weight, bias] if side == "zero" and bias is not None else [weight]
+    if any(not isinstance(tensor, Tensor) or tensor.grad is None for tensor in used):
+        return None
+    moved, *shift = (tensor.detach() * tensor.grad for tensor in used)
+    rows = by_output(layer, moved)
+    return by_input(layer, rows) if side == "in" else sum(shift, rows.reshape(len(rows), -1).sum(1))

@@ -136,8 +136,10 @@ def test_a_network_without_such_a_block_is_refused() -> None:
 
 
 def test_a_name_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"no block layer9\.9; there are: "):
+    with pytest.raises(ConfigError, match=r"^keep: no block layer9\.9; there are: "):
         collapse_blocks(network(basic()), many(), keep=["layer9.9"])
+    with pytest.raises(ConfigError, match=r"^drop: no block layer9\.9; there are: "):
+        shorten_blocks(network(basic()), many(), drop=["layer9.9"])
 
 
 def test_blocks_asked_to_stay_stay() -> None:
@@ -149,9 +151,28 @@ def test_blocks_asked_to_stay_stay() -> None:
     )  # stem, layer1, layer2, layer3
 
 
-def test_least_squares_finds_the_convolution_that_made_the_maps() -> None:
+@pytest.mark.parametrize(
+    ("branch", "shortcut"),
+    [
+        (conv(6, 6, 3, 2), conv(6, 6, 2, 2, padding=0)),
+        (conv(6, 6, 3, padding=0), conv(6, 6, 3, padding=0)),
+        (conv(6, 6), conv(6, 6, 3, padding=2, dilation=2)),
+    ],
+    ids=["2x2 of stride 2", "without padding", "dilated"],
+)
+def test_a_dropped_block_leaves_a_convolution_of_its_shortcuts_geometry(branch: nn.Conv2d, shortcut: nn.Conv2d) -> None:
+    model = network(Residual(nn.Sequential(branch, nn.ReLU(), conv(6, 6)), shortcut, nn.ReLU()))
+    model[3].branch[2].weight.zero_()  # the shortcut, and a bias, is all that the block gives
+    found = shorten_blocks(model, many(), drop=["3"])
+    assert found.collapsed["3"] > 0.999
+    expected, result = model(many(seed=3)), found.model(many(seed=3))
+    assert (result - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_least_squares_finds_the_convolution_that_made_the_maps(dilation: int) -> None:
     torch.manual_seed(0)
-    made, read = nn.Conv2d(5, 7, 3, 2, 1), torch.randn(128, 5, 11, 9)
+    made, read = nn.Conv2d(5, 7, 3, 2, 1, dilation), torch.randn(128, 5, 11, 9)
     with torch.no_grad():
         wanted = made(read)
         weight, bias, error = least_squares(made, read, wanted, torch.Generator().manual_seed(0))

@@ -96,7 +96,43 @@ def test_taylor_of_a_stream_is_its_effect_on_all_readers() -> None:
     torch.testing.assert_close(scores[name], torch.stack(list(inputs.values())).sum(0).abs().detach())
 
 
-@pytest.mark.parametrize("build", [chain, mobile_chain, residual])
+class Paired(nn.Module):
+    """Queries and keys, which no layer reads, and values, which one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.q, self.k, self.v = nn.Conv2d(3, 8, 3, 2), *(nn.Conv2d(8, 6, 1) for _ in range(3))
+        self.o, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        q, k, v = (y.flatten(2).mT for y in (self.q(x), self.k(x), self.v(x)))
+        return self.head(self.o((q @ k.mT).softmax(-1) @ v).mean(1))
+
+
+def test_channels_that_meet_in_a_product_count_by_what_becomes_of_it() -> None:
+    model, data = Paired().double().eval(), batches(2)
+    structure = find_structure(model, images())
+    assert structure.group("k").paired and not structure.group("k").consumers
+    scores = {name: IMPORTANCES[name](model, structure, data) for name in ("taylor", "taylor_squared")}
+    gate = Gate(6)
+    model.k = nn.Sequential(model.k, gate)
+    of_batches, of_images = (
+        torch.stack([torch.autograd.grad(F.cross_entropy(model(x), y), gate.factor)[0] for x, y in found])
+        for found in (data, [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(x))])
+    )
+    torch.testing.assert_close(scores["taylor"]["k"], of_batches.abs().sum(0))
+    torch.testing.assert_close(scores["taylor_squared"]["k"], of_images.square().mean(0).sqrt())
+
+
+def test_activation_is_no_measure_of_channels_that_meet_in_a_product() -> None:
+    model = Paired().double().eval()
+    with pytest.raises(UnsupportedModel, match="k: its channels meet in a product"):
+        IMPORTANCES["activation"](model, find_structure(model, images()), batches(1))
+
+
+@pytest.mark.parametrize("build", [chain, mobile_chain, residual, lambda: Paired().double().eval()])
 def test_training_gradients_give_the_same_taylor_scores(build: object) -> None:
     model, data = build(), batches(3)  # type: ignore[operator]
     structure = find_structure(model, images())

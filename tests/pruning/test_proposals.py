@@ -1,12 +1,47 @@
 """What the surrogate takes widths to lose, and what it learns from plans that were carried out."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
+from marks import long
+from removal_nets import basic, conv, prepared
+from torch import Tensor, nn
 
-from rmprune.pruning.proposals import LEVELS, WEIGHED, learned, thinned
+from rmprune.pruning import find_structure
+from rmprune.pruning.allocate import Meter
+from rmprune.pruning.carry_out import carry_out_blocks
+from rmprune.pruning.groups import total_cost
+from rmprune.pruning.layers import macs
+from rmprune.pruning.options import block_layers
+from rmprune.pruning.plan import Choice, SlimPlan
+from rmprune.pruning.proposals import LEVELS, WEIGHED, Proposals, Sight, learned, thinned
 from rmprune.pruning.surrogate import _curve, _measured
+
+
+class Alike(nn.Module):
+    """Products of maps, which cost MACs in no layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2) @ x.flatten(2).transpose(1, 2)
+
+
+def network() -> nn.Sequential:
+    return prepared(conv(3, 6), nn.ReLU(), basic(), basic(), conv(6, 5, 1), Alike(), nn.Flatten(), nn.Linear(25, 4))
+
+
+def written(model: nn.Module, choices: Sequence[Choice]) -> Proposals:
+    """The program of a network whose blocks "2" and "3" have these choices, and groups one of two widths; nothing loses anything."""
+    images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    removed, _ = carry_out_blocks(model, {"2": "remove", "3": "remove"}, lambda count: images[:count])
+    sights: dict[Choice, Sight] = {}
+    for choice, own in (("keep", model), ("remove", removed)):
+        structure = find_structure(own, images[:2])
+        widths = {group.name: [group.units // 2, group.units] for group in structure.groups}
+        sights[choice] = Sight(structure, macs, widths, {name: [1.0, 0.0] for name in widths})
+    return Proposals(sights, block_layers(model, images), {name: dict.fromkeys(choices, 0.0) for name in ("2", "3")})
 
 
 def test_losses_between_the_widths_measured_go_with_the_square() -> None:
@@ -45,3 +80,27 @@ def test_one_plan_far_off_does_not_decide() -> None:
     found = learned(plans, [0.2, 0.5, 0.9, 0.15])
     assert 0.8 < found["drop"] < 1.2
     assert all(value > 0 for value in learned(plans, [0.0] * 4).values())  # a plan that loses nothing, or gains
+
+
+@pytest.mark.parametrize("blocks", [{"2": "keep", "3": "drop"}, long({"2": "drop", "3": "remove"})], ids=str)
+def test_what_costs_macs_outside_layers_is_counted(blocks: dict[str, Choice]) -> None:
+    model, images = network(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    plans = written(model, ["keep", "remove", "drop"])
+    cut, _ = carry_out_blocks(model, blocks, lambda _: images)
+    structure = find_structure(cut, images)
+    assert any(layer.kind == "rest" for layer in structure.layers)
+    for part in (1.0, 0.8):
+        found = plans.best(part * total_cost(structure), near=blocks, changes=0)
+        assert found is not None and found.cost <= part * total_cost(structure) * (1 + 1e-9)
+        units = SlimPlan(widths=found.widths).units(structure, strict=False)
+        assert found.cost == pytest.approx(sum(Meter(structure, macs).at(units)))
+
+
+def test_a_centre_of_choices_that_there_are_not_is_one_change_off() -> None:
+    plans = written(network(), ["keep", "drop"])
+    asked: dict[str, Choice] = {"2": "remove", "3": "keep"}
+    assert plans.best(1e12, near=asked, changes=0) is None
+    found = plans.best(1e12, near=asked)
+    assert found is not None and found.blocks["3"] == "keep"
+    assert plans.best(1e12, other_than=[asked], near=found.blocks, changes=0) is not None  # it is another one already
+    assert plans.best(1e12, near={"2": "remove", "3": "merge"}) is None
