@@ -182,9 +182,9 @@ def slim(
         )
     asked_for: dict[str, Any] = {name: (given[name],) if name in given else () for name in budgets}
     tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
-    if loss is not None and method == "auto":
+    if loss is not None and method in ("auto", "depth"):
         raise ConfigError(
-            "method 'auto' predicts class scores, and does not know a loss of one's own; take 'rm' or 'residual'"
+            f"method {method!r} weighs blocks by class scores, and does not know a loss of one's own; take 'rm' or 'residual'"
         )
     if found := reduced(places.backends):
         raise ConfigError(

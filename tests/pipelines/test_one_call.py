@@ -280,6 +280,12 @@ def by_the_hour(model: nn.Module, batch: Any) -> Tensor:
 HOURS = iter(range(1, 1000))
 
 
+@pytest.mark.parametrize("method", ["auto", "depth"])
+def test_what_weighs_blocks_by_class_scores_refuses_a_loss_of_one_s_own(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"method '{method}' weighs blocks by class scores"):
+        rmprune.slim(Angles().eval(), pixels(), pixels(), macs_ratio=0.6, loss=to_angles, method=method, **QUICK)
+
+
 def test_out_goes_on_with_the_same_loaders_and_loss_alone(tmp_path: Path) -> None:
     """As far as they can be told apart: what differs each time, of itself, is no reason to refuse."""
     model = Angles().eval()
