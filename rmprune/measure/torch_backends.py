@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from rmprune.errors import ConfigError, first_line
 from rmprune.graph.copied import copied
 from rmprune.graph.listed import trace
+from rmprune.graph.memory_order import in_order, memory_order
 from rmprune.measure.candidate import Candidate, Prepared, Setting, folded_form
 from rmprune.measure.cuda_graphs import aside, recorded
 
@@ -17,12 +18,13 @@ from rmprune.measure.cuda_graphs import aside, recorded
 def _on_device(
     candidate: Candidate, setting: Setting, dtype: torch.dtype, channels_last: bool
 ) -> tuple[nn.Module, Tensor]:
-    """A copy of the network and its input on the device, in channels-last order if wanted and where there is such an order."""
+    """A copy of the network and its input on the device, in channels-last order if wanted and where the network works in it."""
     x = candidate.inputs(setting.batch_size)
     x = x.to(setting.device, dtype if x.is_floating_point() else None)
     model = copied(candidate.form(folded_form)).to(setting.device, dtype)
     if x.dim() == 4 and channels_last:
-        return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        order = memory_order(model.to(memory_format=torch.channels_last), x)
+        return model.to(memory_format=order), in_order(x, order)
     return model, x
 
 

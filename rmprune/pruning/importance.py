@@ -19,7 +19,7 @@ from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.graph.network import is_batch_norm
 from rmprune.graph.run import evaluating, hooked
 from rmprune.graph.tensors import device_of
-from rmprune.pruning.groups import Group, Scores, Structure, member_values, zero_scores
+from rmprune.pruning.groups import Group, MemberSide, Scores, Structure, member_values, zero_scores
 from rmprune.pruning.layers import by_input, by_output, channel_rows, weight_of
 from rmprune.training.recentre import Moments
 
@@ -214,23 +214,20 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
     return torch.stack(found).mean(0)
 
 
-Place = tuple[str, str]
-"""(layer, "in": what it reads; or "zero": what it puts out)."""
-
-
 @contextmanager
-def _captured(modules: Mapping[Place, nn.Module]) -> Iterator[dict[Place, Tensor]]:
-    """What is read at these places, each a tensor of its own, so that a gradient belongs to one reader."""
-    seen: dict[Place, Tensor] = {}
+def _captured(modules: Mapping[tuple[str, MemberSide], nn.Module]) -> Iterator[dict[tuple[str, MemberSide], Tensor]]:
+    """What layers read ("in") and put out ("zero") at these places (layer, side), each a tensor of its own, so that a gradient belongs to
+    one reader."""
+    seen: dict[tuple[str, MemberSide], Tensor] = {}
 
-    def note(place: Place, x: Tensor) -> Tensor:
+    def note(place: tuple[str, MemberSide], x: Tensor) -> Tensor:
         seen[place] = x if x.requires_grad else x.detach().requires_grad_(True)
         return seen[place]
 
-    def before(place: Place, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def before(place: tuple[str, MemberSide], _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (note(place, inputs[0].view_as(inputs[0])),)
 
-    def after(place: Place, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def after(place: tuple[str, MemberSide], _: nn.Module, __: Any, output: Tensor) -> Tensor:
         return note(place, output).clone()  # what follows may change it in place
 
     with hooked(

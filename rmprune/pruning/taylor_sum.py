@@ -1,6 +1,7 @@
 """Taylor scores from the gradients that training leaves behind. Those that are measured on images are importance.py's business."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,8 @@ class TaylorSum:
 
 def _effect(layer: nn.Module, side: str) -> Tensor | None:
     """[channels]: the sum of parameter * gradient over the weights that read each channel ("in"), or over what makes each output."""
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    used = [weight, bias] if side == "zero" and bias is not None else [weight]
-    if any(not isinstance(tensor, Tensor) or tensor.grad is None for tensor in used):
+    used: list[Any] = [layer.weight, layer.bias] if side == "zero" and layer.bias is not None else [layer.weight]
+    if any(tensor is None or tensor.grad is None for tensor in used):
         return None
     moved, *shift = (tensor.detach() * tensor.grad for tensor in used)
     rows = by_output(layer, moved)

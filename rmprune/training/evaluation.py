@@ -13,6 +13,7 @@ from rmprune.data.batches import check_labels, own_loss
 from rmprune.data.splits import Split
 from rmprune.errors import DataError, RmpruneError
 from rmprune.graph.finite import broken_on
+from rmprune.graph.memory_order import in_order, memory_order
 from rmprune.graph.run import evaluating
 from rmprune.training.distributed import add_up
 from rmprune.training.precision import ask, autocast
@@ -65,11 +66,11 @@ def logits_of(
     """The logits [N, C] in float32 and the labels [N], on `device`, as `evaluate` computes them, and refuses."""
     device = torch.device(device)
     found: list[tuple[Tensor, Tensor]] = []
+    order: torch.memory_format | None = None
     with evaluating(model), autocast(precision, device):
-        for x, y in split.batches(
-            batch_size, device=device, memory_format=torch.channels_last, limit=limit, shard=shard
-        ):
-            found.append((ask(model, x).float(), y))
+        for x, y in split.batches(batch_size, device=device, limit=limit, shard=shard):
+            order = order or memory_order(model, x)
+            found.append((ask(model, in_order(x, order)).float(), y))
     if not found:
         raise DataError("there are no images to evaluate the network on")
     logits, labels = torch.cat([some for some, _ in found]), torch.cat([y for _, y in found])

@@ -13,6 +13,7 @@ from rmprune.data.batches import Batches, WithLoss, affordable
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Batch
 from rmprune.graph.copied import copied
+from rmprune.graph.memory_order import memory_order
 from rmprune.training.balance import balance
 from rmprune.training.recentre import recentre
 from rmprune.training.state import Hook
@@ -41,8 +42,11 @@ class Job(Generic[Config]):
 
     @cached_property
     def pairs(self) -> list[Batch]:
-        """(images [B, C, H, W], channels last, labels [B]) of the first training images, IMAGES at most, on the device; held."""
+        """(images [B, C, H, W], channels last where the original takes them, labels [B]) of the first training images, IMAGES at most, on
+        the device; held."""
         limit, order = affordable(IMAGES, self.data.input_shape[1:]), torch.channels_last
+        if (network := self.given or self.teacher) is not None:
+            order = memory_order(network, self.data.train.example(2))
         return list(self.data.train.batches(IMPORTANCE_BATCH, device=self.device, memory_format=order, limit=limit))
 
     @cached_property

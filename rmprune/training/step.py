@@ -12,6 +12,7 @@ from rmprune.config import TrainConfig
 from rmprune.data.load import Dataset
 from rmprune.errors import RmpruneError
 from rmprune.graph.copied import copied
+from rmprune.graph.memory_order import memory_order
 from rmprune.measure.cuda_graphs import Replayed
 from rmprune.training import checkpoint as files
 from rmprune.training import distributed
@@ -34,7 +35,7 @@ class Stepping:
         self.data, self.config, self.seed, self.device, self.hook = data, config, seed, device, hook
         self.label, self.rank, self.world = label, rank, world
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.memory_format = self.order_of(model)
         self.teacher: Teacher | None = None
         self.loss = data.train.loss
         self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
@@ -65,18 +66,26 @@ class Stepping:
 
     def follow(self, network: nn.Module, memory: Path | None) -> None:
         """Learn from this network as well."""
+        order = self.order_of(network)
         self.teacher = Teacher(
-            self.place(copied(network)).eval(),
+            self.place(copied(network), order).eval(),
             self.data,
+            order=order,
             replayed=self.replayable,
             seed=self.seed,
             dtype=compute_dtype(self.config.precision, self.device),
             memory=memory if self.world == 1 else None,
         )
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """The model on the device, in the memory order and the mode of training."""
-        return model.to(self.device).to(memory_format=self.memory_format).train()
+    def order_of(self, model: nn.Module) -> torch.memory_format:
+        """Channels last where that is asked for and the network works so."""
+        if not self.config.channels_last:
+            return torch.contiguous_format
+        return memory_order(self.place(copied(model), torch.channels_last), self.data.train.example(2))
+
+    def place(self, model: nn.Module, order: torch.memory_format | None = None) -> nn.Module:
+        """The model on the device, in the memory order (by default the one trained in) and the mode of training."""
+        return model.to(self.device).to(memory_format=order or self.memory_format).train()
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """Forward, backward, the optimizer's step and the hook."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError
+from rmprune.graph.memory_order import in_order
 from rmprune.measure.cuda_graphs import Replayed
 from rmprune.runs.writing import whole
 from rmprune.training.precision import ask
@@ -29,15 +29,19 @@ class Teacher:
 
     Batches follow from seed, epoch and number alone (`rmprune.data`), augmentation included, so all methods and budgets that are
     fine-tuned with one seed ask the same. `memory`: a folder that keeps the outputs of whole epochs, a file each, named by a digest of
-    the weights and of all that decides what the network sees and how it computes; None keeps nothing. `replayed`: as a CUDA graph.
+    the weights and of all that decides what the network sees and how it computes; None keeps nothing. `replayed`: as a CUDA graph;
+    `order`: in which the network reads images, by default as they come.
     """
 
     def __init__(
         self, network: nn.Module, data: Dataset, *, seed: int, dtype: torch.dtype, memory: Path | None = None,
-        replayed: bool = False,
+        replayed: bool = False, order: torch.memory_format | None = None,
     ) -> None:  # fmt: skip
         self.memory, self.frozen = memory, network
-        answer = functools.partial(ask, network)
+
+        def answer(x: Tensor) -> Tensor:
+            return ask(network, x if order is None else in_order(x, order))
+
         self.network: Callable[[Tensor], Tensor] = Replayed(answer) if replayed else answer
         self.batches = data.steps_per_epoch
         self.name = "" if memory is None else digest(network, asked_about(data) | {"seed": seed, "dtype": str(dtype)})

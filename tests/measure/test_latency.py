@@ -42,6 +42,19 @@ def test_every_backend_computes_the_network(backend: str) -> None:
     assert torch.allclose(actual, model(X[:1]).expand(3, -1), atol=1e-5)
 
 
+class Viewed(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](self[0](x).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("backend", ["eager", "torchscript"])
+def test_code_that_views_maps_as_they_lie_is_measured(backend: str) -> None:
+    model = Viewed(nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, 5)).eval()
+    with torch.inference_mode():
+        result = prepare(Candidate("m", model, X), backend, "cpu", 1, 2)()
+    assert torch.allclose(result, model(X[:1]).expand(2, -1), atol=1e-5)
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -136,6 +136,30 @@ def test_a_network_that_writes_over_its_images_is_slimmed_like_another(loss: Any
         assert made.record[name]["validation"]["loss"] == pytest.approx(float(truly), rel=1e-5)
 
 
+class Viewed(nn.Module):
+    """A classifier with one residual that reads its last map, of 4 x 4, as it lies in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
+        self.head = nn.Linear(8 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.body(x) + x)
+        return self.head(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("method", few(["rm", "residual", "depth", "coupled"], "residual"))
+def test_a_network_that_views_maps_as_they_lie(method: str) -> None:
+    model, finetune = Viewed().eval(), TrainConfig(epochs=1, channels_last=method != "coupled")
+    result = rmprune.slim(model, labelled(), labelled(), macs_ratio=0.7, method=method, finetune=finetune, **QUICK)
+    assert result.table.macs_ratio["pruned"] <= 0.7
+    assert result.model(labelled()[0][0]).shape == (8, 4)
+
+
 @pytest.mark.long
 def test_a_torchvision_network_with_a_loader_of_its_own(tmp_path: Path) -> None:
     from torchvision.models.resnet import BasicBlock, ResNet

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_nets import CONFIG, blobs, records, same, tiny_net
+from training_nets import CONFIG, Viewed, blobs, records, same, tiny_net
 
 from rmprune.config import DataConfig, TrainConfig
 from rmprune.data.load import Dataset
@@ -50,6 +50,14 @@ def test_it_learns_and_leaves_the_argument_alone(tmp_path: Path, caplog: pytest.
 def test_the_seed_decides():
     first, again, other = (fit(tiny_net(), blobs(), CONFIG, seed=seed) for seed in (1, 1, 2))
     assert same(first, again) and not same(first, other)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("student", [Viewed, tiny_net])
+def test_code_that_views_maps_as_they_lie_is_trained_and_followed(student: type[nn.Module], channels_last: bool):
+    config = dataclasses.replace(CONFIG, epochs=1, distillation=0.5, channels_last=channels_last)
+    trained = fit(student(), blobs(), config, seed=0, teacher=Viewed())
+    assert trained(blobs().test.example(2)).isfinite().all()
 
 
 def test_bfloat16_and_memory_order_change_only_the_rounding():

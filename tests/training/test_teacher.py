@@ -39,12 +39,12 @@ def test_distillation_follows_the_teacher():
 
 
 class Asked(nn.Sequential):
-    """A teacher that counts, over all its copies, what it is asked."""
+    """A teacher that counts, over all its copies, about which batches it is asked; two images show in which order of memory it works."""
 
     times = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        Asked.times += 1
+        Asked.times += len(x) > 2
         return super().forward(x)
 
 
