@@ -34,7 +34,7 @@ class TrainConfig(Settings):
     precision: Precision = "auto"
     """auto takes bfloat16 autocast where the processor computes in it, else float32."""
     channels_last: bool = True
-    """Keep activations and weights in channels-last order (faster on most processors)."""
+    """Keep activations and weights in channels-last order (faster on most processors), where the network works so."""
     sync_batch_norm: bool = False
     """Under torchrun, batch norms see the images of all processes, as one process would; else each its own part of the batch."""
     cuda_graph: bool = field(default=True, metadata=changeable())

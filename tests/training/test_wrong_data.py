@@ -32,7 +32,7 @@ def dataset(labels: list[int]) -> Dataset:
 def test_is_refused(labels: list[int], reason: str) -> None:
     data = dataset(labels)
     with pytest.raises(DataError, match=reason):
-        fit(NET, data, TrainConfig(epochs=1), seed=0, progress=False)
+        fit(NET, data, TrainConfig(epochs=1, channels_last=False), seed=0, progress=False)
     with pytest.raises(DataError, match=reason if labels else "no images"):
         evaluate(NET, data.validation)
 
@@ -40,5 +40,7 @@ def test_is_refused(labels: list[int], reason: str) -> None:
 def test_no_images_no_example() -> None:
     with pytest.raises(DataError, match="hold no images"):
         dataset([]).train.example(1)
+    with pytest.raises(DataError, match="hold no images"):
+        fit(NET, dataset([]), TrainConfig(epochs=1), seed=0, progress=False)
     with pytest.raises(DataError, match="no images"):
         evaluate(NET, dataset([0]).train, limit=0)
