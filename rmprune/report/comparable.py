@@ -85,16 +85,17 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
 def _one_network(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two entries of `original` are of one trained network: two that were trained apart differ in one of these."""
-    mine, theirs = _losses(one), _losses(other)
-    return all(one.get(name) == other.get(name) for name in ("macs", "params", "accuracy", "auc")) and all(
-        math.isclose(mine[split], theirs[split], rel_tol=1e-4) for split in mine.keys() & theirs.keys()
+    mine, theirs = _sums(one), _sums(other)
+    return all(one.get(name) == other.get(name) for name in ("macs", "params", "accuracy")) and all(
+        math.isclose(mine[name], theirs[name], rel_tol=1e-4) for name in mine.keys() & theirs.keys()
     )
 
 
-def _losses(network: dict[str, Any]) -> dict[str, float]:
-    """Those that a record knows, of the test and validation images."""
-    found = {"test": network.get("loss"), "validation": (network.get("validation") or {}).get("loss")}
-    return {split: loss for split, loss in found.items() if loss is not None}
+def _sums(network: dict[str, Any]) -> dict[str, float]:
+    """What a record knows of sums over images, whose last digits go by the order of summing: losses on test and validation, AUC."""
+    loss, validation = network.get("loss"), (network.get("validation") or {}).get("loss")
+    found = {"loss": loss, "validation": validation, "auc": network.get("auc")}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _unread(method: str) -> frozenset[str]:
