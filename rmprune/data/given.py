@@ -241,9 +241,8 @@ def _repeatable(loader: Iterable[Any]) -> Iterable[Any]:
     if not isinstance(loader, DataLoader):
         return loader
     found = copy.copy(loader)
-    vars(found).update(
-        persistent_workers=False, in_order=True, _iterator=None
-    )  # a DataLoader refuses to be assigned to
+    # A DataLoader refuses to be assigned to.
+    vars(found).update(persistent_workers=False, in_order=True, _iterator=None)
     return found
 
 
