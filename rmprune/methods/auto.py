@@ -120,7 +120,7 @@ class PlanSearch:
             self.wanted = PROPOSED
 
     def try_proposed(self) -> None:
-        """The presets' blocks with widths of the surrogate's, then what it holds best."""
+        """The presets' blocks with widths of the surrogate's, the best preset's first, then what it holds best."""
         for name in [name for name in self.plans if name not in self.verdicts]:  # an interrupted search left it
             self._judge(name)
         for found, why in itertools.islice(self._proposed(), max(0, self.wanted - self._count())):
@@ -179,9 +179,9 @@ class PlanSearch:
 
     def _proposed(self) -> Iterator[tuple[Proposal, str]]:
         """What is tried one after the other, and why."""
-        limit = self.outlook.limit
-        for name, preset in self.presets.items():
-            near = self._blocks(preset)
+        limit, found_best = self.outlook.limit, losses(self.verdicts)
+        for name in sorted(self.presets, key=lambda name: found_best.get(name, math.inf)):
+            near = self._blocks(self.presets[name])
             if (found := self.surrogate.best(limit, near=near, changes=0, other_than=self._tried())) is not None:
                 yield found, f"the blocks of {name}"
         for apart in (max(1, len(self.outlook.options) // APART), 1):

@@ -32,7 +32,7 @@ from rmprune.pruning import Budget, find_structure
 from rmprune.pruning.allocate import Meter
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.groups import macs
-from rmprune.pruning.plan import SlimPlan
+from rmprune.pruning.plan import CHOICES, SlimPlan
 from rmprune.pruning.proposals import Proposal, Proposals
 from rmprune.runs import records
 from rmprune.training.job import Files, Job
@@ -270,14 +270,23 @@ class OfThree:
         return self
 
     def best(self, _: float, *, other_than: list[Any], near: Any = None, changes: int = 1, **__: int) -> Any:
-        known = [] if changes == 0 else self.plans[: self.few] if near is None else self.plans
+        of_presets = [near] if near else []
+        known = of_presets if changes == 0 else self.plans[: self.few] if near is None else self.plans
         off = lambda plan: sum(near[block] != plan[block] for block in plan) if near else 0  # noqa: E731
         found = next((plan for plan in known if plan not in other_than and off(plan) <= changes), None)
         return found and Proposal(found, {}, 0.0, 0.0, {})  # type: ignore[arg-type]
 
 
-def searched(out: Path, monkeypatch: pytest.MonkeyPatch, few: int, losses: dict[str, float], stop: str = "") -> Winner:
-    """A search in which no preset meets the budget and a plan loses so much; interrupted, and begun again, where `stop` is judged."""
+def searched(
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    few: int,
+    losses: dict[str, float],
+    stop: str = "",
+    presets: bool = False,
+) -> Winner:
+    """A search in which a plan loses so much, and no preset meets the budget but where `presets` says so; interrupted, and begun
+    again, where `stop` is judged."""
     stops = [stop]
 
     def judged(budget: object, cutter: Any, files: Files) -> None:
@@ -290,19 +299,21 @@ def searched(out: Path, monkeypatch: pytest.MonkeyPatch, few: int, losses: dict[
         raise InfeasibleBudget("too dear")
 
     made = lambda *_: SimpleNamespace(once=lambda name, _: Named(name), begin=None, network=None)  # noqa: E731
-    monkeypatch.setattr(auto, "look", lambda *_: SimpleNamespace(options={}, allowed={}, limit=1.0))
+    options = {block: dict.fromkeys(CHOICES) for block in "abc"} if presets else {}
+    monkeypatch.setattr(auto, "look", lambda *_: SimpleNamespace(options=options, allowed=options, limit=1.0))
     monkeypatch.setattr(auto, "propose", lambda *_: OfThree(few))
     monkeypatch.setattr(auto, "learned", lambda *_: {})
     monkeypatch.setattr(auto, "carry_out_blocks", lambda *_: (Named("carried out"), {}))
     monkeypatch.setattr(auto, "make_cutter", made)
     monkeypatch.setattr(auto, "_rough", lambda cutter: cutter)
-    monkeypatch.setattr(auto, "_cutter", none)
+    monkeypatch.setattr(auto, "_cutter", made if presets else none)
     monkeypatch.setattr(auto, "evaluate", lambda *_, **__: SimpleNamespace(loss=0.0))
     monkeypatch.setattr(choose, "met", judged)
     monkeypatch.setattr(choose, "evaluate", lambda named, *_, **__: SimpleNamespace(loss=losses.get(named.name, 1.0)))
     data = SimpleNamespace(validation=range(250), class_weights=None)
     job: Any = Job(SlimConfig(prune=PruneConfig(macs_ratio=(0.5,))), data, torch.device("cpu"), 0)  # type: ignore[arg-type]
-    search = partial(auto.choose_plan, Named("original"), none, Budget(macs_ratio=0.5), job, Files.of(out, "auto"))
+    starts = Named if presets else none
+    search = partial(auto.choose_plan, Named("original"), starts, Budget(macs_ratio=0.5), job, Files.of(out, "auto"))
     try:
         return search()
     except KeyboardInterrupt:
@@ -313,6 +324,12 @@ class Named(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+
+
+def test_the_blocks_of_the_best_method_are_tried_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = searched(tmp_path, monkeypatch, 6, {"rm": 0.3, "residual": 0.6}, presets=True)
+    tried = [plan["why"] for plan in found.plans.values() if not plan["near"]]
+    assert tried == ["the blocks of rm", "the blocks of residual"]  # two, by the number of images
 
 
 def test_an_interrupted_search_is_the_same_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
