@@ -33,8 +33,7 @@ from rmprune.methods.slim import slim_network
 from rmprune.methods.start import start
 from rmprune.methods.table import METHODS
 from rmprune.pruning import Budget, allocate
-from rmprune.pruning.one_shot import fitting_images
-from rmprune.pruning.refit import refit
+from rmprune.pruning.refit import fitting_images, refit
 from rmprune.training import evaluate
 from rmprune.training.job import Files, Job, tune
 from rmprune.training.state import TrainState

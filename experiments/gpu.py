@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import rmprune
 from rmprune.config import SlimConfig
 from rmprune.config.fields import Names
-from rmprune.graph.relative_error import base_inputs, check_inputs, relative_error
+from rmprune.graph.relative_error import comparison_base, comparison_inputs, relative_error
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.backends import GPU_ONLY, check_backend
 from rmprune.measure.candidate import Candidate
@@ -156,9 +156,9 @@ def exactness(part: Part, settings: Settings) -> None:
             randomise(model, torch.randn(4, 3, size, size), 0)
             wide = model.to(part.device).double()
             removal = rmprune.remove_residuals(wide, x.to(part.device).double())
-            inputs, groups = check_inputs((x,), 2, 3)
+            inputs, groups = comparison_inputs((x,), 2, 3)
             expected, other = (
-                computed(wide, (y,), torch.float64, part.device) for y in (inputs[0], base_inputs((x,))[0])
+                computed(wide, (y,), torch.float64, part.device) for y in (inputs[0], comparison_base((x,))[0])
             )
             for name, dtype, rounded in networks.FORMATS:
                 with tf32(rounded, part.device):

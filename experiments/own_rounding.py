@@ -12,7 +12,7 @@ from torch.fx.experimental.optimization import fuse
 
 from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import own_rounding, reference_copy
-from rmprune.graph.relative_error import check_inputs, relative_error
+from rmprune.graph.relative_error import comparison_inputs, relative_error
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def measure(net: str) -> str:
     """One line for a network."""
     model, x = build(net)
     randomise(model, x)
-    checked, groups = check_inputs((x,), 2, 4)
+    checked, groups = comparison_inputs((x,), 2, 4)
     twin = reference_copy(model)
     expected = in_double(twin, checked)
     own = own_rounding(twin, checked, groups, expected)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import UnsupportedModel
-from rmprune.graph.build import materialise, target_of
+from rmprune.graph.build import destination_of, materialise
 from rmprune.graph.equivalence import over_tolerance
 from rmprune.graph.foreign import reference_copy
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.normalise import normalise
-from rmprune.graph.relative_error import check_inputs, relative_error
+from rmprune.graph.relative_error import comparison_inputs, relative_error
 from rmprune.removal import Removal, remove_residuals
 
 
@@ -97,9 +97,9 @@ def fuse_linear(model: nn.Module, x: Tensor, rule: str = "cheaper", *, batch_nor
     if not batch_norm:
         join_norms(network)
     fuse_convolutions(network, rule)
-    checked, groups = check_inputs((x,), len(x), 3)
+    checked, groups = comparison_inputs((x,), len(x), 3)
     expected = reference(*(each.clone() for each in checked))
-    result, found = materialise(network, checked, len(x), target_of(model), batch_norm)
+    result, found = materialise(network, checked, len(x), destination_of(model), batch_norm)
     error = relative_error(expected, found, groups)
     if not error <= 1e-10:
         raise over_tolerance(model, checked, groups, expected, error, 1e-10)

@@ -21,7 +21,7 @@ from rmprune.errors import InfeasibleBudget
 from rmprune.graph.shapes import record_shapes
 from rmprune.measure import count_params
 from rmprune.measure.place import Place, largest_within
-from rmprune.pruning.constants import followers
+from rmprune.pruning.constants import norms_behind
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
@@ -59,7 +59,7 @@ def make_space(network: nn.Module, original: nn.Module, example: Tensor, config:
     """The policies of `network` under `ratio` times the original's MACs or parameters, which are those that a record counts."""
     cost, budget = COSTS[config.constraint], ratio * whole_cost(original, example, config.constraint)
     if config.constraint == "params":
-        cost = params_with(followers(read(network, example)))
+        cost = params_with(norms_behind(read(network, example)))
         budget -= count_params(network) - network_cost(network, example, cost)  # what no layer's width sets
     return Space(find_structure(network, example), cost, budget, limits_of(config))
 

@@ -22,7 +22,7 @@ from rmprune.amc.space import Space, Widths
 from rmprune.pruning.calibration import Calibrator, Cut, Fitting, affine, convolve, fold_scale
 from rmprune.pruning.groups import Scores
 from rmprune.pruning.program import Op, Program, read_program
-from rmprune.pruning.refit import written
+from rmprune.pruning.refit import write_layers
 from rmprune.pruning.surgery import shrink
 
 Maps = dict[str, Tensor]
@@ -91,7 +91,7 @@ class Scorer:
             cut = Cut.of(self.model, self.space.structure, keep)
             fitted = self.calibrator.fit(self.program, self._taken(self.calibration, cut), cut)
         smaller = shrink(self.model, keep, self.space.structure)[0]
-        return written(smaller, self.program, fitted, self.calibrator, cut).requires_grad_(True)
+        return write_layers(smaller, self.program, fitted, self.calibrator, cut).requires_grad_(True)
 
     def _prepare(self, x: Tensor) -> Tensor:
         return x.to(self.settings.dtype, memory_format=torch.channels_last)

@@ -30,7 +30,7 @@ class Destination:
     channels_last: bool
 
 
-def target_of(model: nn.Module) -> Destination:
+def destination_of(model: nn.Module) -> Destination:
     """dtype, device and memory format of a model, by its floating-point parameters."""
     tensors = list(floating_tensors(model))
     if not tensors:
@@ -43,7 +43,7 @@ def target_of(model: nn.Module) -> Destination:
 
 
 def materialise(
-    network: Network, inputs: tuple[Tensor, ...], measured: int, target: Destination, batch_norm: bool
+    network: Network, inputs: tuple[Tensor, ...], measured: int, destination: Destination, batch_norm: bool
 ) -> tuple[nn.Module, Any]:
     """The network as a module, and its outputs in float64 on `inputs`.
 
@@ -52,8 +52,8 @@ def materialise(
     Raises NotEquivalent where it does not give the shapes of these outputs.
     """
     warn_of_left_out(tuple(network.autocast), tuple(network.frozen))
-    module, outputs = _Builder(network, measured, target, batch_norm).run(inputs)
-    found, expected = _shapes(_run_on_meta(module, inputs, target.dtype)), _shapes(outputs)
+    module, outputs = _Builder(network, measured, destination, batch_norm).run(inputs)
+    found, expected = _shapes(_run_on_meta(module, inputs, destination.dtype)), _shapes(outputs)
     if found != expected:
         raise NotEquivalent(f"the new network gives {found}, the original {expected}: a fault")
     return module, outputs
@@ -74,8 +74,8 @@ def _shapes(outputs: Any) -> str:
 
 
 class _Builder:
-    def __init__(self, network: Network, measured: int, target: Destination, batch_norm: bool) -> None:
-        self.network, self.measured, self.target, self.batch_norm = network, measured, target, batch_norm
+    def __init__(self, network: Network, measured: int, destination: Destination, batch_norm: bool) -> None:
+        self.network, self.measured, self.destination, self.batch_norm = network, measured, destination, batch_norm
         self.graph = fx.Graph()
         self.nodes: dict[fx.Node, fx.Node] = {}
         self.own: OrderedDict[str, nn.Module | Tensor] = OrderedDict()
@@ -112,7 +112,7 @@ class _Builder:
         value = sparse_forward(module, x, conv.pattern)
         if conv.norm is not None:
             norm = build_norm(conv, value[: self.measured])
-            if not _holds(norm, conv.norm.measured, self.target.dtype):
+            if not _holds(norm, conv.norm.measured, self.destination.dtype):
                 return self._conv(node, conv.folded(), x)
             value = norm(value)
         source = self.nodes[node.args[0]]  # type: ignore[index]
@@ -129,8 +129,8 @@ class _Builder:
         return name
 
     def _cast(self, module: nn.Module) -> nn.Module:
-        module = module.to(self.target.device, self.target.dtype)
-        if self.target.channels_last:
+        module = module.to(self.destination.device, self.destination.dtype)
+        if self.destination.channels_last:
             module = module.to(memory_format=torch.channels_last)
         return module.eval().requires_grad_(True)
 
@@ -148,7 +148,7 @@ class _Builder:
                 root.add_module(name, value)
                 continue
             cast = value.detach().to(
-                self.target.device, self.target.dtype if value.is_floating_point() else value.dtype
+                self.destination.device, self.destination.dtype if value.is_floating_point() else value.dtype
             )
             if isinstance(value, nn.Parameter):
                 root.register_parameter(name, nn.Parameter(cast))

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel
-from rmprune.graph.build import target_of
+from rmprune.graph.build import destination_of
 from rmprune.graph.copied import copied
 from rmprune.graph.double import in_double
 from rmprune.graph.foreign import eval_copy, has_hooks, reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
-from rmprune.graph.relative_error import check_inputs, depends, double_tensors, relative_error
+from rmprune.graph.relative_error import comparison_inputs, depends, double_tensors, relative_error
 from rmprune.graph.run import on_copies, run
 from rmprune.graph.tensors import floating_tensors
 
@@ -29,7 +29,7 @@ def maps_error(
 
     Compared are maps (N, C, H, W) that both graphs have: what `reference` gives for them, and what `network`, made of it by
     rewriting, does. Convolutions and batch norms are left out, since fusing moves what lies between them.
-    `other`: see `base_inputs`; `build`: a network and inputs -> its outputs in float64.
+    `other`: see `comparison_base`; `build`: a network and inputs -> its outputs in float64.
     """
     before = normalise(reference, checked)
     kept = {node.name: (shape_of(node) or ())[1:] for node in network.graph.nodes}
@@ -79,9 +79,11 @@ def own_dtype_error(
     Raises NotEquivalent where it is over 16 times the original's own rounding (`model` in the same dtype against its float64
     outputs `expected`), over the cube root of the dtype's epsilon (5e-3 in float32, 0.1 in float16) and over `tolerance`.
     """
-    target, twin, worst = target_of(model), eval_copy(model), None
+    destination, twin, worst = destination_of(model), eval_copy(model), None
     for k in sorted({0, sum(groups) - 1}):
-        image = [x[k : k + 1].to(target.device, target.dtype if x.is_floating_point() else None) for x in checked]
+        image = [
+            x[k : k + 1].to(destination.device, destination.dtype if x.is_floating_point() else None) for x in checked
+        ]
         # What does not hold image after image is compared as a whole: the original is off by as much.
         wanted = [
             t[k * len(one) : (k + 1) * len(one)] if t.dim() and len(t) == sum(groups) * len(one) else t
@@ -91,17 +93,17 @@ def own_dtype_error(
             own, found = (relative_error(wanted, on_copies(module, *image), [1], base) for module in (twin, result))
         except RuntimeError as error:
             refuse_stuck(twin, result, image)
-            return None, f"not compared in {target.dtype} on {target.device}, where it does not run: {error}"
+            return None, f"not compared in {destination.dtype} on {destination.device}, where it does not run: {error}"
         if math.isinf(own):
             continue
         worst = max(worst or 0.0, found)
-        if not found <= max(_ROUNDINGS * own, torch.finfo(target.dtype).eps ** (1 / 3), tolerance):
+        if not found <= max(_ROUNDINGS * own, torch.finfo(destination.dtype).eps ** (1 / 3), tolerance):
             raise NotEquivalent(
-                f"in {target.dtype} the new network is off by {found:.1e} of what the inputs change in the outputs, the original "
-                f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {target.dtype}: try "
+                f"in {destination.dtype} the new network is off by {found:.1e} of what the inputs change in the outputs, the original "
+                f"itself by {own:.1e}; in float64 they agree. What the new channels carry does not fit {destination.dtype}: try "
                 "form='pair' or batch_norm=False, or use the network in a wider dtype"
             )
-    unsaid = f"not compared in {target.dtype}, where the outputs of the original itself are not finite"
+    unsaid = f"not compared in {destination.dtype}, where the outputs of the original itself are not finite"
     return worst, unsaid if worst is None else ""
 
 
@@ -116,7 +118,7 @@ def refuse_stuck(model: nn.Module, result: nn.Module, image: Iterable[Tensor]) -
             if module is model:
                 return
             raise NotEquivalent(
-                f"the new network, all in {target_of(result).dtype}, does not run ({error}); the original does, whose layers are of "
+                f"the new network, all in {destination_of(result).dtype}, does not run ({error}); the original does, whose layers are of "
                 "several dtypes: give it in one, without casts in forward"
             ) from error
 
@@ -129,7 +131,7 @@ def refuse_changing_hooks(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Hooks are no part of what is read. Raises UnsupportedModel for one that changes what the network returns; it is run once to see."""
     if not has_hooks(model):
         return
-    one, _ = check_inputs(inputs, 1, 0)
+    one, _ = comparison_inputs(inputs, 1, 0)
     hooked = copied(model).cpu().double().eval()
     try:
         error = relative_error(in_double(reference_copy(model), one), in_double(hooked, one), [len(one[0])])
@@ -144,7 +146,7 @@ def refuse_changing_hooks(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 @torch.no_grad()
 def refuse_unseen(model: nn.Module, inputs: tuple[Tensor, ...], tolerance: float) -> None:
     """Raises UnsupportedModel where the graph that was read is not what `model` computes of the first of these inputs, in float64."""
-    checked, groups = check_inputs(inputs, 1, 0)
+    checked, groups = comparison_inputs(inputs, 1, 0)
     twin = reference_copy(model)
     if not relative_error(in_double(twin, checked), _as_read(twin, checked), groups) <= tolerance:
         raise UnsupportedModel(_UNSEEN)

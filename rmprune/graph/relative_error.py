@@ -11,7 +11,7 @@ from rmprune.graph.tensors import tensors_in
 SCALES = (1.0, 10.0, 100.0)
 
 
-def check_inputs(
+def comparison_inputs(
     example_inputs: tuple[Tensor, ...], given: int, random: int, seed: int = 0,
     limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[tuple[Tensor, ...], list[int]]:  # fmt: skip
@@ -45,11 +45,11 @@ FLOOR = 1e-3  # of the largest |output|: the rounding of float64 goes with that
 HARDLY = 1e-9  # of it: what the inputs change no more than so is told from rounding no longer (to 1e-4 at the usual tolerance)
 
 
-def base_inputs(
+def comparison_base(
     example_inputs: tuple[Tensor, ...], limits: tuple[float, float] = (-math.inf, math.inf)
 ) -> tuple[Tensor, ...]:
     """One more random image of scale 1, in float64: what the outputs on the checked images are told from."""
-    return tuple(x[:1] for x in check_inputs(example_inputs, 0, 2, seed=1, limits=limits)[0])
+    return tuple(x[:1] for x in comparison_inputs(example_inputs, 0, 2, seed=1, limits=limits)[0])
 
 
 def relative_error(original: Any, result: Any, groups: list[int], base: Any = None) -> float:

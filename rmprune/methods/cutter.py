@@ -20,15 +20,15 @@ from rmprune.pruning import Budget, GradualPruner, allocate, find_structure, pru
 from rmprune.pruning.allocate import Meter, even_fraction, least_cost
 from rmprune.pruning.budget import resolve
 from rmprune.pruning.coupled import check_coupled, loss_gradients
-from rmprune.pruning.followed import followed
 from rmprune.pruning.gradual import between_cuts
 from rmprune.pruning.groups import Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import IMPORTANCES, NothingMatters, score_groups
 from rmprune.pruning.layers import Cost, macs
-from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit
 from rmprune.pruning.plan import SlimPlan
 from rmprune.pruning.program import read_program
+from rmprune.pruning.prunable import find_prunable
+from rmprune.pruning.refit import fitting
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.training.job import Job
 from rmprune.training.teacher import digest
@@ -263,14 +263,14 @@ def make_cutter(
     network: nn.Module, method: Method, job: Job[SlimConfig], budget: Budget | None = None,
     widths: Mapping[str, int] | None = None, *, measured: bool = True,
 ) -> Cutter:  # fmt: skip
-    """The method applied to this network (or its graph, see `followed`); ready to measure where `budget` is in time, unless not `measured`.
+    """The method applied to this network (or its graph, see `find_prunable`), ready to measure a `budget` in time unless not `measured`.
     `widths`: of a plan, by layers."""
     settings = dataclasses.replace(job.config.prune, **method.settings)
     example = job.data.train.example(1)
     inner = method.widths == "inner"
     if method.pruner == "ours":
         settle = lambda structure, _: inner_only(structure) if inner else structure  # noqa: E731
-        network, _, structure = followed(network, as_tuple(network, example), budget, settle=settle)
+        network, _, structure = find_prunable(network, as_tuple(network, example), budget, settle=settle)
     else:  # which cannot write sizes
         structure = find_structure(network, example)
     place = place_of(job) if measured and budget is not None and budget.latency_ratio is not None else None

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from rmprune.amc.multiplier import Multiplier, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import UnsupportedModel
+from rmprune.measure.widest import Widest, widest
 from rmprune.methods.costs import cost_ratios
 from rmprune.methods.outlook import SHAPE_IMAGES, ends_of
 from rmprune.methods.refuse import refuse_too_dear
@@ -46,7 +46,7 @@ def shorten(network: nn.Module, budget: Budget, job: Job[SlimConfig], files: Fil
     def find() -> dict[str, float]:
         return asdict(widest(SHORTEST, make, left, ratios, budget.value, timed=budget.latency_ratio is not None))
 
-    found = Multiplier(**remembered(note, "left", find))
+    found = Widest(**remembered(note, "left", find))
     count = len(order) + 1 - round(found.width)
     choices: dict[str, Choice] = dict.fromkeys(order[:count], "drop")
     shorter, facts = carry_out_blocks(network, choices, job.examples, job.config.removal)

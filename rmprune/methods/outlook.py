@@ -25,11 +25,11 @@ from rmprune.pruning.budget import allowed_units, resolve
 from rmprune.pruning.carry_out import carry_out_blocks
 from rmprune.pruning.groups import Structure, total_cost
 from rmprune.pruning.layers import Cost, macs
-from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.options import BlockLayers, block_layers, block_options
 from rmprune.pruning.plan import CHOICES, Choice, Options
 from rmprune.pruning.program import read_program
 from rmprune.pruning.proposals import Proposals, Sight, thinned
+from rmprune.pruning.refit import fitting
 from rmprune.pruning.surrogate import Ends, block_losses, width_losses
 from rmprune.pruning.time_cost import TimeCost
 from rmprune.runs.notes import remembered

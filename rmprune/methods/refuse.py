@@ -8,11 +8,11 @@ from types import MappingProxyType
 
 from torch import nn
 
-from rmprune.amc.multiplier import too_dear
 from rmprune.config import SlimConfig
 from rmprune.errors import InfeasibleBudget, UnsupportedModel
 from rmprune.measure.layers import network_layers
 from rmprune.measure.place import infeasible
+from rmprune.measure.widest import too_dear
 from rmprune.methods.costs import cost_ratios, place_of
 from rmprune.methods.cutter import make_cutter
 from rmprune.methods.table import METHODS, Method

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from rmprune.amc.multiplier import STEPS, Multiplier, smaller_widths, widest
 from rmprune.config import SlimConfig
 from rmprune.errors import ConfigError
+from rmprune.measure.widest import STEPS, Widest, smaller_widths, widest
 from rmprune.methods.costs import cost_ratios
 from rmprune.methods.refuse import refuse_too_dear
 from rmprune.models.families import default_width, has_multiplier
@@ -33,7 +33,7 @@ def own_width(job: Job[SlimConfig]) -> float:
     return width
 
 
-def narrowed(make: Make, budget: Budget, job: Job[SlimConfig]) -> Multiplier:
+def narrowed(make: Make, budget: Budget, job: Job[SlimConfig]) -> Widest:
     """The largest width within the budget. Raises InfeasibleBudget where even the narrowest network is too dear."""
     widths = smaller_widths(make, own_width(job), whole=not has_multiplier(job.config.model))
     ratios, timed = functools.partial(cost_ratios, budget, job), budget.latency_ratio is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from rmprune.graph.build import target_of
+from rmprune.graph.build import destination_of
 from rmprune.graph.copied import copied
 from rmprune.graph.run import on_copies
 from rmprune.graph.tensors import to_double
@@ -78,12 +78,12 @@ def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 def in_format(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The network with its weights in this format: itself where they are."""
-    return model if target_of(model).dtype == dtype else copied(model).to(dtype)
+    return model if destination_of(model).dtype == dtype else copied(model).to(dtype)
 
 
 def rounding(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> float:
     """What the format of its weights does to the outputs of `model` in eval mode: their `difference` to float64."""
-    own = as_tensors(inputs, target_of(model).dtype)
+    own = as_tensors(inputs, destination_of(model).dtype)
     return difference(outputs_of(model, own), outputs_of(copied(model).double(), tuple(map(to_double, own))))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ArtifactError, NotEquivalent
-from rmprune.graph.build import target_of
+from rmprune.graph.build import destination_of
 from rmprune.onnx.compare import TOLERANCES, as_tensors, difference, in_format, is_off, outputs_of, runtime_says
 from rmprune.onnx.file import OnnxFile, open_onnx
 from rmprune.onnx.read import OnnxNetwork, fixed_batch, read_network
@@ -56,7 +56,7 @@ def refuse_difference(
     """
     if not all(bool(x.isfinite().all()) for x in expected):
         raise NotEquivalent(f"{what}: the file's outputs are not finite for normal inputs, so nothing can be compared")
-    error, dtype = difference(found, expected), target_of(model).dtype
+    error, dtype = difference(found, expected), destination_of(model).dtype
     if is_off(error, TOLERANCES[dtype], model, inputs):
         todo = "give the file in float32" if dtype == torch.float16 else "it cannot be used"
         raise NotEquivalent(

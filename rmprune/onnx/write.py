@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import NotEquivalent, RmpruneError, UnsupportedModel, first_line
-from rmprune.graph.build import target_of
+from rmprune.graph.build import destination_of
 from rmprune.graph.fold import fold_batch_norms
 from rmprune.graph.network import free_name
 from rmprune.onnx.bare import Weights, bare_graph, write_proto
@@ -67,7 +67,7 @@ def _exported(network: OnnxNetwork, model: nn.Module) -> tuple[onnx.ModelProto, 
     file = network.file
     examples = batch_for(file, network.examples)
     wide = in_format(model, torch.float32 if file.dtype == torch.float16 else file.dtype)
-    folded = fold_batch_norms(wide, as_tensors(examples, target_of(wide).dtype)).cpu().to(file.dtype)
+    folded = fold_batch_norms(wide, as_tensors(examples, destination_of(wide).dtype)).cpu().to(file.dtype)
     folded = folded.to(memory_format=torch.contiguous_format)
     if not all(bool(value.isfinite().all()) for value in folded.state_dict().values() if value.is_floating_point()):
         raise NotEquivalent(

@@ -43,9 +43,9 @@ from rmprune.pipelines.stages import (
 from rmprune.pruning.carry_out import carry_out_plan_blocks
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner, between_cuts
-from rmprune.pruning.one_shot import fitting
 from rmprune.pruning.plan import SlimPlan, layers_digest
 from rmprune.pruning.program import read_program
+from rmprune.pruning.refit import fitting
 from rmprune.removal import Removal, remove_residuals
 from rmprune.runs.cells import Cell, plan_cells, unfinished
 from rmprune.runs.directory import refuse_used

@@ -15,7 +15,7 @@ from rmprune import artifact
 from rmprune.artifact.weights import load_checkpoint_into, start_from
 from rmprune.config import ConvertConfig, InspectConfig, NetworkConfig, architecture
 from rmprune.errors import ConfigError, NotEquivalent
-from rmprune.graph.build import target_of
+from rmprune.graph.build import destination_of
 from rmprune.measure import count_macs, count_params
 from rmprune.models.families import create_network
 from rmprune.models.resnet import is_cifar_depth
@@ -219,7 +219,7 @@ def check_written(path: Path, model: nn.Module, examples: tuple[Tensor, ...]) ->
     Raises NotEquivalent over the format's tolerance and over what it does to the original itself.
     """
     expected = outputs_of(model.eval(), examples)
-    found = {"the artifact": (outputs_of(artifact.load(path), examples), target_of(model).dtype)}
+    found = {"the artifact": (outputs_of(artifact.load(path), examples), destination_of(model).dtype)}
     if (path / "model.onnx").is_file():
         file = open_onnx(path / "model.onnx").runnable
         found["model.onnx in ONNX Runtime"] = run_file(file, examples), file.dtype

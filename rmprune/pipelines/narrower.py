@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from rmprune.amc.multiplier import Multiplier
+from rmprune.measure.widest import Widest
 from rmprune.pipelines.stages import make_dense
 from rmprune.runs.notes import remembered
 from rmprune.training.job import Files, Job, tune
 
 
 def narrower(
-    job: Job[Any], files: Files, note: Path, key: str, find: Callable[[Callable[[float], nn.Module]], Multiplier]
+    job: Job[Any], files: Files, note: Path, key: str, find: Callable[[Callable[[float], nn.Module]], Widest]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The original network at the largest width within the budget, trained as long as all others in total.
 
@@ -23,6 +23,6 @@ def narrower(
     """
     config = job.config
     make = functools.partial(make_dense, config, job.data, job.seed)
-    found = Multiplier(**remembered(note, key, lambda: asdict(find(make))))
+    found = Widest(**remembered(note, key, lambda: asdict(find(make))))
     train = replace(config.train, epochs=config.train.epochs + config.finetune.epochs)
     return tune(make(found.width), train, job, files), {"width": found.width, "verified_ratio": found.ratio}

@@ -14,15 +14,14 @@ from rmprune.graph.inputs import as_tuple
 from rmprune.graph.network import flat_name
 from rmprune.pruning.allocate import keep_best
 from rmprune.pruning.collapse import shorten_blocks
-from rmprune.pruning.followed import followed
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import in_and_out
-from rmprune.pruning.one_shot import fitting, fitting_images
 from rmprune.pruning.options import block_names, block_options
 from rmprune.pruning.plan import Choice, SlimPlan, layers_digest
 from rmprune.pruning.prove import prove_cut
-from rmprune.pruning.refit import refit
+from rmprune.pruning.prunable import find_prunable
+from rmprune.pruning.refit import fitting, fitting_images, refit
 from rmprune.pruning.surgery import note_cut, shrink
 from rmprune.removal import remove_residuals
 
@@ -121,7 +120,7 @@ def carry_out(
     """
     images = torch.cat(list(network_inputs(data, model)))
     network, facts = carry_out_plan_blocks(model, plan, lambda count: images[:count], removal)
-    network, _, structure = followed(network, as_tuple(network, images[:2]))
+    network, _, structure = find_prunable(network, as_tuple(network, images[:2]))
     units = plan.units(structure)
     result, error = cut_to(network, structure, units, data, importance, reconstruct)
     widths = {flat_name(name): count for name, count in units.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.graph.build import materialise, target_of
+from rmprune.graph.build import destination_of, materialise
 from rmprune.graph.equivalence import refuse_stuck, refuse_unseen
 from rmprune.graph.foreign import eval_copy, reference_copy
 from rmprune.graph.inputs import Inputs, as_given, as_names
@@ -207,9 +207,9 @@ def _changed(
         while fork in joined:
             fork = joined[fork]
         without_idle_activations(network, fork)
-    target = target_of(model)
-    result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, target, batch_norm=True)
-    refuse_stuck(eval_copy(model), result, (x[:1].to(target.device) for x in inputs))
+    destination = destination_of(model)
+    result, _ = materialise(network, tuple(to_double(x[:1]) for x in inputs), 1, destination, batch_norm=True)
+    refuse_stuck(eval_copy(model), result, (x[:1].to(destination.device) for x in inputs))
     return result, {part.block.name: fits.fitted[add.name].explained for add, part in change.parts.items()}
 
 

@@ -20,10 +20,10 @@ from rmprune.pruning.reading import Reading
 @dataclass(frozen=True)
 class Constants:
     """`inputs`: {convolution or linear layer: [c_in] float64, the constant of each input channel, NaN where it is none}.
-    `followers`: {such a layer: the batch norm that alone reads its output}."""
+    `norms_behind`: {such a layer: the batch norm that alone reads its output}."""
 
     inputs: Mapping[str, Tensor]
-    followers: Mapping[str, str]
+    norms_behind: Mapping[str, str]
 
 
 def find_constants(model: nn.Module, reading: Reading) -> Constants:
@@ -49,10 +49,10 @@ def find_constants(model: nn.Module, reading: Reading) -> Constants:
         if len(shape_of(source) or ()) == layer.weight.dim():
             low, high = range_of(source)
             inputs[name] = torch.where(low == high, low, torch.nan)
-    return Constants(inputs, followers(reading))
+    return Constants(inputs, norms_behind(reading))
 
 
-def followers(reading: Reading) -> dict[str, str]:
+def norms_behind(reading: Reading) -> dict[str, str]:
     """{convolution or linear layer: the batch norm with statistics that alone reads its output}."""
     found = {}
     for norm, layer in reading.joined_norms().items():

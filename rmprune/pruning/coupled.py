@@ -28,9 +28,8 @@ from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Group, Structure, mask_of
 from rmprune.pruning.importance import need_data
 from rmprune.pruning.layers import Cost, Slices, in_and_out, output_dim, price
-from rmprune.pruning.one_shot import check_outputs, fitting, fitting_images
-from rmprune.pruning.prove import prove_slices
-from rmprune.pruning.refit import refit, refuse_no_images
+from rmprune.pruning.prove import check_outputs, prove_slices
+from rmprune.pruning.refit import fitting, fitting_images, refit, refuse_no_images
 from rmprune.pruning.surgery import note_cut, note_kept
 from rmprune.pruning.torch_pruning_cut import COUPLED_IMPORTANCES, cut_at, following
 from rmprune.training.convolutions import TrainableConvolutions
@@ -78,7 +77,7 @@ def prune_coupled(
     data = with_loss(data, loss)
     model, given = as_given(model, example_inputs)  # type: ignore[assignment]
     example_inputs = only_input(given, "coupled pruning")
-    structure = _followed(model, find_structure(model, example_inputs))
+    structure = _without_unfollowed(model, find_structure(model, example_inputs))
     target = resolve(structure, budget, cost)
     check_coupled(model, structure, importance, example_inputs)
     if importance != "taylor":
@@ -137,7 +136,7 @@ def _nearest(
         ratio = (low + high) / 2
         candidate, slices = cut(least, budget.round_to, ratio)
         value = measured_cost(candidate, structure, target.cost)
-        # `_followed` left groups alone that are all the channels of each of their producers
+        # `_without_unfollowed` left groups alone that are all the channels of each of their producers
         units = {g.name: in_and_out(candidate.get_submodule(g.producers[0]))[1] // g.multiple for g in structure.groups}
         if any(units[name] < least[name] for name in units):
             high = ratio
@@ -169,7 +168,7 @@ def _units(group: Group, kept: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(sides).all(0)
 
 
-def _followed(model: nn.Module, structure: Structure) -> Structure:
+def _without_unfollowed(model: nn.Module, structure: Structure) -> Structure:
     """Without the groups that Torch-Pruning would cut wrongly, and not say so: it follows neither what reorders channels nor
     what takes a layer's outputs apart, nor groups and statistics of norms.
     """

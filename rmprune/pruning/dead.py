@@ -148,8 +148,8 @@ def _judge(model: nn.Module, group: Group, constants: Constants) -> tuple[Tensor
 def _live_weight(model: nn.Module, layer: str, constants: Constants) -> Tensor:
     """|weight| by outputs, with 0 for filters whose batch norm has scale 0: what they read does not matter."""
     weight = by_output(model.get_submodule(layer), weight_of(model, layer).detach().abs())
-    if layer in constants.followers:
-        norm = model.get_submodule(constants.followers[layer])
+    if layer in constants.norms_behind:
+        norm = model.get_submodule(constants.norms_behind[layer])
         scale = norm.weight
         if isinstance(scale, Tensor) and not to_be_trained(norm):
             weight = weight * (scale.detach() != 0).view(-1, *[1] * (weight.dim() - 1))
@@ -177,7 +177,7 @@ def _without(
                     )
                 continue
             if bool(value.any()):
-                add_to_bias(result, member.layer, response(layer, value), constants.followers.get(member.layer))
+                add_to_bias(result, member.layer, response(layer, value), constants.norms_behind.get(member.layer))
     return shrink(result, keep, structure)[0]
 
 

@@ -21,7 +21,7 @@ from rmprune.pruning.labels import compact, select, thin, varying
 from rmprune.pruning.layers import Weighted, sized_layers
 from rmprune.pruning.reading import Reading, read
 from rmprune.pruning.training_only import read_in_training
-from rmprune.pruning.written import put
+from rmprune.pruning.written_sizes import put
 
 CUTS = 6  # that operations are tried with
 

@@ -28,7 +28,7 @@ from rmprune.pruning.operations import (
 )
 from rmprune.pruning.products import multiplied
 from rmprune.pruning.reading import Reading
-from rmprune.pruning.written import places
+from rmprune.pruning.written_sizes import places
 
 
 class Walk(Labelled):

@@ -32,7 +32,7 @@ class Member:
 
     `side`: "out" (a convolution's or linear layer's outputs), "in" (its inputs), "tied" (both at once: batch norm,
     PReLU, depthwise); beside those of layers "size" (`layer` is a place where code writes how many there are, see
-    `rmprune.pruning.written`) and "zero" (outputs that meet others of the group in a product that is added over: without them the others
+    `rmprune.pruning.written_sizes`) and "zero" (outputs that meet others of the group in a product that is added over: without them those
     are read by nobody). `fan`: outputs for each input of a depthwise layer; `index` and `size` are those of its outputs.
     """
 

@@ -3,10 +3,9 @@
 For cuts while training: `gradual.py`.
 """
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config.fields import require_types
-from rmprune.data.batches import Batches, Loss, affordable, network_inputs, with_loss
-from rmprune.errors import ConfigError, UnsupportedModel, first_line, out_of_memory
+from rmprune.data.batches import Batches, Loss, with_loss
+from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.inputs import Inputs, as_given, only_input
-from rmprune.graph.tensors import floating_dtype
 from rmprune.graph.tf32 import tf32
 from rmprune.measure.cost import count_macs
 from rmprune.measure.planner import activation_memory
@@ -26,19 +24,18 @@ from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
 from rmprune.pruning.compensate import compensated, removed_means
 from rmprune.pruning.dead import Folded, fold_dead
-from rmprune.pruning.followed import followed
-from rmprune.pruning.groups import Keep, Structure, inner_only, outputs, total_cost
+from rmprune.pruning.groups import Keep, Structure, inner_only, total_cost
 from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.named import leave_whole, refuse_unknown
 from rmprune.pruning.peak_memory import ActivationPeaks, byte_limit, with_reference
-from rmprune.pruning.prove import prove_cut
-from rmprune.pruning.refit import refit, refuse_no_images
+from rmprune.pruning.prove import check_outputs, prove_cut
+from rmprune.pruning.prunable import find_prunable
+from rmprune.pruning.refit import fitting, fitting_images, refit, refuse_no_images
 from rmprune.pruning.surgery import note_cut, shrink
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-FITTING_IMAGES = 1024  # training images that layers are fitted on, at most
 BEYOND = 0.9  # of the budget: whoever gets less, because channels were dead, is told
 logger = logging.getLogger("rmprune")
 
@@ -114,7 +111,7 @@ def prune(
         refuse_unknown(structure, network, origin=origin, begin=begin)
         return leave_whole(inner_only(structure) if which == "inner" else structure, network, ignore)
 
-    plain, reading, structure = followed(plain, example_inputs, budget, cost, origin, settle, values=True)  # type: ignore[assignment]
+    plain, reading, structure = find_prunable(plain, example_inputs, budget, cost, origin, settle, values=True)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
     memory, alone = budget.memory_ratio is not None, budget.name == "memory_ratio"
     if memory:
@@ -179,7 +176,7 @@ def _cut(
 ) -> tuple[float, tuple[nn.Module, Keep]]:  # fmt: skip
     """The network with these units, less those that nothing reads then: what it costs, itself, and the units that it has."""
     model, structure = folded.model, folded.structure
-    result = shrink(compensated(model, structure, keep, means, folded.constants.followers), keep, structure)[0]
+    result = shrink(compensated(model, structure, keep, means, folded.constants.norms_behind), keep, structure)[0]
     done = fold(result, example_inputs, structure=structure.shrunk(keep))
     spent = total_cost(done.structure, target.cost)
     if target.cost is macs and any(layer.kind == "rest" for layer in structure.layers):
@@ -196,15 +193,6 @@ def _tell_beyond(budget: Budget, target: Target, spent: float) -> None:
         )  # fmt: skip
 
 
-@contextlib.contextmanager
-def fitting(way: str = "--no-reconstruct (reconstruct=False) leaves layers as they were cut") -> Iterator[None]:
-    """Says in the error of layers that cannot be fitted how to do without."""
-    try:
-        yield
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{error}; {way}") from None
-
-
 def _both(keep: Keep, further: Keep) -> Keep:
     """The units that stay after `keep` and then, counted among those, `further`."""
     found = dict(keep)
@@ -215,12 +203,6 @@ def _both(keep: Keep, further: Keep) -> Keep:
         else:
             found[name] = mask
     return found
-
-
-def fitting_images(data: Batches, model: nn.Module) -> Tensor:
-    """The first images of the batches that layers are fitted on: fewer where they are large, since all their maps are held."""
-    images = torch.cat(list(network_inputs(data, model)))
-    return images[: affordable(FITTING_IMAGES, images.shape[2:])]
 
 
 def _nearest(choose: Callable[[float], Keep], cut: Callable[[Keep], tuple[float, T]], limit: float, most: float) -> T:
@@ -256,21 +238,3 @@ def _nearest(choose: Callable[[float], Keep], cut: Callable[[Keep], tuple[float,
 
 def _same(first: Keep, second: Keep) -> bool:
     return all(torch.equal(mask, second[name]) for name, mask in first.items())
-
-
-def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -> None:
-    """The pruned network runs, and its outputs have the shapes they had; the whole one ran. Raises UnsupportedModel else."""
-    try:
-        whole = outputs(before, example_inputs)
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise
-        raise UnsupportedModel(
-            f"the network itself does not run in {floating_dtype(before)} ({first_line(error)}): give it in one dtype, without casts to "
-            "another in forward"
-        ) from error
-    for expected, got in zip(whole, outputs(after, example_inputs), strict=True):
-        if expected.shape != got.shape:
-            raise UnsupportedModel(
-                f"pruning changed an output's shape from {tuple(expected.shape)} to {tuple(got.shape)}"
-            )

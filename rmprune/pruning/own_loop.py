@@ -12,9 +12,9 @@ from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.budget import Budget, refuse_no_budget
-from rmprune.pruning.followed import followed
 from rmprune.pruning.gradual import GradualPruner, between_cuts
 from rmprune.pruning.prove import prove_groups
+from rmprune.pruning.prunable import find_prunable
 from rmprune.training.state import TrainState
 
 
@@ -89,7 +89,7 @@ class Pruner:
                 )
             raise ConfigError("the optimizer holds no parameter of this model; make it of model.parameters()")
         _refuse_elsewhere(optimizer, model)
-        model, _, structure = followed(model, inputs, budget)
+        model, _, structure = find_prunable(model, inputs, budget)
         self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
             model, inputs, budget, prune_epochs=steps, every=between_cuts(steps, cuts),

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import NotEquivalent, first_line
+from rmprune.errors import NotEquivalent, UnsupportedModel, first_line, out_of_memory
 from rmprune.graph.copied import copied
 from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import refuse_unseen
 from rmprune.graph.foreign import reference_copy
 from rmprune.graph.inputs import Inputs, as_tuple
-from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
+from rmprune.graph.relative_error import comparison_base, comparison_inputs, hardly_depends, relative_error
 from rmprune.graph.run import hooked
-from rmprune.graph.tensors import named_tensors, tensors_in
-from rmprune.pruning.groups import Structure, layer_masks, mask_of
+from rmprune.graph.tensors import floating_dtype, named_tensors, tensors_in
+from rmprune.pruning.groups import Structure, layer_masks, mask_of, outputs
 from rmprune.pruning.layers import Slices, output_dim, slices_of
 from rmprune.pruning.surgery import shrink, tensor_slices
 
@@ -119,7 +119,7 @@ def _error(
     shape: of class numbers the outputs alone tell little. `silenced`: rows that are zero in both (a) and (b), what of them stays.
     """
     given = as_tuple(twin, example_inputs)
-    images, sizes = check_inputs(given, GIVEN, DRAWN)
+    images, sizes = comparison_inputs(given, GIVEN, DRAWN)
     silent = copied(twin)
     _fill(silent, slices, torch.zeros_like, columns=True)
     _fill(silent, silenced or {}, torch.zeros_like, columns=False)
@@ -127,7 +127,7 @@ def _error(
         found = _run(smaller, images, maps)
     except (RuntimeError, ValueError) as error:  # shapes that do not fit any more
         return float("inf"), f"the smaller network does not run: {first_line(error)}", True
-    expected, base = _run(silent, images, maps), _run(silent, base_inputs(given), maps)
+    expected, base = _run(silent, images, maps), _run(silent, comparison_base(given), maps)
     alike = [key for key, value in expected.items() if key in found and found[key].shape == value.shape and key in base]
     if len(alike) < len(found) and not maps:
         return float("inf"), "the smaller network gives outputs of other shapes", True
@@ -230,3 +230,21 @@ def _fill(model: nn.Module, slices: Mapping[str, Slices], value: Callable[[Tenso
                 goes = ~mask_of(tensors[name].shape[dim], kept)
                 at = (slice(None),) * dim + (goes,)
                 tensors[name][at] = value(tensors[name][at])
+
+
+def check_outputs(before: nn.Module, after: nn.Module, example_inputs: Inputs) -> None:
+    """The pruned network runs, and its outputs have the shapes they had; the whole one ran. Raises UnsupportedModel else."""
+    try:
+        whole = outputs(before, example_inputs)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModel(
+            f"the network itself does not run in {floating_dtype(before)} ({first_line(error)}): give it in one dtype, without casts to "
+            "another in forward"
+        ) from error
+    for expected, got in zip(whole, outputs(after, example_inputs), strict=True):
+        if expected.shape != got.shape:
+            raise UnsupportedModel(
+                f"pruning changed an output's shape from {tuple(expected.shape)} to {tuple(got.shape)}"
+            )

@@ -14,7 +14,7 @@ from rmprune.graph.normalise import normalise, plain_norm
 from rmprune.graph.shapes import on_meta, propagate_shapes
 from rmprune.graph.tensors import own_tensors
 from rmprune.pruning.layers import Weighted, channels_read
-from rmprune.pruning.written import agree
+from rmprune.pruning.written_sizes import agree
 
 
 @dataclass(frozen=True)

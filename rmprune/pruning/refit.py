@@ -1,15 +1,19 @@
 """A pruned network whose layers are fitted to what they put out before: `calibration` says how, this writes it into a module."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError
+from rmprune.data.batches import Batches, affordable, network_inputs
+from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.pruning.calibration import Calibrator, Cut, Fitted, Fitting
 from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.program import Op, Program, read_program
 from rmprune.pruning.surgery import shrink
+
+FITTING_IMAGES = 1024  # training images that layers are fitted on, at most
 
 
 def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *, reconstruct: bool = True) -> nn.Module:
@@ -26,7 +30,7 @@ def refit(model: nn.Module, structure: Structure, keep: Keep, images: Tensor, *,
         calibrator.measure_reference(program, x)
         cut = Cut.of(calibrator.model, structure, keep)
         fitted = calibrator.fit(program, {program.ops[0].name: x}, cut)
-    return written(shrink(model, keep, structure)[0], program, fitted, calibrator, cut)
+    return write_layers(shrink(model, keep, structure)[0], program, fitted, calibrator, cut)
 
 
 def refuse_no_images(reconstruct: bool, data: object | None) -> None:
@@ -35,7 +39,22 @@ def refuse_no_images(reconstruct: bool, data: object | None) -> None:
         raise ConfigError("reconstruct fits layers on training images; give some as data")
 
 
-def written(
+@contextlib.contextmanager
+def fitting(way: str = "--no-reconstruct (reconstruct=False) leaves layers as they were cut") -> Iterator[None]:
+    """Says in the error of layers that cannot be fitted how to do without."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{error}; {way}") from None
+
+
+def fitting_images(data: Batches, model: nn.Module) -> Tensor:
+    """The first images of the batches that layers are fitted on: fewer where they are large, since all their maps are held."""
+    images = torch.cat(list(network_inputs(data, model)))
+    return images[: affordable(FITTING_IMAGES, images.shape[2:])]
+
+
+def write_layers(
     smaller: nn.Module, program: Program, fitted: Mapping[str, Fitted], calibrator: Calibrator, cut: Cut
 ) -> nn.Module:
     """`smaller`, a network of the policy's shape, with the fitted layers written into it."""

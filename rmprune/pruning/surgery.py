@@ -15,7 +15,7 @@ from rmprune.graph.copied import copied
 from rmprune.graph.facts import facts_of, note
 from rmprune.pruning.groups import Structure, layer_masks
 from rmprune.pruning.layers import Slices, in_and_out, set_width, slices_of
-from rmprune.pruning.written import write
+from rmprune.pruning.written_sizes import write
 
 logger = logging.getLogger("rmprune")
 M = TypeVar("M", bound=nn.Module)

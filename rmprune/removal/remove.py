@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import ConfigError, UnsupportedModel
-from rmprune.graph.build import materialise, target_of
+from rmprune.graph.build import destination_of, materialise
 from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import maps_error, over_tolerance, own_dtype_error, refuse_unseen
 from rmprune.graph.foreign import reference_copy
@@ -18,11 +18,12 @@ from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
-from rmprune.graph.relative_error import base_inputs, check_inputs, hardly_depends, relative_error
+from rmprune.graph.relative_error import comparison_base, comparison_inputs, hardly_depends, relative_error
 from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32
 from rmprune.removal.forms import FORMS
-from rmprune.removal.rewrite import Plan, remove_all
+from rmprune.removal.reports import Plan
+from rmprune.removal.rewrite import remove_all
 
 RANGES = ("provable", "calibrated")
 _PIXELS = 2**21  # of all images of the check and of the batch norms' statistics together
@@ -117,16 +118,16 @@ def remove_residuals(
         raise nothing_to_remove(kept)
     given, random = _image_counts(inputs[0], sum(report.macs_before for report in reports))
     inside = ranges == "provable"  # calibrated bounds promise nothing on other inputs
-    checked, groups = check_inputs(inputs, given, random if inside else 0, limits=input_range)
-    other = base_inputs(inputs, input_range)
+    checked, groups = comparison_inputs(inputs, given, random if inside else 0, limits=input_range)
+    other = comparison_base(inputs, input_range)
     with torch.no_grad():  # a network may write into its inputs
         expected, base = (in_double(reference, each) for each in (checked, other))
     del reference
-    target = target_of(model)
-    result, found = materialise(network, checked, given, target, batch_norm)
+    destination = destination_of(model)
+    result, found = materialise(network, checked, given, destination, batch_norm)
     error, where, note = relative_error(expected, found, groups, base), "the outputs", ""
     if error <= tolerance and hardly_depends(expected, groups, base):
-        build = lambda part, x: materialise(part, x, given, target, batch_norm)[1]  # noqa: E731
+        build = lambda part, x: materialise(part, x, given, destination, batch_norm)[1]  # noqa: E731
         in_maps, names = maps_error(reference_copy(model), network, checked, groups, other, build)
         error, where = max(error, in_maps), f"the outputs and the maps {names}"
         note = (

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmprune.removal.remove import Removal, plan_removal, remove_residuals
-from rmprune.removal.rewrite import BlockReport
+from rmprune.removal.reports import BlockReport
 
 GAIN = 0.99  # a residual goes if the network then takes at most this part of its time: less is noise
 _NO_FASTER = "without it the network is no faster"

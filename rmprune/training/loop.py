@@ -12,7 +12,7 @@ from rmprune.data.load import Dataset
 from rmprune.data.splits import batch_seed
 from rmprune.errors import DataError, loader_killed
 from rmprune.measure.torch_backends import current
-from rmprune.training import checkpoint as files
+from rmprune.training import checkpoint as checkpoints
 from rmprune.training import distributed
 from rmprune.training.evaluation import NoOutputs, evaluate, number_or_none
 from rmprune.training.interrupt import DeferredInterrupt
@@ -235,25 +235,25 @@ class _Training(Stepping):
         totals = distributed.add_up(self.totals, self.world)
         if self.checkpoint is None or self.rank != 0:
             return
-        changed = model is not self.first_model or files.shapes_digest(model) != self.fingerprint["network"]
+        changed = model is not self.first_model or checkpoints.shapes_digest(model) != self.fingerprint["network"]
         sums = {"totals": totals, "seconds": self.seconds + time.monotonic() - self.started}
-        content = files.snapshot(self.state, self.hook, self.device, changed=changed)
-        files.save_checkpoint(self.checkpoint, {"fingerprint": self.fingerprint, **content, **sums})
+        content = checkpoints.snapshot(self.state, self.hook, self.device, changed=changed)
+        checkpoints.save_checkpoint(self.checkpoint, {"fingerprint": self.fingerprint, **content, **sums})
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
 
     def resume(self) -> None:
         """Go back to where the checkpoint was written, if there is one."""
         path = self.checkpoint
-        found = files.load_checkpoint(path) if self.rank == 0 and path is not None and path.exists() else None
+        found = checkpoints.load_checkpoint(path) if self.rank == 0 and path is not None and path.exists() else None
         saved = distributed.first_says(found, self.world)
         if saved is None:
             return
         path = path or Path(self.label)  # that of the first process is not known to the others
-        with files.expected_to_fit(path):
-            files.check_fingerprint(path, saved["fingerprint"], self.fingerprint)
-            files.check_progress(saved, self.state.total_steps)
+        with checkpoints.expected_to_fit(path):
+            checkpoints.check_fingerprint(path, saved["fingerprint"], self.fingerprint)
+            checkpoints.check_progress(saved, self.state.total_steps)
             if saved["architecture"] is not None:
-                self.adopt(files.rebuild(saved["architecture"], saved.get("constants", {}) | saved["model"]))
-            files.put_back(saved, self.state, self.hook, self.device)
+                self.adopt(checkpoints.rebuild(saved["architecture"], saved.get("constants", {}) | saved["model"]))
+            checkpoints.put_back(saved, self.state, self.hook, self.device)
             self.seconds, self.saved_step = float(saved["seconds"]), self.state.step
             self.totals.copy_(saved["totals"] if self.rank == 0 else torch.zeros(3))

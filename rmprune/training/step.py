@@ -14,7 +14,7 @@ from rmprune.errors import RmpruneError
 from rmprune.graph.copied import copied
 from rmprune.graph.memory_order import memory_order
 from rmprune.measure.cuda_graphs import Replayed
-from rmprune.training import checkpoint as files
+from rmprune.training import checkpoint as checkpoints
 from rmprune.training import distributed
 from rmprune.training.objective import class_objective, own_objective
 from rmprune.training.optimizer import learning_rate, make_optimizer, total_learning_rate
@@ -40,7 +40,7 @@ class Stepping:
         self.loss = data.train.loss
         self.class_weights = None if data.class_weights is None else data.class_weights.to(device)
         model = self.place(copied(model))
-        self.fingerprint = files.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
+        self.fingerprint = checkpoints.fingerprint(model, data, config, seed, label, distilled=config.distillation > 0)
         steps = data.steps_per_epoch
         self.state = TrainState(
             model,

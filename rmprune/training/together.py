@@ -28,7 +28,7 @@ from rmprune.data.batches import to_device
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.data.splits import IMAGENET_STATISTICS, Statistics
 from rmprune.errors import LOADER_KILLED, ConfigError, DataError, RmpruneError, loader_killed
-from rmprune.training import checkpoint as files
+from rmprune.training import checkpoint as checkpoints
 from rmprune.training.distributed import any_says, backends, disband, first_says, processes, this_process
 from rmprune.training.loop import fit
 from rmprune.training.optimizer import make_optimizer
@@ -47,7 +47,7 @@ Packed = tuple[str, dict[str, Any]]
 
 def pack(model: nn.Module) -> Packed:
     """A network as text and tensors on the CPU, by which another process builds it."""
-    return files.architecture_of(model), to_device(files.constants_of(model) | model.state_dict(), _CPU)
+    return checkpoints.architecture_of(model), to_device(checkpoints.constants_of(model) | model.state_dict(), _CPU)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Leading:
         changed = state.model is not model
         any_says(processes(), changed, False)
         if changed:
-            memory = files.optimizer_state(state.optimizer, state.model)
+            memory = checkpoints.optimizer_state(state.optimizer, state.model)
             first_says((pack(state.model), to_device(memory, _CPU)), processes())
 
     def state_dict(self) -> Any:
@@ -112,9 +112,9 @@ class _Following:
             sent: Any = first_says(None, processes())
             network, memory = sent
             device = next(state.model.parameters()).device
-            state.model = files.rebuild(*network).to(device)
+            state.model = checkpoints.rebuild(*network).to(device)
             state.optimizer = make_optimizer(state.model, state.config)
-            files.restore_optimizer(state.optimizer, state.model, memory)
+            checkpoints.restore_optimizer(state.optimizer, state.model, memory)
 
     def load_state_dict(self, saved: Any) -> None:
         """Nothing: what the checkpoint holds is the first process's."""
@@ -271,9 +271,9 @@ def take_part(order: Order) -> None:
     device = torch.device(order.device)
     with repeatable(order.deterministic, device):
         fit(
-            files.rebuild(*order.network), data, order.train, seed=order.seed, device=device,
+            checkpoints.rebuild(*order.network), data, order.train, seed=order.seed, device=device,
             hook=ProximalL1(order.sparsity) if order.sparsity else _Following() if order.led else None,
-            teacher=None if order.teacher is None else files.rebuild(*order.teacher), progress=False,
+            teacher=None if order.teacher is None else checkpoints.rebuild(*order.teacher), progress=False,
             label=order.label,
         )  # fmt: skip
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from rmprune.amc.choose import Goal
-from rmprune.amc.multiplier import Multiplier, width_multiplier
+from rmprune.amc.multiplier import width_multiplier
 from rmprune.config import AmcConfig, SearchConfig
 from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.measure.widest import Widest
 
 IMAGES = torch.zeros(2, 1, 4, 4)
 CONFIG = AmcConfig(search=SearchConfig(constraint="latency"))
@@ -25,7 +26,7 @@ def width_of(network: nn.Module) -> float:
     return network[0].out_channels / 80  # type: ignore[index]
 
 
-def found(law: Callable[[float], float], ratio: float, measured: list[float] | None = None) -> Multiplier:
+def found(law: Callable[[float], float], ratio: float, measured: list[float] | None = None) -> Widest:
     """By times that a law makes up for a width."""
 
     def ratios(networks: dict[str, nn.Module]) -> dict[str, float]:
@@ -39,7 +40,7 @@ def found(law: Callable[[float], float], ratio: float, measured: list[float] | N
 
 
 def test_a_width_that_just_fits_has_nothing_in_hand() -> None:
-    assert found(lambda width: width, 0.5) == Multiplier(pytest.approx(0.475), pytest.approx(0.475))
+    assert found(lambda width: width, 0.5) == Widest(pytest.approx(0.475), pytest.approx(0.475))
 
 
 def test_of_many_widths_none_is_taken_for_one_lucky_measurement() -> None:
@@ -72,7 +73,7 @@ def test_costs_that_need_no_measurement_are_met_to_the_last() -> None:
     for constraint in ("macs", "params"):
         config = AmcConfig(search=SearchConfig(constraint=constraint))  # type: ignore[arg-type]
         result = width_multiplier(make, make(1.0), IMAGES, config, Goal(0.5))
-        assert result == Multiplier(0.5, 0.5)
+        assert result == Widest(0.5, 0.5)
 
 
 def test_networks_without_a_multiplier_are_refused() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.equivalence import own_rounding
-from rmprune.graph.relative_error import base_inputs, hardly_depends, relative_error
+from rmprune.graph.relative_error import comparison_base, hardly_depends, relative_error
 from rmprune.pruning import Budget, prune
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import plan_removal, remove_residuals
@@ -135,7 +135,7 @@ def test_outputs_that_hardly_depend_on_the_inputs_are_told() -> None:
 
 
 def test_the_other_image_is_none_of_those_that_are_checked_and_inside_the_limits() -> None:
-    (other,) = base_inputs((images(),), (-0.5, 0.25))
+    (other,) = comparison_base((images(),), (-0.5, 0.25))
     assert other.shape == (1, 3, 8, 8) and other.dtype == torch.float64
     assert other.min() == -0.5 and other.max() == 0.25
 

@@ -12,7 +12,7 @@ from slim_runs import QUICK, by_parameters
 from torch import nn
 
 import rmprune
-import rmprune.pruning.followed as followed
+import rmprune.pruning.prunable as prunable
 from rmprune.config import PruneConfig, TrainConfig
 from rmprune.data.load import load_dataset
 from rmprune.measure.place import Place
@@ -34,13 +34,13 @@ def test_a_search_reads_and_computes_gradients_once(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(cutter, "loss_gradients", counting)
     monkeypatch.setattr("rmprune.pruning.coupled.loss_gradients", counting)
-    read, readings = followed.read, []
+    read, readings = prunable.read, []
 
     def reading(*args: Any, **settings: Any) -> Any:
         readings.append(settings)
         return read(*args, **settings)
 
-    monkeypatch.setattr(followed, "read", reading)
+    monkeypatch.setattr(prunable, "read", reading)
     monkeypatch.setattr(Place, "ratios", by_parameters)
     none = TrainConfig(epochs=0)
     prune = PruneConfig(latency_ratio=(0.6,), round_to=1)

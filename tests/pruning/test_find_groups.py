@@ -16,8 +16,7 @@ from rmprune.pruning.dead import _check
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.graph import find_structure as find_structure_of_0_1
 from rmprune.pruning.groups import outputs, total_cost
-from rmprune.pruning.one_shot import check_outputs
-from rmprune.pruning.prove import prove_groups
+from rmprune.pruning.prove import check_outputs, prove_groups
 from rmprune.pruning.surgery import shrink
 
 

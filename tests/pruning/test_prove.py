@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rmprune.artifact import load, save
 from rmprune.errors import NotEquivalent, UnsupportedModel
 from rmprune.models import create
-from rmprune.pruning import Budget, coupled, find_structure, followed, prune, prune_coupled
+from rmprune.pruning import Budget, coupled, find_structure, prunable, prune, prune_coupled
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.prove import prove_cut, prove_groups
@@ -116,7 +116,7 @@ def test_a_network_that_does_not_run_any_more_is_found() -> None:
 def test_prune_proves_its_cut_and_leaves_it_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_structure(chain(), IMAGES)
     wrong = changed(found, "0", lambda m: replace(m, index=m.index.flip(0)) if m.side == "in" else m)
-    monkeypatch.setattr(followed, "find_structure", lambda *_, **__: wrong)
+    monkeypatch.setattr(prunable, "find_structure", lambda *_, **__: wrong)
     table = {"0": torch.tensor([4.0, 3.0, 2.0, 1.0]), "3": torch.ones(4), "5": torch.ones(6)}
     cut = {"importance": table, "budget": Budget(ratio=0.2), "compensate": False, "rank": "importance"}
     with pytest.raises(NotEquivalent, match=r"^0: .*a fault"):
@@ -137,7 +137,7 @@ def test_torch_pruning_goes_through_the_same_gate(monkeypatch: pytest.MonkeyPatc
     """It takes the channels behind a flip for those before it; our own filter of such groups is taken away here."""
     torch.manual_seed(0)
     model = Flipped().eval()
-    monkeypatch.setattr(coupled, "_followed", lambda model, structure: structure)
+    monkeypatch.setattr(coupled, "_without_unfollowed", lambda model, structure: structure)
     with pytest.raises(NotEquivalent, match=r"^Torch-Pruning's cut: the smaller network differs"):
         prune_coupled(model, IMAGES, importance="magnitude", budget=Budget(ratio=0.4))
 

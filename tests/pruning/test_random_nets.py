@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import rmprune
 from rmprune.errors import NotEquivalent, RmpruneError
 from rmprune.pruning import find_structure, shrink
-from rmprune.pruning.written import as_graph
+from rmprune.pruning.written_sizes import as_graph
 
 DRAWS = int(os.environ.get("RMPRUNE_PROPERTY_DRAWS", draws(20, 8)))
 FIRST = int(os.environ.get("RMPRUNE_PROPERTY_FIRST", "0"))

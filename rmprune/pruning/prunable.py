@@ -14,12 +14,12 @@ from rmprune.pruning.find_groups import NothingToPrune, find_structure
 from rmprune.pruning.groups import Structure
 from rmprune.pruning.layers import Cost, Weighted
 from rmprune.pruning.reading import Reading, read
-from rmprune.pruning.written import as_graph
+from rmprune.pruning.written_sizes import as_graph
 
 logger = logging.getLogger("rmprune")
 
 
-def followed(
+def find_prunable(
     model: nn.Module, inputs: tuple[Tensor, ...], budget: Budget | None = None, cost: Cost | None = None,
     origin: Mapping[str, int] | None = None,
     settle: Callable[[Structure, nn.Module], Structure] = lambda structure, _: structure, *, values: bool = False,
