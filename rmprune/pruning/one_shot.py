@@ -6,7 +6,7 @@ For cuts while training: `gradual.py`.
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -24,7 +24,7 @@ from rmprune.pruning.allocate import allocate, allocate_uniform
 from rmprune.pruning.budget import Budget, Target, refuse_no_budget, resolve
 from rmprune.pruning.compensate import compensated, removed_means
 from rmprune.pruning.dead import Folded, fold_dead
-from rmprune.pruning.groups import Keep, Structure, inner_only, total_cost
+from rmprune.pruning.groups import Keep, Scores, Structure, inner_only, total_cost
 from rmprune.pruning.importance import Importance, score_groups
 from rmprune.pruning.layers import Cost, macs
 from rmprune.pruning.named import leave_whole, refuse_unknown
@@ -99,11 +99,7 @@ def prune(
     >>> len(pruned.rmprune_facts["kept"]["0"]), pruned.rmprune_facts["whole"]
     (8, {'3': "its channels are the network's output"})
     """
-    refuse_no_budget(budget)
-    require_types(prune, {"lookahead": lookahead})
-    refuse_no_images(reconstruct, data)
-    if which not in ("free", "inner", "uniform"):
-        raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
+    _refuse_settings(budget, lookahead, reconstruct, data, which)
     data = with_loss(data, loss)
     plain, example_inputs = as_given(plain, example_inputs)  # type: ignore[assignment]
 
@@ -113,15 +109,15 @@ def prune(
 
     plain, reading, structure = find_prunable(plain, example_inputs, budget, cost, origin, settle, values=True)  # type: ignore[assignment]
     origin = {**structure.units, **(origin or {})}
-    memory, alone = budget.memory_ratio is not None, budget.name == "memory_ratio"
-    if memory:
-        if alone and (begin or rank != "per_cost" or lookahead != 1):
-            raise ConfigError(
-                "begin, rank and lookahead count costs of layers; a budget of memory goes by the peak, leave them out"
-            )
-        one = only_input(example_inputs, "a budget of memory")[:1]
-        budget = with_reference(budget, plain, one)
+    alone = budget.name == "memory_ratio"
+    image: Tensor | None = None
+    if alone:
+        _refuse_costs_of_layers(begin, rank, lookahead)
+    if budget.memory_ratio is not None:
+        image = only_input(example_inputs, "a budget of memory")[:1]
+        budget = with_reference(budget, plain, image)
     target = Target(macs, math.inf, math.inf) if alone else resolve(structure, budget, cost, memory=True)
+
     if isinstance(importance, Mapping):
         importance = score_groups(importance, plain, structure)
     fold = partial(fold_dead, limits=budget, origin=origin, reading=reading, fold=dead)
@@ -132,42 +128,91 @@ def prune(
     scores = score_groups(importance, model, structure, data)
     means = removed_means(folded, data) if compensate and not reconstruct else {}
 
-    held: Keep = {}  # what a budget of memory lets stay
-    if memory:
-        peaks = ActivationPeaks(model, structure, one)
-        held = peaks.allocate(structure, scores, budget, uniform=which == "uniform", origin=origin)
-    most = {name: int(mask.sum()) for name, mask in held.items()}
-
-    def choose(limit: float) -> Keep:
-        aim = replace(target, limit=limit)
-        if which == "uniform":
-            even = allocate_uniform(structure, scores, budget, target=aim, origin=origin)
-            # The best of each: one holds the other.
-            return {name: mask & held.get(name, mask) for name, mask in even.items()}
-        return allocate(
-            structure, scores, budget, target=aim, origin=origin, rank=rank, lookahead=lookahead, begin=begin, most=most
-        )
-
+    held = _held(model, structure, scores, budget, image, origin, which)
+    choose = _Allocator(structure, scores, budget, target, origin, which, rank, lookahead, begin, held)
     cut = partial(_cut, folded, means, partial(fold, own=True), target, example_inputs)
-    whole = total_cost(structure, target.cost)
-    if alone:
-        pruned, keep = cut(held)[1]
-    elif not nearest:
-        pruned, keep = cut(choose(target.limit))[1]
-    else:
-        pruned, keep = _nearest(choose, cut, target.limit, whole)
-        if not all(bool(mask.all()) for mask in folded.keep.values()):
-            # What memory took beside it, no dead channel did.
-            _tell_beyond(budget, target, whole if memory else total_cost(structure.shrunk(keep), target.cost))
+    pruned, keep = _within(choose, cut, folded, nearest)
     error = prove_cut(model, structure, keep, example_inputs) if prove else None
     if reconstruct:
         with fitting():
             pruned = refit(model, structure, keep, fitting_images(data or (), plain)).train(plain.training)
     check_outputs(plain, pruned, example_inputs)
-    if memory and activation_memory(pruned, one).peak_bytes > byte_limit(budget):
+    if image is not None and activation_memory(pruned, image).peak_bytes > byte_limit(budget):
         raise UnsupportedModel("its peak memory does not follow from the widths of its groups; give macs_ratio instead")
     note_cut(pruned, plain, structure, error)
     return pruned  # type: ignore[return-value]
+
+
+def _refuse_settings(budget: Budget, lookahead: int, reconstruct: bool, data: Batches | None, which: str) -> None:
+    refuse_no_budget(budget)
+    require_types(prune, {"lookahead": lookahead})
+    refuse_no_images(reconstruct, data)
+    if which not in ("free", "inner", "uniform"):
+        raise ConfigError(f"which must be 'free', 'inner' or 'uniform', got {which!r}")
+
+
+def _refuse_costs_of_layers(begin: Mapping[str, int] | None, rank: str, lookahead: int) -> None:
+    """For a budget of memory with no other beside it."""
+    if begin or rank != "per_cost" or lookahead != 1:
+        raise ConfigError(
+            "begin, rank and lookahead count costs of layers; a budget of memory goes by the peak, leave them out"
+        )
+
+
+def _held(
+    model: nn.Module, structure: Structure, scores: Scores, budget: Budget, image: Tensor | None, origin: Mapping[str, int],
+    which: str,
+) -> Keep:  # fmt: skip
+    """What a budget of memory lets stay, on this image; nothing where there is none."""
+    if image is None:
+        return {}
+    peaks = ActivationPeaks(model, structure, image)
+    return peaks.allocate(structure, scores, budget, uniform=which == "uniform", origin=origin)
+
+
+@dataclass(frozen=True)
+class _Allocator:
+    """Which units stay at a limit of the budget's cost, of those that memory lets stay: `held`. All else: as `prune` takes it."""
+
+    structure: Structure
+    scores: Scores
+    budget: Budget
+    target: Target
+    origin: Mapping[str, int]
+    which: str
+    rank: str
+    lookahead: int
+    begin: Mapping[str, int] | None
+    held: Keep
+
+    def __call__(self, limit: float) -> Keep:
+        target = replace(self.target, limit=limit)
+        if self.which == "uniform":
+            even = allocate_uniform(self.structure, self.scores, self.budget, target=target, origin=self.origin)
+            # The best of each: one holds the other.
+            return {name: mask & self.held.get(name, mask) for name, mask in even.items()}
+        return allocate(
+            self.structure, self.scores, self.budget, target=target, origin=self.origin, rank=self.rank,
+            lookahead=self.lookahead, begin=self.begin, most={name: int(mask.sum()) for name, mask in self.held.items()},
+        )  # fmt: skip
+
+
+def _within(
+    choose: _Allocator, cut: Callable[[Keep], tuple[float, tuple[nn.Module, Keep]]], folded: Folded, nearest: bool
+) -> tuple[nn.Module, Keep]:
+    """The network cut to the budget, and the units that it has; whoever gets much less, because channels were dead, is told."""
+    budget, target, structure = choose.budget, choose.target, choose.structure
+    if budget.name == "memory_ratio":
+        return cut(choose.held)[1]
+    if not nearest:
+        return cut(choose(target.limit))[1]
+    whole = total_cost(structure, target.cost)
+    pruned, keep = _nearest(choose, cut, target.limit, whole)
+    if not all(bool(mask.all()) for mask in folded.keep.values()):
+        # What memory took beside it, no dead channel did.
+        spent = total_cost(structure.shrunk(keep), target.cost) if budget.memory_ratio is None else whole
+        _tell_beyond(budget, target, spent)
+    return pruned, keep
 
 
 def _cut(
