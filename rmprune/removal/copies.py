@@ -59,6 +59,11 @@ class Rows:
     low: Tensor
     high: Tensor
 
+    @property
+    def copied(self) -> Tensor:
+        """(R,) bool: which are old rows."""
+        return self.source >= 0
+
 
 def first_copies(low: Tensor, high: Tensor, groups: int) -> Carry:
     """The fork itself, with range low, high (C,): every channel is its own copy, and also the branch's input. groups: the first layer's."""
@@ -120,7 +125,7 @@ def row_entries(rows: Rows, carry: Carry, value: Entries) -> Entries:
 
     value: the shortcut's kernel from v to the new value, over channels.
     """
-    copied = rows.source >= 0
+    copied = rows.copied
     index = torch.arange(len(rows.channel))
     coded = index[~copied]
     i, e = matches(rows.channel[coded], value.rows)

@@ -1,4 +1,4 @@
-"""One layer of a branch with the rows that carry the shortcut on: which rows, where they lie, how they pass the activation."""
+"""One layer of a branch with the rows that carry the shortcut on: which rows, and how they pass the activation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rmprune.removal.copies import (
     ANYWHERE,
     Carry,
     Entries,
+    Rows,
     Side,
     after_activation,
     assemble,
@@ -25,8 +26,9 @@ from rmprune.removal.copies import (
     row_entries,
     spread_norm,
 )
-from rmprune.removal.forms import CodeShift, cheapest_code, free
+from rmprune.removal.forms import Code, CodeShift, cheapest_code, free
 from rmprune.removal.geometry import Taps
+from rmprune.removal.layout import Layout, Wire, lay_out
 
 
 @dataclass
@@ -43,73 +45,120 @@ class Sweep:
     done: int = 0
 
 
+@dataclass(frozen=True)
+class Segment:
+    """What the shortcut does to v beside one layer, all its stages there together.
+
+    value, bias: a kernel (K', K) of entries and (K',); taps: where it goes in the layer's kernel; needed: (K',) bool, the channels that
+    are read later; identity: v itself is carried on.
+    """
+
+    value: Entries
+    bias: Tensor
+    taps: Taps
+    needed: Tensor
+    identity: bool
+
+
 def reserve(
-    layer: ChainLayer, sweep: Sweep, value: Entries, bias: Tensor, taps: Taps, wire: Wire, needed: Tensor, form: str,
-    merge_pairs: tuple[Tensor, Tensor] | None, identity: bool,
-) -> tuple[ChainLayer, Carry, frozenset[str]]:  # fmt: skip
+    layer: ChainLayer, sweep: Sweep, segment: Segment, wire: Wire, form: str, merge_pairs: tuple[Tensor, Tensor] | None
+) -> tuple[ChainLayer, Carry, frozenset[str]]:
     """One layer but the last, with the rows that carry the value on; what the map holds then; the forms used.
 
-    value, bias: what the shortcut does to v here, a kernel (K', K) of entries and (K',); needed: (K',) bool, the channels that are read
-    later. merge_pairs: (channel, group) that the groups of the last layer read, (P,) each; identity: v itself is carried on.
-    Raises Obstacle where nothing carries it exactly.
+    merge_pairs: (channel, group) that the groups of the last layer read, (P,) each. Raises Obstacle where nothing carries it exactly.
     """
     conv, carry, (low, high) = layer.conv, sweep.carry, sweep.range
     rule = None if layer.activation is None else rule_of(layer.activation)
-    sliced = form == "slice" and not bool(free(rule, low, high)[needed].all())
+    sliced = _passes_beside(layer, rule, sweep, segment, wire, form)
+    rule = None if sliced else rule
+    as_is, move = _rows_kept(conv, rule, sweep, segment, wire, form)
+    code = cheapest_code(rule, low, high, segment.needed & ~as_is, form, sweep.seen)
+    carried = as_is.clone()
+    carried[code.channel] = True
+    wanted = _wanted(conv, wire, carry, segment.value, carried, merge_pairs)
+    rows = new_rows(carry, code, as_is, move, wanted, low, high)
+    in_tail = conv.groups > 1 and not wire.interleaved
+    layout = lay_out(wire, conv.out_channels, rows.group, carry.extra_groups if in_tail else None)
+    wider = _widened(layer, rule, sweep, segment, rows, layout, sliced)
+    kept = torch.where(as_is, carry.constant, code.constant) if segment.identity else code.constant
+    return wider, _next_carry(layer, rule, rows, layout, kept), _forms_used(wider, rule, carry, code, as_is, rows)
+
+
+def _passes_beside(layer: ChainLayer, rule: Rule | None, sweep: Sweep, segment: Segment, wire: Wire, form: str) -> bool:
+    """Whether the copies pass beside activation and gate, which then read a slice. Raises Obstacle where groups hold both."""
+    sliced = form == "slice" and not bool(free(rule, *sweep.range)[segment.needed].all())
     sliced |= layer.gate is not None and _unit(layer.gate) is None
     if sliced and wire.interleaved:
         raise Obstacle("between grouped convolutions activation and gate cannot be applied to a slice")
     if layer.tail and wire.interleaved:
         raise Obstacle("between grouped convolutions nothing can be concatenated")
-    if sliced:
-        rule = None  # copies pass beside it
-    as_is, move = torch.zeros_like(needed), CodeShift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
-    if identity:
-        # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
-        one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(needed)
-        # It cannot put a pair together either, but may shift each of the two, where a copy has one place.
-        shiftable = conv.groups > 1 and not wire.interleaved and form in ("auto", "shift")
-        passing, move = passes_as_is(carry, rule, one_will_do, shiftable)
-        as_is = passing & needed & ~constant(low, high)
-    code = cheapest_code(rule, low, high, needed & ~as_is, form, sweep.seen)
-    carried = as_is.clone()
-    carried[code.channel] = True
-    wanted = _wanted(conv, wire, carry, value, carried, merge_pairs)
-    rows = new_rows(carry, code, as_is, move, wanted, low, high)
-    entries = row_entries(rows, carry, value)
-    in_tail = conv.groups > 1 and not wire.interleaved
-    layout = lay_out(wire, conv.out_channels, rows.group, carry.extra_groups if in_tail else None)
+    return sliced
+
+
+def _rows_kept(
+    conv: Conv, rule: Rule | None, sweep: Sweep, segment: Segment, wire: Wire, form: str
+) -> tuple[Tensor, CodeShift]:
+    """(K',) bool: which channels keep their old rows, and what each of those is moved by."""
+    carry, (low, high) = sweep.carry, sweep.range
+    if not segment.identity:
+        return torch.zeros_like(segment.needed), CodeShift(torch.ones_like(carry.low), torch.zeros_like(carry.low))
+    # Where one copy would do, several are put together again; a grouped layer keeps them, for they may lie in different groups.
+    one_will_do = free(rule, low, high) if conv.groups == 1 else torch.zeros_like(segment.needed)
+    # It cannot put a pair together either, but may shift each of the two, where a copy has one place.
+    shiftable = conv.groups > 1 and not wire.interleaved and form in ("auto", "shift")
+    passing, move = passes_as_is(carry, rule, one_will_do, shiftable)
+    return passing & segment.needed & ~constant(low, high), move
+
+
+def _widened(
+    layer: ChainLayer, rule: Rule | None, sweep: Sweep, segment: Segment, rows: Rows, layout: Layout, sliced: bool
+) -> ChainLayer:
+    """The layer with these rows, which pass its activation by `rule`, beside its own channels; its gate is open on them."""
+    conv, carry, after = layer.conv, sweep.carry, Side(layout.computed, layout.total)
+    entries = row_entries(rows, carry, segment.value)
     extra = Entries(layout.reserved[entries.rows], carry.position[entries.columns], entries.kernel)
-    after = Side(layout.computed, layout.total)
-    groups = conv.groups + (carry.extra_groups if in_tail else 0)
-    new = assemble(conv, carry.side, after, groups, extra, taps)
+    groups = conv.groups + layout.extra_groups if conv.groups > 1 else 1
+    new = assemble(conv, carry.side, after, groups, extra, segment.taps)
     new = replace(new, norm=spread_norm(conv.norm, layout.computed, layout.total))
-    new.bias[layout.reserved] = torch.where(rows.source >= 0, 0.0, rows.scale * bias[rows.channel]) + rows.offset
-    kept = torch.where(as_is, carry.constant, code.constant) if identity else code.constant
-    moved = rows.source >= 0
+    new.bias[layout.reserved] = torch.where(rows.copied, 0.0, rows.scale * segment.bias[rows.channel]) + rows.offset
+    opened = layer.gate is not None and not sliced and len(rows.channel)
+    shown = rows.scale.abs() * sweep.seen
+    return replace(
+        layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0,
+        gate=_open_gate(layer.gate, after) if opened else layer.gate, range=layout.spread(layer.range, (rows.low, rows.high)),
+        seen=None if layer.seen is None else layout.spread(layer.seen, (rows.offset - shown, rows.offset + shown)),
+    )  # fmt: skip
+
+
+def _next_carry(layer: ChainLayer, rule: Rule | None, rows: Rows, layout: Layout, kept: Tensor) -> Carry:
+    """What the map after the layer, and after its tail, holds. kept: the constants of v, (K',), but for what copied rows are moved by."""
+    moved = rows.copied
     kept = kept.index_add(0, rows.channel[moved], -rows.decode[moved] * rows.offset[moved])
-    behind = layer.tail[-1].conv.out_channels if layer.tail else 0  # of the branch, before the copies
-    own = torch.arange(conv.out_channels + behind) if behind else layout.computed
-    next_carry = Carry(
+    own, behind = layout.computed, 0
+    if layer.tail:  # its channels lie before the copies
+        behind = layer.tail[-1].conv.out_channels
+        own = torch.arange(layer.conv.out_channels + behind)
+    return Carry(
         rows.channel, rows.decode, layout.reserved + behind, rows.group, kept,
         *after_activation(layer.activation, rule, rows.low, rows.high), Side(own, layout.total + behind), layout.extra_groups,
     )  # fmt: skip
-    forms = code.forms
+
+
+def _forms_used(
+    layer: ChainLayer, rule: Rule | None, carry: Carry, code: Code, as_is: Tensor, rows: Rows
+) -> frozenset[str]:
+    """How the rows pass the layer, which has them already. carry, as_is: what was carried before it, and which channels keep their rows."""
+    forms = set(code.forms)
     # It is x itself, in the first layer.
     if as_is.any() and carry.side.total == len(carry.channel) == len(carry.side.positions):
-        forms |= {"slope" if rule is not None and rule.slopes else "free"}
-    if bool((rows.offset[moved] != 0).any()):
-        forms |= {"shift"}
-    gate = layer.gate
-    if gate is not None and not sliced and len(rows.channel):
-        gate, forms = _open_gate(gate, after), forms | {"gate"}
-    shown = rows.scale.abs() * sweep.seen
-    wider = replace(
-        layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0, gate=gate,
-        range=layout.spread(layer.range, (rows.low, rows.high)),
-        seen=None if layer.seen is None else layout.spread(layer.seen, (rows.offset - shown, rows.offset + shown)),
-    )  # fmt: skip
-    return wider, next_carry, forms | ({"slice"} if sliced or (behind and len(rows.channel)) else set())
+        forms.add("slope" if rule is not None and rule.slopes else "free")
+    if bool((rows.offset[rows.copied] != 0).any()):
+        forms.add("shift")
+    if layer.gate is not None and not layer.split and len(rows.channel):
+        forms.add("gate")
+    if layer.split or (layer.tail and len(rows.channel)):
+        forms.add("slice")
+    return frozenset(forms)
 
 
 def _wanted(
@@ -174,103 +223,3 @@ def _open_gate(gate: Gate, side: Side) -> Gate:
         ends[:, after.positions] = torch.stack([conv.bias, *layer.range])
         layers[i] = replace(layer, conv=replace(wider, bias=ends[0]), range=(ends[1], ends[2]), seen=None)
     return replace(gate, layers=tuple(layers))
-
-
-@dataclass(frozen=True)
-class Wire:
-    """How the map after layer i is laid out.
-
-    interleaved: 0, or the number of groups that each hold some computed channels and then their reserved ones.
-    lanes, width: reserved channels otherwise follow the computed ones, `lanes` of them in each extra group of `width` channels.
-    """
-
-    interleaved: int = 0
-    lanes: int = 1
-    width: int = 1
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Positions of the computed (C,) and the reserved (R,) channels in a map of `total` channels; the rest is filled with zeros."""
-
-    computed: Tensor
-    reserved: Tensor
-    total: int
-    extra_groups: int = 0
-
-    def spread(self, own: Range, copies: Range) -> Range:
-        """The range of the whole map, (total,) each end, from those of its computed and of its reserved channels."""
-        low, high = torch.zeros(2, self.total, dtype=torch.float64)
-        for end, mine, copied in zip((low, high), own, copies, strict=True):
-            end[self.computed], end[self.reserved] = mine, copied
-        return low, high
-
-
-def wires(layers: tuple[ChainLayer, ...]) -> list[Wire]:
-    """The layout of the maps between the layers. Raises Obstacle where the groups do not fit together."""
-    groups = [layer.conv.groups for layer in layers]
-    inside: list[Wire] = []
-    runs = _interleaved_runs(groups)
-    for i in range(len(layers) - 1):
-        number = max(runs[i], runs[i + 1])
-        if number:
-            inside.append(Wire(number))
-            continue
-        sides = [_extra(layers[i], out=True)] if groups[i] > 1 else []
-        sides += [_extra(layers[i + 1], out=False)] if groups[i + 1] > 1 else []
-        if len(set(sides)) > 1:
-            raise Obstacle("two grouped convolutions of different group widths in a row")
-        inside.append(Wire(0, *sides[0]) if sides else Wire())
-    return inside
-
-
-def _extra(layer: ChainLayer, out: bool) -> tuple[int, int]:
-    """Lanes and width of an extra group on one side of a grouped layer that stands in the middle of a chain."""
-    narrow, wide = layer.conv.in_channels // layer.conv.groups, layer.conv.out_channels // layer.conv.groups
-    return min(narrow, wide), wide if out else narrow
-
-
-def _interleaved_runs(groups: list[int]) -> list[int]:
-    """For each layer the number of groups of its run, if the run of grouped layers touches the first or the last layer."""
-    runs = [0] * len(groups)
-    start = 0
-    while start < len(groups):
-        end = start
-        while end < len(groups) and groups[end] > 1:
-            end += 1
-        if end > start and (start == 0 or end == len(groups)) and len(groups) > 1:
-            if len(set(groups[start:end])) > 1:
-                raise Obstacle("grouped convolutions in a row with different numbers of groups")
-            runs[start:end] = groups[start:end]
-        start = max(end, start + 1)
-    return runs
-
-
-def lay_out(wire: Wire, computed: int, group: Tensor, extra_groups: int | None = None) -> Layout:
-    """Places `len(group)` reserved channels beside `computed` ones. group: (R,) the group each must lie in, or ANYWHERE.
-
-    extra_groups: the number that the layer before already has; more cannot be made after it.
-    """
-    count = len(group)
-    if wire.interleaved:
-        return _interleave(wire.interleaved, computed, group)
-    needed = -(-count // wire.lanes)
-    if extra_groups is not None and needed > extra_groups:
-        raise Obstacle("a grouped convolution would have to emit more copies than it is given")
-    extra = needed if extra_groups is None else extra_groups
-    index = torch.arange(count)
-    reserved = computed + index // wire.lanes * wire.width + index % wire.lanes
-    return Layout(torch.arange(computed), reserved, computed + extra * wire.width, extra)
-
-
-def _interleave(groups: int, computed: int, group: Tensor) -> Layout:
-    """In each group first its computed channels, then the reserved ones that lie in it by `group` (R,)."""
-    own = computed // groups
-    counts = torch.bincount(group, minlength=groups)
-    width = own + (int(counts.max()) if len(group) else 0)
-    index = torch.arange(computed)
-    order = torch.argsort(group, stable=True)
-    starts = torch.cumsum(counts, 0) - counts
-    lane = torch.empty_like(group)
-    lane[order] = torch.arange(len(group)) - starts[group[order]]
-    return Layout(index // own * width + index % own, group * width + own + lane, groups * width)

@@ -28,7 +28,8 @@ from rmprune.removal.copies import (
     spread_entries,
 )
 from rmprune.removal.geometry import Taps, chain_taps
-from rmprune.removal.reserve import Sweep, Wire, reserve, wires
+from rmprune.removal.layout import Wire, wires
+from rmprune.removal.reserve import Segment, Sweep, reserve
 
 _BOUNDS_HELP = (
     " (a copy takes two channels to pass its activation; with bounds, from ranges='calibrated' or input_range, form='shift' "
@@ -122,28 +123,27 @@ def _needed(block: Block) -> list[Tensor]:
 def _build(block: Block, assignment: tuple[int, ...], layout: list[Wire], needed: list[Tensor], form: str) -> Schedule:
     """The chain in which layer assignment[j] does stage j of the shortcut. Raises Obstacle where that is not exact."""
     groups = [[s for s, at in zip(block.stages, assignment, strict=True) if at == i] for i in range(len(block.layers))]
-    segments = [_segment(group) for group in groups]
-    taps = _taps(block, segments)
+    stages = [_as_one(group) for group in groups]
+    taps = _taps(block, stages)
     low, high = range_of(block.fork)
     sweep = Sweep(first_copies(low, high, block.layers[0].conv.groups), (low, high), size_seen(block.fork))
     built: list[ChainLayer] = []
     forms: frozenset[str] = frozenset()
     reserved = 0
     for i, layer in enumerate(block.layers):
-        value, bias = _value(segments[i], needed[sweep.done], needed[sweep.done + len(groups[i])])
+        value, bias = _value(stages[i], needed[sweep.done], needed[sweep.done + len(groups[i])])
         if taps[i].reads_padding and bool(sweep.carry.constant[value.columns].any()):
             raise Obstacle("a shifted copy would meet zero padding where the shortcut's kernel reads it")
         bias = bias + constant_part(value, sweep.carry, len(bias))
         sweep.done += len(groups[i])
         if groups[i]:
             sweep.range, sweep.seen = groups[i][-1].range, groups[i][-1].seen
+        segment = Segment(value, bias, taps[i], needed[sweep.done], stages[i] is None)
         if i == len(block.layers) - 1:
-            return Schedule((*built, _merge(layer, sweep.carry, value, bias, taps[i])), forms, reserved)
-        pairs = _merge_pairs(block, segments[-1]) if layout[i].interleaved and not any(groups[i + 1 : -1]) else None
+            return Schedule((*built, _merge(layer, sweep.carry, segment)), forms, reserved)
+        pairs = _merge_pairs(block, stages[-1]) if layout[i].interleaved and not any(groups[i + 1 : -1]) else None
         try:
-            new, sweep.carry, used = reserve(
-                layer, sweep, value, bias, taps[i], layout[i], needed[sweep.done], form, pairs, segments[i] is None
-            )
+            new, sweep.carry, used = reserve(layer, sweep, segment, layout[i], form, pairs)
         except Obstacle as obstacle:
             more = _BOUNDS_HELP if "pair" in forms and layer.conv.groups > 1 else ""
             raise Obstacle(f"{obstacle}{more}") from None
@@ -153,7 +153,7 @@ def _build(block: Block, assignment: tuple[int, ...], layout: list[Wire], needed
     raise AssertionError("a block has at least one layer")
 
 
-def _segment(stages: list[ShortcutStage]) -> ShortcutStage | None:
+def _as_one(stages: list[ShortcutStage]) -> ShortcutStage | None:
     """Several stages as one folded one; None for none. Raises Obstacle where their product is no kernel."""
     if len(stages) <= 1:
         return stages[0] if stages else None
@@ -165,47 +165,49 @@ def _segment(stages: list[ShortcutStage]) -> ShortcutStage | None:
     return ShortcutStage(product, stages[0].size, stages[-1].range)
 
 
-def _taps(block: Block, segments: list[ShortcutStage | None]) -> tuple[Taps, ...]:
+def _taps(block: Block, stages: list[ShortcutStage | None]) -> tuple[Taps, ...]:
     """Where each layer's part of the shortcut goes in its kernel; the same on maps of every size."""
     layers = tuple(layer.conv.geometry for layer in block.layers)
-    parts = tuple(None if segment is None else segment.conv.geometry for segment in segments)
+    parts = tuple(None if stage is None else stage.conv.geometry for stage in stages)
     return chain_taps(layers, parts, spatial(block.fork))
 
 
-def _value(segment: ShortcutStage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
+def _value(stage: ShortcutStage | None, needed: Tensor, needed_after: Tensor) -> tuple[Entries, Tensor]:
     """The kernel (K', K) from the carried value to the next one, only where it is needed, and its bias (K',).
 
     needed: (K,) bool, of the carried value; needed_after: (K',) bool.
     """
-    if segment is None:
+    if stage is None:
         return diagonal(needed.nonzero().flatten()), torch.zeros(len(needed), dtype=torch.float64)
-    entries = segment.entries
+    entries = stage.entries
     used = needed_after[entries.rows]
     if not used.all():
         entries = Entries(entries.rows[used], entries.columns[used], entries.kernel[used])
-    return entries, segment.folded.bias
+    return entries, stage.folded.bias
 
 
-def _merge(layer: ChainLayer, carry: Carry, value: Entries, bias: Tensor, taps: Taps) -> ChainLayer:
-    """The last layer, which adds the shortcut's value up: `value` (C, K) of what is carried, and `bias` (C,)."""
+def _merge(layer: ChainLayer, carry: Carry, segment: Segment) -> ChainLayer:
+    """The last layer, which adds the shortcut's value up."""
     conv, channels = layer.conv, layer.conv.out_channels
     group = torch.full((channels,), ANYWHERE)
     if conv.groups > 1:
         group = torch.arange(channels) // (channels // conv.groups)
-    entries = spread_entries(value, group, carry)
+    entries = spread_entries(segment.value, group, carry)
     extra = Entries(entries.rows, carry.position[entries.columns], entries.kernel)
-    merged = assemble(conv.folded(), carry.side, Side(torch.arange(channels), channels), conv.groups, extra, taps)
+    merged = assemble(
+        conv.folded(), carry.side, Side(torch.arange(channels), channels), conv.groups, extra, segment.taps
+    )
     norm = to_measure(channels, conv.norm)
-    return replace(layer, conv=replace(merged, bias=merged.bias + bias, norm=norm))
+    return replace(layer, conv=replace(merged, bias=merged.bias + segment.bias, norm=norm))
 
 
-def _merge_pairs(block: Block, segment: ShortcutStage | None) -> tuple[Tensor, Tensor]:
+def _merge_pairs(block: Block, stage: ShortcutStage | None) -> tuple[Tensor, Tensor]:
     """The (channel, group) pairs, (P,) each, that the groups of the last layer read."""
     conv = block.layers[-1].conv
-    if segment is None:
+    if stage is None:
         rows = columns = torch.arange(conv.out_channels)
     else:
-        entries = segment.entries
+        entries = stage.entries
         rows, columns = entries.rows, entries.columns
     pairs = torch.unique(torch.stack([columns, rows // (conv.out_channels // conv.groups)]), dim=1)
     return pairs[0], pairs[1]

@@ -6,7 +6,7 @@ from removal_nets import Residual, branch, conv_bn, prepared, refused, removed, 
 from torch import nn
 
 from rmprune.graph.obstacle import Obstacle
-from rmprune.removal.reserve import Wire, lay_out
+from rmprune.removal.layout import Wire, lay_out
 
 
 def test_layouts() -> None:
