@@ -18,6 +18,7 @@ from rmprune.pruning.plan import CHOICES, Choice, Options
 from rmprune.removal import plan_removal
 from rmprune.removal.blocks import Block, find_block
 from rmprune.removal.rewrite import remove_all
+from rmprune.removal.settings import RemovalSettings
 
 _ALONE = "no linear layer stands beside it that it could be multiplied with"
 
@@ -86,7 +87,7 @@ def _try_shorter(
     for block in shorter.values():
         replace_branch(network, block, Fit(new_layers(block), 0.0))
     annotate_ranges(network)
-    for report in remove_all(network, found.keys() - shorter.keys(), "auto", True, "never"):
+    for report in remove_all(network, RemovalSettings(found.keys() - shorter.keys(), fuse="never")):
         if report.name in shorter and (not report.removable or report.reserved):
             found[report.name]["merge"] = report.reason or f"RM would reserve {report.reserved} channels"
 

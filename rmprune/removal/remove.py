@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import ConfigError, UnsupportedModel
+from rmprune.errors import UnsupportedModel
 from rmprune.graph.build import destination_of, materialise
 from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import maps_error, over_tolerance, own_dtype_error, refuse_unseen
 from rmprune.graph.foreign import reference_copy
-from rmprune.graph.fuse import RULES
 from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
@@ -21,11 +20,10 @@ from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
 from rmprune.graph.relative_error import comparison_base, comparison_inputs, hardly_depends, relative_error
 from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32
-from rmprune.removal.forms import FORMS
 from rmprune.removal.reports import Plan
 from rmprune.removal.rewrite import remove_all
+from rmprune.removal.settings import RemovalSettings
 
-RANGES = ("provable", "calibrated")
 _PIXELS = 2**21  # of all images of the check and of the batch norms' statistics together
 _IMAGE_MACS = 5 * 10**10  # of the original network on them
 
@@ -105,12 +103,10 @@ def remove_residuals(
     >>> type(plain).__name__, torch.allclose(plain(images), model(images), atol=1e-5)
     ('Sequential', True)
     """
-    _check_settings(ranges, form, fuse, tolerance, margin, input_range)
+    settings = RemovalSettings(keep, ranges, form, batch_norm, fuse, tolerance, margin, input_range, fused)
     model, inputs = as_given(model, example_inputs)
     reference = reference_copy(model)
-    network, reports = _rewrite(
-        reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, progress, fused, dropout
-    )
+    network, reports = _rewrite(reference, inputs, settings, progress, dropout)
     kept = {report.name: report.reason for report in reports if not report.removable}
     removed = [report.name for report in reports if report.removable]
     if not removed:
@@ -157,27 +153,25 @@ def plan_removal(
     >>> [(block.name, block.removable, block.form, block.reserved) for block in rmprune.plan_removal(model, images)]
     [('layer1.0', True, 'free', 4), ('layer2.0', True, 'free', 4), ('layer3.0', True, 'free', 8)]
     """
-    _check_settings(ranges, form, fuse, tolerance, margin, input_range)
+    settings = RemovalSettings(keep, ranges, form, batch_norm, fuse, tolerance, margin, input_range, fused)
     model, inputs = as_given(model, example_inputs)
-    reference = reference_copy(model)
-    return _rewrite(reference, inputs, keep, ranges, form, margin, input_range, batch_norm, fuse, None, fused)[1]
+    return _rewrite(reference_copy(model), inputs, settings)[1]
 
 
 def _rewrite(
-    reference: nn.Module, inputs: tuple[Tensor, ...], keep: Iterable[str] | None, ranges: str, form: str, margin: float,
-    input_range: tuple[float, float], batch_norm: bool, fuse: str, progress: Callable[[str], None] | None,
-    fused: Iterable[str] | None, dropout: bool = False,
+    reference: nn.Module, inputs: tuple[Tensor, ...], settings: RemovalSettings,
+    progress: Callable[[str], None] | None = None, dropout: bool = False,
 ) -> tuple[Network, Plan]:  # fmt: skip
     with torch.no_grad():
         network = normalise(reference, inputs, dropout=dropout)
-        annotate_ranges(network, input_range)
+        annotate_ranges(network, settings.input_range)
         doubles = tuple(to_double(x) for x in inputs)
-        if ranges == "calibrated":
+        if settings.ranges == "calibrated":
             observe(network, doubles)
-            tighten(network, margin)
+            tighten(network, settings.margin)
         elif may_shift(network):
             observe(network, tuple(x[:2] for x in doubles))
-        return network, remove_all(network, keep, form, batch_norm, fuse, progress, fused)
+        return network, remove_all(network, settings, progress)
 
 
 def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
@@ -185,30 +179,6 @@ def _image_counts(images: Tensor, macs: int) -> tuple[int, int]:
     budget = max(3, min(_IMAGE_MACS // max(1, macs), _PIXELS // max(1, math.prod(images.shape[2:]))))
     random = 4 if budget >= 8 else 2
     return max(1, min(len(images), budget - random)), random
-
-
-def _check_settings(
-    ranges: str, form: str, fuse: str, tolerance: float, margin: float, input_range: tuple[float, float]
-) -> None:  # fmt: skip
-    for name, value, known in (("ranges", ranges, RANGES), ("form", form, FORMS), ("fuse", fuse, RULES)):
-        if value not in known:
-            raise ConfigError(f"{name}={value!r} is none of {', '.join(known)}")
-    if not (isinstance(input_range, tuple | list) and len(input_range) == 2):
-        raise ConfigError(f"input_range={input_range!r}: give (lowest, highest)")
-    numbers = {
-        "tolerance": tolerance,
-        "margin": margin,
-        "the first of input_range": input_range[0],
-        "the last": input_range[1],
-    }
-    if found := next((name for name, number in numbers.items() if not hasattr(number, "__float__")), ""):
-        raise ConfigError(f"{found} is {numbers[found]!r}, no number")
-    if not 0 <= margin < math.inf:
-        raise ConfigError(f"margin={margin} must be finite, and not negative: bounds that were seen are widened by it")
-    if not tolerance > 0:
-        raise ConfigError(f"tolerance={tolerance} must be positive")
-    if not input_range[0] < input_range[1]:
-        raise ConfigError(f"input_range={tuple(input_range)} is empty: give (lowest, highest)")
 
 
 def nothing_to_remove(kept: Mapping[str, str]) -> NothingToRemove:

@@ -1,7 +1,7 @@
 """Replaces blocks by their plain chains in the graph, innermost first. Weights are not built here."""
 
 import operator
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -20,19 +20,18 @@ from rmprune.removal.cost import by_block, cost_of, parameters
 from rmprune.removal.join_copies import join_copies
 from rmprune.removal.reports import BlockReport, Plan
 from rmprune.removal.schedule import Schedule, schedule
+from rmprune.removal.settings import RemovalSettings
 
 
-def remove_all(
-    network: Network, keep: Iterable[str] | None, form: str, batch_norm: bool, fuse: str,
-    progress: Callable[[str], None] | None = None, fused: Iterable[str] | None = (),
-) -> Plan:  # fmt: skip
+def remove_all(network: Network, settings: RemovalSettings, progress: Callable[[str], None] | None = None) -> Plan:
     """Rewrites every addition that can go, in topological order, joins what can be joined, and reports on each addition.
 
-    Blocks named in `keep` are left; the linear layers beside those in `fused` are multiplied, whatever `fuse` says. An obstacle met
-    anywhere in finding or planning a block ends here, as its reason to stay. Raises ConfigError for a name in them that is no residual's.
+    Blocks named in `settings.keep` are left; the linear layers beside those in `fused` are multiplied, whatever `fuse` says. An obstacle
+    met anywhere in finding or planning a block ends here, as its reason to stay. Raises ConfigError for a name in them that is no
+    residual's.
     """
     found = additions(network)
-    kept, always = set(as_names(keep, "keep")), set(as_names(fused, "fused"))
+    kept, always = set(as_names(settings.keep, "keep")), set(as_names(settings.fused, "fused"))
     for setting, names in (("keep", kept), ("fused", always)):
         if unknown := names - {name for name, _ in found} - {name.split("#")[0] for name, _ in found}:
             there = ", ".join(name for name, _ in found) or "none"
@@ -46,7 +45,7 @@ def remove_all(
         block: Block | None = None
         try:
             block = find_block(network, name, add)
-            chain = schedule(block, form)
+            chain = schedule(block, settings.form)
         except Obstacle as obstacle:
             reports.append(_kept(network, name, str(obstacle), block))
             continue
@@ -57,8 +56,8 @@ def remove_all(
         reports.append(BlockReport(name, True, "", forms, block.shortcut, chain.reserved, *costs, note))
         if progress is not None:
             progress(name)
-    _join(network, reports, batch_norm, fuse, always)
-    final = cost_of(network, network.graph.nodes, batch_norm)
+    _join(network, reports, settings, always)
+    final = cost_of(network, network.graph.nodes, settings.batch_norm)
     reports.macs_change, reports.params_change = final[0] - original[0], final[1] - original[1]
     return reports
 
@@ -72,15 +71,15 @@ def _kept(network: Network, name: str, reason: str, block: Block | None) -> Bloc
     return BlockReport(name, False, reason, "", block.shortcut, 0, macs, macs, params, params)
 
 
-def _join(network: Network, reports: Plan, batch_norm: bool, fuse: str, fused: Collection[str]) -> None:
+def _join(network: Network, reports: Plan, settings: RemovalSettings, fused: Collection[str]) -> None:
     """Norms and neighbouring convolutions as one, as asked for; what that changes in a block's cost goes into its report."""
     before = by_block(network)
-    if not batch_norm:
+    if not settings.batch_norm:
         join_norms(network)
-    if fuse != "never":
+    if settings.fuse != "never":
         join_copies(network)
-    fuse_convolutions(network, fuse, fused)
-    after = by_block(network, batch_norm)
+    fuse_convolutions(network, settings.fuse, fused)
+    after = by_block(network, settings.batch_norm)
     for index, report in enumerate(reports):
         macs, params = (new - old for new, old in zip(after[report.name], before[report.name], strict=True))
         reports[index] = replace(report, macs_after=report.macs_after + macs, params_after=report.params_after + params)

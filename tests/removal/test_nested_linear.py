@@ -19,6 +19,7 @@ from rmprune.graph.run import Values, node_value, run
 from rmprune.removal import remove_residuals
 from rmprune.removal.blocks import additions, find_block
 from rmprune.removal.rewrite import remove_all
+from rmprune.removal.settings import RemovalSettings
 
 
 class Sum(nn.Module):
@@ -101,7 +102,7 @@ def test_every_node_has_a_range_that_holds(name: str, form: str) -> None:
     rewritten = normalise(reference_copy(network(NETS[name])), (x,))
     annotate_ranges(rewritten, (-5.0, 5.0))
     observe(rewritten, (x,))
-    assert any(report.removable for report in remove_all(rewritten, (), form, True, "never"))
+    assert any(report.removable for report in remove_all(rewritten, RemovalSettings(form=form, fuse="never")))
     maps = 0
     for node, value in run(rewritten.graph, (x.clamp(-5, 5),), value_of(rewritten)):
         if isinstance(value, Tensor):
@@ -123,7 +124,7 @@ def test_inner_maps_are_bounded_by_what_was_seen() -> None:
     (_, inner), (_, last) = additions(rewritten)
     first = find_block(rewritten, "inner", inner)
     wanted = range_of(first.branch[0])
-    remove_all(rewritten, [additions(rewritten)[1][0]], "auto", True, "never")
+    remove_all(rewritten, RemovalSettings([additions(rewritten)[1][0]], fuse="never"))
     made = next(node for node in rewritten.graph.nodes if str(node.target) == str(first.branch[0].target))
     assert torch.equal(range_of(made)[0][:4], wanted[0]) and torch.equal(range_of(made)[1][:4], wanted[1])
     assert last in rewritten.graph.nodes
