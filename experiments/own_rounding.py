@@ -12,7 +12,7 @@ from torch.fx.experimental.optimization import fuse
 
 from rmprune.graph.double import in_double
 from rmprune.graph.equivalence import own_rounding, reference_copy
-from rmprune.graph.relative_error import comparison_inputs, relative_error
+from rmprune.graph.relative_error import Comparison, comparison_inputs
 
 
 @torch.no_grad()
@@ -22,9 +22,9 @@ def measure(net: str) -> str:
     randomise(model, x)
     checked, groups = comparison_inputs((x,), 2, 4)
     twin = reference_copy(model)
-    expected = in_double(twin, checked)
-    own = own_rounding(twin, checked, groups, expected)
-    folded = relative_error(expected, in_double(fuse(twin), checked), groups)
+    comparison = Comparison(checked, groups, in_double(twin, checked))
+    own = own_rounding(twin, comparison)
+    folded = comparison.error(in_double(fuse(twin), checked))
     return f"{net}: folding batch norms {folded:.1e}, one rounding {own:.1e}"
 
 

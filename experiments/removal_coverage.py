@@ -30,6 +30,7 @@ from torchvision.models import get_model
 
 from rmprune.errors import RmpruneError, UnsupportedModel
 from rmprune.graph.equivalence import own_rounding
+from rmprune.graph.relative_error import Comparison
 from rmprune.measure.cost import count_macs, count_params
 from rmprune.models import create
 from rmprune.removal import plan_removal, remove_residuals
@@ -237,7 +238,8 @@ def own_error(reference: Any, inputs: list[Any]) -> float:
     """How far one float64 rounding of its weights moves the original's outputs, relative to their largest value."""
     with torch.no_grad():
         return max(
-            own_rounding(copy.deepcopy(reference), (x.double(),), [len(x)], reference(x.double())) for x in inputs
+            own_rounding(copy.deepcopy(reference), Comparison((x.double(),), [len(x)], reference(x.double())))
+            for x in inputs
         )
 
 

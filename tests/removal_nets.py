@@ -13,7 +13,7 @@ from rmprune.graph.equivalence import over_tolerance
 from rmprune.graph.foreign import reference_copy
 from rmprune.graph.fuse import fuse_convolutions, join_norms
 from rmprune.graph.normalise import normalise
-from rmprune.graph.relative_error import comparison_inputs, relative_error
+from rmprune.graph.relative_error import Comparison, comparison_inputs
 from rmprune.removal import Removal, remove_residuals
 
 
@@ -98,11 +98,11 @@ def fuse_linear(model: nn.Module, x: Tensor, rule: str = "cheaper", *, batch_nor
         join_norms(network)
     fuse_convolutions(network, rule)
     checked, groups = comparison_inputs((x,), len(x), 3)
-    expected = reference(*(each.clone() for each in checked))
+    comparison = Comparison(checked, groups, reference(*(each.clone() for each in checked)))
     result, found = materialise(network, checked, len(x), destination_of(model), batch_norm)
-    error = relative_error(expected, found, groups)
+    error = comparison.error(found)
     if not error <= 1e-10:
-        raise over_tolerance(model, checked, groups, expected, error, 1e-10)
+        raise over_tolerance(model, comparison, error, 1e-10)
     return result
 
 

@@ -16,21 +16,21 @@ from rmprune.graph.foreign import eval_copy, has_hooks, reference_copy
 from rmprune.graph.network import Network, shape_of
 from rmprune.graph.normalise import normalise
 from rmprune.graph.randomness import RANDOM
-from rmprune.graph.relative_error import comparison_inputs, depends, double_tensors, relative_error
+from rmprune.graph.relative_error import Comparison, comparison_inputs, depends, double_tensors, relative_error
 from rmprune.graph.run import on_copies, run
 from rmprune.graph.tensors import floating_tensors
 
 
 def maps_error(
-    reference: nn.Module, network: Network, checked: tuple[Tensor, ...], groups: list[int], other: tuple[Tensor, ...],
-    build: Callable[[Network, tuple[Tensor, ...]], Any],
-) -> tuple[float, str]:  # fmt: skip
+    reference: nn.Module, network: Network, comparison: Comparison, build: Callable[[Network, tuple[Tensor, ...]], Any]
+) -> tuple[float, str]:
     """The relative error of the deepest maps that the inputs change, and their names; for outputs that hardly depend on the inputs.
 
     Compared are maps (N, C, H, W) that both graphs have: what `reference` gives for them, and what `network`, made of it by
     rewriting, does. Convolutions and batch norms are left out, since fusing moves what lies between them.
-    `other`: see `comparison_base`; `build`: a network and inputs -> its outputs in float64.
+    `build`: a network and inputs -> its outputs in float64.
     """
+    checked, other = comparison.inputs, comparison.base_inputs
     before = normalise(reference, checked)
     kept = {node.name: (shape_of(node) or ())[1:] for node in network.graph.nodes}
     maps = [node for node in before.graph.nodes if _is_map(before, node)]
@@ -48,7 +48,7 @@ def maps_error(
         return 0.0, ""
     expected, base = (build(_with_outputs(before, deepest), x) for x in (checked, other))
     found = build(_with_outputs(network, deepest), checked)
-    return relative_error(expected, found, groups, base), ", ".join(deepest)
+    return relative_error(expected, found, comparison.groups, base), ", ".join(deepest)
 
 
 def _is_map(network: Network, node: fx.Node) -> bool:
@@ -72,22 +72,24 @@ _ROUNDINGS = 16  # carrying copies through a clipping activation costs some
 
 @torch.no_grad()
 def own_dtype_error(
-    model: nn.Module, result: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any, base: Any, tolerance: float
-) -> tuple[float | None, str]:  # fmt: skip
+    model: nn.Module, result: nn.Module, comparison: Comparison, tolerance: float
+) -> tuple[float | None, str]:
     """The relative error of `result` in its own dtype and device, on the first and last image, and what was not compared, if so.
 
     Raises NotEquivalent where it is over 16 times the original's own rounding (`model` in the same dtype against its float64
-    outputs `expected`), over the cube root of the dtype's epsilon (5e-3 in float32, 0.1 in float16) and over `tolerance`.
+    outputs), over the cube root of the dtype's epsilon (5e-3 in float32, 0.1 in float16) and over `tolerance`.
     """
     destination, twin, worst = destination_of(model), eval_copy(model), None
-    for k in sorted({0, sum(groups) - 1}):
+    base, count = comparison.base, sum(comparison.groups)
+    for k in sorted({0, count - 1}):
         image = [
-            x[k : k + 1].to(destination.device, destination.dtype if x.is_floating_point() else None) for x in checked
+            x[k : k + 1].to(destination.device, destination.dtype if x.is_floating_point() else None)
+            for x in comparison.inputs
         ]
         # What does not hold image after image is compared as a whole: the original is off by as much.
         wanted = [
-            t[k * len(one) : (k + 1) * len(one)] if t.dim() and len(t) == sum(groups) * len(one) else t
-            for t, one in zip(double_tensors(expected), double_tensors(base), strict=False)
+            t[k * len(one) : (k + 1) * len(one)] if t.dim() and len(t) == count * len(one) else t
+            for t, one in zip(double_tensors(comparison.expected), double_tensors(base), strict=False)
         ]
         try:
             own, found = (relative_error(wanted, on_copies(module, *image), [1], base) for module in (twin, result))
@@ -167,20 +169,16 @@ _COMPARABLE = 0.1  # of the error: then the network's own rounding explains it
 
 @torch.no_grad()
 def over_tolerance(
-    model: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any, error: float, tolerance: float,
-    calibrated: bool = False, base: Any = None, where: str = "the outputs",
+    model: nn.Module, comparison: Comparison, error: float, tolerance: float, calibrated: bool = False, where: str = "the outputs"
 ) -> RmpruneError:  # fmt: skip
-    """The error to raise for a result that is off by `error` of what the `checked` inputs change in the `expected` outputs.
-
-    `where`: what was compared. `base`: see `relative_error`.
-    """
+    """The error to raise for a result that is off by `error` of what the inputs change in the outputs, or `where` it was compared."""
     twin = reference_copy(model)
-    if not relative_error(expected, in_double(twin, checked), groups, base) <= tolerance:
+    if not comparison.error(in_double(twin, comparison.inputs)) <= tolerance:
         return UnsupportedModel(RANDOM)
-    if not relative_error(expected, _as_read(twin, checked), groups, base) <= tolerance:
+    if not comparison.error(_as_read(twin, comparison.inputs)) <= tolerance:
         return UnsupportedModel(_UNSEEN)
     said = f"the new network is off by {error:.1e} of what the inputs change in {where}, over the tolerance of {tolerance:.0e}; "
-    own = own_rounding(twin, checked, groups, expected, base)
+    own = own_rounding(twin, comparison)
     if own >= _COMPARABLE * error:
         return NotEquivalent(
             f"{said}the original itself is no more certain: one float64 rounding of its weights changes its output by {own:.1e} "
@@ -193,9 +191,7 @@ def over_tolerance(
     return NotEquivalent(f"{said}a fault")
 
 
-def own_rounding(
-    reference: nn.Module, checked: tuple[Tensor, ...], groups: list[int], expected: Any, base: Any = None
-) -> float:
+def own_rounding(reference: nn.Module, comparison: Comparison) -> float:
     """The largest relative change of the outputs, of a few draws, when every weight and statistic moves to a neighbouring float64."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
     moving = list(floating_tensors(reference))
@@ -207,7 +203,7 @@ def own_rounding(
         before = [tensor.clone() for tensor in moving]
         for tensor, up in zip(moving, ups, strict=True):
             tensor.copy_(torch.nextafter(tensor, torch.where(up, math.inf, -math.inf).to(tensor)))
-        worst = max(worst, relative_error(expected, in_double(reference, checked), groups, base))
+        worst = max(worst, comparison.error(in_double(reference, comparison.inputs)))
         for tensor, own in zip(moving, before, strict=True):
             tensor.copy_(own)
     return worst

@@ -1,6 +1,7 @@
 """Inputs to compare two networks on, and how far their outputs are apart, relative to what the inputs change in them. Runs no network."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,6 +76,30 @@ def hardly_depends(original: Any, groups: list[int], base: Any) -> bool:
     tensors = double_tensors(original)
     pairs = [(_parts(tensor, groups), other) for tensor, other in zip(tensors, _others(tensors, base), strict=True)]
     return any(not any(depends(part, other) for part in parts) for parts, other in pairs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What another network is compared on, and what the original gives for it.
+
+    inputs, groups: see `comparison_inputs`; expected: the original's outputs for them. base_inputs: see `comparison_base`; base: the
+    original's outputs for those, None where there are none.
+    """
+
+    inputs: tuple[Tensor, ...]
+    groups: list[int]
+    expected: Any
+    base_inputs: tuple[Tensor, ...] = ()
+    base: Any = None
+
+    def error(self, found: Any) -> float:
+        """The `relative_error` of the other network's outputs."""
+        return relative_error(self.expected, found, self.groups, self.base)
+
+    @property
+    def hardly_depends(self) -> bool:
+        """Whether the outputs say little of the inputs: see the function of this name."""
+        return hardly_depends(self.expected, self.groups, self.base)
 
 
 def depends(part: Tensor, other: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.network import Network
 from rmprune.graph.normalise import normalise
 from rmprune.graph.ranges import annotate_ranges, may_shift, observe, tighten
-from rmprune.graph.relative_error import comparison_base, comparison_inputs, hardly_depends, relative_error
+from rmprune.graph.relative_error import Comparison, comparison_base, comparison_inputs
 from rmprune.graph.tensors import to_double
 from rmprune.graph.tf32 import tf32
 from rmprune.removal.reports import Plan
@@ -117,21 +117,21 @@ def remove_residuals(
     checked, groups = comparison_inputs(inputs, given, random if inside else 0, limits=input_range)
     other = comparison_base(inputs, input_range)
     with torch.no_grad():  # a network may write into its inputs
-        expected, base = (in_double(reference, each) for each in (checked, other))
+        comparison = Comparison(checked, groups, in_double(reference, checked), other, in_double(reference, other))
     del reference
     destination = destination_of(model)
     result, found = materialise(network, checked, given, destination, batch_norm)
-    error, where, note = relative_error(expected, found, groups, base), "the outputs", ""
-    if error <= tolerance and hardly_depends(expected, groups, base):
+    error, where, note = comparison.error(found), "the outputs", ""
+    if error <= tolerance and comparison.hardly_depends:
         build = lambda part, x: materialise(part, x, given, destination, batch_norm)[1]  # noqa: E731
-        in_maps, names = maps_error(reference_copy(model), network, checked, groups, other, build)
+        in_maps, names = maps_error(reference_copy(model), network, comparison, build)
         error, where = max(error, in_maps), f"the outputs and the maps {names}"
         note = (
             f"the outputs hardly depend on the inputs; compared as well: {f'the maps {names}' if names else 'nothing'}"
         )
     if not error <= tolerance:
-        raise over_tolerance(model, checked, groups, expected, error, tolerance, not inside, base, where)
-    own, unseen = own_dtype_error(model, result, checked, groups, expected, base, tolerance)
+        raise over_tolerance(model, comparison, error, tolerance, not inside, where)
+    own, unseen = own_dtype_error(model, result, comparison, tolerance)
     if not inside and any("shift" in report.form or "pair" in report.form for report in reports if report.removable):
         unseen = "; ".join(
             filter(None, (unseen, f"exact where maps stay within {1 + 2 * margin:g} times the ranges of the examples"))

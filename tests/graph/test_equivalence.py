@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rmprune.errors import UnsupportedModel
 from rmprune.graph.equivalence import own_rounding
-from rmprune.graph.relative_error import comparison_base, hardly_depends, relative_error
+from rmprune.graph.relative_error import Comparison, comparison_base, hardly_depends, relative_error
 from rmprune.pruning import Budget, prune
 from rmprune.pruning.collapse import collapse_blocks
 from rmprune.removal import plan_removal, remove_residuals
@@ -213,5 +213,5 @@ def test_the_originals_own_rounding_is_also_that_of_its_statistics() -> None:
     norm.running_var = torch.ones(1, dtype=torch.float64).expand(2)
     x, before = (torch.randn(3, 2, 4, 4, dtype=torch.float64),), norm.running_mean.clone()
     with torch.no_grad():
-        assert 1e-14 < own_rounding(model, x, [3], model(*x)) < 1e-11
+        assert 1e-14 < own_rounding(model, Comparison(x, [3], model(*x))) < 1e-11
     assert torch.equal(norm.running_mean, before)
