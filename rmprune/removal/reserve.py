@@ -121,11 +121,13 @@ def _widened(
     new = assemble(conv, carry.side, after, groups, extra, segment.taps)
     new = replace(new, norm=spread_norm(conv.norm, layout.computed, layout.total))
     new.bias[layout.reserved] = torch.where(rows.copied, 0.0, rows.scale * segment.bias[rows.channel]) + rows.offset
-    opened = layer.gate is not None and not sliced and len(rows.channel)
+    gate = layer.gate
+    if gate is not None and not sliced and len(rows.channel):
+        gate = _open_gate(gate, after)
     shown = rows.scale.abs() * sweep.seen
     return replace(
         layer, conv=new, activation=_with_slopes(layer.activation, rule, after), split=conv.out_channels if sliced else 0,
-        gate=_open_gate(layer.gate, after) if opened else layer.gate, range=layout.spread(layer.range, (rows.low, rows.high)),
+        gate=gate, range=layout.spread(layer.range, (rows.low, rows.high)),
         seen=None if layer.seen is None else layout.spread(layer.seen, (rows.offset - shown, rows.offset + shown)),
     )  # fmt: skip
 
