@@ -18,7 +18,13 @@ from rmprune.graph.tensors import all_tensors, named_tensors, own_tensors
 
 M = TypeVar("M", bound=nn.Module)
 logger = logging.getLogger("rmprune")
-_WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "AveragedModel": "module",
+}
+_WRAPPERS |= {"ModelEmaV2": "module", "ModelEmaV3": "module"}
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTISED = ("torch.ao.", "torch.nn.quantized", "torch.nn.qat", "torch.nn.intrinsic", "torchao.")
 # torch.nn.utils.weight_norm and spectral_norm as they were before parametrizations.
@@ -29,8 +35,8 @@ _STANDARDISED = ("StdConv2d", "ScaledStdConv2d", "StdConv2dSame", "ScaledStdConv
 
 
 def plain_module(model: nn.Module) -> nn.Module:
-    """The network itself: outside and inside of no DataParallel, DistributedDataParallel or torch.compile, and with weights that are
-    numbers. The argument where there is nothing to do, else a copy, which is said in the log; the argument is left alone.
+    """The network itself: outside and inside of no DataParallel, DistributedDataParallel, torch.compile or average of weights (EMA), and
+    with weights that are numbers. The argument where there is nothing to do, else a copy, which the log says; the argument is left alone.
 
     Raises UnsupportedModel for what is no network of modules and tensors that can be read; it says what, where, and what to do.
     """
@@ -59,9 +65,9 @@ def plain_module(model: nn.Module) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """What a wrapper of torch's wraps."""
+    """What a wrapper of torch's or timm's wraps."""
     name = _WRAPPERS.get(type(module).__name__)
-    if name is None or not type(module).__module__.startswith("torch."):
+    if name is None or not type(module).__module__.startswith(("torch.", "timm.utils.")):
         return None
     return getattr(module, name)
 

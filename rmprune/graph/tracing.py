@@ -162,7 +162,8 @@ def _refuse_mixed(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> None:
 def _fixed(model: nn.Module, count: int | None) -> dict[str, Any] | tuple[Any, ...] | None:
     """What torch.fx is told of the arguments of forward. count: of the inputs given, where there are examples."""
     parameters = list(inspect.signature(model.forward).parameters.values())
-    if count and len(parameters) == 1 and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if count and len(named) == 1 and named[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return (_symbolic_trace.PH,) * count
     rest = parameters[count:] if count is not None else parameters
     return {p.name: p.default for p in rest if p.default is None or isinstance(p.default, bool)} or None

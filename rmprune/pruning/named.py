@@ -1,7 +1,7 @@
 """Names that a user gives to `prune`: modules that stay whole, groups with widths of their own. Those that are not there are refused."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -9,6 +9,11 @@ from rmprune.errors import ConfigError, UnsupportedModel
 from rmprune.graph.facts import facts_of
 from rmprune.graph.inputs import as_names
 from rmprune.pruning.groups import Structure
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def leave_whole(structure: Structure, model: nn.Module, names: Iterable[str] | None) -> Structure:

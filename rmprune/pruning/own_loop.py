@@ -13,8 +13,11 @@ from rmprune.graph.inputs import Inputs, as_given
 from rmprune.graph.tf32 import tf32
 from rmprune.pruning.budget import Budget, refuse_no_budget
 from rmprune.pruning.gradual import GradualPruner, between_cuts
+from rmprune.pruning.groups import Structure
+from rmprune.pruning.named import few
 from rmprune.pruning.prove import prove_groups
 from rmprune.pruning.prunable import find_prunable
+from rmprune.pruning.taylor_sum import is_frozen
 from rmprune.training.state import TrainState
 
 
@@ -35,8 +38,8 @@ class Pruner:
     `cut_error`: what a trial cut of every group was wrong by, relative, in float64; once `done`, of the last
     network as well, which has `rmprune_facts` like the result of `prune`. Raises InfeasibleBudget where limits forbid the budget,
     UnsupportedModel where nothing can be pruned or the network's own weights are computed from others, NotEquivalent where
-    a cut would be wrong, ConfigError for an optimizer of another model, that wraps another one, or that keeps parameters elsewhere (LBFGS):
-    all at once, before any step.
+    a cut would be wrong, ConfigError for an optimizer of another model or of a part of what is trained, that wraps another one, or that
+    keeps parameters elsewhere (LBFGS), and for Taylor scores of frozen layers: all at once, before any step.
 
     >>> model = rmprune.models.create("resnet8", num_classes=10, width=8)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -89,7 +92,10 @@ class Pruner:
                 )
             raise ConfigError("the optimizer holds no parameter of this model; make it of model.parameters()")
         _refuse_elsewhere(optimizer, model)
+        _refuse_left_out(optimizer, model)
         model, _, structure = find_prunable(model, inputs, budget)
+        if importance == "taylor":
+            _refuse_without_gradients(optimizer, model, structure)
         self.cut_error = prove_groups(model, structure, inputs)
         self._hook = GradualPruner(
             model, inputs, budget, prune_epochs=steps, every=between_cuts(steps, cuts),
@@ -134,6 +140,34 @@ def _counted(name: str, value: object) -> int:
     if not whole or isinstance(value, bool) or int(value) < 1:  # type: ignore[call-overload]
         raise ConfigError(f"{name} is {value!r}; give a whole number of at least 1")
     return int(value)  # type: ignore[call-overload]
+
+
+def _refuse_left_out(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise ConfigError where a parameter is trained by nobody, or by another optimizer: a cut makes all of them anew."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if left := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+        raise ConfigError(
+            f"the optimizer does not hold {len(left)} of the parameters that are trained ({few(left)}), and another one would hold what "
+            "the first cut leaves behind; give one optimizer of all of them, in groups with settings of their own, or freeze these "
+            "(requires_grad_(False))"
+        )
+
+
+def _refuse_without_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, structure: Structure) -> None:
+    """Raise ConfigError where gradients say nothing about a layer, or where none is left after the optimizer's step."""
+    layers = sorted({m.layer for group in structure.groups for m in group.readers})
+    if frozen := [name for name in layers if is_frozen(model.get_submodule(name))]:
+        raise ConfigError(
+            f"importance 'taylor' ranks by gradients, and {few(frozen)} have none (requires_grad is False); rank by "
+            "importance='magnitude', or train them, too"
+        )
+    for group in optimizer.param_groups:
+        together = group.get("foreach") or (group.get("foreach") is None and any(p.is_cuda for p in group["params"]))
+        if group.get("nesterov") and group.get("weight_decay") == 0 and together and not group.get("fused"):
+            raise ConfigError(
+                "SGD with nesterov=True and weight_decay=0 writes its momentum into the gradients that importance 'taylor' reads after the "
+                "step; give it foreach=False"
+            )
 
 
 def _refuse_elsewhere(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -42,14 +42,16 @@ class TaylorSum:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> bool:
-        """Add this step's gradients; False, and nothing added, where a reader has none, or one that is not finite: a GradScaler, which
-        skips such steps, begins with a few."""
-        effects: dict[tuple[str, str], Tensor] = {}
-        for name, side in {(m.layer, m.side) for g in self.structure.groups for m in g.readers}:
-            effect = _effect(model.get_submodule(name), side)
-            if effect is None:
-                return False
-            effects[name, side] = effect.double()
+        """Add this step's gradients; False, and nothing added, where no reader has one, where one is frozen, or has one that is not
+        finite: a GradScaler, which skips such steps, begins with a few. A reader that the loss did not go through (a block skipped at
+        random) has the effect 0."""
+        sides = {(m.layer, m.side) for g in self.structure.groups for m in g.readers}
+        layers = {name: model.get_submodule(name) for name, _ in sides}
+        if any(is_frozen(layer) for layer in layers.values()) or all(
+            layer.weight.grad is None for layer in layers.values()
+        ):
+            return False
+        effects = {(name, side): _effect(layers[name], side).double() for name, side in sides}
         if (
             effects and not torch.cat([effect.sum().view(1) for effect in effects.values()]).isfinite().all()
         ):  # one wait for a GPU
@@ -66,11 +68,14 @@ class TaylorSum:
         return True
 
 
-def _effect(layer: nn.Module, side: str) -> Tensor | None:
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether the weight of this layer gets no gradient, whatever the loss is."""
+    return not isinstance(layer.weight, Tensor) or not layer.weight.requires_grad
+
+
+def _effect(layer: nn.Module, side: str) -> Tensor:
     """[channels]: the sum of parameter * gradient over the weights that read each channel ("in"), or over what makes each output."""
     used: list[Any] = [layer.weight, layer.bias] if side == "zero" and layer.bias is not None else [layer.weight]
-    if any(tensor is None or tensor.grad is None for tensor in used):
-        return None
-    moved, *shift = (tensor.detach() * tensor.grad for tensor in used)
+    moved, *shift = (tensor.detach() * (0.0 if tensor.grad is None else tensor.grad) for tensor in used)
     rows = by_output(layer, moved)
     return by_input(layer, rows) if side == "in" else sum(shift, rows.reshape(len(rows), -1).sum(1))

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rmprune.graph.shapes import WithoutValues, blank_inputs, on_meta
 from rmprune.graph.tensors import floating_dtype, own_tensors
 from rmprune.pruning.groups import Structure
+from rmprune.pruning.named import few
 from rmprune.pruning.reading import Reading
 from rmprune.pruning.surgery import shrink
 
@@ -24,7 +25,6 @@ def read_in_training(model: nn.Module, structure: Structure, reading: Reading) -
     unread = _unread(model, reading)
     if not unread:
         return {}
-    named = ", ".join(unread[:3]) + f" and {len(unread) - 3} more" * (len(unread) > 3)
     twin = on_meta(model).train()
     for module in twin.modules():
         if isinstance(module, _BatchNorm):  # which costs most there, and changes no shape
@@ -33,7 +33,7 @@ def read_in_training(model: nn.Module, structure: Structure, reading: Reading) -
         logger.warning(
             "prune: eval mode does not run %s, and training mode could not be tried: if it does, channels that they read may go; name in "
             "`ignore` the layers that make those",
-            named,
+            few(unread),
         )
         return {}
     keep = {  # of each another number, so that those which meet differ
@@ -44,7 +44,7 @@ def read_in_training(model: nn.Module, structure: Structure, reading: Reading) -
     fits = lambda cut: _runs(shrink(twin, cut, structure)[0], reading)  # noqa: E731
     if fits(keep):
         return {}
-    why = f"only training runs what reads them ({named})"
+    why = f"only training runs what reads them ({few(unread)})"
     return {name: why for name, mask in keep.items() if not fits({name: mask})}
 
 

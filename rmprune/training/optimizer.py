@@ -29,13 +29,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, head_rate: float = 1
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum over `parameter_groups`; a hook that replaces the model may call it."""
-    return torch.optim.SGD(
-        parameter_groups(model, config.weight_decay, config.head_rate),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-        foreach=True,  # not fused: that takes momentum in another memory order than its weight's for the same order
-    )
+    groups = parameter_groups(model, config.weight_decay, config.head_rate)
+    for group in (
+        groups
+    ):  # without decay, Nesterov's step of several at once is written into the gradients, which hooks read after it
+        group["foreach"] = (
+            group["weight_decay"] > 0
+        )  # not fused: that takes momentum in another memory order than its weight's
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -60,6 +60,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def averaged(net: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(net)
+
+
 def compiled_inside(net: nn.Module) -> nn.Module:
     net.conv = torch.compile(net.conv)
     return net
@@ -67,7 +71,8 @@ def compiled_inside(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, torch.compile, long(lambda net: torch.compile(nn.DataParallel(net))), compiled_inside]
+    "wrap",
+    [nn.DataParallel, torch.compile, averaged, long(lambda net: torch.compile(nn.DataParallel(net))), compiled_inside],
 )
 def test_wrappers_are_taken_off(wrap: Any, call: str, tmp_path: Path) -> None:
     assert CALLS[call](wrap(Res()).eval(), X, tmp_path)

@@ -491,3 +491,18 @@ def test_gradients_that_the_result_does_not_stop_are_said(
         warn_of_left_out.cache_clear()
         rmprune.save(net, tmp_path / "net", example_inputs=X)
         assert len(caplog.records) == off
+
+
+class PassedOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = Res(torch.add)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inside(*args, **kwargs)
+
+
+def test_a_wrapper_that_passes_on_what_it_is_given_is_followed() -> None:
+    net, x = PassedOn().eval(), torch.randn(2, 3, 8, 8)
+    plain = rmprune.remove_residuals(net, x)
+    assert plain.removed and torch.allclose(plain.model(x), net(x), atol=1e-5)

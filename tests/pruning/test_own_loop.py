@@ -124,6 +124,46 @@ def test_mistakes_are_said_at_once() -> None:
         pruner.step()
 
 
+def test_what_the_optimizer_leaves_out_is_refused() -> None:
+    """A cut makes every parameter anew: a second optimizer would go on with those of before."""
+    model = residual()
+    *others, head = model.parameters()
+    with pytest.raises(ConfigError, match=r"does not hold 1 of the parameters that are trained \(6\.bias\)"):
+        rmprune.Pruner(model, images(2), HALF, optimizer=torch.optim.SGD(others, lr=1e-2), steps=4)
+    head.requires_grad_(False)
+    rmprune.Pruner(model, images(2), HALF, optimizer=torch.optim.SGD(others, lr=1e-2), steps=4)
+
+
+def test_what_leaves_no_gradients_to_rank_by_is_refused_at_once() -> None:
+    model = residual()
+    nesterov = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, nesterov=True, foreach=True)
+    with pytest.raises(ConfigError, match="give it foreach=False"):  # its weight_decay is 0
+        rmprune.Pruner(model, images(2), HALF, optimizer=nesterov, steps=4)
+    model[6].requires_grad_(False)
+    trained = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.raises(ConfigError, match=r"and 6 have none \(requires_grad is False\)"):
+        rmprune.Pruner(model, images(2), HALF, optimizer=trained, steps=4)
+    rmprune.Pruner(model, images(2), HALF, optimizer=trained, steps=4, importance="magnitude")
+
+
+def test_a_block_that_a_step_skips_has_no_effect_in_it() -> None:
+    """Stochastic depth: no gradient at all is an effect of 0, and the step counts for the others."""
+    pruner = rmprune.Pruner(
+        model := residual(), images(2), HALF, optimizer=torch.optim.SGD(model.parameters()), steps=60
+    )
+    one_step(pruner)
+    scores = pruner._hook.scores
+    before = {name: score.clone() for name, score in scores.scores.items()}
+    readers = {g.name: {m.layer for m in g.readers} for g in scores.structure.groups}
+    skipped = next(layer for layers in readers.values() for layer in layers if len(layers) == 1)
+    pruner.model.get_submodule(skipped).weight.grad = None
+    assert scores.update(pruner.model)
+    alone = {name for name, layers in readers.items() if layers == {skipped}}
+    assert alone and all(torch.equal(scores.scores[n], before[n]) == (n in alone) for n in before)
+    pruner.model.zero_grad()
+    assert not scores.update(pruner.model)
+
+
 def test_adafactors_rows_and_columns_are_those_of_the_channels_that_stay() -> None:
     model = residual()
     optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)

@@ -79,3 +79,13 @@ def test_one_step_is_that_of_plain_torch():
     for (name, p), q in zip(model.named_parameters(), trained.parameters(), strict=True):
         step = p.grad * 0.05 / (norm + 1e-6) + (0.1 * p.detach() if p.ndim > 1 else 0)
         torch.testing.assert_close(q.detach(), p.detach() - 0.1 * 1.9 * step, atol=2e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-4])
+def test_gradients_are_still_those_of_the_loss_after_a_step(weight_decay: float) -> None:
+    net = nn.Linear(3, 2)
+    optimizer = make_optimizer(net, TrainConfig(weight_decay=weight_decay))
+    net(torch.ones(1, 3)).sum().backward()
+    before = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    optimizer.step()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(net.parameters(), before, strict=True))  # type: ignore[arg-type]
