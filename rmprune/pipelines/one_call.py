@@ -231,10 +231,11 @@ def _settings(
     """The slim command's for this call. `steps`: of fine-tuning, where not None; `settings`: as the class takes them."""
     dataset = "-".join([GIVEN, *(split.digest() for split in dict.fromkeys(splits[1:]))])
     usual = () if splits.train.loss is None else ("rm",)
+    asked_for: dict[str, Any] = {name: (budgets[name],) if name in budgets else () for name in BUDGETS}
     return SlimConfig(
         method=usual if method is None else (method,),
         data=DataConfig(dataset=dataset, augment="none"),
-        prune=dataclasses.replace(prune, **{name: (budgets[name],) if name in budgets else () for name in BUDGETS}),
+        prune=dataclasses.replace(prune, **asked_for),
         finetune=dataclasses.replace(
             finetune,
             cuda_graph=False,  # batches of one's own may differ in size
