@@ -41,6 +41,17 @@ def conv_bn(
     return nn.Sequential(conv(inputs, outputs, kernel, stride, groups, bias=False, **rest), nn.BatchNorm2d(outputs))
 
 
+class ThreeWays(nn.Module):
+    """RepVGG's block: its second addition cannot go while the first one stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.point, self.norm = conv_bn(6, 6), conv_bn(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.wide(x) + self.point(x) + self.norm(x))
+
+
 def basic(width: int = 6, act: Callable[[], nn.Module] = nn.ReLU, outer: bool = True) -> Residual:
     """conv, act, conv, add, act: the block of ResNet-18, or without the last activation."""
     return Residual(

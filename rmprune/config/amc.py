@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes as Unprefixed
 
-from rmprune.config.fields import Fractions, Names, Settings, require, require_inside
+from rmprune.config.fields import Fractions, Names, Settings, require, require_distinct, require_inside
 from rmprune.config.pruning import ImportanceName
-from rmprune.config.runs import RemovalConfig, RunConfig
+from rmprune.config.runs import RemovalConfig, RunConfig, require_comparison
 from rmprune.config.training import Precision, TrainConfig
 
 Constraint = Literal["macs", "latency", "params"]
@@ -57,8 +57,7 @@ class SearchConfig(Settings):
         require(len(self.budget) > 0, "budget is empty; give at least one fraction, for example 0.5")
         for value in self.budget:
             require(0 < value <= 1, f"budget is {value}; it must be above 0 and at most 1")
-        shown = [f"{value:g}" for value in self.budget]  # cells are named by these
-        require(len(set(shown)) == len(shown), f"budget is {', '.join(shown)}; give every value once")
+        require_distinct("budget", self.budget)
         require_inside(self, "[1, inf)", "episodes", "multiple", "images")
         require_inside(self, "[0, inf)", "warm_up", "sigma")
         require_inside(self, "(0, 1]", "sigma_decay")
@@ -103,10 +102,9 @@ class AmcConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.measure.require_judge()
-        require_inside(self, "[1, inf)", "seeds", "free")
+        require_comparison(self)
+        require_inside(self, "[1, inf)", "free")
         require_inside(self, "(0, inf)", "width", "prune_epochs")
-        require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
         if not self.method:
             object.__setattr__(self, "method", ("rm-amc" if self.plan is None else "plan-amc",))
         planned = [name for name in self.method if name.startswith("plan-")]

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,6 +47,12 @@ def require_inside(config: Any, interval: str, *names: str) -> None:
         value = getattr(config, name)
         end = (low if interval[0] == "[" else None, high if interval[-1] == "]" else None)
         require(value is None or low < value < high or value in end, f"{name} is {value}; it must be {said}")
+
+
+def require_distinct(name: str, values: Iterable[float]) -> None:
+    """Raise `ConfigError` unless these differ as cells are named by them."""
+    shown = [f"{value:g}" for value in values]
+    require(len(set(shown)) == len(shown), f"{name} is {', '.join(shown)}; give every value once")
 
 
 class Settings:

@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rmprune.config.fields import Fractions, Settings, require, require_inside
+from rmprune.config.fields import Fractions, Settings, require, require_distinct, require_inside
 
 ImportanceName = Literal["batch_norm", "taylor", "taylor_squared", "magnitude", "activation", "random"]
 PlannedChoice = Literal["keep", "remove", "merge", "drop", "fuse"]
 """What method auto may make of a residual block (see `rmprune.pruning.plan`)."""
 OF_PLANS = ("importance", "reconstruct")
 """Settings of pruning that a plan leaves open."""
-_BUDGETS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
+BUDGETS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
+"""Kinds of budget; the last may stand beside one of the others."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class PruneConfig(Settings):
         require(not beside, f"memory_ratio has {len(self.memory_ratio)} values; beside {', '.join(kinds)} give one")
         for name, value in [*self.budgets, *(("memory_ratio", value) for value in self.memory_ratio)]:
             require(0 < value < 1, f"{name} is {value}; it must lie between 0 and 1, both excluded")
-        shown = [f"{value:g}" for _, value in self.budgets]  # cells are named by these
-        require(len(set(shown)) == len(shown), f"{', '.join(kinds)} is {', '.join(shown)}; give every value once")
+        require_distinct(", ".join(kinds), [value for _, value in self.budgets])
         require_inside(self, "[1, inf)", "min_channels", "round_to", "cuts")
         require_inside(self, "(0, 1]", "cut_fraction")
         require_inside(self, "[0, 1)", "score_decay")
@@ -75,7 +75,7 @@ class PruneConfig(Settings):
     @property
     def budgets(self) -> list[tuple[str, float]]:
         """(name, value) of every budget that makes a run, in the order given."""
-        found = [(name, value) for name in _BUDGETS for value in getattr(self, name)]
+        found = [(name, value) for name in BUDGETS for value in getattr(self, name)]
         return [budget for budget in found if budget[0] != "memory_ratio"] or found
 
     @property

@@ -92,6 +92,14 @@ class RunConfig(Architecture):
         return self.out or Path("runs") / f"{self.command}-{self.model.replace('/', '-')}-{self.data.dataset}"
 
 
+def require_comparison(config: Any) -> None:
+    """Raise `ConfigError` for what the commands that compare networks refuse alike: a judge that measures no untrained one, no seed, an
+    original that learns from another."""
+    config.measure.require_judge()
+    require_inside(config, "[1, inf)", "seeds")
+    require(config.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
+
+
 @dataclass(frozen=True)
 class RemovalConfig(Settings):
     """How residuals are removed."""
@@ -144,9 +152,8 @@ class SlimConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.measure.require_judge()
-        require_inside(self, "[1, inf)", "seeds", "width")
-        require(self.train.distillation == 0, "the original has no teacher; set --finetune.distillation instead")
+        require_comparison(self)
+        require_inside(self, "[1, inf)", "width")
         given = len(self.prune.budgets) > 0
         require(
             given or self.plan is not None,

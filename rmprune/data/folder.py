@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,12 +37,22 @@ from rmprune.errors import DataError
 TEST_SEED = 20211  # where no test images are named: the same ones for every split_seed
 
 
-def load_image_folder(
-    config: DataConfig, statistics: Statistics
-) -> tuple[tuple[Split, Split, Split], list[Tensor], tuple[str, ...], int, str]:
-    """(train, validation, test), their labels, the classes' names, the bits that 16-bit images use, and a digest of all photos
-    (`digest_of`). Parts that the folder or CSV names are taken as they are; others are drawn, stratified by class, whole groups together;
-    val/ without test/ is the test set, as ImageNet's is.
+class PhotoFolder(NamedTuple):
+    """A folder of photos, divided. `train_labels`: int64 [N]; `classes`: their names; `depth`: the bits that 16-bit images use; `digest`:
+    of all photos (`digest_of`)."""
+
+    train: Split
+    validation: Split
+    test: Split
+    train_labels: Tensor
+    classes: tuple[str, ...]
+    depth: int
+    digest: str
+
+
+def load_image_folder(config: DataConfig, statistics: Statistics) -> PhotoFolder:
+    """Parts that the folder or CSV names are taken as they are; others are drawn, stratified by class, whole groups together; val/ without
+    test/ is the test set, as ImageNet's is.
 
     Raises DataError for another layout, a damaged image (where a cache is made), and parts without an image of some class.
     """
@@ -77,9 +88,9 @@ def load_image_folder(
     warn_of_duplicates(paths, numbers, [classes[photo.label] for photo in listed])
     photos = Photos(paths, config.photo_side, bit_depth(paths))
     photos.decode_all(config.cache, config.workers)
-    splits = tuple(FolderSplit(photos, part, labels[part], config, statistics) for part in parts)
+    splits = [FolderSplit(photos, part, labels[part], config, statistics) for part in parts]
     digest = digest_of(listing, Path(str(config.data_dir)))
-    return (splits[0], splits[1], splits[2]), [labels[part] for part in parts], classes, photos.depth, digest
+    return PhotoFolder(splits[0], splits[1], splits[2], splits[0].labels, classes, photos.depth, digest)
 
 
 class FolderSplit(IndexedSplit):

@@ -142,31 +142,13 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
     file = config.labels_file
     assert file is not None
     rows = read_rows(file, config.image_column)
-    columns = list(rows[0])
-    images = column_of(file, columns, "image", config.image_column)
-    labels = column_of(file, columns, "label", config.label_column)
-    groups = column_of(file, columns, "group", config.group_column) if config.group_column else ""
+    columns = _columns(file, rows, config)
     known = cache(lambda: photos_by_key(root))
-    for column, asked in ((images, config.image_column), (labels, config.label_column)):
-        if column not in ("", asked):
-            logger.info("%s: column %r is taken for %r", file, column, asked)
-    if not groups and (likely := [name for name in columns if plain_name(name) in USUAL_NAMES["group"].split()]):
-        logger.info(
-            "%s: photos of one %s may be in two parts; --group-column %s keeps them together",
-            file,
-            likely[0],
-            likely[0],
-        )
-    if not labels:
-        logger.info(
-            "%s: no column of labels (there are: %s); the folder names the class", file, ", ".join(columns)[:200]
-        )
-    split = split_column(file, rows, {images, labels, groups})
-    alike = _alike(row[groups] for row in rows) if groups else {}
+    alike = _alike(row[columns.group] for row in rows) if columns.group else {}
     named: list[tuple[Photo, str]] = []  # with the name of its class
     spelled: dict[str, str] = {}  # file -> its path in the CSV
     for row in rows:
-        image = row[images]
+        image = row[columns.image]
         path = named_file(root, image, known)
         if path is None:
             raise DataError(f"{file}: {image[:200]!r}: {why_not(root, image, known)}")
@@ -175,27 +157,73 @@ def _from_csv(root: Path, config: DataConfig) -> Listing:
             also = "" if spelled[real] == image else f" (one calls it {spelled[real]!r})"
             raise DataError(f"{file}: {image!r} stands in two rows{also}; an image belongs to one class and one part")
         spelled[real] = image
-        name = row[labels].strip() if labels else path.parent.name if path.parent != root else ""
-        if not name:
-            what = (
-                f"column {labels!r} is empty"
-                if labels
-                else f"column {config.label_column!r} is missing, and no folder names the class"
-            )
-            raise DataError(f"{file}: {image!r}: {what}; give each image its class")
-        part = PART_OF.get(row[split].strip().lower(), "") if split else ""
-        if split and not part:
-            raise DataError(f"{file}: {image!r} has split {row[split]!r}; use train, val or test")
-        named.append((Photo(str(path), 0, part, alike[row[groups]].strip() if groups else ""), name))
-    if split and not any(photo.part == "train" for photo, _ in named):
-        raise DataError(f"{file}: no row has split 'train'")
-    if not split:
+        folder = path.parent.name if path.parent != root else ""
+        name = _class_of(row, folder, columns, config)
+        group = alike[row[columns.group]].strip() if columns.group else ""
+        named.append((Photo(str(path), 0, _part_of(row, columns, file), group), name))
+    if not columns.split:
         parts = parts_by_folder(file, [photo.path for photo, _ in named])
         named = [(photo._replace(part=part), name) for (photo, name), part in zip(named, parts, strict=True)]
+    elif not any(photo.part == "train" for photo, _ in named):
+        raise DataError(f"{file}: no row has split 'train'")
+    return _numbered(named, by_label=bool(columns.label))
+
+
+class _Columns(NamedTuple):
+    """The names of the columns that say an image's path, class, group and part; "" where none does."""
+
+    image: str
+    label: str
+    group: str
+    split: str
+
+
+def _columns(file: Path, rows: list[dict[str, str]], config: DataConfig) -> _Columns:
+    """Those that the settings mean; the log says where that is a guess."""
+    there = list(rows[0])
+    image = column_of(file, there, "image", config.image_column)
+    label = column_of(file, there, "label", config.label_column)
+    group = column_of(file, there, "group", config.group_column) if config.group_column else ""
+    for column, asked in ((image, config.image_column), (label, config.label_column)):
+        if column not in ("", asked):
+            logger.info("%s: column %r is taken for %r", file, column, asked)
+    if not group and (likely := [name for name in there if plain_name(name) in USUAL_NAMES["group"].split()]):
+        logger.info(
+            "%s: photos of one %s may be in two parts; --group-column %s keeps them together",
+            file,
+            likely[0],
+            likely[0],
+        )
+    if not label:
+        logger.info("%s: no column of labels (there are: %s); the folder names the class", file, ", ".join(there)[:200])
+    return _Columns(image, label, group, split_column(file, rows, {image, label, group}))
+
+
+def _class_of(row: dict[str, str], folder: str, columns: _Columns, config: DataConfig) -> str:
+    """What the row says, or the folder that the image lies in. Raises DataError where that is nothing."""
+    if name := row[columns.label].strip() if columns.label else folder:
+        return name
+    what = (
+        f"column {columns.label!r} is empty"
+        if columns.label
+        else f"column {config.label_column!r} is missing, and no folder names the class"
+    )
+    raise DataError(f"{config.labels_file}: {row[columns.image]!r}: {what}; give each image its class")
+
+
+def _part_of(row: dict[str, str], columns: _Columns, file: Path) -> str:
+    """Of PARTS, or empty where no column names them. Raises DataError for another word than theirs."""
+    if not columns.split:
+        return ""
+    if part := PART_OF.get(row[columns.split].strip().lower(), ""):
+        return part
+    raise DataError(f"{file}: {row[columns.image]!r} has split {row[columns.split]!r}; use train, val or test")
+
+
+def _numbered(named: list[tuple[Photo, str]], *, by_label: bool) -> Listing:
+    """These photos with the numbers of their classes: in the order of the names, of labels that are numbers in theirs (2 before 10)."""
     classes = sorted({name for _, name in named})
-    if labels and all(
-        re.fullmatch(r"-?[0-9]{1,15}(\.0+)?", name) for name in classes
-    ):  # numbers, not names: 2 before 10
+    if by_label and all(re.fullmatch(r"-?[0-9]{1,15}(\.0+)?", name) for name in classes):
         classes.sort(key=float)
     number = {name: i for i, name in enumerate(classes)}
     return Listing([photo._replace(label=number[name]) for photo, name in named], tuple(classes))

@@ -68,13 +68,21 @@ def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS)
         from rmprune.data.folder import load_image_folder  # PIL and loader processes, for this set only
 
         statistics = {"auto": expected, "imagenet": IMAGENET_STATISTICS, "half": HALF}[config.normalization]
-        (train, validation, test), labels, classes, depth, photos = load_image_folder(config, statistics)
-        shape = (3, config.image_size, config.image_size)
-        weights = _weights(labels[0], len(classes)) if config.balance else None
+        found, side = load_image_folder(config, statistics), config.image_size
         return Dataset(
-            config.dataset, len(classes), shape, train, validation, test, config, classes, statistics, weights, depth,
-            photos,
-        )  # fmt: skip
+            config.dataset,
+            len(found.classes),
+            (3, side, side),
+            found.train,
+            found.validation,
+            found.test,
+            config,
+            found.classes,
+            statistics,
+            _weights(found.train_labels, len(found.classes)) if config.balance else None,
+            found.depth,
+            found.digest,
+        )
     source = READERS[config.dataset](config.data_dir)
     held_back, kept = split_train(source.train.labels, config)
     trained = Images(*(tensor[kept] for tensor in source.train))

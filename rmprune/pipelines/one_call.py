@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import logging
-import math
 import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,14 +19,19 @@ from torch import nn
 from rmprune import artifact
 from rmprune.config import DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig
 from rmprune.config.fields import require_types
+from rmprune.config.pruning import BUDGETS
 from rmprune.data.batches import Loss
 from rmprune.data.given import GIVEN, GivenSplit
 from rmprune.data.load import Dataset
 from rmprune.errors import ArtifactError, ConfigError, RmpruneError, UnsupportedModel
-from rmprune.graph.copied import copied
-from rmprune.graph.foreign import plain_module
 from rmprune.graph.inputs import as_given
-from rmprune.measure.backends import reduced
+from rmprune.pipelines.refuse_call import (
+    refuse_another,
+    refuse_kinds,
+    refuse_loss_and_formats,
+    told_apart_by,
+    trained_copy,
+)
 from rmprune.pipelines.slim import run_job
 from rmprune.pipelines.stages import pick_device
 from rmprune.pruning.plan import SlimPlan
@@ -36,13 +39,11 @@ from rmprune.runs.directory import Finished
 from rmprune.runs.records import networks, read_record
 from rmprune.runs.writing import whole
 from rmprune.training.job import Job
-from rmprune.training.refuse import check_precision
 
 if TYPE_CHECKING:
     import pandas as pd
 
 logger = logging.getLogger("rmprune")
-_ALIKE = 1e-2  # relative, of one loss computed on two machines or in coarse formats
 NOT_KEPT = shutil.ignore_patterns("checkpoint", ".lock", ".*.tmp")
 
 
@@ -169,128 +170,97 @@ def slim(
     >>> sorted(path.name for path in result.save("slimmed").iterdir())
     ['config.toml', 'dense', 'deploy', 'log.jsonl', 'plain', 'pruned', 'record.json']
     """
-    for name, value, kind in (("finetune", finetune, TrainConfig), ("prune", prune, PruneConfig), ("measure", measure, MeasureConfig),
-                              ("method", method, str), ("out", out, str | Path), ("device", device, str | torch.device)):  # fmt: skip
-        if not isinstance(value, kind | None) or (name == "device" and value is None):
-            raise ConfigError(f"{name} is of type {type(value).__name__}; give a {getattr(kind, '__name__', kind)}")
-    budgets = {"ratio": ratio, "macs_ratio": macs_ratio, "latency_ratio": latency_ratio, "memory_ratio": memory_ratio}
-    given = require_types(slim, {name: value for name, value in budgets.items() if value is not None})
-    if not given or len(given.keys() - {"memory_ratio"}) > 1:
-        raise ConfigError(
-            f"give exactly one of {', '.join(f'{name}=' for name in budgets)}; got {', '.join(given) or 'none'} (memory_ratio= may stand "
-            "beside another)"
-        )
-    asked_for: dict[str, Any] = {name: (given[name],) if name in given else () for name in budgets}
-    tuning, places = finetune or SlimConfig.finetune, measure or MeasureConfig()
-    if loss is not None and method in ("auto", "depth"):
-        raise ConfigError(
-            f"method {method!r} weighs blocks by class scores, and does not know a loss of one's own; take 'rm' or 'residual'"
-        )
-    if found := reduced(places.backends):
-        raise ConfigError(
-            f"{', '.join(found)} count accuracy on labelled images of our own; measure result.model there by measure_latencies"
-        )
-    network = _trained(model)
-    at = next(parameter.device for parameter in model.parameters())
-    splits = [GivenSplit(train, network, loss, "train"), GivenSplit(validation, network, loss, "validation")]
-    as_given(network, splits[0].example(2))
-    splits.append(splits[1] if test is None else GivenSplit(test, network, loss, "test"))
-    dataset = "-".join([GIVEN, *(split.digest() for split in dict.fromkeys(splits[1:]))])
+    refuse_kinds(finetune=finetune, prune=prune, measure=measure, method=method, out=out, device=device)
+    budgets = _budgets(ratio=ratio, macs_ratio=macs_ratio, latency_ratio=latency_ratio, memory_ratio=memory_ratio)
+    places = measure or MeasureConfig()
+    refuse_loss_and_formats(loss, method, places)
+    network = trained_copy(model)
+    splits = _splits(network, train, validation, test, loss)
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="rmprune-"))
     try:
-        config = SlimConfig(
+        config = _settings(
+            splits,
+            budgets,
+            method,
+            prune or PruneConfig(),
+            finetune or SlimConfig.finetune,
+            {"epochs": epochs, "learning_rate": learning_rate},
             model=type(network).__name__,
             seed=seed,
             device=str(device),
-            method=("rm",) if method is None and loss is not None else () if method is None else (method,),
-            data=DataConfig(dataset=dataset, augment="none"),
-            prune=dataclasses.replace(
-                prune or PruneConfig(),
-                **asked_for,
-            ),
-            finetune=dataclasses.replace(
-                tuning,
-                epochs=tuning.epochs if epochs is None else epochs,
-                learning_rate=tuning.learning_rate if learning_rate is None else learning_rate,
-                cuda_graph=False,  # batches of one's own may differ in size
-            ),
             measure=places,
             out=folder,
         )
-        given_with = {} if out is None else _given_with(dataset, splits[0], splits[1])
-        _refuse_another(folder, network, given_with)
-        shape = tuple(splits[0].example(1).shape[1:])
-        data = Dataset(dataset, splits[0].classes, shape, splits[0], splits[1], splits[2], config.data)  # type: ignore[arg-type]
-        asked = ", ".join(f"{name}={value:g}" for name, value in given.items())
-        command = f"rmprune.slim({type(network).__name__}, ..., {asked}, method={config.method[0]!r}, seed={seed})"
-        with contextlib.suppress(Finished):  # out= holds this very run
-            run_job(
-                Job(config, data, pick_device(str(device)), seed, given=network, given_with=given_with), command=command
-            )
-        return Slimmed(folder, at, data, temporary=out is None)
+        return _run(config, network, splits, budgets, next(model.parameters()).device, temporary=out is None)
     except BaseException:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _trained(model: nn.Module) -> nn.Module:
-    """A copy of the network on the CPU. Raises ConfigError where it has no weights, too coarse ones, or is in training mode."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is of type {type(model).__name__}; give the trained nn.Module")
-    if not any(True for _ in model.parameters()):
-        raise ConfigError(f"{type(model).__name__} has no weights; there is nothing to prune")
-    takes = [
-        name
-        for name, each in inspect.signature(model.forward).parameters.items()
-        if each.default is each.empty and each.kind.name[:3] != "VAR"
-    ]
-    if len(takes) > 1:
+class _Splits(NamedTuple):
+    train: GivenSplit
+    validation: GivenSplit
+    test: GivenSplit
+
+
+def _budgets(**ratios: float | None) -> dict[str, float]:
+    """Those that are given. Raises ConfigError unless that is one, beside which memory_ratio may stand."""
+    given = require_types(slim, {name: value for name, value in ratios.items() if value is not None})
+    if not given or len(given.keys() - {"memory_ratio"}) > 1:
         raise ConfigError(
-            f"forward of {type(model).__name__} takes {', '.join(takes)}; slim takes networks of one input, model(images): make one tensor "
-            "of them (torch.cat), and take it apart in forward"
+            f"give exactly one of {', '.join(f'{name}=' for name in ratios)}; got {', '.join(given) or 'none'} (memory_ratio= may stand "
+            "beside another)"
         )
-    if model.training:
-        raise ConfigError(f"{type(model).__name__} is in training mode; give a trained network, after model.eval()")
-    check_precision(model.parameters())
-    return copied(plain_module(model)).cpu()
+    return given
 
 
-def _given_with(dataset: str, train: GivenSplit, validation: GivenSplit) -> dict[str, Any]:
-    """What tells this call's data and loss from another's, as far as they repeat."""
-    return {
-        "data": dataset,
-        "own_loss": validation.loss is not None,
-        "loss": validation.first_loss(),
-        "batches": train.count,
-        "first_batch": train.first_digest(),
-    }
+def _splits(
+    network: nn.Module, train: Iterable[Any], validation: Iterable[Any], test: Iterable[Any] | None, loss: Loss | None
+) -> _Splits:
+    """The loaders as splits; the network takes the first batch of training, or is refused."""
+    first, second = GivenSplit(train, network, loss, "train"), GivenSplit(validation, network, loss, "validation")
+    as_given(network, first.example(2))
+    return _Splits(first, second, second if test is None else GivenSplit(test, network, loss, "test"))
 
 
-def _refuse_another(folder: Path, network: nn.Module, given_with: dict[str, Any]) -> None:
-    """Raise ConfigError where the run in this folder began with other weights, another loss or other training batches, as far as these
-    can be told from one another."""
-    if not artifact.is_artifact(folder / "dense"):
-        return
-    before, now = artifact.load(folder / "dense").state_dict(), network.state_dict()
-    if any(name not in now or not torch.equal(tensor, now[name]) for name, tensor in before.items()):
-        raise ConfigError(f"{folder}: holds the run of another network, or of other weights; choose another out=")
-    begun = artifact.read_extra(folder / "dense").get("given_with", {})
-    if not isinstance(begun, dict) or begun.get("data") != given_with["data"]:
-        return  # of an earlier version, or refused for its data
-    losses = [entry.get("loss") for entry in (begun, given_with)]
-    same_loss = None in losses or math.isclose(*losses, rel_tol=_ALIKE, abs_tol=_ALIKE**2)  # type: ignore[arg-type]
-    if begun["own_loss"] != given_with["own_loss"] or not same_loss:
-        raise ConfigError(
-            f"{folder}: holds the run of another loss= (of the first batch of validation it was {losses[0]}, and is {losses[1]} now); "
-            "give that one to go on, or choose another out="
-        )
-    first = {entry["first_batch"] for entry in (begun, given_with)} - {""}
-    if begun["batches"] != given_with["batches"] or len(first) > 1:
-        raise ConfigError(
-            f"{folder}: holds the run of other training batches ({begun['batches']}, now {given_with['batches']}; the first one "
-            f"{'differs' if len(first) > 1 else 'agrees'}); give these again, or choose another out="
-        )
+def _settings(
+    splits: _Splits, budgets: dict[str, float], method: str | None, prune: PruneConfig, finetune: TrainConfig,
+    steps: dict[str, Any], **settings: Any,
+) -> SlimConfig:  # fmt: skip
+    """The slim command's for this call. `steps`: of fine-tuning, where not None; `settings`: as the class takes them."""
+    dataset = "-".join([GIVEN, *(split.digest() for split in dict.fromkeys(splits[1:]))])
+    usual = () if splits.train.loss is None else ("rm",)
+    asked_for: dict[str, Any] = {name: (budgets[name],) if name in budgets else () for name in BUDGETS}
+    return SlimConfig(
+        method=usual if method is None else (method,),
+        data=DataConfig(dataset=dataset, augment="none"),
+        prune=dataclasses.replace(prune, **asked_for),
+        finetune=dataclasses.replace(
+            finetune,
+            cuda_graph=False,  # batches of one's own may differ in size
+            **{name: value for name, value in steps.items() if value is not None},
+        ),
+        **settings,
+    )
+
+
+def _run(
+    config: SlimConfig, network: nn.Module, splits: _Splits, budgets: dict[str, float], device: torch.device, *,
+    temporary: bool,
+) -> Slimmed:  # fmt: skip
+    """The job, done or gone on with in the directory of the settings. `device`: where the result should be."""
+    name, folder = config.data.dataset, config.directory
+    given_with = {} if temporary else told_apart_by(name, splits.train, splits.validation)
+    refuse_another(folder, network, given_with)
+    shape = tuple(splits.train.example(1).shape[1:])
+    data = Dataset(name, splits.train.classes, shape, *splits, config.data)  # type: ignore[arg-type]
+    asked = ", ".join(f"{kind}={value:g}" for kind, value in budgets.items())
+    command = f"rmprune.slim({config.model}, ..., {asked}, method={config.method[0]!r}, seed={config.seed})"
+    job = Job(config, data, pick_device(config.device), config.seed, given=network, given_with=given_with)
+    with contextlib.suppress(Finished):  # out= holds this very run
+        run_job(job, command=command)
+    return Slimmed(folder, device, data, temporary=temporary)
 
 
 def _place(time: dict[str, Any]) -> str:

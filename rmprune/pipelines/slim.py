@@ -7,10 +7,10 @@ A run is a directory. With one seed and one budget it is the cell itself; with m
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -205,33 +205,72 @@ def _slim(
     if method.scratch:
         return _from_nothing(budget, job, files)
     if method.depth:
-        network, shorter = depth.shorten(with_names(job.original, job), budget, job, files)
-        return tune(job.ready(network), job.config.finetune, job, files), shorter
-    facts: dict[str, Any] = {"method": name}
-    widths = None
-    if name == "auto":
-        found = auto.choose_plan(with_names(job.original, job), starts, budget, job, files)
-        method, network, widths, begun = found.method, found.network, found.widths, found.begun
-        files = files.named(f"{name}-{found.name}")
-        why = {name: {key: plan[key] for key in ("why", "predicted", "blocks")} for name, plan in found.plans.items()}
-        facts |= {"chosen": found.name, "candidates": {n: {**v, **why.get(n, {})} for n, v in found.verdicts.items()}}
-        facts["search"] = {"seconds": found.seconds}
-    elif method.candidates:
-        cutters = {one: functools.partial(_cutter, METHODS[one], budget, job, starts) for one in method.candidates}
-        verdicts = judge(cutters, budget, job, files)
-        chosen = best(verdicts)
-        method, files = METHODS[chosen], files.named(f"{name}-{chosen}")
-        facts |= {"chosen": chosen, "candidates": verdicts}
-    if name != "auto" or begun is None:
-        network = starts(method.start)
-        begun = {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
-    network, more = slim_network(network, method, budget, job, files, widths)
-    facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun}
-    fuse = begun.get("fuse", "cheaper")
-    plan = SlimPlan(begun.get("blocks", {}), more.pop("widths"), fuse, layers_digest(job.original))
-    if more.get("removal", {}).get("removed"):  # no plan says what was removed after the cut
-        return network, facts | more
-    return network, facts | more | {"plan": plan.to_dict()}
+        return _shorter(budget, job, files)
+    begin = _by_search if name == "auto" else _by_verdicts if method.candidates else _by_table
+    first = begin(method, budget, job, cell, files, starts)
+    network, found = slim_network(first.network, first.method, budget, job, first.files, first.widths)
+    widths, begun = found.pop("widths"), first.begun
+    facts = {"method": name, **first.facts}
+    facts |= {field: begun[field] for field in ("removal", "collapsed") if field in begun} | found
+    if not found.get("removal", {}).get("removed"):  # no plan says what was removed after the cut
+        plan = SlimPlan(begun.get("blocks", {}), widths, begun.get("fuse", "cheaper"), layers_digest(job.original))
+        facts["plan"] = plan.to_dict()
+    return network, facts
+
+
+class _Beginning(NamedTuple):
+    """The network that is cut, and by which method. `begun`: the facts of how it was made; `widths`: of a plan, by layers, from which it
+    is cut; `files`: by the name of what was chosen; `facts`: of that choice."""
+
+    method: Method
+    network: nn.Module
+    begun: Mapping[str, Any]
+    widths: Mapping[str, int] | None
+    files: Files
+    facts: dict[str, Any]
+
+
+def _by_search(
+    method: Method, budget: Budget, job: Job[SlimConfig], cell: Cell, files: Files, starts: Starts
+) -> _Beginning:
+    found = auto.choose_plan(with_names(job.original, job), starts, budget, job, files)
+    made = _from_start(found.method, cell, starts) if found.begun is None else (found.network, found.begun)
+    why = {name: {key: plan[key] for key in ("why", "predicted", "blocks")} for name, plan in found.plans.items()}
+    facts = {
+        "chosen": found.name,
+        "candidates": {name: {**verdict, **why.get(name, {})} for name, verdict in found.verdicts.items()},
+        "search": {"seconds": found.seconds},
+    }
+    return _Beginning(found.method, *made, found.widths, files.named(f"{files.label}-{found.name}"), facts)
+
+
+def _by_verdicts(
+    method: Method, budget: Budget, job: Job[SlimConfig], cell: Cell, files: Files, starts: Starts
+) -> _Beginning:
+    cutters = {one: functools.partial(_cutter, METHODS[one], budget, job, starts) for one in method.candidates}
+    verdicts = judge(cutters, budget, job, files)
+    chosen = best(verdicts)
+    network, begun = _from_start(METHODS[chosen], cell, starts)
+    facts = {"chosen": chosen, "candidates": verdicts}
+    return _Beginning(METHODS[chosen], network, begun, None, files.named(f"{files.label}-{chosen}"), facts)
+
+
+def _by_table(
+    method: Method, budget: Budget, job: Job[SlimConfig], cell: Cell, files: Files, starts: Starts
+) -> _Beginning:
+    network, begun = _from_start(method, cell, starts)
+    return _Beginning(method, network, begun, None, files, {})
+
+
+def _from_start(method: Method, cell: Cell, starts: Starts) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The network that the method starts from, and the facts of how it was made."""
+    network = starts(method.start)
+    return network, {} if method.start == "dense" else artifact.read_extra(cell.shared / method.start)
+
+
+def _shorter(budget: Budget, job: Job[SlimConfig], files: Files) -> tuple[nn.Module, dict[str, Any]]:
+    network, facts = depth.shorten(with_names(job.original, job), budget, job, files)
+    return tune(job.ready(network), job.config.finetune, job, files), facts
 
 
 def _from_nothing(budget: Budget, job: Job[SlimConfig], files: Files) -> tuple[nn.Module, dict[str, Any]]:

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 
 from rmprune.config import PruneConfig
 from rmprune.config.fields import Settings
+from rmprune.config.pruning import BUDGETS
 from rmprune.errors import ConfigError
 from rmprune.pruning.groups import Group, Structure, total_cost
 from rmprune.pruning.layers import Cost, channels, macs
-
-KINDS = ("ratio", "macs_ratio", "latency_ratio", "memory_ratio")
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,10 @@ others; got ratio, macs_ratio
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in KINDS if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if not given or given[1:] not in ([], ["memory_ratio"]):
             raise ConfigError(
-                f"a budget is one of {', '.join(KINDS[:-1])} and {KINDS[-1]}, or the last beside one of the others; "
+                f"a budget is one of {', '.join(BUDGETS[:-1])} and {BUDGETS[-1]}, or the last beside one of the others; "
                 f"got {', '.join(given) or 'none'}"
             )
         for name in given:
@@ -83,7 +82,7 @@ others; got ratio, macs_ratio
     @property
     def name(self) -> str:
         """Which of the ratios is set; of two, the one that memory_ratio holds beside."""
-        return next(name for name in KINDS if getattr(self, name) is not None)
+        return next(name for name in BUDGETS if getattr(self, name) is not None)
 
     @property
     def value(self) -> float:

@@ -13,7 +13,7 @@ from rmprune.pipelines import stages
 
 @pytest.fixture(scope="module", autouse=True)
 def short_measuring() -> Iterator[None]:
-    """6 networks in a search instead of 18, and 7 cuts of Torch-Pruning's instead of 14: measure/test_place_budgets.py and
+    """6 networks in a search instead of 18, and 7 cuts of Torch-Pruning's instead of 14: measure/test_place.py and
     pruning/test_coupled.py look at the searches themselves. No times, no outlines and no ONNX files, which pipelines/ looks at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, "CANDIDATES", 3)

@@ -1,7 +1,6 @@
 """`rmprune.slim`: networks and loaders of one's own, with and without a loss; mistakes are said before anything is trained."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,23 @@ import numpy as np
 import pytest
 import torch
 from marks import few
-from torch import Tensor, nn
+from own_batches import (
+    Angles,
+    Asking,
+    Both,
+    Note,
+    Over,
+    Viewed,
+    broken,
+    by_the_hour,
+    classes,
+    drawn,
+    labelled,
+    once,
+    pixels,
+    to_angles,
+)
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rmprune
@@ -22,38 +37,6 @@ QUICK: dict[str, Any] = {
     "measure": MeasureConfig(backends=("eager",), threads=(1,), batch_sizes=(1,), seconds=0, min_rounds=3),
     "prune": PruneConfig(round_to=1),
 }
-
-
-class Angles(nn.Module):
-    """A regression network with one residual, and a loss that reads batches of its own form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8))
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(torch.relu(self.body(x) + x).mean((2, 3)))
-
-
-def to_angles(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return nn.functional.smooth_l1_loss(model(batch["pixels"].float() / 255), batch["angles"])
-
-
-def pixels(count: int = 3) -> list[dict[str, Tensor]]:
-    draw = torch.Generator().manual_seed(0)
-    images = [torch.randint(256, (8, 3, 8, 8), generator=draw, dtype=torch.uint8) for _ in range(count)]
-    return [
-        {"pixels": x, "angles": torch.stack([x.float().mean((1, 2, 3)) / 255, x[:, 0].float().mean((1, 2)) / 255], 1)}
-        for x in images
-    ]
-
-
-def labelled(count: int = 3, classes: int = 4) -> list[tuple[Tensor, ...]]:
-    draw = torch.Generator().manual_seed(0)
-    return [(torch.randn(8, 3, 8, 8, generator=draw), torch.arange(8) % classes, torch.zeros(8)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +90,6 @@ def test_what_is_saved_is_what_was_measured(regression: tuple[Angles, Slimmed], 
         build_report([folder], tmp_path / "report", "x")
 
 
-class Over(Angles):
-    """A classifier that normalises its images itself, in their place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.sub_(0.5).div_(0.25))
-
-
-def classes(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 @pytest.mark.parametrize("loss", few([None, classes], classes))
 def test_a_network_that_writes_over_its_images_is_slimmed_like_another(loss: Any) -> None:
     torch.manual_seed(0)
@@ -134,22 +102,6 @@ def test_a_network_that_writes_over_its_images_is_slimmed_like_another(loss: Any
         with torch.no_grad():
             truly = torch.stack([classes(network, batch) for batch in labelled(2)]).mean()
         assert made.record[name]["validation"]["loss"] == pytest.approx(float(truly), rel=1e-5)
-
-
-class Viewed(nn.Module):
-    """A classifier with one residual that reads its last map, of 4 x 4, as it lies in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
-        self.head = nn.Linear(8 * 16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = torch.relu(self.body(x) + x)
-        return self.head(x.view(x.size(0), -1))
 
 
 @pytest.mark.parametrize("method", few(["rm", "residual", "depth", "coupled"], "residual"))
@@ -183,28 +135,6 @@ def test_a_torchvision_network_with_a_loader_of_its_own(tmp_path: Path) -> None:
     assert first.table.params_ratio["pruned"] < 0.5 and list(first.table.index) == ["original", "pruned"]
     with pytest.raises(ConfigError, match="another network"):
         rmprune.slim(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).eval(), loader, loader, **kwargs)
-
-
-class Asking(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x if x.sum() > 0 else -x).mean((2, 3))
-
-
-class Both(Asking):
-    def forward(self, one: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
-        return self.layer(one + other).mean((2, 3))
-
-
-def once() -> Iterator[Any]:
-    yield from labelled()
-
-
-def broken(model: nn.Module, batch: Any) -> Tensor:
-    return torch.tensor(1.0)
 
 
 HALF = {"macs_ratio": 0.5}
@@ -287,21 +217,6 @@ def test_out_gives_back_its_finished_run_and_refuses_other_data(tmp_path: Path) 
     others = [(x + 1, *rest) for x, *rest in labelled()]
     with pytest.raises(ConfigError, match="other settings"):
         rmprune.slim(model, labelled(), others, **call)
-
-
-class Note:
-    """A part of a batch that has no text of its own."""
-
-
-def drawn(model: nn.Module, batch: Any) -> Tensor:
-    return to_angles(model, batch) * (1 + torch.rand(()))
-
-
-def by_the_hour(model: nn.Module, batch: Any) -> Tensor:
-    return to_angles(model, batch) * next(HOURS)
-
-
-HOURS = iter(range(1, 1000))
 
 
 @pytest.mark.parametrize("method", ["auto", "depth"])

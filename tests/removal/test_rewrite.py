@@ -4,6 +4,7 @@ import pytest
 import torch
 from removal_nets import (
     Residual,
+    ThreeWays,
     basic,
     branch,
     conv_bn,
@@ -20,15 +21,6 @@ from rmprune.removal import remove_residuals
 
 def test_linear_branches_merge_with_nothing_reserved() -> None:
     """RepVGG: 3x3 with batch norm, 1x1 with batch norm, and the identity with a batch norm are one 3x3."""
-
-    class ThreeWays(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wide, self.point, self.norm = conv_bn(6, 6), conv_bn(6, 6, 1), nn.BatchNorm2d(6)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.relu(self.wide(x) + self.point(x) + self.norm(x))
-
     removal = removed(prepared(*stem(), ThreeWays(), ThreeWays()))
     assert [(b.form, b.reserved) for b in removal.blocks] == [("linear", 0)] * 4
     assert removal.removed == ["3#1", "3#2", "4#1", "4#2"]

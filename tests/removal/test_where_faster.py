@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from marks import few
-from removal_nets import Residual, basic, conv_bn, has_addition, images, prepared, worst_error
-from torch import Tensor, fx, nn
+from removal_nets import Residual, ThreeWays, basic, conv_bn, has_addition, images, prepared, worst_error
+from torch import fx, nn
 
 from rmprune.removal import remove_where_faster
 from rmprune.removal.remove import plan_removal
@@ -74,17 +74,6 @@ def test_a_plain_network_is_left_as_it_is() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     removal = remove_where_faster(plain, torch.randn(1, 3, 8, 8), lambda networks: pytest.fail("measured"))
     assert removal.model is plain and (removal.removed, removal.kept) == ([], {})
-
-
-class ThreeWays(nn.Module):
-    """RepVGG's block: its second addition cannot go while the first one stays."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.point, self.norm = conv_bn(6, 6), conv_bn(6, 6, 1), nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.wide(x) + self.point(x) + self.norm(x))
 
 
 def nested() -> Residual:
