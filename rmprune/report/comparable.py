@@ -7,8 +7,9 @@ from typing import Any, get_type_hints
 
 from rmprune.config import AmcConfig, GridConfig, PruneConfig, TrainConfig, TrainRunConfig
 from rmprune.report.tables import budget_of, dataset_name, method_of, model_of
-from rmprune.runs.directory import runs_of
 from rmprune.runs.records import networks
+
+CONFIG = "config.toml"  # every run directory has one from its first second on
 
 
 def _names(**tables: Any) -> frozenset[str]:
@@ -78,7 +79,7 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
             other, theirs = first.get(key, (path, mine))
             unread = _unread(key[2])
             unread |= _BY_SEED if seeds[other] != seeds[path] else frozenset()
-            unread |= _SEARCHED if {*runs_of([other])} & {*runs_of([path])} else frozenset()
+            unread |= _SEARCHED if _of_one_run(other, path) else frozenset()
             for setting in sorted((theirs.keys() | mine.keys()) - unread):
                 before, now = theirs.get(setting), mine.get(setting)
                 if before != now and path not in found and not _means_the_same(setting, records[other], record):
@@ -89,6 +90,11 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
         if path not in found:
             first = {key: (path, mine) for key, mine in settings.items()} | first
     return found
+
+
+def _of_one_run(one: Path, other: Path) -> bool:
+    """Whether two records are of cells of one run, which lie in it or a folder further down."""
+    return any((folder / CONFIG).is_file() for folder in {*one.parents[:3]} & {*other.parents[:3]})
 
 
 def _means_the_same(setting: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
