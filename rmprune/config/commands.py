@@ -67,6 +67,9 @@ class RemeasureConfig(Settings):
     measure: Unprefixed[MeasureConfig] = MeasureConfig()
     image_size: int | None = None
     """Height and width of the images of ONNX files that leave them open (default: 224)."""
+    data_dir: Path | None = None
+    """Where the images of the runs lie now, if not where they were trained on; read for number formats below float32 (a CSV of labels may
+    lie there too)."""
     profile: bool = False
     """Where the time of each network goes, layer by layer, as ONNX Runtime's profiler sees it on the CPU, for the first of the thread
     numbers and batch sizes: printed, and kept in the record."""
@@ -101,6 +104,8 @@ class DeployConfig(Settings):
     """Another network than the run's best on validation images, as ranking.json calls it (pruned, seed0/macs_ratio-0.5/uniform, ...)."""
     int8_loss: float = 0.01
     """Accuracy on validation images, from 0 to 1, that int8 may lose at most; where it loses more there is no int8 form."""
+    data_dir: Path | None = None
+    """Where the run's images lie now, if not where it was trained on them (its CSV of labels may lie there too)."""
     out: Path | None = None
     """Where it goes (default: deploy/ in the run); one that is there is replaced."""
 

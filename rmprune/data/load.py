@@ -62,7 +62,8 @@ def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS)
     if config.dataset not in DATASETS:
         raise DataError(f"there is no data set {config.dataset!r}; there are: {', '.join(DATASETS)}")
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
-        what = "is a file (an archive? unpack it)" if Path(config.data_dir).exists() else "does not exist"
+        gone = f"does not exist{looked_for(config.data_dir)}"
+        what = "is a file (an archive? unpack it)" if Path(config.data_dir).exists() else gone
         raise DataError(f"the data folder {config.data_dir} {what}; give an existing one with --data-dir")
     if config.dataset == "imagefolder":
         from rmprune.data.folder import load_image_folder  # PIL and loader processes, for this set only
@@ -93,6 +94,11 @@ def load_dataset(config: DataConfig, expected: Statistics = IMAGENET_STATISTICS)
     statistics = Statistics(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
     weights = _weights(trained.labels, source.num_classes) if config.balance else None
     return Dataset(config.dataset, source.num_classes, shape, train, validation, test, config, (), statistics, weights)
+
+
+def looked_for(path: Path) -> str:
+    """Where a path that is not there was looked for, as the end of what is said of it; nothing where it says so itself."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def _weights(labels: Tensor, classes: int) -> Tensor:

@@ -18,6 +18,8 @@ from rmprune.graph.shapes import blank, on_meta
 from rmprune.onnx.constants import MOST_OF_ALL, Array
 
 MOST_ENTRIES = 2**26  # of one map of a batch of two: 64 channels of 512 x 1024 pixels
+IN_EVAL = "export the network in eval mode"
+"""What there is to do about an operator as it is in training."""
 
 
 class Known(NamedTuple):
@@ -135,11 +137,11 @@ class Call:
         value = self.attributes.pop(name, default)
         return list(value) if isinstance(value, tuple | list) else value
 
-    def only(self, name: str, value: Any) -> None:
-        """Raises Obstacle unless an attribute has this value, or is not there."""
+    def only(self, name: str, value: Any, way: str = "") -> None:
+        """Raises Obstacle unless an attribute has this value, or is not there; `way`: what may be done about it."""
         found = self.attribute(name, value)
         if found != value:
-            raise Obstacle(f"{name}={found!r} is not read, only {value!r}")
+            raise Obstacle(f"{name}={found!r} is not read, only {value!r}{way and f'; {way}'}")
 
     def given(self, place: int) -> bool:
         """Whether the input at this place is there."""

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from rmprune.graph.obstacle import Obstacle
 from rmprune.onnx.constants import Array, axes_of, reshaped, slices
-from rmprune.onnx.drawing import Call, NamedSum, shapes
+from rmprune.onnx.drawing import IN_EVAL, Call, NamedSum, shapes
 from rmprune.onnx.formats import NUMBER_FORMATS
 from rmprune.onnx.resize import resize
 
@@ -77,7 +77,7 @@ def _same(call: Call) -> Any:
     if call.op == "Dropout":
         call.attribute("ratio"), call.attribute("seed")
         if call.given(2) and bool(call.known(2, "training_mode").any()):
-            raise Obstacle("training_mode is on; export the network in eval mode")
+            raise Obstacle(f"training_mode is on; {IN_EVAL}")
     return call.values[0]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from rmprune.graph.obstacle import Obstacle
-from rmprune.onnx.drawing import Call, empty_layer, fill_layer, of_rank
+from rmprune.onnx.drawing import IN_EVAL, Call, empty_layer, fill_layer, of_rank
 from rmprune.onnx.windows import LOWEST
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -23,7 +23,9 @@ def _batch_norm(call: Call) -> fx.Node:
     scale, shift, mean, variance = (
         call.known(i, what) for i, what in enumerate(("scale", "bias", "mean", "variance"), 1)
     )
-    call.only("training_mode", 0)
+    call.only("training_mode", 0, IN_EVAL)
+    if call.opset < 14 and call.outputs > 1:
+        raise Obstacle(f"it gives statistics of the batch, as in training; {IN_EVAL}")
     call.only("spatial", 1)
     eps, momentum = call.attribute("epsilon", 1e-5), 1 - call.attribute("momentum", 0.9)
     kind = of_rank(_NORMS, max(1, len(call.shape()) - 2))

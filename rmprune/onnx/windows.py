@@ -94,8 +94,8 @@ def _conv_transpose(call: Call) -> fx.Node:
     axes, groups = weight.ndim - 2, call.attribute("group", 1)
     kernel = _kernel(call, weight.shape[2:])
     stride, dilation = _windows(call, axes, kernel)
-    call.only("output_shape", None)
-    call.only("auto_pad", b"NOTSET")
+    call.only("output_shape", None, "write its pads and output_padding out")
+    call.only("auto_pad", b"NOTSET", "write its pads out")
     begin, end = _pads(call, call.shape()[2:], kernel, stride, dilation)
     if begin != end:
         raise Obstacle(f"a transposed convolution with pads {begin + end}, which differ, is not read")

@@ -46,7 +46,7 @@ def run_deploy(config: DeployConfig, *, load: Load = load_dataset) -> Path:
     Raises ArtifactError for what is no run, ConfigError for a network that it does not have, and what `deploy` and opening the run's data
     raise.
     """
-    data = dataset_of(_records(config.run), load)
+    data = dataset_of(_records(config.run), load, config.data_dir)
     return deploy(config.run, data, config.out, network=config.network, int8_loss=config.int8_loss)
 
 

@@ -17,7 +17,7 @@ from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
 from rmprune.config.toml import from_dict
 from rmprune.data.given import GIVEN
-from rmprune.data.load import Dataset, Load, load_dataset
+from rmprune.data.load import Dataset, Load, load_dataset, looked_for
 from rmprune.data.splits import Statistics
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import Latency, calibration_images, check_available, measure_latencies
@@ -61,7 +61,7 @@ def run_measure(config: RemeasureConfig) -> list[Path]:
     if len(set(shapes.values())) > 1:
         raise ArtifactError("these runs take images of different sizes; measure them one data set at a time")
     check_available(config.measure.backends, config.measure.device)
-    data = dataset_of(paths) if reduced(config.measure.backends) else None
+    data = dataset_of(paths, data_dir=config.data_dir) if reduced(config.measure.backends) else None
     images = torch.randn(1, *shapes[paths[0]], generator=torch.Generator().manual_seed(0))
     profiles = (
         profile({name: Candidate(name, net, images) for name, net in found.items()}, config.measure)
@@ -138,9 +138,10 @@ def network_directory(run: Path, name: str) -> Path:
     raise ArtifactError(f"{run}: its network {name!r} is not there (looked for {folder}/); run it again")
 
 
-def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
-    """The data set that all these runs trained on, for accuracy in number formats below float32. Raises ArtifactError where there
-    are several, or a record does not say which, ConfigError where its labels have changed.
+def dataset_of(paths: list[Path], load: Load = load_dataset, data_dir: Path | None = None) -> Dataset:
+    """The data set that all these runs trained on, for accuracy in number formats below float32; `data_dir`: where it lies now, in the
+    place of what the records say. Raises ArtifactError where there are several, or a record does not say which, ConfigError where its
+    labels are gone or it has changed.
     """
     settings = {field.name for field in fields(DataConfig)}
     found: list[tuple[DataConfig, Statistics]] = []
@@ -156,6 +157,7 @@ def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
                 "loaders and out=, gives its result back, whose save() deploys it"
             )
         data = from_dict(DataConfig, {name: value for name, value in config["data"].items() if name in settings})
+        data = _where_it_lies(data, data_dir, path)
         statistics = expected_statistics(str(config.get("model")), config.get("weights"))
         found.append((data, statistics))
     same = attrgetter("dataset", "data_dir", "image_size", "crop", "labels", "normalization")
@@ -170,6 +172,21 @@ def dataset_of(paths: list[Path], load: Load = load_dataset) -> Dataset:
         ):  # other labels may call its classes otherwise; of other photos some may be what it learned from
             refuse_changed(run, SimpleNamespace(data=data), "train on it as it is now", opened.photos)
     return opened
+
+
+def _where_it_lies(data: DataConfig, data_dir: Path | None, record: Path) -> DataConfig:
+    """The settings with this folder, if any, and the CSV of labels that lies in it where theirs is gone. Raises ConfigError where none
+    is."""
+    data = data if data_dir is None else replace(data, data_dir=data_dir)
+    if data.dataset != "imagefolder" or data.labels is None or Path(str(data.labels_file)).is_file():
+        return data
+    moved = replace(data, labels=Path(data.labels.name))
+    if data_dir is None or not Path(str(moved.labels_file)).is_file():
+        raise ConfigError(
+            f"{record}: its labels, {data.labels}, do not exist{looked_for(data.labels)}; put them into the folder of the images, and give "
+            "that with --data-dir"
+        )
+    return moved
 
 
 def example_shape(path: Path) -> tuple[int, int, int]:

@@ -30,10 +30,12 @@ FILE_BACKENDS = tuple(name for name, backend in BACKENDS.items() if backend.form
 def run_measure_files(config: RemeasureConfig) -> dict[str, list[Latency]]:
     """Measure ONNX files in turns and print their times and the ratios to the first one's; returns the times by file.
 
-    Raises ConfigError for runs among them, backends that read no files, and files that take different images or batches.
+    Raises ConfigError for runs among them, settings of runs, backends that read no files, and files that take different images or batches.
     """
     if not all(is_onnx(path) for path in config.runs):
         raise ConfigError("measure takes runs or ONNX files, not both at once; measure them one after the other")
+    if config.data_dir is not None:
+        raise ConfigError("data_dir is where the images of runs lie, and ONNX files have none; leave it out")
     names = [str(path) for path in config.runs]
     if len(set(names)) < len(names):
         raise ConfigError("a file is named twice; name each once")

@@ -186,6 +186,7 @@ def finish(
         "seed": job.seed,
         "model": job.config.model,
         "dataset": job.config.data.dataset,
+        **({"photos": job.data.photos} if job.data.photos else {}),
         "input_shape": list(job.data.input_shape),
         "normalization": None if job.data.statistics is None else job.data.statistics._asdict(),
         "method": ",".join(methods),

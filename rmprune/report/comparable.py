@@ -1,13 +1,15 @@
 """Rows of one method and budget are averaged over seeds; records that differ in more than their seed are found here."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from rmprune.config import PruneConfig, TrainConfig
+from rmprune.config import AmcConfig, GridConfig, PruneConfig, TrainConfig, TrainRunConfig
 from rmprune.report.tables import budget_of, dataset_name, method_of, model_of
 from rmprune.runs.records import networks
+
+CONFIG = "config.toml"  # every run directory has one from its first second on
 
 
 def _names(**tables: Any) -> frozenset[str]:
@@ -15,9 +17,17 @@ def _names(**tables: Any) -> frozenset[str]:
     return frozenset(f"{table}.{field.name}" for table, kind in tables.items() for field in fields(kind))
 
 
-_OWN = {
-    "seed", "seeds", "method", "skip_infeasible", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "memory_ratio",
-    "budget", "device", "workers", "checkpoint_seconds", "tensorboard", "mlflow",
+def _changeable(*kinds: Any) -> frozenset[str]:
+    """Names of the settings of these classes, and of the tables in them, that may be others when an interrupted run goes on."""
+    found = {field.name for kind in kinds for field in fields(kind) if "changeable" in field.metadata}
+    tables = {hint for kind in kinds for hint in get_type_hints(kind).values() if is_dataclass(hint)}
+    return frozenset(found | (_changeable(*tables) if tables else set()))
+
+
+_SEARCHED = frozenset({"search_minutes"})
+"""Settings that may change in a run, and with them what is found: they tell the records of several runs apart."""
+_OWN = _changeable(GridConfig, AmcConfig, TrainRunConfig) - _SEARCHED | {
+    "seed", "seeds", "method", "model", "measure", "ratio", "macs_ratio", "latency_ratio", "memory_ratio", "budget", "device",
 }  # fmt: skip
 """Settings that rows are told apart by, or that do not change a network."""
 _BY_SEED = frozenset({"checkpoint", "data.labels", "data.split_seed"})
@@ -69,11 +79,10 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
             other, theirs = first.get(key, (path, mine))
             unread = _unread(key[2])
             unread |= _BY_SEED if seeds[other] != seeds[path] else frozenset()
+            unread |= _SEARCHED if _of_one_run(other, path) else frozenset()
             for setting in sorted((theirs.keys() | mine.keys()) - unread):
                 before, now = theirs.get(setting), mine.get(setting)
-                if setting == "checkpoint" and _one_network(records[other]["original"], record["original"]):
-                    continue  # trained in one run and given to the other
-                if before != now and path not in found:
+                if before != now and path not in found and not _means_the_same(setting, records[other], record):
                     found[path] = (
                         f"{other} and {path} would be averaged as seeds of {key[2]}, but differ in {setting} "
                         f"({before} and {now}); report them one by one"
@@ -81,6 +90,22 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
         if path not in found:
             first = {key: (path, mine) for key, mine in settings.items()} | first
     return found
+
+
+def _of_one_run(one: Path, other: Path) -> bool:
+    """Whether two records are of cells of one run, which lie in it or a folder further down."""
+    return any((folder / CONFIG).is_file() for folder in {*one.parents[:3]} & {*other.parents[:3]})
+
+
+def _means_the_same(setting: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records of one data set, in which a setting differs, name one thing by it: a network that was trained in one run and
+    given to the other, or data that lies elsewhere."""
+    if setting == "checkpoint":
+        return _one_network(one["original"], other["original"])
+    if setting == "data.data_dir" and dataset_name(one) != "imagefolder":
+        return True
+    photos = one.get("photos")
+    return setting in ("data.data_dir", "data.labels") and photos is not None and photos == other.get("photos")
 
 
 def _one_network(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -25,16 +25,18 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary place beside `path`, to write a file or make a folder at; it takes the place of `path` when the block ends well.
 
-    Missing folders above are made. Where anything fails (a full disk, a folder that cannot be written), what stood at `path`
-    stands there as it was, nothing but empty folders is left, and an error of the disk becomes an ArtifactError.
+    Missing folders above are made, and what a library made for its owner alone is read by whom the umask says. Where anything fails (a
+    full disk, a folder that cannot be written), what stood at `path` stands there as it was, nothing but empty folders is left, and an
+    error of the disk becomes an ArtifactError.
     """
     path = Path(path)
-    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    work = _beside(path)
     with _one_clear_error(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield work
             for inner in [*work.rglob("*"), work] if work.is_dir() else [work]:
+                _share(inner, _beside(path))
                 _flush(inner)
             _put(work, path)
             _flush(path.parent)
@@ -90,6 +92,10 @@ def sweep_beside(path: Path) -> None:
     sweep(path.parent, f".{glob.escape(path.name)}.*", of=path.name)
 
 
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 @contextlib.contextmanager
 def _one_clear_error(path: Path) -> Iterator[None]:
     try:
@@ -125,6 +131,16 @@ def _exchange(one: Path, other: Path) -> bool:
     """Let two names change places, and say whether that could be done."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+def _share(place: Path, probe: Path) -> None:
+    """Give a file or folder that only its owner may read the mode of a new one: safetensors and tempfile make theirs so."""
+    if place.stat().st_mode & 0o077:
+        return
+    with contextlib.suppress(OSError):  # not every file system has modes
+        (probe.mkdir if place.is_dir() else probe.touch)()
+        place.chmod(probe.stat().st_mode)
+    _take_away(probe)
 
 
 def _flush(place: Path) -> None:

@@ -48,6 +48,8 @@ def test_unknown_names_and_folders():
         load_dataset(DataConfig("imagefolder", Path(__file__)))
     with pytest.raises(DataError, match="does not exist"):
         load_dataset(DataConfig(dataset="fashion-mnist", data_dir=Path("/nowhere/at/all")))
+    with pytest.raises(DataError, match=f"folder nowhere does not exist in {Path.cwd()}; give an existing one"):
+        load_dataset(DataConfig(dataset="fashion-mnist", data_dir=Path("nowhere")))
 
 
 @pytest.mark.parametrize("field", [{"validation": 0.0}, {"validation": 1.0}, {"batch_size": 0}, {"train_images": 0}])

@@ -12,6 +12,7 @@ from rmprune.cli import main
 from rmprune.config import (
     AmcConfig,
     DataConfig,
+    DeployConfig,
     MeasureConfig,
     PruneConfig,
     RemeasureConfig,
@@ -19,10 +20,11 @@ from rmprune.config import (
     TrainConfig,
     TrainRunConfig,
 )
-from rmprune.data.load import load_dataset
+from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.measure import backend_accuracy, calibration_images
 from rmprune.measure.backends import says_what_fails
+from rmprune.pipelines.deploy import run_deploy
 from rmprune.pipelines.measure import dataset_of, run_measure
 from rmprune.pipelines.train import run_train
 from rmprune.runs.named import keep_digests
@@ -114,6 +116,36 @@ def test_a_run_is_not_judged_by_other_labels_than_it_learned(run: Path, tmp_path
     labels.write_text("image,label,more\n")
     with pytest.raises(ConfigError, match=r"another --labels \(.*a.csv has changed .* or train on it as it is now"):
         dataset_of([other / "record.json"], lambda *_: opened)
+
+
+def test_images_that_were_moved_are_named_by_a_setting_and_are_those_of_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, now = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "now"
+    record = read_record(other)
+    record["config"]["data"] |= {"dataset": "imagefolder", "data_dir": "before", "labels": "before/a.csv"}
+    write_record(other / "record.json", record)
+    keep_digests(other, TrainRunConfig(), photos="digest")
+    opened: list[DataConfig] = []
+
+    def load(config: DataConfig, *_: object) -> Dataset:
+        opened.append(config)
+        return replace(load_dataset(DataConfig()), photos="digest" if len(opened) < 3 else "another")
+
+    for data_dir in (None, now):
+        with pytest.raises(ConfigError, match=rf"before/a\.csv, do not exist in {Path.cwd()}; put them into"):
+            dataset_of([other / "record.json"], load, data_dir)
+    now.mkdir()
+    (now / "a.csv").touch()
+    monkeypatch.setattr("rmprune.pipelines.measure.dataset_of", lambda *_, data_dir: dataset_of(*_, load, data_dir))
+    monkeypatch.setattr("rmprune.pipelines.measure.measure_latencies", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_measure(RemeasureConfig((other,), replace(QUICK, backends=("onnxruntime-int8",)), data_dir=now))
+    monkeypatch.setattr("rmprune.pipelines.deploy.deploy", lambda run, *_, **__: run)
+    run_deploy(DeployConfig(other, data_dir=now), load=load)
+    with pytest.raises(ConfigError, match=rf"run on other photos \(in {now} "):
+        run_deploy(DeployConfig(other, data_dir=now), load=load)
+    assert {(config.data_dir, config.labels_file) for config in opened} == {(now, now / "a.csv")}
 
 
 def test_a_network_that_is_no_text_any_more_is_named(run: Path, tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_what_cannot_be_compared_is_refused(files: tuple[Path, ...], tmp_path: P
             run_measure_files(RemeasureConfig(runs, image_size=size, measure=QUICK))
     with pytest.raises(ConfigError, match="'eager' reads no ONNX files"):
         run_measure_files(RemeasureConfig(files, measure=replace(QUICK, backends=("eager",))))
+    with pytest.raises(ConfigError, match="data_dir is where the images of runs lie"):
+        run_measure_files(RemeasureConfig(files, measure=QUICK, data_dir=tmp_path))
 
 
 def test_what_a_runtime_refuses_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

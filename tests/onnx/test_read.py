@@ -39,8 +39,8 @@ def resize(scales: Any = None, sizes: Any = None, opset: int = 17, **attributes:
     return one("Resize", None, scales, *([] if sizes is None else [INT([2, 4, *sizes])]), opset=opset, **attributes)
 
 
-def between(nodes: list[onnx.NodeProto], sizes: Any = (2, 4, 6, 8), **weights: Any) -> onnx.ModelProto:
-    return graph_of(nodes, {name: np.asarray(value) for name, value in weights.items()}, list(sizes))
+def between(nodes: list[onnx.NodeProto], sizes: Any = (2, 4, 6, 8), opset: int = 17, **weights: Any) -> onnx.ModelProto:
+    return graph_of(nodes, {name: np.asarray(value) for name, value in weights.items()}, list(sizes), opset)
 
 
 OPERATORS = {
@@ -344,7 +344,11 @@ REFUSED = {
     "an average of its border": (pool("AveragePool", pads=[0, 0, 1, 1]), "count_include_pad=0"),
     "training": (
         one("BatchNormalization", *normal(3, 4), abs(normal(4)), training_mode=1),
-        "training_mode=1 is not read",
+        "training_mode=1 is not read, only 0; export the network in eval mode",
+    ),
+    "training of old": (
+        between([node("BatchNormalization", [*"xabcd"], [*"ymvsw"])], opset=9, **dict.fromkeys("abcd", abs(normal(4)))),
+        "as in training; export the network in eval mode",
     ),
     "softmax of old": (one("Softmax", opset=11, axis=1), "before opset 13"),
     "an addition of one": (one("Add"), "its second input is missing"),
@@ -363,6 +367,10 @@ REFUSED = {
     "strides of one axis": (conv(strides=[1]), "its strides are"),
     "negative pads": (conv(pads=[-1, 0, 0, 0]), "its pads are"),
     "no such padding": (conv(auto_pad="SOME"), "auto_pad='SOME' is not read"),
+    "transposed to a shape": (
+        one("ConvTranspose", normal(4, 3, 3, 3), output_shape=[8, 10]),
+        "write its pads and output",
+    ),
     "transposed, uneven": (one("ConvTranspose", normal(4, 3, 3, 3), pads=[0, 0, 1, 1]), "which differ"),
     "an average with holes": (pool("AveragePool", dilations=[2, 2], opset=19), "its dilations are"),
     "a ceiling over pads": (

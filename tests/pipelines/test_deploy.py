@@ -108,7 +108,8 @@ def test_a_run_on_photos_goes_on_and_is_judged_on_the_same_ones_alone(
     ):
         run_train(config, command="x")
     other.unlink()
-    run_train(config, command="x")
+    (record,) = run_train(config, command="x")
+    assert read_record(record)["photos"] == json.loads((run / "files.json").read_text())["photos"]
     photo.unlink()
     with pytest.raises(ConfigError, match=r"run on other photos .* or train on it as it is now"):
         deploy.run_deploy(DeployConfig(run))

@@ -1,10 +1,13 @@
 """Only records that differ in their seed alone are averaged."""
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import fuzz
 import pytest
 
+from rmprune.config import AmcConfig, PruneConfig, SlimConfig, TrainRunConfig
 from rmprune.methods.table import METHODS
 from rmprune.report.comparable import incomparable
 from rmprune.report.gather import gather
@@ -37,6 +40,38 @@ def test_settings_that_change_no_network_may_differ(runs: Path) -> None:
     assert not left_out(runs)
 
 
+def test_settings_that_may_change_in_a_run_and_where_data_lies_tell_no_records_apart(runs: Path) -> None:
+    path = runs / "s1-0.5" / "record.json"
+    record = read_record(path)
+    for settings in (SlimConfig(prune=PruneConfig(macs_ratio=(0.5,))), TrainRunConfig(), AmcConfig()):
+        record["config"] |= changeable(settings)
+    record["config"]["data"] |= {"dataset": "digits", "data_dir": "/photos"}
+    write_record(path, record)
+    assert not left_out(runs)
+
+
+def changeable(settings: Any) -> dict[str, Any]:
+    """The settings that may change when a run goes on, as a record holds them, but those of a search, with other values."""
+    found: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            found |= {field.name: inner} if (inner := changeable(value)) else {}
+        elif "changeable" in field.metadata and field.name != "search_minutes":
+            found[field.name] = "another"
+    return found
+
+
+@pytest.mark.parametrize(("photos", "same"), [("a", True), ("b", False), (None, False)])
+def test_photos_that_lie_elsewhere_are_the_same_by_their_digest(runs: Path, photos: str | None, same: bool) -> None:
+    for path in runs.rglob("record.json"):
+        record = read_record(path)
+        of_one = record["seed"] == 1
+        record["config"]["data"] = {"dataset": "imagefolder", "data_dir": "there" if of_one else "here"}
+        write_record(path, record | ({"photos": photos if of_one else "a"} if photos else {}))
+    assert left_out(runs) == "" if same else "differ in data.data_dir (here and there)" in left_out(runs)
+
+
 def test_a_record_of_before_a_setting_is_one_of_its_default(runs: Path) -> None:
     path = runs / "s1-0.5" / "record.json"
     record = read_record(path)
@@ -56,6 +91,8 @@ def test_a_search_of_so_many_minutes_is_no_usual_one(runs: Path) -> None:
         record["pruned"]["method"] = "auto"
         write_record(path, record)
     assert "averaged as seeds of auto, but differ in search_minutes" in left_out(runs)
+    (runs / "config.toml").touch()  # all of one run, which went on with other minutes
+    assert not left_out(runs)
 
 
 def test_plain_networks_of_different_removals_are_not_averaged(runs: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -106,6 +107,22 @@ def test_the_disk_has_what_is_written_before_its_name_and_then_the_name(
         work.mkdir()
         (work / "weights").write_bytes(b"1")
     assert flushed == [("weights", False), (work.name, False), ("", True)]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_everything_written_has_the_mode_that_the_umask_says(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_state(tmp_path / "state", 1)
+        with whole(tmp_path / "run") as work:
+            shutil.copytree(tempfile.mkdtemp(dir=tmp_path), work)
+            save_file({"a": torch.zeros(1)}, work / "weights")
+            (work / "text").write_text("x")
+    finally:
+        os.umask(before)
+    found = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("state", "run", "run/weights", "run/text")}
+    assert found == {name: (0o777 if name == "run" else 0o666) & ~umask for name in found}
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
