@@ -116,6 +116,16 @@ def test_a_run_is_not_judged_by_other_labels_than_it_learned(run: Path, tmp_path
         dataset_of([other / "record.json"], lambda *_: opened)
 
 
+def test_settings_that_the_data_set_never_read_keep_no_run_of_before_from_being_measured(
+    run: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    record = read_record(other)
+    record["config"]["data"] |= {"data_dir": "photos", "image_size": 300}
+    write_record(other / "record.json", record)
+    assert dataset_of([other / "record.json"]).num_classes == 10
+
+
 def test_a_network_that_is_no_text_any_more_is_named(run: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(run, tmp_path / "run"))
     (damaged / "dense" / "architecture.json").write_bytes(b"\xff{}")
