@@ -17,6 +17,11 @@ class AmcMethod(NamedTuple):
     search: SearchMethod | None
     mixed: bool = False
 
+    @property
+    def reads_removal(self) -> bool:
+        """Whether the settings of a removal say anything about what it makes."""
+        return self.mixed or self.start != "dense"
+
 
 AMC_METHODS: dict[str, AmcMethod] = {
     "rm-amc": AmcMethod("RM and fusing, then the agent on the plain network", "plain", "agent"),

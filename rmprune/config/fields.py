@@ -16,11 +16,11 @@ from rmprune.errors import ConfigError
 
 
 def comma_separated(kind: type[Any]) -> Any:
-    """How the command line reads and shows a tuple: one word, values between commas."""
+    """How the command line reads and shows a tuple: one word, values between commas; `none` is the empty one."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{kind.__name__.upper()}[,...]",
-        instance_from_str=lambda words: tuple(kind(value) for value in words[0].split(",") if value),
+        instance_from_str=lambda words: () if is_unset(words[0]) else tuple(kind(v) for v in words[0].split(",") if v),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda values: [",".join(map(str, values))],
     )
@@ -96,16 +96,18 @@ def choices(hint: Any) -> list[Any]:
 
 
 def is_unset(value: Any) -> bool:
-    """Whether a word of a command line, or of TOML, which has no null, says None: `none`, in any case."""
+    """Whether a word of a command line, or of TOML, which has no null, says None, or no value of several: `none`, in any case."""
     return isinstance(value, str) and value.lower() == UNSET
 
 
 def may_be_unset(hint: Any) -> bool:
-    """Whether such a word is None for settings of this type: those that may be None and list no choice of that name."""
+    """Whether such a word is None for settings of this type, those that may be None and list no choice of that name, or the empty tuple for
+    those of several values (paths apart: one may be called so)."""
     parts = get_args(hint)
     if get_origin(hint) is Annotated:
         return may_be_unset(parts[0])
-    return NoneType in parts and UNSET not in choices(hint)
+    several = get_origin(hint) is tuple and Path not in parts
+    return (several or NoneType in parts) and UNSET not in choices(hint)
 
 
 def _fitting(hint: Any, value: Any) -> Any:
@@ -157,3 +159,8 @@ def changeable() -> Any:
 def transient() -> Any:
     """Metadata of a field that says where or whether to run, not what: it is left out of config.toml."""
     return {"transient": True}
+
+
+def read_by(*datasets: str) -> Any:
+    """Metadata of a field that only these data sets read."""
+    return {"read_by": datasets}

@@ -84,7 +84,7 @@ def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
 
 
 def _with_none(kind: Any, arguments: list[str]) -> list[str]:
-    """`none` as None, in any case, where a flag's setting may be None: `--weights none`, `--clip-norm=NONE`."""
+    """`none` as None, in any case, where a flag's setting may be unset: `--weights none`, `--clip-norm=NONE`, `--macs-ratio none`."""
     flags = {each.flag for each in settings(kind) if each.may_be_unset}
     found = []
     for before, word in zip(["", *arguments], arguments, strict=False):

@@ -18,7 +18,7 @@ _ELSEWHERE = {  # in torchvision's reference scripts, timm's, and between our ow
 
 @dataclasses.dataclass(frozen=True)
 class NamedSetting:
-    """One setting: its path in TOML, its flag, which a positional one has not, and whether `none` is None for it."""
+    """One setting: its path in TOML, its flag, which a positional one has not, and whether `none` unsets it."""
 
     path: str
     flag: str | None

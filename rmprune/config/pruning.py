@@ -55,9 +55,11 @@ class PruneConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         kinds = dict.fromkeys(name for name, _ in self.budgets)
+        unset = " or ".join(f"--{name.replace('_', '-')} none" for name in kinds)
         require(
             len(kinds) <= 1,
-            f"{' and '.join(kinds)} are set; give one kind of budget, beside which memory_ratio alone can hold",
+            f"{' and '.join(kinds)} are set; give one kind of budget, beside which memory_ratio alone can hold ({unset} takes away what a "
+            "config file sets)",
         )
         beside = {*kinds} != {"memory_ratio"} and len(self.memory_ratio) > 1
         require(not beside, f"memory_ratio has {len(self.memory_ratio)} values; beside {', '.join(kinds)} give one")

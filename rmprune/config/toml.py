@@ -127,16 +127,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _as_python(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """What TOML says in other words: one value is a list of one, "none" is None."""
+    """What TOML says in other words: one value is a list of one, "none" is None, or an empty list."""
     fields = get_type_hints(kind)
 
     def python(name: str, value: Any) -> Any:
         wanted = fields[name]
         if isinstance(value, dict) and dataclasses.is_dataclass(wanted):
             return _as_python(wanted, value)
+        unset = is_unset(value) and may_be_unset(wanted)
         if get_origin(wanted) is tuple and not isinstance(value, list):
-            return [value]
-        return None if is_unset(value) and may_be_unset(wanted) else value
+            return [] if unset else [value]
+        return None if unset else value
 
     return {name: python(name, value) for name, value in values.items()}
 

@@ -51,6 +51,11 @@ class Method(NamedTuple):
     depth: bool = False
     isomorphic: bool = False
 
+    @property
+    def reads_removal(self) -> bool:
+        """Whether the settings of a removal say anything about what it makes."""
+        return bool(self.candidates) or self.faster or self.depth or STARTS[self.start].prefer != ("keep",)
+
 
 METHODS: dict[str, Method] = {
     "rm": Method(

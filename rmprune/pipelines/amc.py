@@ -40,6 +40,7 @@ from rmprune.pipelines.stages import (
     starting_network,
     with_names,
 )
+from rmprune.pipelines.unread import warn_unread
 from rmprune.pruning.carry_out import carry_out_plan_blocks
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.gradual import PolicyPruner, between_cuts
@@ -76,6 +77,7 @@ def run_amc(config: AmcConfig, *, command: str, load: Load = load_dataset) -> li
     data = open_data(config, load)
     job = Job(config, data, device, config.seed)
     _refuse_early(job, plan)
+    warn_unread(config)
     with at_work(job, found, networks):
         for cell in unfinished(cells):
             _run_cell(cell, plan, replace(job, seed=cell.seed), command)

@@ -25,6 +25,7 @@ from rmprune.methods.table import find_methods
 from rmprune.pipelines.measure import run_measure
 from rmprune.pipelines.slim import refuse_early, run_cell, starts_of
 from rmprune.pipelines.stages import at_work, dense_network, open_data, pick_device
+from rmprune.pipelines.unread import warn_unread
 from rmprune.pipelines.workers import Submit, Task, work_off, workers_of
 from rmprune.runs.cells import Cell
 from rmprune.runs.directory import CONFIG_FILE, Finished, alone
@@ -48,6 +49,7 @@ def run_grid(config: GridConfig, *, command: str, submit: Submit | None = None) 
     Raises RmpruneError where no cell can be had, `Finished` where all are done and measured, ConfigError for what is no grid.
     """
     _refuse(config)
+    warn_unread(slim_config(config))
     if config.cluster == "local":  # else this machine may lack the GPU or the images; the first worker says it
         _open(replace(slim_config(config), out=config.directory))
     submit = submit or workers_of(config)
@@ -98,6 +100,7 @@ def plan_tasks(config: GridConfig, command: str) -> list[Task]:
                     whole,
                     method=(method,),
                     choices=whole.choices if method == "auto" else (),
+                    search_minutes=whole.search_minutes if method == "auto" else None,
                     prune=replace(config.prune, **others | {kind: (value,)}),
                     out=cell.directory,
                 )

@@ -15,6 +15,7 @@ from torch import nn
 from rmprune import artifact
 from rmprune.artifact.files import ARCHITECTURE
 from rmprune.config import DataConfig, MeasureConfig, RemeasureConfig
+from rmprune.config.data import unread_by
 from rmprune.config.toml import from_dict
 from rmprune.data.given import GIVEN
 from rmprune.data.load import Dataset, Load, load_dataset, looked_for
@@ -156,7 +157,8 @@ def dataset_of(paths: list[Path], load: Load = load_dataset, data_dir: Path | No
                 f"{path}: its images came from loaders of somebody's own, which are in no file; rmprune.slim, with the same "
                 "loaders and out=, gives its result back, whose save() deploys it"
             )
-        data = from_dict(DataConfig, {name: value for name, value in config["data"].items() if name in settings})
+        read = settings - unread_by(str(config["data"].get("dataset")))
+        data = from_dict(DataConfig, {name: value for name, value in config["data"].items() if name in read})
         data = _where_it_lies(data, data_dir, path)
         statistics = expected_statistics(str(config.get("model")), config.get("weights"))
         found.append((data, statistics))

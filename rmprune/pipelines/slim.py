@@ -41,6 +41,7 @@ from rmprune.pipelines.stages import (
     starting_network,
     with_names,
 )
+from rmprune.pipelines.unread import warn_unread
 from rmprune.pruning import Budget
 from rmprune.pruning.carry_out import carry_out
 from rmprune.pruning.importance import NothingMatters
@@ -73,6 +74,7 @@ def run_job(job: Job[SlimConfig], *, command: str) -> list[Path]:
     found = [cell.record for cell in cells]
     refuse_used(config.directory, config, found, overwrite=config.overwrite)
     refuse_early(methods, plan, job)
+    warn_unread(config)
     refused: list[InfeasibleBudget] = []
     with at_work(job, found, networks):
         for cell in unfinished(cells):
@@ -92,6 +94,10 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
     """Everything that can be refused is refused before a file is written or an epoch trained."""
     config = job.config
     check_available(config.measure.backends, config.measure.device)
+    if config.search_minutes is not None and "auto" not in methods:
+        raise ConfigError(
+            f"search_minutes is for method auto, but the method is {', '.join(methods)}; leave one of the two out"
+        )
     for name, method in methods.items():
         if method.candidates and config.prune.ratio:
             raise ConfigError(

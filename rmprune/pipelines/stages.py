@@ -37,6 +37,7 @@ from rmprune.measure.machine import environment
 from rmprune.methods.start import start
 from rmprune.models.families import create_network
 from rmprune.models.pretrained import IMAGENET, image_statistics
+from rmprune.pipelines.unread import unread
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.directory import claim
@@ -175,7 +176,8 @@ def finish(
     job: Job[RunConfig], cell: Cell, command: str, networks: dict[str, nn.Module], *, methods: list[str],
     refused: Mapping[str, str] | None = None, measure: MeasureConfig | None = None,
 ) -> Path:  # fmt: skip
-    """Measure the networks of a cell, the trained one as "original" and its plain form as "plain", and write its record; returns its path.
+    """Measure the networks of a cell, the trained one as "original" and its plain form as "plain", and write its record, which says too
+    what of its settings nothing read; returns its path.
 
     `methods`: that made them; `refused`: {method: why not}; `measure`: in the place of what the settings say.
     """
@@ -183,6 +185,7 @@ def finish(
         "schema": records.SCHEMA,
         "command": command,
         "config": to_dict(replace(job.config, measure=measure or job.config.measure)),
+        "unread": unread(job.config),
         "seed": job.seed,
         "model": job.config.model,
         "dataset": job.config.data.dataset,

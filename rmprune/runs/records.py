@@ -113,7 +113,8 @@ def check_record(record: Any) -> None:
 
     A record has `schema`, `command`, `config`, `seed`, `method`, `environment` (`versions`, `processor`, `threads`),
     `removal` (`removed`, `kept`, `max_error`; None where no residual was to be removed), and `original` with at least
-    one more network; it may have `refused`, {method: why its budget could not be met}. A network has `accuracy` (0 to
+    one more network; it may have `refused`, {method: why its budget could not be met}, and `unread`, {path of a setting in `config`:
+    why nothing read it}. A network has `accuracy` (0 to
     1; None where it has a `loss` instead), `macs` and `params` (of one image), may have `balanced_accuracy`, `auc`, `classes`
     (name, images, recall, precision) and `validation` (accuracy and loss on the images that choices see),
     and has `latency`, a list of {backend, device, threads, batch_size, median_ms, q1_ms, q3_ms}.

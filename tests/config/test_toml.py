@@ -144,6 +144,20 @@ def test_none_is_none_for_every_flag_that_may_be_unset_and_a_choice_where_that_i
     assert (read.width, read.data.augment) == (None, "none")
 
 
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_none_takes_several_values_away(tmp_path: Path, word: str) -> None:
+    (tmp_path / "c.toml").write_text(to_toml(config(choices=("keep", "drop"), method=("auto",))))
+    arguments = ["--config", str(tmp_path / "c.toml"), "--ratio", "0.5"]
+    with pytest.raises(ConfigError, match=r"give one kind of budget.*\(--ratio none or --macs-ratio none takes"):
+        cli._parse(SlimConfig, arguments, "slim")
+    found = cli._parse(SlimConfig, [*arguments, "--macs-ratio", word, "--method", word, f"--choices={word}"], "slim")
+    assert found == SlimConfig(prune=PruneConfig(ratio=(0.5,)))
+    (tmp_path / "c.toml").write_text(f'method = "{word}"\n[prune]\nmacs_ratio = "{word}"\nratio = 0.5\n')
+    assert from_toml(SlimConfig, tmp_path / "c.toml") == found
+    with pytest.raises(ConfigError, match="budget is empty"):
+        cli._parse(AmcConfig, ["--budget", word], "amc")
+
+
 def test_augment_took_no_value(tmp_path: Path) -> None:
     given = [
         ["--augment"],

@@ -7,6 +7,7 @@ import torch
 from data_splits import all_images
 
 from rmprune.config import DataConfig
+from rmprune.config.data import unread_by
 from rmprune.data.load import DATASETS, load_dataset
 from rmprune.errors import ConfigError, DataError
 
@@ -56,3 +57,25 @@ def test_unknown_names_and_folders():
 def test_settings_outside_their_range(field: dict):
     with pytest.raises(ConfigError, match=next(iter(field))):
         DataConfig(**field)
+
+
+@pytest.mark.parametrize(
+    "name", ["image_size", "crop", "normalization", "test", "labels", "image_column", "label_column", "group_column"]
+)
+def test_settings_of_photos_are_refused_by_other_data_sets(name: str) -> None:
+    other = {"normalization": "half", "image_size": 300, "crop": 0.5, "test": 0.5}.get(name, "x")
+    with pytest.raises(
+        ConfigError, match=f"^{name} is for dataset imagefolder, but the data set is cifar10; add --dataset imagefolder"
+    ):
+        DataConfig("cifar10", **{name: other})
+    DataConfig("cifar10", **{name: getattr(DataConfig(), name)})  # as a run's own config.toml says it
+
+
+def test_a_folder_of_digits_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data_dir is for dataset fashion-mnist or .* or imagefolder, but the data set is digits"
+    ):
+        DataConfig(data_dir=Path("photos"))
+    with pytest.raises(DataError, match="no data set 'imagefoldr'"):
+        load_dataset(DataConfig("imagefoldr", data_dir=Path("photos")))
+    assert not unread_by("imagefolder") and all(unread_by(name) for name in DATASETS if name != "imagefolder")

@@ -148,6 +148,16 @@ def test_images_that_were_moved_are_named_by_a_setting_and_are_those_of_the_run(
     assert {(config.data_dir, config.labels_file) for config in opened} == {(now, now / "a.csv")}
 
 
+def test_settings_that_the_data_set_never_read_keep_no_run_of_before_from_being_measured(
+    run: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "run"))
+    record = read_record(other)
+    record["config"]["data"] |= {"data_dir": "photos", "image_size": 300}
+    write_record(other / "record.json", record)
+    assert dataset_of([other / "record.json"]).num_classes == 10
+
+
 def test_a_network_that_is_no_text_any_more_is_named(run: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(run, tmp_path / "run"))
     (damaged / "dense" / "architecture.json").write_bytes(b"\xff{}")

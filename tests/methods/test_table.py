@@ -16,6 +16,7 @@ from rmprune.methods.start import start
 from rmprune.methods.table import METHODS, STARTS, find_methods
 from rmprune.models import create
 from rmprune.pruning import Budget
+from rmprune.report import comparable
 from rmprune.report.tables import method_of
 from rmprune.training.job import Job
 
@@ -60,6 +61,12 @@ def test_a_renamed_method_is_listed_by_its_name_and_a_run_keeps_the_one_it_began
     assert found["coupled-half-collapse"] is METHODS["residual-half-collapse"]
     with pytest.raises(ConfigError, match="unknown method 'collapse'; there are: rm, "):
         find_methods(("collapse",))
+
+
+def test_reports_and_runs_agree_which_methods_read_no_settings_of_a_removal() -> None:
+    assert {name for name, method in METHODS.items() if not method.reads_removal} - {"plan"} == set(
+        comparable._RESIDUALS_STAY
+    )
 
 
 def test_reports_call_it_by_its_name_now() -> None:

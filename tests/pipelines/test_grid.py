@@ -214,6 +214,18 @@ def test_what_cells_share_takes_methods_and_budgets_that_come_later(
         grid.share(*other[0].arguments)
 
 
+def test_only_the_cells_of_a_search_have_its_settings(tmp_path: Path) -> None:
+    asked = config(
+        tmp_path,
+        method=("rm", "auto"),
+        search_minutes=3.0,
+        choices=("keep", "drop"),
+        prune=PruneConfig(macs_ratio=(0.5,)),
+    )
+    found = [(own.search_minutes, own.choices) for own, *_ in (task.arguments for task in plan_tasks(asked, "")[1:])]
+    assert found == [(None, ()), (3.0, ("keep", "drop"))]
+
+
 def test_a_cell_keeps_the_budget_of_memory_beside_its_own_and_the_time_for_measuring(tmp_path: Path) -> None:
     settings = config(tmp_path, method=("rm",), prune=PruneConfig(macs_ratio=(0.5,), memory_ratio=(0.7,)))
     own, cell = plan_tasks(settings, "")[1].arguments[:2]

@@ -13,7 +13,17 @@ from torch import nn
 
 from rmprune import artifact
 from rmprune.cli import main
-from rmprune.config import AmcConfig, DataConfig, MeasureConfig, PruneConfig, SlimConfig, TrainConfig, TrainRunConfig
+from rmprune.config import (
+    AmcConfig,
+    DataConfig,
+    MeasureConfig,
+    PruneConfig,
+    RemovalConfig,
+    SlimConfig,
+    SparsityConfig,
+    TrainConfig,
+    TrainRunConfig,
+)
 from rmprune.config.commands import NetworkConfig
 from rmprune.data.load import Dataset, load_dataset
 from rmprune.errors import ConfigError
@@ -23,6 +33,7 @@ from rmprune.pipelines import measure
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import at_work, dense_network, finish, make_dense, starting_network
+from rmprune.pipelines.unread import unread
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.writing import LOCK_FILE
@@ -49,6 +60,56 @@ def test_the_same_settings_are_the_same_network_in_every_pipeline(data: Dataset)
     for network in networks:
         assert not network.training and network.state_dict().keys() == first.keys()
         assert all(torch.equal(value, first[name]) for name, value in network.state_dict().items())
+
+
+FORM, EPOCHS = RemovalConfig(ranges="calibrated", form="slice"), replace(SlimConfig.train, epochs=7)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (replace(SLIM, train=SlimConfig.train, method=("residual", "coupled"), removal=FORM), {"removal.form": "method residual, coupled"}),
+        (replace(SLIM, train=SlimConfig.train, method=("residual", "rm"), removal=FORM), {}),
+        (replace(SLIM, train=EPOCHS, checkpoint=Path("a.pt")), {"train.epochs": "--checkpoint is trained already"}),
+        (replace(SLIM, train=EPOCHS, checkpoint=Path("a.pt"), method=("scratch", "rm")), {}),
+        (replace(SLIM, train=EPOCHS), {}),
+        (
+            replace(SLIM, train=SlimConfig.train, checkpoint=Path("a.pt"), sparsity=SparsityConfig(0.1, shortcut_scales=True)),
+            {"sparsity.strength": "trained already"},
+        ),
+        (AmcConfig(method=("residual-amc",), removal=FORM), {"removal.form": "residual-amc", "removal.fuse": "no residual"}),
+        (AmcConfig(method=("residual-amc", "mixed-amc"), removal=FORM), {}),
+        (replace(AmcConfig(checkpoint=Path("a.pt")), train=EPOCHS), {"train.epochs": "trained", "train.weight_decay": "trained"}),
+        (replace(AmcConfig(checkpoint=Path("a.pt"), method=("uniform",)), train=EPOCHS), {}),
+        (TrainRunConfig(train=EPOCHS), {}),
+    ],
+)  # fmt: skip
+def test_settings_that_nothing_reads_are_known(config: Any, expected: dict[str, str]) -> None:
+    found = unread(config)
+    assert found.keys() == expected.keys() and all(expected[path] in found[path] for path in found)
+
+
+def test_settings_that_nothing_reads_are_said_in_the_log_and_in_the_record(
+    data: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(make_dense(SLIM, data, 0).state_dict(), tmp_path / "a.pt")
+    config = replace(
+        SLIM, method=("residual",), removal=FORM, train=EPOCHS, checkpoint=tmp_path / "a.pt", out=tmp_path / "run"
+    )
+    (record,) = run_slim(config, command="x")
+    said = [told.getMessage() for told in caplog.records if told.levelname == "WARNING"]
+    assert said == [
+        "not read, as method residual removes no residual: removal.form",
+        "not read, as the network of --checkpoint is trained already: train.epochs",
+    ]
+    assert set(records.read_record(record)["unread"]) == {"removal.form", "train.epochs"}
+
+
+def test_minutes_of_a_search_are_refused_where_nothing_searches(data: Dataset, tmp_path: Path) -> None:
+    config = replace(SLIM, method=("rm",), search_minutes=5.0, out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"^search_minutes is for method auto, but the method is rm; leave one"):
+        run_slim(config, command="x")
+    assert not config.directory.exists()
 
 
 def test_cells_make_what_they_share_one_after_the_other(
