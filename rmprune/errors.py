@@ -1,5 +1,7 @@
 """The errors that a user can cause. Every message says what is wrong, where, and what to do; the command line exits with status 2."""
 
+import decimal
+
 
 class RmpruneError(Exception):
     """Base of every error that a user's input, files or limits can cause.
@@ -34,6 +36,12 @@ class ArtifactError(RmpruneError):
 
 class ConfigError(RmpruneError):
     """A setting is outside its range or contradicts another."""
+
+
+def rounded(value: float, digits: int, *, up: bool = True) -> float:
+    """`value` in so many significant digits, never below it (`up`; else never above): what a message says can be met, can be."""
+    rounding = decimal.ROUND_CEILING if up else decimal.ROUND_FLOOR
+    return float(decimal.Context(prec=digits, rounding=rounding).create_decimal(repr(float(value))))
 
 
 def out_of_memory(error: BaseException) -> bool:

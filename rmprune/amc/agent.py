@@ -91,7 +91,8 @@ class Replay:
 
 
 def truncated_normal(mean: float, sigma: float, low: float, high: float, generator: torch.Generator) -> float:
-    """One draw of N(mean, sigma²) conditioned on [low, high], by the inverse of the distribution function."""
+    """One draw of N(m, sigma²) conditioned on [low, high], by the inverse of the distribution function; m: the value in [low, high] that is
+    nearest to `mean`."""
     mean = min(max(mean, low), high)
     if sigma <= 0 or high <= low:
         return mean

@@ -17,7 +17,7 @@ from rmprune.amc.space import COSTS, Limits, Space, Widths, params_with
 from rmprune.config import AmcConfig, MeasureConfig, SearchConfig
 from rmprune.data.load import Dataset
 from rmprune.data.splits import Split
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import InfeasibleBudget, rounded
 from rmprune.graph.shapes import record_shapes
 from rmprune.measure import count_params
 from rmprune.measure.place import Place, largest_within
@@ -255,7 +255,7 @@ def meet_budget(space: Space, widths: Widths, measure: Measure, allowed: float) 
     def refuse(least: float) -> InfeasibleBudget:
         return InfeasibleBudget(
             f"no policy measured as a whole network met the budget of {allowed:.3g} times the original; the narrowest took "
-            f"{least:.3g}: raise the budget or lower the limits (lowest={space.limits.lowest})"
+            f"{rounded(least, 3):.3g}: raise the budget or lower the limits (lowest={space.limits.lowest})"
         )
 
     first = [widths, *(at(step * size) for step in _FIRST_STEPS)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget, rounded
 from rmprune.pruning.allocate import Meter
 from rmprune.pruning.budget import Budget, allowed_units
 from rmprune.pruning.groups import Group, Keep, Structure, mask_of
@@ -80,7 +80,7 @@ class Space:
         if self.least_cost > budget:
             raise InfeasibleBudget(
                 f"the budget of {budget:.6g} cannot be met: with every layer at its lower limit (lowest={limits.lowest}, "
-                f"multiple={limits.multiple}) the network costs {self.least_cost:.6g}; lower these limits or raise the budget"
+                f"multiple={limits.multiple}) the network costs {rounded(self.least_cost, 6):.6g}; lower these limits or raise the budget"
             )
 
     def with_budget(self, budget: float) -> "Space":

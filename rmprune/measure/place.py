@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.config import MeasureConfig
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import InfeasibleBudget, rounded
 from rmprune.measure.latency import Configuration, measure_at
 from rmprune.measure.latency_model import LatencyModel
 
@@ -237,8 +237,9 @@ def find_ratio(
 
 def infeasible(allowed: float, least: float, place: Place) -> InfeasibleBudget:
     """The error of a budget below what the narrowest network takes, `least` of the original's time."""
+    least = rounded(least, 3)
     return InfeasibleBudget(
-        f"latency_ratio={allowed:g} cannot be met on {place}: the narrowest network that the limits allow takes {least:.2f} "
-        f"of the original's time; lower min_channels, min_fraction or round_to, ask for more than {least:.2f}, or count time elsewhere "
+        f"latency_ratio={allowed:g} cannot be met on {place}: the narrowest network that the limits allow takes {least:.3g} "
+        f"of the original's time; lower min_channels, min_fraction or round_to, ask for more than {least:.3g}, or count time elsewhere "
         "(the first --measure.backend, --measure.batch-size and --measure.threads)"
     )

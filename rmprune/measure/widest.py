@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rmprune.errors import InfeasibleBudget
+from rmprune.errors import InfeasibleBudget, rounded
 from rmprune.measure.place import largest_within
 
 STEPS = 40  # widths between 0 and the original's, at most
@@ -36,7 +36,7 @@ def smaller_widths(make: Callable[[float], nn.Module], own: float, *, whole: boo
 
 def too_dear(what: str, cost: float, allowed: float) -> InfeasibleBudget:
     """That a network, `what`, costs more than `allowed` times the original; infinite where it is its memory that is too much."""
-    over = f"costs {cost:.3g} times the original, more than {allowed:g}"
+    over = f"costs {rounded(cost, 3):.3g} times the original, more than {allowed:g}"
     return InfeasibleBudget(f"{what} {over if cost < math.inf else 'takes more memory than memory_ratio allows'}")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from rmprune.config import SlimConfig
 from rmprune.config.pruning import PlannedChoice
 from rmprune.data.batches import affordable
-from rmprune.errors import ConfigError, InfeasibleBudget
+from rmprune.errors import ConfigError, InfeasibleBudget, rounded
 from rmprune.graph.copied import copied
 from rmprune.methods.costs import layer_times, place_of
 from rmprune.methods.cutter import LEAST_FRACTION, job_scores
@@ -155,7 +155,7 @@ def look(network: nn.Module, budget: Budget, job: Job[SlimConfig]) -> Outlook:
             break
     if found is not None:
         return found
-    nearest = budget.value * plans.least_cost() / limit
+    nearest = rounded(budget.value * plans.least_cost() / limit, 3)
     raise InfeasibleBudget(
         f"{budget.name} {budget.value:g} cannot be met by any plan of blocks and widths under these limits; the "
         f"least that can be had is about {nearest:.3g}: ask for more, or lower min_channels, min_fraction or round_to"

@@ -253,7 +253,7 @@ def least_cost(structure: Structure, budget: Budget, cost: Cost, origin: Mapping
 def explain(structure: Structure, budget: Budget, target: Target, origin: Mapping[str, int] | None = None) -> str:
     """Which limit forbids the budget, and what can be had under the limits as they are."""
     least = least_cost(structure, budget, target.cost, origin)
-    nearest = target.as_ratio(budget, least)
+    nearest = target.nearest(budget, least)
     free = {
         "min_channels": replace(budget, min_channels=1),
         "min_fraction": replace(budget, min_fraction=0.0),

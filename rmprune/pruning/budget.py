@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from rmprune.config import PruneConfig
 from rmprune.config.fields import Settings
 from rmprune.config.pruning import BUDGETS
-from rmprune.errors import ConfigError
+from rmprune.errors import ConfigError, rounded
 from rmprune.pruning.groups import Group, Structure, total_cost
 from rmprune.pruning.layers import Cost, channels, macs
 
@@ -111,7 +111,19 @@ class Target:
 
     def as_ratio(self, budget: Budget, value: float) -> float:
         """The setting of `budget` that `value` corresponds to."""
-        return 1 - value / self.whole if budget.ratio is not None else value / self.whole
+        return (self.whole - value) / self.whole if budget.ratio is not None else value / self.whole
+
+    def nearest(self, budget: Budget, value: float) -> float:
+        """The same in four digits, rounded to the side on which `value` is within it."""
+        if budget.ratio is not None:
+            return rounded(self.as_ratio(budget, value), 4, up=False)
+        return rounded(ratio_within(value, self.whole), 4)
+
+
+def ratio_within(value: float, whole: float) -> float:
+    """The least ratio of which `whole` is no less than `value`, whatever floating point makes of the product."""
+    ratio = value / whole
+    return ratio if ratio * whole >= value else math.nextafter(ratio, math.inf)
 
 
 def resolve(structure: Structure, budget: Budget, cost: Cost | None = None, *, memory: bool = False) -> Target:

@@ -25,7 +25,8 @@ def removed_means(folded: Folded, data: Batches | None) -> dict[str, Tensor]:
 def compensated(
     model: nn.Module, structure: Structure, keep: Keep, means: Mapping[str, Tensor], norms: Mapping[str, str]
 ) -> nn.Module:
-    """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases."""
+    """A copy in which the mean contribution of the removed channels is in their readers' batch norms (`norms`) or biases, which are made
+    where there are none. Where a reader pads with zeros, its border is given as much as what lies inside."""
     if not any(bool(v.any()) for v in means.values()):
         return model
     result = copied(model)
@@ -33,12 +34,13 @@ def compensated(
         gone = ~keep[group.name] if group.name in keep else torch.zeros(group.units, dtype=torch.bool)
         for member in group.consumers if bool(gone.any()) else ():
             layer = result.get_submodule(member.layer)
-            if member.layer not in means or (member.layer not in norms and getattr(layer, "bias", None) is None):
+            if member.layer not in means:
                 continue
             value = torch.zeros(member.size, dtype=torch.float64)
             index = member.index[gone].flatten()
             value[index] = means[member.layer][index]
-            add_to_bias(result, member.layer, response(layer, value), norms.get(member.layer))
+            if bool(value.any()):
+                add_to_bias(result, member.layer, response(layer, value), norms.get(member.layer))
     return result
 
 

@@ -6,7 +6,7 @@ across layers and across reserved and computed channels; see each function for t
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeGuard
@@ -24,6 +24,7 @@ from rmprune.pruning.layers import by_input, by_output, channel_rows, weight_of
 from rmprune.training.recentre import Moments
 
 Importance = Callable[[nn.Module, Structure, Batches | None], Scores]
+Spot = tuple[str, MemberSide]  # a layer, and what it reads or puts out
 
 
 class NothingMatters(DataError):
@@ -81,7 +82,8 @@ def random(model: nn.Module, structure: Structure, batches: Batches | None = Non
 def taylor(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
     """First-order change of the loss when a unit is set to zero (Molchanov et al. 2017): |sum over images and
     positions of activation * gradient| in each batch, summed over batches. Exact to first order for any
-    activation: read at the consumers' inputs (of channels that meet in a product: at the outputs of the one factor).
+    activation: read at the consumers' inputs (of channels that meet in a product: at the outputs of the one factor). A loss may call the
+    network several times: a unit is set to zero in all calls.
     """
     scores = zero_scores(structure, device_of(model))
     for effects in _effects(model, structure, batches, "taylor"):
@@ -92,10 +94,11 @@ def taylor(model: nn.Module, structure: Structure, batches: Batches | None = Non
 
 def taylor_squared(model: nn.Module, structure: Structure, batches: Batches | None = None) -> Scores:
     """The same, image by image: sqrt(mean of the squared effect) (Molchanov et al. 2019). Effects of opposite sign do
-    not cancel, which is the better choice on a trained network, where they nearly do.
+    not cancel, which is the better choice on a trained network, where they nearly do. Of a loss that calls the network several times, the
+    first images of all calls are one, and so on. Raises DataError where calls have different numbers of them.
     """
     scores, images = zero_scores(structure, device_of(model)), 0
-    for effects in _effects(model, structure, batches, "taylor_squared"):
+    for effects in _effects(model, structure, batches, "taylor_squared", by_image=True):
         count = len(next(iter(effects.values())))
         images += count
         for name, effect in effects.items():
@@ -215,19 +218,19 @@ def _look_up(table: Mapping[str, Tensor], group: Group) -> Tensor:
 
 
 @contextmanager
-def _captured(modules: Mapping[tuple[str, MemberSide], nn.Module]) -> Iterator[dict[tuple[str, MemberSide], Tensor]]:
-    """What layers read ("in") and put out ("zero") at these places (layer, side), each a tensor of its own, so that a gradient belongs to
-    one reader."""
-    seen: dict[tuple[str, MemberSide], Tensor] = {}
+def _captured(modules: Mapping[Spot, nn.Module]) -> Iterator[list[tuple[Spot, Tensor]]]:
+    """What layers read ("in") and put out ("zero") at these places in each call, a tensor of its own, so that a gradient belongs to one
+    reader."""
+    seen: list[tuple[Spot, Tensor]] = []
 
-    def note(place: tuple[str, MemberSide], x: Tensor) -> Tensor:
-        seen[place] = x if x.requires_grad else x.detach().requires_grad_(True)
-        return seen[place]
+    def note(place: Spot, x: Tensor) -> Tensor:
+        seen.append((place, x if x.requires_grad else x.detach().requires_grad_(True)))
+        return seen[-1][1]
 
-    def before(place: tuple[str, MemberSide], _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def before(place: Spot, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (note(place, inputs[0].view_as(inputs[0])),)
 
-    def after(place: tuple[str, MemberSide], _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def after(place: Spot, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         return note(place, output).clone()  # what follows may change it in place
 
     with hooked(
@@ -239,8 +242,11 @@ def _captured(modules: Mapping[tuple[str, MemberSide], nn.Module]) -> Iterator[d
         yield seen
 
 
-def _effects(model: nn.Module, structure: Structure, batches: Batches | None, name: str) -> Iterator[dict[str, Tensor]]:
-    """For each batch: {group: [images, units], sum over positions of activation * gradient of the loss}; 0 where the loss does not go."""
+def _effects(
+    model: nn.Module, structure: Structure, batches: Batches | None, name: str, *, by_image: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """For each batch: {group: [images, units], sum over positions and calls of activation * gradient of the loss}; 0 where the loss does
+    not go. `by_image`: raises DataError for calls with different numbers of images, which otherwise share rows."""
     data = need_data(batches, name)
     # Where a group's channels lie in what its readers read.
     at = {g.name: [((m.layer, m.side), m.index.to(device_of(model))) for m in g.readers] for g in structure.groups}
@@ -253,12 +259,16 @@ def _effects(model: nn.Module, structure: Structure, batches: Batches | None, na
                 loss = run()
                 if not seen:
                     raise DataError(NOT_RUN)
-                gradients = torch.autograd.grad(loss, list(seen.values()), allow_unused=True)
-            images = math.gcd(count, *(len(x) for x in seen.values()))  # windows of attention: several rows an image
-            effects = {
-                place: _by_image(torch.zeros_like(x) if g is None else x.detach() * g, modules[place], images)
-                for (place, x), g in zip(seen.items(), gradients, strict=True)
-            }
+                gradients = torch.autograd.grad(loss, [x for _, x in seen], allow_unused=True)
+            used = [(place, x, g) for (place, x), g in zip(seen, gradients, strict=True) if g is not None]
+            if by_image:
+                _refuse_unlike([(place, len(x)) for place, x, _ in used])
+            # Windows of attention are several rows an image.
+            images = math.gcd(count, *([len(x) for _, x, _ in used] or [len(x) for _, x in seen]))
+            effects: dict[Spot, Tensor] = {}
+            for place, x, g in used:
+                own = _by_image(x.detach() * g, modules[place], images)
+                effects[place] = effects[place] + own if place in effects else own
             return {
                 g: torch.stack([effects[place][:, i].sum(2) for place, i in at[g] if place in effects]).sum(0)
                 if any(place in effects for place, _ in at[g])
@@ -269,6 +279,16 @@ def _effects(model: nn.Module, structure: Structure, batches: Batches | None, na
         for parts in loss_parts(data, model):
             found = [of_part(run, count) for run, count in parts]
             yield {g: torch.cat([own[g] for own in found]) for g in at}
+
+
+def _refuse_unlike(rows: Iterable[tuple[Spot, int]]) -> None:
+    first: dict[Spot, int] = {}
+    for place, count in rows:
+        if first.setdefault(place, count) != count:
+            raise DataError(
+                f"importance 'taylor_squared': {place[0]} is called with {first[place]} and with {count} images, which do not belong "
+                "together one by one; take importance='taylor', or call the network with as many images each time"
+            )
 
 
 def _by_image(product: Tensor, layer: nn.Module, images: int) -> Tensor:

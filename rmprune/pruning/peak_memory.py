@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import InfeasibleBudget, UnsupportedModel
+from rmprune.errors import InfeasibleBudget, UnsupportedModel, rounded
 from rmprune.measure.planner import activation_memory, live_bytes
 from rmprune.pruning.allocate import keep_best
-from rmprune.pruning.budget import Budget, allowed_widths, even_widths
+from rmprune.pruning.budget import Budget, allowed_widths, even_widths, ratio_within
 from rmprune.pruning.groups import Keep, Structure
 from rmprune.pruning.surgery import shrink
 from rmprune.runs.progress import progress
@@ -122,10 +122,11 @@ class ActivationPeaks:
             if self.least(structure, budget.without_limits, origin) <= limit
             else "even one channel a layer holds more"
         )
-        assert budget.memory_ratio is not None
+        assert budget.memory_ratio is not None and budget.reference_bytes is not None
+        nearest = rounded(ratio_within(least, budget.reference_bytes), 4)
         return (
             f"memory_ratio {budget.memory_ratio:g} cannot be met: {why}. The nearest that can be met under these limits is "
-            f"{math.ceil(1e4 * budget.memory_ratio * least / limit) / 1e4:.4g} ({least / 1024:.1f} KiB of float32 activations)"
+            f"{nearest:.4g} ({least / 1024:.1f} KiB of float32 activations)"
         )
 
 

@@ -132,7 +132,7 @@ def _ungrouped(w: Tensor, more: Tensor, bias: Tensor, weight: Tensor) -> tuple[T
 
 
 POSITIONS = 40  # of the maps for each unknown of a fit, at least 40,000
-RIDGE = 1e-3  # relative to the mean square of what the convolution reads
+RIDGE = 1e-3  # relative to the mean variance of what the convolution reads
 
 
 def least_squares(
@@ -140,12 +140,14 @@ def least_squares(
 ) -> tuple[Tensor, Tensor, float]:
     """Weight and bias with which `conv` of `read` (N, C, H, W) comes nearest to `wanted` (N, O, H', W'); the squared error at a position.
 
-    On randomly drawn positions of all images, with a ridge of RIDGE relative to the mean square of what is read.
+    On randomly drawn positions of all images, with a ridge of RIDGE relative to the mean variance of what is read. Products are summed in
+    the precision of `read`, about the means of the first images, and in float64 over the others.
     """
     columns = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
     each = min(wanted[0, 0].numel(), -(-max(40_000, POSITIONS * columns) // len(read)))
     size = columns + 1 + conv.out_channels  # inputs, 1, outputs
     moments = torch.zeros(size, size, dtype=torch.float64, device=read.device)
+    start: Tensor | None = None
     for images, targets in zip(read.split(64), wanted.split(64), strict=True):
         taps = F.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
         where = torch.randperm(taps.shape[2], generator=generator)[:each].to(read.device)
@@ -153,10 +155,14 @@ def least_squares(
             [taps[:, :, where], taps.new_ones(len(images), 1, len(where)), targets.flatten(2)[:, :, where]], 1
         )
         rows = rows.transpose(1, 2).reshape(-1, size)
+        if start is None:
+            start = rows.mean(0)
+            start[columns] = 0.0
+        rows = rows - start
         moments += (rows.T @ rows).double()
     count = moments[columns, columns]
-    mean = moments[columns] / count
-    centred = moments / count - torch.outer(mean, mean)
+    off = moments[columns] / count
+    centred = moments / count - torch.outer(off, off)
     inputs, cross, spread = (
         centred[:columns, :columns],
         centred[:columns, columns + 1 :],
@@ -164,5 +170,7 @@ def least_squares(
     )
     weight = _solve(inputs, cross, RIDGE)  # columns x outputs
     error = spread - 2 * (weight * cross).sum(0) + (weight * (inputs @ weight)).sum(0)
+    assert start is not None
+    mean = start + off
     bias = mean[columns + 1 :] - mean[:columns] @ weight
     return weight.T.reshape(conv.weight.shape).to(read), bias.to(read), float(error.sum())

@@ -1,6 +1,5 @@
 """What a training minimises on one batch: the cross entropy of classes, or somebody's own loss, and the teacher's part of it."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,20 +23,21 @@ def class_objective(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of images x with class numbers y [B], and how many were right; `target`: the teacher's logits [B, C].
 
-    `weights` [C]: of classes, 1 on average over all training images; each image's loss counts by that of its class, whoever else is in its
-    batch. `part`: of several processes, what `part_of_all` says of the images here; the mean of all losses is then that of the whole batch,
-    however it is divided.
+    `weights` [C]: of classes, 1 on average over all training images; each image's loss, the teacher's part with it, counts by that of its
+    class, whoever else is in its batch. `part`: of several processes, what `part_of_all` says of the images here; the mean of all losses is
+    then that of the whole batch, however it is divided.
     """
     output = ask(model, x)
     if y.device.type == "cpu":  # a GPU is not waited for; it stops by itself
         check_labels(y, output.shape[1])
-    if weights is None:
+    own = None if weights is None else weights[y]
+    if own is None:
         loss = nn.functional.cross_entropy(output.float(), y, label_smoothing=config.label_smoothing)
     else:  # the mean over the batch's own weights would take them out again where a class is alone
-        each = functools.partial(nn.functional.cross_entropy, output.float(), y, reduction="sum")
-        loss = each(weight=weights, label_smoothing=config.label_smoothing) / len(y)
+        each = nn.functional.cross_entropy(output.float(), y, reduction="none", label_smoothing=config.label_smoothing)
+        loss = (own * each).mean()
     if target is not None:
-        soft = distillation_loss(output, target, config.temperature)
+        soft = distillation_loss(output, target, config.temperature, own)
         loss = (1 - config.distillation) * loss + config.distillation * soft
     return loss if part is None else loss * part, (output.detach().argmax(1) == y).sum()
 

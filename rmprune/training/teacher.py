@@ -102,11 +102,15 @@ def digest(network: nn.Module, asked: dict[str, Any]) -> str:
     return found.hexdigest()[:16]
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over a batch of logits [B, classes].
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float, weights: Tensor | None = None) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over a batch of logits [B, classes], each image's times its weight
+    in `weights` [B].
 
     The factor T^2 keeps the size of the gradient independent of the temperature (section 2 of the paper).
     """
     log_student = F.log_softmax(student.float() / temperature, dim=1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    if weights is None:
+        return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    each = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    return temperature**2 * (weights * each).mean()

@@ -93,7 +93,7 @@ def test_an_impossible_budget_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(InfeasibleBudget, match="costs") as caught:
         space(ratio=0.001, lowest=0.5)
     least = float(str(caught.value).split("network costs ")[1].split(";")[0])
-    found = Space(STRUCTURES["v1"], macs, least * 1.0001, Limits(lowest=0.5))
+    found = Space(STRUCTURES["v1"], macs, least, Limits(lowest=0.5))
     assert found.execute([1.0] * 3) == found.lowest
 
 

@@ -47,7 +47,7 @@ def test_the_narrowest_network_is_measured_again_only_where_it_has_not_passed(
 
     monkeypatch.setattr(Place, "least_ratio", least)
     prune = PruneConfig(latency_ratio=(0.9, 0.5, 0.1), round_to=1)
-    with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0\.1 cannot be met.* takes 0\.40 of"):
+    with pytest.raises(InfeasibleBudget, match=r"latency_ratio=0\.1 cannot be met.* takes 0\.4 of"):
         run_slim(replace(QUICK, method=("residual",), prune=prune, out=tmp_path / "run"), command="x")
     assert limits == [pytest.approx(1.1 * 0.9), pytest.approx(1.1 * 0.1)]
 

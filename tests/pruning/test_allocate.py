@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from marks import draws
 from pruning_nets import chain, images, residual
@@ -12,7 +12,7 @@ from torch import nn
 
 from rmprune.errors import ConfigError, InfeasibleBudget
 from rmprune.pruning.allocate import Meter, allocate, allocate_uniform, even_fraction, keep_best, least_cost
-from rmprune.pruning.budget import Budget, resolve
+from rmprune.pruning.budget import Budget, Target, resolve
 from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Structure, inner_only, total_cost
 from rmprune.pruning.layers import SizedLayer, channels, macs
@@ -144,7 +144,7 @@ def test_every_score_is_looked_at_in_double() -> None:
     ("limits", "named"),
     [
         ({"min_fraction": 0.5}, "min_fraction=0.5"),
-        ({"min_channels": 6}, "min_channels=6"),
+        ({"min_channels": 5}, "min_channels=5"),
         ({"round_to": 8}, "round_to=8"),
     ],
 )
@@ -153,8 +153,18 @@ def test_infeasible_budget_names_the_limit_and_the_nearest(limits: dict, named: 
     with pytest.raises(InfeasibleBudget, match=named) as error:
         allocate(structure, random_scores(structure, 0), Budget(macs_ratio=0.08, **limits))
     nearest = float(str(error.value).rsplit(" ", 1)[1])
-    keep = allocate(structure, random_scores(structure, 0), Budget(macs_ratio=nearest + 1e-3, **limits))
-    assert total_cost(structure.shrunk(keep)) <= (nearest + 1e-3) * total_cost(structure)
+    keep = allocate(structure, random_scores(structure, 0), Budget(macs_ratio=nearest, **limits))
+    assert total_cost(structure.shrunk(keep)) <= nearest * total_cost(structure)
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**9))
+@example(29, 100)  # 0.29 * 100 is less than 29
+def test_what_is_said_to_be_the_nearest_is_within(least: int, more: int) -> None:
+    target = Target(macs, 0.0, least + more)
+    nearest = target.nearest(Budget(macs_ratio=0.5), least)
+    assert least <= nearest * target.whole <= 1.0011 * least + 1e-6
+    removed = target.nearest(Budget(ratio=0.5), least)
+    assert least <= (1 - removed) * target.whole + 1e-6 * least and removed >= 0.999 * more / target.whole
 
 
 def test_the_nearest_ratio_counts_what_goes() -> None:

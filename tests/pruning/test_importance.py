@@ -7,6 +7,7 @@ from marks import few
 from pruning_nets import batches, chain, conv, images, mobile_chain, residual
 from torch import Tensor, nn
 
+from rmprune.data.batches import WithLoss
 from rmprune.errors import ConfigError, DataError, UnsupportedModel
 from rmprune.pruning.coupled import loss_gradients
 from rmprune.pruning.find_groups import find_structure
@@ -25,11 +26,15 @@ class Gate(nn.Module):
         return x * self.factor[:, None, None]
 
 
+def gated_chain() -> tuple[nn.Module, Gate, nn.Module]:
+    """A network, a gate behind its layer 3, and the network with the gate."""
+    model, gate = chain(), Gate(12)
+    return model, gate, nn.Sequential(*model[:6], gate, *model[6:])
+
+
 def test_taylor_is_the_gradient_of_a_gate() -> None:
-    model, data = chain(), batches(2)
+    (model, gate, gated), data = gated_chain(), batches(2)
     scores = IMPORTANCES["taylor"](model, find_structure(model, images()), data)
-    gate = Gate(12)
-    gated = nn.Sequential(*model[:6], gate, *model[6:])
     expected = torch.zeros(12, dtype=torch.float64)
     for x, y in data:
         (gradient,) = torch.autograd.grad(F.cross_entropy(gated(x), y), gate.factor)
@@ -38,16 +43,48 @@ def test_taylor_is_the_gradient_of_a_gate() -> None:
 
 
 def test_taylor_squared_takes_image_by_image() -> None:
-    model, data = chain(), batches(2)
+    (model, gate, gated), data = gated_chain(), batches(2)
     scores = IMPORTANCES["taylor_squared"](model, find_structure(model, images()), data)
-    gate = Gate(12)
-    gated = nn.Sequential(*model[:6], gate, *model[6:])
     squares = []
     for x, y in data:
         for i in range(len(x)):
             loss = F.cross_entropy(gated(x[i : i + 1]), y[i : i + 1])
             squares.append(torch.autograd.grad(loss, gate.factor)[0].square())
     torch.testing.assert_close(scores["3"], torch.stack(squares).mean(0).sqrt())
+
+
+def triplets(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    """Of three calls; the fourth says nothing, and has other images."""
+    with torch.no_grad():
+        model(torch.cat(batch))
+    return F.triplet_margin_loss(*map(model, batch), margin=5.0)
+
+
+def test_what_all_calls_of_a_loss_say_is_one_effect() -> None:
+    model, gate, gated = gated_chain()
+    data, structure = [list(images(9, seed=s).split(3)) for s in range(2)], find_structure(model, images())
+    found = {
+        name: IMPORTANCES[name](model, structure, WithLoss(data, triplets)) for name in ("taylor", "taylor_squared")
+    }
+    of_batches, of_images = (
+        torch.stack([torch.autograd.grad(triplets(gated, batch), gate.factor)[0] for batch in some])
+        for some in (data, [[x[i : i + 1] for x in batch] for batch in data for i in range(3)])
+    )
+    torch.testing.assert_close(found["taylor"]["3"], of_batches.abs().sum(0))
+    torch.testing.assert_close(found["taylor_squared"]["3"], of_images.square().mean(0).sqrt())
+
+
+def test_calls_of_different_numbers_of_images_have_no_effect_by_image() -> None:
+    model, gate, gated = gated_chain()
+
+    def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return model(batch[0]).square().mean() + model(batch[1]).square().mean()
+
+    data, structure = [list(images(8).split([5, 3]))], find_structure(model, images())
+    expected = torch.autograd.grad(loss(gated, data[0]), gate.factor)[0].abs()
+    torch.testing.assert_close(IMPORTANCES["taylor"](model, structure, WithLoss(data, loss))["3"], expected)
+    with pytest.raises(DataError, match=r"called with 5 and with 3 images.*take importance='taylor'"):
+        IMPORTANCES["taylor_squared"](model, structure, WithLoss(data, loss))
 
 
 @pytest.mark.parametrize("name", ["taylor", "taylor_squared"])

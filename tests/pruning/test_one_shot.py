@@ -97,6 +97,21 @@ def test_compensation_keeps_the_mean() -> None:
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_readers_without_bias_and_norm_are_given_a_bias_for_what_went() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1, bias=False), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    model = model.double().eval()
+    x = images(6)
+    scores = {"0": torch.arange(8.0), "2": torch.ones(6) * 100}
+    how = {"importance": scores, "budget": Budget(ratio=0.2), "data": [(x, torch.zeros(6).long())]}
+    pruned, bare = prune(model, x, **how), prune(model, x, **how, compensate=False)
+    assert pruned[0].out_channels < 8 and pruned[2].out_channels == 6 and bare[2].bias is None
+    with torch.no_grad():
+        torch.testing.assert_close(pruned[:3](x).mean((0, 2, 3)), model[:3](x).mean((0, 2, 3)))
+    whole = prune(model, x, importance=scores, budget=Budget(ratio=0.2))  # of no data nothing is known
+    assert whole[2].bias is None
+
+
 @pytest.mark.parametrize(
     ("build", "part"), [long(chain, 0.5), long(mobile_chain, 0.9), (residual, 0.7), long(shared, 0.9)]
 )

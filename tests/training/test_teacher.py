@@ -13,7 +13,7 @@ from training_nets import CONFIG, Stop, blobs, same, tiny_net
 from rmprune.config import DataConfig
 from rmprune.errors import ConfigError
 from rmprune.training import fit
-from rmprune.training.objective import own_objective
+from rmprune.training.objective import class_objective, own_objective
 from rmprune.training.teacher import distillation_loss
 
 
@@ -89,6 +89,19 @@ def test_distillation_loss_is_zero_for_equals_and_scales_with_temperature():
     p, q = (other / 2).softmax(1), (logits / 2).softmax(1)
     expected = 4 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(distillation_loss(logits, other, 2.0), expected, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"distillation": 0.5}, {"label_smoothing": 0.3}, {"distillation": 1.0}])
+def test_an_images_whole_loss_counts_by_its_class(settings: dict[str, float]) -> None:
+    logits, targets = torch.randn(6, 3, requires_grad=True), torch.randn(6, 3)
+    y, weights = torch.tensor([0, 0, 0, 0, 1, 2]), torch.tensor([0.5, 2.0, 2.0])
+    asked = dataclasses.replace(CONFIG, **{"distillation": 0.0, **settings})
+    target = targets if asked.distillation else None
+    plain, weighed = (
+        torch.autograd.grad(class_objective(nn.Identity(), logits, y, target, asked, own)[0], logits)[0]
+        for own in (None, weights)
+    )
+    torch.testing.assert_close(weighed, weights[y][:, None] * plain)
 
 
 def test_a_loss_and_networks_that_write_over_what_they_get_change_nothing() -> None:
