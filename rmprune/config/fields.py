@@ -152,7 +152,7 @@ def require_seed(name: str, value: int) -> None:
 
 
 def changeable() -> Any:
-    """Metadata of a field that may be another when an interrupted run goes on: no network depends on it (but on how long a search may last)."""
+    """Metadata of a field that may be another when an interrupted run goes on: no network depends on it (but on `search_minutes`)."""
     return {"changeable": True}
 
 

@@ -70,8 +70,9 @@ def prune(
     `importance`: a name of `rmprune.pruning.importance.IMPORTANCES`, a table {layer or group: Tensor
     [channels]}, or a callable. `data`: (images, labels) batches, for importances that are measured and, with
     `compensate`, for folding the mean of each removed live channel into its readers (the least-squares intercept; those with
-    neither a bias nor a batch norm behind them get a bias). `loss`: any function of (model, batch) that runs the model and returns a scalar tensor, for batches of any other form and networks that are
-    no classifiers (regression, segmentation, several labels); the default is the mean cross entropy. `reconstruct`: instead, fit every
+    neither a bias nor a batch norm behind them get a bias). `loss`: any function of
+    (model, batch) that runs the model and returns a scalar tensor, for batches of any other form and networks that are no classifiers
+    (regression, segmentation, several labels); the default is the mean cross entropy. `reconstruct`: instead, fit every
     layer of the result to the uncut network's by least squares on (part of) `data`. `cost` and `lookahead`: for `latency_ratio`, see
     `rmprune.pruning.allocate.allocate`. `which`: all groups by importance, those inside blocks only, or the
     same fraction of each. `origin`: units that limits refer to, where the network was cut before. Works
