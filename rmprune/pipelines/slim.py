@@ -94,10 +94,6 @@ def refuse_early(methods: dict[str, Method], plan: SlimPlan | None, job: Job[Sli
     """Everything that can be refused is refused before a file is written or an epoch trained."""
     config = job.config
     check_available(config.measure.backends, config.measure.device)
-    if config.search_minutes is not None and "auto" not in methods:
-        raise ConfigError(
-            f"search_minutes is for method auto, but the method is {', '.join(methods)}; leave one of the two out"
-        )
     for name, method in methods.items():
         if method.candidates and config.prune.ratio:
             raise ConfigError(

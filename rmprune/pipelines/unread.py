@@ -13,7 +13,7 @@ _OF_NETWORKS = {"sparsity.shortcut_scales"}
 
 
 def unread(config: RunConfig) -> dict[str, str]:
-    """{path of a setting that is not the default: why nothing reads it}, of training and removal.
+    """{path of a setting that is not the default: why nothing reads it}, of training, removal and search.
 
     A file of settings may be for several runs, of which some start from a checkpoint or keep their residuals.
     """
@@ -32,6 +32,8 @@ def unread(config: RunConfig) -> dict[str, str]:
     paths = {
         path: reason for table, reason in why.items() if hasattr(config, table) for path in _changed(config, table)
     }
+    if isinstance(config, SlimConfig) and config.search_minutes is not None and "auto" not in config.method:
+        paths["search_minutes"] = f"method {', '.join(config.method)} does not search"
     return {path: reason for path, reason in paths.items() if path not in _OF_NETWORKS}
 
 

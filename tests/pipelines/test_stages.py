@@ -73,6 +73,8 @@ FORM, EPOCHS = RemovalConfig(ranges="calibrated", form="slice"), replace(SlimCon
         (replace(SLIM, train=EPOCHS, checkpoint=Path("a.pt")), {"train.epochs": "--checkpoint is trained already"}),
         (replace(SLIM, train=EPOCHS, checkpoint=Path("a.pt"), method=("scratch", "rm")), {}),
         (replace(SLIM, train=EPOCHS), {}),
+        (replace(SLIM, train=SlimConfig.train, method=("rm", "uniform"), search_minutes=5.0), {"search_minutes": "does not search"}),
+        (replace(SLIM, train=SlimConfig.train, method=("rm", "auto"), search_minutes=5.0), {}),
         (
             replace(SLIM, train=SlimConfig.train, checkpoint=Path("a.pt"), sparsity=SparsityConfig(0.1, shortcut_scales=True)),
             {"sparsity.strength": "trained already"},
@@ -103,13 +105,6 @@ def test_settings_that_nothing_reads_are_said_in_the_log_and_in_the_record(
         "not read, as the network of --checkpoint is trained already: train.epochs",
     ]
     assert set(records.read_record(record)["unread"]) == {"removal.form", "train.epochs"}
-
-
-def test_minutes_of_a_search_are_refused_where_nothing_searches(data: Dataset, tmp_path: Path) -> None:
-    config = replace(SLIM, method=("rm",), search_minutes=5.0, out=tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"^search_minutes is for method auto, but the method is rm; leave one"):
-        run_slim(config, command="x")
-    assert not config.directory.exists()
 
 
 def test_cells_make_what_they_share_one_after_the_other(
