@@ -24,6 +24,7 @@ from rmprune.pruning.find_groups import find_structure
 from rmprune.pruning.groups import Keep, Structure, layer_masks, mask_of, total_cost
 from rmprune.pruning.importance import score_groups
 from rmprune.pruning.layers import Cost
+from rmprune.pruning.named import few
 from rmprune.pruning.prove import prove_cut
 from rmprune.pruning.surgery import note_cut, note_kept, shrink
 from rmprune.pruning.taylor_sum import TaylorSum
@@ -114,6 +115,12 @@ class GradualPruner:
             raise DataError(
                 "cuts while training: no gradient was seen of all layers that can be cut; call this after backward and before the "
                 "gradients are cleared, and where layers are frozen rank by importance='magnitude'"
+            )
+        elif self.scores.unseen:
+            raise DataError(
+                f"cuts while training: no gradient has reached what reads {few(sorted(self.scores.unseen))}; where forward stops gradients "
+                "(detach, no_grad) or the loss leaves them out rank by importance='magnitude', and where other steps go through them make "
+                "fewer cuts"
             )
         keep = self._allocate(scores, final=final, progress=min(1.0, self.cuts / planned))
         if not all(bool(mask.all()) for mask in keep.values()):

@@ -23,8 +23,12 @@ class TaylorSum:
         self.reset(structure)
 
     def reset(self, structure: Structure, scores: Mapping[str, Tensor] | None = None) -> None:
-        """Start over for this structure, from `scores` where given."""
+        """Start over for this structure, from `scores` where given.
+
+        unseen: the groups whose readers have had no gradient since the start; a score of 0 would say that they do not matter.
+        """
         self.structure = structure
+        self.unseen = set(structure.units) if scores is None else set()
         self.scores = (
             zero_scores(structure) if scores is None else {n: scores[n].double().clone() for n in structure.units}
         )
@@ -58,6 +62,8 @@ class TaylorSum:
             return False
         for group in self.structure.groups:
             parts = []
+            if any(layers[member.layer].weight.grad is not None for member in group.readers):
+                self.unseen.discard(group.name)
             for member in group.readers:
                 effect, key = effects[member.layer, member.side], (group.name, member.layer, member.side)
                 if self.index[key].device != effect.device:

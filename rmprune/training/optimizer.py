@@ -30,12 +30,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, head_rate: float = 1
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum over `parameter_groups`; a hook that replaces the model may call it."""
     groups = parameter_groups(model, config.weight_decay, config.head_rate)
-    for group in (
-        groups
-    ):  # without decay, Nesterov's step of several at once is written into the gradients, which hooks read after it
-        group["foreach"] = (
-            group["weight_decay"] > 0
-        )  # not fused: that takes momentum in another memory order than its weight's
+    for group in groups:
+        # Several at once but where Nesterov's step is then written into the gradients, which hooks read after it. Never fused: that takes
+        # momentum in another memory order than its weight's.
+        group["foreach"] = group["weight_decay"] > 0
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
 
 

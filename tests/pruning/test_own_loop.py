@@ -265,3 +265,19 @@ def test_what_counts_no_steps_is_one_line(name: str, wrong: Any) -> None:
     counts: dict[str, Any] = {"steps": 8, "cuts": 4, name: wrong}
     with pytest.raises(ConfigError, match=rf"^{name} is .*; give a whole number of at least 1$"):
         rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, **counts)
+
+
+class Stop(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+
+def test_layers_that_no_gradient_reaches_are_not_taken_for_useless() -> None:
+    convs = [nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8, 8)]
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    model = nn.Sequential(convs[0], nn.ReLU(), convs[1], Stop(), convs[2], nn.ReLU(), convs[3], *head).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    pruner = rmprune.Pruner(model, images(2), HALF, optimizer=optimizer, steps=2, cuts=1)
+    assert not one_step(pruner)
+    with pytest.raises(DataError, match=r"no gradient has reached what reads 0; where forward stops"):
+        one_step(pruner)
