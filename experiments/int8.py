@@ -44,8 +44,7 @@ from rmprune.measure.candidate import Candidate
 from rmprune.measure.machine import environment
 from rmprune.pipelines.measure import network_directory
 from rmprune.pipelines.stages import make_dense, open_data
-from rmprune.runs.directory import CONFIG_FILE
-from rmprune.runs.records import find_records, networks, read_record
+from rmprune.runs.records import CONFIG_FILE, find_records, networks, read_record
 from rmprune.training import fit
 from rmprune.training.evaluation import logits_of, scores
 

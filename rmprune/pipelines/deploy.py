@@ -25,9 +25,9 @@ from rmprune.measure.quantise import onnx_int8
 from rmprune.onnx.export import export_onnx
 from rmprune.pipelines.measure import dataset_of, network_directory
 from rmprune.pipelines.stages import on_validation
-from rmprune.runs.directory import CONFIG_FILE, runs_of
+from rmprune.runs.directory import runs_of
 from rmprune.runs.reading import read_json
-from rmprune.runs.records import find_records, networks, read_record
+from rmprune.runs.records import CONFIG_FILE, find_records, networks, read_record
 from rmprune.runs.writing import sweep_beside, whole, write_text
 
 logger = logging.getLogger("rmprune")

@@ -28,9 +28,10 @@ from rmprune.pipelines.stages import at_work, dense_network, open_data, pick_dev
 from rmprune.pipelines.unread import warn_unread
 from rmprune.pipelines.workers import Submit, Task, work_off, workers_of
 from rmprune.runs.cells import Cell
-from rmprune.runs.directory import CONFIG_FILE, Finished, alone
+from rmprune.runs.directory import Finished, alone
 from rmprune.runs.named import refuse_changed
 from rmprune.runs.notes import read_notes
+from rmprune.runs.records import CONFIG_FILE
 from rmprune.runs.writing import LOCK_FILE, write_text
 from rmprune.training.distributed import processes
 from rmprune.training.job import Job

@@ -7,9 +7,7 @@ from typing import Any, get_type_hints
 
 from rmprune.config import AmcConfig, GridConfig, PruneConfig, TrainConfig, TrainRunConfig
 from rmprune.report.tables import budget_of, dataset_name, method_of, model_of
-from rmprune.runs.records import networks
-
-CONFIG = "config.toml"  # every run directory has one from its first second on
+from rmprune.runs.records import CONFIG_FILE, networks
 
 
 def _names(**tables: Any) -> frozenset[str]:
@@ -94,7 +92,7 @@ def incomparable(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 
 def _of_one_run(one: Path, other: Path) -> bool:
     """Whether two records are of cells of one run, which lie in it or a folder further down."""
-    return any((folder / CONFIG).is_file() for folder in {*one.parents[:3]} & {*other.parents[:3]})
+    return any((folder / CONFIG_FILE).is_file() for folder in {*one.parents[:3]} & {*other.parents[:3]})
 
 
 def _means_the_same(setting: str, one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from rmprune.errors import ArtifactError
-from rmprune.report.comparable import CONFIG, incomparable
-from rmprune.runs.records import RECORD, find_records, read_record
+from rmprune.report.comparable import incomparable
+from rmprune.runs.records import CONFIG_FILE, RECORD, find_records, read_record
 
 Records = dict[Path, dict[str, Any]]
 
@@ -49,5 +49,5 @@ def gather(paths: list[Path]) -> tuple[Records, list[str]]:
 
 def _unfinished(path: Path, records: list[Path]) -> list[Path]:
     """Run directories under `path` without a record of their own or in a cell below them."""
-    runs = sorted(file.parent for file in path.rglob(CONFIG)) if path.is_dir() else []
+    runs = sorted(file.parent for file in path.rglob(CONFIG_FILE)) if path.is_dir() else []
     return [run for run in runs if not any(record.is_relative_to(run) for record in records)]

@@ -14,11 +14,12 @@ from rmprune.config.toml import differences, from_toml, to_toml
 from rmprune.errors import ArtifactError, ConfigError
 from rmprune.runs.named import keep_digests, named_files, plan_text, refuse_changed
 from rmprune.runs.reading import parse_json, read_json
+from rmprune.runs.records import CONFIG_FILE
 from rmprune.runs.writing import LEFT, LOCK_FILE, sweep, write_text
 
 logger = logging.getLogger("rmprune")
 Config = TypeVar("Config")
-CONFIG_FILE, PLAN_FILE = "config.toml", "plan.json"
+PLAN_FILE = "plan.json"
 WRITTEN = re.compile(
     r"config\.toml|plan\.json|files\.json|log\.jsonl|record\.json|latency\.json|layer-times-.+\.json|checkpoint|search|report|deploy|tensorboard|seed-?\d+|\..+\.(tmp|old|partial)"
 )

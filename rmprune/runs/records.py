@@ -16,6 +16,7 @@ from rmprune.runs.writing import write_text
 
 SCHEMA = 1
 RECORD = "record.json"
+CONFIG_FILE = "config.toml"  # every run directory has one from its first second on
 STAGES = ("original", "plain", "pruned", "coupled")
 """The usual networks of a record, in the order of a report; any other entry with the same fields is a network too."""
 RENAMED = {"coupled-collapse": "residual-collapse", "coupled-half-collapse": "residual-half-collapse"}

@@ -18,9 +18,7 @@ from rmprune.config import (
     DataConfig,
     MeasureConfig,
     PruneConfig,
-    RemovalConfig,
     SlimConfig,
-    SparsityConfig,
     TrainConfig,
     TrainRunConfig,
 )
@@ -33,7 +31,6 @@ from rmprune.pipelines import measure
 from rmprune.pipelines.convert import open_network
 from rmprune.pipelines.slim import run_slim
 from rmprune.pipelines.stages import at_work, dense_network, finish, make_dense, starting_network
-from rmprune.pipelines.unread import unread
 from rmprune.runs import records
 from rmprune.runs.cells import Cell
 from rmprune.runs.writing import LOCK_FILE
@@ -60,51 +57,6 @@ def test_the_same_settings_are_the_same_network_in_every_pipeline(data: Dataset)
     for network in networks:
         assert not network.training and network.state_dict().keys() == first.keys()
         assert all(torch.equal(value, first[name]) for name, value in network.state_dict().items())
-
-
-FORM, EPOCHS = RemovalConfig(ranges="calibrated", form="slice"), replace(SlimConfig.train, epochs=7)
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (replace(SLIM, train=SlimConfig.train, method=("residual", "coupled"), removal=FORM), {"removal.form": "method residual, coupled"}),
-        (replace(SLIM, train=SlimConfig.train, method=("residual", "rm"), removal=FORM), {}),
-        (replace(SLIM, train=EPOCHS, checkpoint=Path("a.pt")), {"train.epochs": "--checkpoint is trained already"}),
-        (replace(SLIM, train=EPOCHS, checkpoint=Path("a.pt"), method=("scratch", "rm")), {}),
-        (replace(SLIM, train=EPOCHS), {}),
-        (replace(SLIM, train=SlimConfig.train, method=("rm", "uniform"), search_minutes=5.0), {"search_minutes": "does not search"}),
-        (replace(SLIM, train=SlimConfig.train, method=("rm", "auto"), search_minutes=5.0), {}),
-        (
-            replace(SLIM, train=SlimConfig.train, checkpoint=Path("a.pt"), sparsity=SparsityConfig(0.1, shortcut_scales=True)),
-            {"sparsity.strength": "trained already"},
-        ),
-        (AmcConfig(method=("residual-amc",), removal=FORM), {"removal.form": "residual-amc", "removal.fuse": "no residual"}),
-        (AmcConfig(method=("residual-amc", "mixed-amc"), removal=FORM), {}),
-        (replace(AmcConfig(checkpoint=Path("a.pt")), train=EPOCHS), {"train.epochs": "trained", "train.weight_decay": "trained"}),
-        (replace(AmcConfig(checkpoint=Path("a.pt"), method=("uniform",)), train=EPOCHS), {}),
-        (TrainRunConfig(train=EPOCHS), {}),
-    ],
-)  # fmt: skip
-def test_settings_that_nothing_reads_are_known(config: Any, expected: dict[str, str]) -> None:
-    found = unread(config)
-    assert found.keys() == expected.keys() and all(expected[path] in found[path] for path in found)
-
-
-def test_settings_that_nothing_reads_are_said_in_the_log_and_in_the_record(
-    data: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    torch.save(make_dense(SLIM, data, 0).state_dict(), tmp_path / "a.pt")
-    config = replace(
-        SLIM, method=("residual",), removal=FORM, train=EPOCHS, checkpoint=tmp_path / "a.pt", out=tmp_path / "run"
-    )
-    (record,) = run_slim(config, command="x")
-    said = [told.getMessage() for told in caplog.records if told.levelname == "WARNING"]
-    assert said == [
-        "not read, as method residual removes no residual: removal.form",
-        "not read, as the network of --checkpoint is trained already: train.epochs",
-    ]
-    assert set(records.read_record(record)["unread"]) == {"removal.form", "train.epochs"}
 
 
 def test_cells_make_what_they_share_one_after_the_other(

@@ -10,7 +10,15 @@ from rmprune.errors import UnsupportedModel
 from rmprune.graph.shapes import record_shapes
 from rmprune.pruning.layers import SizedLayer, Weighted, sized_layers
 from rmprune.pruning.positions import outputs_at, patches_at, sample_positions
-from rmprune.pruning.reconstruct import BLOCK, _grouped, _Moments, _ungrouped, reconstruct, reconstruct_checked
+from rmprune.pruning.reconstruct import (
+    BLOCK,
+    _grouped,
+    _Moments,
+    _ungrouped,
+    least_squares,
+    reconstruct,
+    reconstruct_checked,
+)
 
 CASES = {
     "1x1": nn.Conv2d(6, 4, 1),
@@ -182,3 +190,15 @@ def test_norms_of_several_processes_and_frozen_ones_are_fitted_like_others(kind:
     own, other = (network.state_dict() for network in fitted)
     assert type(fitted[1][1]) is kind
     assert all(torch.allclose(value, own[name], atol=1e-6) for name, value in other.items())
+
+
+@pytest.mark.parametrize(("dilation", "padding", "mean"), [(1, 1, 0.0), (2, 1, 0.0), (1, 0, 1000.0)])
+def test_least_squares_finds_the_convolution_that_made_the_maps(dilation: int, padding: int, mean: float) -> None:
+    torch.manual_seed(0)
+    made, read = nn.Conv2d(5, 7, 3, 2, padding, dilation), torch.randn(128, 5, 11, 9) + mean
+    with torch.no_grad():
+        wanted = made(read)
+        weight, bias, error = least_squares(made, read, wanted, torch.Generator().manual_seed(0))
+        off = nn.functional.conv2d(read, weight, bias, 2, padding, dilation) - wanted
+    assert (weight - made.weight).abs().max() < 2e-3 and off.abs().max() < 2e-2
+    assert abs(error) < 1e-4 * float(wanted.var((0, 2, 3)).sum())
